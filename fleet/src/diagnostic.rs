@@ -1,0 +1,194 @@
+//! Errors and warnings about a user's text file: file, line, a caret, and the fix.
+
+use std::fmt;
+use std::ops::Range;
+
+use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// A text file as the user knows it: the name he typed and its content.
+#[derive(Clone, Debug)]
+pub struct Source {
+    pub name: String,
+    pub text: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    Error,
+    Warning,
+}
+
+/// One thing wrong with one file.
+#[derive(Clone, Debug, Serialize)]
+pub struct Diagnostic {
+    pub severity: Severity,
+    /// File name as given by the user.
+    pub file: String,
+    /// Line, counted from 1; 0 when the finding is about the whole file.
+    pub line: usize,
+    pub message: String,
+    /// What to do about it.
+    pub help: Option<String>,
+    #[serde(skip)]
+    snippet: Option<(String, Range<usize>)>,
+}
+
+impl Diagnostic {
+    #[must_use]
+    pub fn whole_file(severity: Severity, file: &str, message: String, help: Option<String>) -> Self {
+        Self { severity, file: file.to_owned(), line: 0, message, help, snippet: None }
+    }
+
+    #[must_use]
+    pub fn at(
+        severity: Severity,
+        source: &Source,
+        span: Range<usize>,
+        message: String,
+        help: Option<String>,
+    ) -> Self {
+        let end = floor_char(&source.text, span.end);
+        let start = floor_char(&source.text, span.start.min(end));
+        let line = source.text[..start].matches('\n').count() + 1;
+        Self {
+            severity,
+            file: source.name.clone(),
+            line,
+            message,
+            help,
+            snippet: Some((source.text.clone(), start..end)),
+        }
+    }
+
+    /// The finding with the lines around it and a caret, for a person.
+    #[must_use]
+    pub fn render(&self, colour: bool) -> String {
+        let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
+        let level = match self.severity {
+            Severity::Error => Level::ERROR,
+            Severity::Warning => Level::WARNING,
+        };
+        let title = self.headline();
+        let mut group = level.primary_title(title.as_str()).elements(Vec::<Snippet<annotate_snippets::Annotation>>::new());
+        if let Some((text, span)) = &self.snippet {
+            group = group.element(
+                Snippet::source(text.as_str())
+                    .path(self.file.as_str())
+                    .annotation(AnnotationKind::Primary.span(span.clone())),
+            );
+        }
+        if let Some(help) = &self.help {
+            group = group.element(Level::HELP.message(help.as_str()));
+        }
+        renderer.render(&[group]).to_string()
+    }
+
+    fn headline(&self) -> String {
+        if self.line == 0 {
+            format!("{}: {}", self.file, self.message)
+        } else {
+            format!("{}:{}: {}", self.file, self.line, self.message)
+        }
+    }
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.headline())?;
+        match &self.help {
+            Some(help) => write!(f, " ({help})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Diagnostic {}
+
+/// Everything found wrong, in the order of the files' lines.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Diagnostics(pub Vec<Diagnostic>);
+
+impl Diagnostics {
+    #[must_use]
+    pub fn has_errors(&self) -> bool {
+        self.0.iter().any(|d| d.severity == Severity::Error)
+    }
+}
+
+impl From<Diagnostic> for Diagnostics {
+    fn from(d: Diagnostic) -> Self {
+        Self(vec![d])
+    }
+}
+
+impl fmt::Display for Diagnostics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, d) in self.0.iter().enumerate() {
+            if i > 0 {
+                f.write_str("\n")?;
+            }
+            write!(f, "{d}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Diagnostics {}
+
+/// Reads a TOML file into a type, or says where and why not.
+///
+/// # Errors
+/// Bytes that are not UTF-8, not TOML, or not this type's keys.
+pub(crate) fn parse<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<(T, Source), Box<Diagnostic>> {
+    let text = match std::str::from_utf8(bytes) {
+        Ok(text) => text.to_owned(),
+        Err(e) => {
+            return Err(Box::new(Diagnostic::whole_file(
+                Severity::Error,
+                name,
+                format!("not UTF-8 text at byte {}", e.valid_up_to()),
+                Some("save the file as UTF-8".to_owned()),
+            )));
+        }
+    };
+    let source = Source { name: name.to_owned(), text };
+    match toml::from_str(&source.text) {
+        Ok(value) => Ok((value, source)),
+        Err(e) => {
+            let message = e.message().to_owned();
+            let help = suggestion(&message);
+            let span = e.span().unwrap_or(0..0);
+            Err(Box::new(Diagnostic::at(Severity::Error, &source, span, message, help)))
+        }
+    }
+}
+
+/// serde's "unknown field `x`, expected one of `a`, `b`" → "did you mean `a`?".
+fn suggestion(message: &str) -> Option<String> {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    if !message.starts_with("unknown field") && !message.starts_with("unknown variant") {
+        return None;
+    }
+    let given = quoted.next()?;
+    nearest(given, quoted)
+}
+
+/// The word most like `given`, phrased as a question, when one is near enough to be meant.
+pub(crate) fn nearest<'a>(given: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
+    candidates
+        .map(|c| (strsim::damerau_levenshtein(given, c), c))
+        .filter(|(d, c)| *d <= (c.len().max(given.len()) / 3).max(1))
+        .min()
+        .map(|(_, c)| format!("did you mean `{c}`?"))
+}
+
+fn floor_char(text: &str, at: usize) -> usize {
+    let mut at = at.min(text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
+}

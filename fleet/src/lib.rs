@@ -1,0 +1,26 @@
+//! The contract that the builder and the agent share: what a `fleet.toml` says, which
+//! slots and addresses follow from it, what a role is, and how a template is rendered.
+//!
+//! Nothing here does I/O: callers hand in bytes and get values or [`Diagnostic`]s back, so
+//! that every rule can be tested without a disk, and fuzzed.
+
+mod diagnostic;
+mod lint;
+mod overlay;
+mod profile;
+mod schema;
+mod template;
+mod ticket;
+mod topology;
+
+pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
+pub use lint::{HaRow, ha_table, lint};
+pub use overlay::{Check, FileMeta, OverlayManifest};
+pub use profile::{Disk, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
+pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
+pub use template::{RenderError, line_map, render};
+pub use ticket::{Ticket, TicketError};
+pub use topology::{Node, Topology, slot_parts};
+
+/// Directory in the image that holds what the agent reads: `fleet.json` and the templates.
+pub const IMAGE_DIR: &str = "usr/lib/bakehouse";

@@ -1,0 +1,70 @@
+//! `overlays/NAME/overlay.toml`: what the file tree beside it can't say by itself.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::diagnostic::{Diagnostic, parse};
+
+/// An overlay's manifest. The tree beside it is laid over the image's root. Files below
+/// `run/` are not: they are templates that the agent renders on the node at every boot.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OverlayManifest {
+    pub description: String,
+    /// Ownership and mode of files that are not `root:root 0644`, by path without a leading
+    /// `/` and without `.j2`.
+    pub files: BTreeMap<String, FileMeta>,
+    /// Symbolic links: path → target.
+    pub links: BTreeMap<String, String>,
+    /// How the daemon that reads a file is asked about it.
+    pub check: Vec<Check>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FileMeta {
+    /// Octal, such as `"0755"`.
+    pub mode: String,
+    /// A user known to the image.
+    pub user: String,
+    pub group: String,
+}
+
+impl Default for FileMeta {
+    fn default() -> Self {
+        Self { mode: "0644".to_owned(), user: "root".to_owned(), group: "root".to_owned() }
+    }
+}
+
+/// A command run inside the image's tree that must exit 0.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Check {
+    /// Files whose change makes the answer stale, by path; an entry ending in `/` is a folder.
+    pub of: Vec<String>,
+    pub command: Vec<String>,
+}
+
+impl OverlayManifest {
+    /// Reads an `overlay.toml`.
+    ///
+    /// # Errors
+    /// A [`Diagnostic`] with file, line and fix.
+    pub fn parse(name: &str, bytes: &[u8]) -> Result<Self, Box<Diagnostic>> {
+        let (manifest, source) = parse::<Self>(name, bytes)?;
+        for (path, meta) in &manifest.files {
+            if u32::from_str_radix(&meta.mode, 8).is_err() {
+                let at = source.text.find(meta.mode.as_str()).unwrap_or(0);
+                return Err(Box::new(Diagnostic::at(
+                    crate::Severity::Error,
+                    &source,
+                    at..at + meta.mode.len(),
+                    format!("`{}` is not a mode ({path})", meta.mode),
+                    Some("write it in octal, such as \"0755\"".to_owned()),
+                )));
+            }
+        }
+        Ok(manifest)
+    }
+}

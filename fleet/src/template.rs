@@ -1,0 +1,96 @@
+//! The one template engine: strict minijinja, at build time and on the node.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, UndefinedBehavior};
+use serde::Serialize;
+
+/// A template that does not render.
+#[derive(Debug, thiserror::Error)]
+#[error("{name}:{line}: {message}")]
+pub struct RenderError {
+    pub name: String,
+    pub line: usize,
+    pub message: String,
+}
+
+fn environment() -> Environment<'static> {
+    let mut env = Environment::new();
+    env.set_undefined_behavior(UndefinedBehavior::Strict);
+    // Block tags stand on lines of their own and leave no blank ones behind.
+    let mut syntax = SyntaxConfig::builder();
+    syntax.keep_trailing_newline(true).trim_blocks(true).lstrip_blocks(true);
+    env.set_syntax(syntax.build().unwrap_or_default());
+    // Configuration files are not HTML: nothing is escaped.
+    env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    env
+}
+
+/// Renders `text` with `context`. A pure function: same inputs, same bytes.
+///
+/// # Errors
+/// A syntax error or an unknown variable, with the template's line.
+pub fn render(name: &str, text: &str, context: &impl Serialize) -> Result<String, RenderError> {
+    environment().render_named_str(name, text, Serde(context)).map_err(|e| RenderError {
+        name: name.to_owned(),
+        line: e.line().unwrap_or(1),
+        message: e.detail().map_or_else(|| e.kind().to_string(), |d| format!("{}: {d}", e.kind())),
+    })
+}
+
+/// For each line of the rendered text, the template's line it came from (0: not known), so
+/// that what a daemon says of a file can be said of its template.
+#[must_use]
+pub fn line_map(name: &str, text: &str, context: &impl Serialize) -> Vec<usize> {
+    const OPEN: char = '\u{E000}';
+    const CLOSE: char = '\u{E001}';
+    let Ok(plain) = render(name, text, context) else { return Vec::new() };
+    let unknown = vec![0; plain.lines().count()];
+    // Lines that hold block tags are left alone: the engine swallows their white space.
+    let marked: String = text
+        .split_inclusive('\n')
+        .enumerate()
+        .map(|(i, line)| match line.strip_suffix('\n') {
+            Some(body) if !body.contains("{%") && !body.contains("{#") => {
+                format!("{body}{OPEN}{}{CLOSE}\n", i + 1)
+            }
+            _ => line.to_owned(),
+        })
+        .collect();
+    let Ok(rendered) = render(name, &marked, context) else { return unknown };
+    let mut stripped = String::new();
+    let mut map = Vec::new();
+    for line in rendered.split_inclusive('\n') {
+        match (line.find(OPEN), line.find(CLOSE)) {
+            (Some(open), Some(close)) if open < close => {
+                map.push(line[open + OPEN.len_utf8()..close].parse().unwrap_or(0));
+                stripped.push_str(&line[..open]);
+                stripped.push_str(&line[close + CLOSE.len_utf8()..]);
+            }
+            _ => {
+                map.push(0);
+                stripped.push_str(line);
+            }
+        }
+    }
+    if stripped == plain { map } else { unknown }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_variable_names_its_line() {
+        let e = render("x.j2", "a\n{{ nope }}\n", &()).unwrap_err();
+        assert_eq!((e.name.as_str(), e.line), ("x.j2", 2));
+    }
+
+    #[test]
+    fn rendered_lines_are_traced_to_the_template() {
+        let context = serde_json::json!({ "xs": [1, 2] });
+        let text = "top\n{% for x in xs %}\nx={{ x }}\n{% endfor %}\nend\n";
+        assert_eq!(render("t", text, &context).unwrap(), "top\nx=1\nx=2\nend\n");
+        assert_eq!(line_map("t", text, &context), [1, 3, 3, 5]);
+    }
+}

@@ -1,0 +1,191 @@
+//! What follows from a `fleet.toml`: slots, addresses, voters. Baked into every image as
+//! `usr/lib/bakehouse/fleet.json`, and the variables every template sees.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+use crate::schema::{Fleet, Group};
+
+/// The whole fleet, derived.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Topology {
+    pub name: String,
+    pub version: String,
+    pub mesh: MeshPlan,
+    pub vip: Ipv4Addr,
+    /// Every slot, by group and number.
+    pub nodes: Vec<Node>,
+    /// Nodes with the role `hub`.
+    pub hubs: Vec<Node>,
+    /// Names of the nodes that hold an etcd vote.
+    pub voters: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MeshPlan {
+    pub subnet: Ipv4Net,
+    pub transport: Ipv4Net,
+    pub port: u16,
+    pub mtu: u16,
+}
+
+/// One slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// `group-number`, also the host name.
+    pub name: String,
+    pub group: String,
+    /// Counted from 1 within the group.
+    pub number: u16,
+    pub roles: Vec<String>,
+    /// The node's own address in the mesh.
+    pub address: Ipv4Addr,
+    /// Its address on the WireGuard interfaces.
+    pub transport: Ipv4Addr,
+    /// Public `host:port`, where the node has one.
+    pub endpoint: Option<String>,
+    /// Place among the hubs, counted from 1; 0 for a worker.
+    pub hub: u16,
+}
+
+impl Node {
+    #[must_use]
+    pub fn has_role(&self, role: &str) -> bool {
+        self.roles.iter().any(|r| r == role)
+    }
+}
+
+/// Default first host number of a role's address range.
+fn first_host(role: &str) -> u32 {
+    match role {
+        "hub" => 1,
+        "db" => 10,
+        "app" => 20,
+        "monitor" => 30,
+        _ => 40,
+    }
+}
+
+impl Topology {
+    /// Lays the fleet out. Total: a fleet that makes no sense gives a topology that makes
+    /// none, and [`crate::lint`] says why.
+    #[must_use]
+    pub fn of(fleet: &Fleet) -> Self {
+        let mesh = MeshPlan {
+            subnet: fleet.mesh.subnet.get_ref().trunc(),
+            transport: fleet.mesh.transport.get_ref().trunc(),
+            port: fleet.mesh.port,
+            mtu: 1420,
+        };
+        let mut nodes = Vec::new();
+        let mut hub_number = 0;
+        for (group_name, group) in &fleet.groups {
+            let roles = group.role_names(group_name);
+            let is_hub = roles.contains(&"hub");
+            for i in 0..*group.count.get_ref() {
+                let host = host_number(&mesh, group, roles.first().copied().unwrap_or_default(), i);
+                hub_number += u16::from(is_hub);
+                nodes.push(Node {
+                    name: format!("{group_name}-{}", u32::from(i) + 1),
+                    group: group_name.clone(),
+                    number: i.saturating_add(1),
+                    roles: roles.iter().map(|r| (*r).to_owned()).collect(),
+                    address: offset(mesh.subnet, host),
+                    transport: offset(mesh.transport, host),
+                    endpoint: group.endpoints.get(usize::from(i)).map(|e| e.get_ref().clone()),
+                    hub: if is_hub { hub_number } else { 0 },
+                });
+            }
+        }
+        let hubs: Vec<Node> = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
+        let voters = voters(&nodes, &hubs);
+        Self {
+            name: fleet.name.get_ref().clone(),
+            version: fleet.version.get_ref().clone(),
+            mesh,
+            vip: *fleet.vip.address.get_ref(),
+            nodes,
+            hubs,
+            voters,
+        }
+    }
+
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.iter().find(|n| n.name == name)
+    }
+}
+
+fn host_number(mesh: &MeshPlan, group: &Group, role: &str, i: u16) -> u32 {
+    let first = match &group.first {
+        Some(a) => u32::from(*a.get_ref()).wrapping_sub(u32::from(mesh.subnet.network())),
+        None => first_host(role),
+    };
+    first.wrapping_add(u32::from(i))
+}
+
+fn offset(net: Ipv4Net, host: u32) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(net.network()).wrapping_add(host))
+}
+
+/// Who holds an etcd vote: five or three hubs; fewer hubs are joined by monitors, then by
+/// the rest in order, until there are three.
+fn voters(nodes: &[Node], hubs: &[Node]) -> Vec<String> {
+    let want = if hubs.len() >= 5 { 5 } else { 3 };
+    let monitors = nodes.iter().filter(|n| n.hub == 0 && n.has_role("monitor"));
+    let others = nodes.iter().filter(|n| n.hub == 0 && !n.has_role("monitor"));
+    hubs.iter().chain(monitors).chain(others).take(want).map(|n| n.name.clone()).collect()
+}
+
+/// `db-2` → (`db`, 2).
+#[must_use]
+pub fn slot_parts(name: &str) -> Option<(&str, u16)> {
+    let (group, number) = name.rsplit_once('-')?;
+    Some((group, number.parse().ok().filter(|n| *n > 0)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn topology(text: &str) -> Topology {
+        Topology::of(&Fleet::parse("fleet.toml", text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn the_users_own_topology_is_the_default() {
+        let t = topology(
+            "name = \"x\"\n[groups]\nhub.count = 3\ndb.count = 2\napp.count = 2\nmonitor.count = 1\n",
+        );
+        let address = |n: &str| t.node(n).unwrap().address.to_string();
+        assert_eq!(address("hub-3"), "10.10.0.3");
+        assert_eq!(address("db-1"), "10.10.0.10");
+        assert_eq!(address("app-2"), "10.10.0.21");
+        assert_eq!(address("monitor-1"), "10.10.0.30");
+        assert_eq!(t.node("app-2").unwrap().transport.to_string(), "10.11.0.21");
+        assert_eq!(t.vip.to_string(), "10.10.0.100");
+        assert_eq!(t.voters, ["hub-1", "hub-2", "hub-3"]);
+    }
+
+    #[test]
+    fn two_hubs_borrow_the_monitors_vote() {
+        let t = topology("name=\"x\"\n[groups]\nhub.count=2\ndb.count=2\napp.count=2\nmonitor.count=1\n");
+        assert_eq!(t.voters, ["hub-1", "hub-2", "monitor-1"]);
+    }
+
+    #[test]
+    fn five_hubs_give_five_voters_and_four_give_three() {
+        assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=5\n").voters.len(), 5);
+        assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=4\n").voters.len(), 3);
+    }
+
+    #[test]
+    fn slots() {
+        assert_eq!(slot_parts("db-2"), Some(("db", 2)));
+        assert_eq!(slot_parts("big-db-2"), Some(("big-db", 2)));
+        assert_eq!(slot_parts("db-0"), None);
+        assert_eq!(slot_parts("db"), None);
+    }
+}
