@@ -210,7 +210,9 @@ impl Lint<'_> {
             );
         }
         let mut owners: BTreeMap<Ipv4Addr, String> = BTreeMap::from([(vip, "the VIP".to_owned())]);
-        let nodes = self.topology.nodes.clone();
+        let mut nodes = self.topology.nodes.clone();
+        // A range that was chosen by hand is the one to blame.
+        nodes.sort_by_key(|n| fleet.groups[&n.group].first.is_some());
         let mut told: BTreeSet<(String, bool)> = BTreeSet::new();
         for node in nodes {
             let group = &fleet.groups[&node.group];

@@ -1,0 +1,14 @@
+use std::process::ExitCode;
+
+use builder::{cli, compose, sandbox};
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    // The sandbox starts this same binary again; see `sandbox`.
+    match args.next().as_deref().and_then(std::ffi::OsStr::to_str) {
+        Some(sandbox::WORKER) => sandbox::worker(args.next().as_deref()).into(),
+        Some(sandbox::INNER) => compose::inner().into(),
+        Some(compose::IN_ROOT) => compose::enter().into(),
+        _ => cli::main(),
+    }
+}

@@ -1,0 +1,107 @@
+//! What a person sees while work goes on: bars on a terminal, a line per finished step
+//! when piped.
+
+use std::io::IsTerminal as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+#[derive(Clone)]
+pub struct Progress {
+    bars: Arc<MultiProgress>,
+    terminal: bool,
+    quiet: bool,
+    verbose: bool,
+}
+
+pub struct Step {
+    bar: ProgressBar,
+    name: String,
+    started: Instant,
+    terminal: bool,
+    quiet: bool,
+}
+
+impl Progress {
+    #[must_use]
+    pub fn new(quiet: bool, verbose: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal() && !quiet;
+        let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        Self { bars: Arc::new(MultiProgress::with_draw_target(target)), terminal, quiet, verbose }
+    }
+
+    /// A step whose end is not known.
+    #[must_use]
+    pub fn step(&self, name: &str, message: &str) -> Step {
+        let bar = ProgressBar::new_spinner()
+            .with_style(style("{prefix:>12} {spinner} {msg} [{elapsed}]"))
+            .with_prefix(name.to_owned())
+            .with_message(message.to_owned());
+        self.start(bar, name)
+    }
+
+    /// A step over a number of bytes: rate and ETA.
+    #[must_use]
+    pub fn bytes(&self, name: &str, total: u64) -> Step {
+        let bar = ProgressBar::new(total)
+            .with_style(style("{prefix:>12} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta} {msg}"))
+            .with_prefix(name.to_owned());
+        self.start(bar, name)
+    }
+
+    fn start(&self, bar: ProgressBar, name: &str) -> Step {
+        let bar = self.bars.add(bar);
+        if self.terminal {
+            bar.enable_steady_tick(Duration::from_millis(120));
+        }
+        Step { bar, name: name.to_owned(), started: Instant::now(), terminal: self.terminal, quiet: self.quiet }
+    }
+
+    /// Told with `-v` only.
+    pub fn verbose(&self, name: &str, text: &str) {
+        if self.verbose {
+            self.say(name, text);
+        }
+    }
+
+    pub fn say(&self, name: &str, text: &str) {
+        if !self.quiet {
+            self.bars.suspend(|| eprintln!("{name:>12} {text}"));
+        }
+    }
+}
+
+impl Step {
+    pub fn message(&self, text: &str) {
+        self.bar.set_message(text.to_owned());
+    }
+
+    pub fn advance(&self, n: u64) {
+        self.bar.inc(n);
+    }
+
+    /// Ends the step; what was done stays on the screen.
+    pub fn done(self, text: &str) {
+        let seconds = self.started.elapsed().as_secs_f64();
+        let line = format!("{:>12} {text} ({seconds:.1} s)", self.name);
+        if self.terminal {
+            self.bar.set_style(style("{msg}"));
+            self.bar.finish_with_message(line);
+        } else if !self.quiet {
+            eprintln!("{line}");
+        }
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        if !self.bar.is_finished() {
+            self.bar.finish_and_clear();
+        }
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}

@@ -1,0 +1,190 @@
+//! A fleet's folder: `fleet.toml`, and profiles and overlays that are the built-in ones,
+//! added to or replaced by path from the folder's own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use fleet::{Diagnostic, Diagnostics, Fleet, OverlayManifest, Profile, Profiles, Severity, Topology};
+
+use crate::error::{Error, Result};
+
+mod assets {
+    include!(concat!(env!("OUT_DIR"), "/assets.rs"));
+}
+
+/// Everything a build reads from the user, loaded and linted.
+pub struct Project {
+    /// Folder of `fleet.toml`.
+    pub dir: PathBuf,
+    pub fleet: Fleet,
+    pub topology: Topology,
+    pub profiles: Profiles,
+    /// Warnings of the lint; errors end the loading.
+    pub warnings: Vec<Diagnostic>,
+    files: BTreeMap<String, Vec<u8>>,
+}
+
+/// An overlay's manifest and files, by path relative to the image's root.
+pub struct Overlay<'a> {
+    pub name: String,
+    pub manifest: OverlayManifest,
+    pub files: Vec<(&'a str, &'a [u8])>,
+}
+
+/// What a group's image is made of: its roles' profiles merged.
+pub struct Recipe {
+    pub group: String,
+    pub roles: Vec<String>,
+    /// `base` first, then the roles in their order.
+    pub profiles: Vec<Profile>,
+    pub packages: Vec<String>,
+    pub base_packages: Vec<String>,
+    pub overlays: Vec<String>,
+}
+
+impl Project {
+    /// Loads `path`, a `fleet.toml` or its folder.
+    ///
+    /// # Errors
+    /// Unreadable files; anything the loader or the lint calls an error.
+    pub fn load(path: &Path) -> Result<Self> {
+        let file = if path.is_dir() { path.join("fleet.toml") } else { path.to_owned() };
+        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+        let dir = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
+        let name = file.display().to_string();
+        let fleet = Fleet::parse(&name, &bytes)?;
+
+        let mut files: BTreeMap<String, Vec<u8>> =
+            assets::FILES.iter().map(|(name, bytes)| ((*name).to_owned(), bytes.to_vec())).collect();
+        for top in ["profiles", "overlays"] {
+            overlay_folder(&dir, top, &mut files)?;
+        }
+        let mut profiles = Profiles::new();
+        for (path, bytes) in &files {
+            if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {
+                profiles.insert(role.to_owned(), Profile::parse(path, bytes)?);
+            }
+        }
+        let found = fleet::lint(&fleet, &profiles);
+        let (errors, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| d.severity == Severity::Error);
+        if !errors.is_empty() {
+            return Err(Error::Config(Diagnostics(errors)));
+        }
+        let topology = Topology::of(&fleet);
+        Ok(Self { dir, fleet, topology, profiles, warnings, files })
+    }
+
+    /// A built-in or the user's file, by path (`profiles/initrd.toml`).
+    pub fn file(&self, path: &str) -> Result<&[u8]> {
+        match self.files.get(path) {
+            Some(bytes) => Ok(bytes),
+            None => crate::error::fail(format!("{path} is missing from this build of bakehouse")),
+        }
+    }
+
+    /// Groups by name, as asked for on the command line; none named means all.
+    ///
+    /// # Errors
+    /// A name that is not a group.
+    pub fn groups(&self, names: &[String]) -> Result<Vec<&str>> {
+        let known = || self.fleet.groups.keys().map(String::as_str);
+        if names.is_empty() {
+            return Ok(known().collect());
+        }
+        names
+            .iter()
+            .map(|name| {
+                known().find(|g| g == name).ok_or_else(|| {
+                    let known = known().collect::<Vec<_>>().join(", ");
+                    Error::Usage(format!("no group `{name}` in {}; there are: {known}", self.fleet.source.name))
+                })
+            })
+            .collect()
+    }
+
+    /// What a group's image is made of.
+    #[must_use]
+    pub fn recipe(&self, group_name: &str) -> Recipe {
+        let group = &self.fleet.groups[group_name];
+        let roles: Vec<String> = group.role_names(group_name).into_iter().map(str::to_owned).collect();
+        let hardware = self.fleet.image.hardware.as_str();
+        let profiles: Vec<Profile> =
+            std::iter::once("base").chain(roles.iter().map(String::as_str)).map(|r| self.profiles[r].clone()).collect();
+        let packages_of = |profiles: &[Profile]| -> BTreeSet<String> {
+            profiles
+                .iter()
+                .flat_map(|p| p.packages.iter().chain(p.hardware.get(hardware).into_iter().flatten()))
+                .cloned()
+                .collect()
+        };
+        let mut packages = packages_of(&profiles);
+        packages.extend(group.packages.iter().cloned());
+        let mut overlays = Vec::new();
+        let named = group.overlays.iter().map(|o| o.get_ref());
+        for overlay in profiles.iter().flat_map(|p| &p.overlays).chain(named) {
+            if !overlays.contains(overlay) {
+                overlays.push(overlay.clone());
+            }
+        }
+        Recipe {
+            group: group_name.to_owned(),
+            roles,
+            packages: packages.into_iter().collect(),
+            base_packages: packages_of(&profiles[..1]).into_iter().collect(),
+            profiles,
+            overlays,
+        }
+    }
+
+    /// One overlay.
+    ///
+    /// # Errors
+    /// No such overlay, or its manifest is wrong.
+    pub fn overlay(&self, name: &str) -> Result<Overlay<'_>> {
+        let prefix = format!("overlays/{name}/");
+        let mut manifest = OverlayManifest::default();
+        let mut files = Vec::new();
+        let mut any = false;
+        for (path, bytes) in self.files.range(prefix.clone()..).take_while(|(p, _)| p.starts_with(&prefix)) {
+            any = true;
+            match &path[prefix.len()..] {
+                "overlay.toml" => manifest = OverlayManifest::parse(path, bytes)?,
+                inner => files.push((inner, bytes.as_slice())),
+            }
+        }
+        if !any {
+            let known: BTreeSet<&str> =
+                self.files.keys().filter_map(|p| p.strip_prefix("overlays/")?.split('/').next()).collect();
+            return Err(Error::Usage(format!(
+                "there is no overlay `{name}`; there are: {}",
+                known.into_iter().collect::<Vec<_>>().join(", ")
+            )));
+        }
+        Ok(Overlay { name: name.to_owned(), manifest, files })
+    }
+
+    /// Where the group's image goes.
+    #[must_use]
+    pub fn out_dir(&self, group: &str) -> PathBuf {
+        self.dir.join("build").join(group)
+    }
+}
+
+fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
+    if !dir.join(top).is_dir() {
+        return Ok(());
+    }
+    for entry in walkdir::WalkDir::new(dir.join(top)).sort_by_file_name() {
+        let entry = entry.map_err(|e| Error::Failed(format!("cannot read {top}/: {e}")))?;
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        let Ok(name) = entry.path().strip_prefix(dir) else { continue };
+        let Some(name) = name.to_str() else {
+            return crate::error::fail(format!("{} is not a UTF-8 file name; rename it", entry.path().display()));
+        };
+        files.insert(name.to_owned(), fs::read(entry.path()).map_err(Error::io("read", entry.path()))?);
+    }
+    Ok(())
+}

@@ -1,0 +1,213 @@
+//! The store: a cache on disk in which every entry's name is the digest of what it is (debs)
+//! or of everything it was made from (layers, trees, images).
+//!
+//! An entry appears under its name only when whole (write beside it, fsync, rename), so
+//! that a cut or a second build never sees half of one. Makers of the same entry wait for
+//! each other on a lock file.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use crate::error::{Error, Result};
+
+#[derive(Clone, Debug)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// Kinds of entries; each has a folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Deb,
+    Layer,
+    Tools,
+    Erofs,
+    Initrd,
+    Check,
+    Apt,
+}
+
+impl Kind {
+    const ALL: [Self; 7] =
+        [Self::Deb, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::Apt];
+
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Deb => "debs",
+            Self::Layer => "layers",
+            Self::Tools => "tools",
+            Self::Erofs => "erofs",
+            Self::Initrd => "initrd",
+            Self::Check => "checks",
+            Self::Apt => "apt",
+        }
+    }
+}
+
+/// Held while an entry is made; the kernel drops it with the process.
+pub struct Guard(#[allow(dead_code)] File);
+
+impl Store {
+    /// `$BAKEHOUSE_STORE`, else `bakehouse` in the user's cache folder.
+    ///
+    /// # Errors
+    /// No home to put it in, or it can't be made.
+    pub fn open() -> Result<Self> {
+        let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let root = var("BAKEHOUSE_STORE")
+            .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("bakehouse")))
+            .or_else(|| var("HOME").map(|d| d.join(".cache/bakehouse")))
+            .ok_or_else(|| Error::Usage("set BAKEHOUSE_STORE: neither it nor HOME is set".to_owned()))?;
+        Self::at(&root)
+    }
+
+    /// A store in a given folder.
+    ///
+    /// # Errors
+    /// It can't be made.
+    pub fn at(root: &Path) -> Result<Self> {
+        for folder in Kind::ALL.map(Kind::folder).into_iter().chain(["locks", "tmp"]) {
+            let path = root.join(folder);
+            fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
+        }
+        let root = root.canonicalize().map_err(Error::io("open", root))?;
+        Ok(Self { root })
+    }
+
+    #[must_use]
+    pub fn path(&self, kind: Kind, key: &str) -> PathBuf {
+        self.root.join(kind.folder()).join(key)
+    }
+
+    /// The entry, if it is there; marks it as used.
+    #[must_use]
+    pub fn get(&self, kind: Kind, key: &str) -> Option<PathBuf> {
+        let path = self.path(kind, key);
+        path.exists().then(|| {
+            // For `store gc`. A store on a read-only disk still serves.
+            let _ = File::open(&path).and_then(|f| f.set_modified(SystemTime::now()));
+            path
+        })
+    }
+
+    /// A name to write to before [`Store::put`]: on the same file system as the entries.
+    #[must_use]
+    pub fn scratch(&self, kind: Kind, key: &str) -> PathBuf {
+        self.root.join("tmp").join(format!("{}-{}.{}", kind.folder(), key, std::process::id()))
+    }
+
+    /// Gives a whole file or folder its name.
+    ///
+    /// # Errors
+    /// The disk says no.
+    pub fn put(&self, kind: Kind, key: &str, scratch: &Path) -> Result<PathBuf> {
+        let path = self.path(kind, key);
+        if scratch.is_file() {
+            File::open(scratch).and_then(|f| f.sync_data()).map_err(Error::io("sync", scratch))?;
+        }
+        match fs::rename(scratch, &path) {
+            Ok(()) => Ok(path),
+            // Another build was first with the same folder: theirs is the same.
+            Err(_) if path.is_dir() => {
+                let _ = fs::remove_dir_all(scratch);
+                Ok(path)
+            }
+            Err(e) => Err(Error::io("rename", scratch)(e)),
+        }
+    }
+
+    /// Waits until nobody else makes this entry.
+    ///
+    /// # Errors
+    /// The lock file can't be opened.
+    pub fn lock(&self, kind: Kind, key: &str) -> Result<Guard> {
+        let path = self.root.join("locks").join(format!("{}-{key}", kind.folder()));
+        let file = File::create(&path).map_err(Error::io("open", &path))?;
+        file.lock().map_err(Error::io("lock", &path))?;
+        Ok(Guard(file))
+    }
+
+    /// Removes what has not been used for `age`; returns entries and bytes removed.
+    ///
+    /// # Errors
+    /// An entry can't be listed or removed.
+    pub fn gc(&self, age: Duration) -> Result<(usize, u64)> {
+        let limit = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
+        let (mut count, mut bytes) = (0, 0);
+        for folder in Kind::ALL.map(Kind::folder).into_iter().chain(["tmp", "locks"]) {
+            let folder = self.root.join(folder);
+            for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+                let path = entry.map_err(Error::io("list", &folder))?.path();
+                let Ok(meta) = path.symlink_metadata() else { continue };
+                if meta.modified().is_ok_and(|t| t > limit) {
+                    continue;
+                }
+                bytes += size_of_tree(&path);
+                count += 1;
+                let removed = if meta.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+                match removed {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", &path)(e)),
+                    _ => {}
+                }
+            }
+        }
+        Ok((count, bytes))
+    }
+}
+
+fn size_of_tree(path: &Path) -> u64 {
+    walkdir::WalkDir::new(path).into_iter().flatten().filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum()
+}
+
+/// Writes a file whole or not at all: beside it, fsync, rename.
+///
+/// # Errors
+/// The disk says no.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write as _;
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::Builder::new()
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+        .tempfile_in(folder)
+        .map_err(Error::io("write in", folder))?;
+    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write", path))?;
+    file.persist(path).map_err(|e| Error::io("write", path)(e.error))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_there_when_it_was_put_and_gone_when_it_is_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path()).unwrap();
+        assert!(store.get(Kind::Deb, "a").is_none());
+        let scratch = store.scratch(Kind::Deb, "a");
+        fs::write(&scratch, "x").unwrap();
+        store.put(Kind::Deb, "a", &scratch).unwrap();
+        assert!(store.get(Kind::Deb, "a").is_some());
+        assert_eq!(store.gc(Duration::from_hours(1)).unwrap(), (0, 0));
+        assert_eq!(store.gc(Duration::ZERO).unwrap().1, 1);
+        assert!(store.get(Kind::Deb, "a").is_none());
+    }
+
+    #[test]
+    fn makers_of_one_entry_wait_for_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path()).unwrap();
+        let guard = store.lock(Kind::Layer, "k").unwrap();
+        let (send, receive) = std::sync::mpsc::channel();
+        let other = store.clone();
+        std::thread::spawn(move || {
+            let _guard = other.lock(Kind::Layer, "k").unwrap();
+            send.send(()).unwrap();
+        });
+        assert!(receive.recv_timeout(Duration::from_millis(100)).is_err());
+        drop(guard);
+        receive.recv_timeout(Duration::from_secs(10)).unwrap();
+    }
+}
