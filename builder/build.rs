@@ -5,6 +5,8 @@ use std::fmt::Write;
 use std::path::Path;
 use std::{env, fs};
 
+use sha2::{Digest as _, Sha256};
+
 fn main() {
     let root = Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("..");
     let mut table = String::from("pub static FILES: &[(&str, &[u8])] = &[\n");
@@ -23,6 +25,32 @@ fn main() {
         }
     }
     table.push_str("];\n");
+    // Steps are keyed by their code, too: what another program made is not reused.
+    for (name, dirs) in [
+        ("CODE_COMPOSE", ["src/compose", "src/sandbox.rs"].as_slice()),
+        ("CODE_INITRD", &["src/initrd.rs", "src/elf.rs", "src/tree.rs"]),
+        ("CODE_ALL", &["src", "../fleet/src", "../Cargo.lock"]),
+    ] {
+        println!("cargo::rustc-env={name}={}", digest(dirs));
+    }
     let out = Path::new(&env::var_os("OUT_DIR").expect("cargo sets it")).join("assets.rs");
     fs::write(out, table).expect("OUT_DIR is writable");
+}
+
+/// Digest of files' names and bytes.
+fn digest(paths: &[&str]) -> String {
+    let mut hash = Sha256::new();
+    for path in paths {
+        println!("cargo::rerun-if-changed={path}");
+        for entry in walkdir::WalkDir::new(path).sort_by_file_name() {
+            let entry = entry.expect("the source tree is readable");
+            if entry.file_type().is_file() {
+                let bytes = fs::read(entry.path()).expect("the source tree is readable");
+                hash.update(entry.path().to_string_lossy().as_bytes());
+                hash.update((bytes.len() as u64).to_le_bytes());
+                hash.update(bytes);
+            }
+        }
+    }
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }

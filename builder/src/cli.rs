@@ -1,24 +1,283 @@
+//! The command line.
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
-use crate::*;
-pub fn main() -> ExitCode {
-    match go() { Ok(()) => ExitCode::SUCCESS, Err(e) => { eprintln!("error: {e}"); e.exit_code() } }
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use fleet::{Diagnostics, ha_table};
+
+use crate::bake::pretty_json;
+use crate::error::{Error, Result};
+use crate::fetch::fetch;
+use crate::image::{Build, Image};
+use crate::lock::{Lock, TOOLS};
+use crate::mirror::Mirror;
+use crate::progress::Progress;
+use crate::project::{Project, Recipe};
+use crate::resolve::resolve;
+use crate::store::Store;
+use crate::{compose, plan, vm};
+
+/// Turns a fleet.toml into bootable, immutable Debian images.
+#[derive(Parser)]
+#[command(name = "bakehouse", version, about, after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or TOML, 130 interrupted.")]
+struct Cli {
+    /// fleet.toml or its folder
+    #[arg(short = 'C', long = "fleet", global = true, default_value = "fleet.toml", value_name = "PATH")]
+    fleet: PathBuf,
+    /// Say what is reused, and why what is not
+    #[arg(short, long, global = true)]
+    verbose: bool,
+    /// Say only what is wrong
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Print results as JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
 }
-fn go() -> error::Result<()> {
-    let project = project::Project::load(std::path::Path::new("."))?;
-    let progress = progress::Progress::new(false, true);
-    let store = store::Store::open()?;
-    let mirror = mirror::Mirror::of(&project, None)?;
-    let path = lock::Lock::path(&project);
-    if !path.exists() {
-        resolve::resolve(&project, &mirror, &store, &progress)?.write(&path)?;
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check fleet.toml, profiles and overlays
+    #[command(after_help = "Example:\n  bakehouse check")]
+    Check,
+    /// Choose the packages' versions and write bakehouse.lock
+    #[command(after_help = "Examples:\n  bakehouse lock\n  bakehouse lock --update   take newer packages")]
+    Lock {
+        /// Take newer packages, even if the lock serves
+        #[arg(long)]
+        update: bool,
+        #[command(flatten)]
+        mirror: MirrorArg,
+    },
+    /// Bring the locked packages into the store
+    #[command(after_help = "Example:\n  bakehouse fetch")]
+    Fetch {
+        #[command(flatten)]
+        mirror: MirrorArg,
+    },
+    /// Build the groups' images into build/
+    #[command(after_help = "Examples:\n  bakehouse build\n  bakehouse build hub -v")]
+    Build {
+        /// Groups; all when none is named
+        groups: Vec<String>,
+        /// Revision of your sources, for the manifest (such as `git rev-parse HEAD`)
+        #[arg(long)]
+        revision: Option<String>,
+        #[command(flatten)]
+        mirror: MirrorArg,
+    },
+    /// Boot nodes as local virtual machines
+    #[command(after_help = "Example:\n  bakehouse up hub-1")]
+    Up {
+        /// Nodes
+        #[arg(required = true)]
+        nodes: Vec<String>,
+        #[command(flatten)]
+        mirror: MirrorArg,
+    },
+    /// Power local virtual machines off
+    #[command(after_help = "Example:\n  bakehouse down hub-1")]
+    Down {
+        /// Nodes; all when none is named
+        nodes: Vec<String>,
+    },
+    /// What runs here
+    #[command(after_help = "Example:\n  bakehouse status --json")]
+    Status,
+    /// Print a virtual machine's console
+    #[command(after_help = "Example:\n  bakehouse console hub-1")]
+    Console { node: String },
+    /// Run a command in a virtual machine
+    #[command(after_help = "Example:\n  bakehouse exec hub-1 -- systemctl --failed")]
+    Exec {
+        node: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// The store of packages and layers
+    #[command(subcommand)]
+    Store(StoreCommand),
+}
+
+#[derive(Subcommand)]
+enum StoreCommand {
+    /// Remove what was not used for a while
+    #[command(after_help = "Example:\n  bakehouse store gc --older-than 7")]
+    Gc {
+        /// Days
+        #[arg(long, default_value_t = 30)]
+        older_than: u64,
+    },
+}
+
+#[derive(Args)]
+struct MirrorArg {
+    /// Debian archive's base address, instead of fleet.toml's or the host's
+    #[arg(long)]
+    mirror: Option<String>,
+}
+
+/// Runs the command line; errors go to standard error.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    interruptible();
+    match run(&cli) {
+        Ok(code) => code,
+        Err(e) => {
+            report(&e, cli.json);
+            e.exit_code()
+        }
     }
-    let lock = lock::Lock::load(&project)?;
-    let all: Vec<_> = lock.packages.iter().collect();
-    fetch::fetch(&all, &mirror, &store, &progress)?;
-    tools::Tools::prepare(&lock, &store, &progress)?;
-    for g in project.groups(&["hub".to_owned()])? {
-        let l = compose::compose(&project.recipe(g), &lock, &store, &progress)?;
-        println!("{}", l.dir.display());
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    let progress = Progress::new(cli.quiet, cli.verbose);
+    match &cli.command {
+        Command::Store(StoreCommand::Gc { older_than }) => {
+            let (count, bytes) = Store::open()?.gc(Duration::from_secs(older_than * 86_400))?;
+            progress.say("gc", &format!("{count} entries, {:.0} MB removed", bytes as f64 / 1e6));
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Exec { node, command } => {
+            let project = Project::load(&cli.fleet)?;
+            let done = vm::Vm::of(&project, node)?.exec(&command.join(" "))?;
+            print!("{}", done.output);
+            return Ok(ExitCode::from(u8::try_from(done.status).unwrap_or(1)));
+        }
+        _ => {}
+    }
+    let project = Project::load(&cli.fleet)?;
+    let warn = || {
+        let shown = project.warnings.iter().map(|w| w.render(colour()));
+        shown.for_each(|w| if !cli.quiet && !cli.json { eprintln!("{w}") });
+    };
+    match &cli.command {
+        Command::Check => {
+            warn();
+            plan::dry_bake(&project)?;
+            let table = ha_table(&project.topology);
+            print_json(cli.json, &serde_json::json!({ "warnings": project.warnings, "nodes": table, "voters": project.topology.voters }))?;
+            if !cli.json {
+                println!("{}", plan::table(&project));
+            }
+        }
+        Command::Lock { update, mirror } => {
+            let store = Store::open()?;
+            let mirror = Mirror::of(&project, mirror.mirror.as_deref())?;
+            lock(&project, &mirror, &store, &progress, *update)?;
+        }
+        Command::Fetch { mirror } => {
+            let store = Store::open()?;
+            let mirror = Mirror::of(&project, mirror.mirror.as_deref())?;
+            let lock = Lock::load(&project)?;
+            fetch(&lock.packages.iter().collect::<Vec<_>>(), &mirror, &store, &progress)?;
+        }
+        Command::Build { groups, revision, mirror } => {
+            let images = build(&project, groups, revision.as_deref(), mirror, &progress)?;
+            print_json(cli.json, &images)?;
+        }
+        Command::Up { nodes, mirror } => {
+            warn();
+            let groups = vm::groups_of(&project, nodes)?;
+            build(&project, &groups, None, mirror, &progress)?;
+            vm::up(&project, nodes, &progress)?;
+        }
+        Command::Down { nodes } => vm::down(&project, nodes, &progress)?,
+        Command::Status => {
+            let status = vm::status(&project);
+            print_json(cli.json, &status)?;
+            if !cli.json {
+                status.iter().for_each(|s| println!("{s}"));
+            }
+        }
+        Command::Console { node } => print!("{}", vm::Vm::of(&project, node)?.console()),
+        Command::Store(_) | Command::Exec { .. } => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_json(wanted: bool, value: &impl serde::Serialize) -> Result<()> {
+    if wanted {
+        print!("{}", String::from_utf8_lossy(&pretty_json(value)?));
     }
     Ok(())
+}
+
+fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress, update: bool) -> Result<()> {
+    let path = Lock::path(project);
+    if !update && Lock::load(project).is_ok() {
+        progress.say("lock", &format!("{} serves; newer packages: bakehouse lock --update", path.display()));
+        return Ok(());
+    }
+    let old = Lock::read(&path).unwrap_or(None);
+    let new = resolve(project, mirror, store, progress)?;
+    if let Some(old) = old {
+        new.changes_from(&old).iter().for_each(|line| println!("{line}"));
+    }
+    new.write(&path)
+}
+
+fn build(
+    project: &Project,
+    groups: &[String],
+    revision: Option<&str>,
+    mirror: &MirrorArg,
+    progress: &Progress,
+) -> Result<Vec<Image>> {
+    let store = Store::open()?;
+    let lock = Lock::load(project)?;
+    let groups = project.groups(groups)?;
+    let recipes: Vec<Recipe> = groups.iter().map(|g| project.recipe(g)).collect();
+    let missing: Vec<_> = recipes
+        .iter()
+        .filter(|r| !compose::in_store(r, &lock, &store))
+        .map(|r| r.group.as_str())
+        .chain([TOOLS])
+        .flat_map(|image| lock.packages_of(image, false))
+        .filter(|p| !store.has_deb(p))
+        .collect();
+    if !missing.is_empty() {
+        fetch(&missing, &Mirror::of(project, mirror.mirror.as_deref())?, &store, progress)?;
+    }
+    let build = Build { project, lock: &lock, store: &store, progress, revision };
+    groups.iter().map(|g| build.image(g)).collect()
+}
+
+fn report(e: &Error, json: bool) {
+    match e {
+        Error::Config(Diagnostics(all)) if json => {
+            if let Ok(text) = pretty_json(&all).map(|b| String::from_utf8_lossy(&b).into_owned()) {
+                print!("{text}");
+            }
+        }
+        Error::Config(Diagnostics(all)) => all.iter().for_each(|d| eprintln!("{}\n", d.render(colour()))),
+        e => {
+            let word = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
+            eprintln!("{word}: {e}");
+        }
+    }
+}
+
+fn colour() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+/// Ctrl-C ends at once: whatever was being made has no final name yet, and the sandbox and
+/// its children die with us.
+fn interruptible() {
+    let signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM]);
+    if let Ok(mut signals) = signals {
+        std::thread::spawn(move || {
+            if signals.forever().next().is_some() {
+                eprintln!("\ninterrupted; nothing half-made was kept, the same command goes on from here");
+                std::process::exit(130);
+            }
+        });
+    }
 }

@@ -1,10 +1,6 @@
 //! SHA-256, and keys of build steps.
 
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::Path;
-
 use sha2::{Digest as _, Sha256};
 
 pub fn hex(bytes: &[u8]) -> String {
@@ -16,19 +12,6 @@ pub fn hex(bytes: &[u8]) -> String {
 
 pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
-}
-
-pub fn sha256_file(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 18];
-    loop {
-        let n = file.read(&mut buffer)?;
-        if n == 0 {
-            return Ok(hex(&hash.finalize()));
-        }
-        hash.update(&buffer[..n]);
-    }
 }
 
 /// The key of a build step: a digest over named inputs, each with its length, so that no two

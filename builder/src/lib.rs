@@ -1,17 +1,29 @@
 //! `bakehouse`: a `fleet.toml` in, bootable immutable node images out.
 
+mod bake;
+mod checks;
 pub mod compose;
 mod deb822;
 mod digest;
+mod disk;
+mod elf;
 pub mod error;
 mod fetch;
+mod image;
+mod initrd;
 mod lock;
+mod manifest;
 mod mirror;
+mod plan;
 mod progress;
 mod project;
 mod resolve;
 pub mod sandbox;
 mod store;
 mod tools;
+mod tree;
+mod uki;
+mod verity;
+mod vm;
 
 pub mod cli;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::digest::sha256;
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
 use crate::store::write_atomic;
@@ -25,6 +26,9 @@ pub struct Lock {
     pub images: BTreeMap<String, LockedImage>,
     #[serde(rename = "package")]
     pub packages: Vec<Package>,
+    /// sha256 of the file.
+    #[serde(skip)]
+    pub digest: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,7 +100,7 @@ impl Lock {
             Err(e) => return Err(Error::io("read", path)(e)),
         };
         match toml::from_str::<Self>(&text) {
-            Ok(lock) if lock.format == Self::FORMAT => Ok(Some(lock)),
+            Ok(lock) if lock.format == Self::FORMAT => Ok(Some(Self { digest: sha256(text.as_bytes()), ..lock })),
             Ok(lock) => fail(format!("{} has format {}, this bakehouse reads {}; run `bakehouse lock --update`", path.display(), lock.format, Self::FORMAT)),
             Err(e) => fail(format!("{} is damaged: {}; run `bakehouse lock --update`", path.display(), e.message())),
         }

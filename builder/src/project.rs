@@ -33,6 +33,7 @@ pub struct Overlay<'a> {
 }
 
 /// What a group's image is made of: its roles' profiles merged.
+#[derive(Debug)]
 pub struct Recipe {
     pub group: String,
     pub roles: Vec<String>,
@@ -81,6 +82,11 @@ impl Project {
             Some(bytes) => Ok(bytes),
             None => crate::error::fail(format!("{path} is missing from this build of bakehouse")),
         }
+    }
+
+    /// Every profile's and overlay's file.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice()))
     }
 
     /// Groups by name, as asked for on the command line; none named means all.

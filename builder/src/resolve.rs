@@ -68,7 +68,7 @@ pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Pro
         return fail(format!("apt chose {missing}, which no index of the archive holds; try again later"));
     }
     step.done(&format!("{} packages in {} images", found.len(), images.len()));
-    Ok(Lock { format: Lock::FORMAT, epoch, images, packages: found.into_values().collect() })
+    Ok(Lock { format: Lock::FORMAT, epoch, images, packages: found.into_values().collect(), digest: String::new() })
 }
 
 /// apt's words are about a package; the user wants to know which file asked for it.

@@ -77,6 +77,16 @@ impl Store {
     }
 
     #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    #[must_use]
+    pub fn has_deb(&self, package: &crate::lock::Package) -> bool {
+        self.get(Kind::Deb, &package.sha256).is_some()
+    }
+
+    #[must_use]
     pub fn path(&self, kind: Kind, key: &str) -> PathBuf {
         self.root.join(kind.folder()).join(key)
     }

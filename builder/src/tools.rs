@@ -23,9 +23,7 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// Key of the tools, before they are there.
-    #[must_use]
-    pub fn key(lock: &Lock) -> String {
+    fn key_of(lock: &Lock) -> String {
         let mut key = Key::new("tools-1");
         for package in lock.packages_of(TOOLS, false) {
             key.add("deb", &package.sha256);
@@ -36,7 +34,7 @@ impl Tools {
     /// # Errors
     /// A package can't be unpacked.
     pub fn prepare(lock: &Lock, store: &Store, progress: &Progress) -> Result<Self> {
-        let key = Self::key(lock);
+        let key = Self::key_of(lock);
         let _guard = store.lock(Kind::Tools, &key)?;
         if let Some(dir) = store.get(Kind::Tools, &key) {
             return Ok(Self { key, dir });

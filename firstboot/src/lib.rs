@@ -1,1 +1,13 @@
+//! The agent in every image: it makes a bare machine a node.
+//!
+//! At every boot: who am I (ticket or state) → render /run from it → start the role over
+//! D-Bus → say so. Each persisted step is whole or not there, and is not done twice.
 
+pub mod agent;
+pub mod console;
+pub mod error;
+pub mod image;
+pub mod notify;
+pub mod render;
+pub mod state;
+pub mod systemd;

@@ -18,7 +18,7 @@ pub use lint::{HaRow, ha_table, lint};
 pub use overlay::{Check, FileMeta, OverlayManifest};
 pub use profile::{Disk, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
-pub use template::{RenderError, line_map, render};
+pub use template::{NodeContext, RenderError, line_map, render};
 pub use ticket::{Ticket, TicketError};
 pub use topology::{Node, Topology, slot_parts};
 

@@ -5,6 +5,16 @@ use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
 use serde::Serialize;
 
+use crate::topology::{Node, Topology};
+
+/// Variables of the templates that are rendered on the node: the same there as in the
+/// build's checks.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct NodeContext<'a> {
+    pub fleet: &'a Topology,
+    pub node: &'a Node,
+}
+
 /// A template that does not render.
 #[derive(Debug, thiserror::Error)]
 #[error("{name}:{line}: {message}")]
@@ -20,6 +30,9 @@ fn environment() -> Environment<'static> {
     // Block tags stand on lines of their own and leave no blank ones behind.
     let mut syntax = SyntaxConfig::builder();
     syntax.keep_trailing_newline(true).trim_blocks(true).lstrip_blocks(true);
+    env.add_test("contains", |list: minijinja::Value, item: minijinja::Value| {
+        list.try_iter().is_ok_and(|mut all| all.any(|v| v == item))
+    });
     env.set_syntax(syntax.build().unwrap_or_default());
     // Configuration files are not HTML: nothing is escaped.
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);

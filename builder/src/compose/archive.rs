@@ -75,8 +75,17 @@ fn append_link(tar: &mut Builder<impl io::Write>, header: &mut Header, path: &Pa
     }
 }
 
-/// Lays a tar written by [`write`] out below `root`.
+/// Lays a tar written by [`write`] out below an empty `root`.
 pub fn read(tar: &Path, root: &Path) -> io::Result<()> {
+    lay_out(tar, root, false)
+}
+
+/// Lays a tar out over a tree: its files replace those that are there.
+pub fn read_onto(tar: &Path, root: &Path) -> io::Result<()> {
+    lay_out(tar, root, true)
+}
+
+fn lay_out(tar: &Path, root: &Path, replace: bool) -> io::Result<()> {
     let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, File::open(tar)?));
     for entry in archive.entries()? {
         let mut entry = entry?;
@@ -84,9 +93,12 @@ pub fn read(tar: &Path, root: &Path) -> io::Result<()> {
         let full = root.join(&path);
         let header = entry.header();
         let (mode, uid, gid) = (header.mode()?, id(header.uid()?)?, id(header.gid()?)?);
+        if replace && !header.entry_type().is_dir() && full.symlink_metadata().is_ok() {
+            fs::remove_file(&full)?;
+        }
         match header.entry_type() {
             EntryType::Directory => {
-                if full != root.join("./") {
+                if full != root.join("./") && !(replace && full.is_dir()) {
                     fs::create_dir(&full)?;
                 }
                 chown(&full, Some(uid), Some(gid))?;

@@ -122,6 +122,8 @@ struct Commands {
     root: PathBuf,
     commands: Vec<Vec<String>>,
     stand_ins: bool,
+    /// Files to write below / once inside: path → content.
+    files: Vec<(String, String)>,
 }
 
 /// What a command said, and whether it was content.
@@ -134,7 +136,17 @@ pub struct Said {
 /// Runs commands inside a tree, one after the other up to the first that fails; its words are
 /// the error. Call it inside a sandbox only.
 pub fn in_root(root: &Path, commands: &[Vec<String>], stand_ins: bool) -> Result<(), String> {
-    let job = Commands { root: root.to_owned(), commands: commands.to_vec(), stand_ins };
+    in_root_with(root, commands, stand_ins, Vec::new())
+}
+
+/// The same, with files written first: into /run, which is fresh for each call.
+pub fn in_root_with(
+    root: &Path,
+    commands: &[Vec<String>],
+    stand_ins: bool,
+    files: Vec<(String, String)>,
+) -> Result<(), String> {
+    let job = Commands { root: root.to_owned(), commands: commands.to_vec(), stand_ins, files };
     let job = serde_json::to_vec(&job).map_err(|e| e.to_string())?;
     let mut child = Command::new("/proc/self/exe")
         .arg(IN_ROOT)
@@ -166,6 +178,12 @@ fn entered() -> Result<(), String> {
     std::io::stdin().read_to_end(&mut text).map_err(|e| e.to_string())?;
     let job: Commands = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
     enter_tree(&job.root, job.stand_ins)?;
+    for (path, content) in &job.files {
+        let path = Path::new("/").join(path);
+        let told = |e: std::io::Error| format!("{}: {e}", path.display());
+        fs::create_dir_all(path.parent().unwrap_or(Path::new("/"))).map_err(told)?;
+        fs::write(&path, content).map_err(told)?;
+    }
     for argv in &job.commands {
         let Some((program, args)) = argv.split_first() else { continue };
         let output = Command::new(program)

@@ -20,9 +20,10 @@ use std::path::{Path, PathBuf};
 use fleet::{Trim, User};
 use serde::{Deserialize, Serialize};
 
-pub use configure::{IN_ROOT, enter};
+pub use archive::read_onto;
+pub use configure::{IN_ROOT, Said, enter, in_root_with};
 pub use deb::{Deb, data_entries};
-pub use work::inner;
+pub use work::{Work, fresh_root, inner};
 
 use crate::digest::Key;
 use crate::error::{Error, Result};
@@ -32,8 +33,8 @@ use crate::project::Recipe;
 use crate::sandbox;
 use crate::store::{Kind, Store};
 
-/// Raise when what compose makes of the same packages changes.
-const VERSION: &str = "compose-1";
+/// Digest of compose's own code: another program's layers are not reused.
+const CODE: &str = env!("CODE_COMPOSE");
 
 /// What the sandbox is to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -111,10 +112,10 @@ impl Layer {
     }
 }
 
-/// Key of a group's layer, before it is made.
+/// Whether the group's layer is made: then no package of it is needed.
 #[must_use]
-pub fn layer_key(recipe: &Recipe, lock: &Lock) -> String {
-    plan(recipe, lock).1
+pub fn in_store(recipe: &Recipe, lock: &Lock, store: &Store) -> bool {
+    store.get(Kind::Layer, &plan(recipe, lock).1).is_some()
 }
 
 /// The layer of a group; made if it is not in the store.
@@ -162,7 +163,7 @@ pub fn compose(recipe: &Recipe, lock: &Lock, store: &Store, progress: &Progress)
     }
     let bytes: u64 = all.iter().map(|p| p.installed_size * 1024).sum();
     let job = Job { work, ram: fits_in_memory(bytes), start, stages, trim: rules(recipe), users: users(recipe) };
-    let info: LayerInfo = sandbox::run(&job).map_err(|e| match e {
+    let info: LayerInfo = sandbox::run(&Work::Compose(job)).map_err(|e| match e {
         Error::Failed(words) => Error::Failed(format!("{name}: the packages could not be put together:\n{words}")),
         e => e,
     })?;
@@ -179,7 +180,7 @@ pub fn compose(recipe: &Recipe, lock: &Lock, store: &Store, progress: &Progress)
 
 /// Keys of the shared base, if this image has one, and of the layer itself.
 fn plan(recipe: &Recipe, lock: &Lock) -> (Option<String>, String) {
-    let mut common = Key::new(VERSION);
+    let mut common = Key::new(CODE);
     for rule in rules(recipe) {
         common.add(if rule.keep { "keep" } else { "drop" }, &rule.pattern);
     }
@@ -220,7 +221,7 @@ fn users(recipe: &Recipe) -> BTreeMap<String, (u32, String, bool)> {
 }
 
 /// Whether a tree of this size, and the compressed files beside it, fit in free memory.
-fn fits_in_memory(bytes: u64) -> bool {
+pub(crate) fn fits_in_memory(bytes: u64) -> bool {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     kib.is_some_and(|kib| kib * 1024 > bytes + bytes / 2 + (512 << 20))

@@ -3,12 +3,14 @@
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
+use serde::{Deserialize, Serialize};
 
 use super::unpack::{Trimmer, Unpacked, unpack};
 use super::{Job, LayerInfo, Stage, archive, configure, dpkgdb, finish};
+use crate::checks;
 
 /// Does the job on standard input, answers on standard output. Returns the exit code.
 pub fn inner() -> u8 {
@@ -19,13 +21,16 @@ pub fn inner() -> u8 {
     let done = std::io::stdin()
         .read_to_end(&mut text)
         .map_err(|e| e.to_string())
-        .and_then(|_| serde_json::from_slice::<Job>(&text).map_err(|e| e.to_string()))
-        .and_then(|job| work(&job));
+        .and_then(|_| serde_json::from_slice::<Work>(&text).map_err(|e| e.to_string()))
+        .and_then(|work| {
+            match work {
+                Work::Compose(job) => compose(&job).map(|info| serde_json::to_string(&info)),
+                Work::Check(job) => checks::work(&job).map(|said| serde_json::to_string(&said)),
+            }?
+            .map_err(|e| e.to_string())
+        });
     match done {
-        Ok(info) => {
-            let answer = serde_json::to_string(&info).unwrap_or_default();
-            u8::from(writeln!(std::io::stdout(), "{answer}").is_err())
-        }
+        Ok(answer) => u8::from(writeln!(std::io::stdout(), "{answer}").is_err()),
         Err(e) => {
             eprintln!("{e}");
             1
@@ -33,17 +38,29 @@ pub fn inner() -> u8 {
     }
 }
 
-fn work(job: &Job) -> Result<LayerInfo, String> {
+/// What the sandbox can do.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Work {
+    Compose(Job),
+    Check(checks::Job),
+}
+
+/// A bare folder for a tree, in memory if so wished.
+pub fn fresh_root(work: &Path, ram: bool) -> Result<PathBuf, String> {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(|e| format!("cannot make mounts private: {e}"))?;
-    if job.ram {
-        let options = "mode=0755,size=90%";
-        mount(Some("tmpfs"), &job.work, Some("tmpfs"), MsFlags::empty(), Some(options))
+    if ram {
+        mount(Some("tmpfs"), work, Some("tmpfs"), MsFlags::empty(), Some("mode=0755,size=90%"))
             .map_err(|e| format!("cannot mount a tmpfs: {e}"))?;
     }
-    let root = job.work.join("root");
+    let root = work.join("root");
     fs::create_dir(&root).map_err(|e| format!("{}: {e}", root.display()))?;
     fs::set_permissions(&root, Permissions::from_mode(0o755)).map_err(|e| e.to_string())?;
+    Ok(root)
+}
+
+fn compose(job: &Job) -> Result<LayerInfo, String> {
+    let root = fresh_root(&job.work, job.ram)?;
     if let Some(start) = &job.start {
         archive::read(start, &root).map_err(|e| format!("{}: {e}", start.display()))?;
     }
@@ -60,16 +77,15 @@ fn work(job: &Job) -> Result<LayerInfo, String> {
 }
 
 fn stage(job: &Job, stage: &Stage, root: &Path, trim: &Trimmer) -> Result<LayerInfo, String> {
-    let t=std::time::Instant::now(); let lg=|w:&str| {use std::io::Write as _; let mut f=fs::OpenOptions::new().append(true).create(true).open("/tmp/compose.log").unwrap(); writeln!(f,"{w} {:?}",t.elapsed()).unwrap();};
     let packages = unpack(&stage.debs, root, trim)?;
     dpkgdb::write(root, &packages).map_err(|e| format!("cannot write dpkg's database: {e}"))?;
-    lg("unpack");let names = |essential: bool| -> Vec<String> {
+    let names = |essential: bool| -> Vec<String> {
         packages.iter().filter(|p: &&Unpacked| !essential || p.essential).map(|p| p.deb.info_name()).collect()
     };
     configure::configure(root, &names(false), &names(true), &job.users)?;
-    lg("conf");drop(packages);
+    drop(packages);
     let kernel = if stage.finish { finish::finish(root, &stage.out)? } else { String::new() };
-    lg("fin");let (bytes, files) =
+    let (bytes, files) =
         archive::write(root, &stage.out.join("root.tar")).map_err(|e| format!("cannot write the layer: {e}"))?;
-    lg("tar");Ok(LayerInfo { kernel, bytes, files })
+    Ok(LayerInfo { kernel, bytes, files })
 }

@@ -1,0 +1,202 @@
+//! Every configuration is handed to the daemon that will read it, inside the image's own
+//! tree: what is the same on all nodes once, what is rendered on the node for every slot.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use fleet::{Diagnostic, Diagnostics, NodeContext, Severity};
+use serde::{Deserialize, Serialize};
+
+use crate::bake::{Baked, Content, OverlayCheck};
+use crate::compose::{self, Layer, Said, Work, fits_in_memory, fresh_root, in_root_with};
+use crate::digest::Key;
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::project::{Project, Recipe};
+use crate::sandbox;
+use crate::store::{Kind, Store, write_atomic};
+
+/// What the sandbox is to check.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Job {
+    work: PathBuf,
+    ram: bool,
+    layer: PathBuf,
+    baked: PathBuf,
+    cases: Vec<Case>,
+}
+
+/// One command, with the files of one node.
+#[derive(Debug, Serialize, Deserialize)]
+struct Case {
+    files: Vec<(String, String)>,
+    command: Vec<String>,
+}
+
+/// Asks every daemon whose answer is not known yet; returns how many were asked.
+///
+/// # Errors
+/// A daemon says no: its words, with the template and its line.
+pub fn check(
+    project: &Project,
+    recipe: &Recipe,
+    layer: &Layer,
+    baked: &Baked,
+    baked_tar: &Path,
+    store: &Store,
+    progress: &Progress,
+) -> Result<usize> {
+    let mut open = Vec::new();
+    let nodes: Vec<&fleet::Node> = project.topology.nodes.iter().filter(|n| n.group == recipe.group).collect();
+    for check in &baked.checks {
+        let per_node = check.check.of.iter().any(|f| f.starts_with("run/"));
+        for node in nodes.iter().take(if per_node { nodes.len() } else { 1 }) {
+            let context = NodeContext { fleet: &project.topology, node };
+            let files = baked
+                .templates
+                .iter()
+                .map(|(path, t)| Ok((path.clone(), fleet::render(&t.origin, &t.text, &context)?)))
+                .collect::<Result<Vec<_>>>()?;
+            let key = key(layer, check, baked, &files);
+            if store.get(Kind::Check, &key).is_none() {
+                open.push((check, *node, key, files));
+            }
+        }
+    }
+    if open.is_empty() {
+        return Ok(0);
+    }
+    let step = progress.step("check", &format!("{}: {} configurations", recipe.group, open.len()));
+    let work = store.scratch(Kind::Check, &recipe.group);
+    fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
+    let job = Job {
+        work: work.clone(),
+        ram: fits_in_memory(layer.info()?.bytes),
+        layer: layer.tar(),
+        baked: baked_tar.to_owned(),
+        cases: open.iter().map(|(check, _, _, files)| Case { files: files.clone(), command: check.check.command.clone() }).collect(),
+    };
+    let said: Result<Vec<Said>> = sandbox::run(&Work::Check(job));
+    let _ = fs::remove_dir_all(&work);
+    let mut wrong = Vec::new();
+    for ((check, node, key, _), said) in open.iter().zip(said?) {
+        if said.ok {
+            write_atomic(&store.path(Kind::Check, key), b"")?;
+        } else {
+            wrong.push(diagnose(project, check, node, baked, &said.text));
+        }
+    }
+    if !wrong.is_empty() {
+        return Err(Error::Config(Diagnostics(wrong)));
+    }
+    step.done(&format!("{}: {} configurations accepted", recipe.group, open.len()));
+    Ok(open.len())
+}
+
+/// The sandbox's part: the tree once, the cases side by side.
+pub fn work(job: &Job) -> Result<Vec<Said>, String> {
+    let root = fresh_root(&job.work, job.ram)?;
+    compose::read_onto(&job.layer, &root).map_err(|e| format!("{}: {e}", job.layer.display()))?;
+    compose::read_onto(&job.baked, &root).map_err(|e| format!("{}: {e}", job.baked.display()))?;
+    let next = AtomicUsize::new(0);
+    let answers = Mutex::new(BTreeMap::new());
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(case) = job.cases.get(i) else { break };
+                    let answer = match in_root_with(&root, &[case.command.clone()], false, case.files.clone()) {
+                        Ok(()) => Said { ok: true, text: String::new() },
+                        Err(text) => Said { ok: false, text },
+                    };
+                    answers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(i, answer);
+                }
+            });
+        }
+    });
+    if !job.ram {
+        let _ = fs::remove_dir_all(&root);
+    }
+    Ok(answers.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_values().collect())
+}
+
+/// An answer holds as long as the daemon, the command and the files it reads are the same.
+fn key(layer: &Layer, check: &OverlayCheck, baked: &Baked, files: &[(String, String)]) -> String {
+    let mut key = Key::new("check-1");
+    key.add("layer", &layer.key);
+    for word in &check.check.command {
+        key.add("word", word);
+    }
+    let read = |path: &str| {
+        check.check.of.iter().any(|of| path == of || (of.ends_with('/') && path.starts_with(of.as_str())))
+    };
+    for (path, text) in files.iter().filter(|(p, _)| read(p)) {
+        key.add(path, text);
+    }
+    for (path, entry) in baked.entries.iter().filter(|(p, _)| read(p)) {
+        match &entry.content {
+            Content::File(bytes) => key.add(path, bytes),
+            Content::Link(target) => key.add(path, target),
+        };
+    }
+    key.finish()
+}
+
+fn diagnose(project: &Project, check: &OverlayCheck, node: &fleet::Node, baked: &Baked, words: &str) -> Diagnostic {
+    let spoken_of = check.check.of.iter().find_map(|path| Some((path, line_in(words, path)?)));
+    let (path, line) = match spoken_of {
+        Some((path, line)) => (path.as_str(), line),
+        None => (check.check.of.first().map_or("", String::as_str), 0),
+    };
+    let file = match baked.templates.get(path) {
+        Some(template) => {
+            let context = NodeContext { fleet: &project.topology, node };
+            let map = fleet::line_map(&template.origin, &template.text, &context);
+            match line.checked_sub(1).and_then(|l| map.get(l)).filter(|l| **l > 0) {
+                Some(line) => format!("{}:{line}", template.origin),
+                None => template.origin.clone(),
+            }
+        }
+        None => match baked.entries.get(path) {
+            Some(entry) if line > 0 => format!("{}:{line}", entry.origin),
+            Some(entry) => entry.origin.clone(),
+            None => format!("overlays/{}", check.overlay),
+        },
+    };
+    let program = check.check.command.first().map_or("", String::as_str);
+    let message = format!("{program} does not accept what {} would get:\n{}", node.name, words.trim_end());
+    Diagnostic::whole_file(Severity::Error, &file, message, None)
+}
+
+/// The line of `path` that a daemon's words are about: `path:14`, `path: Line 14`.
+fn line_in(words: &str, path: &str) -> Option<usize> {
+    let after = &words[words.find(path)? + path.len()..];
+    let digits_at = |text: &str| {
+        let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().ok()
+    };
+    let after = after.trim_start_matches([':', ' ', ',', '\'', ']']);
+    let after = after.strip_prefix("Line ").or_else(|| after.strip_prefix("line ")).unwrap_or(after);
+    digits_at(after)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_in_each_daemons_words() {
+        for words in [
+            "[ALERT] (7) : config : parsing [/run/haproxy/haproxy.cfg:14] : unknown keyword 'frob'",
+            "/run/haproxy/haproxy.cfg:14:3-7 Error: syntax error",
+            "(/run/haproxy/haproxy.cfg: Line 14) Unknown keyword 'frob'",
+        ] {
+            assert_eq!(line_in(words, "run/haproxy/haproxy.cfg"), Some(14), "{words}");
+        }
+        assert_eq!(line_in("nothing about it", "run/x"), None);
+    }
+}

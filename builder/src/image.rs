@@ -1,0 +1,373 @@
+//! `bakehouse build`: from a locked fleet to a bootable disk image of each group.
+//!
+//! Root = the packages' erofs, made once per set of packages, with the baked files appended.
+//! It is always that, in this order, so that a cold and a warm build give the same bytes.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use serde::{Deserialize, Serialize};
+
+use crate::bake::{self, Baked, pretty_json};
+use crate::compose::{self, Layer};
+use crate::digest::{Key, sha256};
+use crate::disk::{self, Content, Slots};
+use crate::error::{Error, Result, fail};
+use crate::lock::Lock;
+use crate::manifest::{Manifest, Sizes, package_list, spdx};
+use crate::progress::Progress;
+use crate::project::{Project, Recipe};
+use crate::store::{Kind, Store, write_atomic};
+use crate::tools::{Tools, run};
+use crate::tree::Tree;
+use crate::{checks, initrd, uki, verity};
+
+/// What builds of all groups share.
+pub struct Build<'a> {
+    pub project: &'a Project,
+    pub lock: &'a Lock,
+    pub store: &'a Store,
+    pub progress: &'a Progress,
+    /// Revision of the user's sources, for the manifest.
+    pub revision: Option<&'a str>,
+}
+
+/// A built image.
+#[derive(Clone, Debug, Serialize)]
+pub struct Image {
+    pub group: String,
+    pub disk: PathBuf,
+    pub uki: PathBuf,
+    pub manifest: PathBuf,
+    /// Nothing had to be done.
+    pub unchanged: bool,
+}
+
+/// What an image was made from, kept beside it: to know that nothing changed, and to say what did.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    inputs: BTreeMap<String, String>,
+    /// Name, bytes and time of each file made.
+    outputs: Vec<(String, u64, u64)>,
+}
+
+impl Build<'_> {
+    /// Builds a group's image.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being whole; nothing half-made has the final name.
+    pub fn image(&self, group: &str) -> Result<Image> {
+        let recipe = self.project.recipe(group);
+        let slots = bake::slots(self.project, &recipe)?;
+        let agent_path = agent()?;
+        let agent = fs::read(&agent_path).map_err(Error::io("read", &agent_path))?;
+        let inputs = self.inputs(&recipe, &agent);
+        let out = self.project.out_dir(group);
+        let name = format!("{}_{}", bake::image_id(self.project, group), self.project.topology.version);
+        let path = |suffix: &str| out.join(format!("{name}{suffix}"));
+        let mut image = Image {
+            group: group.to_owned(),
+            disk: path(".raw"),
+            uki: path(".efi"),
+            manifest: path(".manifest.json"),
+            unchanged: true,
+        };
+        fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
+        let _guard = self.store.lock(Kind::Erofs, &sha256(out.as_os_str().as_encoded_bytes()))?;
+        let why = self.stale(&out, &name, &inputs);
+        let Some(why) = why else {
+            self.progress.say("build", &format!("{group}: unchanged"));
+            return Ok(image);
+        };
+        self.progress.verbose("why", &format!("{group}: {why}"));
+        image.unchanged = false;
+        self.room(&recipe, slots, &out)?;
+
+        let tools = Tools::prepare(self.lock, self.store, self.progress)?;
+        let layer = compose::compose(&recipe, self.lock, self.store, self.progress)?;
+        let tree = Tree::open(&layer.tar())?;
+        let info = layer.info()?;
+        let baked = bake::bake(self.project, &recipe, &tree, &agent)?;
+
+        let scratch = tempfile::Builder::new().prefix(".build-").tempdir_in(&out).map_err(Error::io("write in", &out))?;
+        let baked_tar = scratch.path().join("baked.tar");
+        baked.write_tar(&tree, &baked_tar)?;
+        // The daemons' opinion, the initrd and the root wait for nothing of each other.
+        let (root, initrd) = std::thread::scope(|scope| {
+            let checked = scope.spawn(|| {
+                checks::check(self.project, &recipe, &layer, &baked, &baked_tar, self.store, self.progress)
+            });
+            let initrd = scope.spawn(|| self.initrd(&tree, &layer, &info.kernel));
+            let root = self.root(&layer, &tools, &baked_tar, scratch.path());
+            let panicked = |_| Error::Failed("a build thread panicked".to_owned());
+            checked.join().map_err(panicked)??;
+            Ok::<_, Error>((root?, initrd.join().map_err(panicked)??))
+        })?;
+        if root.size > slots.root {
+            return fail(format!(
+                "{group}: the root takes {} MiB and its slot has {}; raise `[image] root_size` (on running nodes: reinstall)",
+                root.size >> 20,
+                slots.root >> 20
+            ));
+        }
+        let step = self.progress.step("assemble", group);
+        let uki = self.uki(&recipe, &tools, &layer, &baked, &root.hash, &initrd, &info.kernel)?;
+        let esp = self.boot_files(&recipe, &tools, uki.clone())?;
+        let disk = scratch.path().join("disk");
+        let content =
+            Content { label: &name, root: &root.path, verity: &root.verity, roothash: &root.hash, esp, epoch: self.lock.epoch };
+        disk::write(&disk, slots, &content, &tools, scratch.path())?;
+        let packages = self.lock.packages_of(group, false);
+        let manifest = Manifest {
+            format: 1,
+            id: &bake::image_id(self.project, group),
+            version: &self.project.topology.version,
+            fleet: &self.project.topology.name,
+            group,
+            roles: &recipe.roles,
+            revision: self.revision,
+            bakehouse: env!("CARGO_PKG_VERSION"),
+            lock: &inputs["bakehouse.lock"],
+            kernel: &info.kernel,
+            roothash: &root.hash,
+            sizes: Sizes { disk: slots.disk(), root_slot: slots.root, root: root.size, uki: uki.len() as u64, tree: info.bytes },
+            agent: &inputs["the agent"],
+            packages: package_list(&packages),
+        };
+        let manifest = pretty_json(&manifest)?;
+        let sbom = spdx(&bake::image_id(self.project, group), &self.project.topology.version, self.lock.epoch, &packages)?;
+        let sums: String = [(".efi", &uki), (".manifest.json", &manifest), (".spdx.json", &sbom)]
+            .iter()
+            .map(|(suffix, bytes)| format!("{}  {name}{suffix}\n", sha256(bytes)))
+            .collect();
+        // The stamp goes first and comes last: between, the files belong to no build.
+        let _ = fs::remove_file(out.join("stamp.json"));
+        for (suffix, bytes) in [(".efi", &uki), (".manifest.json", &manifest), (".spdx.json", &sbom)] {
+            write_atomic(&path(suffix), bytes)?;
+        }
+        write_atomic(&out.join("SHA256SUMS"), sums.as_bytes())?;
+        fs::rename(&disk, &image.disk).map_err(Error::io("rename", &disk))?;
+        let outputs = outputs(&out, &name)?;
+        write_atomic(&out.join("stamp.json"), &pretty_json(&Stamp { inputs, outputs })?)?;
+        step.done(&format!(
+            "{group}: {} ({:.1} MB root, {:.1} MB UKI, {:.0} MB disk)",
+            image.disk.display(),
+            root.size as f64 / 1e6,
+            uki.len() as f64 / 1e6,
+            slots.disk() as f64 / 1e6
+        ));
+        Ok(image)
+    }
+
+    /// Everything the image depends on, by name.
+    fn inputs(&self, recipe: &Recipe, agent: &[u8]) -> BTreeMap<String, String> {
+        let mut inputs = BTreeMap::from([
+            ("bakehouse itself".to_owned(), env!("CODE_ALL").to_owned()),
+            ("bakehouse.lock".to_owned(), self.lock.digest.clone()),
+            ("the agent".to_owned(), sha256(agent)),
+            ("fleet.toml".to_owned(), sha256(format!("{:?} {recipe:?}", self.project.topology).as_bytes())),
+            ("--revision".to_owned(), self.revision.unwrap_or_default().to_owned()),
+        ]);
+        let overlays: Vec<String> = recipe.overlays.iter().map(|o| format!("overlays/{o}/")).collect();
+        for (path, bytes) in self.project.files() {
+            if path == "profiles/initrd.toml" || overlays.iter().any(|o| path.starts_with(o)) {
+                inputs.insert(path.to_owned(), sha256(bytes));
+            }
+        }
+        inputs
+    }
+
+    /// Why the image has to be made; `None` when it is there and of these inputs.
+    fn stale(&self, out: &Path, name: &str, inputs: &BTreeMap<String, String>) -> Option<String> {
+        let stamp = fs::read(out.join("stamp.json")).ok().and_then(|b| serde_json::from_slice::<Stamp>(&b).ok());
+        let Some(stamp) = stamp else { return Some("there is no finished build of it".to_owned()) };
+        let all: std::collections::BTreeSet<&String> = stamp.inputs.keys().chain(inputs.keys()).collect();
+        let changed: Vec<&str> =
+            all.into_iter().filter(|k| stamp.inputs.get(*k) != inputs.get(*k)).map(String::as_str).collect();
+        if !changed.is_empty() {
+            return Some(format!("changed: {}", changed.join(", ")));
+        }
+        match outputs(out, name) {
+            Ok(found) if found == stamp.outputs => None,
+            _ => Some("its files were touched since".to_owned()),
+        }
+    }
+
+    /// Said before the work, with numbers.
+    fn room(&self, recipe: &Recipe, slots: Slots, out: &Path) -> Result<()> {
+        let packages = self.lock.packages_of(&recipe.group, false);
+        // A .deb is compressed harder than a root is, and holds more: less than a third of
+        // the slot's overflow can't be known before, two thirds can.
+        let debs: u64 = packages.iter().map(|p| p.size).sum();
+        if debs / 2 > slots.root {
+            return fail(format!(
+                "{}: {} packages of {} MiB compressed don't fit a root slot of {} MiB; raise `[image] root_size`",
+                recipe.group,
+                packages.len(),
+                debs >> 20,
+                slots.root >> 20
+            ));
+        }
+        let installed: u64 = packages.iter().map(|p| p.installed_size * 1024).sum();
+        let free = |path: &Path| nix::sys::statvfs::statvfs(path).map_or(u64::MAX, |s| s.blocks_available() * s.fragment_size());
+        for (path, need, what) in [
+            (self.store.root(), installed * 2, "the store"),
+            (out, installed, "the image"),
+        ] {
+            if free(path) < need {
+                return fail(format!(
+                    "{}: {what} may take {} MiB in {} and {} are free; make room or set BAKEHOUSE_STORE",
+                    recipe.group,
+                    need >> 20,
+                    path.display(),
+                    free(path) >> 20
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn initrd(&self, tree: &Tree, layer: &Layer, kernel: &str) -> Result<Vec<u8>> {
+        let recipe = self.project.file("profiles/initrd.toml")?;
+        let key = Key::new(initrd::CODE).add("layer", &layer.key).add("recipe", recipe).finish();
+        if let Some(path) = self.store.get(Kind::Initrd, &key) {
+            return fs::read(&path).map_err(Error::io("read", &path));
+        }
+        let step = self.progress.step("initrd", "composing");
+        let bytes = initrd::compose(tree, kernel, recipe)?;
+        write_atomic(&self.store.path(Kind::Initrd, &key), &bytes)?;
+        step.done(&format!("{:.1} MB", bytes.len() as f64 / 1e6));
+        Ok(bytes)
+    }
+
+    /// The packages' erofs from the store, and the baked files appended to a copy.
+    fn root(&self, layer: &Layer, tools: &Tools, baked_tar: &Path, scratch: &Path) -> Result<Root> {
+        let base = self.packages_erofs(layer, tools)?;
+        let path = scratch.join("root.erofs");
+        fs::copy(base.join("root.erofs"), &path).map_err(Error::io("copy", &base))?;
+        run(self.mkfs(tools).arg("--incremental=data").arg(&path).arg(baked_tar), "mkfs.erofs")?;
+        let known = fs::read(base.join("leaves")).map_err(Error::io("read", &base))?;
+        let leaves = leaves_of(&path, &base.join("root.erofs"), &known).map_err(Error::io("read", &path))?;
+        let (verity, hash) = verity::tree(&leaves);
+        let size = (leaves.len() / 32 * verity::BLOCK) as u64;
+        Ok(Root { path, size, verity, hash })
+    }
+
+    fn packages_erofs(&self, layer: &Layer, tools: &Tools) -> Result<PathBuf> {
+        let key = Key::new("erofs-1")
+            .add("layer", &layer.key)
+            .add("tools", &tools.key)
+            .add("options", format!("{:?}", self.mkfs(tools).get_args().skip(3).collect::<Vec<_>>()))
+            .finish();
+        let _guard = self.store.lock(Kind::Erofs, &key)?;
+        if let Some(dir) = self.store.get(Kind::Erofs, &key) {
+            return Ok(dir);
+        }
+        let step = self.progress.step("erofs", "compressing the packages");
+        let dir = self.store.scratch(Kind::Erofs, &key);
+        fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+        let path = dir.join("root.erofs");
+        run(self.mkfs(tools).arg(&path).arg(layer.tar()), "mkfs.erofs")?;
+        let data = fs::read(&path).map_err(Error::io("read", &path))?;
+        fs::write(dir.join("leaves"), verity::leaves(&data)).map_err(Error::io("write", &dir))?;
+        let put = self.store.put(Kind::Erofs, &key, &dir)?;
+        step.done(&format!("{:.1} MB", data.len() as f64 / 1e6));
+        Ok(put)
+    }
+
+    /// lz4: the fastest to make and to read. Appending repeats every option.
+    fn mkfs(&self, tools: &Tools) -> std::process::Command {
+        let mut command = tools.command("usr/bin/mkfs.erofs");
+        command.args(["--quiet", "-zlz4", "-C65536", "--all-time", "-Uba4e4005-e000-4000-8000-00000000e0f5", "--tar=f"]);
+        command.arg(format!("-T{}", self.lock.epoch));
+        command
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn uki(
+        &self,
+        recipe: &Recipe,
+        tools: &Tools,
+        layer: &Layer,
+        baked: &Baked,
+        roothash: &str,
+        initrd: &[u8],
+        kernel: &str,
+    ) -> Result<Vec<u8>> {
+        let read = |path: PathBuf| fs::read(&path).map_err(Error::io("read", &path));
+        let words: Vec<&str> = recipe.profiles.iter().flat_map(|p| &p.cmdline).map(String::as_str).collect();
+        uki::build(&uki::Parts {
+            stub: &read(tools.file("usr/lib/systemd/boot/efi/linuxx64.efi.stub"))?,
+            kernel: &read(layer.kernel())?,
+            initrd,
+            cmdline: &format!("roothash={roothash} {}", words.join(" ")),
+            os_release: &baked.os_release,
+            uname: kernel,
+        })
+    }
+
+    fn boot_files(&self, recipe: &Recipe, tools: &Tools, uki: Vec<u8>) -> Result<BTreeMap<String, Vec<u8>>> {
+        let boot = tools.file("usr/lib/systemd/boot/efi/systemd-bootx64.efi");
+        let boot = fs::read(&boot).map_err(Error::io("read", &boot))?;
+        let id = bake::image_id(self.project, &recipe.group);
+        Ok(BTreeMap::from([
+            ("EFI/BOOT/BOOTX64.EFI".to_owned(), boot.clone()),
+            ("EFI/systemd/systemd-bootx64.efi".to_owned(), boot),
+            // Three tries, then the version before it.
+            (format!("EFI/Linux/{id}_{}+3.efi", self.project.topology.version), uki),
+            ("loader/loader.conf".to_owned(), b"timeout 0\neditor no\n".to_vec()),
+            ("loader/entries.srel".to_owned(), b"type1\n".to_vec()),
+        ]))
+    }
+}
+
+struct Root {
+    path: PathBuf,
+    size: u64,
+    verity: Vec<u8>,
+    hash: String,
+}
+
+/// Verity leaves of a file of which most blocks are those of `base`.
+fn leaves_of(path: &Path, base: &Path, known: &[u8]) -> std::io::Result<Vec<u8>> {
+    const CHUNK: usize = 4 << 20;
+    let (mut file, mut base) = (File::open(path)?, File::open(base)?);
+    let (mut data, mut old) = (Vec::new(), Vec::new());
+    let mut leaves = Vec::new();
+    loop {
+        data.clear();
+        old.clear();
+        file.by_ref().take(CHUNK as u64).read_to_end(&mut data)?;
+        base.by_ref().take(CHUNK as u64).read_to_end(&mut old)?;
+        if data.is_empty() {
+            return Ok(leaves);
+        }
+        let from = leaves.len().min(known.len());
+        leaves.extend(verity::leaves_from(&data, &old, &known[from..]));
+    }
+}
+
+fn outputs(out: &Path, name: &str) -> Result<Vec<(String, u64, u64)>> {
+    [".raw", ".efi", ".manifest.json", ".spdx.json"]
+        .iter()
+        .map(|suffix| {
+            let path = out.join(format!("{name}{suffix}"));
+            let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
+            let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos());
+            Ok((format!("{name}{suffix}"), meta.len(), u64::try_from(time).unwrap_or(0)))
+        })
+        .collect()
+}
+
+/// The agent's binary: installed beside this one.
+fn agent() -> Result<PathBuf> {
+    let own = std::env::current_exe().map_err(Error::io("find", "bakehouse's own program"))?;
+    let path = own.with_file_name("firstboot");
+    if path.is_file() {
+        return Ok(path);
+    }
+    fail(format!("the agent {} is missing; build it with `cargo build --release`", path.display()))
+}

@@ -1,0 +1,146 @@
+//! A layer's tar, indexed: any file of the tree without unpacking it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use tar::EntryType;
+
+use crate::error::{Error, Result, fail};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Node {
+    Dir,
+    /// Place in the tar.
+    File { offset: u64, size: u64 },
+    Link(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub node: Node,
+}
+
+/// Paths are relative to the root, without a leading `/`; the root itself is the empty one.
+pub struct Tree {
+    file: File,
+    entries: BTreeMap<String, Entry>,
+}
+
+impl Tree {
+    /// # Errors
+    /// The tar can't be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let mut entries: BTreeMap<String, Entry> = BTreeMap::new();
+        let mut archive = tar::Archive::new(&file);
+        for entry in archive.entries_with_seek().map_err(Error::io("read", path))? {
+            let entry = entry.map_err(Error::io("read", path))?;
+            let name = String::from_utf8_lossy(&entry.path_bytes()).trim_start_matches("./").trim_end_matches('/').to_owned();
+            let header = entry.header();
+            let number = |n: std::io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(0)).map_err(Error::io("read", path));
+            let target = || entry.link_name_bytes().map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
+            let node = match header.entry_type() {
+                EntryType::Directory => Node::Dir,
+                EntryType::Symlink => Node::Link(target()),
+                EntryType::Link => match entries.get(target().trim_start_matches("./")) {
+                    Some(first) => first.node.clone(),
+                    None => return fail(format!("{}: {name} is linked to nothing", path.display())),
+                },
+                _ => Node::File { offset: entry.raw_file_position(), size: entry.size() },
+            };
+            let made = Entry {
+                mode: header.mode().map_err(Error::io("read", path))?,
+                uid: number(header.uid())?,
+                gid: number(header.gid())?,
+                node,
+            };
+            entries.insert(name, made);
+        }
+        Ok(Self { file, entries })
+    }
+
+    #[must_use]
+    pub fn get(&self, path: &str) -> Option<&Entry> {
+        self.entries.get(path)
+    }
+
+    /// Entries below a folder, by path.
+    pub fn below<'a>(&'a self, dir: &'a str) -> impl Iterator<Item = (&'a str, &'a Entry)> {
+        let prefix = format!("{dir}/");
+        self.entries
+            .range(prefix.clone()..)
+            .take_while(move |(p, _)| p.starts_with(&prefix))
+            .map(|(p, e)| (p.as_str(), e))
+    }
+
+    /// # Errors
+    /// It is not a file, or the tar can't be read.
+    pub fn read(&self, path: &str) -> Result<Vec<u8>> {
+        let Some(Entry { node: Node::File { offset, size }, .. }) = self.entries.get(path) else {
+            return fail(format!("the image has no file /{path}"));
+        };
+        let mut bytes = vec![0; usize::try_from(*size).unwrap_or(usize::MAX)];
+        self.file.read_exact_at(&mut bytes, *offset).map_err(Error::io("read", path))?;
+        Ok(bytes)
+    }
+
+    /// # Errors
+    /// As [`Tree::read`], or it is no text.
+    pub fn read_text(&self, path: &str) -> Result<String> {
+        String::from_utf8(self.read(path)?).map_err(|_| Error::Failed(format!("/{path} is not UTF-8 text")))
+    }
+
+    /// Follows symbolic links; calls `on_link` with each. The path is canonical after.
+    pub fn resolve(&self, path: &str, on_link: &mut dyn FnMut(&str, &str)) -> Option<String> {
+        let mut todo: Vec<String> = path.split('/').rev().filter(|p| !p.is_empty()).map(str::to_owned).collect();
+        let mut done: Vec<String> = Vec::new();
+        let mut hops = 0;
+        while let Some(part) = todo.pop() {
+            match part.as_str() {
+                "." => continue,
+                ".." => {
+                    done.pop();
+                    continue;
+                }
+                _ => done.push(part),
+            }
+            let here = done.join("/");
+            match &self.entries.get(&here)?.node {
+                Node::Link(target) => {
+                    hops += 1;
+                    if hops > 40 {
+                        return None;
+                    }
+                    on_link(&here, target);
+                    done.pop();
+                    if target.starts_with('/') {
+                        done.clear();
+                    }
+                    todo.extend(target.split('/').rev().filter(|p| !p.is_empty()).map(str::to_owned));
+                }
+                Node::Dir | Node::File { .. } => {}
+            }
+        }
+        Some(done.join("/"))
+    }
+
+    /// Ids by name, from `etc/passwd` or `etc/group`.
+    ///
+    /// # Errors
+    /// The file is missing.
+    pub fn ids(&self, file: &str) -> Result<BTreeMap<String, u32>> {
+        let text = self.read_text(file)?;
+        Ok(text
+            .lines()
+            .filter_map(|l| {
+                let mut fields = l.split(':');
+                Some((fields.next()?.to_owned(), fields.nth(1)?.parse().ok()?))
+            })
+            .collect())
+    }
+}

@@ -1,0 +1,96 @@
+//! A unified kernel image: systemd's EFI stub with kernel, initrd and command line as
+//! sections of the PE file.
+
+use crate::error::{Result, fail};
+
+/// Content of the sections.
+pub struct Parts<'a> {
+    pub stub: &'a [u8],
+    pub kernel: &'a [u8],
+    pub initrd: &'a [u8],
+    pub cmdline: &'a str,
+    pub os_release: &'a str,
+    pub uname: &'a str,
+}
+
+/// # Errors
+/// The stub is not a PE file with room for the sections.
+pub fn build(parts: &Parts) -> Result<Vec<u8>> {
+    let sections: [(&[u8; 8], &[u8]); 5] = [
+        (b".osrel\0\0", parts.os_release.as_bytes()),
+        (b".cmdline", parts.cmdline.as_bytes()),
+        (b".uname\0\0", parts.uname.as_bytes()),
+        (b".initrd\0", parts.initrd),
+        (b".linux\0\0", parts.kernel),
+    ];
+    match append(parts.stub, &sections) {
+        Some(uki) => Ok(uki),
+        None => fail("systemd's EFI stub is not the PE file it should be; run `bakehouse lock --update`"),
+    }
+}
+
+const SECTION: usize = 40;
+/// Initialised data, readable.
+const FLAGS: u32 = 0x4000_0040;
+
+fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<Vec<u8>> {
+    let u16_at = |at: usize| Some(u16::from_le_bytes(stub.get(at..at + 2)?.try_into().ok()?));
+    let u32_at = |at: usize| Some(u32::from_le_bytes(stub.get(at..at + 4)?.try_into().ok()?));
+    let pe = u32_at(0x3c)? as usize;
+    if stub.get(..2)? != b"MZ" || stub.get(pe..pe + 4)? != b"PE\0\0" {
+        return None;
+    }
+    let count = usize::from(u16_at(pe + 6)?);
+    let optional = pe + 24;
+    let table = optional + usize::from(u16_at(pe + 20)?);
+    let (section_align, file_align) = (u32_at(optional + 32)?, u32_at(optional + 36)?);
+    let headers = u32_at(optional + 60)? as usize;
+    if table + (count + sections.len()) * SECTION > headers || !section_align.is_power_of_two() || !file_align.is_power_of_two() {
+        return None;
+    }
+    let last = table + (count.checked_sub(1)?) * SECTION;
+    let mut address = (u32_at(last + 12)?.checked_add(u32_at(last + 8)?)?).next_multiple_of(section_align);
+    let mut out = stub.to_vec();
+    for (i, (name, content)) in sections.iter().enumerate() {
+        let size = u32::try_from(content.len()).ok()?;
+        out.resize(out.len().next_multiple_of(file_align as usize), 0);
+        let offset = u32::try_from(out.len()).ok()?;
+        out.extend_from_slice(content);
+        out.resize(out.len().next_multiple_of(file_align as usize), 0);
+        let raw = u32::try_from(out.len()).ok()? - offset;
+        let mut header = name.to_vec();
+        for field in [size, address, raw, offset, 0, 0, 0, FLAGS] {
+            header.extend_from_slice(&field.to_le_bytes());
+        }
+        let at = table + (count + i) * SECTION;
+        out.get_mut(at..at + SECTION)?.copy_from_slice(&header);
+        address = address.checked_add(size)?.next_multiple_of(section_align);
+    }
+    let count = u16::try_from(count + sections.len()).ok()?;
+    out.get_mut(pe + 6..pe + 8)?.copy_from_slice(&count.to_le_bytes());
+    out.get_mut(optional + 56..optional + 60)?.copy_from_slice(&address.to_le_bytes());
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_stub_is_refused() {
+        let parts = |stub: &'static [u8]| Parts { stub, kernel: b"", initrd: b"", cmdline: "", os_release: "", uname: "" };
+        assert!(build(&parts(b"")).is_err());
+        assert!(build(&parts(b"MZ nothing more")).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_stub_panics(mut stub in proptest::collection::vec(proptest::num::u8::ANY, 0..600), pe in 0u32..700) {
+            if stub.len() > 0x40 {
+                stub[..2].copy_from_slice(b"MZ");
+                stub[0x3c..0x40].copy_from_slice(&pe.to_le_bytes());
+            }
+            let _ = append(&stub, &[(b".linux\0\0", b"x")]);
+        }
+    }
+}

@@ -1,0 +1,477 @@
+//! Nodes as local virtual machines: QEMU with UEFI firmware, KVM where it really works.
+//!
+//! A machine has no way out: its network card leads nowhere but to itself. What it says comes
+//! over its serial console into `console.log`; a second serial port, served by a unit that
+//! is handed in as a credential, runs commands. The image has no part in that.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use fleet::{Ticket, parse_size};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use serde::Serialize;
+
+use crate::bake::image_id;
+use crate::digest::sha256;
+use crate::error::{Error, Result, fail};
+use crate::progress::Progress;
+use crate::project::Project;
+use crate::tools::run;
+
+/// What the agent says on the console when its node serves.
+const READY: &str = "bakehouse: ready";
+/// Emulated machines take their time.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(600);
+/// Room for slot B, /var and what the node writes; the file holds only what is written.
+const DISK_SIZE: &str = "8G";
+
+/// Serves commands on the second serial port: a line of base64 in, status and base64 out.
+const EXEC_UNIT: &str = "\
+[Unit]
+Description=Run the host's commands on ttyS1
+After=dbus.service
+[Service]
+ExecStartPre=/usr/bin/stty -F /dev/ttyS1 raw -echo
+ExecStart=/usr/bin/bash -c 'exec 3<>/dev/ttyS1; while IFS= read -r line <&3; do \
+out=$(printf %%s \"$line\" | base64 -d | bash 2>&1 </dev/null | base64 -w0; exit ${PIPESTATUS[2]}); \
+printf \"%%s %%s\\n\" \"$?\" \"$out\" >&3; done'
+Restart=always
+";
+const EXEC_WANTED: &str = "[Unit]\nWants=bakehouse-exec.service\n";
+
+/// A node's machine, running or not.
+pub struct Vm {
+    pub node: String,
+    dir: PathBuf,
+}
+
+/// What a command in a machine gave.
+#[derive(Clone, Debug)]
+pub struct Done {
+    pub status: i32,
+    pub output: String,
+}
+
+/// How to start a machine.
+pub struct Start<'a> {
+    pub image: &'a Path,
+    /// Bytes.
+    pub memory: u64,
+    pub cpus: u16,
+    /// systemd credentials: name → content.
+    pub credentials: Vec<(String, Vec<u8>)>,
+}
+
+impl Vm {
+    /// The machine of a node of this fleet.
+    ///
+    /// # Errors
+    /// No such node.
+    pub fn of(project: &Project, node: &str) -> Result<Self> {
+        if project.topology.node(node).is_none() {
+            let known: Vec<&str> = project.topology.nodes.iter().map(|n| n.name.as_str()).collect();
+            return Err(Error::Usage(format!("there is no node `{node}`; there are: {}", known.join(", "))));
+        }
+        Ok(Self::at(node, project.dir.join("build/vm").join(node)))
+    }
+
+    /// A machine whose files are in `dir`.
+    #[must_use]
+    pub fn at(node: &str, dir: PathBuf) -> Self {
+        Self { node: node.to_owned(), dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// The machine's disk: a qcow2 over the image.
+    #[must_use]
+    pub fn disk(&self) -> PathBuf {
+        self.path("disk.qcow2")
+    }
+
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        // The socket answers only while QEMU lives; a pid may be another's by now.
+        UnixStream::connect(self.path("monitor.sock")).is_ok()
+    }
+
+    /// Everything on the serial console since the last start.
+    #[must_use]
+    pub fn console(&self) -> String {
+        plain(&fs::read(self.path("console.log")).unwrap_or_default())
+    }
+
+    /// Starts the machine; its disk is made when there is none, or when the image is another.
+    ///
+    /// # Errors
+    /// QEMU or the firmware is missing, or does not start.
+    pub fn start(&self, start: &Start) -> Result<()> {
+        fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
+        let image = start.image.canonicalize().map_err(Error::io("find", start.image))?;
+        let firmware = Firmware::find()?;
+        let meta = fs::metadata(&image).map_err(Error::io("read", &image))?;
+        let changed = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+        let from = format!("{} {}", image.display(), changed.as_nanos());
+        if !self.disk().exists() || fs::read_to_string(self.path("image")).ok().as_deref() != Some(&from) {
+            let _ = fs::remove_file(self.disk());
+            let mut create = Command::new("qemu-img");
+            create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&image).arg(self.disk()).arg(DISK_SIZE);
+            run(&mut create, "qemu-img (apt install qemu-utils)")?;
+            fs::copy(&firmware.vars, self.path("vars.fd")).map_err(Error::io("copy", &firmware.vars))?;
+            fs::write(self.path("image"), &from).map_err(Error::io("write", &self.dir))?;
+        }
+        let _ = fs::remove_file(self.path("console.log"));
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-name", &self.node, "-machine", "q35,smm=on", "-nodefaults", "-no-user-config", "-display", "none"]);
+        if kvm_works() {
+            qemu.args(["-accel", "kvm", "-cpu", "host"]);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
+        }
+        qemu.args(["-smp", &start.cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
+        qemu.args(["-uuid", &uuid_of(&self.node), "-device", "virtio-rng-pci"]);
+        let drive = |unit: &str, options: &str| format!("if=pflash,format=raw,unit={unit},{options}");
+        qemu.arg("-drive").arg(drive("0", &format!("readonly=on,file={}", firmware.code.display())));
+        qemu.arg("-drive").arg(drive("1", &format!("file={}", self.path("vars.fd").display())));
+        qemu.arg("-drive").arg(format!("if=none,id=disk,format=qcow2,file={}", self.disk().display()));
+        qemu.args(["-device", "virtio-blk-pci,drive=disk,bootindex=1"]);
+        qemu.args(["-nic", "user,restrict=on,model=virtio-net-pci"]);
+        let socket = |id: &str, more: &str| {
+            format!("socket,id={id},path={},server=on,wait=off{more}", self.path(&format!("{id}.sock")).display())
+        };
+        qemu.arg("-chardev").arg(socket("console", &format!(",logfile={}", self.path("console.log").display())));
+        qemu.args(["-serial", "chardev:console"]);
+        qemu.arg("-chardev").arg(socket("exec", "")).args(["-serial", "chardev:exec"]);
+        qemu.arg("-chardev").arg(socket("monitor", "")).args(["-mon", "chardev=monitor,mode=readline"]);
+        let ours = [
+            ("systemd.extra-unit.bakehouse-exec.service".to_owned(), EXEC_UNIT.into()),
+            ("systemd.unit-dropin.multi-user.target".to_owned(), EXEC_WANTED.into()),
+        ];
+        for (name, content) in start.credentials.iter().chain(&ours) {
+            let value = format!("io.systemd.credential.binary:{name}={}", BASE64.encode(content));
+            qemu.arg("-smbios").arg(format!("type=11,value={value}"));
+        }
+        qemu.arg("-pidfile").arg(self.path("pid")).arg("-daemonize");
+        run(&mut qemu, "qemu-system-x86_64 (apt install qemu-system-x86)")
+    }
+
+    /// Waits until `done` finds what it looks for in the console's text.
+    ///
+    /// # Errors
+    /// The machine ends, or the time does: with the console's last lines.
+    pub fn wait_console<T>(&self, timeout: Duration, mut done: impl FnMut(&str) -> Option<T>) -> Result<T> {
+        let until = Instant::now() + timeout;
+        let log = self.path("console.log");
+        let told = |e: nix::Error| Error::Failed(format!("cannot watch {}: {e}", log.display()));
+        let events = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).map_err(told)?;
+        events.add_watch(&log, AddWatchFlags::IN_MODIFY).map_err(told)?;
+        // Its end is an event too: the monitor hangs up.
+        let monitor = UnixStream::connect(self.path("monitor.sock")).map_err(|_| self.ended("is not running"))?;
+        let mut file = File::open(&log).map_err(Error::io("open", &log))?;
+        let mut bytes = Vec::new();
+        loop {
+            file.seek(SeekFrom::Start(bytes.len() as u64)).map_err(Error::io("read", &log))?;
+            file.read_to_end(&mut bytes).map_err(Error::io("read", &log))?;
+            if let Some(found) = done(&plain(&bytes)) {
+                return Ok(found);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.ended(&format!("did not come so far in {} s", timeout.as_secs())));
+            }
+            let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLIN), PollFd::new(monitor.as_fd(), PollFlags::empty())];
+            poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)).map_err(told)?;
+            let hung_up = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP));
+            let _ = events.read_events();
+            if hung_up {
+                return Err(self.ended("ended"));
+            }
+        }
+    }
+
+    fn ended(&self, how: &str) -> Error {
+        let console = self.console();
+        let lines: Vec<&str> = console.lines().collect();
+        let tail = lines[lines.len().saturating_sub(30)..].join("\n");
+        Error::Failed(format!("{} {how}; the end of its console:\n{tail}", self.node))
+    }
+
+    /// Runs a shell command as root inside.
+    ///
+    /// # Errors
+    /// The machine does not run, or does not answer for five minutes.
+    pub fn exec(&self, command: &str) -> Result<Done> {
+        let told = |e: std::io::Error| Error::Failed(format!("{} does not answer: {e}", self.node));
+        let mut port = UnixStream::connect(self.path("exec.sock")).map_err(told)?;
+        port.set_read_timeout(Some(Duration::from_secs(300))).map_err(told)?;
+        port.write_all(format!("{}\n", BASE64.encode(command)).as_bytes()).map_err(told)?;
+        let mut line = String::new();
+        BufReader::new(&port).read_line(&mut line).map_err(told)?;
+        let answer = line.trim_end().split_once(' ').and_then(|(status, output)| {
+            Some(Done {
+                status: status.parse().ok()?,
+                output: String::from_utf8_lossy(&BASE64.decode(output).ok()?).into_owned(),
+            })
+        });
+        answer.ok_or_else(|| Error::Failed(format!("{} answered `{}`", self.node, line.trim_end())))
+    }
+
+    /// Presses the power button and waits until the machine is off.
+    ///
+    /// # Errors
+    /// It is still on after a minute; then it is switched off.
+    pub fn power_down(&self) -> Result<()> {
+        let Ok(mut monitor) = UnixStream::connect(self.path("monitor.sock")) else { return Ok(()) };
+        let told = |e: std::io::Error| Error::Failed(format!("{} does not listen: {e}", self.node));
+        monitor.set_read_timeout(Some(Duration::from_secs(90))).map_err(told)?;
+        monitor.write_all(b"system_powerdown\n").map_err(told)?;
+        // It hangs up when it is off.
+        let mut rest = Vec::new();
+        match monitor.read_to_end(&mut rest) {
+            Ok(_) => Ok(()),
+            Err(_) => {
+                self.cut_power()?;
+                fail(format!("{} did not shut down in 90 s and was switched off", self.node))
+            }
+        }
+    }
+
+    /// Switches the machine off, as a power cut does.
+    ///
+    /// # Errors
+    /// QEMU can't be killed.
+    pub fn cut_power(&self) -> Result<()> {
+        let Ok(mut monitor) = UnixStream::connect(self.path("monitor.sock")) else { return Ok(()) };
+        let pid = fs::read_to_string(self.path("pid")).map_err(Error::io("read", self.path("pid")))?;
+        if let Ok(pid) = pid.trim().parse() {
+            let killed = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            killed.map_err(|e| Error::Failed(format!("cannot switch {} off: {e}", self.node)))?;
+        }
+        let _ = monitor.read_to_end(&mut Vec::new());
+        Ok(())
+    }
+}
+
+struct Firmware {
+    code: PathBuf,
+    vars: PathBuf,
+}
+
+impl Firmware {
+    /// Debian's OVMF.
+    fn find() -> Result<Self> {
+        let dir = Path::new("/usr/share/OVMF");
+        let (code, vars) = (dir.join("OVMF_CODE_4M.fd"), dir.join("OVMF_VARS_4M.fd"));
+        if code.exists() && vars.exists() {
+            return Ok(Self { code, vars });
+        }
+        fail(format!("{} is missing: apt install ovmf (or `make deps`)", code.display()))
+    }
+}
+
+/// Whether QEMU can run a machine on KVM. A device file alone says nothing.
+fn kvm_works() -> bool {
+    if !Path::new("/dev/kvm").exists() {
+        return false;
+    }
+    let probe = Command::new("qemu-system-x86_64")
+        .args(["-accel", "kvm", "-cpu", "host", "-machine", "q35", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    let Ok(mut child) = probe else { return false };
+    if let Some(mut stdin) = child.stdin.take() {
+        let _ = stdin.write_all(b"quit\n");
+    }
+    child.wait().is_ok_and(|s| s.success())
+}
+
+/// The same node has the same machine id after its disk is wiped.
+fn uuid_of(node: &str) -> String {
+    let h = sha256(node.as_bytes());
+    format!("{}-{}-4{}-8{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
+}
+
+/// Text without the terminal's escape sequences.
+fn plain(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut out = String::with_capacity(text.len());
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            '\u{1b}' => match chars.next() {
+                Some('[') => while chars.next().is_some_and(|c| !('@'..='~').contains(&c)) {},
+                Some(']' | 'P') => while chars.next().is_some_and(|c| c != '\u{7}' && c != '\\') {},
+                Some('(' | ')') => drop(chars.next()),
+                _ => {}
+            },
+            '\r' => {}
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// Groups of the named nodes.
+///
+/// # Errors
+/// A name that is no node.
+pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
+    let mut groups = Vec::new();
+    for name in nodes {
+        Vm::of(project, name)?;
+        let group = project.topology.node(name).map(|n| n.group.clone()).unwrap_or_default();
+        if !groups.contains(&group) {
+            groups.push(group);
+        }
+    }
+    Ok(groups)
+}
+
+/// Starts nodes with a founder's ticket each, and waits until they serve.
+///
+/// # Errors
+/// A machine does not start or does not come up.
+pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
+    let mut started = Vec::new();
+    for name in nodes {
+        let vm = Vm::of(project, name)?;
+        if vm.is_running() {
+            progress.say("up", &format!("{name} runs already"));
+            continue;
+        }
+        vm.start(&start_of(project, name)?.as_start())?;
+        started.push((progress.step("boot", &format!("{name}: firmware")), vm));
+    }
+    for (step, vm) in started {
+        vm.wait_console(BOOT_TIMEOUT, |text| {
+            let line = text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or_default().trim();
+            step.message(&format!("{}: {}", vm.node, line.chars().take(90).collect::<String>()));
+            text.contains(READY).then_some(())
+        })?;
+        step.done(&format!("{} is up (bakehouse exec {} -- …, bakehouse console {}, bakehouse down)", vm.node, vm.node, vm.node));
+    }
+    Ok(())
+}
+
+/// A node's machine as the profiles describe it, with a ticket minted for it.
+pub struct Described {
+    image: PathBuf,
+    memory: u64,
+    cpus: u16,
+    ticket: Vec<u8>,
+}
+
+impl Described {
+    #[must_use]
+    pub fn as_start(&self) -> Start<'_> {
+        Start {
+            image: &self.image,
+            memory: self.memory,
+            cpus: self.cpus,
+            credentials: vec![(Ticket::CREDENTIAL.to_owned(), self.ticket.clone())],
+        }
+    }
+}
+
+/// # Errors
+/// No such node.
+pub fn start_of(project: &Project, name: &str) -> Result<Described> {
+    let Some(node) = project.topology.node(name) else { return fail(format!("there is no node `{name}`")) };
+    let recipe = project.recipe(&node.group);
+    // What every role asks for, added up.
+    let memory: u64 = recipe.profiles.iter().filter_map(|p| parse_size(p.vm.memory.as_deref()?)).sum();
+    let cpus = recipe.profiles.iter().filter_map(|p| p.vm.cpus).max().unwrap_or(1);
+    let file = format!("{}_{}.raw", image_id(project, &node.group), project.topology.version);
+    let ticket = serde_json::to_vec(&Ticket::founder(&project.topology.name, name)).map_err(|e| Error::Failed(e.to_string()))?;
+    Ok(Described { image: project.out_dir(&node.group).join(file), memory, cpus, ticket })
+}
+
+/// Powers nodes down; all when none is named.
+///
+/// # Errors
+/// One does not go.
+pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
+    for status in status(project) {
+        if status.running && (nodes.is_empty() || nodes.contains(&status.node)) {
+            let step = progress.step("down", &status.node);
+            Vm::of(project, &status.node)?.power_down()?;
+            step.done(&status.node);
+        }
+    }
+    Ok(())
+}
+
+/// A line of `bakehouse status`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    pub node: String,
+    pub group: String,
+    pub address: String,
+    pub running: bool,
+    pub ready: bool,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match (self.running, self.ready) {
+            (true, true) => "ready",
+            (true, false) => "starting",
+            _ => "off",
+        };
+        write!(f, "{:<14} {:<10} {:<15} {state}", self.node, self.group, self.address)
+    }
+}
+
+/// Every node of the fleet.
+#[must_use]
+pub fn status(project: &Project) -> Vec<Status> {
+    let of = |node: &fleet::Node| {
+        let vm = Vm::at(&node.name, project.dir.join("build/vm").join(&node.name));
+        let running = vm.is_running();
+        Status {
+            node: node.name.clone(),
+            group: node.group.clone(),
+            address: node.address.to_string(),
+            running,
+            ready: running && vm.console().contains(READY),
+        }
+    };
+    project.topology.nodes.iter().map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escape_sequences_go() {
+        assert_eq!(plain(b"\x1b[0;32m  OK  \x1b[0m a\r\nb\x1b]0;t\x07c"), "  OK   a\nbc");
+    }
+
+    #[test]
+    fn machine_ids_are_uuids() {
+        let id = uuid_of("hub-1");
+        assert_eq!(id.len(), 36);
+        assert_ne!(id, uuid_of("hub-2"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_console_panics(bytes: Vec<u8>) {
+            plain(&bytes);
+        }
+    }
+}

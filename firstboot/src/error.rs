@@ -1,0 +1,32 @@
+//! The agent's one error type.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Trying again can't help: the text says what to change.
+    #[error("{0}")]
+    Configuration(String),
+    #[error("cannot {action} {path}: {source}")]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("D-Bus: {0}")]
+    Bus(#[from] zbus::Error),
+    #[error("{unit} did not start ({result}); see: journalctl -u {unit}")]
+    Job { unit: String, result: String },
+}
+
+impl Error {
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// 78 (sysexits' EX_CONFIG) for what only a person can mend: systemd does not restart on it.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Configuration(_)) { 78 } else { 1 }
+    }
+}

@@ -1,0 +1,133 @@
+//! systemd over D-Bus: start a unit and wait for its job, by signal.
+
+use futures_util::StreamExt as _;
+use zbus::zvariant::OwnedObjectPath;
+
+use crate::error::{Error, Result};
+
+#[zbus::proxy(
+    interface = "org.freedesktop.systemd1.Manager",
+    default_service = "org.freedesktop.systemd1",
+    default_path = "/org/freedesktop/systemd1"
+)]
+trait Manager {
+    fn subscribe(&self) -> zbus::Result<()>;
+    fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+
+    #[zbus(signal)]
+    fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
+}
+
+#[zbus::proxy(
+    interface = "org.freedesktop.hostname1",
+    default_service = "org.freedesktop.hostname1",
+    default_path = "/org/freedesktop/hostname1"
+)]
+trait Hostname {
+    fn set_hostname(&self, name: &str, interactive: bool) -> zbus::Result<()>;
+}
+
+/// Starts a unit; returns when its job is done.
+///
+/// # Errors
+/// The bus is gone, there is no such unit, or the job ends with anything but `done`.
+pub async fn start_unit(bus: &zbus::Connection, unit: &str) -> Result<()> {
+    let manager = ManagerProxy::new(bus).await?;
+    // The stream before the job: else a fast job's end could pass unheard.
+    let mut removed = manager.receive_job_removed().await?;
+    manager.subscribe().await?;
+    let job = manager.start_unit(unit, "replace").await?;
+    while let Some(signal) = removed.next().await {
+        let args = signal.args()?;
+        if args.job == job {
+            return match args.result.as_str() {
+                "done" => Ok(()),
+                result => Err(Error::Job { unit: unit.to_owned(), result: result.to_owned() }),
+            };
+        }
+    }
+    Err(Error::Bus(zbus::Error::InputOutput(std::sync::Arc::new(std::io::ErrorKind::UnexpectedEof.into()))))
+}
+
+/// Sets the transient host name.
+///
+/// # Errors
+/// The bus or systemd-hostnamed says no.
+pub async fn set_hostname(bus: &zbus::Connection, name: &str) -> Result<()> {
+    Ok(HostnameProxy::new(bus).await?.set_hostname(name, false).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use tokio::net::UnixStream;
+    use zbus::object_server::SignalEmitter;
+
+    /// systemd's side of the conversation: answers at once or late, with other jobs between.
+    struct FakeManager {
+        result: &'static str,
+    }
+
+    #[zbus::interface(name = "org.freedesktop.systemd1.Manager")]
+    impl FakeManager {
+        fn subscribe(&self) {}
+
+        async fn start_unit(
+            &self,
+            name: String,
+            mode: String,
+            #[zbus(signal_emitter)] emitter: SignalEmitter<'_>,
+        ) -> zbus::fdo::Result<OwnedObjectPath> {
+            assert_eq!(mode, "replace");
+            if name == "no.target" {
+                return Err(zbus::fdo::Error::Failed("Unit no.target not found.".to_owned()));
+            }
+            let path = |n: u32| OwnedObjectPath::try_from(format!("/org/freedesktop/systemd1/job/{n}")).unwrap();
+            // The end comes before the reply, and another unit's before that.
+            Self::job_removed(&emitter, 6, path(6), "other.service".to_owned(), "failed".to_owned()).await?;
+            Self::job_removed(&emitter, 7, path(7), name, self.result.to_owned()).await?;
+            Ok(path(7))
+        }
+
+        #[zbus(signal)]
+        async fn job_removed(
+            emitter: &SignalEmitter<'_>,
+            id: u32,
+            job: OwnedObjectPath,
+            unit: String,
+            result: String,
+        ) -> zbus::Result<()>;
+    }
+
+    async fn start(unit: &str, result: &'static str) -> Result<()> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let guid = zbus::Guid::generate();
+        let server = zbus::connection::Builder::unix_stream(theirs)
+            .server(guid)
+            .unwrap()
+            .p2p()
+            .serve_at("/org/freedesktop/systemd1", FakeManager { result })
+            .unwrap()
+            .build();
+        let client = zbus::connection::Builder::unix_stream(ours).p2p().build();
+        let (_server, client) = tokio::try_join!(server, client).unwrap();
+        tokio::time::timeout(Duration::from_secs(10), start_unit(&client, unit)).await.expect("it waits for ever")
+    }
+
+    #[tokio::test]
+    async fn a_job_that_is_done_before_the_reply_is_seen() {
+        start("role-hub.target", "done").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_failed_job_is_an_error_with_its_unit() {
+        let e = start("role-hub.target", "dependency").await.unwrap_err();
+        assert!(e.to_string().contains("role-hub.target did not start (dependency)"), "{e}");
+    }
+
+    #[tokio::test]
+    async fn a_unit_that_is_not_there_is_an_error() {
+        assert!(matches!(start("no.target", "done").await.unwrap_err(), Error::Bus(_)));
+    }
+}
