@@ -165,7 +165,8 @@ fn boot_files(out: &Path, esp: u64, content: &Content, tools: &Tools, scratch: &
     };
     run(
         tool("usr/sbin/mkfs.vfat")
-            .args(["-F", "32", "--invariant", "-n", "ESP", "-S", "512", "--offset"])
+            // Clusters of 2 KiB: with larger ones there are too few for UEFI to see a FAT32.
+            .args(["-F", "32", "-s", "4", "--invariant", "-n", "ESP", "-S", "512", "--offset"])
             .arg((esp / SECTOR).to_string())
             .arg(out)
             .arg((ESP_SIZE / 1024).to_string()),
