@@ -110,8 +110,7 @@ pub fn bake(project: &Project, recipe: &Recipe, tree: &Tree, agent: &[u8]) -> Re
         verity_size: slots.verity,
         var_size: recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).max().unwrap_or(1 << 30),
     };
-    let context =
-        Context { fleet: &project.topology, group: GroupVars { name: group, roles: &recipe.roles }, image };
+    let context = Context { fleet: &project.topology, group: GroupVars { name: group, roles: &recipe.roles }, image };
     let ids = Ids { users: tree.ids("etc/passwd")?, groups: tree.ids("etc/group")? };
     let mut baked = Baked {
         entries: BTreeMap::new(),
@@ -243,7 +242,10 @@ impl Baked {
                         });
                         let real = format!("{dir}/{template}");
                         if tree.get(&real).is_none() && !self.entries.contains_key(&real) {
-                            return fail(format!("the image has no unit {unit}, which a profile wants in {target}; check [units] in the profiles of {}", recipe.roles.join(", ")));
+                            return fail(format!(
+                                "the image has no unit {unit}, which a profile wants in {target}; check [units] in the profiles of {}",
+                                recipe.roles.join(", ")
+                            ));
                         }
                         links.insert(format!("{dir}/{target}.{kind}/{unit}"), format!("../{template}"));
                     }
@@ -351,7 +353,9 @@ pub fn secret(origin: &str, bytes: &[u8]) -> Result<()> {
             "a private key"
         } else if line.contains("AGE-SECRET-KEY-1") {
             "an age key"
-        } else if line.trim_start().to_ascii_lowercase().split(['=', ' ']).next() == Some("privatekey") && line.trim_end().ends_with('=') {
+        } else if line.trim_start().to_ascii_lowercase().split(['=', ' ']).next() == Some("privatekey")
+            && line.trim_end().ends_with('=')
+        {
             "a WireGuard key"
         } else {
             continue;
@@ -370,7 +374,8 @@ mod tests {
 
     #[test]
     fn secrets_are_refused_with_their_line() {
-        for text in ["x\n-----BEGIN OPENSSH PRIVATE KEY-----\n", "x\nPrivateKey = abcdef=\n", "x\nAGE-SECRET-KEY-1QQ\n"] {
+        for text in ["x\n-----BEGIN OPENSSH PRIVATE KEY-----\n", "x\nPrivateKey = abcdef=\n", "x\nAGE-SECRET-KEY-1QQ\n"]
+        {
             let words = secret("overlays/a/etc/f", text.as_bytes()).unwrap_err().to_string();
             assert!(words.starts_with("overlays/a/etc/f:2: holds"), "{words}");
         }

@@ -77,7 +77,10 @@ pub fn check(
         ram: fits_in_memory(layer.info()?.bytes),
         layer: layer.tar(),
         baked: baked_tar.to_owned(),
-        cases: open.iter().map(|(check, _, _, files)| Case { files: files.clone(), command: check.check.command.clone() }).collect(),
+        cases: open
+            .iter()
+            .map(|(check, _, _, files)| Case { files: files.clone(), command: check.check.command.clone() })
+            .collect(),
     };
     let said: Result<Vec<Said>> = sandbox::run(&Work::Check(job));
     let _ = fs::remove_dir_all(&work);
@@ -109,10 +112,11 @@ pub fn work(job: &Job) -> Result<Vec<Said>, String> {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     let Some(case) = job.cases.get(i) else { break };
-                    let answer = match in_root_with(&root, &[case.command.clone()], false, case.files.clone()) {
-                        Ok(()) => Said { ok: true, text: String::new() },
-                        Err(text) => Said { ok: false, text },
-                    };
+                    let answer =
+                        match in_root_with(&root, std::slice::from_ref(&case.command), false, case.files.clone()) {
+                            Ok(()) => Said { ok: true, text: String::new() },
+                            Err(text) => Said { ok: false, text },
+                        };
                     answers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(i, answer);
                 }
             });
@@ -131,9 +135,8 @@ fn key(layer: &Layer, check: &OverlayCheck, baked: &Baked, files: &[(String, Str
     for word in &check.check.command {
         key.add("word", word);
     }
-    let read = |path: &str| {
-        check.check.of.iter().any(|of| path == of || (of.ends_with('/') && path.starts_with(of.as_str())))
-    };
+    let read =
+        |path: &str| check.check.of.iter().any(|of| path == of || (of.ends_with('/') && path.starts_with(of.as_str())));
     for (path, text) in files.iter().filter(|(p, _)| read(p)) {
         key.add(path, text);
     }

@@ -22,7 +22,12 @@ use crate::{compose, plan, vm};
 
 /// Turns a fleet.toml into bootable, immutable Debian images.
 #[derive(Parser)]
-#[command(name = "bakehouse", version, about, after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or TOML, 130 interrupted.")]
+#[command(
+    name = "bakehouse",
+    version,
+    about,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or TOML, 130 interrupted."
+)]
 struct Cli {
     /// fleet.toml or its folder
     #[arg(short = 'C', long = "fleet", global = true, default_value = "fleet.toml", value_name = "PATH")]
@@ -155,14 +160,21 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let project = Project::load(&cli.fleet)?;
     let warn = || {
         let shown = project.warnings.iter().map(|w| w.render(colour()));
-        shown.for_each(|w| if !cli.quiet && !cli.json { eprintln!("{w}") });
+        shown.for_each(|w| {
+            if !cli.quiet && !cli.json {
+                eprintln!("{w}")
+            }
+        });
     };
     match &cli.command {
         Command::Check => {
             warn();
             plan::dry_bake(&project)?;
             let table = ha_table(&project.topology);
-            print_json(cli.json, &serde_json::json!({ "warnings": project.warnings, "nodes": table, "voters": project.topology.voters }))?;
+            print_json(
+                cli.json,
+                &serde_json::json!({ "warnings": project.warnings, "nodes": table, "voters": project.topology.voters }),
+            )?;
             if !cli.json {
                 println!("{}", plan::table(&project));
             }

@@ -1,7 +1,7 @@
 //! SHA-256, and keys of build steps.
 
-use std::fmt::Write as _;
 use sha2::{Digest as _, Sha256};
+use std::fmt::Write as _;
 
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut s, b| {

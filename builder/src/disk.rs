@@ -21,8 +21,7 @@ const SECTOR: u64 = 512;
 /// Room for two versions of a metal node's UKI, and for a third while one is replaced.
 pub const ESP_SIZE: u64 = 256 * MIB;
 
-const ROOT_VERITY_X64: Type =
-    Type { guid: uuid!("2c7357ed-ebd2-46d9-aec1-23d437ec2bf5"), os: OperatingSystem::Linux };
+const ROOT_VERITY_X64: Type = Type { guid: uuid!("2c7357ed-ebd2-46d9-aec1-23d437ec2bf5"), os: OperatingSystem::Linux };
 const DISK_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000d1");
 const ESP_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000e5");
 /// "Read-only", as the Discoverable Partitions Specification numbers it.
@@ -78,7 +77,8 @@ pub fn write(out: &Path, slots: Slots, content: &Content, tools: &Tools, scratch
     let esp = MIB;
     let root = esp + ESP_SIZE;
     let verity = root + slots.root;
-    partitions(&file, slots, content, [esp, root, verity]).map_err(|e| Error::Failed(format!("cannot write the GPT: {e}")))?;
+    partitions(&file, slots, content, [esp, root, verity])
+        .map_err(|e| Error::Failed(format!("cannot write the GPT: {e}")))?;
     copy_to(&file, root, content.root).map_err(Error::io("write", out))?;
     let mut at = &file;
     at.seek(SeekFrom::Start(verity)).and_then(|_| at.write_all(content.verity)).map_err(Error::io("write", out))?;
@@ -107,10 +107,8 @@ fn partitions(file: &File, slots: Slots, content: &Content, starts: [u64; 3]) ->
     let mut file = file;
     let sectors = u32::try_from(slots.disk() / SECTOR - 1).unwrap_or(u32::MAX);
     gpt::mbr::ProtectiveMBR::with_lb_size(sectors).overwrite_lba0(&mut file).map_err(|e| e.to_string())?;
-    let mut disk = gpt::GptConfig::new()
-        .writable(true)
-        .create_from_device(file, Some(DISK_GUID))
-        .map_err(|e| e.to_string())?;
+    let mut disk =
+        gpt::GptConfig::new().writable(true).create_from_device(file, Some(DISK_GUID)).map_err(|e| e.to_string())?;
     disk.update_partitions(table).map_err(|e| e.to_string())?;
     disk.write().map_err(|e| e.to_string())?;
     Ok(())

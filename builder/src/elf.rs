@@ -39,7 +39,9 @@ pub fn needs(bytes: &[u8]) -> Option<Needs> {
     let sections = header.sections(endian, bytes).ok()?;
     if let Ok(Some((dynamic, link))) = sections.dynamic(endian, bytes) {
         let strings = sections.strings(endian, bytes, link).ok()?;
-        let text = |d: &elf::Dyn64<Endianness>| d.string(endian, strings).ok().map(|s| String::from_utf8_lossy(s).into_owned());
+        let text = |d: &elf::Dyn64<Endianness>| {
+            d.string(endian, strings).ok().map(|s| String::from_utf8_lossy(s).into_owned())
+        };
         for entry in dynamic {
             match entry.d_tag(endian) {
                 elf::DT_NEEDED => needs.libraries.extend(text(entry)),

@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -28,7 +29,11 @@ const ATTEMPTS: u32 = 4;
 pub fn fetch(packages: &[&Package], mirror: &Mirror, store: &Store, progress: &Progress) -> Result<usize> {
     let missing: Vec<&Package> = {
         let mut seen = std::collections::BTreeSet::new();
-        packages.iter().copied().filter(|p| seen.insert(&p.sha256) && store.get(Kind::Deb, &p.sha256).is_none()).collect()
+        packages
+            .iter()
+            .copied()
+            .filter(|p| seen.insert(&p.sha256) && store.get(Kind::Deb, &p.sha256).is_none())
+            .collect()
     };
     if missing.is_empty() {
         return Ok(0);
@@ -147,7 +152,7 @@ impl Fetcher<'_> {
             hash.update(&buffer);
         }
         if have < package.size {
-            let (mut body, resumed) = self.open(url, have, agents)?;
+            let (mut body, resumed) = self.open(url, have, part, agents)?;
             if !resumed && have > 0 {
                 file.set_len(0).map_err(disk)?;
                 hash = Sha256::new();
@@ -189,11 +194,14 @@ impl Fetcher<'_> {
         }
     }
 
-    fn open(&self, url: &str, from: u64, agents: &mut Agents) -> Result<(Box<dyn Read>, bool), Broken> {
+    fn open(&self, url: &str, from: u64, scratch: &Path, agents: &mut Agents) -> Result<(Box<dyn Read>, bool), Broken> {
         let scheme = url.split(':').next().unwrap_or_default();
         if let Some(path) = url.strip_prefix("file://").or_else(|| url.strip_prefix("file:")) {
             let file = File::open(path).map_err(|e| Broken::Never(e.to_string()))?;
             return Ok((Box::new(file), false));
+        }
+        if scheme != "http" {
+            return apt_helper(url, scratch).map(|file| (Box::new(file) as Box<dyn Read>, false));
         }
         let agent = agents.of(scheme, self.mirror).map_err(|e| Broken::Never(e.to_string()))?;
         let mut request = agent.get(url);
@@ -213,6 +221,21 @@ impl Fetcher<'_> {
             }
             Err(e) => Err(Broken::Retry(e.to_string())),
         }
+    }
+}
+
+/// Any other kind of address is apt's to fetch: it has TLS, credentials and certificates as
+/// the host's administrator set them up.
+fn apt_helper(url: &str, beside: &Path) -> Result<File, Broken> {
+    let path = beside.with_extension("apt");
+    let _ = fs::remove_file(&path);
+    let done = Command::new("/usr/lib/apt/apt-helper").args(["-qq", "download-file", url]).arg(&path).output();
+    let output = done.map_err(|e| Broken::Never(format!("cannot run apt-helper: {e}; install apt")))?;
+    let file = File::open(&path);
+    let _ = fs::remove_file(&path);
+    match file {
+        Ok(file) if output.status.success() => Ok(file),
+        _ => Err(Broken::Retry(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
     }
 }
 

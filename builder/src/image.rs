@@ -77,7 +77,7 @@ impl Build<'_> {
         };
         fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
         let _guard = self.store.lock(Kind::Erofs, &sha256(out.as_os_str().as_encoded_bytes()))?;
-        let why = self.stale(&out, &name, &inputs);
+        let why = Self::stale(&out, &name, &inputs);
         let Some(why) = why else {
             self.progress.say("build", &format!("{group}: unchanged"));
             return Ok(image);
@@ -92,15 +92,15 @@ impl Build<'_> {
         let info = layer.info()?;
         let baked = bake::bake(self.project, &recipe, &tree, &agent)?;
 
-        let scratch = tempfile::Builder::new().prefix(".build-").tempdir_in(&out).map_err(Error::io("write in", &out))?;
+        let scratch =
+            tempfile::Builder::new().prefix(".build-").tempdir_in(&out).map_err(Error::io("write in", &out))?;
         let baked_tar = scratch.path().join("baked.tar");
         baked.write_tar(&tree, &baked_tar)?;
         // The daemons' opinion, the initrd and the root wait for nothing of each other.
         let (root, initrd) = std::thread::scope(|scope| {
-            let checked = scope.spawn(|| {
-                checks::check(self.project, &recipe, &layer, &baked, &baked_tar, self.store, self.progress)
-            });
-            let initrd = scope.spawn(|| self.initrd(&tree, &layer, &info.kernel));
+            let checked = scope
+                .spawn(|| checks::check(self.project, &recipe, &layer, &baked, &baked_tar, self.store, self.progress));
+            let initrd = scope.spawn(|| self.initrd(&tree, &layer, &info.kernel, &tools, scratch.path()));
             let root = self.root(&layer, &tools, &baked_tar, scratch.path());
             let panicked = |_| Error::Failed("a build thread panicked".to_owned());
             checked.join().map_err(panicked)??;
@@ -114,11 +114,17 @@ impl Build<'_> {
             ));
         }
         let step = self.progress.step("assemble", group);
-        let uki = self.uki(&recipe, &tools, &layer, &baked, &root.hash, &initrd, &info.kernel)?;
+        let uki = Self::uki(&recipe, &tools, &layer, &baked, &root.hash, &initrd, &info.kernel)?;
         let esp = self.boot_files(&recipe, &tools, uki.clone())?;
         let disk = scratch.path().join("disk");
-        let content =
-            Content { label: &name, root: &root.path, verity: &root.verity, roothash: &root.hash, esp, epoch: self.lock.epoch };
+        let content = Content {
+            label: &name,
+            root: &root.path,
+            verity: &root.verity,
+            roothash: &root.hash,
+            esp,
+            epoch: self.lock.epoch,
+        };
         disk::write(&disk, slots, &content, &tools, scratch.path())?;
         let packages = self.lock.packages_of(group, false);
         let manifest = Manifest {
@@ -133,12 +139,19 @@ impl Build<'_> {
             lock: &inputs["bakehouse.lock"],
             kernel: &info.kernel,
             roothash: &root.hash,
-            sizes: Sizes { disk: slots.disk(), root_slot: slots.root, root: root.size, uki: uki.len() as u64, tree: info.bytes },
+            sizes: Sizes {
+                disk: slots.disk(),
+                root_slot: slots.root,
+                root: root.size,
+                uki: uki.len() as u64,
+                tree: info.bytes,
+            },
             agent: &inputs["the agent"],
             packages: package_list(&packages),
         };
         let manifest = pretty_json(&manifest)?;
-        let sbom = spdx(&bake::image_id(self.project, group), &self.project.topology.version, self.lock.epoch, &packages)?;
+        let sbom =
+            spdx(&bake::image_id(self.project, group), &self.project.topology.version, self.lock.epoch, &packages)?;
         let sums: String = [(".efi", &uki), (".manifest.json", &manifest), (".spdx.json", &sbom)]
             .iter()
             .map(|(suffix, bytes)| format!("{}  {name}{suffix}\n", sha256(bytes)))
@@ -181,7 +194,7 @@ impl Build<'_> {
     }
 
     /// Why the image has to be made; `None` when it is there and of these inputs.
-    fn stale(&self, out: &Path, name: &str, inputs: &BTreeMap<String, String>) -> Option<String> {
+    fn stale(out: &Path, name: &str, inputs: &BTreeMap<String, String>) -> Option<String> {
         let stamp = fs::read(out.join("stamp.json")).ok().and_then(|b| serde_json::from_slice::<Stamp>(&b).ok());
         let Some(stamp) = stamp else { return Some("there is no finished build of it".to_owned()) };
         let all: std::collections::BTreeSet<&String> = stamp.inputs.keys().chain(inputs.keys()).collect();
@@ -212,11 +225,10 @@ impl Build<'_> {
             ));
         }
         let installed: u64 = packages.iter().map(|p| p.installed_size * 1024).sum();
-        let free = |path: &Path| nix::sys::statvfs::statvfs(path).map_or(u64::MAX, |s| s.blocks_available() * s.fragment_size());
-        for (path, need, what) in [
-            (self.store.root(), installed * 2, "the store"),
-            (out, installed, "the image"),
-        ] {
+        let free = |path: &Path| {
+            nix::sys::statvfs::statvfs(path).map_or(u64::MAX, |s| s.blocks_available() * s.fragment_size())
+        };
+        for (path, need, what) in [(self.store.root(), installed * 2, "the store"), (out, installed, "the image")] {
             if free(path) < need {
                 return fail(format!(
                     "{}: {what} may take {} MiB in {} and {} are free; make room or set BAKEHOUSE_STORE",
@@ -230,14 +242,22 @@ impl Build<'_> {
         Ok(())
     }
 
-    fn initrd(&self, tree: &Tree, layer: &Layer, kernel: &str) -> Result<Vec<u8>> {
+    fn initrd(&self, tree: &Tree, layer: &Layer, kernel: &str, tools: &Tools, scratch: &Path) -> Result<Vec<u8>> {
         let recipe = self.project.file("profiles/initrd.toml")?;
-        let key = Key::new(initrd::CODE).add("layer", &layer.key).add("recipe", recipe).finish();
+        let key =
+            Key::new(initrd::CODE).add("layer", &layer.key).add("recipe", recipe).add("tools", &tools.key).finish();
         if let Some(path) = self.store.get(Kind::Initrd, &key) {
             return fs::read(&path).map_err(Error::io("read", &path));
         }
         let step = self.progress.step("initrd", "composing");
-        let bytes = initrd::compose(tree, kernel, recipe)?;
+        let (cpio, compressed) = (scratch.join("initrd"), scratch.join("initrd.zst"));
+        fs::write(&cpio, initrd::compose(tree, kernel, recipe)?).map_err(Error::io("write", &cpio))?;
+        // One thread: the bytes must not depend on the machine.
+        run(
+            tools.command("usr/bin/zstd").args(["-q", "-9", "--single-thread", "-o"]).arg(&compressed).arg(&cpio),
+            "zstd",
+        )?;
+        let bytes = fs::read(&compressed).map_err(Error::io("read", &compressed))?;
         write_atomic(&self.store.path(Kind::Initrd, &key), &bytes)?;
         step.done(&format!("{:.1} MB", bytes.len() as f64 / 1e6));
         Ok(bytes)
@@ -281,14 +301,19 @@ impl Build<'_> {
     /// lz4: the fastest to make and to read. Appending repeats every option.
     fn mkfs(&self, tools: &Tools) -> std::process::Command {
         let mut command = tools.command("usr/bin/mkfs.erofs");
-        command.args(["--quiet", "-zlz4", "-C65536", "--all-time", "-Uba4e4005-e000-4000-8000-00000000e0f5", "--tar=f"]);
+        command.args([
+            "--quiet",
+            "-zlz4",
+            "-C65536",
+            "--all-time",
+            "-Uba4e4005-e000-4000-8000-00000000e0f5",
+            "--tar=f",
+        ]);
         command.arg(format!("-T{}", self.lock.epoch));
         command
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn uki(
-        &self,
         recipe: &Recipe,
         tools: &Tools,
         layer: &Layer,

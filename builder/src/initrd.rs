@@ -30,7 +30,7 @@ pub const CODE: &str = env!("CODE_INITRD");
 const LIBRARY_DIRS: [&str; 3] = ["usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib/x86_64-linux-gnu/systemd"];
 const UNIT_DIR: &str = "usr/lib/systemd/system";
 
-/// A zstd-compressed cpio.
+/// The initrd as a cpio, not compressed.
 ///
 /// # Errors
 /// The recipe is wrong, or names what the image does not have.
@@ -70,12 +70,9 @@ pub fn compose(tree: &Tree, kernel: &str, recipe: &[u8]) -> Result<Vec<u8>> {
     // Every account is locked.
     initrd.put("etc/shadow", File::regular(0o600, b"root:!*:20000::::::\n".to_vec()));
     if !initrd.missing.is_empty() {
-        return fail(format!(
-            "profiles/initrd.toml names what the image does not have: {}",
-            initrd.missing.join(", ")
-        ));
+        return fail(format!("profiles/initrd.toml names what the image does not have: {}", initrd.missing.join(", ")));
     }
-    compress(&cpio(&initrd.files))
+    Ok(cpio(&initrd.files))
 }
 
 struct File {
@@ -161,8 +158,8 @@ impl Initrd<'_> {
             }
         }
         for alternatives in &needs.opened {
-            let wanted = alternatives.iter().filter(|l| !self.not_opened.contains(*l));
-            if let Some(path) = wanted.filter_map(|l| self.find(l, needs)).next() {
+            let mut wanted = alternatives.iter().filter(|l| !self.not_opened.contains(*l));
+            if let Some(path) = wanted.find_map(|l| self.find(l, needs)) {
                 self.add(&path)?;
             }
         }
@@ -196,7 +193,9 @@ impl Initrd<'_> {
         for line in text.lines().filter_map(|l| l.strip_prefix("softdep ")) {
             let mut words = line.split_whitespace();
             let Some(module) = words.next() else { continue };
-            soft.entry(module.replace('-', "_")).or_default().extend(words.filter(|w| !w.ends_with(':')).map(|w| w.replace('-', "_")));
+            soft.entry(module.replace('-', "_"))
+                .or_default()
+                .extend(words.filter(|w| !w.ends_with(':')).map(|w| w.replace('-', "_")));
         }
         let mut todo: Vec<String> = wanted.iter().map(|m| m.replace('-', "_")).collect();
         let mut seen = BTreeSet::new();
@@ -217,7 +216,16 @@ impl Initrd<'_> {
             .map(|(p, _)| p.to_owned())
             .filter(|p| {
                 let file = &p[dir.len() + 1..];
-                file.starts_with("modules.") && (file.ends_with(".bin") || ["modules.builtin", "modules.devname", "modules.order", "modules.softdep", "modules.builtin.modinfo"].contains(&file))
+                file.starts_with("modules.")
+                    && (file.ends_with(".bin")
+                        || [
+                            "modules.builtin",
+                            "modules.devname",
+                            "modules.order",
+                            "modules.softdep",
+                            "modules.builtin.modinfo",
+                        ]
+                        .contains(&file))
             })
             .collect();
         for index in indexes {
@@ -234,7 +242,17 @@ fn cpio(files: &BTreeMap<String, File>) -> Vec<u8> {
         let _ = write!(
             out,
             "070701{inode:08X}{mode:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{name}\0",
-            0, 0, 1, 0, content.len(), 0, 0, device.0, device.1, name.len() + 1, 0
+            0,
+            0,
+            1,
+            0,
+            content.len(),
+            0,
+            0,
+            device.0,
+            device.1,
+            name.len() + 1,
+            0
         );
         out.resize(out.len().next_multiple_of(4), 0);
         out.extend_from_slice(content);
@@ -246,10 +264,6 @@ fn cpio(files: &BTreeMap<String, File>) -> Vec<u8> {
     record(files.len() + 1, "dev/console", 0o20_600, (5, 1), b"");
     record(0, "TRAILER!!!", 0, (0, 0), b"");
     out
-}
-
-fn compress(bytes: &[u8]) -> Result<Vec<u8>> {
-    zstd::bulk::compress(bytes, 9).map_err(|e| Error::Failed(format!("cannot compress the initrd: {e}")))
 }
 
 #[cfg(test)]

@@ -15,8 +15,8 @@ mod lock;
 mod manifest;
 mod mirror;
 mod plan;
-mod progress;
-mod project;
+pub mod progress;
+pub mod project;
 mod resolve;
 pub mod sandbox;
 mod store;
@@ -24,6 +24,6 @@ mod tools;
 mod tree;
 mod uki;
 mod verity;
-mod vm;
+pub mod vm;
 
 pub mod cli;

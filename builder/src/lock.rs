@@ -84,9 +84,8 @@ impl Lock {
     /// No lock, one that doesn't parse, or one made for other packages than the fleet asks for.
     pub fn load(project: &Project) -> Result<Self> {
         let path = Self::path(project);
-        let lock = Self::read(&path)?.ok_or_else(|| {
-            Error::Failed(format!("{} does not exist; run `bakehouse lock` once", path.display()))
-        })?;
+        let lock = Self::read(&path)?
+            .ok_or_else(|| Error::Failed(format!("{} does not exist; run `bakehouse lock` once", path.display())))?;
         lock.matches(project, &path)?;
         Ok(lock)
     }
@@ -101,7 +100,12 @@ impl Lock {
         };
         match toml::from_str::<Self>(&text) {
             Ok(lock) if lock.format == Self::FORMAT => Ok(Some(Self { digest: sha256(text.as_bytes()), ..lock })),
-            Ok(lock) => fail(format!("{} has format {}, this bakehouse reads {}; run `bakehouse lock --update`", path.display(), lock.format, Self::FORMAT)),
+            Ok(lock) => fail(format!(
+                "{} has format {}, this bakehouse reads {}; run `bakehouse lock --update`",
+                path.display(),
+                lock.format,
+                Self::FORMAT
+            )),
             Err(e) => fail(format!("{} is damaged: {}; run `bakehouse lock --update`", path.display(), e.message())),
         }
     }
@@ -114,7 +118,9 @@ impl Lock {
             };
             let (have, want): (BTreeSet<_>, BTreeSet<_>) = (locked.request.iter().collect(), request.iter().collect());
             if let Some(missing) = want.difference(&have).next() {
-                return fail(format!("{file} lacks the package `{missing}`, which `{image}` asks for; run `bakehouse lock`"));
+                return fail(format!(
+                    "{file} lacks the package `{missing}`, which `{image}` asks for; run `bakehouse lock`"
+                ));
             }
             if let Some(extra) = have.difference(&want).next() {
                 return fail(format!(
@@ -125,7 +131,9 @@ impl Lock {
         let ids: BTreeSet<String> = self.packages.iter().map(Package::id).collect();
         for (image, locked) in &self.images {
             if let Some(id) = locked.packages.iter().chain(&locked.base).find(|id| !ids.contains(*id)) {
-                return fail(format!("{file} is damaged: `{image}` has `{id}`, which is not listed; run `bakehouse lock --update`"));
+                return fail(format!(
+                    "{file} is damaged: `{image}` has `{id}`, which is not listed; run `bakehouse lock --update`"
+                ));
             }
         }
         for package in &self.packages {
@@ -142,7 +150,8 @@ impl Lock {
     /// # Errors
     /// The disk says no.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let mut text = String::from("# Made by `bakehouse lock`; commit it. To take newer packages: `bakehouse lock --update`.\n");
+        let mut text =
+            String::from("# Made by `bakehouse lock`; commit it. To take newer packages: `bakehouse lock --update`.\n");
         text.push_str(&toml::to_string(self).map_err(|e| Error::Failed(format!("cannot write the lock: {e}")))?);
         write_atomic(path, text.as_bytes())
     }

@@ -90,7 +90,7 @@ pub fn spdx(id: &str, version: &str, epoch: u64, packages: &[&Package]) -> Resul
 }
 
 fn purl(version: &str) -> String {
-    version.replace('+', "%2B").replace(':', "%3A").replace('~', "~")
+    version.replace('+', "%2B").replace(':', "%3A")
 }
 
 /// Seconds since 1970 as `2025-01-31T12:00:00Z`.

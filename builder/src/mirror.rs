@@ -125,6 +125,17 @@ impl Mirror {
     }
 }
 
+/// How a mirror is reached and trusted belongs to the mirror; the rest of the host's apt
+/// configuration stays out of the build.
+const KEPT: [&str; 6] = [
+    "Acquire::http::",
+    "Acquire::https::",
+    "Acquire::Check-Valid-Until ",
+    "Acquire::Check-Date ",
+    "Acquire::Retries ",
+    "Acquire::ForceIPv",
+];
+
 #[derive(Default)]
 struct HostApt {
     /// Archive's label in its Release file → base address.
@@ -140,21 +151,13 @@ impl HostApt {
             output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default()
         };
         let mut host = Self::default();
-        let targets =
-            run("apt-get", &["indextargets", "--format", "$(LABEL)\t$(REPO_URI)", "Created-By: Packages", "Origin: Debian"]);
+        let targets = run(
+            "apt-get",
+            &["indextargets", "--format", "$(LABEL)\t$(REPO_URI)", "Created-By: Packages", "Origin: Debian"],
+        );
         for (label, uri) in targets.lines().filter_map(|l| l.split_once('\t')) {
             host.archives.entry(label.to_owned()).or_insert_with(|| uri.to_owned());
         }
-        // How a mirror is reached and trusted belongs to the mirror; the rest of the host's
-        // apt configuration stays out of the build.
-        const KEPT: [&str; 6] = [
-            "Acquire::http::",
-            "Acquire::https::",
-            "Acquire::Check-Valid-Until ",
-            "Acquire::Check-Date ",
-            "Acquire::Retries ",
-            "Acquire::ForceIPv",
-        ];
         host.acquire = run("apt-config", &["dump"])
             .lines()
             .filter(|l| KEPT.iter().any(|k| l.starts_with(k)) && !l.ends_with("\"\";"))

@@ -43,7 +43,8 @@ pub fn table(project: &Project) -> String {
             (true, _) => "survives one failure",
             _ => "one failure stops it",
         };
-        let _ = writeln!(text, "{:<9} {:>5}  {:>7}  {:>11}  {verdict}", row.role, row.have, row.minimum, row.recommended);
+        let _ =
+            writeln!(text, "{:<9} {:>5}  {:>7}  {:>11}  {verdict}", row.role, row.have, row.minimum, row.recommended);
     }
     let _ = write!(text, "etcd votes: {}", project.topology.voters.join(", "));
     text

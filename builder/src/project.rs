@@ -127,7 +127,7 @@ impl Project {
         let mut packages = packages_of(&profiles);
         packages.extend(group.packages.iter().cloned());
         let mut overlays = Vec::new();
-        let named = group.overlays.iter().map(|o| o.get_ref());
+        let named = group.overlays.iter().map(toml::Spanned::get_ref);
         for overlay in profiles.iter().flat_map(|p| &p.overlays).chain(named) {
             if !overlays.contains(overlay) {
                 overlays.push(overlay.clone());

@@ -74,7 +74,9 @@ pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Pro
 /// apt's words are about a package; the user wants to know which file asked for it.
 fn explain(project: &Project, image: &str, request: &[String], e: Error) -> Error {
     let Error::Failed(words) = e else { return e };
-    let Some(package) = request.iter().find(|p| words.split(|c: char| c.is_whitespace() || "'’\"".contains(c)).any(|w| w == p.as_str()))
+    let Some(package) = request
+        .iter()
+        .find(|p| words.split(|c: char| c.is_whitespace() || "'’\"".contains(c)).any(|w| w == p.as_str()))
     else {
         return Error::Failed(words);
     };
@@ -85,9 +87,10 @@ fn explain(project: &Project, image: &str, request: &[String], e: Error) -> Erro
         .filter(|g| g.packages.contains(package))
         .map(|_| format!("[groups.{image}] in {}", project.fleet.source.name))
         .or_else(|| {
-            let role = project.profiles.iter().find(|(_, p)| {
-                p.packages.contains(package) || p.hardware.values().any(|v| v.contains(package))
-            })?;
+            let role = project
+                .profiles
+                .iter()
+                .find(|(_, p)| p.packages.contains(package) || p.hardware.values().any(|v| v.contains(package)))?;
             Some(format!("profiles/roles/{}.toml", role.0))
         })
         .unwrap_or_else(|| "bakehouse itself".to_owned());

@@ -111,12 +111,14 @@ impl Running {
             }
         }
         let status = self.child.wait().map_err(Error::io("wait for", "the sandbox"))?;
-        let errors = reader.join().unwrap_or_default(); fs::write("/tmp/sandbox.err",&errors).unwrap();
+        let errors = reader.join().unwrap_or_default();
+        fs::write("/tmp/sandbox.err", &errors).unwrap();
         if !status.success() {
             let how = status.signal().map(|s| format!(" (killed by signal {s})")).unwrap_or_default();
             return fail(format!("{}{how}", errors.trim_end()));
         }
-        serde_json::from_str(&answer).map_err(|e| Error::Failed(format!("the sandbox answered nonsense: {e}\n{errors}")))
+        serde_json::from_str(&answer)
+            .map_err(|e| Error::Failed(format!("the sandbox answered nonsense: {e}\n{errors}")))
     }
 }
 
@@ -129,10 +131,8 @@ fn map_ids(pid: u32) -> Result<()> {
         return Ok(());
     }
     let user = User::from_uid(Uid::current()).ok().flatten().map(|u| u.name).unwrap_or_default();
-    let tools = [
-        ("newuidmap", "/etc/subuid", Uid::current().as_raw()),
-        ("newgidmap", "/etc/subgid", Gid::current().as_raw()),
-    ];
+    let tools =
+        [("newuidmap", "/etc/subuid", Uid::current().as_raw()), ("newgidmap", "/etc/subgid", Gid::current().as_raw())];
     for (tool, file, own) in tools {
         let ranges = fs::read_to_string(file).unwrap_or_default();
         let Some(first) = subordinate_range(&ranges, &user, Uid::current().as_raw()) else {

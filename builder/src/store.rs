@@ -30,8 +30,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 7] =
-        [Self::Deb, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::Apt];
+    const ALL: [Self; 7] = [Self::Deb, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::Apt];
 
     fn folder(self) -> &'static str {
         match self {

@@ -14,8 +14,8 @@ use crate::lock::{Lock, TOOLS};
 use crate::progress::Progress;
 use crate::store::{Kind, Store};
 
-/// What the tools tree has: mkfs.erofs, mcopy, mkfs.vfat, systemd-boot and its stub.
-pub const PACKAGES: [&str; 4] = ["dosfstools", "erofs-utils", "mtools", "systemd-boot-efi"];
+/// What the tools tree has: mkfs.erofs, mcopy, mkfs.vfat, zstd, systemd-boot and its stub.
+pub const PACKAGES: [&str; 5] = ["dosfstools", "erofs-utils", "mtools", "systemd-boot-efi", "zstd"];
 
 pub struct Tools {
     pub key: String,

@@ -13,7 +13,10 @@ use crate::error::{Error, Result, fail};
 pub enum Node {
     Dir,
     /// Place in the tar.
-    File { offset: u64, size: u64 },
+    File {
+        offset: u64,
+        size: u64,
+    },
     Link(String),
 }
 
@@ -40,10 +43,13 @@ impl Tree {
         let mut archive = tar::Archive::new(&file);
         for entry in archive.entries_with_seek().map_err(Error::io("read", path))? {
             let entry = entry.map_err(Error::io("read", path))?;
-            let name = String::from_utf8_lossy(&entry.path_bytes()).trim_start_matches("./").trim_end_matches('/').to_owned();
+            let name =
+                String::from_utf8_lossy(&entry.path_bytes()).trim_start_matches("./").trim_end_matches('/').to_owned();
             let header = entry.header();
-            let number = |n: std::io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(0)).map_err(Error::io("read", path));
-            let target = || entry.link_name_bytes().map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
+            let number =
+                |n: std::io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(0)).map_err(Error::io("read", path));
+            let target =
+                || entry.link_name_bytes().map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
             let node = match header.entry_type() {
                 EntryType::Directory => Node::Dir,
                 EntryType::Symlink => Node::Link(target()),

@@ -45,7 +45,10 @@ fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<Vec<u8>> {
     let table = optional + usize::from(u16_at(pe + 20)?);
     let (section_align, file_align) = (u32_at(optional + 32)?, u32_at(optional + 36)?);
     let headers = u32_at(optional + 60)? as usize;
-    if table + (count + sections.len()) * SECTION > headers || !section_align.is_power_of_two() || !file_align.is_power_of_two() {
+    if table + (count + sections.len()) * SECTION > headers
+        || !section_align.is_power_of_two()
+        || !file_align.is_power_of_two()
+    {
         return None;
     }
     let last = table + (count.checked_sub(1)?) * SECTION;
@@ -78,7 +81,8 @@ mod tests {
 
     #[test]
     fn what_is_no_stub_is_refused() {
-        let parts = |stub: &'static [u8]| Parts { stub, kernel: b"", initrd: b"", cmdline: "", os_release: "", uname: "" };
+        let parts =
+            |stub: &'static [u8]| Parts { stub, kernel: b"", initrd: b"", cmdline: "", os_release: "", uname: "" };
         assert!(build(&parts(b"")).is_err());
         assert!(build(&parts(b"MZ nothing more")).is_err());
     }

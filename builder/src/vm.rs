@@ -190,7 +190,8 @@ impl Vm {
             if left.is_zero() {
                 return Err(self.ended(&format!("did not come so far in {} s", timeout.as_secs())));
             }
-            let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLIN), PollFd::new(monitor.as_fd(), PollFlags::empty())];
+            let mut fds =
+                [PollFd::new(events.as_fd(), PollFlags::POLLIN), PollFd::new(monitor.as_fd(), PollFlags::empty())];
             poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)).map_err(told)?;
             let hung_up = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP));
             let _ = events.read_events();
@@ -238,13 +239,11 @@ impl Vm {
         monitor.write_all(b"system_powerdown\n").map_err(told)?;
         // It hangs up when it is off.
         let mut rest = Vec::new();
-        match monitor.read_to_end(&mut rest) {
-            Ok(_) => Ok(()),
-            Err(_) => {
-                self.cut_power()?;
-                fail(format!("{} did not shut down in 90 s and was switched off", self.node))
-            }
+        if monitor.read_to_end(&mut rest).is_ok() {
+            return Ok(());
         }
+        self.cut_power()?;
+        fail(format!("{} did not shut down in 90 s and was switched off", self.node))
     }
 
     /// Switches the machine off, as a power cut does.
@@ -312,13 +311,11 @@ fn kvm_works(scratch: &Path) -> bool {
         let mut child = child;
         let _ = send.send(child.wait());
     });
-    match receive.recv_timeout(Duration::from_secs(3)) {
-        Ok(Ok(status)) => status.code() == Some(PROBE_STATUS),
-        _ => {
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-            false
-        }
+    if let Ok(Ok(status)) = receive.recv_timeout(Duration::from_secs(3)) {
+        return status.code() == Some(PROBE_STATUS);
     }
+    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    false
 }
 
 /// The same node has the same machine id after its disk is wiped.
@@ -384,7 +381,10 @@ pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()
             step.message(&format!("{}: {}", vm.node, line.chars().take(90).collect::<String>()));
             text.contains(READY).then_some(())
         })?;
-        step.done(&format!("{} is up (bakehouse exec {} -- …, bakehouse console {}, bakehouse down)", vm.node, vm.node, vm.node));
+        step.done(&format!(
+            "{} is up (bakehouse exec {} -- …, bakehouse console {}, bakehouse down)",
+            vm.node, vm.node, vm.node
+        ));
     }
     Ok(())
 }
@@ -418,7 +418,8 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
     let memory: u64 = recipe.profiles.iter().filter_map(|p| parse_size(p.vm.memory.as_deref()?)).sum();
     let cpus = recipe.profiles.iter().filter_map(|p| p.vm.cpus).max().unwrap_or(1);
     let file = format!("{}_{}.raw", image_id(project, &node.group), project.topology.version);
-    let ticket = serde_json::to_vec(&Ticket::founder(&project.topology.name, name)).map_err(|e| Error::Failed(e.to_string()))?;
+    let ticket =
+        serde_json::to_vec(&Ticket::founder(&project.topology.name, name)).map_err(|e| Error::Failed(e.to_string()))?;
     Ok(Described { image: project.out_dir(&node.group).join(file), memory, cpus, ticket })
 }
 

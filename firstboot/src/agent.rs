@@ -78,7 +78,8 @@ fn identity(paths: &Paths, image: &Image) -> Result<State> {
     let ticket = paths.credentials.as_ref().map(|dir| dir.join(Ticket::CREDENTIAL)).filter(|path| path.exists());
     let Some(path) = ticket else {
         return Err(Error::Configuration(
-            "no ticket: give this machine the credential `bakehouse.ticket` (`bakehouse up`, `flash` and `netboot` do)".to_owned(),
+            "no ticket: give this machine the credential `bakehouse.ticket` (`bakehouse up`, `flash` and `netboot` do)"
+                .to_owned(),
         ));
     };
     let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
@@ -106,11 +107,17 @@ mod tests {
             fs::create_dir(&path).unwrap();
             path
         };
-        let paths = Paths { image: path("image"), state: path("state"), root: path("root"), credentials: Some(path("credentials")) };
+        let paths = Paths {
+            image: path("image"),
+            state: path("state"),
+            root: path("root"),
+            credentials: Some(path("credentials")),
+        };
         let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\ngroups.hub.count = 3\n").unwrap();
         let topology = fleet::Topology::of(&fleet);
         fs::write(paths.image.join("fleet.json"), serde_json::to_vec(&topology).unwrap()).unwrap();
-        fs::write(paths.image.join("image.json"), r#"{"id":"acme-hub","version":"1","group":"hub","roles":["hub"]}"#).unwrap();
+        fs::write(paths.image.join("image.json"), r#"{"id":"acme-hub","version":"1","group":"hub","roles":["hub"]}"#)
+            .unwrap();
         let image = Image::read(&paths.image).unwrap();
         Lab { dir, paths, image }
     }

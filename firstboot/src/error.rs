@@ -24,7 +24,7 @@ impl Error {
         move |source| Self::Io { action, path, source }
     }
 
-    /// 78 (sysexits' EX_CONFIG) for what only a person can mend: systemd does not restart on it.
+    /// 78 (sysexits' `EX_CONFIG`) for what only a person can mend: systemd does not restart on it.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         if matches!(self, Self::Configuration(_)) { 78 } else { 1 }

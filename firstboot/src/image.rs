@@ -37,6 +37,7 @@ impl Image {
 
 fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| Error::Configuration(format!("{} is not what this agent reads: {e}; rebuild the image", path.display())))
+    serde_json::from_slice(&bytes).map_err(|e| {
+        Error::Configuration(format!("{} is not what this agent reads: {e}; rebuild the image", path.display()))
+    })
 }

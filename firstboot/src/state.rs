@@ -41,7 +41,10 @@ impl StateFile {
             Err(e) => return Err(Error::io("read", &self.0)(e)),
         };
         let state: State = serde_json::from_slice(&bytes).map_err(|e| {
-            Error::Configuration(format!("{} is damaged: {e}; restore it, or wipe /var and give the node a new ticket", self.0.display()))
+            Error::Configuration(format!(
+                "{} is damaged: {e}; restore it, or wipe /var and give the node a new ticket",
+                self.0.display()
+            ))
         })?;
         if state.version != State::VERSION {
             return Err(Error::Configuration(format!(
@@ -71,7 +74,8 @@ impl State {
     /// # Errors
     /// It is not, with what it is for.
     pub fn from_ticket(ticket: &Ticket, image: &Image) -> Result<Self> {
-        let wrong = |why: String| Error::Configuration(format!("the ticket is {why}; mint one with `bakehouse ticket`"));
+        let wrong =
+            |why: String| Error::Configuration(format!("the ticket is {why}; mint one with `bakehouse ticket`"));
         if ticket.fleet != image.topology.name {
             return Err(wrong(format!("of the fleet `{}`, this image is of `{}`", ticket.fleet, image.topology.name)));
         }
@@ -79,7 +83,10 @@ impl State {
             return Err(wrong(format!("for the slot `{}`, which this fleet does not have", ticket.slot)));
         };
         if node.group != image.info.group {
-            return Err(wrong(format!("for the slot `{}`, this image is for the group `{}`", ticket.slot, image.info.group)));
+            return Err(wrong(format!(
+                "for the slot `{}`, this image is for the group `{}`",
+                ticket.slot, image.info.group
+            )));
         }
         Ok(Self { version: Self::VERSION, fleet: ticket.fleet.clone(), slot: ticket.slot.clone(), epoch: ticket.epoch })
     }
@@ -114,7 +121,8 @@ mod tests {
     fn image() -> Image {
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
         let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
-        let info = ImageInfo { id: "acme-hub".into(), version: "1".into(), group: "hub".into(), roles: vec!["hub".into()] };
+        let info =
+            ImageInfo { id: "acme-hub".into(), version: "1".into(), group: "hub".into(), roles: vec!["hub".into()] };
         Image { info, topology }
     }
 
@@ -122,9 +130,11 @@ mod tests {
     fn a_ticket_must_fit_fleet_slot_and_image() {
         let take = |fleet: &str, slot: &str| State::from_ticket(&Ticket::founder(fleet, slot), &image());
         assert_eq!(take("acme", "hub-2").unwrap().slot, "hub-2");
-        for (fleet, slot, words) in
-            [("other", "hub-1", "of the fleet `other`"), ("acme", "hub-9", "does not have"), ("acme", "db-1", "for the group `hub`")]
-        {
+        for (fleet, slot, words) in [
+            ("other", "hub-1", "of the fleet `other`"),
+            ("acme", "hub-9", "does not have"),
+            ("acme", "db-1", "for the group `hub`"),
+        ] {
             let e = take(fleet, slot).unwrap_err();
             assert_eq!(e.exit_code(), 78);
             assert!(e.to_string().contains(words), "{e}");

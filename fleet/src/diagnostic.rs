@@ -43,13 +43,7 @@ impl Diagnostic {
     }
 
     #[must_use]
-    pub fn at(
-        severity: Severity,
-        source: &Source,
-        span: Range<usize>,
-        message: String,
-        help: Option<String>,
-    ) -> Self {
+    pub fn at(severity: Severity, source: &Source, span: Range<usize>, message: String, help: Option<String>) -> Self {
         let end = floor_char(&source.text, span.end);
         let start = floor_char(&source.text, span.start.min(end));
         let line = source.text[..start].matches('\n').count() + 1;
@@ -72,7 +66,8 @@ impl Diagnostic {
             Severity::Warning => Level::WARNING,
         };
         let title = self.headline();
-        let mut group = level.primary_title(title.as_str()).elements(Vec::<Snippet<annotate_snippets::Annotation>>::new());
+        let mut group =
+            level.primary_title(title.as_str()).elements(Vec::<Snippet<annotate_snippets::Annotation>>::new());
         if let Some((text, span)) = &self.snippet {
             group = group.element(
                 Snippet::source(text.as_str())
@@ -83,7 +78,7 @@ impl Diagnostic {
         if let Some(help) = &self.help {
             group = group.element(Level::HELP.message(help.as_str()));
         }
-        renderer.render(&[group]).to_string()
+        renderer.render(&[group]).clone()
     }
 
     fn headline(&self) -> String {

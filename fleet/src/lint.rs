@@ -275,11 +275,7 @@ impl Lint<'_> {
                     );
                 }
                 if !seen.insert(endpoint.get_ref()) {
-                    self.error(
-                        endpoint.span(),
-                        format!("`{}` is the endpoint of two nodes", endpoint.get_ref()),
-                        None,
-                    );
+                    self.error(endpoint.span(), format!("`{}` is the endpoint of two nodes", endpoint.get_ref()), None);
                 }
             }
         }
@@ -359,11 +355,7 @@ mod tests {
 
     fn errors(text: &str) -> Vec<String> {
         let fleet = Fleet::parse("fleet.toml", text.as_bytes()).unwrap();
-        lint(&fleet, &profiles())
-            .into_iter()
-            .filter(|d| d.severity == Severity::Error)
-            .map(|d| d.to_string())
-            .collect()
+        lint(&fleet, &profiles()).into_iter().filter(|d| d.severity == Severity::Error).map(|d| d.to_string()).collect()
     }
 
     const HUBS: &str = "name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"a\", \"b\", \"c\"]\n";
@@ -392,10 +384,20 @@ mod tests {
         one(&format!("{HUBS}[vip]\naddress = \"10.10.0.2\"\n"), 3, "hub-2 and the VIP");
         one(&format!("{HUBS}[mesh]\ntransport = \"10.10.0.0/24\"\n"), 6, "overlaps");
         one(&format!("{HUBS}[groups.a]\ncount = 1\nroles = [\"db\", \"monitor\"]\n"), 7, "both eat the disk");
-        one(&format!("{HUBS}[groups.a]\ncount = 1\nroles = [\"hub\", \"app\"]\nfirst = \"10.10.0.9\"\nendpoints = [\"d\"]\n"), 7, "both want tcp port 5000");
+        one(
+            &format!(
+                "{HUBS}[groups.a]\ncount = 1\nroles = [\"hub\", \"app\"]\nfirst = \"10.10.0.9\"\nendpoints = [\"d\"]\n"
+            ),
+            7,
+            "both want tcp port 5000",
+        );
         one(&format!("{HUBS}[image]\nroot_size = \"500M\"\n[groups.db]\ncount = 2\n"), 6, "role `db` needs 900M");
         one(&format!("{HUBS}[image]\nroot_size = \"big\"\n"), 6, "not a size");
-        one("name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"a:1\", \"b\", \"c\"]\n", 4, "neither a host name");
+        one(
+            "name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"a:1\", \"b\", \"c\"]\n",
+            4,
+            "neither a host name",
+        );
         one("name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"a\"]\n", 4, "3 hubs and 1 endpoints");
         one("name = \"acme\"\n[groups.hub]\ncount = 2\nendpoints = [\"a\", \"b\"]\n", 0, "2 voters");
         one("name = \"acme\"\nversion = \"1_2\"\n[groups.hub]\ncount = 1\nendpoints = [\"a\"]\n", 2, "image's version");

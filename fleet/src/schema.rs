@@ -38,7 +38,7 @@ pub struct Fleet {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Image {
-    /// Which kernel: `cloud` (virtio, NVMe, the clouds' drivers) or `metal` (every driver).
+    /// Which kernel: `cloud` (virtio, `NVMe`, the clouds' drivers) or `metal` (every driver).
     #[serde(default)]
     pub hardware: Hardware,
     /// Size of one root slot, e.g. `"640M"`. It can't change over an installation's life,
@@ -65,13 +65,13 @@ impl Hardware {
     }
 }
 
-/// `[mesh]`: addresses inside the WireGuard mesh.
+/// `[mesh]`: addresses inside the `WireGuard` mesh.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Mesh {
     /// Nodes' own addresses (/32 each) and the VIP.
     pub subnet: Spanned<Ipv4Net>,
-    /// Addresses on the WireGuard interfaces themselves, where BGP runs.
+    /// Addresses on the `WireGuard` interfaces themselves, where BGP runs.
     pub transport: Spanned<Ipv4Net>,
     /// UDP port the hubs listen on for workers; hub-to-hub links take the ports above it.
     pub port: u16,
@@ -131,7 +131,7 @@ pub struct ExtraSource {
     pub suite: String,
     #[serde(default = "main_component")]
     pub components: Vec<String>,
-    /// Path of the OpenPGP keyring, relative to `fleet.toml`; without it, Debian's own.
+    /// Path of the `OpenPGP` keyring, relative to `fleet.toml`; without it, Debian's own.
     #[serde(default)]
     pub key: Option<String>,
     /// The only packages taken from it; everything else there is ignored. Empty: all of it,
@@ -171,11 +171,7 @@ impl Group {
     /// Roles as written, or the group's name.
     #[must_use]
     pub fn role_names<'a>(&'a self, group: &'a str) -> Vec<&'a str> {
-        if self.roles.is_empty() {
-            vec![group]
-        } else {
-            self.roles.iter().map(|r| r.get_ref().as_str()).collect()
-        }
+        if self.roles.is_empty() { vec![group] } else { self.roles.iter().map(|r| r.get_ref().as_str()).collect() }
     }
 }
 

@@ -42,7 +42,7 @@ pub struct Node {
     pub roles: Vec<String>,
     /// The node's own address in the mesh.
     pub address: Ipv4Addr,
-    /// Its address on the WireGuard interfaces.
+    /// Its address on the `WireGuard` interfaces.
     pub transport: Ipv4Addr,
     /// Public `host:port`, where the node has one.
     pub endpoint: Option<String>,
@@ -156,9 +156,7 @@ mod tests {
 
     #[test]
     fn the_users_own_topology_is_the_default() {
-        let t = topology(
-            "name = \"x\"\n[groups]\nhub.count = 3\ndb.count = 2\napp.count = 2\nmonitor.count = 1\n",
-        );
+        let t = topology("name = \"x\"\n[groups]\nhub.count = 3\ndb.count = 2\napp.count = 2\nmonitor.count = 1\n");
         let address = |n: &str| t.node(n).unwrap().address.to_string();
         assert_eq!(address("hub-3"), "10.10.0.3");
         assert_eq!(address("db-1"), "10.10.0.10");

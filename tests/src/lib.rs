@@ -1,1 +1,133 @@
+//! The lab: real fleets, built with the real binary, booted in real machines.
 
+mod compare;
+mod machine;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+pub use compare::{first_difference, tar_differences};
+pub use machine::Machine;
+
+/// A fleet's folder under `target/lab`, and the binary that works on it.
+pub struct Lab {
+    pub dir: PathBuf,
+    store: Option<PathBuf>,
+    bakehouse: PathBuf,
+}
+
+/// What the command line answered.
+pub struct Answer {
+    pub status: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Lab {
+    /// A fresh folder with `profiles/fleets/NAME.toml`, and the lock of it.
+    pub fn of_fleet(name: &str, fleet: &str) -> Self {
+        let lab = Self::empty(name);
+        let toml = root().join("profiles/fleets").join(format!("{fleet}.toml"));
+        fs::copy(toml, lab.dir.join("fleet.toml")).expect("the fleet is there");
+        // One lock for all tests of a run: the archive may change between two.
+        let shared = root().join("target/lab").join(format!("{fleet}.lock"));
+        if shared.exists() {
+            fs::copy(&shared, lab.dir.join("bakehouse.lock")).expect("the lock can be copied");
+        }
+        lab.ok(&["lock"]);
+        fs::copy(lab.dir.join("bakehouse.lock"), &shared).expect("the lock can be kept");
+        lab
+    }
+
+    /// A fresh, empty folder.
+    pub fn empty(name: &str) -> Self {
+        let dir = root().join("target/lab").join(name);
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).expect("target/ is writable");
+        let bakehouse = root().join("target/release/bakehouse");
+        assert!(bakehouse.exists(), "build first: make build");
+        Self { dir, store: None, bakehouse }
+    }
+
+    /// Works with a store of its own, that has the shared one's packages and nothing else.
+    #[must_use]
+    pub fn with_own_store(mut self) -> Self {
+        let store = self.dir.join("store");
+        fs::create_dir_all(&store).expect("the lab is writable");
+        std::os::unix::fs::symlink(shared_store().join("debs"), store.join("debs")).expect("a link to the packages");
+        self.store = Some(store);
+        self
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.bakehouse);
+        command.arg("-C").arg(&self.dir).args(args);
+        if let Some(store) = &self.store {
+            command.env("BAKEHOUSE_STORE", store);
+        }
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Answer {
+        Answer::of(&self.command(args).output().expect("bakehouse starts"))
+    }
+
+    /// Runs it; it must succeed. Returns what it said.
+    #[track_caller]
+    pub fn ok(&self, args: &[&str]) -> Answer {
+        let answer = self.run(args);
+        assert_eq!(answer.status, 0, "bakehouse {args:?} failed:\n{}{}", answer.out, answer.err);
+        answer
+    }
+
+    pub fn write(&self, path: &str, text: &str) {
+        let path = self.dir.join(path);
+        fs::create_dir_all(path.parent().expect("a file in the lab")).expect("the lab is writable");
+        fs::write(path, text).expect("the lab is writable");
+    }
+
+    pub fn read(&self, path: &str) -> String {
+        fs::read_to_string(self.dir.join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+    }
+
+    /// Changes a file of the lab, or a built-in one, which the lab's copy then replaces.
+    pub fn edit(&self, path: &str, from: &str, to: &str) {
+        let own = self.dir.join(path);
+        let text = fs::read_to_string(if own.exists() { own } else { root().join(path) }).expect("the file is there");
+        assert!(text.contains(from), "{path} has no `{from}`");
+        self.write(path, &text.replacen(from, to, 1));
+    }
+}
+
+impl Answer {
+    pub fn of(output: &Output) -> Self {
+        Self {
+            status: output.status.code().unwrap_or(-1),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// It must have failed with this status, and have said all of these words.
+    #[track_caller]
+    pub fn fails(&self, status: i32, words: &[&str]) {
+        assert_eq!(self.status, status, "{}{}", self.out, self.err);
+        for word in words {
+            assert!(self.err.contains(word), "`{word}` is not in:\n{}", self.err);
+        }
+    }
+}
+
+/// The repository.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the workspace")
+}
+
+pub fn shared_store() -> PathBuf {
+    let var = |name| std::env::var_os(name).map(PathBuf::from);
+    var("BAKEHOUSE_STORE")
+        .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("bakehouse")))
+        .or_else(|| var("HOME").map(|d| d.join(".cache/bakehouse")))
+        .expect("HOME is set")
+}

@@ -74,7 +74,11 @@ pub fn configure(
     in_root(root, &[vec!["/bin/sh".to_owned(), "-c".to_owned(), script]], true)?;
     seed_users(root, users).map_err(|e| format!("cannot write the fixed users: {e}"))?;
     let dpkg = |what: &[String]| -> Vec<String> {
-        ["dpkg", "--force-unsafe-io", "--configure"].into_iter().map(str::to_owned).chain(what.iter().cloned()).collect()
+        ["dpkg", "--force-unsafe-io", "--configure"]
+            .into_iter()
+            .map(str::to_owned)
+            .chain(what.iter().cloned())
+            .collect()
     };
     let mut commands = Vec::new();
     if !essential.is_empty() {

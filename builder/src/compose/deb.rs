@@ -65,7 +65,13 @@ impl Deb {
         // A line may carry flags before the path; dpkg ignores what it removes on upgrade.
         let conffiles = scripts
             .get("conffiles")
-            .map(|(_, text)| String::from_utf8_lossy(text).lines().filter(|l| l.starts_with('/')).map(|l| l.trim_end().to_owned()).collect())
+            .map(|(_, text)| {
+                String::from_utf8_lossy(text)
+                    .lines()
+                    .filter(|l| l.starts_with('/'))
+                    .map(|l| l.trim_end().to_owned())
+                    .collect()
+            })
             .unwrap_or_default();
         Ok(Self { name, control, scripts, conffiles, bytes, data })
     }
@@ -129,7 +135,7 @@ fn members(bytes: &[u8]) -> Result<Vec<(String, std::ops::Range<usize>)>, String
 fn decoder<'a>(name: &str, bytes: &'a [u8]) -> Result<Box<dyn Read + 'a>, String> {
     match name.rsplit('.').next() {
         Some("xz") => Ok(Box::new(liblzma::read::XzDecoder::new(bytes))),
-        Some("zst") => Ok(Box::new(zstd::stream::read::Decoder::new(bytes).map_err(|e| e.to_string())?)),
+        Some("zst") => Ok(Box::new(ruzstd::decoding::StreamingDecoder::new(bytes).map_err(|e| e.to_string())?)),
         Some("gz") => Ok(Box::new(flate2::read::GzDecoder::new(bytes))),
         Some("tar") => Ok(Box::new(bytes)),
         _ => Err(format!("{name} is compressed in a way that is not known")),

@@ -83,7 +83,8 @@ fn compile_python(root: &Path) -> Result<(), String> {
     let mut args: Vec<String> =
         ["python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"].map(str::to_owned).into();
     let dirs = fs::read_dir(root.join("usr/lib")).map_err(|e| e.to_string())?.flatten();
-    let mut names: Vec<String> = dirs.filter_map(|d| d.file_name().into_string().ok()).filter(|n| n.starts_with("python3")).collect();
+    let mut names: Vec<String> =
+        dirs.filter_map(|d| d.file_name().into_string().ok()).filter(|n| n.starts_with("python3")).collect();
     names.sort();
     args.extend(names.into_iter().map(|n| format!("/usr/lib/{n}")));
     in_root(root, &[args], false)
@@ -128,7 +129,9 @@ fn private_keys(root: &Path) -> io::Result<()> {
         let Ok(entries) = fs::read_dir(root.join(dir)) else { continue };
         for entry in entries {
             let path = entry?.path();
-            if dir == "etc/ssl/private" || path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("ssh_host_")) {
+            if dir == "etc/ssl/private"
+                || path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("ssh_host_"))
+            {
                 remove(&path)?;
             }
         }
@@ -160,7 +163,13 @@ fn shadow_without_dates(root: &Path) -> io::Result<()> {
         for (i, field) in fields.iter().enumerate() {
             let field = match i {
                 // No account has a password, the empty one included.
-                1 => if field.is_empty() { "*" } else { field },
+                1 => {
+                    if field.is_empty() {
+                        "*"
+                    } else {
+                        field
+                    }
+                }
                 2 => "20000",
                 _ => field,
             };

@@ -132,7 +132,12 @@ pub fn compose(recipe: &Recipe, lock: &Lock, store: &Store, progress: &Progress)
     // Images that start from the same base wait for the first to make it.
     let base_guard = base_key.as_ref().map(|k| store.lock(Kind::Layer, k)).transpose()?;
     let start = base_key.as_ref().and_then(|k| store.get(Kind::Layer, k)).map(|d| d.join("root.tar"));
-    let base_guard = if start.is_some() { drop(base_guard); None } else { base_guard };
+    let base_guard = if start.is_some() {
+        drop(base_guard);
+        None
+    } else {
+        base_guard
+    };
     let step = progress.step("compose", &format!("{name}: {} packages", lock.packages_of(name, false).len()));
 
     let scratch = store.scratch(Kind::Layer, &key);
@@ -142,7 +147,11 @@ pub fn compose(recipe: &Recipe, lock: &Lock, store: &Store, progress: &Progress)
     let debs = |packages: &[&Package]| -> Vec<DebFile> {
         packages
             .iter()
-            .map(|p| DebFile { path: store.path(Kind::Deb, &p.sha256), sha256: p.sha256.clone(), essential: p.essential })
+            .map(|p| DebFile {
+                path: store.path(Kind::Deb, &p.sha256),
+                sha256: p.sha256.clone(),
+                essential: p.essential,
+            })
             .collect()
     };
     let all = lock.packages_of(name, false);
@@ -223,7 +232,8 @@ fn users(recipe: &Recipe) -> BTreeMap<String, (u32, String, bool)> {
 /// Whether a tree of this size, and the compressed files beside it, fit in free memory.
 pub(crate) fn fits_in_memory(bytes: u64) -> bool {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    let kib =
+        text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     kib.is_some_and(|kib| kib * 1024 > bytes + bytes / 2 + (512 << 20))
 }
 

@@ -34,7 +34,9 @@ impl Trimmer {
     pub fn new(rules: &[Rule]) -> Result<Self, String> {
         rules
             .iter()
-            .map(|r| Pattern::new(&r.pattern).map(|p| (p, r.keep)).map_err(|e| format!("the pattern `{}`: {e}", r.pattern)))
+            .map(|r| {
+                Pattern::new(&r.pattern).map(|p| (p, r.keep)).map_err(|e| format!("the pattern `{}`: {e}", r.pattern))
+            })
             .collect::<Result<_, _>>()
             .map(Self)
     }
@@ -47,7 +49,7 @@ impl Trimmer {
 /// Unpacks all packages below `root`; the result is sorted by package name.
 pub fn unpack(files: &[DebFile], root: &Path, trim: &Trimmer) -> Result<Vec<Unpacked>, String> {
     skeleton(root).map_err(|e| format!("cannot start the tree: {e}"))?;
-    let size = |f: &DebFile| fs::metadata(&f.path).map(|m| m.len()).unwrap_or(0);
+    let size = |f: &DebFile| fs::metadata(&f.path).map_or(0, |m| m.len());
     // The largest first, so that no thread is left with one at the end.
     let mut order: Vec<&DebFile> = files.iter().collect();
     order.sort_by_key(|f| std::cmp::Reverse(size(f)));
@@ -130,7 +132,8 @@ fn one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacke
         let header = entry.header();
         let kind = header.entry_type();
         let number = |n: io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(0)).map_err(|e| e.to_string());
-        let (mode, uid, gid) = (header.mode().map_err(|e| e.to_string())?, number(header.uid())?, number(header.gid())?);
+        let (mode, uid, gid) =
+            (header.mode().map_err(|e| e.to_string())?, number(header.uid())?, number(header.gid())?);
         let full = root.join(&path[1..]);
         let told = |e: io::Error| format!("{path}: {e}");
         if kind.is_dir() {
@@ -148,7 +151,10 @@ fn one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacke
             let target = entry.link_name_bytes().ok_or("a link without a target")?.into_owned();
             let target = String::from_utf8(target).map_err(|_| "a link's target is not UTF-8")?;
             match symlink(&target, &full) {
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists && fs::read_link(&full).is_ok_and(|t| t.to_str() == Some(&target)) => {
+                Err(e)
+                    if e.kind() == io::ErrorKind::AlreadyExists
+                        && fs::read_link(&full).is_ok_and(|t| t.to_str() == Some(&target)) =>
+                {
                     return Ok(());
                 }
                 done => done.map_err(told)?,

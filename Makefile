@@ -1,0 +1,39 @@
+# `make demo` builds the hub image and boots it; `make test` runs everything CI runs.
+
+BAKEHOUSE = target/release/bakehouse
+DEMO = build/demo
+
+.PHONY: all deps build demo test lint bench clean
+
+all: build
+
+deps:
+	builder/host-deps.sh
+
+build:
+	cargo build --release --locked -p builder -p firstboot
+
+demo: deps build
+	mkdir -p $(DEMO)
+	cp profiles/fleets/ha.toml $(DEMO)/fleet.toml
+	$(BAKEHOUSE) -C $(DEMO) lock
+	$(BAKEHOUSE) -C $(DEMO) up hub-1
+	$(BAKEHOUSE) -C $(DEMO) exec hub-1 -- systemctl --no-pager list-dependencies role-hub.target
+	@echo "hub-1 runs. Look around:  $(BAKEHOUSE) -C $(DEMO) exec hub-1 -- COMMAND"
+	@echo "Switch it off:            $(BAKEHOUSE) -C $(DEMO) down"
+
+test: deps lint build
+	cargo test --release --locked --workspace --lib --bins
+	cargo test --release --locked -p bakehouse-tests --test image -- --test-threads=1 --nocapture
+	cargo test --release --locked -p bakehouse-tests --test boot -- --test-threads=1 --nocapture
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+
+bench: build
+	builder/host-deps.sh bench
+	cargo run --release --locked -p bakehouse-tests --bin bench
+
+clean:
+	rm -rf build target

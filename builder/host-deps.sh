@@ -1,0 +1,33 @@
+#!/bin/sh
+# Installs what the host needs to build and boot images, on Debian 12 or 13. Does nothing
+# when all of it is there. With `bench`: also the tools that `make bench` compares with.
+set -eu
+
+packages="apt ca-certificates debian-archive-keyring gcc libc6-dev make uidmap qemu-system-x86 qemu-utils ovmf cryptsetup-bin"
+[ "${1-}" = bench ] && packages="$packages mmdebstrap"
+
+missing=""
+for p in $packages; do
+    dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"
+done
+[ -z "$missing" ] && exit 0
+
+sudo=""
+if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || { echo "as root: apt-get install$missing" >&2; exit 1; }
+    sudo=sudo
+fi
+export DEBIAN_FRONTEND=noninteractive
+$sudo apt-get update -q
+# shellcheck disable=SC2086  # a list of words
+if ! $sudo apt-get install -q -y --no-install-recommends $missing; then
+    # A qemu-utils from backports wants its qemu-system-x86 from there, too.
+    codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    uri=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
+        awk -v c="$codename" '$2 == c { print $1; exit }')
+    printf 'Types: deb\nURIs: %s\nSuites: %s-backports\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n' \
+        "$uri" "$codename" | $sudo tee /etc/apt/sources.list.d/bakehouse-backports.sources >/dev/null
+    $sudo apt-get update -q
+    # shellcheck disable=SC2086
+    $sudo apt-get install -q -y --no-install-recommends -t "$codename-backports" $missing
+fi

@@ -1,0 +1,98 @@
+//! The hub image in a real machine under UEFI firmware.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+
+use bakehouse_tests::{Lab, Machine};
+
+const READY: &str = "bakehouse: ready (hub-1)";
+const FAILED_CLOSED: &str = "bakehouse: the root file system could not be verified or mounted; restarting";
+
+fn lab(name: &str) -> Lab {
+    let lab = Lab::of_fleet(name, "ha");
+    lab.ok(&["build", "hub"]);
+    lab
+}
+
+#[test]
+fn a_hub_boots_takes_its_role_and_remembers_it() {
+    let lab = lab("boot");
+    let hub = Machine::of(&lab, "hub-1");
+    hub.start();
+    hub.wait_for(&[READY]);
+
+    // Root: erofs on verity, read-only, nothing to write to.
+    assert_eq!(hub.ok("findmnt -no SOURCE,FSTYPE /"), "/dev/mapper/root erofs");
+    assert!(hub.ok("findmnt -no OPTIONS /").split(',').any(|o| o == "ro"));
+    assert!(hub.ok("dmsetup table root").contains(" verity 1 "));
+    assert!(hub.ok("dmsetup status root").ends_with(" V"), "verity has seen corruption");
+    for path in ["/usr/x", "/etc/x"] {
+        assert_ne!(hub.exec(&format!("touch {path}")).status, 0, "{path} is writable");
+    }
+
+    // /var on its own partition, grown to what the disk has; the second slot is cut.
+    let var = hub.ok("findmnt -no SOURCE,FSTYPE /var");
+    assert!(var.starts_with("/dev/vda") && var.ends_with(" ext4"), "{var}");
+    let size: u64 = hub.ok("findmnt -bno SIZE /var").trim().parse().expect("a number");
+    assert!(size > 5 << 30, "/var has {size} bytes of an 8 GiB disk");
+    assert_eq!(hub.ok("lsblk -no PARTLABEL /dev/vda | grep -c _empty"), "2");
+
+    // Nothing failed; the role runs because the agent started it.
+    hub.ok("systemctl is-system-running --wait");
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
+    for unit in ["firstboot", "role-hub.target", "nftables", "bird", "keepalived", "haproxy"] {
+        assert_eq!(hub.ok(&format!("systemctl is-active {unit}")), "active", "{unit}");
+    }
+    assert_eq!(hub.exec("systemctl is-active etcd").output.trim(), "inactive");
+    assert_eq!(hub.ok("hostname"), "hub-1");
+    assert!(hub.ok("birdc show protocols").contains("workers"));
+    assert!(hub.ok("nft list chain inet bakehouse input").contains("policy drop"));
+    assert!(hub.ok("journalctl -b -u firstboot -o cat").contains("hub-1 by its ticket"));
+
+    // It counts as a good boot, and the image says what it is.
+    assert!(hub.ok("bootctl list --no-pager").contains("ha-hub_1.efi"), "the boot was not blessed");
+    let release = hub.ok("cat /usr/lib/os-release");
+    assert!(release.contains("IMAGE_ID=\"ha-hub\"") && release.contains("IMAGE_VERSION=\"1\""), "{release}");
+
+    let machine_id = hub.ok("cat /etc/machine-id");
+    let state = hub.ok("stat -c '%a %Y %i' /var/lib/bakehouse/state.json; cat /var/lib/bakehouse/state.json");
+    assert!(state.starts_with("600 "), "{state}");
+    let partitions = hub.ok("lsblk -no PARTUUID,SIZE /dev/vda");
+
+    // Without warning, as a power cut is: the second boot repeats nothing.
+    hub.ok("sync /var/lib/bakehouse");
+    hub.cut_power();
+    hub.start();
+    hub.wait_for(&[READY]);
+    assert_eq!(hub.ok("cat /etc/machine-id"), machine_id);
+    assert_eq!(hub.ok("stat -c '%a %Y %i' /var/lib/bakehouse/state.json; cat /var/lib/bakehouse/state.json"), state);
+    assert_eq!(hub.ok("lsblk -no PARTUUID,SIZE /dev/vda"), partitions);
+    assert!(hub.ok("journalctl -b -u firstboot -o cat").contains("hub-1 since an earlier boot"));
+    assert_eq!(hub.ok("journalctl --list-boots --no-legend | wc -l"), "2");
+    hub.ok("systemctl is-system-running --wait");
+    hub.shut_down();
+}
+
+#[test]
+fn one_flipped_byte_in_the_root_makes_the_boot_fail_closed() {
+    let lab = lab("tamper");
+    let image = lab.dir.join("build/hub/ha-hub_1.raw");
+    let tampered = lab.dir.join("tampered.raw");
+    let copied = std::process::Command::new("cp").arg("--sparse=always").args([&image, &tampered]).status();
+    assert!(copied.expect("cp").success());
+    // The volume's name in the superblock: a file system without verity would not mind.
+    let at = (1 << 20) + (256 << 20) + 1024 + 0x40;
+    let disk = OpenOptions::new().read(true).write(true).open(&tampered).expect("the copy");
+    let mut byte = [0];
+    disk.read_exact_at(&mut byte, at).expect("the byte");
+    disk.write_all_at(&[byte[0] ^ 1], at).expect("the byte");
+    drop(disk);
+
+    let hub = Machine::of(&lab, "hub-1").with_image(&tampered);
+    hub.start();
+    assert_eq!(hub.wait_for(&[FAILED_CLOSED, READY]), FAILED_CLOSED);
+    let console = hub.console();
+    assert!(!console.contains("Reached target multi-user.target"), "{console}");
+    hub.cut_power();
+    fs::remove_file(&tampered).expect("the copy");
+}

@@ -1,0 +1,256 @@
+//! The builder as its users meet it: the real binary, real packages, the real hub image.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bakehouse_tests::{Answer, Lab, first_difference, root, shared_store, tar_differences};
+
+const ARTEFACTS: [&str; 5] =
+    ["ha-hub_1.raw", "ha-hub_1.efi", "ha-hub_1.manifest.json", "ha-hub_1.spdx.json", "SHA256SUMS"];
+
+fn sha256(path: &Path) -> String {
+    let output = Command::new("sha256sum").arg(path).output().expect("sha256sum");
+    String::from_utf8_lossy(&output.stdout)[..64].to_owned()
+}
+
+fn built_layer(store: &Path) -> PathBuf {
+    let layers = fs::read_dir(store.join("layers")).expect("a store").flatten().map(|e| e.path());
+    layers.into_iter().find(|l| l.join("layer.json").exists()).expect("a finished layer").join("root.tar")
+}
+
+#[test]
+fn two_builds_from_nothing_are_the_same_bit_for_bit() {
+    let one = Lab::of_fleet("same-1", "ha").with_own_store();
+    let two = Lab::of_fleet("same-2-in-a-longer-path", "ha").with_own_store();
+    one.ok(&["build", "hub"]);
+    // Another umask, another time zone and language, another moment, another current folder.
+    let mut other = two.command(&["build", "hub"]);
+    other.env("TZ", "Asia/Tokyo").env("LANG", "tr_TR.UTF-8").current_dir("/");
+    let line = format!("umask 077; exec \"$0\" {}", r#""$@""#);
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(line).arg(other.get_program()).args(other.get_args());
+    shell.envs(other.get_envs().filter_map(|(k, v)| Some((k, v?)))).current_dir("/");
+    let answer = Answer::of(&shell.output().expect("sh"));
+    assert_eq!(answer.status, 0, "{}", answer.err);
+
+    let (a, b) = (one.dir.join("build/hub"), two.dir.join("build/hub"));
+    if let Some(difference) = first_difference(&a, &b, &ARTEFACTS.map(str::to_owned)) {
+        let layers = (built_layer(&one.dir.join("store")), built_layer(&two.dir.join("store")));
+        panic!("{difference}\nfiles of the packages' tree: {:#?}", tar_differences(&layers.0, &layers.1));
+    }
+    for name in ARTEFACTS {
+        println!("{name}\n  {}\n  {}", sha256(&a.join(name)), sha256(&b.join(name)));
+    }
+    // The sums are the files'.
+    let check = Command::new("sha256sum").args(["-c", "--quiet", "SHA256SUMS"]).current_dir(&a).status();
+    assert!(check.expect("sha256sum").success());
+    for lab in [one, two] {
+        fs::remove_dir_all(&lab.dir).expect("the lab");
+    }
+}
+
+#[test]
+fn a_changed_config_rebuilds_from_bake_on_and_gives_the_bytes_of_a_cold_build() {
+    let lab = Lab::of_fleet("warm", "ha");
+    lab.ok(&["build", "hub"]);
+    let again = lab.ok(&["build", "hub"]);
+    assert!(again.err.contains("hub: unchanged"), "{}", again.err);
+
+    lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "maxconn 4000", "maxconn 4001");
+    let warm = lab.ok(&["build", "hub", "-v"]);
+    assert!(warm.err.contains("changed: overlays/haproxy/run/bakehouse/haproxy.cfg.j2\n"), "{}", warm.err);
+    for step in [" compose ", " erofs ", " initrd ", " tools "] {
+        assert!(!warm.err.contains(step), "{step} was done again:\n{}", warm.err);
+    }
+    let cold = Lab::of_fleet("cold", "ha").with_own_store();
+    cold.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "maxconn 4000", "maxconn 4001");
+    cold.ok(&["build", "hub"]);
+    let difference =
+        first_difference(&lab.dir.join("build/hub"), &cold.dir.join("build/hub"), &ARTEFACTS.map(str::to_owned));
+    assert_eq!(difference, None);
+    // The verity tree is what the tool that wrote the format makes of the same root.
+    verity_agrees(&lab.dir.join("build/hub/ha-hub_1.raw"), &lab.read("build/hub/ha-hub_1.manifest.json"));
+    fs::remove_dir_all(&cold.dir).expect("the lab");
+}
+
+fn verity_agrees(disk: &Path, manifest: &str) {
+    let manifest: serde_json::Value = serde_json::from_str(manifest).expect("JSON");
+    let slot = manifest["sizes"]["root_slot"].as_u64().expect("a number");
+    let dir = tempfile::tempdir().expect("a folder");
+    let part = |name: &str, skip: u64, mib: u64| {
+        let out = dir.path().join(name);
+        let mut dd = Command::new("dd");
+        dd.arg(format!("if={}", disk.display())).arg(format!("of={}", out.display()));
+        dd.args(["bs=1M", "conv=sparse", "status=none"]).arg(format!("skip={skip}")).arg(format!("count={mib}"));
+        assert!(dd.status().expect("dd").success());
+        out
+    };
+    let root = part("root", 257, slot >> 20);
+    let verity = part("verity", 257 + (slot >> 20), 64);
+    let mut check = Command::new("veritysetup");
+    check.arg("verify").args([&root, &verity]).arg(manifest["roothash"].as_str().expect("a hash"));
+    let answer = Answer::of(&check.output().expect("veritysetup"));
+    assert_eq!(answer.status, 0, "{}{}", answer.out, answer.err);
+}
+
+#[test]
+fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line() {
+    let lab = Lab::of_fleet("refused", "ha");
+    lab.ok(&["build", "hub"]);
+    let before = sha256(&lab.dir.join("build/hub/ha-hub_1.efi"));
+    let cases = [
+        ("haproxy/run/bakehouse/haproxy.cfg.j2", "    maxconn 4000", "    maxxconn 4000", "unknown keyword 'maxxconn'"),
+        ("bird/run/bakehouse/bird.conf.j2", "    hold time 9;", "    hold thyme 9;", "syntax error"),
+        ("keepalived/run/bakehouse/keepalived.conf.j2", "    advert_int 0.2", "    advert_intt 0.2", "advert_intt"),
+        ("nftables/run/bakehouse/nftables.conf.j2", "policy drop", "policy dropp", "syntax error"),
+        ("hub/usr/lib/systemd/system/role-hub.target", "Requires=nftables", "Requires=/nftables", "role-hub.target"),
+    ];
+    for (file, from, to, words) in cases {
+        let path = format!("overlays/{file}");
+        lab.edit(&path, from, to);
+        let line = lab.read(&path).lines().position(|l| l.contains(to)).expect("the line") + 1;
+        let place = if Path::new(file).extension().is_some_and(|e| e == "j2") {
+            format!("{path}:{line}")
+        } else {
+            path.clone()
+        };
+        lab.run(&["build", "hub"]).fails(2, &[&place, words]);
+        fs::remove_file(lab.dir.join(&path)).expect("the edit");
+    }
+    assert_eq!(sha256(&lab.dir.join("build/hub/ha-hub_1.efi")), before, "a refused build left its files");
+}
+
+#[test]
+fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
+    let lab = Lab::of_fleet("overlays", "ha");
+    lab.edit("fleet.toml", "[groups.db]", "overlays = [\"mine\"]\n\n[groups.db]");
+    lab.write("overlays/mine/etc/fstab", "nothing\n");
+    lab.run(&["build", "hub"]).fails(2, &["both overlays/base/etc/fstab and overlays/mine/etc/fstab lay /etc/fstab"]);
+    fs::remove_file(lab.dir.join("overlays/mine/etc/fstab")).expect("the file");
+    lab.write("overlays/mine/run/x.conf.j2", "fine\n{{ node.nmae }}\n");
+    lab.run(&["check"]).fails(2, &["overlays/mine/run/x.conf.j2:2", "undefined"]);
+    lab.write("overlays/mine/run/x.conf.j2", "-----BEGIN PRIVATE KEY-----\n");
+    lab.run(&["check"]).fails(2, &["overlays/mine/run/x.conf.j2:1: holds a private key"]);
+    lab.write("overlays/mine/overlay.toml", "[files.\"etc/y\"]\nmode = \"0600\"\nuser = \"nobody-knows\"\n");
+    lab.write("overlays/mine/run/x.conf.j2", "fine\n");
+    lab.write("overlays/mine/etc/y", "y\n");
+    lab.run(&["build", "hub"]).fails(1, &["overlays/mine/overlay.toml: etc/y belongs to the user `nobody-knows`"]);
+}
+
+#[test]
+fn what_is_wrong_with_a_fleet_or_a_lock_is_named_with_its_fix() {
+    let lab = Lab::of_fleet("wrong", "ha");
+    lab.edit("fleet.toml", "[groups.db]", "packages = [\"jq\"]\n\n[groups.db]");
+    lab.run(&["build", "hub"]).fails(1, &["lacks the package `jq`, which `hub` asks for", "bakehouse lock"]);
+    lab.edit("fleet.toml", "jq", "no-such-package");
+    lab.run(&["lock"]).fails(1, &["no-such-package", "[groups.hub] in", "check its name"]);
+    lab.edit("fleet.toml", "packages =", "pakcages =");
+    lab.run(&["check"]).fails(2, &["fleet.toml:8", "^^^^^^^^", "did you mean `packages`?"]);
+    lab.run(&["build", "nonsense"]).fails(2, &["fleet.toml:8"]);
+    lab.edit("fleet.toml", "pakcages = [\"no-such-package\"]\n", "");
+    lab.run(&["build", "nonsense"]).fails(2, &["no group `nonsense`", "hub"]);
+    lab.run(&["frob"]).fails(2, &["frob"]);
+    lab.edit("fleet.toml", "version = \"1\"", "version = \"1\"\nimage.root_size = \"40M\"");
+    lab.run(&["build", "hub"]).fails(1, &["don't fit a root slot of 40 MiB", "root_size"]);
+}
+
+#[test]
+fn a_mirror_that_is_down_or_lies_is_named_and_the_store_stays_good() {
+    let lab = Lab::of_fleet("mirrors", "ha");
+    // Nothing listens there.
+    lab.run(&["lock", "--update", "--mirror", "http://127.0.0.1:9/debian"])
+        .fails(1, &["127.0.0.1:9", "check the mirror"]);
+    assert!(lab.dir.join("bakehouse.lock").exists(), "the lock that was good is gone");
+    // A mirror that has other bytes under every name.
+    let liar = lab.dir.join("liar");
+    let lock = lab.read("bakehouse.lock");
+    for line in lock.lines().filter_map(|l| l.strip_prefix("path = \"")?.strip_suffix('"')) {
+        let path = liar.join("debian").join(line);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("the lab");
+        fs::write(path, "not a package").expect("the lab");
+    }
+    let store = tempfile::tempdir().expect("a folder");
+    let mut fetch = lab.command(&["fetch", "--mirror", &format!("file://{}/debian", liar.display())]);
+    fetch.env("BAKEHOUSE_STORE", store.path());
+    Answer::of(&fetch.output().expect("bakehouse")).fails(1, &["could not be fetched", "the lock says"]);
+    let stored = fs::read_dir(store.path().join("debs")).expect("a store").flatten();
+    let whole: Vec<_> = stored.map(|e| e.path()).filter(|p| p.extension().is_none()).collect();
+    assert_eq!(whole, Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
+    let lab = Lab::of_fleet("full", "ha");
+    // A tmpfs of a few MiB in a mount namespace of the test's own.
+    let script = format!(
+        "mkdir -p {dir}/build && mount -t tmpfs -o size=64M tmpfs {dir}/build && {bin} -C {dir} build hub; code=$?; ls -A {dir}/build/hub; exit $code",
+        dir = lab.dir.display(),
+        bin = root().join("target/release/bakehouse").display()
+    );
+    let output = Command::new("unshare").args(["--map-root-user", "--user", "--mount", "sh", "-c", &script]).output();
+    let answer = Answer::of(&output.expect("unshare"));
+    answer.fails(1, &["hub: the image may take", "are free; make room"]);
+    assert_eq!(answer.out, "");
+}
+
+#[test]
+fn an_interrupted_build_leaves_no_half_and_the_next_one_is_whole() {
+    let lab = Lab::of_fleet("interrupted", "ha").with_own_store();
+    let mut build = lab.command(&["build", "hub"]);
+    // Its own process group, as a terminal's foreground job has.
+    let mut child = build.process_group(0).stderr(std::process::Stdio::piped()).spawn().expect("bakehouse");
+    let layers = lab.dir.join("store/tmp");
+    // Well into composing: the sandbox is at work.
+    while !fs::read_dir(&layers)
+        .is_ok_and(|d| d.flatten().any(|e| e.file_name().to_string_lossy().starts_with("layers-")))
+    {
+        assert!(child.try_wait().expect("a child").is_none(), "the build ended early");
+        std::thread::yield_now();
+    }
+    let kill = Command::new("kill").args(["-INT", "--", &format!("-{}", child.id())]).status();
+    assert!(kill.expect("kill").success());
+    assert_eq!(child.wait().expect("a child").code(), Some(130));
+    assert!(!lab.dir.join("build/hub/ha-hub_1.raw").exists());
+    lab.ok(&["build", "hub"]);
+    assert!(lab.dir.join("build/hub/ha-hub_1.raw").exists());
+    fs::remove_dir_all(&lab.dir).expect("the lab");
+}
+
+/// A user who is not root builds the same bytes, by user namespaces.
+#[test]
+fn an_ordinary_user_builds_the_same_image() {
+    let lab = Lab::of_fleet("user", "ha");
+    lab.ok(&["build", "hub"]);
+    let user = "bakehouse-test";
+    let have = Command::new("id").arg(user).output().expect("id").status.success();
+    if !have {
+        let made = Command::new("useradd").args(["--create-home", "--shell", "/bin/sh", user]).status();
+        assert!(made.expect("useradd").success(), "this test makes an ordinary user and wants root for it");
+    }
+    let home = PathBuf::from(format!("/home/{user}/lab"));
+    let _ = fs::remove_dir_all(&home);
+    fs::create_dir_all(home.join("store/debs")).expect("a home");
+    for (from, to) in [("fleet.toml", "fleet.toml"), ("bakehouse.lock", "bakehouse.lock")] {
+        fs::copy(lab.dir.join(from), home.join(to)).expect("the lab");
+    }
+    for binary in ["bakehouse", "firstboot"] {
+        fs::copy(root().join("target/release").join(binary), home.join(binary)).expect("the binaries");
+    }
+    let debs = Command::new("cp").arg("-r").arg(shared_store().join("debs")).arg(home.join("store")).status();
+    assert!(debs.expect("cp").success());
+    assert!(Command::new("chown").args(["-R", user]).arg(&home).status().expect("chown").success());
+    let line = format!("cd {h} && BAKEHOUSE_STORE={h}/store ./bakehouse -C {h} build hub", h = home.display());
+    let output =
+        Command::new("setpriv").args(["--reuid", user, "--regid", user, "--init-groups", "sh", "-c", &line]).output();
+    let answer = Answer::of(&output.expect("setpriv"));
+    assert_eq!(answer.status, 0, "{}", answer.err);
+    let difference =
+        first_difference(&lab.dir.join("build/hub"), &home.join("build/hub"), &ARTEFACTS.map(str::to_owned));
+    assert_eq!(difference, None);
+    let image = home.join("build/hub/ha-hub_1.raw");
+    assert_eq!(fs::metadata(image).expect("the image").permissions().mode() & 0o777, 0o644);
+    fs::remove_dir_all(&home).expect("the lab");
+}

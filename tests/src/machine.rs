@@ -1,0 +1,82 @@
+//! A virtual machine under test: what it said is shown when a test fails, and it is switched
+//! off when the test ends.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use builder::project::Project;
+use builder::vm::{Done, Start, Vm, start_of};
+
+use crate::Lab;
+
+/// A boot under emulation on two busy cores takes about a minute; ten are a hang.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+pub struct Machine {
+    vm: Vm,
+    project: Project,
+    image: Option<PathBuf>,
+}
+
+impl Machine {
+    /// A node of the lab's fleet, off, with a blank disk.
+    pub fn of(lab: &Lab, node: &str) -> Self {
+        let project = Project::load(&lab.dir).expect("the fleet is right");
+        let vm = Vm::of(&project, node).expect("the node is there");
+        Self { vm, project, image: None }
+    }
+
+    /// Boots from another image than the one that was built.
+    #[must_use]
+    pub fn with_image(mut self, image: &Path) -> Self {
+        self.image = Some(image.to_owned());
+        self
+    }
+
+    pub fn start(&self) {
+        let described = start_of(&self.project, &self.vm.node).expect("the node is there");
+        let start = described.as_start();
+        let image = self.image.as_deref().unwrap_or(start.image);
+        self.vm.start(&Start { image, ..start }).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Waits until one of the texts is on the console; returns which.
+    pub fn wait_for<'a>(&self, texts: &[&'a str]) -> &'a str {
+        let found = self.vm.wait_console(PATIENCE, |console| texts.iter().copied().find(|t| console.contains(t)));
+        found.unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub fn console(&self) -> String {
+        self.vm.console()
+    }
+
+    /// Runs a command inside, whatever its status.
+    pub fn exec(&self, command: &str) -> Done {
+        self.vm.exec(command).unwrap_or_else(|e| panic!("{e}\nconsole:\n{}", self.console()))
+    }
+
+    /// Runs a command that must succeed; its output without the last line's end.
+    #[track_caller]
+    pub fn ok(&self, command: &str) -> String {
+        let done = self.exec(command);
+        if done.status != 0 {
+            let journal = self.exec("journalctl -b --no-pager -n 150").output;
+            panic!("`{command}` ended with {}:\n{}\njournal:\n{journal}", done.status, done.output);
+        }
+        done.output.trim_end().to_owned()
+    }
+
+    pub fn shut_down(&self) {
+        self.vm.power_down().unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    pub fn cut_power(&self) {
+        self.vm.cut_power().unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.vm.cut_power();
+    }
+}
