@@ -162,7 +162,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         let shown = project.warnings.iter().map(|w| w.render(colour()));
         shown.for_each(|w| {
             if !cli.quiet && !cli.json {
-                eprintln!("{w}")
+                eprintln!("{w}");
             }
         });
     };
@@ -205,7 +205,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let status = vm::status(&project);
             print_json(cli.json, &status)?;
             if !cli.json {
-                status.iter().for_each(|s| println!("{s}"));
+                for line in &status {
+                    println!("{line}");
+                }
             }
         }
         Command::Console { node } => print!("{}", vm::Vm::of(&project, node)?.console()),

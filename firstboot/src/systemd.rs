@@ -71,6 +71,7 @@ mod tests {
 
     #[zbus::interface(name = "org.freedesktop.systemd1.Manager")]
     impl FakeManager {
+        #[allow(clippy::unused_self, reason = "the interface's shape")]
         fn subscribe(&self) {}
 
         async fn start_unit(

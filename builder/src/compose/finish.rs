@@ -70,7 +70,8 @@ pub fn finish(root: &Path, out: &Path) -> Result<String, String> {
     for (link, target) in IN_VAR {
         symlink(target, root.join(link)).map_err(told("cannot link into /var"))?;
     }
-    for dir in ["boot", "dev", "efi", "mnt", "opt", "proc", "run", "sys", "tmp"] {
+    // var/tmp: services with a private one start before /var is mounted.
+    for dir in ["boot", "dev", "efi", "mnt", "opt", "proc", "run", "sys", "tmp", "var/tmp"] {
         fs::create_dir_all(root.join(dir)).map_err(told("cannot make a folder"))?;
     }
     // Empty, not absent: systemd mounts the node's own over it.
