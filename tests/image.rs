@@ -106,7 +106,12 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
         ("bird/run/bakehouse/bird.conf.j2", "    hold time 9;", "    hold thyme 9;", "syntax error"),
         ("keepalived/run/bakehouse/keepalived.conf.j2", "    advert_int 0.2", "    advert_intt 0.2", "advert_intt"),
         ("nftables/run/bakehouse/nftables.conf.j2", "policy drop", "policy dropp", "syntax error"),
-        ("hub/usr/lib/systemd/system/role-hub.target", "Requires=nftables", "Requires=/nftables", "role-hub.target"),
+        (
+            "hub/usr/lib/systemd/system/role-hub.target",
+            "RefuseManualStop=no",
+            "RefuseManualStopp=no",
+            "RefuseManualStopp",
+        ),
     ];
     for (file, from, to, words) in cases {
         let path = format!("overlays/{file}");
@@ -148,8 +153,8 @@ fn what_is_wrong_with_a_fleet_or_a_lock_is_named_with_its_fix() {
     lab.edit("fleet.toml", "jq", "no-such-package");
     lab.run(&["lock"]).fails(1, &["no-such-package", "[groups.hub] in", "check its name"]);
     lab.edit("fleet.toml", "packages =", "pakcages =");
-    lab.run(&["check"]).fails(2, &["fleet.toml:8", "^^^^^^^^", "did you mean `packages`?"]);
-    lab.run(&["build", "nonsense"]).fails(2, &["fleet.toml:8"]);
+    lab.run(&["check"]).fails(2, &["fleet.toml:10", "^^^^^^^^", "did you mean `packages`?"]);
+    lab.run(&["build", "nonsense"]).fails(2, &["fleet.toml:10"]);
     lab.edit("fleet.toml", "pakcages = [\"no-such-package\"]\n", "");
     lab.run(&["build", "nonsense"]).fails(2, &["no group `nonsense`", "hub"]);
     lab.run(&["frob"]).fails(2, &["frob"]);
@@ -168,9 +173,11 @@ fn a_mirror_that_is_down_or_lies_is_named_and_the_store_stays_good() {
     let liar = lab.dir.join("liar");
     let lock = lab.read("bakehouse.lock");
     for line in lock.lines().filter_map(|l| l.strip_prefix("path = \"")?.strip_suffix('"')) {
-        let path = liar.join("debian").join(line);
-        fs::create_dir_all(path.parent().expect("a folder")).expect("the lab");
-        fs::write(path, "not a package").expect("the lab");
+        for archive in ["debian", "debian-security"] {
+            let path = liar.join(archive).join(line);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("the lab");
+            fs::write(path, "not a package").expect("the lab");
+        }
     }
     let store = tempfile::tempdir().expect("a folder");
     let mut fetch = lab.command(&["fetch", "--mirror", &format!("file://{}/debian", liar.display())]);

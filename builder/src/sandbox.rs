@@ -112,7 +112,6 @@ impl Running {
         }
         let status = self.child.wait().map_err(Error::io("wait for", "the sandbox"))?;
         let errors = reader.join().unwrap_or_default();
-        fs::write("/tmp/sandbox.err", &errors).unwrap();
         if !status.success() {
             let how = status.signal().map(|s| format!(" (killed by signal {s})")).unwrap_or_default();
             return fail(format!("{}{how}", errors.trim_end()));
