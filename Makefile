@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test lint bench clean
+.PHONY: all deps build demo test lint clean
 
 all: build
 
@@ -30,10 +30,6 @@ test: deps lint build
 lint:
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
-
-bench: build
-	builder/host-deps.sh bench
-	cargo run --release --locked -p bakehouse-tests --bin bench
 
 clean:
 	rm -rf build target

@@ -1,10 +1,9 @@
 #!/bin/sh
 # Installs what the host needs to build and boot images, on Debian 12 or 13. Does nothing
-# when all of it is there. With `bench`: also the tools that `make bench` compares with.
+# when all of it is there.
 set -eu
 
 packages="apt ca-certificates debian-archive-keyring gcc libc6-dev make uidmap qemu-system-x86 qemu-utils ovmf cryptsetup-bin"
-[ "${1-}" = bench ] && packages="$packages mmdebstrap"
 
 missing=""
 for p in $packages; do

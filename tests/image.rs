@@ -117,11 +117,7 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
         let path = format!("overlays/{file}");
         lab.edit(&path, from, to);
         let line = lab.read(&path).lines().position(|l| l.contains(to)).expect("the line") + 1;
-        let place = if Path::new(file).extension().is_some_and(|e| e == "j2") {
-            format!("{path}:{line}")
-        } else {
-            path.clone()
-        };
+        let place = format!("{path}:{line}");
         lab.run(&["build", "hub"]).fails(2, &[&place, words]);
         fs::remove_file(lab.dir.join(&path)).expect("the edit");
     }

@@ -150,11 +150,16 @@ fn key(layer: &Layer, check: &OverlayCheck, baked: &Baked, files: &[(String, Str
 }
 
 fn diagnose(project: &Project, check: &OverlayCheck, node: &fleet::Node, baked: &Baked, words: &str) -> Diagnostic {
-    let spoken_of = check.check.of.iter().find_map(|path| Some((path, line_in(words, path)?)));
-    let (path, line) = match spoken_of {
-        Some((path, line)) => (path.as_str(), line),
-        None => (check.check.of.first().map_or("", String::as_str), 0),
+    // A folder stands for the files that are baked into it.
+    let in_folder = |of: &str| {
+        let files = baked.entries.keys().filter(|p| p.starts_with(of));
+        files.cloned().collect::<Vec<_>>()
     };
+    let candidates =
+        check.check.of.iter().flat_map(|of| if of.ends_with('/') { in_folder(of) } else { vec![of.clone()] });
+    let spoken_of = candidates.into_iter().find_map(|path| Some((line_in(words, &path)?, path)));
+    let (line, path) = spoken_of.unwrap_or_else(|| (0, check.check.of.first().cloned().unwrap_or_default()));
+    let path = path.as_str();
     let file = match baked.templates.get(path) {
         Some(template) => {
             let context = NodeContext { fleet: &project.topology, node };
@@ -165,7 +170,8 @@ fn diagnose(project: &Project, check: &OverlayCheck, node: &fleet::Node, baked: 
             }
         }
         None => match baked.entries.get(path) {
-            Some(entry) if line > 0 => format!("{}:{line}", entry.origin),
+            // A rendered file's lines are not its template's.
+            Some(entry) if line > 0 && !entry.origin.ends_with(".j2") => format!("{}:{line}", entry.origin),
             Some(entry) => entry.origin.clone(),
             None => format!("overlays/{}", check.overlay),
         },
