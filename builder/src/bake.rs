@@ -374,8 +374,11 @@ mod tests {
 
     #[test]
     fn secrets_are_refused_with_their_line() {
-        for text in ["x\n-----BEGIN OPENSSH PRIVATE KEY-----\n", "x\nPrivateKey = abcdef=\n", "x\nAGE-SECRET-KEY-1QQ\n"]
-        {
+        for text in [
+            concat!("x\n-----BEGIN OPENSSH ", "PRIVATE KEY-----\n"),
+            "x\nPrivateKey = abcdef=\n",
+            "x\nAGE-SECRET-KEY-1QQ\n",
+        ] {
             let words = secret("overlays/a/etc/f", text.as_bytes()).unwrap_err().to_string();
             assert!(words.starts_with("overlays/a/etc/f:2: holds"), "{words}");
         }

@@ -8,6 +8,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
@@ -15,6 +16,8 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
+    /// Shared by everybody who uses the store, so that nothing is removed under them.
+    used: Arc<File>,
 }
 
 /// Kinds of entries; each has a folder.
@@ -72,7 +75,10 @@ impl Store {
             fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
         }
         let root = root.canonicalize().map_err(Error::io("open", root))?;
-        Ok(Self { root })
+        let path = root.join("in-use");
+        let used = File::create(&path).map_err(Error::io("open", &path))?;
+        used.lock_shared().map_err(Error::io("lock", &path))?;
+        Ok(Self { root, used: Arc::new(used) })
     }
 
     #[must_use]
@@ -141,8 +147,14 @@ impl Store {
     /// Removes what has not been used for `age`; returns entries and bytes removed.
     ///
     /// # Errors
-    /// An entry can't be listed or removed.
+    /// Somebody else uses the store, or an entry can't be listed or removed.
     pub fn gc(&self, age: Duration) -> Result<(usize, u64)> {
+        self.used.unlock().and_then(|()| self.used.try_lock().map_err(io::Error::from)).map_err(|_| {
+            Error::Failed(format!(
+                "another bakehouse uses the store {}; try again when it is done",
+                self.root.display()
+            ))
+        })?;
         let limit = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
         let (mut count, mut bytes) = (0, 0);
         for folder in Kind::ALL.map(Kind::folder).into_iter().chain(["tmp", "locks"]) {
@@ -202,6 +214,15 @@ mod tests {
         assert_eq!(store.gc(Duration::from_hours(1)).unwrap(), (0, 0));
         assert_eq!(store.gc(Duration::ZERO).unwrap().1, 1);
         assert!(store.get(Kind::Deb, "a").is_none());
+    }
+
+    #[test]
+    fn nothing_is_removed_while_another_uses_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let (builds, cleans) = (Store::at(dir.path()).unwrap(), Store::at(dir.path()).unwrap());
+        assert!(cleans.gc(Duration::ZERO).unwrap_err().to_string().contains("another bakehouse"));
+        drop(builds);
+        cleans.gc(Duration::ZERO).unwrap();
     }
 
     #[test]
