@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test lint clean
+.PHONY: all deps build demo test bench lint clean
 
 all: build
 
@@ -11,7 +11,7 @@ deps:
 	builder/host-deps.sh
 
 build:
-	cargo build --release --locked -p builder -p firstboot
+	cargo build --release --locked --workspace
 
 demo: deps build
 	mkdir -p $(DEMO)
@@ -24,8 +24,13 @@ demo: deps build
 
 test: deps lint build
 	cargo test --release --locked --workspace --lib --bins
-	cargo test --release --locked -p bakehouse-tests --test image -- --test-threads=1 --nocapture
-	cargo test --release --locked -p bakehouse-tests --test boot -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture
+
+# Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
+bench: deps build
+	command -v mmdebstrap >/dev/null || apt-get install -q -y --no-install-recommends mmdebstrap
+	cargo run --release --locked --workspace --bin bench
 
 lint:
 	cargo fmt --all --check

@@ -11,15 +11,17 @@ for p in $packages; do
 done
 [ -z "$missing" ] && exit 0
 
+# All of them, not only the missing: what is there must stay, whatever apt would rather do.
+install="apt-get install -q -y --no-install-recommends --no-remove $packages"
 sudo=""
 if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || { echo "as root: apt-get install$missing" >&2; exit 1; }
+    command -v sudo >/dev/null || { echo "as root: $install" >&2; exit 1; }
     sudo=sudo
 fi
 export DEBIAN_FRONTEND=noninteractive
 $sudo apt-get update -q
 # shellcheck disable=SC2086  # a list of words
-if ! $sudo apt-get install -q -y --no-install-recommends $missing; then
+if ! $sudo $install; then
     # A qemu-utils from backports wants its qemu-system-x86 from there, too.
     codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
     uri=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
@@ -28,5 +30,5 @@ if ! $sudo apt-get install -q -y --no-install-recommends $missing; then
         "$uri" "$codename" | $sudo tee /etc/apt/sources.list.d/bakehouse-backports.sources >/dev/null
     $sudo apt-get update -q
     # shellcheck disable=SC2086
-    $sudo apt-get install -q -y --no-install-recommends -t "$codename-backports" $missing
+    $sudo apt-get install -q -y --no-install-recommends --no-remove -t "$codename-backports" $missing
 fi
