@@ -23,7 +23,7 @@ demo: deps build
 	@echo "Switch it off:            $(BAKEHOUSE) -C $(DEMO) down"
 
 test: deps lint build
-	cargo test --release --locked --workspace --lib --bins
+	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture
 

@@ -72,8 +72,8 @@ fn main() {
         // Nothing in the store but the packages.
         let cold = Lab::of_fleet(&format!("bench-{round}"), "ha").with_own_store();
         times[0].add(&mut cold.command(&["build", "hub"]));
-        times[1].add(&mut peers.mkosi("default", &["-ff", "--incremental=no"]));
-        times[2].add(&mut peers.mkosi("tuned", &["-ff", "--incremental=no"]));
+        times[1].add(&mut peers.mkosi("default", &["-f", "--incremental=no"]));
+        times[2].add(&mut peers.mkosi("tuned", &["-f", "--incremental=no"]));
         times[3].add(&mut peers.mmdebstrap());
         // One configuration file is another one.
         cold.edit(
@@ -205,7 +205,7 @@ impl Peers {
         let head = format!("[Distribution]\nDistribution=debian\nRelease={}\n", project.fleet.debian.suite);
         let caches = "[Build]\nPackageCacheDirectory=/bench/packages\nWorkspaceDirectory=/var/tmp\n";
         peers.write(
-            "bench/initrd/mkosi.conf",
+            "bench/make-initrd/mkosi.conf",
             &format!("[Include]\nInclude=mkosi-initrd\n{head}[Output]\nOutputDirectory=/bench\n{caches}"),
         );
         for form in ["default", "tuned"] {
@@ -241,13 +241,13 @@ impl Peers {
                 source.components.join(" ")
             );
         }
-        for config in ["initrd", "default", "tuned"] {
+        for config in ["make-initrd", "default", "tuned"] {
             // Without it mkosi asks for suites that not every mirror has.
             peers.write(&format!("bench/{config}/mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources"), &sources);
         }
         eprintln!("filling the peers' caches (once)");
         run(peers.enter().args(["mkosi", "-C", "/bench/default", "-f", "build"]));
-        run(peers.enter().args(["mkosi", "-C", "/bench/initrd", "--cache-only=always", "-f", "build"]));
+        run(peers.enter().args(["mkosi", "-C", "/bench/make-initrd", "--cache-only=always", "-f", "build"]));
 
         // mmdebstrap has no cache: it gets the very packages as a mirror on its disk.
         for package in lock.packages_of("hub", false) {
@@ -257,16 +257,19 @@ impl Peers {
             fs::copy(bakehouse_tests::shared_store().join("debs").join(&package.sha256), to).expect("it was fetched");
         }
         let suite = &project.fleet.debian.suite;
+        // As in Bakehouse, the kernel's wish for a tool that makes initrds is met by nothing.
         let index = format!(
-            "cd /bench/mirror && d=dists/{suite}/main/binary-amd64 && mkdir -p $d && apt-ftparchive packages pool > $d/Packages \
+            "mkdir -p /bench/no-initrd/DEBIAN && cd /bench/no-initrd && printf 'Package: no-initrd\\nVersion: 1\\nArchitecture: all\\n\
+             Maintainer: bench\\nProvides: linux-initramfs-tool\\nDescription: nothing\\n' > DEBIAN/control \
+             && dpkg-deb -b . /bench/mirror/pool/no-initrd.deb && cd /bench/mirror && d=dists/{suite}/main/binary-amd64 && mkdir -p $d && apt-ftparchive packages pool > $d/Packages \
              && apt-ftparchive -o APT::FTPArchive::Release::Suite={suite} -o APT::FTPArchive::Release::Codename={suite} \
                 -o APT::FTPArchive::Release::Architectures=amd64 -o APT::FTPArchive::Release::Components=main \
                 release dists/{suite} > Release && mv Release dists/{suite}/"
         );
         run(peers.enter().args(["sh", "-c", &index]));
-        peers.write("bench/mirror.list", &format!("deb [trusted=yes] file:///bench/mirror {suite} main\n"));
+        peers.write("bench/mirror.list", &format!("deb [trusted=yes] copy:///bench/mirror {suite} main\n"));
         let names: Vec<&str> = lock.packages_of("hub", false).iter().map(|p| p.name.as_str()).collect();
-        peers.write("bench/names", &names.join(","));
+        peers.write("bench/names", &format!("{},no-initrd", names.join(",")));
         peers
     }
 
@@ -292,7 +295,6 @@ impl Peers {
         let names = fs::read_to_string(self.root.join("bench/names")).expect("it was written");
         let mut command = self.enter();
         command.args(["mmdebstrap", "--mode=root", "--variant=essential"]);
-        command.arg("--hook-dir=/usr/share/mmdebstrap/hooks/file-mirror-automount");
         command.arg(format!("--include={names}"));
         command.args(["trixie", "/var/tmp/hub.tar", "/bench/mirror.list"]);
         command

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::path::Path;
 
-use fleet::{Check, Diagnostic, NodeContext, Severity, parse_size};
+use fleet::{Check, Diagnostic, Membership, Severity, parse_size};
 use serde::Serialize;
 use tar::{Builder, EntryType, Header};
 
@@ -41,10 +41,11 @@ pub enum Content {
     Link(String),
 }
 
-/// A node-time template.
+/// A node-time template; what is rendered from it gets the same mode.
 pub struct Template {
     pub origin: String,
     pub text: String,
+    pub mode: u32,
 }
 
 pub struct OverlayCheck {
@@ -96,6 +97,12 @@ pub fn slots(project: &Project, recipe: &Recipe) -> Result<Slots> {
     size.map(Slots::of).ok_or_else(|| Error::Failed("profiles/roles/base.toml sets no `disk.root`".to_owned()))
 }
 
+/// Least size of /var: what every role keeps there, added up.
+#[must_use]
+pub fn var_size(recipe: &Recipe) -> u64 {
+    recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).sum()
+}
+
 /// Renders everything; needs the layer for the ids of users and for what is overlaid.
 ///
 /// # Errors
@@ -108,7 +115,7 @@ pub fn bake(project: &Project, recipe: &Recipe, tree: &Tree, agent: &[u8]) -> Re
         version: project.topology.version.clone(),
         root_size: slots.root,
         verity_size: slots.verity,
-        var_size: recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).max().unwrap_or(1 << 30),
+        var_size: var_size(recipe),
     };
     let context = Context { fleet: &project.topology, group: GroupVars { name: group, roles: &recipe.roles }, image };
     let ids = Ids { users: tree.ids("etc/passwd")?, groups: tree.ids("etc/group")? };
@@ -123,10 +130,10 @@ pub fn bake(project: &Project, recipe: &Recipe, tree: &Tree, agent: &[u8]) -> Re
     }
     baked.own(project, recipe, &context, agent)?;
     baked.units(recipe, tree)?;
+    let member = Membership::sample();
     for template in baked.templates.values() {
         for node in project.topology.nodes.iter().filter(|n| &n.group == group) {
-            let context = NodeContext { fleet: &project.topology, node };
-            fleet::render(&template.origin, &template.text, &context)?;
+            fleet::render(&template.origin, &template.text, &project.context(node, &member))?;
         }
     }
     Ok(baked)
@@ -145,15 +152,17 @@ impl Baked {
             let origin = format!("overlays/{name}/{inner}");
             secret(&origin, bytes)?;
             let path = inner.strip_suffix(".j2").unwrap_or(inner);
+            described.remove(path);
+            let meta = overlay.manifest.files.get(path).cloned().unwrap_or_default();
+            let mode = u32::from_str_radix(&meta.mode, 8).unwrap_or(0o644);
             if path.starts_with("run/") {
                 let text = utf8(&origin, bytes)?.to_owned();
-                if let Some(other) = self.templates.insert(path.to_owned(), Template { origin: origin.clone(), text }) {
+                let template = Template { origin: origin.clone(), text, mode };
+                if let Some(other) = self.templates.insert(path.to_owned(), template) {
                     return collision(path, &other.origin, &origin);
                 }
                 continue;
             }
-            described.remove(path);
-            let meta = overlay.manifest.files.get(path).cloned().unwrap_or_default();
             let content = if path == *inner {
                 bytes.to_vec()
             } else {
@@ -165,7 +174,7 @@ impl Baked {
                 })
             };
             let entry = Entry {
-                mode: u32::from_str_radix(&meta.mode, 8).unwrap_or(0o644),
+                mode,
                 uid: id(&ids.users, &meta.user, "user")?,
                 gid: id(&ids.groups, &meta.group, "group")?,
                 content: Content::File(content),
@@ -173,7 +182,7 @@ impl Baked {
             };
             self.put(path, entry)?;
         }
-        if let Some(path) = described.iter().find(|p| !p.starts_with("run/")) {
+        if let Some(path) = described.first() {
             return fail(format!("overlays/{name}/overlay.toml describes {path}, which the overlay does not have"));
         }
         for (path, target) in &overlay.manifest.links {
@@ -221,9 +230,10 @@ impl Baked {
         self.file(&format!("{dir}/fleet.json"), 0o644, pretty_json(&project.topology)?)?;
         self.file(&format!("{dir}/image.json"), 0o644, pretty_json(&image)?)?;
         self.file(&format!("{dir}/firstboot"), 0o755, agent.to_vec())?;
-        let templates: Vec<_> = self.templates.iter().map(|(p, t)| (p.clone(), t.text.clone().into_bytes())).collect();
-        for (path, text) in templates {
-            self.file(&format!("{dir}/templates/{path}"), 0o644, text)?;
+        let templates: Vec<_> =
+            self.templates.iter().map(|(p, t)| (p.clone(), t.mode, t.text.clone().into_bytes())).collect();
+        for (path, mode, text) in templates {
+            self.file(&format!("{dir}/templates/{path}"), mode, text)?;
         }
         let os_release = self.os_release.clone().into_bytes();
         self.file("usr/lib/os-release", 0o644, os_release)

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use fleet::{Diagnostic, Diagnostics, NodeContext, Severity};
+use fleet::{Diagnostic, Diagnostics, Membership, Severity};
 use serde::{Deserialize, Serialize};
 
+use crate::authority::Authority;
 use crate::bake::{Baked, Content, OverlayCheck};
 use crate::compose::{self, Layer, Said, Work, fits_in_memory, fresh_root, in_root_with};
 use crate::digest::Key;
@@ -26,6 +27,9 @@ pub struct Job {
     ram: bool,
     layer: PathBuf,
     baked: PathBuf,
+    /// The mesh's addresses: all of them are this machine's in the sandbox, so that daemons
+    /// can listen where they will.
+    mesh: String,
     cases: Vec<Case>,
 }
 
@@ -50,19 +54,19 @@ pub fn check(
     progress: &Progress,
 ) -> Result<usize> {
     let mut open = Vec::new();
+    // Real certificates of an authority that is thrown away: daemons look into them.
+    let authority = Authority::create(&project.topology)?;
     let nodes: Vec<&fleet::Node> = project.topology.nodes.iter().filter(|n| n.group == recipe.group).collect();
     for check in &baked.checks {
         let per_node = check.check.of.iter().any(|f| f.starts_with("run/"));
         for node in nodes.iter().take(if per_node { nodes.len() } else { 1 }) {
-            let context = NodeContext { fleet: &project.topology, node };
-            let files = baked
-                .templates
-                .iter()
-                .map(|(path, t)| Ok((path.clone(), fleet::render(&t.origin, &t.text, &context)?)))
-                .collect::<Result<Vec<_>>>()?;
+            // Known answers are found by what does not change from build to build.
+            let sample = Membership::sample();
+            let files = render(project, baked, node, &sample)?;
             let key = key(layer, check, baked, &files);
             if store.get(Kind::Check, &key).is_none() {
-                open.push((check, *node, key, files));
+                let member = authority.membership(&project.topology, node)?;
+                open.push((check, *node, key, render(project, baked, node, &member)?));
             }
         }
     }
@@ -77,6 +81,7 @@ pub fn check(
         ram: fits_in_memory(layer.info()?.bytes),
         layer: layer.tar(),
         baked: baked_tar.to_owned(),
+        mesh: project.topology.mesh.subnet.to_string(),
         cases: open
             .iter()
             .map(|(check, _, _, files)| Case { files: files.clone(), command: check.check.command.clone() })
@@ -112,11 +117,18 @@ pub fn work(job: &Job) -> Result<Vec<Said>, String> {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     let Some(case) = job.cases.get(i) else { break };
-                    let answer =
-                        match in_root_with(&root, std::slice::from_ref(&case.command), false, case.files.clone()) {
-                            Ok(()) => Said { ok: true, text: String::new() },
-                            Err(text) => Said { ok: false, text },
-                        };
+                    let network = [
+                        "ip link set lo up",
+                        // Of a kind that every kernel has; only its name is looked at.
+                        "ip link add mesh0 type bridge",
+                        &format!("ip route add local {} dev lo", job.mesh),
+                    ]
+                    .map(|line| line.split(' ').map(str::to_owned).collect());
+                    let commands = network.into_iter().chain([case.command.clone()]).collect();
+                    let answer = match in_root_with(&root, commands, case.files.clone()) {
+                        Ok(()) => Said { ok: true, text: String::new() },
+                        Err(text) => Said { ok: false, text },
+                    };
                     answers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(i, answer);
                 }
             });
@@ -126,6 +138,14 @@ pub fn work(job: &Job) -> Result<Vec<Said>, String> {
         let _ = fs::remove_dir_all(&root);
     }
     Ok(answers.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_values().collect())
+}
+
+/// Every file the agent renders on the node: path and text.
+fn render(project: &Project, baked: &Baked, node: &fleet::Node, member: &Membership) -> Result<Vec<(String, String)>> {
+    let context = project.context(node, member);
+    let web = format!("{}{}", member.tls.cert, member.tls.key);
+    let context = fleet::NodeContext { web: &web, ..context };
+    baked.templates.iter().map(|(path, t)| Ok((path.clone(), fleet::render(&t.origin, &t.text, &context)?))).collect()
 }
 
 /// An answer holds as long as the daemon, the command and the files it reads are the same.
@@ -162,7 +182,8 @@ fn diagnose(project: &Project, check: &OverlayCheck, node: &fleet::Node, baked: 
     let path = path.as_str();
     let file = match baked.templates.get(path) {
         Some(template) => {
-            let context = NodeContext { fleet: &project.topology, node };
+            let sample = Membership::sample();
+            let context = project.context(node, &sample);
             let map = fleet::line_map(&template.origin, &template.text, &context);
             match line.checked_sub(1).and_then(|l| map.get(l)).filter(|l| **l > 0) {
                 Some(line) => format!("{}:{line}", template.origin),

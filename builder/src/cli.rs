@@ -10,6 +10,7 @@ use fleet::{Diagnostics, ha_table};
 
 use crate::bake::pretty_json;
 use crate::error::{Error, Result};
+use crate::explain::explain;
 use crate::fetch::fetch;
 use crate::image::{Build, Image};
 use crate::lock::{Lock, TOOLS};
@@ -103,6 +104,14 @@ enum Command {
         node: String,
         #[arg(last = true, required = true)]
         command: Vec<String>,
+    },
+    /// Say where a file of an image comes from
+    #[command(after_help = "Example:\n  bakehouse explain /run/bakehouse/haproxy.cfg --group app")]
+    Explain {
+        path: String,
+        /// The image's group; may be left out where the fleet has only one
+        #[arg(long)]
+        group: Option<String>,
     },
     /// The store of packages and layers
     #[command(subcommand)]
@@ -208,6 +217,17 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 for line in &status {
                     println!("{line}");
                 }
+            }
+        }
+        Command::Explain { path, group } => {
+            let groups = project.groups(&group.iter().cloned().collect::<Vec<_>>())?;
+            let [group] = groups[..] else {
+                return Err(Error::Usage(format!("which image? add --group: {}", groups.join(", "))));
+            };
+            let explanation = explain(&project, group, path)?;
+            print_json(cli.json, &explanation)?;
+            if !cli.json {
+                println!("{explanation}");
             }
         }
         Command::Console { node } => print!("{}", vm::Vm::of(&project, node)?.console()),

@@ -46,6 +46,12 @@ impl Slots {
     pub fn disk(&self) -> u64 {
         ESP_SIZE + self.root + self.verity + 2 * MIB
     }
+
+    /// Bytes of a machine's disk: the image, the second slot, and this much of /var.
+    #[must_use]
+    pub fn machine_disk(&self, var: u64) -> u64 {
+        self.disk() + self.root + self.verity + var.next_multiple_of(MIB)
+    }
 }
 
 /// What goes on the disk.

@@ -1,5 +1,6 @@
 //! `bakehouse`: a `fleet.toml` in, bootable immutable node images out.
 
+pub mod authority;
 mod bake;
 mod checks;
 pub mod compose;
@@ -8,6 +9,7 @@ mod digest;
 mod disk;
 mod elf;
 pub mod error;
+mod explain;
 mod fetch;
 mod image;
 mod initrd;

@@ -74,7 +74,7 @@ impl Mirror {
                 check_valid_until: true,
             });
         }
-        for extra in &debian.sources {
+        for extra in &project.sources() {
             let name = extra.name.get_ref();
             let archive = match &extra.uri {
                 Some(uri) => {

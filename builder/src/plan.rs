@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use fleet::{NodeContext, ha_table};
+use fleet::{Membership, ha_table};
 
 use crate::bake::secret;
 use crate::error::Result;
@@ -14,6 +14,7 @@ use crate::project::Project;
 /// # Errors
 /// A secret, an overlay that is not there, a variable nobody knows.
 pub fn dry_bake(project: &Project) -> Result<()> {
+    let sample = Membership::sample();
     for group in project.groups(&[])? {
         let recipe = project.recipe(group);
         for name in &recipe.overlays {
@@ -25,7 +26,7 @@ pub fn dry_bake(project: &Project) -> Result<()> {
                 }
                 let text = String::from_utf8_lossy(bytes);
                 for node in project.topology.nodes.iter().filter(|n| n.group == group) {
-                    fleet::render(&origin, &text, &NodeContext { fleet: &project.topology, node })?;
+                    fleet::render(&origin, &text, &project.context(node, &sample))?;
                 }
             }
         }

@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use fleet::{Diagnostic, Diagnostics, Fleet, OverlayManifest, Profile, Profiles, Severity, Topology};
+use fleet::{
+    Diagnostic, Diagnostics, ExtraSource, Fleet, Machine, Membership, NodeContext, OverlayManifest, Profile, Profiles,
+    Severity, Topology, VOTER, parse_size,
+};
 
 use crate::error::{Error, Result};
 
@@ -61,6 +64,9 @@ impl Project {
         for top in ["profiles", "overlays"] {
             overlay_folder(&dir, top, &mut files)?;
         }
+        for folder in &fleet.odoo.get_ref().addons {
+            addons_folder(&dir, folder, &mut files)?;
+        }
         let mut profiles = Profiles::new();
         for (path, bytes) in &files {
             if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {
@@ -109,14 +115,53 @@ impl Project {
             .collect()
     }
 
+    /// Apt sources beside Debian's own: the user's, and those of the profiles in use. Two
+    /// profiles that take packages from one source add up.
+    #[must_use]
+    pub fn sources(&self) -> Vec<ExtraSource> {
+        let mut sources = self.fleet.debian.sources.clone();
+        let own = sources.len();
+        let used: BTreeSet<String> = self.fleet.groups.keys().flat_map(|g| self.recipe_roles(g)).collect();
+        for source in used.iter().filter_map(|r| self.profiles.get(r)).flat_map(|p| &p.sources) {
+            match sources.iter().position(|s| s.name.get_ref() == source.name.get_ref()) {
+                None => sources.push(source.clone()),
+                Some(i) if i >= own => {
+                    let more = source.packages.iter().filter(|p| !sources[i].packages.contains(p)).cloned();
+                    let more: Vec<String> = more.collect();
+                    sources[i].packages.extend(more);
+                }
+                Some(_) => {}
+            }
+        }
+        sources
+    }
+
+    /// Roles of a group's image: its own, and `voter` where one of its nodes has a vote.
+    fn recipe_roles(&self, group: &str) -> Vec<String> {
+        let named = self.fleet.groups[group].role_names(group);
+        let voter = self.topology.nodes.iter().any(|n| n.group == group && n.has_role(VOTER));
+        named.into_iter().chain(voter.then_some(VOTER)).map(str::to_owned).collect()
+    }
+
     /// What a group's image is made of.
     #[must_use]
     pub fn recipe(&self, group_name: &str) -> Recipe {
         let group = &self.fleet.groups[group_name];
-        let roles: Vec<String> = group.role_names(group_name).into_iter().map(str::to_owned).collect();
+        let roles = self.recipe_roles(group_name);
         let hardware = self.fleet.image.hardware.as_str();
-        let profiles: Vec<Profile> =
+        let mut profiles: Vec<Profile> =
             std::iter::once("base").chain(roles.iter().map(String::as_str)).map(|r| self.profiles[r].clone()).collect();
+        for trim in profiles.iter_mut().map(|p| &mut p.trim) {
+            let wanted = trim.languages.iter().flat_map(|pattern| {
+                self.topology.odoo.languages.iter().flat_map(move |language| {
+                    // A variant builds on its language: pt_BR on pt.
+                    let parent = language.split_once('_').map(|(parent, _)| parent);
+                    std::iter::once(language.as_str()).chain(parent).map(move |l| pattern.replace("LANGUAGE", l))
+                })
+            });
+            let wanted: Vec<String> = wanted.collect();
+            trim.include.extend(wanted);
+        }
         let packages_of = |profiles: &[Profile]| -> BTreeSet<String> {
             profiles
                 .iter()
@@ -140,6 +185,29 @@ impl Project {
             base_packages: packages_of(&profiles[..1]).into_iter().collect(),
             profiles,
             overlays,
+        }
+    }
+
+    /// Memory and CPUs that the profiles give a group's virtual machine: what every role asks
+    /// for, added up.
+    #[must_use]
+    pub fn machine(&self, group: &str) -> Machine {
+        let recipe = self.recipe(group);
+        let sizes = || recipe.profiles.iter().map(|p| &p.vm);
+        let memory: u64 = sizes().filter_map(|vm| parse_size(vm.memory.as_deref()?)).sum();
+        Machine { memory: memory >> 20, cpus: sizes().filter_map(|vm| vm.cpus).max().unwrap_or(2).into() }
+    }
+
+    /// What a node's templates see, on a machine as large as the profiles say.
+    #[must_use]
+    pub fn context<'a>(&'a self, node: &'a fleet::Node, member: &'a Membership) -> NodeContext<'a> {
+        NodeContext {
+            fleet: &self.topology,
+            node,
+            machine: self.machine(&node.group),
+            tls: &member.tls,
+            secrets: &member.secrets,
+            web: &member.tls.cert,
         }
     }
 
@@ -175,6 +243,25 @@ impl Project {
     pub fn out_dir(&self, group: &str) -> PathBuf {
         self.dir.join("build").join(group)
     }
+}
+
+/// Further Odoo add-ons are a part of the `odoo` overlay: they lie where its own do.
+fn addons_folder(dir: &Path, folder: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
+    if !dir.join(folder).is_dir() {
+        return crate::error::fail(format!(
+            "[odoo] addons: there is no folder {}; paths are relative to fleet.toml",
+            dir.join(folder).display()
+        ));
+    }
+    let mut found = BTreeMap::new();
+    overlay_folder(dir, folder, &mut found)?;
+    let prefix = format!("{}/", folder.trim_end_matches('/'));
+    for (path, bytes) in found {
+        // What Python leaves behind is made again, the same for everybody.
+        let Some(inner) = path.strip_prefix(&prefix).filter(|p| !p.contains("__pycache__")) else { continue };
+        files.insert(format!("overlays/odoo/usr/share/bakehouse/addons/{inner}"), bytes);
+    }
+    Ok(())
 }
 
 fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {

@@ -15,12 +15,13 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use fleet::{Ticket, parse_size};
+use fleet::Ticket;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde::Serialize;
 
-use crate::bake::image_id;
+use crate::authority::Authority;
+use crate::bake::{image_id, slots, var_size};
 use crate::digest::sha256;
 use crate::error::{Error, Result, fail};
 use crate::progress::Progress;
@@ -31,8 +32,8 @@ use crate::tools::run;
 const READY: &str = "bakehouse: ready";
 /// Emulated machines take their time.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(600);
-/// Room for slot B, /var and what the node writes; the file holds only what is written.
-const DISK_SIZE: &str = "8G";
+/// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
+const SPARE_DISK: u64 = 4 << 30;
 
 /// Serves commands on the second serial port: a line of base64 in, status and base64 out.
 const EXEC_UNIT: &str = "\
@@ -67,6 +68,8 @@ pub struct Start<'a> {
     /// Bytes.
     pub memory: u64,
     pub cpus: u16,
+    /// Bytes of the disk.
+    pub disk: u64,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
 }
@@ -126,7 +129,8 @@ impl Vm {
         if !self.disk().exists() || fs::read_to_string(self.path("image")).ok().as_deref() != Some(&from) {
             let _ = fs::remove_file(self.disk());
             let mut create = Command::new("qemu-img");
-            create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&image).arg(self.disk()).arg(DISK_SIZE);
+            create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&image).arg(self.disk());
+            create.arg(start.disk.to_string());
             run(&mut create, "qemu-img (apt install qemu-utils)")?;
             fs::copy(&firmware.vars, self.path("vars.fd")).map_err(Error::io("copy", &firmware.vars))?;
             fs::write(self.path("image"), &from).map_err(Error::io("write", &self.dir))?;
@@ -394,6 +398,7 @@ pub struct Described {
     image: PathBuf,
     memory: u64,
     cpus: u16,
+    disk: u64,
     ticket: Vec<u8>,
 }
 
@@ -404,6 +409,7 @@ impl Described {
             image: &self.image,
             memory: self.memory,
             cpus: self.cpus,
+            disk: self.disk,
             credentials: vec![(Ticket::CREDENTIAL.to_owned(), self.ticket.clone())],
         }
     }
@@ -413,14 +419,15 @@ impl Described {
 /// No such node.
 pub fn start_of(project: &Project, name: &str) -> Result<Described> {
     let Some(node) = project.topology.node(name) else { return fail(format!("there is no node `{name}`")) };
-    let recipe = project.recipe(&node.group);
-    // What every role asks for, added up.
-    let memory: u64 = recipe.profiles.iter().filter_map(|p| parse_size(p.vm.memory.as_deref()?)).sum();
-    let cpus = recipe.profiles.iter().filter_map(|p| p.vm.cpus).max().unwrap_or(1);
+    let machine = project.machine(&node.group);
     let file = format!("{}_{}.raw", image_id(project, &node.group), project.topology.version);
-    let ticket =
-        serde_json::to_vec(&Ticket::founder(&project.topology.name, name)).map_err(|e| Error::Failed(e.to_string()))?;
-    Ok(Described { image: project.out_dir(&node.group).join(file), memory, cpus, ticket })
+    let membership = Authority::of_vms(project)?.membership(&project.topology, node)?;
+    let ticket = Ticket::founder(&project.topology.name, name, membership);
+    let ticket = serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
+    let image = project.out_dir(&node.group).join(file);
+    let recipe = project.recipe(&node.group);
+    let disk = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE_DISK;
+    Ok(Described { image, memory: machine.memory << 20, cpus: machine.cpus as u16, disk, ticket })
 }
 
 /// Powers nodes down; all when none is named.

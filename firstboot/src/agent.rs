@@ -2,17 +2,22 @@
 
 use std::env;
 use std::fs;
+use std::iter;
 use std::path::{Path, PathBuf};
 
-use fleet::Ticket;
+use fleet::{Membership, NodeContext, Ticket};
 
 use crate::console::say;
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::machine;
 use crate::notify::notify;
 use crate::render::render_all;
 use crate::state::{State, StateFile};
-use crate::systemd;
+use crate::systemd::{self, Systemd};
+
+/// Name of the systemd credential that holds the certificate and key for browsers, PEM.
+const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";
 
 /// Where things are on a node; another root in tests.
 pub struct Paths {
@@ -49,17 +54,39 @@ pub async fn run(paths: &Paths) -> Result<String> {
             state.slot, image.topology.version
         )));
     };
-    let count = render_all(&paths.image.join("templates"), &paths.root, &image.topology, node)?;
+    let member = &state.membership;
+    let context = NodeContext {
+        fleet: &image.topology,
+        node,
+        machine: machine::read()?,
+        tls: &member.tls,
+        secrets: &member.secrets,
+        web: &web_certificate(paths, member)?,
+    };
+    let count = render_all(&paths.image.join("templates"), &paths.root, &context)?;
     println!("{}: {count} configurations rendered", node.name);
     // Units may be ordered after the agent's start, never after its end.
     notify("READY=1");
     let bus = zbus::Connection::system().await?;
     systemd::set_hostname(&bus, &node.name).await?;
-    for role in &node.roles {
+    // The node's mesh address is in a file that was just rendered.
+    systemd::reload_networkd(&bus).await?;
+    let units = Systemd::new(&bus).await?;
+    for role in iter::once("base").chain(node.roles.iter().map(String::as_str)) {
         say(&format!("{}: starting role {role}", node.name));
-        systemd::start_unit(&bus, &format!("role-{role}.target")).await?;
+        units.start(&format!("role-{role}.target")).await?;
     }
     Ok(node.name.clone())
+}
+
+/// Certificate and key that browsers see: the user's, else the node's own, which the fleet's
+/// authority signed.
+fn web_certificate(paths: &Paths, member: &Membership) -> Result<String> {
+    let given = paths.credentials.as_ref().map(|dir| dir.join(WEB_CERTIFICATE)).filter(|path| path.exists());
+    match given {
+        Some(path) => fs::read_to_string(&path).map_err(Error::io("read", &path)),
+        None => Ok(format!("{}{}", member.tls.cert, member.tls.key)),
+    }
 }
 
 /// The slot this node holds: remembered, or taken from the ticket and remembered.
@@ -132,9 +159,9 @@ mod tests {
     #[test]
     fn a_node_keeps_its_slot_whatever_ticket_it_is_given_later() {
         let lab = lab();
-        lab.give(&Ticket::founder("acme", "hub-1"));
+        lab.give(&Ticket::founder("acme", "hub-1", Membership::sample()));
         assert_eq!(identity(&lab.paths, &lab.image).unwrap().slot, "hub-1");
-        lab.give(&Ticket::founder("acme", "hub-2"));
+        lab.give(&Ticket::founder("acme", "hub-2", Membership::sample()));
         assert_eq!(identity(&lab.paths, &lab.image).unwrap().slot, "hub-1");
     }
 
@@ -150,7 +177,7 @@ mod tests {
     #[test]
     fn another_fleets_ticket_leaves_no_trace() {
         let lab = lab();
-        lab.give(&Ticket::founder("other", "hub-1"));
+        lab.give(&Ticket::founder("other", "hub-1", Membership::sample()));
         assert_eq!(identity(&lab.paths, &lab.image).unwrap_err().exit_code(), 78);
         assert_eq!(fs::read_dir(&lab.paths.state).unwrap().count(), 0);
     }

@@ -7,6 +7,7 @@ pub mod agent;
 pub mod console;
 pub mod error;
 pub mod image;
+pub mod machine;
 pub mod notify;
 pub mod render;
 pub mod state;

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use fleet::Ticket;
+use fleet::{Membership, Ticket};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -21,6 +21,7 @@ pub struct State {
     /// The slot this node holds.
     pub slot: String,
     pub epoch: u64,
+    pub membership: Membership,
 }
 
 /// Where the state lives.
@@ -88,7 +89,13 @@ impl State {
                 ticket.slot, image.info.group
             )));
         }
-        Ok(Self { version: Self::VERSION, fleet: ticket.fleet.clone(), slot: ticket.slot.clone(), epoch: ticket.epoch })
+        Ok(Self {
+            version: Self::VERSION,
+            fleet: ticket.fleet.clone(),
+            slot: ticket.slot.clone(),
+            epoch: ticket.epoch,
+            membership: ticket.membership.clone(),
+        })
     }
 }
 
@@ -128,7 +135,7 @@ mod tests {
 
     #[test]
     fn a_ticket_must_fit_fleet_slot_and_image() {
-        let take = |fleet: &str, slot: &str| State::from_ticket(&Ticket::founder(fleet, slot), &image());
+        let take = |fleet: &str, slot: &str| State::from_ticket(&Ticket::founder(fleet, slot, Membership::sample()), &image());
         assert_eq!(take("acme", "hub-2").unwrap().slot, "hub-2");
         for (fleet, slot, words) in [
             ("other", "hub-1", "of the fleet `other`"),
@@ -146,7 +153,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = StateFile::in_dir(dir.path());
         assert_eq!(file.load().unwrap(), None);
-        let state = State::from_ticket(&Ticket::founder("acme", "hub-1"), &image()).unwrap();
+        let state = State::from_ticket(&Ticket::founder("acme", "hub-1", Membership::sample()), &image()).unwrap();
         file.store(&state).unwrap();
         assert_eq!(file.load().unwrap(), Some(state));
         let mode = fs::metadata(dir.path().join("state.json")).unwrap().permissions().mode();
@@ -157,7 +164,7 @@ mod tests {
     fn half_a_write_beside_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let file = StateFile::in_dir(dir.path());
-        let state = State::from_ticket(&Ticket::founder("acme", "hub-1"), &image()).unwrap();
+        let state = State::from_ticket(&Ticket::founder("acme", "hub-1", Membership::sample()), &image()).unwrap();
         file.store(&state).unwrap();
         fs::write(dir.path().join("state.new"), b"{\"ver").unwrap();
         assert_eq!(file.load().unwrap(), Some(state.clone()));

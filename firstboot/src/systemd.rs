@@ -27,26 +27,50 @@ trait Hostname {
     fn set_hostname(&self, name: &str, interactive: bool) -> zbus::Result<()>;
 }
 
-/// Starts a unit; returns when its job is done.
-///
-/// # Errors
-/// The bus is gone, there is no such unit, or the job ends with anything but `done`.
-pub async fn start_unit(bus: &zbus::Connection, unit: &str) -> Result<()> {
-    let manager = ManagerProxy::new(bus).await?;
-    // The stream before the job: else a fast job's end could pass unheard.
-    let mut removed = manager.receive_job_removed().await?;
-    manager.subscribe().await?;
-    let job = manager.start_unit(unit, "replace").await?;
-    while let Some(signal) = removed.next().await {
-        let args = signal.args()?;
-        if args.job == job {
-            return match args.result.as_str() {
-                "done" => Ok(()),
-                result => Err(Error::Job { unit: unit.to_owned(), result: result.to_owned() }),
-            };
-        }
+#[zbus::proxy(
+    interface = "org.freedesktop.network1.Manager",
+    default_service = "org.freedesktop.network1",
+    default_path = "/org/freedesktop/network1"
+)]
+trait Network {
+    fn reload(&self) -> zbus::Result<()>;
+}
+
+/// The manager of the system's units.
+pub struct Systemd {
+    manager: ManagerProxy<'static>,
+}
+
+impl Systemd {
+    /// Asks it to tell this connection of its jobs.
+    ///
+    /// # Errors
+    /// The bus is gone; systemd says no, as it does when a connection asks twice.
+    pub async fn new(bus: &zbus::Connection) -> Result<Self> {
+        let manager = ManagerProxy::new(bus).await?;
+        manager.subscribe().await?;
+        Ok(Self { manager })
     }
-    Err(Error::Bus(zbus::Error::InputOutput(std::sync::Arc::new(std::io::ErrorKind::UnexpectedEof.into()))))
+
+    /// Starts a unit; returns when its job is done.
+    ///
+    /// # Errors
+    /// The bus is gone, there is no such unit, or the job ends with anything but `done`.
+    pub async fn start(&self, unit: &str) -> Result<()> {
+        // The stream before the job: else a fast job's end could pass unheard.
+        let mut removed = self.manager.receive_job_removed().await?;
+        let job = self.manager.start_unit(unit, "replace").await?;
+        while let Some(signal) = removed.next().await {
+            let args = signal.args()?;
+            if args.job == job {
+                return match args.result.as_str() {
+                    "done" => Ok(()),
+                    result => Err(Error::Job { unit: unit.to_owned(), result: result.to_owned() }),
+                };
+            }
+        }
+        Err(Error::Bus(zbus::Error::InputOutput(std::sync::Arc::new(std::io::ErrorKind::UnexpectedEof.into()))))
+    }
 }
 
 /// Sets the transient host name.
@@ -55,6 +79,14 @@ pub async fn start_unit(bus: &zbus::Connection, unit: &str) -> Result<()> {
 /// The bus or systemd-hostnamed says no.
 pub async fn set_hostname(bus: &zbus::Connection, name: &str) -> Result<()> {
     Ok(HostnameProxy::new(bus).await?.set_hostname(name, false).await?)
+}
+
+/// Has systemd-networkd read its files again.
+///
+/// # Errors
+/// The bus or systemd-networkd says no.
+pub async fn reload_networkd(bus: &zbus::Connection) -> Result<()> {
+    Ok(NetworkProxy::new(bus).await?.reload().await?)
 }
 
 #[cfg(test)]
@@ -67,12 +99,17 @@ mod tests {
     /// systemd's side of the conversation: answers at once or late, with other jobs between.
     struct FakeManager {
         result: &'static str,
+        subscribed: bool,
     }
 
     #[zbus::interface(name = "org.freedesktop.systemd1.Manager")]
     impl FakeManager {
-        #[allow(clippy::unused_self, reason = "the interface's shape")]
-        fn subscribe(&self) {}
+        fn subscribe(&mut self) -> zbus::fdo::Result<()> {
+            if std::mem::replace(&mut self.subscribed, true) {
+                return Err(zbus::fdo::Error::Failed("Client is already subscribed.".to_owned()));
+            }
+            Ok(())
+        }
 
         async fn start_unit(
             &self,
@@ -101,34 +138,38 @@ mod tests {
         ) -> zbus::Result<()>;
     }
 
-    async fn start(unit: &str, result: &'static str) -> Result<()> {
+    async fn start(units: &[&str], result: &'static str) -> Result<()> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let guid = zbus::Guid::generate();
         let server = zbus::connection::Builder::unix_stream(theirs)
             .server(guid)
             .unwrap()
             .p2p()
-            .serve_at("/org/freedesktop/systemd1", FakeManager { result })
+            .serve_at("/org/freedesktop/systemd1", FakeManager { result, subscribed: false })
             .unwrap()
             .build();
         let client = zbus::connection::Builder::unix_stream(ours).p2p().build();
         let (_server, client) = tokio::try_join!(server, client).unwrap();
-        tokio::time::timeout(Duration::from_secs(10), start_unit(&client, unit)).await.expect("it waits for ever")
+        let systemd = Systemd::new(&client).await?;
+        for unit in units {
+            tokio::time::timeout(Duration::from_secs(10), systemd.start(unit)).await.expect("it waits for ever")?;
+        }
+        Ok(())
     }
 
     #[tokio::test]
-    async fn a_job_that_is_done_before_the_reply_is_seen() {
-        start("role-hub.target", "done").await.unwrap();
+    async fn jobs_that_are_done_before_the_reply_are_seen() {
+        start(&["role-base.target", "role-hub.target"], "done").await.unwrap();
     }
 
     #[tokio::test]
     async fn a_failed_job_is_an_error_with_its_unit() {
-        let e = start("role-hub.target", "dependency").await.unwrap_err();
+        let e = start(&["role-hub.target"], "dependency").await.unwrap_err();
         assert!(e.to_string().contains("role-hub.target did not start (dependency)"), "{e}");
     }
 
     #[tokio::test]
     async fn a_unit_that_is_not_there_is_an_error() {
-        assert!(matches!(start("no.target", "done").await.unwrap_err(), Error::Bus(_)));
+        assert!(matches!(start(&["no.target"], "done").await.unwrap_err(), Error::Bus(_)));
     }
 }

@@ -6,21 +6,25 @@
 
 mod diagnostic;
 mod lint;
+mod membership;
 mod overlay;
 mod profile;
 mod schema;
+mod settings;
 mod template;
 mod ticket;
 mod topology;
 
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
 pub use lint::{HaRow, ha_table, lint};
+pub use membership::{Membership, Secrets, Tls};
 pub use overlay::{Check, FileMeta, OverlayManifest};
 pub use profile::{Disk, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
-pub use template::{NodeContext, RenderError, line_map, render};
+pub use settings::{Alerts, Backup, Database, Email, Firewall, Odoo, OpenPort, Promise, Proto};
+pub use template::{Machine, NodeContext, RenderError, line_map, render, variables};
 pub use ticket::{Ticket, TicketError};
-pub use topology::{Node, Topology, slot_parts};
+pub use topology::{BackupPlan, Node, Topology, VOTER, slot_parts};
 
 /// Directory in the image that holds what the agent reads: `fleet.json` and the templates.
 pub const IMAGE_DIR: &str = "usr/lib/bakehouse";

@@ -10,7 +10,7 @@ use toml::Spanned;
 use crate::diagnostic::{Diagnostic, Severity, nearest};
 use crate::profile::{Profiles, parse_size};
 use crate::schema::{Fleet, Group};
-use crate::topology::Topology;
+use crate::topology::{Topology, VOTER};
 
 /// A line of the table of minimum and recommended node counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -27,6 +27,14 @@ impl HaRow {
         self.have >= self.minimum
     }
 }
+
+/// Seconds until another hub has the VIP and the routes to it: three adverts and three BFD
+/// packets at the intervals of the templates, rounded up.
+const VIP_MOVES: u16 = 1;
+/// Seconds from the end of a dead primary's lease until HAProxy sends writes to the next.
+const PROMOTION: u16 = 5;
+/// Seconds until HAProxy has taken an application node out: one interval, then two checks.
+const APP_IS_OUT: u16 = 3;
 
 /// Node counts by role beside what high availability needs.
 #[must_use]
@@ -51,6 +59,9 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.addresses();
     lint.hubs_and_voters();
     lint.disks();
+    lint.database();
+    lint.services();
+    lint.promises();
     lint.high_availability();
     lint.found.sort_by_key(|d| (d.line, d.message.clone()));
     lint.found
@@ -138,8 +149,9 @@ impl Lint<'_> {
         let mut ports: BTreeMap<(u16, &str), (&str, &str)> = BTreeMap::new();
         let mut seen = BTreeSet::new();
         for (i, role) in roles.iter().enumerate() {
-            let Some(profile) = profiles.get(*role).filter(|_| *role != "base") else {
-                let known = || profiles.keys().map(String::as_str).filter(|r| *r != "base");
+            let Some(profile) = profiles.get(*role).filter(|_| *role != "base" && *role != VOTER) else {
+                // Every node has the one, the fleet itself gives the other.
+                let known = || profiles.keys().map(String::as_str).filter(|r| *r != "base" && *r != VOTER);
                 let help = nearest(role, known()).unwrap_or_else(|| {
                     format!("roles are {}; set `roles = […]` in the group", known().collect::<Vec<_>>().join(", "))
                 });
@@ -307,6 +319,116 @@ impl Lint<'_> {
         }
     }
 
+    /// What Patroni itself insists on, said before a node is built with it.
+    fn database(&mut self) {
+        let span = self.fleet.database.span();
+        let d = self.fleet.database.get_ref().clone();
+        for (key, value, least) in
+            [("ttl", d.ttl, 20), ("loop_wait", d.loop_wait, 1), ("retry_timeout", d.retry_timeout, 3)]
+        {
+            if value < least {
+                self.error(
+                    span.clone(),
+                    format!("[database] {key} is {value} s, less than Patroni allows"),
+                    format!("set at least {key} = {least}"),
+                );
+            }
+        }
+        let sum = u32::from(d.loop_wait) + 2 * u32::from(d.retry_timeout);
+        if sum > u32::from(d.ttl) {
+            self.error(
+                span,
+                format!(
+                    "[database] loop_wait + 2 × retry_timeout is {sum} s, more than ttl ({} s): a primary that is only slow would lose its lease",
+                    d.ttl
+                ),
+                format!("set ttl = {sum}, or lower the others"),
+            );
+        }
+    }
+
+    fn services(&mut self) {
+        let fleet = self.fleet;
+        let odoo = fleet.odoo.get_ref();
+        for language in &odoo.languages {
+            let (main, rest) = language.split_once(['_', '@']).map_or((language.as_str(), None), |(m, r)| (m, Some(r)));
+            let good = (2..=3).contains(&main.len())
+                && main.chars().all(|c| c.is_ascii_lowercase())
+                && rest.is_none_or(|r| !r.is_empty() && r.chars().all(|c| c.is_ascii_alphanumeric()));
+            if !good {
+                self.error(
+                    fleet.odoo.span(),
+                    format!("[odoo] `{language}` is not a language"),
+                    "write it as Odoo does, such as \"de\" or \"pt_BR\"".to_owned(),
+                );
+            }
+        }
+        if !is_identifier(&odoo.database) {
+            self.error(
+                fleet.odoo.span(),
+                format!("[odoo] `{}` can't be a database's name", odoo.database),
+                "use lower-case letters, digits and `_`, a letter first".to_owned(),
+            );
+        }
+        for module in odoo.modules.iter().filter(|m| !is_identifier(m)) {
+            self.error(fleet.odoo.span(), format!("[odoo] `{module}` can't be an add-on's name"), None);
+        }
+        if let Some(node) = &fleet.backup.get_ref().node
+            && self.topology.node(node).is_none()
+        {
+            let names: Vec<String> = self.topology.nodes.iter().map(|n| n.name.clone()).collect();
+            let help = nearest(node, names.iter().map(String::as_str)).unwrap_or_else(|| names.join(", "));
+            self.error(fleet.backup.span(), format!("[backup] there is no node `{node}`"), help);
+        }
+        for role in fleet.firewall.get_ref().open.iter().filter_map(|open| open.role.as_ref()) {
+            if !self.profiles.contains_key(role) {
+                let help = nearest(role, self.profiles.keys().map(String::as_str));
+                self.error(fleet.firewall.span(), format!("[firewall] there is no role `{role}`"), help);
+            }
+        }
+        let alerts = fleet.alerts.get_ref();
+        for url in alerts.webhooks.iter().chain(&alerts.dead_man) {
+            if !(url.starts_with("http://") || url.starts_with("https://")) || url.contains(char::is_whitespace) {
+                self.error(
+                    fleet.alerts.span(),
+                    format!("[alerts] `{url}` is not an address"),
+                    "it begins with https:// or http://".to_owned(),
+                );
+            }
+        }
+        let watched = self.topology.nodes.iter().any(|n| n.has_role("monitor"));
+        if watched && alerts.email.is_none() && alerts.webhooks.is_empty() {
+            self.warning(
+                fleet.alerts.span(),
+                "nobody is told of failures: [alerts] names no e-mail and no webhook".to_owned(),
+                "add `[alerts] webhooks = [\"https://…\"]` or `[alerts.email]`".to_owned(),
+            );
+        }
+    }
+
+    /// A promise that the time-outs can't keep is not one.
+    fn promises(&mut self) {
+        let promise = self.fleet.promise.get_ref().clone();
+        let ttl = self.fleet.database.get_ref().ttl;
+        for (key, promised, takes, why) in [
+            ("vip", promise.vip, VIP_MOVES, "missed VRRP adverts and BFD"),
+            ("database", promise.database, ttl.saturating_add(PROMOTION), "the lease's ttl, promotion, a health check"),
+            ("app", promise.app, APP_IS_OUT, "two failed health checks"),
+        ] {
+            if promised < takes {
+                self.error(
+                    self.fleet.promise.span(),
+                    format!("[promise] {key} = {promised} s can't be kept: it may take {takes} s ({why})"),
+                    if key == "database" {
+                        format!("raise it, or lower [database] ttl (now {ttl}, at least 20)")
+                    } else {
+                        format!("promise at least {takes}")
+                    },
+                );
+            }
+        }
+    }
+
     fn high_availability(&mut self) {
         for row in ha_table(&self.topology) {
             if !row.survives_a_failure() {
@@ -325,6 +447,12 @@ fn is_dns_label(text: &str, longest: usize) -> bool {
         && text.starts_with(|c: char| c.is_ascii_lowercase())
         && !text.ends_with('-')
         && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+}
+
+fn is_identifier(text: &str) -> bool {
+    text.len() <= 60
+        && text.starts_with(|c: char| c.is_ascii_lowercase())
+        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
 }
 
 fn is_host(text: &str) -> bool {
@@ -403,6 +531,14 @@ mod tests {
         one("name = \"acme\"\nversion = \"1_2\"\n[groups.hub]\ncount = 1\nendpoints = [\"a\"]\n", 2, "image's version");
         one("name = \"Acme\"\n[groups.hub]\ncount = 1\nendpoints = [\"a\"]\n", 1, "fleet's name");
         one("name = \"acme\"\n", 0, "no groups");
+        one(&format!("{HUBS}[database]\nttl = 19\n"), 5, "less than Patroni allows");
+        one(&format!("{HUBS}[database]\nloop_wait = 10\n"), 5, "22 s, more than ttl (20 s)");
+        one(&format!("{HUBS}[promise]\ndatabase = 8\n"), 5, "it may take 25 s");
+        one(&format!("{HUBS}[odoo]\nlanguages = [\"German\"]\n"), 5, "not a language");
+        one(&format!("{HUBS}[odoo]\ndatabase = \"my db\"\n"), 5, "database's name");
+        one(&format!("{HUBS}[backup]\nnode = \"hub-4\"\n"), 5, "no node `hub-4`");
+        one(&format!("{HUBS}[alerts]\nwebhooks = [\"me@example.net\"]\n"), 5, "not an address");
+        one(&format!("{HUBS}[firewall]\nopen = [{{ port = 22, proto = \"tcp\", role = \"hud\" }}]\n"), 5, "did you mean `hub`?");
     }
 
     #[test]

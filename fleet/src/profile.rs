@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::diagnostic::{Diagnostic, parse};
+use crate::schema::ExtraSource;
 
 /// What a role brings to an image. `base` is one too; every image has it.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -15,6 +16,9 @@ pub struct Profile {
     pub packages: Vec<String>,
     /// Packages by `[image] hardware`: the kernels.
     pub hardware: BTreeMap<String, Vec<String>>,
+    /// Apt sources its packages need, as `[[debian.sources]]` in `fleet.toml`. One of the same
+    /// name there takes its place.
+    pub sources: Vec<ExtraSource>,
     /// Overlays, laid in this order; two overlays with the same file are an error.
     pub overlays: Vec<String>,
     /// Roles that can't be on the same node, with the reason.
@@ -58,6 +62,8 @@ pub struct Units {
 pub struct Trim {
     pub exclude: Vec<String>,
     pub include: Vec<String>,
+    /// Includes for each of the fleet's languages, which takes the place of `LANGUAGE`.
+    pub languages: Vec<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

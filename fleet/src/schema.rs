@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::diagnostic::{Diagnostic, Source, parse};
+use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Promise};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -27,6 +28,18 @@ pub struct Fleet {
     pub vip: Vip,
     #[serde(default)]
     pub debian: Debian,
+    #[serde(default = "default_section")]
+    pub database: Spanned<Database>,
+    #[serde(default = "default_section")]
+    pub odoo: Spanned<Odoo>,
+    #[serde(default = "default_section")]
+    pub alerts: Spanned<Alerts>,
+    #[serde(default = "default_section")]
+    pub backup: Spanned<Backup>,
+    #[serde(default = "default_section")]
+    pub firewall: Spanned<Firewall>,
+    #[serde(default = "default_section")]
+    pub promise: Spanned<Promise>,
     /// Nodes by kind: `[groups.hub]`, `[groups.db]` …
     #[serde(default)]
     pub groups: BTreeMap<String, Group>,
@@ -190,6 +203,10 @@ impl Fleet {
 /// A default has no place in the file: its span is empty.
 pub(crate) fn unspanned<T>(value: T) -> Spanned<T> {
     Spanned::new(0..0, value)
+}
+
+fn default_section<T: Default>() -> Spanned<T> {
+    unspanned(T::default())
 }
 
 fn default_version() -> Spanned<String> {

@@ -1,10 +1,13 @@
 //! The one template engine: strict minijinja, at build time and on the node.
 
+use std::collections::BTreeSet;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
 use serde::Serialize;
 
+use crate::membership::{Secrets, Tls};
 use crate::topology::{Node, Topology};
 
 /// Variables of the templates that are rendered on the node: the same there as in the
@@ -13,6 +16,19 @@ use crate::topology::{Node, Topology};
 pub struct NodeContext<'a> {
     pub fleet: &'a Topology,
     pub node: &'a Node,
+    pub machine: Machine,
+    pub tls: &'a Tls,
+    pub secrets: &'a Secrets,
+    /// Certificate and key for browsers, PEM; the node's own where the user gave none.
+    pub web: &'a str,
+}
+
+/// The machine a node runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Machine {
+    /// MiB of memory.
+    pub memory: u64,
+    pub cpus: u64,
 }
 
 /// A template that does not render.
@@ -49,6 +65,13 @@ pub fn render(name: &str, text: &str, context: &impl Serialize) -> Result<String
         line: e.line().unwrap_or(1),
         message: e.detail().map_or_else(|| e.kind().to_string(), |d| format!("{}: {d}", e.kind())),
     })
+}
+
+/// Names a template takes from outside, such as `node.address`.
+#[must_use]
+pub fn variables(text: &str) -> BTreeSet<String> {
+    let env = environment();
+    env.template_from_str(text).map(|t| t.undeclared_variables(true).into_iter().collect()).unwrap_or_default()
 }
 
 /// For each line of the rendered text, the template's line it came from (0: not known), so

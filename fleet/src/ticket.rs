@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::membership::Membership;
 use crate::topology::slot_parts;
 
 /// A founder's ticket: bound to one slot of one fleet.
@@ -17,6 +18,8 @@ pub struct Ticket {
     pub slot: String,
     /// Counts the owners the slot has had.
     pub epoch: u64,
+    /// What the node is given by hand, as long as no hub is asked for it.
+    pub membership: Membership,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -35,8 +38,8 @@ impl Ticket {
     pub const CREDENTIAL: &str = "bakehouse.ticket";
 
     #[must_use]
-    pub fn founder(fleet: &str, slot: &str) -> Self {
-        Self { version: Self::VERSION, fleet: fleet.to_owned(), slot: slot.to_owned(), epoch: 1 }
+    pub fn founder(fleet: &str, slot: &str, membership: Membership) -> Self {
+        Self { version: Self::VERSION, fleet: fleet.to_owned(), slot: slot.to_owned(), epoch: 1, membership }
     }
 
     /// Reads a ticket.
@@ -66,7 +69,7 @@ mod tests {
 
     #[test]
     fn round_trip() {
-        let ticket = Ticket::founder("acme", "hub-1");
+        let ticket = Ticket::founder("acme", "hub-1", Membership::sample());
         let bytes = serde_json::to_vec(&ticket).unwrap();
         assert_eq!(Ticket::parse(&bytes).unwrap(), ticket);
     }

@@ -7,6 +7,7 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
 use crate::schema::{Fleet, Group};
+use crate::settings::{Alerts, Database, Firewall, Odoo};
 
 /// The whole fleet, derived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,8 +20,21 @@ pub struct Topology {
     pub nodes: Vec<Node>,
     /// Nodes with the role `hub`.
     pub hubs: Vec<Node>,
-    /// Names of the nodes that hold an etcd vote.
+    /// Nodes that hold an etcd vote: they have the role `voter`.
     pub voters: Vec<String>,
+    pub database: Database,
+    pub odoo: Odoo,
+    pub alerts: Alerts,
+    pub firewall: Firewall,
+    pub backup: BackupPlan,
+}
+
+/// Where backups go, and how many are kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupPlan {
+    /// Node whose disk holds the repository; none: there are no backups.
+    pub node: Option<String>,
+    pub keep: u16,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +70,9 @@ impl Node {
         self.roles.iter().any(|r| r == role)
     }
 }
+
+/// The role that the fleet gives by itself, to the nodes that hold an etcd vote.
+pub const VOTER: &str = "voter";
 
 /// Default first host number of a role's address range.
 fn first_host(role: &str) -> u32 {
@@ -101,6 +118,13 @@ impl Topology {
         }
         let hubs: Vec<Node> = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
         let voters = voters(&nodes, &hubs);
+        for node in nodes.iter_mut().filter(|n| voters.contains(&n.name)) {
+            node.roles.push(VOTER.to_owned());
+        }
+        let hubs = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
+        let backup = fleet.backup.get_ref();
+        let monitor = || nodes.iter().find(|n| n.has_role("monitor")).map(|n| n.name.clone());
+        let backup = BackupPlan { node: backup.node.clone().or_else(monitor), keep: backup.keep.unwrap_or(2) };
         Self {
             name: fleet.name.get_ref().clone(),
             version: fleet.version.get_ref().clone(),
@@ -109,6 +133,11 @@ impl Topology {
             nodes,
             hubs,
             voters,
+            database: fleet.database.get_ref().clone(),
+            odoo: fleet.odoo.get_ref().clone(),
+            alerts: fleet.alerts.get_ref().clone(),
+            firewall: fleet.firewall.get_ref().clone(),
+            backup,
         }
     }
 

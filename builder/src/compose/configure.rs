@@ -21,13 +21,15 @@ const SOURCE_DATE_EPOCH: &str = "1735689600";
 const NOTHING: &str = "#!/bin/sh\nexit 0\n";
 
 /// Maintainer work that is done once by us, or not at all: program → stand-in.
-const STAND_INS: [(&str, &str); 8] = [
+const STAND_INS: [(&str, &str); 9] = [
     // The initrd is composed from the tree's own files.
     ("/usr/sbin/update-initramfs", NOTHING),
     // Once, beside the rest of the work, not in the kernel's turn.
     ("/usr/sbin/depmod", NOTHING),
     // One compileall over everything follows, with hashes for times.
     ("/usr/bin/py3compile", NOTHING),
+    // A database cluster is a node's, and Patroni makes it.
+    ("/usr/bin/pg_createcluster", NOTHING),
     // A key made now would be in every copy of the image.
     ("/usr/sbin/make-ssl-cert", NOTHING),
     // Profiles say what is enabled; each of these calls costs 0.2 s of Perl.
@@ -128,6 +130,8 @@ struct Commands {
     stand_ins: bool,
     /// Files to write below / once inside: path → content.
     files: Vec<(String, String)>,
+    /// A network with nothing in it, not even the other commands'.
+    own_network: bool,
 }
 
 /// What a command said, and whether it was content.
@@ -140,18 +144,18 @@ pub struct Said {
 /// Runs commands inside a tree, one after the other up to the first that fails; its words are
 /// the error. Call it inside a sandbox only.
 pub fn in_root(root: &Path, commands: &[Vec<String>], stand_ins: bool) -> Result<(), String> {
-    in_root_with(root, commands, stand_ins, Vec::new())
+    let commands = commands.to_vec();
+    enter_with(&Commands { root: root.to_owned(), commands, stand_ins, files: Vec::new(), own_network: false })
 }
 
-/// The same, with files written first: into /run, which is fresh for each call.
-pub fn in_root_with(
-    root: &Path,
-    commands: &[Vec<String>],
-    stand_ins: bool,
-    files: Vec<(String, String)>,
-) -> Result<(), String> {
-    let job = Commands { root: root.to_owned(), commands: commands.to_vec(), stand_ins, files };
-    let job = serde_json::to_vec(&job).map_err(|e| e.to_string())?;
+/// The same without stand-ins, in a network of its own, with files written first: into /run,
+/// which is fresh for each call.
+pub fn in_root_with(root: &Path, commands: Vec<Vec<String>>, files: Vec<(String, String)>) -> Result<(), String> {
+    enter_with(&Commands { root: root.to_owned(), commands, stand_ins: false, files, own_network: true })
+}
+
+fn enter_with(job: &Commands) -> Result<(), String> {
+    let job = serde_json::to_vec(job).map_err(|e| e.to_string())?;
     let mut child = Command::new("/proc/self/exe")
         .arg(IN_ROOT)
         .stdin(Stdio::piped())
@@ -181,6 +185,9 @@ fn entered() -> Result<(), String> {
     let mut text = Vec::new();
     std::io::stdin().read_to_end(&mut text).map_err(|e| e.to_string())?;
     let job: Commands = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+    if job.own_network {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|e| format!("cannot leave the network: {e}"))?;
+    }
     enter_tree(&job.root, job.stand_ins)?;
     for (path, content) in &job.files {
         let path = Path::new("/").join(path);

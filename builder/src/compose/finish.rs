@@ -82,7 +82,7 @@ pub fn finish(root: &Path, out: &Path) -> Result<String, String> {
 /// `.pyc` that hold a hash, not a time, of their source: times are rewritten later.
 fn compile_python(root: &Path) -> Result<(), String> {
     let mut args: Vec<String> =
-        ["python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"].map(str::to_owned).into();
+        ["python3", "-m", "compileall", "-q", "-j0", "--invalidation-mode", "unchecked-hash"].map(str::to_owned).into();
     let dirs = fs::read_dir(root.join("usr/lib")).map_err(|e| e.to_string())?.flatten();
     let mut names: Vec<String> =
         dirs.filter_map(|d| d.file_name().into_string().ok()).filter(|n| n.starts_with("python3")).collect();

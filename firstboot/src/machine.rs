@@ -1,0 +1,40 @@
+//! What the machine has.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+
+use fleet::Machine;
+
+use crate::error::{Error, Result};
+
+/// Memory and CPUs of this machine, as the kernel tells.
+///
+/// # Errors
+/// /proc is not there.
+pub fn read() -> Result<Machine> {
+    let path = Path::new("/proc/meminfo");
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let memory = memory(&text)
+        .ok_or_else(|| Error::Configuration("/proc/meminfo does not say how much memory there is".to_owned()))?;
+    let cpus = thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    Ok(Machine { memory, cpus })
+}
+
+/// MiB of `MemTotal`.
+fn memory(meminfo: &str) -> Option<u64> {
+    let total = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
+    let kib: u64 = total.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib / 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_own_words() {
+        assert_eq!(memory("MemTotal:        2037048 kB\nMemFree: 1 kB\n"), Some(1989));
+        assert_eq!(memory("nothing of it"), None);
+    }
+}

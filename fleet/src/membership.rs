@@ -1,0 +1,85 @@
+//! What makes a node a member: its certificate, and the passwords its services share.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Certificate and passwords of one node. Never in an image, never in a log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Membership {
+    pub tls: Tls,
+    pub secrets: Secrets,
+}
+
+/// PEM texts. The certificate names the node, its mesh address, and on hubs the VIP.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// The fleet's certificate authority.
+    pub ca: String,
+    pub cert: String,
+    pub key: String,
+}
+
+/// Passwords of the fleet's services, the same on every node that needs them.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Secrets {
+    /// PostgreSQL's superuser, for Patroni alone.
+    pub postgres: String,
+    pub replication: String,
+    /// The user `pg_rewind` connects as.
+    pub rewind: String,
+    /// Odoo's database user.
+    pub odoo: String,
+    /// Odoo's master password; the database manager is off, so nobody types it.
+    pub odoo_master: String,
+    /// First password of Odoo's administrator.
+    pub odoo_admin: String,
+    /// The database user that reads statistics.
+    pub metrics: String,
+}
+
+impl Membership {
+    /// Stands for a real one where a configuration is only looked at: the values say so.
+    #[must_use]
+    pub fn sample() -> Self {
+        let secret = |name: &str| format!("sample-{name}");
+        Self {
+            tls: Tls { ca: "sample CA\n".into(), cert: "sample certificate\n".into(), key: "sample key\n".into() },
+            secrets: Secrets {
+                postgres: secret("postgres"),
+                replication: secret("replication"),
+                rewind: secret("rewind"),
+                odoo: secret("odoo"),
+                odoo_master: secret("odoo-master"),
+                odoo_admin: secret("odoo-admin"),
+                metrics: secret("metrics"),
+            },
+        }
+    }
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tls(…)")
+    }
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secrets(…)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_secret_is_shown_for_debugging() {
+        let shown = format!("{:?}", Membership::sample());
+        assert_eq!(shown, "Membership { tls: Tls(…), secrets: Secrets(…) }");
+    }
+}

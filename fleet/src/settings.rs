@@ -1,0 +1,123 @@
+//! Settings of the services, as `fleet.toml` says them and as every template sees them.
+
+use serde::{Deserialize, Serialize};
+
+/// `[database]`: how fast a dead primary is found. Patroni wants
+/// `loop_wait + 2 × retry_timeout ≤ ttl`, and at least 20 seconds of ttl.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Database {
+    /// Seconds after which a silent primary's lease ends.
+    pub ttl: u16,
+    /// Seconds between two looks.
+    pub loop_wait: u16,
+    /// Seconds an operation on etcd or PostgreSQL is tried again.
+    pub retry_timeout: u16,
+}
+
+impl Default for Database {
+    fn default() -> Self {
+        Self { ttl: 20, loop_wait: 3, retry_timeout: 6 }
+    }
+}
+
+/// `[odoo]`: what the application images hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Odoo {
+    /// Name of the database.
+    pub database: String,
+    /// Languages whose translations are kept, such as `"de"` or `"pt_BR"`; English is always there.
+    pub languages: Vec<String>,
+    /// Folders of further add-ons, relative to `fleet.toml`, each holding add-ons as sub-folders.
+    pub addons: Vec<String>,
+    /// Add-ons installed when the database is made.
+    pub modules: Vec<String>,
+}
+
+impl Default for Odoo {
+    fn default() -> Self {
+        Self {
+            database: "odoo".to_owned(),
+            languages: Vec::new(),
+            addons: Vec::new(),
+            modules: vec!["web".to_owned()],
+        }
+    }
+}
+
+/// `[alerts]`: who is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Alerts {
+    pub email: Option<Email>,
+    /// Addresses that get Alertmanager's JSON.
+    pub webhooks: Vec<String>,
+    /// An address that expects a call every minute, and raises the alarm itself when none
+    /// comes: the dead-man's switch.
+    pub dead_man: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Email {
+    pub to: String,
+    pub from: String,
+    /// Mail server, `host:port`.
+    pub smarthost: String,
+}
+
+/// `[firewall]`: what else faces outside.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Firewall {
+    pub open: Vec<OpenPort>,
+}
+
+/// One of `[[firewall.open]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenPort {
+    pub port: u16,
+    /// `tcp` or `udp`.
+    pub proto: Proto,
+    /// Role whose nodes open it; without it, every node.
+    #[serde(default)]
+    pub role: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Proto {
+    Tcp,
+    Udp,
+}
+
+/// `[promise]`: the longest outage the fleet's owner accepts, in seconds. `check` compares
+/// what the time-outs add up to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Promise {
+    /// A hub dies: until the VIP answers.
+    pub vip: u16,
+    /// The primary's machine dies: until writes are taken.
+    pub database: u16,
+    /// An application node dies: until nobody is sent to it.
+    pub app: u16,
+}
+
+impl Default for Promise {
+    fn default() -> Self {
+        Self { vip: 3, database: 25, app: 3 }
+    }
+}
+
+/// `[backup]`: base backups and WAL, by pgBackRest. Without it, in a folder of the first monitor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Backup {
+    /// Node whose disk holds the repository.
+    pub node: Option<String>,
+    /// Full backups that are kept.
+    pub keep: Option<u16>,
+}

@@ -1,0 +1,4 @@
+from . import processes, sessions
+
+processes.patch()
+sessions.patch()

@@ -1,0 +1,102 @@
+"""HTTP sessions in PostgreSQL, in the place of files on one node: whoever is logged in stays so
+when the node that served him is gone."""
+
+import json
+import time
+
+import psycopg2
+
+from odoo import http, sql_db
+from odoo.tools import config
+
+TABLE = """
+    CREATE TABLE IF NOT EXISTS http_session (
+        sid text PRIMARY KEY,
+        data text NOT NULL,
+        written double precision NOT NULL
+    )
+"""
+# What a failover of the database looks like from here: tried again on a new connection.
+PASSING = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.errors.ReadOnlySqlTransaction)
+ATTEMPTS = 3
+
+
+class PostgresSessionStore(http.FilesystemSessionStore):
+    """Odoo's own store with every access to files replaced."""
+
+    def __init__(self, database, **kwargs):
+        super().__init__(path=config.session_dir, **kwargs)
+        self.database = database
+        self.ready = False
+
+    def _query(self, query, args=(), fetch=False):
+        for attempt in range(ATTEMPTS):
+            try:
+                with sql_db.db_connect(self.database).cursor() as cursor:
+                    if not self.ready:
+                        cursor.execute(TABLE)
+                        self.ready = True
+                    cursor.execute(query, args, log_exceptions=False)
+                    return cursor.fetchall() if fetch else None
+            except PASSING:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                sql_db.close_db(self.database)
+                time.sleep(0.5)
+
+    def get(self, sid):
+        if not self.is_valid_key(sid):
+            return self.new()
+        rows = self._query("SELECT data FROM http_session WHERE sid = %s", (sid,), fetch=True)
+        # Never under a name that a client has chosen: an unknown one gets another.
+        return self.session_class(json.loads(rows[0][0]), sid, False) if rows else self.new()
+
+    def save(self, session):
+        self._query(
+            """
+            INSERT INTO http_session VALUES (%s, %s, extract(epoch FROM now()))
+            ON CONFLICT (sid) DO UPDATE SET data = excluded.data, written = excluded.written
+            """,
+            (session.sid, json.dumps(dict(session))),
+        )
+
+    def delete(self, session):
+        self._query("DELETE FROM http_session WHERE sid = %s", (session.sid,))
+
+    def list(self):
+        return [row[0] for row in self._query("SELECT sid FROM http_session", fetch=True)]
+
+    def vacuum(self, max_lifetime=http.SESSION_LIFETIME):
+        self._query("DELETE FROM http_session WHERE written < extract(epoch FROM now()) - %s", (max_lifetime,))
+
+    def get_missing_session_identifiers(self, identifiers):
+        missing = set(identifiers)
+        if missing:
+            there = self._query(
+                "SELECT DISTINCT left(sid, %s) FROM http_session WHERE left(sid, %s) = ANY(%s)",
+                (http.STORED_SESSION_BYTES, http.STORED_SESSION_BYTES, sorted(missing)),
+                fetch=True,
+            )
+            missing -= {row[0] for row in there}
+        return missing
+
+    def delete_from_identifiers(self, identifiers):
+        for identifier in identifiers:
+            if not http._session_identifier_re.match(identifier):
+                raise ValueError("Identifier format incorrect, did you pass in a string instead of a list?")
+        if identifiers:
+            self._query(
+                "DELETE FROM http_session WHERE left(sid, %s) = ANY(%s)",
+                (http.STORED_SESSION_BYTES, [*identifiers]),
+            )
+
+
+def patch():
+    def session_store(self):
+        if "_bakehouse_sessions" not in self.__dict__:
+            self.__dict__["_bakehouse_sessions"] = PostgresSessionStore(
+                config["db_name"][0], session_class=http.Session, renew_missing=True
+            )
+        return self.__dict__["_bakehouse_sessions"]
+
+    http.Application.session_store = property(session_store)

@@ -1,0 +1,72 @@
+//! Every configuration that a node renders, for each fleet we ship: reviewed in diffs, and
+//! written again with `UPDATE_GOLDEN=1 cargo test --test golden`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bakehouse_tests::root;
+use builder::project::Project;
+use fleet::Membership;
+
+#[test]
+fn configurations_are_the_reviewed_ones() {
+    let golden = root().join("tests/golden");
+    let rendered = rendered();
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        let _ = fs::remove_dir_all(&golden);
+        for (path, text) in &rendered {
+            let path = golden.join(path);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("tests/golden");
+            fs::write(path, text).expect("tests/golden");
+        }
+    }
+    let reviewed: BTreeMap<PathBuf, String> = walkdir::WalkDir::new(&golden)
+        .into_iter()
+        .map(|entry| entry.expect("tests/golden"))
+        .filter(|entry| entry.file_type().is_file())
+        .map(|entry| {
+            let path = entry.path().strip_prefix(&golden).expect("below it").to_owned();
+            (path, fs::read_to_string(entry.path()).expect("text"))
+        })
+        .collect();
+    let mut wrong = Vec::new();
+    for path in rendered.keys().chain(reviewed.keys().filter(|p| !rendered.contains_key(*p))) {
+        match (rendered.get(path), reviewed.get(path)) {
+            (Some(new), Some(old)) if new == old => {}
+            (Some(new), Some(old)) => {
+                let line = new.lines().zip(old.lines()).position(|(n, o)| n != o).unwrap_or(0);
+                let at = |text: &str| text.lines().nth(line).unwrap_or_default().to_owned();
+                wrong.push(format!("{}:{}\n  - {}\n  + {}", path.display(), line + 1, at(old), at(new)));
+            }
+            (Some(_), None) => wrong.push(format!("{} is new", path.display())),
+            _ => wrong.push(format!("{} is not rendered any more", path.display())),
+        }
+    }
+    assert!(wrong.is_empty(), "look at the change, then UPDATE_GOLDEN=1:\n{}", wrong.join("\n"));
+}
+
+/// The first node of each group of each fleet: the others differ in their addresses only.
+fn rendered() -> BTreeMap<PathBuf, String> {
+    let member = Membership::sample();
+    let mut rendered = BTreeMap::new();
+    for fleet in ["ha", "minimal-ha", "quick-ha"] {
+        let project = Project::load(&root().join(format!("profiles/fleets/{fleet}.toml"))).expect("it is right");
+        for node in project.topology.nodes.iter().filter(|n| n.number == 1) {
+            let context = project.context(node, &member);
+            for overlay in project.recipe(&node.group).overlays {
+                for (inner, bytes) in project.overlay(&overlay).expect("it is there").files {
+                    let Some(path) = inner.strip_suffix(".j2").filter(|p| p.starts_with("run/")) else { continue };
+                    // What is a node's own has no form to look at.
+                    if path.starts_with("run/bakehouse/tls/") {
+                        continue;
+                    }
+                    let text = String::from_utf8_lossy(bytes);
+                    let text = fleet::render(inner, &text, &context).unwrap_or_else(|e| panic!("{overlay}: {e}"));
+                    rendered.insert(Path::new(fleet).join(&node.name).join(path), text);
+                }
+            }
+        }
+    }
+    rendered
+}
