@@ -26,6 +26,7 @@ test: deps lint build
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test roles -- --test-threads=1 --nocapture
 
 # Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
 bench: deps build

@@ -133,8 +133,12 @@ fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     let beside = path.with_extension("new");
     let _ = fs::remove_file(&beside);
-    let mut file =
-        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside).map_err(Error::io("create", &beside))?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)
+        .map_err(Error::io("create", &beside))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &beside))?;
     fs::rename(&beside, path).map_err(Error::io("rename", &beside))
 }

@@ -66,7 +66,8 @@ pub fn explain(project: &Project, group: &str, path: &str) -> Result<Explanation
             let source = format!("overlays/{name}/overlay.toml");
             return found(MadeBy::Link { source, target: target.clone() });
         }
-        let Some((file, bytes)) = overlay.files.iter().find(|(f, _)| f.strip_suffix(".j2").unwrap_or(f) == inner) else {
+        let Some((file, bytes)) = overlay.files.iter().find(|(f, _)| f.strip_suffix(".j2").unwrap_or(f) == inner)
+        else {
             continue;
         };
         let rendered = match (file.starts_with("run/"), file.ends_with(".j2")) {

@@ -140,7 +140,7 @@ impl Project {
     fn recipe_roles(&self, group: &str) -> Vec<String> {
         let named = self.fleet.groups[group].role_names(group);
         let voter = self.topology.nodes.iter().any(|n| n.group == group && n.has_role(VOTER));
-        named.into_iter().chain(voter.then_some(VOTER)).map(str::to_owned).collect()
+        voter.then_some(VOTER).into_iter().chain(named).map(str::to_owned).collect()
     }
 
     /// What a group's image is made of.

@@ -83,8 +83,10 @@ fn start<J: Serialize>(job: &J, user_namespace: bool) -> Result<Running, Start> 
         let _ = child.wait();
         return Err(Start::NoUserNamespace);
     }
-    if user_namespace {
-        map_ids(child.id()).map_err(other)?;
+    if user_namespace && let Err(e) = map_ids(child.id()) {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(other(e));
     }
     let text = serde_json::to_vec(job).map_err(|e| Start::Other(Error::Failed(e.to_string())))?;
     if let Some(mut stdin) = child.stdin.take() {

@@ -2,10 +2,10 @@
 
 use std::env;
 use std::fs;
-use std::iter;
 use std::path::{Path, PathBuf};
 
 use fleet::{Membership, NodeContext, Ticket};
+use futures_util::future::try_join_all;
 
 use crate::console::say;
 use crate::error::{Error, Result};
@@ -72,10 +72,15 @@ pub async fn run(paths: &Paths) -> Result<String> {
     // The node's mesh address is in a file that was just rendered.
     systemd::reload_networkd(&bus).await?;
     let units = Systemd::new(&bus).await?;
-    for role in iter::once("base").chain(node.roles.iter().map(String::as_str)) {
-        say(&format!("{}: starting role {role}", node.name));
+    units.start("role-base.target").await?;
+    say(&format!("{}: starting {}", node.name, node.roles.join(", ")));
+    // All at once: a role may wait for another one, here or elsewhere.
+    try_join_all(node.roles.iter().map(async |role| {
         units.start(&format!("role-{role}.target")).await?;
-    }
+        println!("{}: {role} runs", node.name);
+        Ok::<_, Error>(())
+    }))
+    .await?;
     Ok(node.name.clone())
 }
 

@@ -135,7 +135,8 @@ mod tests {
 
     #[test]
     fn a_ticket_must_fit_fleet_slot_and_image() {
-        let take = |fleet: &str, slot: &str| State::from_ticket(&Ticket::founder(fleet, slot, Membership::sample()), &image());
+        let take =
+            |fleet: &str, slot: &str| State::from_ticket(&Ticket::founder(fleet, slot, Membership::sample()), &image());
         assert_eq!(take("acme", "hub-2").unwrap().slot, "hub-2");
         for (fleet, slot, words) in [
             ("other", "hub-1", "of the fleet `other`"),

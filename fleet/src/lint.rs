@@ -538,7 +538,11 @@ mod tests {
         one(&format!("{HUBS}[odoo]\ndatabase = \"my db\"\n"), 5, "database's name");
         one(&format!("{HUBS}[backup]\nnode = \"hub-4\"\n"), 5, "no node `hub-4`");
         one(&format!("{HUBS}[alerts]\nwebhooks = [\"me@example.net\"]\n"), 5, "not an address");
-        one(&format!("{HUBS}[firewall]\nopen = [{{ port = 22, proto = \"tcp\", role = \"hud\" }}]\n"), 5, "did you mean `hub`?");
+        one(
+            &format!("{HUBS}[firewall]\nopen = [{{ port = 22, proto = \"tcp\", role = \"hud\" }}]\n"),
+            5,
+            "did you mean `hub`?",
+        );
     }
 
     #[test]

@@ -37,12 +37,7 @@ pub struct Odoo {
 
 impl Default for Odoo {
     fn default() -> Self {
-        Self {
-            database: "odoo".to_owned(),
-            languages: Vec::new(),
-            addons: Vec::new(),
-            modules: vec!["web".to_owned()],
-        }
+        Self { database: "odoo".to_owned(), languages: Vec::new(), addons: Vec::new(), modules: vec!["web".to_owned()] }
     }
 }
 

@@ -119,7 +119,7 @@ impl Topology {
         let hubs: Vec<Node> = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
         let voters = voters(&nodes, &hubs);
         for node in nodes.iter_mut().filter(|n| voters.contains(&n.name)) {
-            node.roles.push(VOTER.to_owned());
+            node.roles.insert(0, VOTER.to_owned());
         }
         let hubs = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
         let backup = fleet.backup.get_ref();

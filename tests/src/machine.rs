@@ -9,8 +9,9 @@ use builder::vm::{Done, Start, Vm, start_of};
 
 use crate::Lab;
 
-/// A boot under emulation on two busy cores takes about a minute; ten are a hang.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// A boot under emulation on two busy cores takes about a minute, and making Odoo's database
+/// ten; more is a hang.
+const PATIENCE: Duration = Duration::from_secs(1500);
 
 pub struct Machine {
     vm: Vm,

@@ -1,0 +1,193 @@
+//! The services of all roles, for real: in one machine that has every role, and each role's
+//! own image booted alone.
+
+use std::fs;
+use std::thread;
+
+use bakehouse_tests::{Lab, Machine, root};
+
+const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
+    --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
+
+const MONITORS: &str = "prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter \
+    prometheus-postgres-exporter";
+
+/// A browser in a few lines: it checks the certificate, keeps cookies, loads the style sheets.
+const BROWSER: &str = r"
+import http.cookiejar, json, re, ssl, sys, urllib.request as r
+tls = ssl.create_default_context(cafile='/run/bakehouse/tls/ca.crt')
+jar = http.cookiejar.CookieJar()
+web = r.build_opener(r.HTTPSHandler(context=tls), r.HTTPCookieProcessor(jar))
+base = 'https://10.10.0.100'
+def get(path):
+    with web.open(base + path, timeout=120) as a:
+        return a.status, a.headers.get_content_type(), a.read().decode()
+def call(path, **params):
+    body = json.dumps({'jsonrpc': '2.0', 'method': 'call', 'params': params}).encode()
+    with web.open(r.Request(base + path, body, {'Content-Type': 'application/json'}), timeout=120) as a:
+        return json.load(a)
+";
+
+const LOGIN_PAGE: &str = r#"
+print(get('/web/health')[0])
+status, kind, page = get('/web/login')
+print(status, 'name="password"' in page)
+sheets = re.findall(r'href="([^"]+\.css[^"]*)"', page)
+print(len(sheets) > 0, all(get(s)[:2] == (200, 'text/css') and len(get(s)[2]) > 1000 for s in sheets))
+"#;
+
+/// Logs in; the session must outlive the service that made it, and lie in no file.
+const SESSION: &str = r"
+import subprocess
+password = open('/run/bakehouse/odoo-admin').read()
+print(call('/web/session/authenticate', db='odoo', login='admin', password=password)['result']['uid'])
+subprocess.run(['systemctl', 'restart', 'odoo-http'], check=True)
+import time
+for attempt in range(120):
+    try:
+        answer = call('/web/session/get_session_info')
+        break
+    except Exception as e:
+        time.sleep(1)
+print(answer['result']['uid'])
+";
+
+const TARGETS: &str = r"
+import json, urllib.request as r
+def api(path):
+    with r.urlopen('http://10.10.0.1:9090/api/v1/' + path, timeout=30) as a:
+        return json.load(a)['data']
+import time
+for attempt in range(30):
+    if all(t['health'] == 'up' for t in api('targets')['activeTargets']):
+        break
+    time.sleep(2)
+down = {t['labels']['job'] + ': ' + t['lastError'] for t in api('targets')['activeTargets'] if t['health'] != 'up'}
+print('down:', sorted(down))
+print('jobs:', ' '.join(sorted({t['labels']['job'] for t in api('targets')['activeTargets']})))
+print('alerts:', ' '.join(sorted({a['labels']['alertname'] for a in api('alerts')['alerts'] if a['state'] == 'firing'})))
+";
+
+fn python(script: &str) -> String {
+    format!("cat > /tmp/script <<'EOF'\n{script}\nEOF\npython3 /tmp/script")
+}
+
+#[test]
+fn every_service_works_with_the_others() {
+    let lab = Lab::empty("solo");
+    fs::copy(root().join("tests/fleets/solo.toml"), lab.dir.join("fleet.toml")).expect("the fleet is there");
+    lab.ok(&["lock"]);
+    lab.ok(&["build"]);
+    let node = Machine::of(&lab, "all-1");
+    node.start();
+    node.wait_for(&["bakehouse: all-1: starting voter, hub, db, app, monitor"]);
+    // Ready means that Odoo's database was made: minutes of an emulated processor, which the
+    // monitor would share.
+    node.ok("until systemctl is-active -q role-monitor.target; do sleep 1; done");
+    node.ok(&format!("systemctl freeze {MONITORS}"));
+    node.wait_for(&["bakehouse: ready (all-1)"]);
+    node.ok(&format!("systemctl thaw {MONITORS}"));
+    assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
+
+    // etcd answers those who show a certificate, and only those.
+    assert!(node.ok(&format!("{ETCDCTL} endpoint health 2>&1")).contains("is healthy"));
+    let stranger = node.exec("etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt get x");
+    assert_ne!(stranger.status, 0, "{}", stranger.output);
+
+    // A primary, reached by the VIP through HAProxy, takes a write.
+    let listed = node.ok("patronictl -c /run/bakehouse/patroni.yml list --format json");
+    let members: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
+    assert_eq!((members[0]["Role"].as_str(), members[0]["State"].as_str()), (Some("Leader"), Some("running")));
+    let psql = "PGPASSWORD=$(sed -n 's/^db_password = //p' /run/bakehouse/odoo.conf) psql -AtX \
+        'host=10.10.0.100 port=5000 user=odoo dbname=odoo sslmode=verify-ca sslrootcert=/run/bakehouse/tls/ca.crt'";
+    assert_eq!(
+        node.ok(&format!("{psql} -c 'CREATE TEMP TABLE t AS SELECT 7 AS x' -c 'SELECT x FROM t'")),
+        "SELECT 1\n7"
+    );
+    assert_ne!(node.exec(&psql.replace("verify-ca", "disable")).status, 0, "a password could cross in clear");
+    assert_eq!(node.ok(&format!("{psql} -c 'SHOW data_checksums'")), "on");
+    assert_eq!(node.ok("cat /sys/class/watchdog/watchdog0/state"), "active");
+
+    // Odoo, as a browser sees it.
+    assert_eq!(node.ok(&python(&format!("{BROWSER}{LOGIN_PAGE}"))), "200\n200 True\nTrue True");
+    assert_eq!(node.ok(&python(&format!("{BROWSER}{SESSION}"))), "2\n2");
+    assert_ne!(node.ok(&format!("{psql} -c 'SELECT count(*) FROM http_session'")), "0");
+    assert_eq!(node.ok("find /var/lib/odoo/sessions /var/lib/odoo/filestore -type f 2>/dev/null | wc -l"), "0");
+    for unit in ["odoo-http", "odoo-websocket", "odoo-cron"] {
+        assert_eq!(node.ok(&format!("systemctl is-active {unit}")), "active", "{unit}");
+    }
+
+    // The monitor sees all of it, and is quiet but for the sign that it lives.
+    let seen = node.ok(&python(TARGETS));
+    assert!(seen.contains("down: []"), "{seen}");
+    assert!(
+        seen.contains("jobs: alertmanager etcd haproxy node odoo odoo-node patroni postgres prometheus writes\n"),
+        "{seen}"
+    );
+    assert!(seen.contains("alerts: DeadMan"), "{seen}");
+
+    // Every unit of ours has little to lose.
+    let ours = "firstboot bird etcd haproxy keepalived nftables odoo-cron odoo-http odoo-init odoo-websocket patroni \
+        prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter prometheus-postgres-exporter";
+    let mut exposed = Vec::new();
+    for unit in ours.split_whitespace() {
+        let said = node.ok(&format!("systemd-analyze security --no-pager {unit}.service | tail -1"));
+        let level = said.split("service:").nth(1).and_then(|s| s.split_whitespace().next()?.parse::<f64>().ok());
+        println!("{unit}: {}", level.unwrap_or(10.0));
+        if level.is_none_or(|l| l >= 5.0) && !ROOT_BY_TRADE.contains(&unit) {
+            exposed.push(said);
+        }
+    }
+    assert!(exposed.is_empty(), "{exposed:#?}");
+
+    // An hour later, or after a power cut, the same: nothing is made twice.
+    node.ok("journalctl --sync; sync");
+    node.cut_power();
+    node.start();
+    node.wait_for(&["bakehouse: ready (all-1)"]);
+    assert!(node.ok("journalctl -b -u odoo-init -o cat").contains("the database is there"));
+    assert_eq!(node.ok(&python(&format!("{BROWSER}{LOGIN_PAGE}"))), "200\n200 True\nTrue True");
+    node.shut_down();
+}
+
+/// They move addresses, routes and packet filters: that is what root is for.
+const ROOT_BY_TRADE: [&str; 4] = ["bird", "haproxy", "keepalived", "nftables"];
+
+/// Each role's image boots alone: its services start, nothing fails, and what needs other
+/// nodes waits for them.
+#[test]
+fn each_roles_image_boots_alone() {
+    let lab = Lab::of_fleet("alone", "ha");
+    lab.ok(&["build", "db", "app", "monitor"]);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let db = Machine::of(&lab, "db-1");
+            db.start();
+            db.wait_for(&["bakehouse: ready (db-1)"]);
+            alone(&db, &["patroni", "prometheus-postgres-exporter"]);
+            assert!(db.ok("journalctl -b -u patroni -o cat").contains("waiting on etcd"));
+        });
+        scope.spawn(|| {
+            let monitor = Machine::of(&lab, "monitor-1");
+            monitor.start();
+            monitor.wait_for(&["bakehouse: ready (monitor-1)"]);
+            alone(&monitor, &["prometheus", "prometheus-alertmanager", "prometheus-blackbox-exporter"]);
+        });
+    });
+    let app = Machine::of(&lab, "app-1");
+    app.start();
+    app.wait_for(&["bakehouse: app-1: starting app"]);
+    app.ok("for i in $(seq 60); do journalctl -b -u odoo-init -o cat | grep -q \"can't be made yet\" && exit; sleep 2; done; exit 1");
+    alone(&app, &["haproxy"]);
+}
+
+#[track_caller]
+fn alone(node: &Machine, units: &[&str]) {
+    for unit in units.iter().chain(&["nftables", "bird", "prometheus-node-exporter"]) {
+        assert_eq!(node.ok(&format!("systemctl is-active {unit}")), "active", "{unit}");
+    }
+    assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
+    // Nothing listens but on the mesh and this machine itself.
+    let open = node.ok("ss -Hltnu | awk '{print $5}' | grep -vE '^(127\\.|\\[::1\\]|10\\.1[01]\\.|.*%lo:|0\\.0\\.0\\.0:(179|3784|4784)$|\\[::\\]:(179|3784|4784)$)' || true");
+    assert_eq!(open, "", "listening to everybody");
+}
