@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test bench lint clean
+.PHONY: all deps build demo test roles bench lint clean
 
 all: build
 
@@ -26,12 +26,15 @@ test: deps lint build
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture
-	cargo test --release --locked --workspace --test roles -- --test-threads=1 --nocapture
 
 # Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
 bench: deps build
 	command -v mmdebstrap >/dev/null || apt-get install -q -y --no-install-recommends mmdebstrap
 	cargo run --release --locked --workspace --bin bench
+
+# Every service for real, in machines: half an hour where processors are emulated.
+roles: deps build
+	cargo test --release --locked --workspace --test roles -- --test-threads=1 --nocapture
 
 lint:
 	cargo fmt --all --check

@@ -31,7 +31,7 @@ use crate::tools::run;
 /// What the agent says on the console when its node serves.
 const READY: &str = "bakehouse: ready";
 /// Emulated machines take their time.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(600);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
 /// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
 const SPARE_DISK: u64 = 4 << 30;
 
