@@ -34,7 +34,7 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     let var = hub.ok("findmnt -no SOURCE,FSTYPE /var");
     assert!(var.starts_with("/dev/vda") && var.ends_with(" ext4"), "{var}");
     let size: u64 = hub.ok("findmnt -bno SIZE /var").trim().parse().expect("a number");
-    assert!(size > 5 << 30, "/var has {size} bytes of an 8 GiB disk");
+    assert!(size > 4 << 30, "/var has {size} bytes: it was not grown");
     assert_eq!(hub.ok("lsblk -no PARTLABEL /dev/vda | grep -c _empty"), "2");
 
     // Nothing failed; the role runs because the agent started it.

@@ -101,24 +101,34 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
     let lab = Lab::of_fleet("refused", "ha");
     lab.ok(&["build", "hub"]);
     let before = sha256(&lab.dir.join("build/hub/ha-hub_1.efi"));
+    let run = |overlay: &str, file: &str| format!("overlays/{overlay}/run/bakehouse/{file}.j2");
+    let unit = "overlays/hub/usr/lib/systemd/system/role-hub.target".to_owned();
     let cases = [
-        ("haproxy/run/bakehouse/haproxy.cfg.j2", "    maxconn 4000", "    maxxconn 4000", "unknown keyword 'maxxconn'"),
-        ("bird/run/bakehouse/bird.conf.j2", "    hold time 9;", "    hold thyme 9;", "syntax error"),
-        ("keepalived/run/bakehouse/keepalived.conf.j2", "    advert_int 0.2", "    advert_intt 0.2", "advert_intt"),
-        ("nftables/run/bakehouse/nftables.conf.j2", "policy drop", "policy dropp", "syntax error"),
-        (
-            "hub/usr/lib/systemd/system/role-hub.target",
-            "RefuseManualStop=no",
-            "RefuseManualStopp=no",
-            "RefuseManualStopp",
-        ),
+        ("hub", run("haproxy", "haproxy.cfg"), "    maxconn 4000", "    maxxconn 4000", "unknown keyword 'maxxconn'"),
+        ("hub", run("bird", "bird.conf"), "    hold time 9;", "    hold thyme 9;", "syntax error"),
+        ("hub", run("keepalived", "keepalived.conf"), "    advert_int 0.2", "    advert_intt 0.2", "advert_intt"),
+        ("hub", run("nftables", "nftables.conf"), "policy drop", "policy dropp", "syntax error"),
+        ("hub", unit, "Requires=", "Requirres=", "Requirres"),
     ];
-    for (file, from, to, words) in cases {
-        let path = format!("overlays/{file}");
+    for (group, path, from, to, words) in cases {
         lab.edit(&path, from, to);
         let line = lab.read(&path).lines().position(|l| l.contains(to)).expect("the line") + 1;
         let place = format!("{path}:{line}");
-        lab.run(&["build", "hub"]).fails(2, &[&place, words]);
+        lab.run(&["build", group]).fails(2, &[&place, words]);
+        fs::remove_file(lab.dir.join(&path)).expect("the edit");
+    }
+    // These name the thing, and not its line.
+    let cases = [
+        ("hub", run("etcd", "etcd.yml"), "election-timeout: 1000", "election-timeout: 10", "election-timeout"),
+        ("db", run("patroni", "patroni.yml"), "verify_client: optional", "verify_client: maybe", "verify_client"),
+        ("db", run("patroni", "patroni.yml"), "bin_dir: /usr/lib/postgresql/17/bin", "bin_dir: /nowhere", "bin_dir"),
+        ("app", run("odoo", "odoo.conf"), "list_db = False", "list_dbs = False", "unknown option list_dbs"),
+        ("monitor", run("prometheus", "prometheus.yml"), "scrape_timeout: 4s", "scrape_timeout: 40s", "scrape timeout"),
+        ("monitor", run("prometheus", "alertmanager.yml"), "receiver: people", "receiver: somebody", "somebody"),
+    ];
+    for (group, path, from, to, words) in cases {
+        lab.edit(&path, from, to);
+        lab.run(&["build", group]).fails(2, &[&path, words]);
         fs::remove_file(lab.dir.join(&path)).expect("the edit");
     }
     assert_eq!(sha256(&lab.dir.join("build/hub/ha-hub_1.efi")), before, "a refused build left its files");
@@ -155,6 +165,12 @@ fn what_is_wrong_with_a_fleet_or_a_lock_is_named_with_its_fix() {
     lab.run(&["build", "nonsense"]).fails(2, &["no group `nonsense`", "hub"]);
     lab.run(&["frob"]).fails(2, &["frob"]);
     lab.edit("fleet.toml", "version = \"1\"", "version = \"1\"\nimage.root_size = \"40M\"");
+    lab.run(&["build", "hub"]).fails(2, &["a root slot of 40M is too small: role `app` needs"]);
+    lab.write(
+        "fleet.toml",
+        "name = \"ha\"\nimage.root_size = \"40M\"\n[groups.hub]\ncount = 3\nendpoints = [\"a\", \"b\", \"c\"]\n",
+    );
+    lab.ok(&["lock"]);
     lab.run(&["build", "hub"]).fails(1, &["don't fit a root slot of 40 MiB", "root_size"]);
 }
 
