@@ -122,7 +122,7 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
         ("hub", run("etcd", "etcd.yml"), "election-timeout: 1000", "election-timeout: 10", "election-timeout"),
         ("db", run("patroni", "patroni.yml"), "verify_client: optional", "verify_client: maybe", "verify_client"),
         ("db", run("patroni", "patroni.yml"), "bin_dir: /usr/lib/postgresql/17/bin", "bin_dir: /nowhere", "bin_dir"),
-        ("app", run("odoo", "odoo.conf"), "list_db = False", "list_dbs = False", "unknown option list_dbs"),
+        ("app", run("odoo", "odoo.conf"), "list_db = False", "list_dbs = False", "unknown option 'list_dbs'"),
         ("monitor", run("prometheus", "prometheus.yml"), "scrape_timeout: 4s", "scrape_timeout: 40s", "scrape timeout"),
         ("monitor", run("prometheus", "alertmanager.yml"), "receiver: people", "receiver: somebody", "somebody"),
     ];

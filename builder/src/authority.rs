@@ -98,12 +98,6 @@ impl Authority {
             secrets: self.secrets.clone(),
         })
     }
-
-    /// First password of Odoo's administrator.
-    #[must_use]
-    pub fn odoo_admin(&self) -> &str {
-        &self.secrets.odoo_admin
-    }
 }
 
 fn authority_params(fleet: &str) -> CertificateParams {
@@ -128,7 +122,8 @@ fn password() -> Result<String> {
     Ok(URL_SAFE_NO_PAD.encode(bytes))
 }
 
-fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+/// Writes a file that nobody else can read, whole or not at all.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     let beside = path.with_extension("new");

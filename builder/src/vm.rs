@@ -20,7 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde::Serialize;
 
-use crate::authority::Authority;
+use crate::authority::{Authority, write_private};
 use crate::bake::{image_id, slots, var_size};
 use crate::digest::sha256;
 use crate::error::{Error, Result, fail};
@@ -162,9 +162,13 @@ impl Vm {
             ("systemd.extra-unit.bakehouse-exec.service".to_owned(), EXEC_UNIT.into()),
             ("systemd.unit-dropin.multi-user.target".to_owned(), EXEC_WANTED.into()),
         ];
-        for (name, content) in start.credentials.iter().chain(&ours) {
+        for (i, (name, content)) in start.credentials.iter().chain(&ours).enumerate() {
+            // By file: everybody on this machine can read a command line.
+            let path = self.path(&format!("credential-{i}"));
             let value = format!("io.systemd.credential.binary:{name}={}", BASE64.encode(content));
-            qemu.arg("-smbios").arg(format!("type=11,value={value}"));
+            write_private(&path, value.as_bytes())?;
+            // QEMU's options are separated by commas, and a doubled one is part of the value.
+            qemu.arg("-smbios").arg(format!("type=11,path={}", path.display().to_string().replace(',', ",,")));
         }
         qemu.arg("-pidfile").arg(self.path("pid")).arg("-daemonize");
         run(&mut qemu, "qemu-system-x86_64 (apt install qemu-system-x86)")

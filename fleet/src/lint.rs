@@ -373,13 +373,6 @@ impl Lint<'_> {
         for module in odoo.modules.iter().filter(|m| !is_identifier(m)) {
             self.error(fleet.odoo.span(), format!("[odoo] `{module}` can't be an add-on's name"), None);
         }
-        if let Some(node) = &fleet.backup.get_ref().node
-            && self.topology.node(node).is_none()
-        {
-            let names: Vec<String> = self.topology.nodes.iter().map(|n| n.name.clone()).collect();
-            let help = nearest(node, names.iter().map(String::as_str)).unwrap_or_else(|| names.join(", "));
-            self.error(fleet.backup.span(), format!("[backup] there is no node `{node}`"), help);
-        }
         for role in fleet.firewall.get_ref().open.iter().filter_map(|open| open.role.as_ref()) {
             if !self.profiles.contains_key(role) {
                 let help = nearest(role, self.profiles.keys().map(String::as_str));
@@ -536,7 +529,6 @@ mod tests {
         one(&format!("{HUBS}[promise]\ndatabase = 8\n"), 5, "it may take 25 s");
         one(&format!("{HUBS}[odoo]\nlanguages = [\"German\"]\n"), 5, "not a language");
         one(&format!("{HUBS}[odoo]\ndatabase = \"my db\"\n"), 5, "database's name");
-        one(&format!("{HUBS}[backup]\nnode = \"hub-4\"\n"), 5, "no node `hub-4`");
         one(&format!("{HUBS}[alerts]\nwebhooks = [\"me@example.net\"]\n"), 5, "not an address");
         one(
             &format!("{HUBS}[firewall]\nopen = [{{ port = 22, proto = \"tcp\", role = \"hud\" }}]\n"),

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::diagnostic::{Diagnostic, Source, parse};
-use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Promise};
+use crate::settings::{Alerts, Database, Firewall, Odoo, Promise};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -34,8 +34,6 @@ pub struct Fleet {
     pub odoo: Spanned<Odoo>,
     #[serde(default = "default_section")]
     pub alerts: Spanned<Alerts>,
-    #[serde(default = "default_section")]
-    pub backup: Spanned<Backup>,
     #[serde(default = "default_section")]
     pub firewall: Spanned<Firewall>,
     #[serde(default = "default_section")]

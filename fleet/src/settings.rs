@@ -106,13 +106,3 @@ impl Default for Promise {
         Self { vip: 3, database: 25, app: 3 }
     }
 }
-
-/// `[backup]`: base backups and WAL, by pgBackRest. Without it, in a folder of the first monitor.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Backup {
-    /// Node whose disk holds the repository.
-    pub node: Option<String>,
-    /// Full backups that are kept.
-    pub keep: Option<u16>,
-}

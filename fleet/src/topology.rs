@@ -26,15 +26,6 @@ pub struct Topology {
     pub odoo: Odoo,
     pub alerts: Alerts,
     pub firewall: Firewall,
-    pub backup: BackupPlan,
-}
-
-/// Where backups go, and how many are kept.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BackupPlan {
-    /// Node whose disk holds the repository; none: there are no backups.
-    pub node: Option<String>,
-    pub keep: u16,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,9 +113,6 @@ impl Topology {
             node.roles.insert(0, VOTER.to_owned());
         }
         let hubs = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
-        let backup = fleet.backup.get_ref();
-        let monitor = || nodes.iter().find(|n| n.has_role("monitor")).map(|n| n.name.clone());
-        let backup = BackupPlan { node: backup.node.clone().or_else(monitor), keep: backup.keep.unwrap_or(2) };
         Self {
             name: fleet.name.get_ref().clone(),
             version: fleet.version.get_ref().clone(),
@@ -137,7 +125,6 @@ impl Topology {
             odoo: fleet.odoo.get_ref().clone(),
             alerts: fleet.alerts.get_ref().clone(),
             firewall: fleet.firewall.get_ref().clone(),
-            backup,
         }
     }
 
