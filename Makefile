@@ -30,7 +30,7 @@ test: deps lint build
 # Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
 bench: deps build
 	command -v mmdebstrap >/dev/null || apt-get install -q -y --no-install-recommends mmdebstrap
-	cargo run --release --locked --workspace --bin bench
+	target/release/bench
 
 # Every service for real, in machines: half an hour where processors are emulated.
 roles: deps build
