@@ -72,8 +72,8 @@ fn main() {
         // Nothing in the store but the packages.
         let cold = Lab::of_fleet(&format!("bench-{round}"), "ha").with_own_store();
         times[0].add(&mut cold.command(&["build", "hub"]));
-        times[1].add(&mut peers.mkosi("default", &["-f", "--incremental=no"]));
-        times[2].add(&mut peers.mkosi("tuned", &["-f", "--incremental=no"]));
+        times[1].add(&mut peers.mkosi("default", &["-f", "--incremental=no", "--cache-directory=/bench/none"]));
+        times[2].add(&mut peers.mkosi("tuned", &["-f", "--incremental=no", "--cache-directory=/bench/none"]));
         times[3].add(&mut peers.mmdebstrap());
         // One configuration file is another one.
         cold.edit(
@@ -230,6 +230,8 @@ impl Peers {
             fs::create_dir_all(bench.join(format!("increments-{form}"))).expect("the peers' tree");
             fs::create_dir_all(bench.join(format!("out-{form}"))).expect("the peers' tree");
         }
+        // A build without increments removes those of its folder: a cold one gets another.
+        fs::create_dir_all(bench.join("none")).expect("the peers' tree");
         fs::create_dir_all(bench.join("packages")).expect("the peers' tree");
         let mut sources = String::new();
         for source in mirror.sources.iter().filter(|s| s.only.is_empty()) {
