@@ -167,7 +167,7 @@ fn each_roles_image_boots_alone() {
             db.start();
             db.wait_for(&["bakehouse: ready (db-1)"]);
             alone(&db, &["patroni", "prometheus-postgres-exporter"]);
-            assert!(db.ok("journalctl -b -u patroni -o cat").contains("waiting on etcd"));
+            db.ok("for i in $(seq 60); do journalctl -b -u patroni -o cat | grep -q 'waiting on etcd' && exit; sleep 2; done; exit 1");
         });
         scope.spawn(|| {
             let monitor = Machine::of(&lab, "monitor-1");

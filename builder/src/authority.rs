@@ -67,8 +67,9 @@ impl Authority {
             }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 let made = Self::create(&project.topology)?;
-                write_private(&path, &serde_json::to_vec(&made).map_err(|e| Error::Failed(e.to_string()))?)?;
-                Ok(made)
+                let bytes = serde_json::to_vec(&made).map_err(|e| Error::Failed(e.to_string()))?;
+                // Two machines may be started at once: the first to write wins, for both.
+                if write_new(&path, &bytes)? { Ok(made) } else { Self::of_vms(project) }
             }
             Err(e) => Err(Error::io("read", &path)(e)),
         }
@@ -122,6 +123,19 @@ fn password() -> Result<String> {
     Ok(URL_SAFE_NO_PAD.encode(bytes))
 }
 
+/// Writes a file that nobody else can read, unless there is one; says whether it did.
+fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io("write in", dir))?;
+    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write in", dir))?;
+    match file.persist_noclobber(path) {
+        Ok(_) => Ok(true),
+        Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+        Err(e) => Err(Error::io("write", path)(e.error)),
+    }
+}
+
 /// Writes a file that nobody else can read, whole or not at all.
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
@@ -163,7 +177,11 @@ mod tests {
     fn the_file_is_nobody_elses() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/authority.json");
-        write_private(&path, b"{}").unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        assert!(write_new(&path, b"one").unwrap());
+        assert!(!write_new(&path, b"two").unwrap(), "the second takes the first's place");
+        assert_eq!((fs::read(&path).unwrap(), mode()), (b"one".to_vec(), 0o600));
+        write_private(&path, b"three").unwrap();
+        assert_eq!(mode(), 0o600);
     }
 }
