@@ -47,6 +47,7 @@ exec "$@"
 
 struct Peers {
     root: PathBuf,
+    suite: String,
 }
 
 /// Seconds of wall and of CPU, one per round.
@@ -183,14 +184,15 @@ fn allocated(path: &Path) -> f64 {
 impl Peers {
     /// Their tree, configuration and warm caches; kept between runs.
     fn prepare(mirror: &Mirror, project: &Project, lock: &Lock) -> Self {
-        let peers = Self { root: root().join("target/bench/peers") };
+        let suite = project.fleet.debian.suite.clone();
+        let peers = Self { root: root().join("target/bench/peers"), suite };
         if !peers.root.join("etc/bench-ready").exists() {
             eprintln!("making the peers' tree (once)");
             let _ = fs::remove_dir_all(&peers.root);
             fs::create_dir_all(&peers.root).expect("target/ is writable");
             let include = format!("--include={PEER_PACKAGES}");
             let mut command = Command::new("mmdebstrap");
-            command.args(["--mode=root", "--variant=apt", &include, &project.fleet.debian.suite]);
+            command.args(["--mode=root", "--variant=apt", &include, &peers.suite]);
             run(command.arg(&peers.root).arg(&mirror.archives["debian"]));
             fs::write(peers.root.join("etc/bench-ready"), "").expect("the peers' tree");
         }
@@ -258,7 +260,7 @@ impl Peers {
             fs::create_dir_all(to.parent().expect("a folder")).expect("the peers' tree");
             fs::copy(bakehouse_tests::shared_store().join("debs").join(&package.sha256), to).expect("it was fetched");
         }
-        let suite = &project.fleet.debian.suite;
+        let suite = &peers.suite;
         // As in Bakehouse, the kernel's wish for a tool that makes initrds is met by nothing.
         let index = format!(
             "mkdir -p /bench/no-initrd/DEBIAN && cd /bench/no-initrd && printf 'Package: no-initrd\\nVersion: 1\\nArchitecture: all\\n\
@@ -298,7 +300,7 @@ impl Peers {
         let mut command = self.enter();
         command.args(["mmdebstrap", "--mode=root", "--variant=essential"]);
         command.arg(format!("--include={names}"));
-        command.args(["trixie", "/var/tmp/hub.tar", "/bench/mirror.list"]);
+        command.args([&self.suite, "/var/tmp/hub.tar", "/bench/mirror.list"]);
         command
     }
 }
