@@ -138,11 +138,7 @@ impl Vm {
         let _ = fs::remove_file(self.path("console.log"));
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-name", &self.node, "-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none"]);
-        if kvm_works(&self.dir) {
-            qemu.args(["-accel", "kvm", "-cpu", "host"]);
-        } else {
-            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
-        }
+        qemu.args(accelerator(&firmware, self.dir.parent().unwrap_or(&self.dir))?);
         qemu.args(["-smp", &start.cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
         qemu.args(["-uuid", &uuid_of(&self.node), "-device", "virtio-rng-pci"]);
         let drive = |unit: &str, options: &str| format!("if=pflash,format=raw,unit={unit},{options}");
@@ -285,45 +281,61 @@ impl Firmware {
         }
         fail(format!("{} is missing: apt install ovmf (or `make deps`)", code.display()))
     }
+
+    /// Whether this firmware, with these options, gets as far as looking for something to boot.
+    fn comes_up(&self, options: [&str; 4], timeout: Duration) -> bool {
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(options).args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none"]);
+        qemu.args(["-m", "256M", "-no-reboot", "-serial", "stdio"]);
+        let drive = |unit: u8, file: &Path, how: &str| {
+            format!("if=pflash,format=raw,unit={unit},{how}=on,file={}", file.display())
+        };
+        qemu.arg("-drive").arg(drive(0, &self.code, "readonly")).arg("-drive").arg(drive(1, &self.vars, "snapshot"));
+        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let Ok(mut child) = qemu.spawn() else { return false };
+        let Some(serial) = child.stdout.take() else { return false };
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let came = BufReader::new(serial)
+                .split(b'\n')
+                .map_while(std::result::Result::ok)
+                .any(|l| l.windows(6).any(|w| w == b"BdsDxe"));
+            let _ = send.send(came);
+        });
+        let came = receive.recv_timeout(timeout).unwrap_or(false);
+        let _ = child.kill();
+        let _ = child.wait();
+        came
+    }
 }
 
-/// A boot sector that leaves through QEMU's exit device: `mov al,16; out 0xf4,al; hlt`.
-const PROBE: [u8; 5] = [0xb0, 0x10, 0xe6, 0xf4, 0xf4];
-/// QEMU's exit status for the value 16.
-const PROBE_STATUS: i32 = 33;
+/// How long KVM may take to bring the firmware up; where it is emulated itself it never does.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Whether KVM really runs a machine, in the time a real one takes. A device file says
-/// nothing, and neither does a KVM that starts: where the kernel only emulates it, one boot
-/// sector takes ten seconds.
-fn kvm_works(scratch: &Path) -> bool {
-    let sector = scratch.join("probe.img");
-    let mut image = [0; 512];
-    image[..PROBE.len()].copy_from_slice(&PROBE);
-    image[510..].copy_from_slice(&[0x55, 0xaa]);
-    if !Path::new("/dev/kvm").exists() || fs::write(&sector, image).is_err() {
-        return false;
+/// Options for the fastest way to run a machine here. A device file says nothing about KVM, and
+/// neither does a boot sector that runs: where a hypervisor emulates KVM, some of it works, slower
+/// than QEMU's own emulation, or until the firmware's first unusual instruction. So KVM has to
+/// bring up the firmware once; the answer is kept in `dir` until the host boots again.
+fn accelerator(firmware: &Firmware, dir: &Path) -> Result<[&'static str; 4]> {
+    let kvm = ["-accel", "kvm", "-cpu", "host"];
+    let tcg = ["-accel", "tcg,thread=multi", "-cpu", "max"];
+    if !Path::new("/dev/kvm").exists() {
+        return Ok(tcg);
     }
-    let probe = Command::new("qemu-system-x86_64")
-        .args(["-accel", "kvm", "-machine", "pc", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
-        .arg("-drive")
-        .arg(format!("if=ide,format=raw,snapshot=on,file={}", sector.display()))
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    let Ok(child) = probe else { return false };
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap_or(0));
-    let (send, receive) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let mut child = child;
-        let _ = send.send(child.wait());
-    });
-    if let Ok(Ok(status)) = receive.recv_timeout(Duration::from_secs(3)) {
-        return status.code() == Some(PROBE_STATUS);
-    }
-    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-    false
+    let boot = Path::new("/proc/sys/kernel/random/boot_id");
+    let boot = fs::read_to_string(boot).map_err(Error::io("read", boot))?;
+    let kept = dir.join("accelerator");
+    let (yes, no) = (format!("kvm {boot}"), format!("tcg {boot}"));
+    let works = match fs::read_to_string(&kept) {
+        Ok(text) if text == yes => true,
+        Ok(text) if text == no => false,
+        _ => {
+            let works = firmware.comes_up(kvm, PROBE_TIMEOUT);
+            fs::write(&kept, if works { yes } else { no }).map_err(Error::io("write", &kept))?;
+            works
+        }
+    };
+    Ok(if works { kvm } else { tcg })
 }
 
 /// The same node has the same machine id after its disk is wiped.
@@ -494,6 +506,14 @@ mod tests {
     #[test]
     fn escape_sequences_go() {
         assert_eq!(plain(b"\x1b[0;32m  OK  \x1b[0m a\r\nb\x1b]0;t\x07c"), "  OK   a\nbc");
+    }
+
+    #[test]
+    fn only_what_brings_up_the_firmware_works() {
+        let firmware = Firmware::find().unwrap();
+        let works = |accel| firmware.comes_up(["-accel", accel, "-cpu", "max"], Duration::from_secs(60));
+        assert!(works("tcg"));
+        assert!(!works("nothing-of-that-name"));
     }
 
     #[test]
