@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -122,6 +121,7 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
         ("hub", run("etcd", "etcd.yml"), "election-timeout: 1000", "election-timeout: 10", "election-timeout"),
         ("db", run("patroni", "patroni.yml"), "verify_client: optional", "verify_client: maybe", "verify_client"),
         ("db", run("patroni", "patroni.yml"), "bin_dir: /usr/lib/postgresql/17/bin", "bin_dir: /nowhere", "bin_dir"),
+        ("db", run("pgbackrest", "pgbackrest.conf"), "start-fast=y", "start-fats=y", "start-fats"),
         ("app", run("odoo", "odoo.conf"), "list_db = False", "list_dbs = False", "unknown option 'list_dbs'"),
         ("monitor", run("prometheus", "prometheus.yml"), "scrape_timeout: 4s", "scrape_timeout: 40s", "scrape timeout"),
         ("monitor", run("prometheus", "alertmanager.yml"), "receiver: people", "receiver: somebody", "somebody"),
@@ -218,23 +218,50 @@ fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
 #[test]
 fn an_interrupted_build_leaves_no_half_and_the_next_one_is_whole() {
     let lab = Lab::of_fleet("interrupted", "ha").with_own_store();
-    let mut build = lab.command(&["build", "hub"]);
-    // Its own process group, as a terminal's foreground job has.
-    let mut child = build.process_group(0).stderr(std::process::Stdio::piped()).spawn().expect("bakehouse");
     let layers = lab.dir.join("store/tmp");
     // Well into composing: the sandbox is at work.
-    while !fs::read_dir(&layers)
-        .is_ok_and(|d| d.flatten().any(|e| e.file_name().to_string_lossy().starts_with("layers-")))
-    {
-        assert!(child.try_wait().expect("a child").is_none(), "the build ended early");
-        std::thread::yield_now();
-    }
-    let kill = Command::new("kill").args(["-INT", "--", &format!("-{}", child.id())]).status();
-    assert!(kill.expect("kill").success());
-    assert_eq!(child.wait().expect("a child").code(), Some(130));
+    let composing = |_: u32| {
+        fs::read_dir(&layers).is_ok_and(|d| d.flatten().any(|e| e.file_name().to_string_lossy().starts_with("layers-")))
+    };
+    assert_eq!(lab.interrupt(&["build", "hub"], composing), 130);
     assert!(!lab.dir.join("build/hub/ha-hub_1.raw").exists());
-    lab.ok(&["build", "hub"]);
-    assert!(lab.dir.join("build/hub/ha-hub_1.raw").exists());
+    // Then after each step, well into the next one: what was done stays done, so it comes to an end.
+    let steps: Vec<String> = std::iter::repeat_with(|| lab.interrupt_after_a_line(&["build", "hub"]))
+        .take(20)
+        .take_while(|line| !line.contains("unchanged"))
+        .collect();
+    assert!((3..20).contains(&steps.len()), "{steps:#?}");
+    let other = Lab::of_fleet("uninterrupted", "ha");
+    other.ok(&["build", "hub"]);
+    let folders = [&lab, &other].map(|l| l.dir.join("build/hub"));
+    assert_eq!(first_difference(&folders[0], &folders[1], &ARTEFACTS.map(str::to_owned)), None);
+    for lab in [lab, other] {
+        fs::remove_dir_all(&lab.dir).expect("the lab");
+    }
+}
+
+#[test]
+fn an_interrupted_lock_changes_nothing_and_an_interrupted_fetch_goes_on() {
+    let lab = Lab::of_fleet("interrupted-fetch", "ha").with_empty_store();
+    let before = lab.read("bakehouse.lock");
+    // Apt is at work.
+    let children = |pid: u32| {
+        let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        listed.is_ok_and(|c| !c.trim().is_empty())
+    };
+    assert_eq!(lab.interrupt(&["lock", "--update"], children), 130);
+    assert_eq!(lab.read("bakehouse.lock"), before);
+
+    // Half a package or more has come.
+    let debs = lab.dir.join("store/debs");
+    let some =
+        |_: u32| fs::read_dir(&debs).is_ok_and(|d| d.flatten().filter(|e| e.path().extension().is_none()).count() > 5);
+    assert_eq!(lab.interrupt(&["fetch"], some), 130);
+    let kept = fs::read_dir(&debs).expect("a store").flatten().filter(|e| e.path().extension().is_none()).count();
+    assert!(kept > 5);
+    let rest = lab.ok(&["fetch"]);
+    assert!(rest.err.contains("packages"), "{}", rest.err);
+    assert!(!lab.ok(&["fetch"]).err.contains("packages"), "fetched twice");
     fs::remove_dir_all(&lab.dir).expect("the lab");
 }
 

@@ -4,8 +4,13 @@ mod compare;
 mod machine;
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 pub use compare::{first_difference, tar_differences};
 pub use machine::Machine;
@@ -58,6 +63,35 @@ impl Lab {
         std::os::unix::fs::symlink(shared_store().join("debs"), store.join("debs")).expect("a link to the packages");
         self.store = Some(store);
         self
+    }
+
+    /// Works with a store that has nothing.
+    #[must_use]
+    pub fn with_empty_store(mut self) -> Self {
+        self.store = Some(self.dir.join("store"));
+        self
+    }
+
+    /// Presses Ctrl-C when `now` says so of the process; returns its exit status.
+    pub fn interrupt(&self, args: &[&str], now: impl Fn(u32) -> bool) -> i32 {
+        // Its own process group, as a terminal's foreground job has.
+        let mut child = self.command(args).process_group(0).spawn().expect("bakehouse starts");
+        while !now(child.id()) {
+            assert!(child.try_wait().expect("a child").is_none(), "bakehouse {args:?} ended early");
+            std::thread::yield_now();
+        }
+        press_ctrl_c(child)
+    }
+
+    /// Presses Ctrl-C as soon as a step is done; returns that step's line.
+    pub fn interrupt_after_a_line(&self, args: &[&str]) -> String {
+        let mut command = self.command(args);
+        let mut child = command.process_group(0).stderr(Stdio::piped()).spawn().expect("bakehouse starts");
+        let mut said = BufReader::new(child.stderr.take().expect("a pipe"));
+        let mut line = String::new();
+        said.read_line(&mut line).expect("a pipe");
+        press_ctrl_c(child);
+        line
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
@@ -117,6 +151,13 @@ impl Answer {
             assert!(self.err.contains(word), "`{word}` is not in:\n{}", self.err);
         }
     }
+}
+
+fn press_ctrl_c(mut child: Child) -> i32 {
+    let group = Pid::from_raw(-i32::try_from(child.id()).expect("a pid"));
+    // It may have ended by itself.
+    let _ = kill(group, Signal::SIGINT);
+    child.wait().expect("a child").code().unwrap_or(-1)
 }
 
 /// The repository.
