@@ -82,7 +82,7 @@ fn every_service_works_with_the_others() {
     lab.ok(&["build"]);
     let node = Machine::of(&lab, "all-1");
     node.start();
-    node.wait_for(&["bakehouse: all-1: starting voter, hub, db, app, monitor"]);
+    node.wait_for(&["bakehouse: all-1: starting voter, hub, db, app, monitor, backup"]);
     // Ready means that Odoo's database was made: minutes of an emulated processor, which the
     // monitor would share.
     node.ok("until systemctl is-active -q role-monitor.target; do sleep 1; done");
@@ -109,6 +109,14 @@ fn every_service_works_with_the_others() {
     assert_eq!(node.ok(&format!("{psql} -c 'SHOW data_checksums'")), "on");
     assert_eq!(node.ok("cat /sys/class/watchdog/watchdog0/state"), "active");
 
+    // WAL arrives in the repository, and the first backup was made without being asked for.
+    let pgbackrest = "setpriv --reuid=postgres --regid=postgres --clear-groups pgbackrest \
+        --config=/run/pgbackrest/pgbackrest.conf --log-level-console=off --stanza=main --output=json info";
+    let made = format!("for i in $(seq 120); do {pgbackrest} | grep -q '\"label\"' && exit; sleep 2; done; exit 1");
+    node.ok(&made);
+    let info: serde_json::Value = serde_json::from_str(&node.ok(pgbackrest)).expect("JSON");
+    assert_eq!((info[0]["status"]["code"].as_i64(), info[0]["backup"][0]["error"].as_bool()), (Some(0), Some(false)));
+
     // Odoo, as a browser sees it.
     assert_eq!(node.ok(&python(&format!("{BROWSER}{LOGIN_PAGE}"))), "200\n200 True\nTrue True");
     assert_eq!(node.ok(&python(&format!("{BROWSER}{SESSION}"))), "2\n2");
@@ -130,6 +138,7 @@ fn every_service_works_with_the_others() {
 
     // Every unit of ours has little to lose.
     let ours = "firstboot bird etcd haproxy keepalived nftables odoo-cron odoo-http odoo-init odoo-websocket patroni \
+        pgbackrest pgbackrest-files pgbackrest-stanza pgbackrest@incr \
         prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter prometheus-postgres-exporter";
     let mut exposed = Vec::new();
     for unit in ours.split_whitespace() {

@@ -1,9 +1,8 @@
 //! A fleet's certificate authority and passwords, on the operator's disk: readable by nobody
 //! else, never in an image.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use base64::Engine as _;
@@ -14,6 +13,7 @@ use rcgen::{
     KeyUsagePurpose,
 };
 use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
@@ -44,6 +44,8 @@ impl Authority {
             odoo_master: password()?,
             odoo_admin: password()?,
             metrics: password()?,
+            s3_key: given("BAKEHOUSE_S3_KEY"),
+            s3_secret: given("BAKEHOUSE_S3_SECRET"),
         };
         Ok(Self { fleet: topology.name.clone(), cert: cert.pem(), key: key.serialize_pem(), secrets })
     }
@@ -115,6 +117,11 @@ fn named(name: &str) -> DistinguishedName {
     dn
 }
 
+/// A secret that is not ours to make.
+fn given(variable: &str) -> String {
+    std::env::var(variable).unwrap_or_default()
+}
+
 /// 192 bits, in letters that no configuration language minds.
 fn password() -> Result<String> {
     let mut bytes = [0; 24];
@@ -125,11 +132,7 @@ fn password() -> Result<String> {
 
 /// Writes a file that nobody else can read, unless there is one; says whether it did.
 fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io("write in", dir))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write in", dir))?;
-    match file.persist_noclobber(path) {
+    match private_beside(path, bytes)?.persist_noclobber(path) {
         Ok(_) => Ok(true),
         Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
         Err(e) => Err(Error::io("write", path)(e.error)),
@@ -138,18 +141,17 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
 
 /// Writes a file that nobody else can read, whole or not at all.
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    private_beside(path, bytes)?.persist(path).map_err(|e| Error::io("write", path)(e.error))?;
+    Ok(())
+}
+
+/// The bytes on the disk beside `path`, in a file that has no name of its own yet.
+fn private_beside(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
     let dir = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let beside = path.with_extension("new");
-    let _ = fs::remove_file(&beside);
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)
-        .map_err(Error::io("create", &beside))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &beside))?;
-    fs::rename(&beside, path).map_err(Error::io("rename", &beside))
+    let mut file = NamedTempFile::new_in(dir).map_err(Error::io("write in", dir))?;
+    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write in", dir))?;
+    Ok(file)
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]

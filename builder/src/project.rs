@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use fleet::{
     Diagnostic, Diagnostics, ExtraSource, Fleet, Machine, Membership, NodeContext, OverlayManifest, Profile, Profiles,
-    Severity, Topology, VOTER, parse_size,
+    Severity, Topology, parse_size,
 };
 
 use crate::error::{Error, Result};
@@ -136,11 +136,15 @@ impl Project {
         sources
     }
 
-    /// Roles of a group's image: its own, and `voter` where one of its nodes has a vote.
+    /// Roles of a group's image: its own, and what the fleet gives one of its nodes.
     fn recipe_roles(&self, group: &str) -> Vec<String> {
-        let named = self.fleet.groups[group].role_names(group);
-        let voter = self.topology.nodes.iter().any(|n| n.group == group && n.has_role(VOTER));
-        voter.then_some(VOTER).into_iter().chain(named).map(str::to_owned).collect()
+        let mut roles: Vec<String> = Vec::new();
+        for role in self.topology.nodes.iter().filter(|n| n.group == group).flat_map(|n| &n.roles) {
+            if !roles.contains(role) {
+                roles.push(role.clone());
+            }
+        }
+        roles
     }
 
     /// What a group's image is made of.

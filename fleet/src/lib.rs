@@ -21,10 +21,10 @@ pub use membership::{Membership, Secrets, Tls};
 pub use overlay::{Check, FileMeta, OverlayManifest};
 pub use profile::{Disk, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
-pub use settings::{Alerts, Database, Email, Firewall, Odoo, OpenPort, Promise, Proto};
+pub use settings::{Alerts, Backup, Database, Email, Firewall, Odoo, OpenPort, Promise, Proto, S3};
 pub use template::{Machine, NodeContext, RenderError, line_map, render, variables};
 pub use ticket::{Ticket, TicketError};
-pub use topology::{Node, Topology, VOTER, slot_parts};
+pub use topology::{BACKUP, GIVEN, Node, Topology, VOTER, slot_parts};
 
 /// Directory in the image that holds what the agent reads: `fleet.json` and the templates.
 pub const IMAGE_DIR: &str = "usr/lib/bakehouse";

@@ -10,7 +10,7 @@ use toml::Spanned;
 use crate::diagnostic::{Diagnostic, Severity, nearest};
 use crate::profile::{Profiles, parse_size};
 use crate::schema::{Fleet, Group};
-use crate::topology::{Topology, VOTER};
+use crate::topology::{GIVEN, Topology};
 
 /// A line of the table of minimum and recommended node counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -60,6 +60,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.hubs_and_voters();
     lint.disks();
     lint.database();
+    lint.backup();
     lint.services();
     lint.promises();
     lint.high_availability();
@@ -149,9 +150,8 @@ impl Lint<'_> {
         let mut ports: BTreeMap<(u16, &str), (&str, &str)> = BTreeMap::new();
         let mut seen = BTreeSet::new();
         for (i, role) in roles.iter().enumerate() {
-            let Some(profile) = profiles.get(*role).filter(|_| *role != "base" && *role != VOTER) else {
-                // Every node has the one, the fleet itself gives the other.
-                let known = || profiles.keys().map(String::as_str).filter(|r| *r != "base" && *r != VOTER);
+            let Some(profile) = profiles.get(*role).filter(|_| !GIVEN.contains(role)) else {
+                let known = || profiles.keys().map(String::as_str).filter(|r| !GIVEN.contains(r));
                 let help = nearest(role, known()).unwrap_or_else(|| {
                     format!("roles are {}; set `roles = […]` in the group", known().collect::<Vec<_>>().join(", "))
                 });
@@ -344,6 +344,51 @@ impl Lint<'_> {
                 ),
                 format!("set ttl = {sum}, or lower the others"),
             );
+        }
+    }
+
+    fn backup(&mut self) {
+        let fleet = self.fleet;
+        let (backup, span) = (fleet.backup.get_ref(), fleet.backup.span());
+        let has_databases = self.topology.nodes.iter().any(|n| n.has_role("db"));
+        if let (Some(node), Some(_)) = (&backup.node, &backup.s3) {
+            self.error(
+                span.clone(),
+                format!("[backup] has both the node `{node}` and s3"),
+                "leave one of them out".to_owned(),
+            );
+        }
+        if let Some(node) = backup.node.as_ref().filter(|n| self.topology.node(n).is_none()) {
+            let help = nearest(node, self.topology.nodes.iter().map(|n| n.name.as_str()));
+            self.error(span.clone(), format!("[backup] there is no node `{node}`"), help);
+        }
+        let keeper = self.topology.backup.node.as_ref().and_then(|n| self.topology.node(n)).cloned();
+        if let Some(name) = keeper.as_ref().filter(|n| n.has_role("db")).map(|n| &n.name) {
+            self.warning(
+                span.clone(),
+                format!("[backup] {name} has the database and its backups: one machine loses both"),
+                "name a node without the role `db`, or an S3 bucket".to_owned(),
+            );
+        }
+        if has_databases && keeper.is_none() && backup.s3.is_none() && backup.node.is_none() {
+            self.warning(
+                span.clone(),
+                "there are no backups: every node has the role `db`".to_owned(),
+                "add `[backup.s3]`, or name a node: `[backup] node = …`".to_owned(),
+            );
+        }
+        if backup.keep == 0 {
+            self.error(span.clone(), "[backup] keep = 0 keeps nothing".to_owned(), "keep at least 1".to_owned());
+        }
+        let s3 = backup.s3.iter().flat_map(|s| [&s.bucket, &s.endpoint, &s.region]);
+        for text in [&backup.full, &backup.incremental].into_iter().chain(&backup.restore).chain(s3) {
+            if text.is_empty() || text.contains(|c: char| c.is_control() || "\"'%\\$".contains(c)) {
+                self.error(
+                    span.clone(),
+                    format!("[backup] `{}` can't be written into a configuration", text.escape_debug()),
+                    None,
+                );
+            }
         }
     }
 

@@ -39,6 +39,9 @@ pub struct Secrets {
     pub odoo_admin: String,
     /// The database user that reads statistics.
     pub metrics: String,
+    /// Access key and secret of `[backup.s3]`; empty without it.
+    pub s3_key: String,
+    pub s3_secret: String,
 }
 
 impl Membership {
@@ -56,6 +59,8 @@ impl Membership {
                 odoo_master: secret("odoo-master"),
                 odoo_admin: secret("odoo-admin"),
                 metrics: secret("metrics"),
+                s3_key: secret("s3-key"),
+                s3_secret: secret("s3-secret"),
             },
         }
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::diagnostic::{Diagnostic, Source, parse};
-use crate::settings::{Alerts, Database, Firewall, Odoo, Promise};
+use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Promise};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -30,6 +30,8 @@ pub struct Fleet {
     pub debian: Debian,
     #[serde(default = "default_section")]
     pub database: Spanned<Database>,
+    #[serde(default = "default_section")]
+    pub backup: Spanned<Backup>,
     #[serde(default = "default_section")]
     pub odoo: Spanned<Odoo>,
     #[serde(default = "default_section")]

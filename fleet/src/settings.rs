@@ -21,6 +21,49 @@ impl Default for Database {
     }
 }
 
+/// `[backup]`: where PostgreSQL's backups and its WAL go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Backup {
+    /// Node that keeps them. Default: the first monitor, else the last node that is no `db`;
+    /// where every node is one there are no backups.
+    pub node: Option<String>,
+    /// Full backups kept, with the WAL to go back to any moment since the oldest.
+    pub keep: u16,
+    /// When a full one is made, as systemd writes times.
+    pub full: String,
+    /// When what has changed since is added.
+    pub incremental: String,
+    /// An S3 bucket instead of a node.
+    pub s3: Option<S3>,
+    /// For a fleet that is made anew: its database is not empty, but what the repository has,
+    /// as of this time (`"2026-11-23 10:00:00+00"`), or `"latest"`.
+    pub restore: Option<String>,
+}
+
+impl Default for Backup {
+    fn default() -> Self {
+        Self {
+            node: None,
+            keep: 4,
+            full: "Sun 01:30".to_owned(),
+            incremental: "Mon..Sat 01:30".to_owned(),
+            s3: None,
+            restore: None,
+        }
+    }
+}
+
+/// `[backup.s3]`. The key is a secret and not here: see `bakehouse ticket --help`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct S3 {
+    pub bucket: String,
+    /// Host name of the service, such as `"s3.eu-central-1.amazonaws.com"`.
+    pub endpoint: String,
+    pub region: String,
+}
+
 /// `[odoo]`: what the application images hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

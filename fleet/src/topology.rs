@@ -7,7 +7,7 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
 use crate::schema::{Fleet, Group};
-use crate::settings::{Alerts, Database, Firewall, Odoo};
+use crate::settings::{Alerts, Backup, Database, Firewall, Odoo};
 
 /// The whole fleet, derived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +23,8 @@ pub struct Topology {
     /// Nodes that hold an etcd vote: they have the role `voter`.
     pub voters: Vec<String>,
     pub database: Database,
+    /// With the node that keeps the backups, if one does.
+    pub backup: Backup,
     pub odoo: Odoo,
     pub alerts: Alerts,
     pub firewall: Firewall,
@@ -62,8 +64,12 @@ impl Node {
     }
 }
 
-/// The role that the fleet gives by itself, to the nodes that hold an etcd vote.
+/// The role that the fleet gives by itself to the nodes that hold an etcd vote.
 pub const VOTER: &str = "voter";
+/// The role that the fleet gives by itself to the node that keeps the backups.
+pub const BACKUP: &str = "backup";
+/// Roles that nobody writes into a `fleet.toml`.
+pub const GIVEN: [&str; 3] = ["base", VOTER, BACKUP];
 
 /// Default first host number of a role's address range.
 fn first_host(role: &str) -> u32 {
@@ -112,6 +118,13 @@ impl Topology {
         for node in nodes.iter_mut().filter(|n| voters.contains(&n.name)) {
             node.roles.insert(0, VOTER.to_owned());
         }
+        let mut backup = fleet.backup.get_ref().clone();
+        if backup.s3.is_none() && nodes.iter().any(|n| n.has_role("db")) {
+            backup.node = backup.node.or_else(|| keeper(&nodes));
+        }
+        for node in nodes.iter_mut().filter(|n| backup.node.as_ref() == Some(&n.name)) {
+            node.roles.push(BACKUP.to_owned());
+        }
         let hubs = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
         Self {
             name: fleet.name.get_ref().clone(),
@@ -122,6 +135,7 @@ impl Topology {
             hubs,
             voters,
             database: fleet.database.get_ref().clone(),
+            backup,
             odoo: fleet.odoo.get_ref().clone(),
             alerts: fleet.alerts.get_ref().clone(),
             firewall: fleet.firewall.get_ref().clone(),
@@ -153,6 +167,13 @@ fn voters(nodes: &[Node], hubs: &[Node]) -> Vec<String> {
     let monitors = nodes.iter().filter(|n| n.hub == 0 && n.has_role("monitor"));
     let others = nodes.iter().filter(|n| n.hub == 0 && !n.has_role("monitor"));
     hubs.iter().chain(monitors).chain(others).take(want).map(|n| n.name.clone()).collect()
+}
+
+/// Who keeps the backups: not a machine whose loss they are for.
+fn keeper(nodes: &[Node]) -> Option<String> {
+    let monitor = nodes.iter().find(|n| n.has_role("monitor") && !n.has_role("db"));
+    let keeper = monitor.or_else(|| nodes.iter().rfind(|n| !n.has_role("db")));
+    keeper.map(|n| n.name.clone())
 }
 
 /// `db-2` → (`db`, 2).
@@ -193,6 +214,18 @@ mod tests {
     fn five_hubs_give_five_voters_and_four_give_three() {
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=5\n").voters.len(), 5);
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=4\n").voters.len(), 3);
+    }
+
+    #[test]
+    fn backups_are_kept_away_from_the_databases() {
+        let keeper = |text: &str| topology(text).backup.node;
+        let all = "name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\n";
+        assert_eq!(keeper(&format!("{all}monitor.count=2\n")).unwrap(), "monitor-1");
+        assert_eq!(keeper(all).unwrap(), "hub-3");
+        assert_eq!(keeper("name=\"x\"\n[groups]\nall = { count = 3, roles = [\"hub\", \"db\"] }\n"), None);
+        assert_eq!(keeper("name=\"x\"\n[groups]\nhub.count=3\n"), None);
+        let chosen = topology(&format!("{all}[backup]\nnode = \"db-2\"\n"));
+        assert_eq!(chosen.node("db-2").unwrap().roles, ["db", BACKUP]);
     }
 
     #[test]
