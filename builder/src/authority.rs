@@ -1,41 +1,37 @@
-//! A fleet's certificate authority and passwords, on the operator's disk: readable by nobody
-//! else, never in an image.
+//! A fleet's root and passwords, on the operator's disk: readable by nobody else, never in an
+//! image.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use fleet::{Membership, Node, Secrets, Tls, Topology};
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
-};
+use fleet::{CertificateError, Issuer, Membership, Node, PrivateKey, Secrets, Tls, Topology};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
 
-/// What signs the nodes' certificates, and what their services share.
+/// What a fleet's nodes believe, and what their services share.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Authority {
     fleet: String,
-    cert: String,
-    key: String,
-    secrets: Secrets,
+    pub root: Issuer,
+    pub secrets: Secrets,
 }
 
 impl Authority {
+    /// Name of the operator's file, beside `fleet.toml`.
+    pub const FILE: &str = "fleet.key";
+
     /// A new one, of fresh randomness.
     ///
     /// # Errors
     /// The machine has no randomness.
-    pub fn create(topology: &Topology) -> Result<Self> {
-        let key = KeyPair::generate().map_err(refused)?;
-        let cert = authority_params(&topology.name).self_signed(&key).map_err(refused)?;
+    pub fn create(fleet: &str) -> Result<Self> {
         let secrets = Secrets {
             postgres: password()?,
             replication: password()?,
@@ -47,74 +43,83 @@ impl Authority {
             s3_key: given("BAKEHOUSE_S3_KEY"),
             s3_secret: given("BAKEHOUSE_S3_SECRET"),
         };
-        Ok(Self { fleet: topology.name.clone(), cert: cert.pem(), key: key.serialize_pem(), secrets })
+        Ok(Self { fleet: fleet.to_owned(), root: Issuer::root(fleet)?, secrets })
     }
 
-    /// The one of the fleet's local machines, made when it is first asked for.
+    /// The fleet's own, which `bakehouse init` made.
+    ///
+    /// # Errors
+    /// There is none, it can't be read, or it is another fleet's.
+    pub fn of(project: &Project) -> Result<Self> {
+        let path = project.dir.join(Self::FILE);
+        Self::read(&path, &project.topology.name)?.ok_or_else(|| {
+            Error::Failed(format!("{} is missing: make it with `bakehouse init`, once for a fleet", path.display()))
+        })
+    }
+
+    /// Makes the fleet's own, unless there is one; says whether it did.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn init(dir: &Path, fleet: &str) -> Result<bool> {
+        write_new(&dir.join(Self::FILE), &Self::create(fleet)?.bytes()?)
+    }
+
+    /// That of the fleet's local machines: the fleet's own if there is one, else one that is
+    /// made when it is first asked for.
     ///
     /// # Errors
     /// It can't be read or written, or is another fleet's.
     pub fn of_vms(project: &Project) -> Result<Self> {
-        let path = project.dir.join("build/vm/authority.json");
-        match fs::read(&path) {
-            Ok(bytes) => {
-                let found: Self = serde_json::from_slice(&bytes).map_err(|e| {
-                    Error::Failed(format!("{} is damaged ({e}); remove build/vm and start afresh", path.display()))
-                })?;
-                if found.fleet == project.topology.name {
-                    Ok(found)
-                } else {
-                    fail(format!("{} is of the fleet `{}`; remove build/vm", path.display(), found.fleet))
-                }
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                let made = Self::create(&project.topology)?;
-                let bytes = serde_json::to_vec(&made).map_err(|e| Error::Failed(e.to_string()))?;
-                // Two machines may be started at once: the first to write wins, for both.
-                if write_new(&path, &bytes)? { Ok(made) } else { Self::of_vms(project) }
-            }
-            Err(e) => Err(Error::io("read", &path)(e)),
+        let fleet = &project.topology.name;
+        if let Some(own) = Self::read(&project.dir.join(Self::FILE), fleet)? {
+            return Ok(own);
         }
+        let path = project.dir.join("build/vm").join(Self::FILE);
+        if let Some(found) = Self::read(&path, fleet)? {
+            return Ok(found);
+        }
+        let made = Self::create(fleet)?;
+        // Two machines may be started at once: the first to write wins, for both.
+        if write_new(&path, &made.bytes()?)? { Ok(made) } else { Self::of_vms(project) }
     }
 
-    /// What a node is given: a certificate with its name and addresses, and the passwords.
+    fn read(path: &PathBuf, fleet: &str) -> Result<Option<Self>> {
+        let bytes = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("read", path)(e)),
+        };
+        let found: Self = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::Failed(format!("{} is damaged ({e}); bring back a copy of it", path.display())))?;
+        if found.fleet != fleet {
+            return fail(format!("{} is of the fleet `{}`, not of `{fleet}`", path.display(), found.fleet));
+        }
+        Ok(Some(found))
+    }
+
+    fn bytes(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(|e| Error::Failed(e.to_string()))
+    }
+
+    /// What a node would have, for those who only look at configurations.
     ///
     /// # Errors
     /// Nothing that a fleet's names could bring about.
     pub fn membership(&self, topology: &Topology, node: &Node) -> Result<Membership> {
-        let authority_key = KeyPair::from_pem(&self.key).map_err(refused)?;
-        let authority = authority_params(&self.fleet);
-        let issuer = Issuer::from_params(&authority, &authority_key);
-        let mut names = vec![node.name.clone(), node.address.to_string(), "127.0.0.1".to_owned()];
-        if node.hub > 0 {
-            names.push(topology.vip.to_string());
-        }
-        let mut params = CertificateParams::new(names).map_err(refused)?;
-        params.distinguished_name = named(&node.name);
-        params.use_authority_key_identifier_extension = true;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let key = KeyPair::generate().map_err(refused)?;
-        let cert = params.signed_by(&key, &issuer).map_err(refused)?;
+        let key = PrivateKey::generate()?;
+        let cert = self.root.issuer(&self.fleet, &node.name)?.node(topology, node, &key.public()?)?;
         Ok(Membership {
-            tls: Tls { ca: self.cert.clone(), cert: cert.pem(), key: key.serialize_pem() },
+            tls: Tls { ca: self.root.certificate().to_owned(), cert, key: key.pem().to_owned() },
             secrets: self.secrets.clone(),
         })
     }
 }
 
-fn authority_params(fleet: &str) -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = named(&format!("{fleet} fleet authority"));
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params
-}
-
-fn named(name: &str) -> DistinguishedName {
-    let mut dn = DistinguishedName::new();
-    dn.push(DnType::CommonName, name);
-    dn
+impl From<CertificateError> for Error {
+    fn from(e: CertificateError) -> Self {
+        Self::Failed(e.to_string())
+    }
 }
 
 /// A secret that is not ours to make.
@@ -124,10 +129,18 @@ fn given(variable: &str) -> String {
 
 /// 192 bits, in letters that no configuration language minds.
 fn password() -> Result<String> {
-    let mut bytes = [0; 24];
+    Ok(URL_SAFE_NO_PAD.encode(random::<24>()?))
+}
+
+/// Bytes of chance.
+///
+/// # Errors
+/// The machine has no randomness.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
     let path = Path::new("/dev/urandom");
     File::open(path).and_then(|mut f| f.read_exact(&mut bytes)).map_err(Error::io("read", path))?;
-    Ok(URL_SAFE_NO_PAD.encode(bytes))
+    Ok(bytes)
 }
 
 /// Writes a file that nobody else can read, unless there is one; says whether it did.
@@ -147,16 +160,11 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// The bytes on the disk beside `path`, in a file that has no name of its own yet.
 fn private_beside(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
-    let dir = path.parent().unwrap_or(Path::new("."));
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     let mut file = NamedTempFile::new_in(dir).map_err(Error::io("write in", dir))?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write in", dir))?;
     Ok(file)
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
-fn refused(e: rcgen::Error) -> Error {
-    Error::Failed(format!("a certificate can't be made: {e}"))
 }
 
 #[cfg(test)]
@@ -168,7 +176,7 @@ mod tests {
     fn each_node_has_a_key_of_its_own_and_the_fleets_passwords() {
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\n";
         let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
-        let authority = Authority::create(&topology).unwrap();
+        let authority = Authority::create("acme").unwrap();
         let of = |name: &str| authority.membership(&topology, topology.node(name).unwrap()).unwrap();
         let (one, two) = (of("hub-1"), of("hub-2"));
         assert_ne!(one.tls.key, two.tls.key);
@@ -176,13 +184,15 @@ mod tests {
     }
 
     #[test]
-    fn the_file_is_nobody_elses() {
+    fn the_file_is_made_once_and_is_nobody_elses() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a/authority.json");
+        let path = dir.path().join(Authority::FILE);
         let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
-        assert!(write_new(&path, b"one").unwrap());
-        assert!(!write_new(&path, b"two").unwrap(), "the second takes the first's place");
-        assert_eq!((fs::read(&path).unwrap(), mode()), (b"one".to_vec(), 0o600));
+        assert!(Authority::init(dir.path(), "acme").unwrap());
+        let first = fs::read(&path).unwrap();
+        assert!(!Authority::init(dir.path(), "acme").unwrap(), "a second takes the first's place");
+        assert_eq!((fs::read(&path).unwrap(), mode()), (first, 0o600));
+        assert!(Authority::read(&path, "other").is_err());
         write_private(&path, b"three").unwrap();
         assert_eq!(mode(), 0o600);
     }

@@ -55,7 +55,7 @@ pub fn check(
 ) -> Result<usize> {
     let mut open = Vec::new();
     // Real certificates of an authority that is thrown away: daemons look into them.
-    let authority = Authority::create(&project.topology)?;
+    let authority = Authority::create(&project.topology.name)?;
     let nodes: Vec<&fleet::Node> = project.topology.nodes.iter().filter(|n| n.group == recipe.group).collect();
     for check in &baked.checks {
         let per_node = check.check.of.iter().any(|f| f.starts_with("run/"));

@@ -1,13 +1,15 @@
 //! The command line.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use fleet::{Diagnostics, ha_table};
 
+use crate::authority::Authority;
 use crate::bake::pretty_json;
 use crate::error::{Error, Result};
 use crate::explain::explain;
@@ -19,7 +21,8 @@ use crate::progress::Progress;
 use crate::project::{Project, Recipe};
 use crate::resolve::resolve;
 use crate::store::Store;
-use crate::{compose, plan, vm};
+use crate::ticket::{Terms, mint};
+use crate::{compose, plan, project, vm};
 
 /// Turns a fleet.toml into bootable, immutable Debian images.
 #[derive(Parser)]
@@ -48,6 +51,35 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Make a fleet's folder: fleet.toml to start from, and the fleet's key
+    #[command(after_help = "Examples:\n  bakehouse init acme\n  bakehouse init acme --from quick-ha\n\n\
+        The key (fleet.key) makes nodes believe you: keep it off the nodes, and keep a copy.")]
+    Init {
+        /// The folder; its name is the fleet's
+        dir: PathBuf,
+        /// Built-in fleet to start from: ha, minimal-ha, quick-ha
+        #[arg(long, default_value = "ha")]
+        from: String,
+    },
+    /// Mint a ticket: what a machine is given to become a node
+    #[command(after_help = "Examples:\n  bakehouse ticket hub-1 > hub-1.ticket\n  \
+        bakehouse ticket app --uses 5 --days 2 > app.ticket\n  bakehouse ticket db-1 --replace > db-1.ticket\n\n\
+        The machine finds it as the systemd credential `bakehouse.ticket`. Nodes that found the fleet\n\
+        (hubs and voters) have a ticket each; others may share one for their group. For [backup.s3], set\n\
+        BAKEHOUSE_S3_KEY and BAKEHOUSE_S3_SECRET when `bakehouse init` makes the fleet's key.")]
+    Ticket {
+        /// A node, or a group
+        to: String,
+        /// How many nodes it is good for
+        #[arg(long, default_value_t = 1)]
+        uses: u32,
+        /// Days it is good for
+        #[arg(long, default_value_t = 1)]
+        days: u32,
+        /// Take the node's place from the machine that has it
+        #[arg(long)]
+        replace: bool,
+    },
     /// Check fleet.toml, profiles and overlays
     #[command(after_help = "Example:\n  bakehouse check")]
     Check,
@@ -158,6 +190,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             progress.say("gc", &format!("{count} entries, {:.0} MB removed", bytes as f64 / 1e6));
             return Ok(ExitCode::SUCCESS);
         }
+        Command::Init { dir, from } => return init(dir, from, &progress),
         Command::Exec { node, command } => {
             let project = Project::load(&cli.fleet)?;
             let done = vm::Vm::of(&project, node)?.exec(&command.join(" "))?;
@@ -187,6 +220,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             if !cli.json {
                 println!("{}", plan::table(&project));
             }
+        }
+        Command::Ticket { to, uses, days, replace } => {
+            let lasts = Duration::from_secs(u64::from(*days) * 86_400);
+            let terms = Terms { uses: *uses, lasts, replace: *replace };
+            let ticket = mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new())?;
+            println!("{}", serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?);
         }
         Command::Lock { update, mirror } => {
             let store = Store::open()?;
@@ -231,7 +270,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             }
         }
         Command::Console { node } => print!("{}", vm::Vm::of(&project, node)?.console()),
-        Command::Store(_) | Command::Exec { .. } => {}
+        Command::Init { .. } | Command::Store(_) | Command::Exec { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -296,6 +335,26 @@ fn report(e: &Error, json: bool) {
             eprintln!("{word}: {e}");
         }
     }
+}
+
+/// A folder with a fleet.toml of the folder's name, and a key. What is there already stays.
+fn init(dir: &Path, from: &str, progress: &Progress) -> Result<ExitCode> {
+    let missing = || Error::Usage(format!("`{}` has no name to give the fleet", dir.display()));
+    let name = dir.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
+    let text = project::built_in_fleet(from)?;
+    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    let path = dir.join("fleet.toml");
+    if !path.exists() {
+        let named = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
+        std::fs::write(&path, named).map_err(Error::io("write", &path))?;
+        progress.say("init", &format!("{}: change it to what you want", path.display()));
+    }
+    let project = Project::load(dir)?;
+    if Authority::init(&project.dir, &project.topology.name)? {
+        let key = project.dir.join(Authority::FILE);
+        progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn colour() -> bool {

@@ -22,6 +22,7 @@ pub mod project;
 mod resolve;
 pub mod sandbox;
 mod store;
+pub mod ticket;
 mod tools;
 mod tree;
 mod uki;

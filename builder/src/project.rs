@@ -285,3 +285,20 @@ fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) 
     }
     Ok(())
 }
+/// A built-in fleet's TOML, by name.
+///
+/// # Errors
+/// There is none of that name.
+pub fn built_in_fleet(name: &str) -> Result<String> {
+    let fleets = assets::FILES
+        .iter()
+        .filter_map(|(path, bytes)| Some((path.strip_prefix("profiles/fleets/")?.strip_suffix(".toml")?, *bytes)));
+    let mut known = Vec::new();
+    for (fleet, bytes) in fleets {
+        if fleet == name {
+            return Ok(String::from_utf8_lossy(bytes).into_owned());
+        }
+        known.push(fleet);
+    }
+    Err(Error::Usage(format!("there is no built-in fleet `{name}`; there are: {}", known.join(", "))))
+}

@@ -1,12 +1,13 @@
 //! Nodes as local virtual machines: QEMU with UEFI firmware, KVM where it really works.
 //!
-//! A machine has no way out: its network card leads nowhere but to itself. What it says comes
-//! over its serial console into `console.log`; a second serial port, served by a unit that
+//! A machine has no way out: its network card is on a wire that only the fleet's other machines
+//! are on. What it says comes over its serial console into `console.log`; a second serial port, served by a unit that
 //! is handed in as a credential, runs commands. The image has no part in that.
 
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use fleet::Ticket;
+use fleet::{Node, Ticket, Topology};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde::Serialize;
@@ -26,6 +27,7 @@ use crate::digest::sha256;
 use crate::error::{Error, Result, fail};
 use crate::progress::Progress;
 use crate::project::Project;
+use crate::ticket::{Terms, mint};
 use crate::tools::run;
 
 /// What the agent says on the console when its node serves.
@@ -70,8 +72,49 @@ pub struct Start<'a> {
     pub cpus: u16,
     /// Bytes of the disk.
     pub disk: u64,
+    pub wire: Wire,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
+}
+
+/// A machine's place on the wire that connects the fleet's machines: frames in multicast
+/// packets that don't leave this host's loopback.
+#[derive(Clone, Debug)]
+pub struct Wire {
+    /// Multicast group and port: the fleet's folder has its own.
+    group: String,
+    mac: String,
+    address: Ipv4Addr,
+}
+
+/// Network of the wires, reserved for tests of network devices (RFC 2544).
+const WIRE: [u8; 2] = [198, 18];
+
+impl Wire {
+    fn of(project: &Project, node: &Node) -> Self {
+        let h = sha256(project.dir.as_os_str().as_encoded_bytes());
+        let byte = |i: usize| u8::from_str_radix(&h[2 * i..2 * i + 2], 16).unwrap_or(1);
+        let port = 20_000 + u16::from_be_bytes([byte(2), byte(3)]) % 10_000;
+        let address = Self::address(&project.topology, node);
+        let [_, _, c, d] = address.octets();
+        Self {
+            group: format!("239.255.{}.{}:{port}", byte(0), byte(1)),
+            mac: format!("52:54:00:12:{c:02x}:{d:02x}"),
+            address,
+        }
+    }
+
+    /// By the node's place in the mesh, so that it is the same in every start.
+    fn address(topology: &Topology, node: &Node) -> Ipv4Addr {
+        let host = u32::from(node.address) - u32::from(topology.mesh.subnet.network());
+        let [_, _, c, d] = host.to_be_bytes();
+        Ipv4Addr::new(WIRE[0], WIRE[1], c, d)
+    }
+
+    /// systemd-networkd's file for the one card there is.
+    fn network(&self) -> String {
+        format!("[Match]\nMACAddress={}\n[Network]\nAddress={}/16\nLinkLocalAddressing=no\n", self.mac, self.address)
+    }
 }
 
 impl Vm {
@@ -146,7 +189,8 @@ impl Vm {
         qemu.arg("-drive").arg(drive("1", &format!("file={}", self.path("vars.fd").display())));
         qemu.arg("-drive").arg(format!("if=none,id=disk,format=qcow2,file={}", self.disk().display()));
         qemu.args(["-device", "virtio-blk-pci,drive=disk,bootindex=1"]);
-        qemu.args(["-nic", "user,restrict=on,model=virtio-net-pci"]);
+        qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
+        qemu.args(["-device", &format!("virtio-net-pci,netdev=wire,mac={}", start.wire.mac)]);
         let socket = |id: &str, more: &str| {
             format!("socket,id={id},path={},server=on,wait=off{more}", self.path(&format!("{id}.sock")).display())
         };
@@ -415,6 +459,7 @@ pub struct Described {
     memory: u64,
     cpus: u16,
     disk: u64,
+    wire: Wire,
     ticket: Vec<u8>,
 }
 
@@ -426,24 +471,40 @@ impl Described {
             memory: self.memory,
             cpus: self.cpus,
             disk: self.disk,
-            credentials: vec![(Ticket::CREDENTIAL.to_owned(), self.ticket.clone())],
+            wire: self.wire.clone(),
+            credentials: vec![
+                (Ticket::CREDENTIAL.to_owned(), self.ticket.clone()),
+                ("network.network.05-wire".to_owned(), self.wire.network().into_bytes()),
+            ],
         }
     }
 }
 
+/// How a node's machine is started, with a ticket for its slot.
+///
 /// # Errors
 /// No such node.
 pub fn start_of(project: &Project, name: &str) -> Result<Described> {
+    /// Machines may be started from the same folder for a long time.
+    const TERMS: Terms = Terms { uses: 1, lasts: Duration::from_secs(365 * 86_400), replace: false };
     let Some(node) = project.topology.node(name) else { return fail(format!("there is no node `{name}`")) };
     let machine = project.machine(&node.group);
     let file = format!("{}_{}.raw", image_id(project, &node.group), project.topology.version);
-    let membership = Authority::of_vms(project)?.membership(&project.topology, node)?;
-    let ticket = Ticket::founder(&project.topology.name, name, membership);
+    let topology = &project.topology;
+    let hubs = topology.hubs.iter().map(|h| (h.name.clone(), Wire::address(topology, h).to_string()));
+    let ticket = mint(&Authority::of_vms(project)?, topology, name, &TERMS, hubs.collect())?;
     let ticket = serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
     let image = project.out_dir(&node.group).join(file);
     let recipe = project.recipe(&node.group);
     let disk = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE_DISK;
-    Ok(Described { image, memory: machine.memory << 20, cpus: machine.cpus as u16, disk, ticket })
+    Ok(Described {
+        image,
+        memory: machine.memory << 20,
+        cpus: machine.cpus as u16,
+        disk,
+        wire: Wire::of(project, node),
+        ticket,
+    })
 }
 
 /// Powers nodes down; all when none is named.

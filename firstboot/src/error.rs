@@ -12,6 +12,15 @@ pub enum Error {
     Configuration(String),
     #[error("cannot {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("another machine is {slot} since epoch {epoch}: this one has stopped; wipe it to make it a new node")]
+    Fenced { slot: String, epoch: u64 },
+    /// Something that is not there now; trying again may help.
+    #[error("{0}")]
+    Failed(String),
+    #[error("{to}: {why}")]
+    Network { to: String, why: String },
+    #[error(transparent)]
+    Certificate(#[from] fleet::CertificateError),
     #[error("D-Bus: {0}")]
     Bus(#[from] zbus::Error),
     #[error("{unit} did not start ({result}); see: journalctl -u {unit}")]
@@ -27,6 +36,6 @@ impl Error {
     /// 78 (sysexits' `EX_CONFIG`) for what only a person can mend: systemd does not restart on it.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Configuration(_)) { 78 } else { 1 }
+        if matches!(self, Self::Configuration(_) | Self::Fenced { .. }) { 78 } else { 1 }
     }
 }

@@ -6,8 +6,17 @@
 pub mod agent;
 pub mod console;
 pub mod error;
+pub mod etcd;
+pub mod https;
+pub mod hub;
+pub mod identity;
 pub mod image;
+pub mod join;
+pub mod keys;
 pub mod machine;
+pub mod member;
+pub mod mesh;
+pub mod neighbours;
 pub mod notify;
 pub mod render;
 pub mod state;

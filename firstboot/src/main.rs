@@ -10,12 +10,7 @@ async fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     match run(&Paths::of_node()).await {
-        Ok(node) => {
-            say(&format!("ready ({node})"));
-            // Nothing is left to do until the next boot; the unit stays active.
-            std::future::pending::<()>().await;
-            ExitCode::SUCCESS
-        }
+        Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             say(&format!("{e}"));
             ExitCode::from(e.exit_code())

@@ -1,111 +1,146 @@
-//! What a node keeps of itself, in `/var/lib/bakehouse/state.json`: written whole or not at
-//! all, readable by root only.
+//! What a node remembers, in `/var/lib/bakehouse`: written whole or not at all.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use fleet::{Membership, Ticket};
+use fleet::{Issuer, MeshKey, Secrets, Topology};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::image::Image;
 
+/// Who this node is: its grant, or what its founder's ticket said.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {
-    /// Format of the file.
-    pub version: u16,
+    pub(crate) version: u16,
     pub fleet: String,
-    /// The slot this node holds.
     pub slot: String,
+    /// Counts the owners the slot has had.
     pub epoch: u64,
-    pub membership: Membership,
+    /// The fleet root's certificate, PEM.
+    pub root: String,
+    /// Where hubs are, if not where `fleet.toml` says.
+    pub endpoints: BTreeMap<String, String>,
+    /// This node's certificate and its issuer's, PEM.
+    pub cert: String,
+    pub secrets: Secrets,
+    /// A founder's.
+    pub issuer: Option<Issuer>,
 }
 
-/// Where the state lives.
-pub struct StateFile(PathBuf);
+/// Mesh keys of others, by slot: what brings the mesh back when nobody can be asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Neighbours {
+    version: u16,
+    pub keys: BTreeMap<String, MeshKey>,
+}
 
-impl StateFile {
+impl State {
+    const VERSION: u16 = 2;
+
     #[must_use]
-    pub fn in_dir(dir: &Path) -> Self {
-        Self(dir.join("state.json"))
+    pub fn new(topology: &Topology, slot: &str, epoch: u64, root: &str) -> Self {
+        Self {
+            version: Self::VERSION,
+            fleet: topology.name.clone(),
+            slot: slot.to_owned(),
+            epoch,
+            root: root.to_owned(),
+            endpoints: BTreeMap::new(),
+            cert: String::new(),
+            secrets: Secrets::default(),
+            issuer: None,
+        }
     }
 
     /// # Errors
-    /// It is there and can't be read: never mistaken for a new node.
-    pub fn load(&self) -> Result<Option<State>> {
-        let bytes = match fs::read(&self.0) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io("read", &self.0)(e)),
-        };
-        let state: State = serde_json::from_slice(&bytes).map_err(|e| {
-            Error::Configuration(format!(
-                "{} is damaged: {e}; restore it, or wipe /var and give the node a new ticket",
-                self.0.display()
-            ))
-        })?;
-        if state.version != State::VERSION {
-            return Err(Error::Configuration(format!(
-                "{} has format {}, this agent reads {}; boot the image that wrote it",
-                self.0.display(),
-                state.version,
-                State::VERSION
-            )));
-        }
-        Ok(Some(state))
+    /// The file is there and is not a state: nothing is guessed.
+    pub fn load(dir: &Path) -> Result<Option<Self>> {
+        read_json(&dir.join("state.json"), Self::VERSION)
     }
 
     /// # Errors
     /// The disk says no; what was there before still is.
-    pub fn store(&self, state: &State) -> Result<()> {
-        let mut bytes = serde_json::to_vec_pretty(state).unwrap_or_default();
-        bytes.push(b'\n');
-        write_atomic(&self.0, &bytes)
+    pub fn store(&self, dir: &Path) -> Result<()> {
+        write_json(&dir.join("state.json"), self)
+    }
+
+    /// The token a node asks with is of no use once it has its grant.
+    #[must_use]
+    pub fn is_founder(&self) -> bool {
+        self.issuer.is_some()
     }
 }
 
-impl State {
-    pub const VERSION: u16 = 1;
+impl Neighbours {
+    const VERSION: u16 = 1;
 
-    /// Takes a ticket, if it is for this fleet and this image.
-    ///
+    #[must_use]
+    pub fn of(keys: BTreeMap<String, MeshKey>) -> Self {
+        Self { version: Self::VERSION, keys }
+    }
+
+    /// Empty where there is nothing to read: they can be asked for again.
+    #[must_use]
+    pub fn load(dir: &Path) -> Self {
+        match read_json(&dir.join("neighbours.json"), Self::VERSION) {
+            Ok(found) => found.unwrap_or_default(),
+            Err(e) => {
+                eprintln!("{e}");
+                Self::default()
+            }
+        }
+    }
+
     /// # Errors
-    /// It is not, with what it is for.
-    pub fn from_ticket(ticket: &Ticket, image: &Image) -> Result<Self> {
-        let wrong =
-            |why: String| Error::Configuration(format!("the ticket is {why}; mint one with `bakehouse ticket`"));
-        if ticket.fleet != image.topology.name {
-            return Err(wrong(format!("of the fleet `{}`, this image is of `{}`", ticket.fleet, image.topology.name)));
-        }
-        let Some(node) = image.topology.node(&ticket.slot) else {
-            return Err(wrong(format!("for the slot `{}`, which this fleet does not have", ticket.slot)));
-        };
-        if node.group != image.info.group {
-            return Err(wrong(format!(
-                "for the slot `{}`, this image is for the group `{}`",
-                ticket.slot, image.info.group
-            )));
-        }
-        Ok(Self {
-            version: Self::VERSION,
-            fleet: ticket.fleet.clone(),
-            slot: ticket.slot.clone(),
-            epoch: ticket.epoch,
-            membership: ticket.membership.clone(),
-        })
+    /// The disk says no; what was there before still is.
+    pub fn store(&self, dir: &Path) -> Result<()> {
+        write_json(&dir.join("neighbours.json"), &Self::of(self.keys.clone()))
     }
 }
 
-/// Write beside, fsync, rename, fsync the folder: a power cut leaves the old or the new.
+/// Reads a file that [`write_json`] wrote; none if it is not there.
+///
+/// # Errors
+/// It can't be read, is of another version, or is damaged.
+pub fn read_json<T: DeserializeOwned>(path: &Path, version: u16) -> Result<Option<T>> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u16,
+    }
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io("read", path)(e)),
+    };
+    let damaged = |e: serde_json::Error| {
+        Error::Configuration(format!("{} is damaged ({e}); wipe /var to make this a new node", path.display()))
+    };
+    let found: Versioned = serde_json::from_slice(&bytes).map_err(damaged)?;
+    if found.version != version {
+        return Err(Error::Configuration(format!(
+            "{} has format {}, this agent reads {version}; boot the version of the image that wrote it",
+            path.display(),
+            found.version
+        )));
+    }
+    serde_json::from_slice(&bytes).map(Some).map_err(damaged)
+}
+
+/// Writes beside, fsyncs, renames, fsyncs the folder: a power cut leaves the old or the new.
 ///
 /// # Errors
 /// The disk says no.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::Failed(e.to_string()))?;
+    bytes.push(b'\n');
     let dir = path.parent().unwrap_or(Path::new("/"));
-    let beside = path.with_extension("new");
+    let beside: PathBuf = path.with_extension("new");
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
@@ -113,7 +148,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         .mode(0o600)
         .open(&beside)
         .map_err(Error::io("create", &beside))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &beside))?;
+    file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &beside))?;
     fs::rename(&beside, path).map_err(Error::io("rename", &beside))?;
     File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
 }
@@ -121,42 +156,19 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::ImageInfo;
-    use fleet::{Fleet, Topology};
     use std::os::unix::fs::PermissionsExt;
 
-    fn image() -> Image {
-        let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
-        let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
-        let info =
-            ImageInfo { id: "acme-hub".into(), version: "1".into(), group: "hub".into(), roles: vec!["hub".into()] };
-        Image { info, topology }
-    }
-
-    #[test]
-    fn a_ticket_must_fit_fleet_slot_and_image() {
-        let take =
-            |fleet: &str, slot: &str| State::from_ticket(&Ticket::founder(fleet, slot, Membership::sample()), &image());
-        assert_eq!(take("acme", "hub-2").unwrap().slot, "hub-2");
-        for (fleet, slot, words) in [
-            ("other", "hub-1", "of the fleet `other`"),
-            ("acme", "hub-9", "does not have"),
-            ("acme", "db-1", "for the group `hub`"),
-        ] {
-            let e = take(fleet, slot).unwrap_err();
-            assert_eq!(e.exit_code(), 78);
-            assert!(e.to_string().contains(words), "{e}");
-        }
+    fn state() -> State {
+        let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
+        State::new(&Topology::of(&fleet), "hub-1", 1, "root")
     }
 
     #[test]
     fn state_is_kept_and_private() {
         let dir = tempfile::tempdir().unwrap();
-        let file = StateFile::in_dir(dir.path());
-        assert_eq!(file.load().unwrap(), None);
-        let state = State::from_ticket(&Ticket::founder("acme", "hub-1", Membership::sample()), &image()).unwrap();
-        file.store(&state).unwrap();
-        assert_eq!(file.load().unwrap(), Some(state));
+        assert_eq!(State::load(dir.path()).unwrap(), None);
+        state().store(dir.path()).unwrap();
+        assert_eq!(State::load(dir.path()).unwrap(), Some(state()));
         let mode = fs::metadata(dir.path().join("state.json")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
@@ -164,22 +176,30 @@ mod tests {
     #[test]
     fn half_a_write_beside_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let file = StateFile::in_dir(dir.path());
-        let state = State::from_ticket(&Ticket::founder("acme", "hub-1", Membership::sample()), &image()).unwrap();
-        file.store(&state).unwrap();
+        state().store(dir.path()).unwrap();
         fs::write(dir.path().join("state.new"), b"{\"ver").unwrap();
-        assert_eq!(file.load().unwrap(), Some(state.clone()));
-        file.store(&state).unwrap();
-        assert_eq!(file.load().unwrap(), Some(state));
+        assert_eq!(State::load(dir.path()).unwrap(), Some(state()));
+        state().store(dir.path()).unwrap();
+        assert_eq!(State::load(dir.path()).unwrap(), Some(state()));
     }
 
     #[test]
     fn damaged_or_newer_state_is_not_a_new_node() {
         let dir = tempfile::tempdir().unwrap();
-        for text in ["", "{", "{\"version\":2,\"fleet\":\"a\",\"slot\":\"b-1\",\"epoch\":1}"] {
+        for text in ["", "{", "{\"version\":9}", "{\"version\":2,\"fleet\":\"a\"}"] {
             fs::write(dir.path().join("state.json"), text).unwrap();
-            assert_eq!(StateFile::in_dir(dir.path()).load().unwrap_err().exit_code(), 78);
+            assert_eq!(State::load(dir.path()).unwrap_err().exit_code(), 78);
         }
+    }
+
+    #[test]
+    fn damaged_neighbours_are_asked_for_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = BTreeMap::from([("hub-1".to_owned(), MeshKey([7; 32]))]);
+        Neighbours::of(keys.clone()).store(dir.path()).unwrap();
+        assert_eq!(Neighbours::load(dir.path()).keys, keys);
+        fs::write(dir.path().join("neighbours.json"), "{").unwrap();
+        assert_eq!(Neighbours::load(dir.path()).keys, BTreeMap::new());
     }
 
     proptest::proptest! {
@@ -187,7 +207,7 @@ mod tests {
         fn no_bytes_panic(bytes: Vec<u8>) {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join("state.json"), bytes).unwrap();
-            let _ = StateFile::in_dir(dir.path()).load();
+            let _ = State::load(dir.path());
         }
     }
 }

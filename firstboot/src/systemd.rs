@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 trait Manager {
     fn subscribe(&self) -> zbus::Result<()>;
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
 
     #[zbus(signal)]
     fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
@@ -57,9 +58,21 @@ impl Systemd {
     /// # Errors
     /// The bus is gone, there is no such unit, or the job ends with anything but `done`.
     pub async fn start(&self, unit: &str) -> Result<()> {
+        self.job(unit, async || self.manager.start_unit(unit, "replace").await).await
+    }
+
+    /// Stops a unit; returns when its job is done.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub async fn stop(&self, unit: &str) -> Result<()> {
+        self.job(unit, async || self.manager.stop_unit(unit, "replace").await).await
+    }
+
+    async fn job(&self, unit: &str, begin: impl AsyncFnOnce() -> zbus::Result<OwnedObjectPath>) -> Result<()> {
         // The stream before the job: else a fast job's end could pass unheard.
         let mut removed = self.manager.receive_job_removed().await?;
-        let job = self.manager.start_unit(unit, "replace").await?;
+        let job = begin().await?;
         while let Some(signal) = removed.next().await {
             let args = signal.args()?;
             if args.job == job {

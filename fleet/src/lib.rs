@@ -4,7 +4,10 @@
 //! Nothing here does I/O: callers hand in bytes and get values or [`Diagnostic`]s back, so
 //! that every rule can be tested without a disk, and fuzzed.
 
+mod certificate;
 mod diagnostic;
+pub mod encoding;
+mod join;
 mod lint;
 mod membership;
 mod overlay;
@@ -15,7 +18,12 @@ mod template;
 mod ticket;
 mod topology;
 
+pub use certificate::{CertificateError, Issuer, PrivateKey, PublicKey};
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
+pub use join::{
+    Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason, Refusal, SIGNATURE_HEADER,
+    SlotRecord,
+};
 pub use lint::{HaRow, ha_table, lint};
 pub use membership::{Membership, Secrets, Tls};
 pub use overlay::{Check, FileMeta, OverlayManifest};
@@ -23,7 +31,7 @@ pub use profile::{Disk, Port, Profile, Profiles, Trim, Units, User, VmSize, pars
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
 pub use settings::{Alerts, Backup, Database, Email, Firewall, Odoo, OpenPort, Promise, Proto, S3};
 pub use template::{Machine, NodeContext, RenderError, line_map, render, variables};
-pub use ticket::{Ticket, TicketError};
+pub use ticket::{Claims, Founder, Joiner, Right, Ticket, TicketError, Token};
 pub use topology::{BACKUP, GIVEN, Node, Topology, VOTER, slot_parts};
 
 /// Directory in the image that holds what the agent reads: `fleet.json` and the templates.

@@ -23,7 +23,7 @@ pub struct Tls {
 }
 
 /// Passwords of the fleet's services, the same on every node that needs them.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Secrets {
     /// PostgreSQL's superuser, for Patroni alone.
@@ -48,20 +48,49 @@ impl Membership {
     /// Stands for a real one where a configuration is only looked at: the values say so.
     #[must_use]
     pub fn sample() -> Self {
-        let secret = |name: &str| format!("sample-{name}");
         Self {
             tls: Tls { ca: "sample CA\n".into(), cert: "sample certificate\n".into(), key: "sample key\n".into() },
-            secrets: Secrets {
-                postgres: secret("postgres"),
-                replication: secret("replication"),
-                rewind: secret("rewind"),
-                odoo: secret("odoo"),
-                odoo_master: secret("odoo-master"),
-                odoo_admin: secret("odoo-admin"),
-                metrics: secret("metrics"),
-                s3_key: secret("s3-key"),
-                s3_secret: secret("s3-secret"),
-            },
+            secrets: Secrets::sample(),
+        }
+    }
+}
+
+impl Secrets {
+    /// Values that say that they are none.
+    #[must_use]
+    pub fn sample() -> Self {
+        let secret = |name: &str| format!("sample-{name}");
+        Self {
+            postgres: secret("postgres"),
+            replication: secret("replication"),
+            rewind: secret("rewind"),
+            odoo: secret("odoo"),
+            odoo_master: secret("odoo-master"),
+            odoo_admin: secret("odoo-admin"),
+            metrics: secret("metrics"),
+            s3_key: secret("s3-key"),
+            s3_secret: secret("s3-secret"),
+        }
+    }
+
+    /// What a node with these roles needs to know; the rest is empty.
+    #[must_use]
+    pub fn for_roles(&self, roles: &[String]) -> Self {
+        let needs = |wanted: &[&str], secret: &str| {
+            let needed = roles.iter().any(|r| wanted.contains(&r.as_str()));
+            if needed { secret.to_owned() } else { String::new() }
+        };
+        Self {
+            postgres: needs(&["db"], &self.postgres),
+            replication: needs(&["db"], &self.replication),
+            rewind: needs(&["db"], &self.rewind),
+            // The database's owner is made on the db nodes.
+            odoo: needs(&["db", "app"], &self.odoo),
+            odoo_master: needs(&["app"], &self.odoo_master),
+            odoo_admin: needs(&["app"], &self.odoo_admin),
+            metrics: needs(&["db", "monitor"], &self.metrics),
+            s3_key: needs(&["db"], &self.s3_key),
+            s3_secret: needs(&["db"], &self.s3_secret),
         }
     }
 }
@@ -81,6 +110,14 @@ impl fmt::Debug for Secrets {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_node_is_told_what_its_roles_need() {
+        let app = Secrets::sample().for_roles(&["app".to_owned()]);
+        assert_eq!((app.odoo.as_str(), app.postgres.as_str()), ("sample-odoo", ""));
+        let both = Secrets::sample().for_roles(&["db".to_owned(), "app".to_owned()]);
+        assert_eq!((both.odoo_admin.as_str(), both.rewind.as_str()), ("sample-odoo-admin", "sample-rewind"));
+    }
 
     #[test]
     fn nothing_secret_is_shown_for_debugging() {

@@ -1,12 +1,16 @@
 //! Tickets: what a node is given at provisioning, as the systemd credential
 //! `bakehouse.ticket`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use crate::membership::Membership;
+use crate::certificate::{CertificateError, Issuer, PrivateKey, PublicKey};
+use crate::encoding;
+use crate::membership::Secrets;
 use crate::topology::slot_parts;
 
-/// A founder's ticket: bound to one slot of one fleet.
+/// What makes a machine a node of one fleet, or lets it ask to become one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ticket {
@@ -14,12 +18,72 @@ pub struct Ticket {
     pub version: u16,
     /// Name of the fleet.
     pub fleet: String,
-    /// Slot, e.g. `hub-1`.
+    /// The fleet root's certificate, PEM: whom this node believes.
+    pub root: String,
+    /// Where hubs are reached from this node, by slot, where that is not what `fleet.toml` says.
+    #[serde(default)]
+    pub endpoints: BTreeMap<String, String>,
+    pub right: Right,
+}
+
+/// Why this machine may be a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Right {
+    /// It is one of those that make the fleet: nobody has to be asked.
+    Founder(Founder),
+    /// It may ask the hubs for a slot.
+    Joiner(Joiner),
+}
+
+/// The right to one slot that holds an etcd vote or is a hub's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Founder {
     pub slot: String,
-    /// Counts the owners the slot has had.
-    pub epoch: u64,
-    /// What the node is given by hand, as long as no hub is asked for it.
-    pub membership: Membership,
+    /// Signs this node's certificate, and those of the nodes it lets in.
+    pub issuer: Issuer,
+    pub secrets: Secrets,
+}
+
+/// A token, and the key that shows whose it is. The key never crosses the wire.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Joiner {
+    pub token: Token,
+    pub key: PrivateKey,
+}
+
+/// What the fleet's root says of a token, and its signature over exactly these bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Token {
+    /// [`Claims`] as JSON.
+    pub claims: String,
+    /// Base64 of an ECDSA P-256 signature with SHA-256, ASN.1.
+    pub signature: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Claims {
+    pub fleet: String,
+    /// 128 random bits, hexadecimal.
+    pub id: String,
+    /// Group whose slots it is good for.
+    pub group: String,
+    /// The only slot it is good for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<String>,
+    /// It takes the slot from whoever has it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replace: bool,
+    /// How many nodes it is good for.
+    pub uses: u32,
+    /// Seconds since 1970 after which it is good for none.
+    pub expires: u64,
+    /// Base64 of the public key that belongs to it, P-256, uncompressed.
+    pub key: String,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -33,14 +97,9 @@ pub enum TicketError {
 }
 
 impl Ticket {
-    pub const VERSION: u16 = 1;
+    pub const VERSION: u16 = 2;
     /// Name of the systemd credential.
     pub const CREDENTIAL: &str = "bakehouse.ticket";
-
-    #[must_use]
-    pub fn founder(fleet: &str, slot: &str, membership: Membership) -> Self {
-        Self { version: Self::VERSION, fleet: fleet.to_owned(), slot: slot.to_owned(), epoch: 1, membership }
-    }
 
     /// Reads a ticket.
     ///
@@ -56,10 +115,41 @@ impl Ticket {
             return Err(TicketError::Version(version));
         }
         let ticket: Self = serde_json::from_slice(bytes)?;
-        if slot_parts(&ticket.slot).is_none() {
-            return Err(TicketError::Slot(ticket.slot));
+        if let Right::Founder(Founder { slot, .. }) = &ticket.right
+            && slot_parts(slot).is_none()
+        {
+            return Err(TicketError::Slot(slot.clone()));
         }
         Ok(ticket)
+    }
+}
+
+impl Joiner {
+    /// Mints a token of these claims (whose `key` is filled in).
+    ///
+    /// # Errors
+    /// The root's key can't be read.
+    pub fn mint(root: &Issuer, mut claims: Claims) -> Result<Self, CertificateError> {
+        let key = PrivateKey::generate()?;
+        claims.key = encoding::encode(key.public()?.as_bytes());
+        let claims = serde_json::json!(claims).to_string();
+        let signature = encoding::encode(&root.sign(claims.as_bytes())?);
+        Ok(Self { token: Token { claims, signature }, key })
+    }
+}
+
+impl Token {
+    /// What it claims; whether the root has signed it is another question.
+    #[must_use]
+    pub fn read(&self) -> Option<Claims> {
+        serde_json::from_str(&self.claims).ok()
+    }
+}
+
+impl Claims {
+    #[must_use]
+    pub fn public_key(&self) -> Option<PublicKey> {
+        PublicKey::of(&encoding::decode(&self.key)?)
     }
 }
 
@@ -67,11 +157,43 @@ impl Ticket {
 mod tests {
     use super::*;
 
+    fn claims() -> Claims {
+        Claims {
+            fleet: "acme".into(),
+            id: "0".repeat(32),
+            group: "db".into(),
+            slot: None,
+            replace: false,
+            uses: 2,
+            expires: 1,
+            key: String::new(),
+        }
+    }
+
     #[test]
     fn round_trip() {
-        let ticket = Ticket::founder("acme", "hub-1", Membership::sample());
-        let bytes = serde_json::to_vec(&ticket).unwrap();
-        assert_eq!(Ticket::parse(&bytes).unwrap(), ticket);
+        let root = Issuer::root("acme").unwrap();
+        let issuer = root.issuer("acme", "hub-1").unwrap();
+        let founder = Founder { slot: "hub-1".into(), issuer, secrets: Secrets::sample() };
+        for right in [Right::Founder(founder), Right::Joiner(Joiner::mint(&root, claims()).unwrap())] {
+            let ticket = Ticket {
+                version: Ticket::VERSION,
+                fleet: "acme".into(),
+                root: root.certificate().into(),
+                endpoints: BTreeMap::new(),
+                right,
+            };
+            let bytes = serde_json::to_vec(&ticket).unwrap();
+            assert_eq!(Ticket::parse(&bytes).unwrap(), ticket);
+        }
+    }
+
+    #[test]
+    fn a_token_carries_its_own_public_key() {
+        let joiner = Joiner::mint(&Issuer::root("acme").unwrap(), claims()).unwrap();
+        let read = joiner.token.read().unwrap();
+        assert_eq!(read.public_key(), Some(joiner.key.public().unwrap()));
+        assert_eq!((read.uses, read.slot), (2, None));
     }
 
     #[test]

@@ -142,6 +142,12 @@ impl Topology {
         }
     }
 
+    /// Whether a node makes the fleet, and needs nobody's leave: hubs and voters.
+    #[must_use]
+    pub fn is_founder(&self, node: &Node) -> bool {
+        node.hub > 0 || self.voters.contains(&node.name)
+    }
+
     #[must_use]
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.iter().find(|n| n.name == name)

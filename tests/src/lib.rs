@@ -1,6 +1,7 @@
 //! The lab: real fleets, built with the real binary, booted in real machines.
 
 mod compare;
+mod etcd;
 mod machine;
 
 use std::fs;
@@ -13,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 pub use compare::{first_difference, tar_differences};
+pub use etcd::Cluster;
 pub use machine::Machine;
 
 /// A fleet's folder under `target/lab`, and the binary that works on it.

@@ -1,0 +1,173 @@
+//! HTTP over TLS between nodes. Everybody believes the fleet's root and nobody else, and
+//! everybody is called by his slot's name, wherever he is reached.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+
+use crate::error::{Error, Result};
+
+/// How long a connection, or an answer, may take.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A certificate with its issuers, and its key. PEM.
+#[derive(Clone, Copy)]
+pub struct Identity<'a> {
+    pub cert: &'a str,
+    pub key: &'a str,
+}
+
+/// # Errors
+/// PEM that is none.
+pub fn client(root: &str, identity: Option<Identity>) -> Result<Arc<ClientConfig>> {
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(tls)?
+        .with_root_certificates(roots(root)?);
+    Ok(Arc::new(match identity {
+        Some(own) => config.with_client_auth_cert(chain(own.cert)?, key(own.key)?).map_err(tls)?,
+        None => config.with_no_client_auth(),
+    }))
+}
+
+/// Whoever has a certificate of the fleet shows it; who has none may still ask.
+///
+/// # Errors
+/// PEM that is none.
+pub fn server(root: &str, own: Identity) -> Result<Arc<ServerConfig>> {
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(root)?), provider())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|e| Error::Configuration(format!("the fleet root's certificate: {e}")))?;
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(tls)?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain(own.cert)?, key(own.key)?)
+        .map_err(tls)?;
+    Ok(Arc::new(config))
+}
+
+/// One connection; requests go over it one after the other.
+pub struct Connection {
+    to: String,
+    sender: SendRequest<Full<Bytes>>,
+}
+
+impl Connection {
+    /// Connects to `host:port`, where whoever answers has to be `name` (a slot, or an address).
+    ///
+    /// # Errors
+    /// Nobody answers, or somebody else.
+    pub async fn open(host: &str, port: u16, name: &str, config: &Arc<ClientConfig>) -> Result<Self> {
+        let to = format!("{name} ({host}:{port})");
+        let failed = |e: String| Error::Network { to: to.clone(), why: e };
+        let expected = ServerName::try_from(name.to_owned()).map_err(|e| failed(e.to_string()))?;
+        let connected = timeout(PATIENCE, async {
+            let tcp = TcpStream::connect((host, port)).await?;
+            tcp.set_nodelay(true)?;
+            TlsConnector::from(config.clone()).connect(expected, tcp).await
+        });
+        let stream = connected.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?;
+        let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|e| failed(e.to_string()))?;
+        // Its end is seen by whoever asks next.
+        tokio::spawn(async move {
+            let _ = connection.await;
+        });
+        Ok(Self { to, sender })
+    }
+
+    /// Sends one request; the answer's body is still to come.
+    ///
+    /// # Errors
+    /// The connection ends, or nothing comes in time.
+    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
+        let failed = |why: String| Error::Network { to: self.to.clone(), why };
+        let answer = timeout(PATIENCE, async {
+            self.sender.ready().await?;
+            self.sender.send_request(request).await
+        });
+        answer.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))
+    }
+
+    /// Sends a request and reads the whole answer, if it is no longer than `longest`.
+    ///
+    /// # Errors
+    /// As above; a status other than 200, with the body's beginning.
+    pub async fn ask(&mut self, request: Request<Full<Bytes>>, longest: usize) -> Result<Bytes> {
+        let response = self.send(request).await?;
+        let status = response.status();
+        let failed = |why: String| Error::Network { to: self.to.clone(), why };
+        let body = timeout(PATIENCE, Limited::new(response.into_body(), longest).collect());
+        let body = body.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?;
+        let body = body.to_bytes();
+        if status.is_success() {
+            return Ok(body);
+        }
+        let words: String = String::from_utf8_lossy(&body).chars().take(200).collect();
+        Err(failed(format!("{status} {words}")))
+    }
+}
+
+/// A request of ours. Every one of them is well formed by construction.
+///
+/// # Errors
+/// A header that HTTP can't carry.
+pub fn request(
+    method: &str,
+    host: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: Bytes,
+) -> Result<Request<Full<Bytes>>> {
+    let mut request = Request::builder().method(method).uri(path).header("host", host);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    request.body(Full::new(body)).map_err(|e| Error::Failed(format!("a request can't be made: {e}")))
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
+}
+
+fn roots(pem: &str) -> Result<RootCertStore> {
+    let mut store = RootCertStore::empty();
+    for cert in chain(pem)? {
+        store.add(cert).map_err(tls)?;
+    }
+    Ok(store)
+}
+
+fn chain(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
+    let certs: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+    let certs = certs.map_err(|e| Error::Configuration(format!("a certificate can't be read: {e}")))?;
+    if certs.is_empty() {
+        return Err(Error::Configuration("a certificate is missing from the ticket or the state".to_owned()));
+    }
+    Ok(certs)
+}
+
+fn key(pem: &str) -> Result<PrivateKeyDer<'static>> {
+    PrivateKeyDer::from_pem_slice(pem.as_bytes())
+        .map_err(|e| Error::Configuration(format!("this node's key can't be read: {e}")))
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
+fn tls(e: tokio_rustls::rustls::Error) -> Error {
+    Error::Configuration(format!("a certificate or key is not to be used: {e}"))
+}

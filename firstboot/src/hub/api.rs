@@ -1,0 +1,273 @@
+//! The join API: HTTPS on the hub's public endpoint, beside WireGuard's own port.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use fleet::{
+    Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason, Refusal, SIGNATURE_HEADER,
+    Secrets, Topology, encoding,
+};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use webpki::EndEntityCert;
+
+use super::claims::ClaimsDesk;
+use super::token::{no, verify};
+use crate::error::{Error, Result};
+use crate::neighbours::Neighbourhood;
+
+/// Longest request: a token, two keys, and room to grow.
+const LONGEST: usize = 16 << 10;
+/// Open connections, in all and from one address (a whole site may be behind one).
+const CONNECTIONS: usize = 1024;
+const CONNECTIONS_OF_ONE: usize = 128;
+/// For a whole connection: who is slower gets out of the others' way.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the API answers from.
+pub struct Hub {
+    pub topology: Topology,
+    /// The fleet root's certificate, PEM.
+    pub root: String,
+    pub issuer: Issuer,
+    pub secrets: Secrets,
+    pub desk: Arc<ClaimsDesk>,
+    pub neighbourhood: Arc<Neighbourhood>,
+}
+
+/// Somebody who showed a certificate of this fleet.
+struct Member {
+    slot: String,
+    tls_key: String,
+}
+
+/// Serves for ever.
+///
+/// # Errors
+/// The port can't be had.
+pub async fn serve(hub: Arc<Hub>, at: SocketAddr, tls: Arc<ServerConfig>) -> Result<()> {
+    let listener = TcpListener::bind(at).await.map_err(Error::io("listen at", at.to_string()))?;
+    let acceptor = TlsAcceptor::from(tls);
+    let (places, guests) = (Arc::new(Semaphore::new(CONNECTIONS)), Arc::new(Guests::default()));
+    loop {
+        let place = places.clone().acquire_owned().await.map_err(|e| Error::Failed(e.to_string()))?;
+        // Out of file descriptors, or the guest has left already: that passes.
+        let Ok((tcp, from)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let Some(guest) = Guests::enter(&guests, from.ip()) else { continue };
+        let (hub, acceptor) = (hub.clone(), acceptor.clone());
+        tokio::spawn(async move {
+            let _ = timeout(PATIENCE, connection(hub, tcp, acceptor)).await;
+            drop((place, guest));
+        });
+    }
+}
+
+async fn connection(hub: Arc<Hub>, tcp: TcpStream, acceptor: TlsAcceptor) {
+    let _ = tcp.set_nodelay(true);
+    // Scanners and broken clients: nothing to tell anybody.
+    let Ok(stream) = acceptor.accept(tcp).await else { return };
+    let certs = stream.get_ref().1.peer_certificates();
+    let member = certs.and_then(<[_]>::first).and_then(Member::of).map(Arc::new);
+    let service = service_fn(move |request| {
+        let (hub, member) = (hub.clone(), member.clone());
+        async move { Ok::<_, std::convert::Infallible>(answer(&hub, member.as_deref(), request).await) }
+    });
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_headers(32);
+    let _ = http.serve_connection(TokioIo::new(stream), service).await;
+}
+
+async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    let (head, body) = request.into_parts();
+    let signature = head.headers.get(SIGNATURE_HEADER).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+    let Ok(body) = Limited::new(body, LONGEST).collect().await else {
+        return plain(StatusCode::PAYLOAD_TOO_LARGE, "too long");
+    };
+    let body = body.to_bytes();
+    match (head.method, head.uri.path(), member) {
+        (Method::POST, "/v1/join", _) => json(&hub.join(&body, &signature).await),
+        (Method::POST, "/v1/introduce", Some(member)) => match hub.introduce(member, &body) {
+            Ok(peers) => json(&peers),
+            Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
+        },
+        (Method::GET, "/v1/peers", Some(member)) => json(&hub.peers(member)),
+        (_, "/v1/introduce" | "/v1/peers", None) => plain(StatusCode::UNAUTHORIZED, "show a certificate of this fleet"),
+        _ => plain(StatusCode::NOT_FOUND, "no such thing"),
+    }
+}
+
+impl Hub {
+    /// Lets a node in, or says why not.
+    async fn join(&self, body: &[u8], signature: &str) -> JoinReply {
+        let granted = async {
+            let request: JoinRequest = serde_json::from_slice(body)
+                .map_err(|e| no(Reason::Malformed, &format!("the request is not readable: {e}")))?;
+            if request.version != PROTOCOL {
+                let text = format!(
+                    "the request has format {}, this hub reads {PROTOCOL}; rebuild the older image",
+                    request.version
+                );
+                return Err(no(Reason::Malformed, &text));
+            }
+            let key = encoding::decode(&request.tls_key).and_then(|k| PublicKey::of(&k));
+            let key = key.ok_or_else(|| no(Reason::Malformed, "the TLS key is not one"))?;
+            let claims = verify(&self.root, &self.topology.name, &request, body, signature)?;
+            let given = self.desk.claim(&claims, &request).await.map_err(|e| {
+                eprintln!("a claim for {}: {e}", claims.group);
+                no(Reason::Busy, "etcd does not answer")
+            })??;
+            let Some(node) = self.topology.node(&given.slot) else {
+                return Err(no(Reason::Malformed, &format!("the fleet has no slot `{}` any more", given.slot)));
+            };
+            let cert = self.issuer.node(&self.topology, node, &key);
+            let cert = cert.map_err(|e| no(Reason::Malformed, &format!("the TLS key is not one: {e}")))?;
+            println!("{} is {} (epoch {}), token {}", request.mesh_key, given.slot, given.epoch, claims.id);
+            Ok(Grant {
+                slot: given.slot,
+                epoch: given.epoch,
+                cert,
+                secrets: self.secrets.for_roles(&node.roles),
+                hubs: self.founders(),
+            })
+        };
+        match granted.await {
+            Ok(grant) => JoinReply::Granted(grant),
+            Err(refusal) => {
+                println!("refused ({:?}): {}", refusal.reason, refusal.text);
+                JoinReply::Refused(refusal)
+            }
+        }
+    }
+
+    /// A founder says who it is, before there is an etcd to read it from.
+    fn introduce(&self, member: &Member, body: &[u8]) -> Result<Peers, Refusal> {
+        let said: Introduction = serde_json::from_slice(body)
+            .map_err(|e| no(Reason::Malformed, &format!("the introduction is not readable: {e}")))?;
+        if said.version != PROTOCOL {
+            return Err(no(Reason::Malformed, &format!("this hub reads format {PROTOCOL}")));
+        }
+        if self.topology.node(&member.slot).is_none_or(|n| !self.topology.is_founder(n)) {
+            return Err(no(Reason::Malformed, &format!("{} is no founder", member.slot)));
+        }
+        let peers = self.peers(member);
+        if peers.fenced.is_none() {
+            self.neighbourhood.learn(&member.slot, said.mesh_key);
+        }
+        Ok(peers)
+    }
+
+    fn peers(&self, member: &Member) -> Peers {
+        Peers { keys: self.founders(), fenced: self.desk.fenced(&member.slot, &member.tls_key) }
+    }
+
+    /// Keys of those that everybody has to know.
+    fn founders(&self) -> BTreeMap<String, fleet::MeshKey> {
+        let mut keys = self.neighbourhood.keys();
+        keys.retain(|slot, _| self.topology.node(slot).is_some_and(|n| self.topology.is_founder(n)));
+        keys
+    }
+}
+
+impl Member {
+    /// The slot a certificate names, and the key it is for. That it is of this fleet was
+    /// verified by the handshake.
+    fn of(cert: &CertificateDer) -> Option<Self> {
+        let cert = EndEntityCert::try_from(cert).ok()?;
+        let slot = cert.valid_dns_names().next()?.to_owned();
+        let spki = cert.subject_public_key_info();
+        // An uncompressed P-256 point is the end of it.
+        let point = spki.as_ref().get(spki.as_ref().len().checked_sub(65)?..)?;
+        Some(Self { slot, tls_key: encoding::encode(PublicKey::of(point)?.as_bytes()) })
+    }
+}
+
+/// How many connections each address has.
+#[derive(Default)]
+struct Guests(Mutex<BTreeMap<IpAddr, usize>>);
+
+struct Guest {
+    guests: Arc<Guests>,
+    from: IpAddr,
+}
+
+impl Guests {
+    fn enter(guests: &Arc<Self>, from: IpAddr) -> Option<Guest> {
+        let mut all = guests.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = all.entry(from).or_default();
+        if *count >= CONNECTIONS_OF_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Guest { guests: guests.clone(), from })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut all = self.guests.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = all.get_mut(&self.from) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(&self.from);
+            }
+        }
+    }
+}
+
+fn json(value: &impl Serialize) -> Response<Full<Bytes>> {
+    let mut response = plain(StatusCode::OK, &serde_json::to_string(value).unwrap_or_default());
+    response.headers_mut().insert("content-type", hyper::header::HeaderValue::from_static("application/json"));
+    response
+}
+
+fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(text.to_owned())));
+    *response.status_mut() = status;
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_does_not_take_every_place() {
+        let guests = Arc::new(Guests::default());
+        let (one, two) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
+        let inside: Vec<_> = std::iter::repeat_with(|| Guests::enter(&guests, one)).take(CONNECTIONS_OF_ONE).collect();
+        assert!(inside.iter().all(Option::is_some));
+        assert!(Guests::enter(&guests, one).is_none());
+        assert!(Guests::enter(&guests, two).is_some());
+        drop(inside);
+        assert!(guests.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_member_is_who_its_certificate_names() {
+        use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+        let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
+        let topology = Topology::of(&fleet);
+        let key = fleet::PrivateKey::generate().unwrap();
+        let issuer = Issuer::root("acme").unwrap().issuer("acme", "hub-1").unwrap();
+        let pem = issuer.node(&topology, topology.node("hub-2").unwrap(), &key.public().unwrap()).unwrap();
+        let member = Member::of(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap();
+        assert_eq!(member.slot, "hub-2");
+        assert_eq!(member.tls_key, encoding::encode(key.public().unwrap().as_bytes()));
+    }
+}

@@ -1,0 +1,5 @@
+//! What a hub does for the others: lets nodes in, and tells who is where.
+
+pub mod api;
+pub mod claims;
+pub mod token;

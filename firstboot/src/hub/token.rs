@@ -1,0 +1,121 @@
+//! Is this token of our fleet's root, and this request of the token's owner?
+
+use fleet::{Claims, JoinRequest, Reason, Refusal, encoding};
+use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use webpki::{EndEntityCert, ring::ECDSA_P256_SHA256};
+
+/// Verifies both signatures and what does not change: fleet, group, form. Whether the token
+/// has expired or is spent is asked later, because who has its grant may ask again.
+///
+/// # Errors
+/// A refusal, with what to do.
+pub fn verify(root: &str, fleet: &str, request: &JoinRequest, body: &[u8], signature: &str) -> Result<Claims, Refusal> {
+    let claims = request.token.read().ok_or_else(|| no(Reason::Malformed, "the token is not readable"))?;
+    let signed = encoding::decode(&request.token.signature)
+        .is_some_and(|signature| signed_by_root(root, request.token.claims.as_bytes(), &signature));
+    if !signed {
+        return Err(no(
+            Reason::Forged,
+            "the token was not signed by this fleet's root; mint one with `bakehouse ticket`",
+        ));
+    }
+    let owned = match (claims.public_key(), encoding::decode(signature)) {
+        (Some(key), Some(signature)) => {
+            UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key.as_bytes()).verify(body, &signature).is_ok()
+        }
+        _ => false,
+    };
+    if !owned {
+        return Err(no(Reason::Forged, "the request was not signed with the token's key"));
+    }
+    if claims.fleet != fleet {
+        let text = format!("the token is of the fleet `{}`, these are the hubs of `{fleet}`", claims.fleet);
+        return Err(no(Reason::OtherFleet, &text));
+    }
+    if claims.group != request.group {
+        let text = format!(
+            "the token is for the group `{}`, this node runs the image of `{}`; mint one for it with `bakehouse ticket {}`",
+            claims.group, request.group, request.group
+        );
+        return Err(no(Reason::OtherGroup, &text));
+    }
+    Ok(claims)
+}
+
+fn signed_by_root(root: &str, message: &[u8], signature: &[u8]) -> bool {
+    let Ok(cert) = CertificateDer::from_pem_slice(root.as_bytes()) else { return false };
+    EndEntityCert::try_from(&cert)
+        .is_ok_and(|cert| cert.verify_signature(ECDSA_P256_SHA256, message, signature).is_ok())
+}
+
+pub(crate) fn no(reason: Reason, text: &str) -> Refusal {
+    Refusal { reason, text: text.to_owned() }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use fleet::{Issuer, Joiner, MeshKey, PROTOCOL};
+
+    pub(crate) fn claims(group: &str) -> Claims {
+        Claims {
+            fleet: "acme".into(),
+            id: "token-1".into(),
+            group: group.into(),
+            slot: None,
+            replace: false,
+            uses: 1,
+            expires: u64::MAX,
+            key: String::new(),
+        }
+    }
+
+    pub(crate) fn asks(joiner: &Joiner, group: &str, key: u8) -> JoinRequest {
+        JoinRequest {
+            version: PROTOCOL,
+            token: joiner.token.clone(),
+            group: group.into(),
+            image: "1".into(),
+            mesh_key: MeshKey([key; 32]),
+            tls_key: encoding::encode(fleet::PrivateKey::generate().unwrap().public().unwrap().as_bytes()),
+        }
+    }
+
+    fn reason(root: &Issuer, joiner: &Joiner, request: &JoinRequest) -> Result<Claims, Reason> {
+        let body = serde_json::to_vec(request).unwrap();
+        let signature = encoding::encode(&joiner.key.sign(&body).unwrap());
+        verify(root.certificate(), "acme", request, &body, &signature).map_err(|r| r.reason)
+    }
+
+    #[test]
+    fn only_what_root_and_owner_signed_is_believed() {
+        let root = Issuer::root("acme").unwrap();
+        let joiner = Joiner::mint(&root, claims("db")).unwrap();
+        assert_eq!(reason(&root, &joiner, &asks(&joiner, "db", 1)).unwrap().id, "token-1");
+        // Another root; another owner; a claim that was changed; another group and fleet.
+        assert_eq!(reason(&Issuer::root("acme").unwrap(), &joiner, &asks(&joiner, "db", 1)), Err(Reason::Forged));
+        let thief = Joiner { key: fleet::PrivateKey::generate().unwrap(), ..joiner.clone() };
+        assert_eq!(reason(&root, &thief, &asks(&joiner, "db", 1)), Err(Reason::Forged));
+        let mut more = joiner.clone();
+        more.token.claims = more.token.claims.replace("\"uses\":1", "\"uses\":9");
+        assert_eq!(reason(&root, &more, &asks(&more, "db", 1)), Err(Reason::Forged));
+        assert_eq!(reason(&root, &joiner, &asks(&joiner, "app", 1)), Err(Reason::OtherGroup));
+        let other = Joiner::mint(&root, Claims { fleet: "other".into(), ..claims("db") }).unwrap();
+        assert_eq!(reason(&root, &other, &asks(&other, "db", 1)), Err(Reason::OtherFleet));
+    }
+
+    #[test]
+    fn a_request_that_was_changed_on_the_way_is_not_the_owners() {
+        let root = Issuer::root("acme").unwrap();
+        let joiner = Joiner::mint(&root, claims("db")).unwrap();
+        let request = asks(&joiner, "db", 1);
+        let body = serde_json::to_vec(&request).unwrap();
+        let signature = encoding::encode(&joiner.key.sign(&body).unwrap());
+        let changed = JoinRequest { mesh_key: MeshKey([9; 32]), ..request };
+        let body = serde_json::to_vec(&changed).unwrap();
+        let e = verify(root.certificate(), "acme", &changed, &body, &signature).unwrap_err();
+        assert_eq!(e.reason, Reason::Forged);
+    }
+}

@@ -1,0 +1,179 @@
+//! A node's side of joining: asks the hubs for a slot until one gives it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fleet::{
+    Grant, Introduction, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, Peers, SIGNATURE_HEADER, Topology,
+    encoding,
+};
+use tokio_rustls::rustls::ClientConfig;
+
+use crate::console::say;
+use crate::error::{Error, Result};
+use crate::https::{Connection, request};
+use crate::image::Image;
+use crate::keys::Keys;
+
+/// The longest pause between two attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// The hubs, as this node reaches them.
+pub struct Hubs {
+    /// Slot and public host of each.
+    hosts: Vec<(String, String)>,
+    port: u16,
+    tls: Arc<ClientConfig>,
+}
+
+impl Hubs {
+    /// All hubs but this node itself.
+    #[must_use]
+    pub fn of(topology: &Topology, endpoints: &BTreeMap<String, String>, own: &str, tls: Arc<ClientConfig>) -> Self {
+        let hosts = topology
+            .hubs
+            .iter()
+            .filter(|h| h.name != own)
+            .filter_map(|h| Some((h.name.clone(), endpoint(h, endpoints)?)));
+        Self { hosts: hosts.collect(), port: topology.mesh.port, tls }
+    }
+
+    /// In an order of chance, so that a rack that starts does not ask one of them alone.
+    fn shuffled(&self) -> Vec<&(String, String)> {
+        let mut hosts: Vec<_> = self.hosts.iter().collect();
+        for i in (1..hosts.len()).rev() {
+            hosts.swap(i, chance(i + 1));
+        }
+        hosts
+    }
+
+    /// Asks one hub something that a member may ask.
+    ///
+    /// # Errors
+    /// It does not answer.
+    async fn ask(
+        &self,
+        slot: &str,
+        host: &str,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Result<bytes::Bytes> {
+        let mut connection = Connection::open(host, self.port, slot, &self.tls).await?;
+        connection.ask(request(method, host, path, headers, body.to_vec().into())?, LONGEST).await
+    }
+
+    /// Who is where, from whichever hub answers first.
+    ///
+    /// # Errors
+    /// None does.
+    pub async fn peers(&self) -> Result<Peers> {
+        let mut last = Error::Failed("the fleet has no other hub".to_owned());
+        for (slot, host) in self.shuffled() {
+            match self.ask(slot, host, "GET", "/v1/peers", &[], b"").await.and_then(|b| read(slot, &b)) {
+                Ok(peers) => return Ok(peers),
+                Err(e) => last = e,
+            }
+        }
+        Err(last)
+    }
+
+    /// Tells every hub whose key is not known who this founder is; gives what they know.
+    pub async fn introduce(&self, own: &Introduction, known: impl Fn(&str) -> bool) -> Vec<Peers> {
+        let body = serde_json::to_vec(own).unwrap_or_default();
+        let asked = self.hosts.iter().filter(|(slot, _)| !known(slot)).map(async |(slot, host)| {
+            let answer = self.ask(slot, host, "POST", "/v1/introduce", &[], &body).await;
+            answer.and_then(|b| read::<Peers>(slot, &b)).inspect_err(|e| println!("{e}")).ok()
+        });
+        futures_util::future::join_all(asked).await.into_iter().flatten().collect()
+    }
+}
+
+/// Asks until a hub gives a slot.
+///
+/// # Errors
+/// A refusal that no waiting can change.
+pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> Result<Grant> {
+    let asked = JoinRequest {
+        version: PROTOCOL,
+        token: joiner.token.clone(),
+        group: image.info.group.clone(),
+        image: image.info.version.clone(),
+        mesh_key: keys.mesh_public()?,
+        tls_key: encoding::encode(keys.tls.public()?.as_bytes()),
+    };
+    let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
+    let signature = encoding::encode(&joiner.key.sign(&body)?);
+    let names: Vec<&str> = hubs.hosts.iter().map(|(slot, _)| slot.as_str()).collect();
+    say(&format!("asking {} for a slot in {}", names.join(", "), asked.group));
+    let mut pause = Pause::default();
+    let mut told = String::new();
+    loop {
+        // By hub, so that the same trouble reads the same whoever was asked first.
+        let mut why = BTreeMap::new();
+        for (slot, host) in hubs.shuffled() {
+            let answer = hubs.ask(slot, host, "POST", "/v1/join", &[(SIGNATURE_HEADER, &signature)], &body).await;
+            match answer.and_then(|b| read(slot, &b)) {
+                Ok(JoinReply::Granted(grant)) => return Ok(grant),
+                Ok(JoinReply::Refused(no)) if !no.reason.passes() => {
+                    return Err(Error::Configuration(format!("{slot} refuses this node: {}", no.text)));
+                }
+                Ok(JoinReply::Refused(no)) => why.insert(slot, format!("{slot}: {}", no.text)),
+                Err(e) => why.insert(slot, e.to_string()),
+            };
+        }
+        // On the console once, not once a second.
+        let why = why.into_values().collect::<Vec<_>>().join("; ");
+        if why != told {
+            say(&format!("still without a slot: {why}"));
+            told = why;
+        }
+        tokio::time::sleep(pause.next()).await;
+    }
+}
+
+/// Where a hub is reached.
+#[must_use]
+pub fn endpoint(hub: &Node, endpoints: &BTreeMap<String, String>) -> Option<String> {
+    endpoints.get(&hub.name).or(hub.endpoint.as_ref()).cloned()
+}
+
+/// Pauses that grow from half a second to a minute, each by chance up to a half shorter.
+#[derive(Default)]
+pub struct Pause(u32);
+
+impl Pause {
+    pub fn next(&mut self) -> Duration {
+        let full = (Duration::from_millis(500) * 2_u32.pow(self.0.min(8))).min(LONGEST_PAUSE);
+        self.0 += 1;
+        full.mul_f64(0.5 + chance(512) as f64 / 1024.0)
+    }
+}
+
+/// A number below `n`.
+fn chance(n: usize) -> usize {
+    let mut bytes = [0; 8];
+    let _ = getrandom::fill(&mut bytes);
+    usize::from_le_bytes(bytes) % n.max(1)
+}
+
+fn read<T: for<'de> serde::Deserialize<'de>>(slot: &str, bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes)
+        .map_err(|e| Error::Network { to: slot.to_owned(), why: format!("its answer is not readable: {e}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_and_differ() {
+        let mut pause = Pause::default();
+        let pauses: Vec<Duration> = std::iter::repeat_with(|| pause.next()).take(20).collect();
+        assert!(pauses[0] <= Duration::from_millis(500));
+        assert!(pauses[19] >= LONGEST_PAUSE / 2 && pauses.iter().all(|p| *p <= LONGEST_PAUSE));
+        assert!(pauses[10..].windows(2).any(|w| w[0] != w[1]));
+    }
+}

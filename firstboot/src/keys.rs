@@ -1,0 +1,96 @@
+//! The node's own keys: made here, on the disk before any packet leaves, and never elsewhere.
+
+use std::path::Path;
+
+use fleet::{MeshKey, PrivateKey, encoding};
+use serde::{Deserialize, Serialize};
+use x25519_dalek::{PublicKey, StaticSecret};
+
+use crate::error::{Error, Result};
+use crate::state::{read_json, write_json};
+
+const FILE: &str = "keys.json";
+
+/// WireGuard's private key and that of the TLS certificate.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Keys {
+    version: u16,
+    /// Base64, as WireGuard writes it.
+    mesh: String,
+    pub tls: PrivateKey,
+}
+
+impl Keys {
+    const VERSION: u16 = 1;
+
+    /// The keys of an earlier boot, or new ones that are on the disk when this returns.
+    ///
+    /// # Errors
+    /// The disk says no, or holds something else.
+    pub fn load_or_make(dir: &Path) -> Result<Self> {
+        let path = dir.join(FILE);
+        if let Some(keys) = read_json::<Self>(&path, Self::VERSION)? {
+            keys.mesh_private()?;
+            return Ok(keys);
+        }
+        let mut mesh = [0; 32];
+        getrandom::fill(&mut mesh).map_err(|e| Error::Failed(format!("no randomness: {e}")))?;
+        // The form that WireGuard keeps them in.
+        mesh[0] &= 248;
+        mesh[31] = (mesh[31] & 127) | 64;
+        let keys = Self { version: Self::VERSION, mesh: encoding::encode(&mesh), tls: PrivateKey::generate()? };
+        write_json(&path, &keys)?;
+        println!("new keys; this node is {} in the mesh", keys.mesh_public()?);
+        Ok(keys)
+    }
+
+    /// # Errors
+    /// The file was damaged.
+    pub fn mesh_private(&self) -> Result<[u8; 32]> {
+        encoding::decode(&self.mesh)
+            .and_then(|bytes| bytes.try_into().ok())
+            .ok_or_else(|| Error::Configuration(format!("{FILE} is damaged; wipe /var to make this a new node")))
+    }
+
+    /// # Errors
+    /// The file was damaged.
+    pub fn mesh_public(&self) -> Result<MeshKey> {
+        Ok(MeshKey(PublicKey::from(&StaticSecret::from(self.mesh_private()?)).to_bytes()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn keys_are_made_once_and_are_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::load_or_make(dir.path()).unwrap();
+        assert!(keys == Keys::load_or_make(dir.path()).unwrap());
+        let mode = std::fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let other = tempfile::tempdir().unwrap();
+        assert!(keys.mesh_public().unwrap() != Keys::load_or_make(other.path()).unwrap().mesh_public().unwrap());
+    }
+
+    #[test]
+    fn the_public_key_is_the_one_wireguard_knows() {
+        // Of OpenSSL's making (`openssl genpkey -algorithm X25519`).
+        let keys = Keys {
+            version: 1,
+            mesh: "wFTe/nBkCyNKj6aBu64Z5aEZWZuDv0pyACVGi/cx1XA=".to_owned(),
+            tls: PrivateKey::generate().unwrap(),
+        };
+        assert_eq!(keys.mesh_public().unwrap().to_string(), "R7Kc4u/m+pA25bC5J3pEdxhb9rdJwHUEfWqcJK3KJm4=");
+    }
+
+    #[test]
+    fn damaged_keys_are_not_new_keys() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(FILE), "{").unwrap();
+        assert_eq!(Keys::load_or_make(dir.path()).map(drop).unwrap_err().exit_code(), 78);
+    }
+}

@@ -1,0 +1,177 @@
+//! What a node does for the mesh as long as it runs: follows who is where, and, as a hub, lets
+//! others in.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use fleet::{Introduction, Node, PROTOCOL, Topology, encoding};
+
+use crate::console::say;
+use crate::error::{Error, Result};
+use crate::etcd::Etcd;
+use crate::https;
+use crate::hub::api::{Hub, serve};
+use crate::hub::claims::ClaimsDesk;
+use crate::identity::Identity;
+use crate::image::Image;
+use crate::join::{Hubs, Pause};
+use crate::mesh::Mesh;
+
+/// How often a node asks who is where, if nothing has changed.
+const ROUND: Duration = Duration::from_secs(30);
+/// etcd's port for clients.
+const ETCD: u16 = 2379;
+
+/// A node of the fleet, from the moment it knows its slot.
+pub struct Member {
+    topology: Topology,
+    node: Node,
+    version: String,
+    who: Identity,
+    hubs: Hubs,
+}
+
+impl Member {
+    /// # Errors
+    /// What the node keeps does not fit together.
+    pub fn new(who: Identity, node: &Node, image: &Image) -> Result<Self> {
+        let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
+        let tls = https::client(&who.state.root, Some(own))?;
+        let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, tls);
+        Ok(Self {
+            topology: image.topology.clone(),
+            node: node.clone(),
+            version: image.info.version.clone(),
+            who,
+            hubs,
+        })
+    }
+
+    /// Brings the mesh up with what is known, without asking anybody.
+    ///
+    /// # Errors
+    /// The kernel says no.
+    pub async fn mesh(&self) -> Result<Mesh> {
+        let state = &self.who.state;
+        let mut mesh = Mesh::new(&self.topology, &self.node, &state.endpoints, &self.who.keys)?;
+        mesh.apply(&self.who.neighbourhood).await?;
+        Ok(mesh)
+    }
+
+    /// Keeps it all in step, for ever.
+    ///
+    /// # Errors
+    /// The kernel or this machine says no, or another node has this one's place.
+    pub async fn keep(self, mesh: Mesh) -> Result<()> {
+        let founder = self.who.state.is_founder();
+        let Self { topology, node, version, who, hubs } = self;
+        let neighbourhood = Arc::new(who.neighbourhood);
+        let mesh_key = who.keys.mesh_public()?;
+        let kept = mesh.keep(neighbourhood.clone());
+        if !founder {
+            let asked = async {
+                loop {
+                    match hubs.peers().await {
+                        Ok(peers) => match peers.fenced {
+                            Some(epoch) => return Err(fenced(&node.name, epoch)),
+                            None => neighbourhood.replace(&peers.keys, |_| false),
+                        },
+                        Err(e) => println!("{e}"),
+                    }
+                    tokio::time::sleep(round()).await;
+                }
+            };
+            return tokio::try_join!(kept, asked).map(|((), ())| ());
+        }
+        let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
+        let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
+        let etcd = Etcd::new(members(&topology, &node), https::client(&who.state.root, Some(own))?);
+        let desk = Arc::new(ClaimsDesk::new(etcd, topology.clone(), &node.name));
+        neighbourhood.learn(&node.name, mesh_key);
+        let served = async {
+            let (Some(issuer), true) = (who.state.issuer.clone(), node.hub > 0) else {
+                return std::future::pending().await;
+            };
+            let hub = Hub {
+                topology: topology.clone(),
+                root: who.state.root.clone(),
+                issuer,
+                secrets: who.state.secrets.clone(),
+                desk: desk.clone(),
+                neighbourhood: neighbourhood.clone(),
+            };
+            let at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, topology.mesh.port));
+            serve(Arc::new(hub), at, https::server(&who.state.root, own)?).await
+        };
+        // Founders find each other before there is an etcd.
+        let introduced = async {
+            let own = Introduction { version: PROTOCOL, mesh_key };
+            let mut pause = Pause::default();
+            loop {
+                let owners = desk.owners();
+                // A key that etcd has is known for good; an introduction may be of an older one.
+                let answers = hubs.introduce(&own, |slot| owners.contains_key(slot)).await;
+                for peers in answers {
+                    if let Some(epoch) = peers.fenced {
+                        return Err(fenced(&node.name, epoch));
+                    }
+                    for (slot, key) in peers.keys.iter().filter(|(slot, _)| **slot != node.name) {
+                        if !owners.contains_key(slot) {
+                            neighbourhood.learn(slot, *key);
+                        }
+                    }
+                }
+                tokio::time::sleep(pause.next().min(round())).await;
+            }
+        };
+        let registered = async {
+            let mut pause = Pause::default();
+            loop {
+                match desk.register(&node.name, mesh_key, &tls_key, &version).await {
+                    Ok(Ok(_)) => pause = Pause::default(),
+                    Ok(Err(no)) if !no.reason.passes() => return Err(Error::Configuration(no.text)),
+                    Ok(Err(no)) => println!("{}", no.text),
+                    Err(e) => println!("{e}"),
+                }
+                let followed = desk.follow(async |owners| {
+                    let keys = owners.iter().map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
+                    // Founders that etcd does not know yet have introduced themselves.
+                    neighbourhood.replace(&keys, |slot| topology.node(slot).is_some_and(|n| topology.is_founder(n)));
+                });
+                if let Err(e) = followed.await {
+                    println!("{e}");
+                }
+                if let Some(epoch) = desk.fenced(&node.name, &tls_key) {
+                    return Err(fenced(&node.name, epoch));
+                }
+                tokio::time::sleep(pause.next()).await;
+            }
+        };
+        tokio::try_join!(kept, served, introduced, registered).map(|((), (), (), ())| ())
+    }
+}
+
+/// etcd's members, this node's own first.
+fn members(topology: &Topology, node: &Node) -> Vec<(String, u16)> {
+    let mut members: Vec<(String, u16)> = Vec::new();
+    if topology.voters.contains(&node.name) {
+        members.push(("127.0.0.1".to_owned(), ETCD));
+    }
+    let others = topology.voters.iter().filter(|v| **v != node.name).filter_map(|v| topology.node(v));
+    members.extend(others.map(|n| (n.address.to_string(), ETCD)));
+    members
+}
+
+fn fenced(slot: &str, epoch: u64) -> Error {
+    say(&format!("another machine is {slot} now (epoch {epoch})"));
+    Error::Fenced { slot: slot.to_owned(), epoch }
+}
+
+/// [`ROUND`], for each node a little different, so that a fleet that started at once does not
+/// ask at once.
+fn round() -> Duration {
+    let mut byte = [0; 1];
+    let _ = getrandom::fill(&mut byte);
+    ROUND.mul_f64(0.75 + f64::from(byte[0]) / 512.0)
+}

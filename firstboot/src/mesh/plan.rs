@@ -1,0 +1,140 @@
+//! Which interfaces a node has and who is behind them: a pure function. The reasons are in
+//! docs/how-it-works.md, "The mesh".
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use fleet::{MeshKey, Node, Topology};
+use ipnet::Ipv4Net;
+
+use crate::join::endpoint;
+
+/// One WireGuard interface; `E` is an endpoint, a name at first and then an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface<E> {
+    pub name: String,
+    /// UDP port it listens at; any, where none is given.
+    pub port: Option<u16>,
+    /// This node's transport address, with the length of the network that is behind it.
+    pub address: Ipv4Net,
+    /// The other end's, where there is but one.
+    pub partner: Option<Ipv4Addr>,
+    pub peers: Vec<Peer<E>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer<E> {
+    pub key: MeshKey,
+    pub endpoint: Option<E>,
+    /// Addresses that may come from it, which is also where they are sent to.
+    pub allowed: Vec<Ipv4Net>,
+    /// Seconds after which a silent connection says that it is there, for the sake of NAT.
+    pub keepalive: Option<u16>,
+}
+
+const KEEPALIVE: u16 = 25;
+
+/// The interfaces of `node`, with those peers whose keys are known.
+#[must_use]
+pub fn interfaces(
+    topology: &Topology,
+    node: &Node,
+    keys: &BTreeMap<String, MeshKey>,
+    endpoints: &BTreeMap<String, String>,
+) -> Vec<Interface<(String, u16)>> {
+    let mut all = Vec::new();
+    if node.hub > 0 {
+        let workers = topology.nodes.iter().filter(|n| n.hub == 0);
+        let peers = workers.filter_map(|n| {
+            // Only its own addresses: a worker can't speak for another.
+            let allowed = vec![Ipv4Net::from(n.address), Ipv4Net::from(n.transport)];
+            Some(Peer { key: *keys.get(&n.name)?, endpoint: None, allowed, keepalive: None })
+        });
+        let net = topology.mesh.transport.prefix_len();
+        all.push(Interface {
+            name: "wg0".to_owned(),
+            port: Some(topology.mesh.port),
+            address: Ipv4Net::new(node.transport, net).unwrap_or(node.transport.into()),
+            partner: None,
+            peers: peers.collect(),
+        });
+    }
+    for hub in topology.hubs.iter().filter(|h| h.name != node.name) {
+        // Between hubs each pair has ports of its own; workers come to the common one.
+        let port = topology.mesh.port + node.hub;
+        let peer = keys.get(&hub.name).map(|key| Peer {
+            key: *key,
+            endpoint: endpoint(hub, endpoints).map(|host| (host, port)),
+            allowed: vec![topology.mesh.subnet, topology.mesh.transport],
+            keepalive: Some(KEEPALIVE),
+        });
+        all.push(Interface {
+            name: format!("wg-hub{}", hub.hub),
+            port: (node.hub > 0).then_some(topology.mesh.port + hub.hub),
+            address: node.transport.into(),
+            partner: Some(hub.transport),
+            peers: peer.into_iter().collect(),
+        });
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn topology() -> Topology {
+        let toml = b"name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"one\", \"two\", \"three\"]\n[groups.db]\ncount = 2\n";
+        Topology::of(&fleet::Fleet::parse("f", toml).unwrap())
+    }
+
+    fn keys() -> BTreeMap<String, MeshKey> {
+        ["hub-1", "hub-2", "db-1"].iter().enumerate().map(|(i, n)| ((*n).to_owned(), MeshKey([i as u8; 32]))).collect()
+    }
+
+    fn of(node: &str) -> Vec<Interface<(String, u16)>> {
+        let topology = topology();
+        interfaces(&topology, topology.node(node).unwrap(), &keys(), &BTreeMap::new())
+    }
+
+    #[test]
+    fn a_worker_has_an_interface_for_each_hub_and_waits_for_keys_it_lacks() {
+        let all = of("db-1");
+        let names: Vec<_> = all.iter().map(|i| (i.name.as_str(), i.peers.len(), i.port)).collect();
+        assert_eq!(names, [("wg-hub1", 1, None), ("wg-hub2", 1, None), ("wg-hub3", 0, None)]);
+        assert_eq!(all[1].peers[0].endpoint, Some(("two".to_owned(), 51820)));
+        assert_eq!(
+            (all[1].address.to_string().as_str(), all[1].partner.unwrap().to_string().as_str()),
+            ("10.11.0.10/32", "10.11.0.2")
+        );
+    }
+
+    #[test]
+    fn a_hub_lets_each_worker_speak_for_itself_only() {
+        let all = of("hub-1");
+        assert_eq!(
+            (all[0].name.as_str(), all[0].port, all[0].address.to_string().as_str()),
+            ("wg0", Some(51820), "10.11.0.1/24")
+        );
+        let allowed: Vec<String> = all[0].peers.iter().flat_map(|p| &p.allowed).map(ToString::to_string).collect();
+        assert_eq!(allowed, ["10.10.0.10/32", "10.11.0.10/32"]);
+    }
+
+    #[test]
+    fn both_ends_of_a_hub_link_mean_the_same_ports() {
+        let topology = topology();
+        let link = |from: &str, to: u16| of(from).into_iter().find(|i| i.name == format!("wg-hub{to}")).unwrap();
+        let (ab, ba) = (link("hub-1", 2), link("hub-2", 1));
+        assert_eq!(ab.peers[0].endpoint.as_ref().unwrap().1, ba.port.unwrap());
+        assert_eq!(ba.peers[0].endpoint.as_ref().unwrap().1, ab.port.unwrap());
+        assert_eq!(ab.partner, Some(topology.node("hub-2").unwrap().transport));
+    }
+
+    #[test]
+    fn another_endpoint_may_be_given() {
+        let topology = topology();
+        let elsewhere = BTreeMap::from([("hub-2".to_owned(), "192.0.2.7".to_owned())]);
+        let all = interfaces(&topology, topology.node("db-1").unwrap(), &keys(), &elsewhere);
+        assert_eq!(all[1].peers[0].endpoint, Some(("192.0.2.7".to_owned(), 51820)));
+    }
+}

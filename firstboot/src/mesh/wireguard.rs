@@ -1,0 +1,168 @@
+//! WireGuard interfaces by netlink. systemd-networkd is not asked: its reload drops peers it
+//! does not know (systemd issue 38196).
+
+use std::net::{IpAddr, SocketAddr};
+
+use fleet::MeshKey;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use genetlink::GenetlinkHandle;
+use ipnet::Ipv4Net;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_generic::GenlMessage;
+use netlink_packet_wireguard::{
+    WireguardAddressFamily, WireguardAllowedIp, WireguardAllowedIpAttr, WireguardAttribute, WireguardCmd,
+    WireguardMessage, WireguardPeer, WireguardPeerAttribute, WireguardPeerFlags,
+};
+use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::{Handle, LinkUnspec, LinkWireguard};
+
+use super::plan::{Interface, Peer};
+use crate::error::{Error, Result};
+
+/// Peers in one message: a message has to fit into a page or two.
+const BATCH: usize = 16;
+
+pub(super) struct Wireguard {
+    route: Handle,
+    generic: GenetlinkHandle,
+}
+
+impl Wireguard {
+    pub(super) fn open() -> Result<Self> {
+        let told = Error::io("open", "a netlink socket");
+        let (route_task, route, _) = rtnetlink::new_connection().map_err(told)?;
+        let (generic_task, generic, _) = genetlink::new_connection().map_err(Error::io("open", "a netlink socket"))?;
+        tokio::spawn(route_task);
+        tokio::spawn(generic_task);
+        Ok(Self { route, generic })
+    }
+
+    /// Makes an interface what it should be, where `before` is what this process made of it.
+    pub(super) async fn apply(
+        &mut self,
+        wanted: &Interface<SocketAddr>,
+        before: Option<&Interface<SocketAddr>>,
+        private: &[u8; 32],
+        mtu: u16,
+    ) -> Result<()> {
+        if before.is_none() {
+            self.make(wanted, mtu).await?;
+            let mut device = vec![WireguardAttribute::PrivateKey(*private)];
+            device.extend(wanted.port.map(WireguardAttribute::ListenPort));
+            self.set(&wanted.name, device).await?;
+        }
+        let had: &[Peer<SocketAddr>] = before.map_or(&[], |b| &b.peers);
+        let known = match before {
+            Some(before) => before.peers.iter().map(|p| p.key).collect(),
+            // What an earlier start of the agent left.
+            None => self.peers(&wanted.name).await?,
+        };
+        // Those that are gone first: an address belongs to one peer, and may have another's now.
+        let gone = known.into_iter().filter(|key| wanted.peers.iter().all(|w| w.key != *key)).map(removed);
+        let new = wanted.peers.iter().filter(|p| !had.contains(p)).map(present);
+        let changes: Vec<WireguardPeer> = gone.chain(new).collect();
+        for batch in changes.chunks(BATCH) {
+            self.set(&wanted.name, vec![WireguardAttribute::Peers(batch.to_vec())]).await?;
+        }
+        Ok(())
+    }
+
+    /// The interface itself, with its address, up. One that an earlier start of the agent made
+    /// stays, and its sessions with it.
+    async fn make(&self, wanted: &Interface<SocketAddr>, mtu: u16) -> Result<()> {
+        let refused = |e: rtnetlink::Error| Error::Failed(format!("the kernel does not make {}: {e}", wanted.name));
+        let index = match self.index(&wanted.name).await {
+            Some(index) => index,
+            None => {
+                let link = LinkWireguard::new(&wanted.name).mtu(mtu.into()).build();
+                self.route.link().add(link).execute().await.map_err(refused)?;
+                let missing = || Error::Failed(format!("{} is gone as soon as it was made", wanted.name));
+                self.index(&wanted.name).await.ok_or_else(missing)?
+            }
+        };
+        let local = wanted.address.addr();
+        let mut address = self.route.address().add(index, IpAddr::V4(local), wanted.address.prefix_len()).replace();
+        if let Some(partner) = wanted.partner {
+            let message = address.message_mut();
+            message.attributes.retain(|a| !matches!(a, AddressAttribute::Address(_) | AddressAttribute::Broadcast(_)));
+            message.attributes.push(AddressAttribute::Address(IpAddr::V4(partner)));
+        }
+        address.execute().await.map_err(refused)?;
+        let up = LinkUnspec::new_with_index(index).up().build();
+        self.route.link().change(up).execute().await.map_err(refused)
+    }
+
+    async fn index(&self, name: &str) -> Option<u32> {
+        let found = self.route.link().get().match_name(name.to_owned()).execute().try_next().await;
+        found.ok().flatten().map(|link| link.header.index)
+    }
+
+    /// Keys of the peers that the kernel has.
+    async fn peers(&mut self, name: &str) -> Result<Vec<MeshKey>> {
+        let of = vec![WireguardAttribute::IfName(name.to_owned())];
+        let answers = self.talk(name, WireguardCmd::GetDevice, of, NLM_F_REQUEST | NLM_F_DUMP).await?;
+        let peers = answers.into_iter().flat_map(|m| m.attributes).filter_map(|a| match a {
+            WireguardAttribute::Peers(peers) => Some(peers),
+            _ => None,
+        });
+        let keys = peers.flatten().flat_map(|p| p.0).filter_map(|a| match a {
+            WireguardPeerAttribute::PublicKey(key) => Some(MeshKey(key)),
+            _ => None,
+        });
+        Ok(keys.collect())
+    }
+
+    async fn set(&mut self, name: &str, mut attributes: Vec<WireguardAttribute>) -> Result<()> {
+        attributes.insert(0, WireguardAttribute::IfName(name.to_owned()));
+        self.talk(name, WireguardCmd::SetDevice, attributes, NLM_F_REQUEST | NLM_F_ACK).await?;
+        Ok(())
+    }
+
+    async fn talk(
+        &mut self,
+        name: &str,
+        cmd: WireguardCmd,
+        attributes: Vec<WireguardAttribute>,
+        flags: u16,
+    ) -> Result<Vec<WireguardMessage>> {
+        let refused = |why: String| Error::Failed(format!("the kernel does not configure {name}: {why}"));
+        let mut message = NetlinkMessage::from(GenlMessage::from_payload(WireguardMessage { cmd, attributes }));
+        message.header.flags = flags;
+        let mut answers = self.generic.request(message).await.map_err(|e| refused(e.to_string()))?;
+        let mut said = Vec::new();
+        while let Some(answer) = answers.next().await {
+            match answer.map_err(|e| refused(e.to_string()))?.payload {
+                NetlinkPayload::Error(e) if e.code.is_some() => return Err(refused(e.to_io().to_string())),
+                NetlinkPayload::InnerMessage(message) => said.push(message.payload),
+                _ => {}
+            }
+        }
+        Ok(said)
+    }
+}
+
+fn removed(key: MeshKey) -> WireguardPeer {
+    WireguardPeer(vec![
+        WireguardPeerAttribute::PublicKey(key.0),
+        WireguardPeerAttribute::Flags(WireguardPeerFlags::RemoveMe),
+    ])
+}
+
+fn present(peer: &Peer<SocketAddr>) -> WireguardPeer {
+    let mut attributes = vec![
+        WireguardPeerAttribute::PublicKey(peer.key.0),
+        WireguardPeerAttribute::Flags(WireguardPeerFlags::ReplaceAllowedIps),
+    ];
+    attributes.extend(peer.endpoint.map(WireguardPeerAttribute::Endpoint));
+    attributes.extend(peer.keepalive.map(WireguardPeerAttribute::PersistentKeepalive));
+    attributes.push(WireguardPeerAttribute::AllowedIps(peer.allowed.iter().map(allowed).collect()));
+    WireguardPeer(attributes)
+}
+
+fn allowed(net: &Ipv4Net) -> WireguardAllowedIp {
+    WireguardAllowedIp(vec![
+        WireguardAllowedIpAttr::Family(WireguardAddressFamily::Ipv4),
+        WireguardAllowedIpAttr::IpAddr(IpAddr::V4(net.network())),
+        WireguardAllowedIpAttr::Cidr(net.prefix_len()),
+    ])
+}

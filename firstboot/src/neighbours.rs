@@ -1,0 +1,85 @@
+//! Who is where in the mesh, as far as this node knows: kept on the disk, so that the mesh
+//! comes back when nobody can be asked.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use fleet::MeshKey;
+use tokio::sync::watch;
+
+use crate::state::Neighbours;
+
+/// Mesh keys by slot; whoever follows is woken by each change.
+pub struct Neighbourhood {
+    dir: PathBuf,
+    keys: watch::Sender<BTreeMap<String, MeshKey>>,
+}
+
+impl Neighbourhood {
+    /// What is on the disk, and `first` in addition.
+    #[must_use]
+    pub fn load(dir: &Path, first: BTreeMap<String, MeshKey>) -> Self {
+        let mut keys = Neighbours::load(dir).keys;
+        keys.extend(first);
+        Self { dir: dir.to_owned(), keys: watch::Sender::new(keys) }
+    }
+
+    #[must_use]
+    pub fn keys(&self) -> BTreeMap<String, MeshKey> {
+        self.keys.borrow().clone()
+    }
+
+    #[must_use]
+    pub fn follow(&self) -> watch::Receiver<BTreeMap<String, MeshKey>> {
+        self.keys.subscribe()
+    }
+
+    /// One more, or another key for one.
+    pub fn learn(&self, slot: &str, key: MeshKey) {
+        self.change(|keys| keys.insert(slot.to_owned(), key) != Some(key));
+    }
+
+    /// These are known now; of the others, those that `keep` says stay.
+    pub fn replace(&self, new: &BTreeMap<String, MeshKey>, keep: impl Fn(&str) -> bool) {
+        self.change(|keys| {
+            let mut next = keys.clone();
+            next.retain(|slot, _| keep(slot));
+            next.extend(new.iter().map(|(slot, key)| (slot.clone(), *key)));
+            let changed = next != *keys;
+            *keys = next;
+            changed
+        });
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<String, MeshKey>) -> bool) {
+        self.keys.send_if_modified(|keys| {
+            let changed = change(keys);
+            // A disk that is full must not cost the mesh: it is asked for again after a boot.
+            if changed && let Err(e) = Neighbours::of(keys.clone()).store(&self.dir) {
+                eprintln!("{e}");
+            }
+            changed
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_learnt_is_there_after_a_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (MeshKey([1; 32]), MeshKey([2; 32]));
+        let all = Neighbourhood::load(dir.path(), BTreeMap::from([("hub-1".to_owned(), one)]));
+        let mut changes = all.follow();
+        all.learn("hub-2", two);
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        all.learn("hub-2", two);
+        assert!(!changes.has_changed().unwrap(), "nothing new");
+        assert_eq!(Neighbourhood::load(dir.path(), BTreeMap::new()).keys(), all.keys());
+        all.replace(&BTreeMap::from([("hub-3".to_owned(), one)]), |slot| slot == "hub-1");
+        assert_eq!(all.keys().into_keys().collect::<Vec<_>>(), ["hub-1", "hub-3"]);
+    }
+}

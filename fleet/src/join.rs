@@ -1,0 +1,192 @@
+//! What nodes and hubs say to each other over HTTPS, as JSON. `docs/join.md` has the protocol.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::encoding;
+use crate::membership::Secrets;
+use crate::ticket::Token;
+
+/// Format of these messages.
+pub const PROTOCOL: u16 = 1;
+/// Header with the base64 of the token key's signature over the request's body.
+pub const SIGNATURE_HEADER: &str = "bakehouse-signature";
+/// Longest message either side reads, in bytes.
+pub const LONGEST: usize = 1 << 20;
+
+/// A WireGuard public key; base64 in text.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MeshKey(pub [u8; 32]);
+
+/// `POST /v1/join`: a slot, please. Asking again with the same keys gives the same answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JoinRequest {
+    pub version: u16,
+    pub token: Token,
+    /// Group of the image this node runs.
+    pub group: String,
+    /// Version of that image.
+    pub image: String,
+    pub mesh_key: MeshKey,
+    /// Base64 of the public key the node's certificate is to be for.
+    pub tls_key: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JoinReply {
+    Granted(Grant),
+    Refused(Refusal),
+}
+
+/// The slot is the node's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Grant {
+    pub slot: String,
+    /// Counts the owners the slot has had.
+    pub epoch: u64,
+    /// The node's certificate and its issuer's, PEM.
+    pub cert: String,
+    /// What its roles need, and no more.
+    pub secrets: Secrets,
+    /// The hubs' keys, by slot.
+    pub hubs: BTreeMap<String, MeshKey>,
+}
+
+/// No, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refusal {
+    pub reason: Reason,
+    /// For people, with what to do.
+    pub text: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// The request is not one.
+    Malformed,
+    /// The token is not of this fleet's root, or the request not of the token's owner.
+    Forged,
+    OtherFleet,
+    /// The image is for another group than the token.
+    OtherGroup,
+    Expired,
+    Revoked,
+    /// The token was used as often as it may be.
+    Spent,
+    /// Somebody else has the slot.
+    Taken,
+    /// Another node has taken this one's place.
+    Fenced,
+    /// Every slot of the group has an owner.
+    Full,
+    /// etcd does not answer, or too many ask.
+    Busy,
+}
+
+impl Reason {
+    /// Whether asking again later can help.
+    #[must_use]
+    pub fn passes(self) -> bool {
+        matches!(self, Self::Busy | Self::Full)
+    }
+}
+
+/// `POST /v1/introduce`, from founder to founder, each with its certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Introduction {
+    pub version: u16,
+    pub mesh_key: MeshKey,
+}
+
+/// The answer to an introduction, and to `GET /v1/peers`, which every node may ask.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Peers {
+    /// Keys of the hubs and the other founders, by slot.
+    pub keys: BTreeMap<String, MeshKey>,
+    /// Another node has the asker's slot, since this epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fenced: Option<u64>,
+}
+
+/// Who has a slot: the value of etcd's `/bakehouse/slots/SLOT`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SlotRecord {
+    pub epoch: u64,
+    pub mesh_key: MeshKey,
+    /// Base64 of the owner's public key for TLS.
+    pub tls_key: String,
+    /// Token it came with; none for a founder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// Version of the image it came with.
+    pub image: String,
+    /// Hub that let it in.
+    pub by: String,
+    /// Seconds since 1970, by that hub's clock.
+    pub at: u64,
+}
+
+impl fmt::Display for MeshKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&encoding::encode(&self.0))
+    }
+}
+
+impl fmt::Debug for MeshKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MeshKey({self})")
+    }
+}
+
+impl FromStr for MeshKey {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bytes = encoding::decode(text).and_then(|b| b.try_into().ok());
+        bytes.map(Self).ok_or("not a WireGuard key")
+    }
+}
+
+impl Serialize for MeshKey {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for MeshKey {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mesh_keys_are_wireguards_text() {
+        let text = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+        assert_eq!(text.parse::<MeshKey>().unwrap().to_string(), text);
+        assert!("xTIB".parse::<MeshKey>().is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic(bytes: Vec<u8>) {
+            let _ = serde_json::from_slice::<JoinRequest>(&bytes);
+            let _ = serde_json::from_slice::<JoinReply>(&bytes);
+            let _ = serde_json::from_slice::<Peers>(&bytes);
+        }
+    }
+}

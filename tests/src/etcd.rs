@@ -1,0 +1,103 @@
+//! A real etcd on loopback: the one the images have, out of the store.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use builder::lock::Lock;
+use builder::project::Project;
+use fleet::{Issuer, PrivateKey, Topology};
+
+use crate::{Lab, shared_store};
+
+/// Members with the fleet's certificates, each in a folder of its own.
+pub struct Cluster {
+    binary: PathBuf,
+    dir: tempfile::TempDir,
+    members: Vec<Option<Child>>,
+    first_port: u16,
+}
+
+impl Cluster {
+    /// Starts `topology`'s voters on 127.0.0.1, from `first_port` on two ports for each.
+    #[must_use]
+    pub fn start(topology: &Topology, root: &Issuer, first_port: u16) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        fs::write(dir.path().join("ca.crt"), root.certificate()).expect("a folder");
+        for name in &topology.voters {
+            let node = topology.node(name).expect("a voter is a node");
+            let key = PrivateKey::generate().expect("randomness");
+            let issuer = root.issuer(&topology.name, name).expect("a root");
+            let cert = issuer.node(topology, node, &key.public().expect("a key")).expect("an issuer");
+            let home = dir.path().join(name);
+            fs::create_dir(&home).expect("a folder");
+            fs::write(home.join("node.crt"), cert).expect("a folder");
+            fs::write(home.join("node.key"), key.pem()).expect("a folder");
+        }
+        let mut cluster =
+            Self { binary: binary(), dir, members: topology.voters.iter().map(|_| None).collect(), first_port };
+        for i in 0..topology.voters.len() {
+            cluster.start_member(topology, i);
+        }
+        cluster
+    }
+
+    /// Where clients find the members.
+    #[must_use]
+    pub fn clients(&self) -> Vec<(String, u16)> {
+        (0..self.members.len()).map(|i| ("127.0.0.1".to_owned(), self.port(i))).collect()
+    }
+
+    /// Kills a member, as a power cut does.
+    pub fn kill(&mut self, i: usize) {
+        if let Some(mut child) = self.members[i].take() {
+            child.kill().and_then(|()| child.wait()).expect("a child");
+        }
+    }
+
+    pub fn start_member(&mut self, topology: &Topology, i: usize) {
+        let peer = |i: usize| format!("https://127.0.0.1:{}", self.port(i) + 1);
+        let all: Vec<String> =
+            topology.voters.iter().enumerate().map(|(i, name)| format!("{name}={}", peer(i))).collect();
+        let name = &topology.voters[i];
+        let home = self.dir.path().join(name);
+        let client = format!("https://127.0.0.1:{}", self.port(i));
+        let mut etcd = Command::new(&self.binary);
+        etcd.args(["--name", name, "--data-dir"]).arg(home.join("data"));
+        etcd.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        etcd.args(["--listen-peer-urls", &peer(i), "--initial-advertise-peer-urls", &peer(i)]);
+        etcd.args(["--initial-cluster", &all.join(","), "--initial-cluster-state", "new", "--log-level", "error"]);
+        for side in ["", "peer-"] {
+            let file = |what: &str| format!("--{side}{what}");
+            etcd.args([file("client-cert-auth"), file("trusted-ca-file")]).arg(self.dir.path().join("ca.crt"));
+            etcd.arg(file("cert-file")).arg(home.join("node.crt")).arg(file("key-file")).arg(home.join("node.key"));
+        }
+        let log = fs::File::create(home.join("log")).expect("a folder");
+        self.members[i] = Some(etcd.stderr(log).stdout(Stdio::null()).spawn().expect("etcd starts"));
+    }
+
+    fn port(&self, i: usize) -> u16 {
+        self.first_port + 2 * i as u16
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for i in 0..self.members.len() {
+            self.kill(i);
+        }
+    }
+}
+
+/// etcd out of its package, as the fleet `ha` locks it.
+fn binary() -> PathBuf {
+    let lab = Lab::of_fleet("etcd", "ha");
+    lab.ok(&["fetch"]);
+    let lock = Lock::load(&Project::load(&lab.dir).expect("the fleet is right")).expect("it was locked");
+    let package = lock.packages.iter().find(|p| p.name == "etcd-server").expect("voters have etcd");
+    let unpacked = lab.dir.join("etcd");
+    let deb = shared_store().join("debs").join(&package.sha256);
+    let done = Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked).status().expect("dpkg-deb");
+    assert!(done.success());
+    Path::new(&unpacked).join("usr/bin/etcd")
+}
