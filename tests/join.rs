@@ -41,7 +41,7 @@ impl Site {
         let toml = format!(
             "name = \"acme\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\nport = {port}\n\
              [vip]\naddress = \"10.10.0.100\"\n\
-             [groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n{groups}"
+             [groups]\n{groups}\n[groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n"
         );
         let topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
         let root = Issuer::root("acme").expect("randomness");
@@ -111,11 +111,6 @@ impl Site {
         let tls = PrivateKey::generate().expect("randomness");
         let mesh_key = MeshKey(tls.public().expect("a key").as_bytes()[1..33].try_into().expect("32 bytes"));
         Asker { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
-    }
-
-    /// Asks one hub once.
-    async fn ask(&self, asker: &Asker, hub: usize) -> firstboot::error::Result<JoinReply> {
-        ask(self.root.certificate().to_owned(), self.topology.mesh.port, asker.clone(), hub).await
     }
 
     /// Asks until somebody answers with more than "later".

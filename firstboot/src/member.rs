@@ -129,11 +129,17 @@ impl Member {
             let mut pause = Pause::default();
             loop {
                 match desk.register(&node.name, mesh_key, &tls_key, &version).await {
-                    Ok(Ok(_)) => pause = Pause::default(),
+                    Ok(Ok(_)) => return Ok(()),
                     Ok(Err(no)) if !no.reason.passes() => return Err(Error::Configuration(no.text)),
                     Ok(Err(no)) => println!("{}", no.text),
                     Err(e) => println!("{e}"),
                 }
+                tokio::time::sleep(pause.next()).await;
+            }
+        };
+        let followed = async {
+            let mut pause = Pause::default();
+            loop {
                 let followed = desk.follow(async |owners| {
                     let keys = owners.iter().map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
                     // Founders that etcd does not know yet have introduced themselves.
@@ -148,7 +154,7 @@ impl Member {
                 tokio::time::sleep(pause.next()).await;
             }
         };
-        tokio::try_join!(kept, served, introduced, registered).map(|((), (), (), ())| ())
+        tokio::try_join!(kept, served, introduced, registered, followed).map(|((), (), (), (), ())| ())
     }
 }
 
