@@ -104,8 +104,8 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
     let unit = "overlays/hub/usr/lib/systemd/system/role-hub.target".to_owned();
     let cases = [
         ("hub", run("haproxy", "haproxy.cfg"), "    maxconn 4000", "    maxxconn 4000", "unknown keyword 'maxxconn'"),
-        ("hub", run("bird", "bird.conf"), "    hold time 9;", "    hold thyme 9;", "syntax error"),
-        ("hub", run("keepalived", "keepalived.conf"), "    advert_int 0.2", "    advert_intt 0.2", "advert_intt"),
+        ("hub", run("bird", "bird.conf"), "    hold time {{", "    hold thyme {{", "syntax error"),
+        ("hub", run("keepalived", "keepalived.conf"), "    advert_int {{", "    advert_intt {{", "advert_intt"),
         ("hub", run("nftables", "nftables.conf"), "policy drop", "policy dropp", "syntax error"),
         ("hub", unit, "Requires=", "Requirres=", "Requirres"),
     ];
@@ -118,7 +118,7 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
     }
     // These name the thing, and not its line.
     let cases = [
-        ("hub", run("etcd", "etcd.yml"), "election-timeout: 1000", "election-timeout: 10", "election-timeout"),
+        ("hub", run("etcd", "etcd.yml"), "election-timeout: {{ 1000", "election-timeout: {{ 10", "election-timeout"),
         ("db", run("patroni", "patroni.yml"), "verify_client: optional", "verify_client: maybe", "verify_client"),
         ("db", run("patroni", "patroni.yml"), "bin_dir: /usr/lib/postgresql/17/bin", "bin_dir: /nowhere", "bin_dir"),
         ("db", run("pgbackrest", "pgbackrest.conf"), "start-fast=y", "start-fats=y", "start-fats"),

@@ -37,7 +37,7 @@ struct Asker {
 }
 
 impl Site {
-    async fn open(port: u16, groups: &str) -> Self {
+    fn open(port: u16, groups: &str) -> Self {
         let toml = format!(
             "name = \"acme\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\nport = {port}\n\
              [vip]\naddress = \"10.10.0.100\"\n\
@@ -107,7 +107,7 @@ impl Site {
         Joiner::mint(&self.root, claims).expect("a root")
     }
 
-    fn asker(&self, joiner: &Joiner, group: &str) -> Asker {
+    fn asker(joiner: &Joiner, group: &str) -> Asker {
         let tls = PrivateKey::generate().expect("randomness");
         let mesh_key = MeshKey(tls.public().expect("a key").as_bytes()[1..33].try_into().expect("32 bytes"));
         Asker { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
@@ -166,9 +166,9 @@ fn refused(reply: JoinReply) -> Reason {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_nodes_for_two_slots_get_two_grants_and_eight_refusals() {
-    let site = Site::open(21_000, "db.count = 2\n").await;
+    let site = Site::open(21_000, "db.count = 2\n");
     let token = site.token("db", |c| c.uses = 10);
-    let askers: Vec<Asker> = (0..10).map(|_| site.asker(&token, "db")).collect();
+    let askers: Vec<Asker> = (0..10).map(|_| Site::asker(&token, "db")).collect();
     let mut asked = JoinSet::new();
     for (i, asker) in askers.iter().enumerate() {
         asked.spawn(insist(site.root.certificate().to_owned(), 21_000, asker.clone(), i));
@@ -188,9 +188,9 @@ async fn ten_nodes_for_two_slots_get_two_grants_and_eight_refusals() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant() {
-    let site = Site::open(21_300, "db.count = 3\napp.count = 2\n").await;
+    let site = Site::open(21_300, "db.count = 3\napp.count = 2\n");
     let once = site.token("db", |_| {});
-    let node = site.asker(&once, "db");
+    let node = Site::asker(&once, "db");
     let first = granted(site.insist(&node, 0).await);
     assert_eq!((first.slot.as_str(), first.epoch), ("db-1", 1));
     assert_eq!((first.secrets.odoo_admin.as_str(), first.secrets.rewind.as_str()), ("", "sample-rewind"));
@@ -199,17 +199,20 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
         let again = granted(site.insist(&node, hub).await);
         assert_eq!((again.slot, again.epoch), (first.slot.clone(), 1));
     }
-    assert_eq!(refused(site.insist(&site.asker(&once, "db"), 1).await), Reason::Spent);
-    assert_eq!(refused(site.insist(&site.asker(&site.token("db", |c| c.expires = 1), "db"), 1).await), Reason::Expired);
-    assert_eq!(refused(site.insist(&site.asker(&site.token("db", |_| {}), "app"), 1).await), Reason::OtherGroup);
+    assert_eq!(refused(site.insist(&Site::asker(&once, "db"), 1).await), Reason::Spent);
+    assert_eq!(
+        refused(site.insist(&Site::asker(&site.token("db", |c| c.expires = 1), "db"), 1).await),
+        Reason::Expired
+    );
+    assert_eq!(refused(site.insist(&Site::asker(&site.token("db", |_| {}), "app"), 1).await), Reason::OtherGroup);
     let foreign = Joiner::mint(&Issuer::root("acme").expect("randomness"), once.token.read().expect("claims"));
-    assert_eq!(refused(site.insist(&site.asker(&foreign.expect("a root"), "db"), 1).await), Reason::Forged);
+    assert_eq!(refused(site.insist(&Site::asker(&foreign.expect("a root"), "db"), 1).await), Reason::Forged);
     let taken = site.token("db", |c| c.slot = Some("db-1".to_owned()));
-    assert_eq!(refused(site.insist(&site.asker(&taken, "db"), 2).await), Reason::Taken);
+    assert_eq!(refused(site.insist(&Site::asker(&taken, "db"), 2).await), Reason::Taken);
 
     // Replaced: the new machine has the slot, the old one is told, and can't come back.
     let place = site.token("db", |c| (c.slot, c.replace) = (Some("db-1".to_owned()), true));
-    let new = granted(site.insist(&site.asker(&place, "db"), 0).await);
+    let new = granted(site.insist(&Site::asker(&place, "db"), 0).await);
     assert_eq!((new.slot.as_str(), new.epoch), ("db-1", 2));
     assert_eq!(refused(site.insist(&node, 1).await), Reason::Fenced);
     let own = Identity { cert: &first.cert, key: node.tls.pem() };
@@ -229,8 +232,8 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_shows_no_certificate_is_told_nothing() {
-    let site = Site::open(21_600, "db.count = 1\n").await;
-    site.insist(&site.asker(&site.token("db", |_| {}), "db"), 0).await;
+    let site = Site::open(21_600, "db.count = 1\n");
+    site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await;
     let tls = https::client(site.root.certificate(), None).expect("a certificate");
     for (method, path, status) in
         [("GET", "/v1/peers", "401"), ("POST", "/v1/introduce", "401"), ("GET", "/", "404"), ("GET", "/v1/join", "404")]
@@ -251,7 +254,7 @@ async fn who_shows_no_certificate_is_told_nothing() {
 /// acknowledged once stays.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn crashes_give_no_slot_twice_and_lose_no_grant() {
-    let mut site = Site::open(22_000, "app.count = 40\n").await;
+    let mut site = Site::open(22_000, "app.count = 40\n");
     let token = site.token("app", |c| c.uses = 1000);
     let seed =
         u64::from_le_bytes(encoding::decode(&token.token.signature).expect("base64")[8..16].try_into().expect("8"));
@@ -264,7 +267,7 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
         chance ^= chance << 17;
         chance % n
     };
-    let askers: Vec<Asker> = (0..60).map(|_| site.asker(&token, "app")).collect();
+    let askers: Vec<Asker> = (0..60).map(|_| Site::asker(&token, "app")).collect();
     let mut acknowledged: BTreeMap<usize, (String, u64)> = BTreeMap::new();
     for round in 0..12 {
         match round % 4 {

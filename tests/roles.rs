@@ -2,7 +2,6 @@
 //! own image booted alone.
 
 use std::fs;
-use std::thread;
 
 use bakehouse_tests::{Lab, Machine, root};
 
@@ -164,41 +163,36 @@ fn every_service_works_with_the_others() {
 /// They move addresses, routes and packet filters: that is what root is for.
 const ROOT_BY_TRADE: [&str; 4] = ["bird", "haproxy", "keepalived", "nftables"];
 
-/// Each role's image boots alone: its services start, nothing fails, and what needs other
-/// nodes waits for them.
+/// Each role's own image, and the four of them as a fleet.
 #[test]
-fn each_roles_image_boots_alone() {
-    let lab = Lab::of_fleet("alone", "ha");
-    lab.ok(&["build", "db", "app", "monitor"]);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let db = Machine::of(&lab, "db-1");
-            db.start();
-            db.wait_for(&["bakehouse: ready (db-1)"]);
-            alone(&db, &["patroni", "prometheus-postgres-exporter"]);
-            db.ok("for i in $(seq 60); do journalctl -b -u patroni -o cat | grep -q 'waiting on etcd' && exit; sleep 2; done; exit 1");
-        });
-        scope.spawn(|| {
-            let monitor = Machine::of(&lab, "monitor-1");
-            monitor.start();
-            monitor.wait_for(&["bakehouse: ready (monitor-1)"]);
-            alone(&monitor, &["prometheus", "prometheus-alertmanager", "prometheus-blackbox-exporter"]);
-        });
-    });
-    let app = Machine::of(&lab, "app-1");
-    app.start();
-    app.wait_for(&["bakehouse: app-1: starting app"]);
-    app.ok("for i in $(seq 60); do journalctl -b -u odoo-init -o cat | grep -q \"can't be made yet\" && exit; sleep 2; done; exit 1");
-    alone(&app, &["haproxy"]);
+fn each_roles_image_comes_up_beside_the_others() {
+    let lab = Lab::empty("four");
+    fs::copy(root().join("tests/fleets/four.toml"), lab.dir.join("fleet.toml")).expect("the fleet is there");
+    lab.ok(&["lock"]);
+    lab.ok(&["build"]);
+    let nodes = [
+        ("hub-1", &["haproxy", "keepalived", "etcd"][..]),
+        ("db-1", &["patroni", "pgbackrest", "prometheus-postgres-exporter"]),
+        ("app-1", &["haproxy", "odoo-http", "odoo-websocket", "odoo-cron", "etcd"]),
+        ("monitor-1", &["prometheus", "prometheus-alertmanager", "prometheus-blackbox-exporter", "pgbackrest", "etcd"]),
+    ];
+    let machines = nodes.map(|(name, _)| Machine::of(&lab, name));
+    for machine in &machines {
+        machine.start();
+    }
+    for (machine, (name, units)) in machines.iter().zip(nodes) {
+        machine.wait_for(&[&format!("bakehouse: ready ({name})")]);
+        well(machine, units);
+    }
 }
 
 #[track_caller]
-fn alone(node: &Machine, units: &[&str]) {
+fn well(node: &Machine, units: &[&str]) {
     for unit in units.iter().chain(&["nftables", "bird", "prometheus-node-exporter"]) {
         assert_eq!(node.ok(&format!("systemctl is-active {unit}")), "active", "{unit}");
     }
     assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
     // Nothing listens but on the mesh and this machine itself.
-    let open = node.ok("ss -Hltnu | awk '{print $5}' | grep -vE '^(127\\.|\\[::1\\]|10\\.1[01]\\.|.*%lo:|.*%en[a-z0-9]+:(68|546)$|0\\.0\\.0\\.0:(179|3784|4784)$|\\[::\\]:(179|3784|4784)$)' || true");
+    let open = node.ok("ss -Hltnu | awk '{print $5}' | grep -vE '^(127\\.|\\[::1\\]|10\\.1[01]\\.|.*%lo:|.*%en[a-z0-9]+:(68|546)$|0\\.0\\.0\\.0:(179|3784|4784)$|\\[::\\]:(179|3784|4784)$|.*:5182[0-9]$|.*:(80|443)$)' || true");
     assert_eq!(open, "", "listening to everybody");
 }

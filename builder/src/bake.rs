@@ -219,12 +219,14 @@ impl Baked {
             version: &'a str,
             group: &'a str,
             roles: &'a [String],
+            health: BTreeSet<&'a str>,
         }
         let image = ImageFile {
             id: &context.image.id,
             version: &context.image.version,
             group: &recipe.group,
             roles: &recipe.roles,
+            health: recipe.profiles.iter().flat_map(|p| &p.health.units).map(String::as_str).collect(),
         };
         let dir = fleet::IMAGE_DIR;
         self.file(&format!("{dir}/fleet.json"), 0o644, pretty_json(&project.topology)?)?;

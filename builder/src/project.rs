@@ -199,7 +199,7 @@ impl Project {
         let recipe = self.recipe(group);
         let sizes = || recipe.profiles.iter().map(|p| &p.vm);
         let memory: u64 = sizes().filter_map(|vm| parse_size(vm.memory.as_deref()?)).sum();
-        Machine { memory: memory >> 20, cpus: sizes().filter_map(|vm| vm.cpus).max().unwrap_or(2).into() }
+        Machine { memory: memory >> 20, cpus: sizes().filter_map(|vm| vm.cpus).max().unwrap_or(2).into(), patience: 1 }
     }
 
     /// What a node's templates see, on a machine as large as the profiles say.
@@ -209,6 +209,7 @@ impl Project {
             fleet: &self.topology,
             node,
             machine: self.machine(&node.group),
+            epoch: 1,
             tls: &member.tls,
             secrets: &member.secrets,
             web: &member.tls.cert,

@@ -20,7 +20,7 @@ pub struct Terms {
 /// A ticket for one slot, or for any of a group's.
 ///
 /// # Errors
-/// No such slot or group; a slot that founds the fleet can't be joined.
+/// No such slot or group; a group whose nodes each have a ticket of their own.
 pub fn mint(
     authority: &Authority,
     topology: &Topology,
@@ -29,12 +29,7 @@ pub fn mint(
     endpoints: BTreeMap<String, String>,
 ) -> Result<Ticket> {
     let right = match topology.node(to) {
-        Some(node) if topology.is_founder(node) && terms.replace => {
-            return Err(Error::Usage(format!(
-                "{to} holds an etcd vote or is a hub: replacing one is not there yet; what is known of it stays valid"
-            )));
-        }
-        Some(node) if topology.is_founder(node) => founder(authority, topology, node)?,
+        Some(node) if topology.is_founder(node) => founder(authority, topology, node, terms)?,
         Some(node) => Right::Joiner(joiner(authority, topology, &node.group, Some(to), terms)?),
         None if topology.nodes.iter().any(|n| n.group == to) => {
             if topology.nodes.iter().filter(|n| n.group == to).all(|n| topology.is_founder(n)) {
@@ -61,11 +56,13 @@ pub fn mint(
     })
 }
 
-fn founder(authority: &Authority, topology: &Topology, node: &Node) -> Result<Right> {
+fn founder(authority: &Authority, topology: &Topology, node: &Node, terms: &Terms) -> Result<Right> {
     // A hub hands out what any node may need; another founder is told what it needs itself.
     let secrets = if node.hub > 0 { authority.secrets.clone() } else { authority.secrets.for_roles(&node.roles) };
     let issuer = authority.root.issuer(&topology.name, &node.name)?;
-    Ok(Right::Founder(Founder { slot: node.name.clone(), issuer, secrets }))
+    let replaces =
+        if terms.replace { Some(joiner(authority, topology, &node.group, Some(&node.name), terms)?) } else { None };
+    Ok(Right::Founder(Founder { slot: node.name.clone(), issuer, secrets, replaces }))
 }
 
 fn joiner(

@@ -464,6 +464,12 @@ pub struct Described {
 }
 
 impl Described {
+    /// With this ticket instead.
+    #[must_use]
+    pub fn with_ticket(self, ticket: &str) -> Self {
+        Self { ticket: ticket.as_bytes().to_vec(), ..self }
+    }
+
     #[must_use]
     pub fn as_start(&self) -> Start<'_> {
         Start {

@@ -15,6 +15,7 @@ use crate::machine;
 use crate::member::Member;
 use crate::notify::notify;
 use crate::render::render_all;
+use crate::status::{Phase, Status};
 use crate::systemd::{self, Systemd};
 
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.
@@ -51,30 +52,34 @@ pub async fn run(paths: &Paths) -> Result<()> {
     // Units may be ordered after the agent's start, never after its end: hubs may not answer
     // for hours.
     notify("READY=1");
+    let bus = zbus::Connection::system().await?;
+    let status = Status::publish(&bus, &image.topology.name).await?;
+    let units = Systemd::new(&bus).await?;
     let who = identity(&paths.state, paths.credentials.as_ref(), &image).await?;
     let node = node_of(&who.state, &image)?;
     let tls = Tls { ca: who.state.root.clone(), cert: who.state.cert.clone(), key: who.keys.tls.pem().to_owned() };
     let context = NodeContext {
         fleet: &image.topology,
         node,
-        machine: machine::read()?,
+        epoch: who.state.epoch,
+        machine: machine::read(&units.virtualization().await?)?,
         tls: &tls,
         secrets: &who.state.secrets,
         web: &web_certificate(paths, &tls)?,
     };
     let count = render_all(&paths.image.join("templates"), &paths.root, &context)?;
     println!("{}: {count} configurations rendered", node.name);
-    let bus = zbus::Connection::system().await?;
+    status.is(&node.name, who.state.epoch).await?;
+    status.enter(Phase::Starting).await?;
     systemd::set_hostname(&bus, &node.name).await?;
     // The node's mesh address is in a file that was just rendered.
     systemd::reload_networkd(&bus).await?;
-    let units = Systemd::new(&bus).await?;
     let member = Member::new(who, node, &image)?;
     let mesh = member.mesh().await?;
     let kept = tokio::try_join!(member.keep(mesh), async {
         start(&units, node).await?;
         say(&format!("ready ({})", node.name));
-        Ok(())
+        status.enter(Phase::Ready).await
     });
     if let Err(Error::Fenced { .. }) = &kept {
         for role in &node.roles {

@@ -97,6 +97,26 @@ struct Response {
     response_range: Range,
 }
 
+/// One of the cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct EtcdMember {
+    #[serde(rename = "ID")]
+    pub id: String,
+    /// Empty until it has started.
+    pub name: String,
+    #[serde(rename = "peerURLs")]
+    pub peer_urls: Vec<String>,
+    #[serde(rename = "isLearner")]
+    pub is_learner: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Members {
+    members: Vec<EtcdMember>,
+}
+
 #[derive(Deserialize)]
 struct Watched {
     result: Result1,
@@ -190,6 +210,38 @@ impl Etcd {
         let (host, mut connection) = self.connect().await?;
         let response = connection.send(request("POST", &host, "/v3/watch", &[], body.into())?).await?;
         Ok(Watch { body: response.into_body(), rest: BytesMut::new() })
+    }
+
+    /// The cluster, as it agrees that it is.
+    ///
+    /// # Errors
+    /// It does not agree now.
+    pub async fn members(&self) -> Result<Vec<EtcdMember>> {
+        let found: Members = self.call("/v3/cluster/member/list", &json!({ "linearizable": true })).await?;
+        Ok(found.members)
+    }
+
+    /// # Errors
+    /// The cluster says no, as it does where it would lose its quorum.
+    pub async fn remove(&self, member: &EtcdMember) -> Result<()> {
+        self.call("/v3/cluster/member/remove", &json!({ "ID": member.id })).await.map(|_: Value| ())
+    }
+
+    /// Adds one that listens and has no vote yet.
+    ///
+    /// # Errors
+    /// The cluster says no.
+    pub async fn add_learner(&self, peer_url: &str) -> Result<()> {
+        let body = json!({ "peerURLs": [peer_url], "isLearner": true });
+        self.call("/v3/cluster/member/add", &body).await.map(|_: Value| ())
+    }
+
+    /// Gives a learner its vote.
+    ///
+    /// # Errors
+    /// It has not caught up yet.
+    pub async fn promote(&self, member: &EtcdMember) -> Result<()> {
+        self.call("/v3/cluster/member/promote", &json!({ "ID": member.id })).await.map(|_: Value| ())
     }
 
     async fn call<T: for<'de> Deserialize<'de>>(&self, path: &str, body: &impl Serialize) -> Result<T> {

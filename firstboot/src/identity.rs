@@ -48,7 +48,15 @@ pub async fn identity(dir: &Path, credentials: Option<&PathBuf>, image: &Image) 
             let node = node_of(&state, image)?.clone();
             let keys = Keys::load_or_make(dir)?;
             let state = found(state, founder, &node, image, &keys)?;
-            (keys, state, BTreeMap::new())
+            match &founder.replaces {
+                None => (keys, state, BTreeMap::new()),
+                Some(joiner) => {
+                    let hubs =
+                        Hubs::of(&image.topology, &ticket.endpoints, &node.name, https::client(&ticket.root, None)?);
+                    let grant = join(&hubs, joiner, image, &keys).await?;
+                    (keys, State { epoch: grant.epoch, ..state }, grant.hubs)
+                }
+            }
         }
         Right::Joiner(joiner) => {
             check_token(joiner, image)?;
@@ -147,8 +155,13 @@ mod tests {
         fs::create_dir(dir.path().join("credentials")).unwrap();
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
         let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
-        let info =
-            ImageInfo { id: "acme-hub".into(), version: "1".into(), group: "hub".into(), roles: vec!["hub".into()] };
+        let info = ImageInfo {
+            id: "acme-hub".into(),
+            version: "1".into(),
+            group: "hub".into(),
+            roles: vec!["hub".into()],
+            health: Vec::new(),
+        };
         Lab { dir, image: Image { info, topology }, root: Issuer::root("acme").unwrap() }
     }
 
@@ -163,7 +176,10 @@ mod tests {
 
         fn founder(&self, fleet: &str, slot: &str) {
             let issuer = self.root.issuer(fleet, slot).unwrap();
-            self.give(fleet, Right::Founder(Founder { slot: slot.into(), issuer, secrets: Secrets::sample() }));
+            self.give(
+                fleet,
+                Right::Founder(Founder { slot: slot.into(), issuer, secrets: Secrets::sample(), replaces: None }),
+            );
         }
 
         async fn who(&self) -> Result<Identity> {

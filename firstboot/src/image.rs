@@ -16,6 +16,8 @@ pub struct ImageInfo {
     pub version: String,
     pub group: String,
     pub roles: Vec<String>,
+    /// Units that run where all is well.
+    pub health: Vec<String>,
 }
 
 /// Everything read from the image.

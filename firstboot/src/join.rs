@@ -130,7 +130,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
             say(&format!("still without a slot: {why}"));
             told = why;
         }
-        tokio::time::sleep(pause.next()).await;
+        tokio::time::sleep(pause.longer()).await;
     }
 }
 
@@ -145,7 +145,7 @@ pub fn endpoint(hub: &Node, endpoints: &BTreeMap<String, String>) -> Option<Stri
 pub struct Pause(u32);
 
 impl Pause {
-    pub fn next(&mut self) -> Duration {
+    pub fn longer(&mut self) -> Duration {
         let full = (Duration::from_millis(500) * 2_u32.pow(self.0.min(8))).min(LONGEST_PAUSE);
         self.0 += 1;
         full.mul_f64(0.5 + chance(512) as f64 / 1024.0)
@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn pauses_grow_and_differ() {
         let mut pause = Pause::default();
-        let pauses: Vec<Duration> = std::iter::repeat_with(|| pause.next()).take(20).collect();
+        let pauses: Vec<Duration> = std::iter::repeat_with(|| pause.longer()).take(20).collect();
         assert!(pauses[0] <= Duration::from_millis(500));
         assert!(pauses[19] >= LONGEST_PAUSE / 2 && pauses.iter().all(|p| *p <= LONGEST_PAUSE));
         assert!(pauses[10..].windows(2).any(|w| w[0] != w[1]));

@@ -37,8 +37,8 @@ impl Keys {
         let mut mesh = [0; 32];
         getrandom::fill(&mut mesh).map_err(|e| Error::Failed(format!("no randomness: {e}")))?;
         // The form that WireGuard keeps them in.
-        mesh[0] &= 248;
-        mesh[31] = (mesh[31] & 127) | 64;
+        mesh[0] &= 0xf8;
+        mesh[31] = (mesh[31] & 0x7f) | 0x40;
         let keys = Self { version: Self::VERSION, mesh: encoding::encode(&mesh), tls: PrivateKey::generate()? };
         write_json(&path, &keys)?;
         println!("new keys; this node is {} in the mesh", keys.mesh_public()?);

@@ -4,21 +4,23 @@ use std::fs;
 use std::path::Path;
 use std::thread;
 
-use fleet::Machine;
+use fleet::{EMULATED, Machine};
 
 use crate::error::{Error, Result};
 
-/// Memory and CPUs of this machine, as the kernel tells.
+/// Memory and CPUs of this machine, as the kernel tells; `virtualization` is what systemd calls it.
 ///
 /// # Errors
 /// /proc is not there.
-pub fn read() -> Result<Machine> {
+pub fn read(virtualization: &str) -> Result<Machine> {
     let path = Path::new("/proc/meminfo");
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
     let memory = memory(&text)
         .ok_or_else(|| Error::Configuration("/proc/meminfo does not say how much memory there is".to_owned()))?;
     let cpus = thread::available_parallelism().map_or(1, |n| n.get() as u64);
-    Ok(Machine { memory, cpus })
+    // `kvm` is the name of QEMU with real processors.
+    let patience = if virtualization == "qemu" { EMULATED } else { 1 };
+    Ok(Machine { memory, cpus, patience })
 }
 
 /// MiB of `MemTotal`.

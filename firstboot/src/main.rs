@@ -2,18 +2,55 @@ use std::process::ExitCode;
 
 use firstboot::agent::{Paths, run};
 use firstboot::console::say;
+use firstboot::error::Result;
+use firstboot::health::{healthy, is_counted};
+use firstboot::image::Image;
+use firstboot::status::describe;
+use firstboot::systemd::Systemd;
+
+const USAGE: &str = "\
+usage: firstboot run              make this machine its node, and keep it one (firstboot.service)
+       firstboot status [--json]  who this node is, and what it waits for
+       firstboot healthy          wait until this boot is a good one (firstboot-healthy.service)
+";
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    if std::env::args().nth(1).as_deref() != Some("run") {
-        eprintln!("usage: firstboot run\n\nMakes this machine its node. systemd starts it as firstboot.service.");
-        return ExitCode::from(2);
-    }
-    match run(&Paths::of_node()).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            say(&format!("{e}"));
-            ExitCode::from(e.exit_code())
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match args[..] {
+        ["run"] => run(&Paths::of_node()).await.inspect_err(|e| say(&e.to_string())),
+        ["status"] => status(false).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
+        ["status", "--json"] => status(true).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
+        ["healthy"] => health().await.inspect_err(|e| say(&format!("this image is not well: {e}"))),
+        ["--help" | "-h"] => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
         }
+        _ => {
+            eprint!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => ExitCode::from(e.exit_code()),
     }
+}
+
+async fn status(json: bool) -> Result<()> {
+    println!("{}", describe(&zbus::Connection::system().await?, json).await?);
+    Ok(())
+}
+
+async fn health() -> Result<()> {
+    let image = Image::read(&Paths::of_node().image)?;
+    let systemd = Systemd::new(&zbus::Connection::system().await?).await?;
+    let well = healthy(&systemd, &image.info.health).await;
+    // Without a count there is nothing to go back to: better half a node than one that
+    // restarts for ever.
+    if well.is_err() && is_counted() {
+        systemd.reboot().await?;
+    }
+    well
 }

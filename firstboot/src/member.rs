@@ -122,19 +122,22 @@ impl Member {
                         }
                     }
                 }
-                tokio::time::sleep(pause.next().min(round())).await;
+                tokio::time::sleep(pause.longer().min(round())).await;
             }
         };
         let registered = async {
             let mut pause = Pause::default();
             loop {
                 match desk.register(&node.name, mesh_key, &tls_key, &version).await {
-                    Ok(Ok(_)) => return Ok(()),
+                    Ok(Ok(_)) => match desk.vote(&node.name).await {
+                        Ok(()) => return Ok(()),
+                        Err(e) => println!("{e}"),
+                    },
                     Ok(Err(no)) if !no.reason.passes() => return Err(Error::Configuration(no.text)),
                     Ok(Err(no)) => println!("{}", no.text),
                     Err(e) => println!("{e}"),
                 }
-                tokio::time::sleep(pause.next()).await;
+                tokio::time::sleep(pause.longer()).await;
             }
         };
         let followed = async {
@@ -151,7 +154,7 @@ impl Member {
                 if let Some(epoch) = desk.fenced(&node.name, &tls_key) {
                     return Err(fenced(&node.name, epoch));
                 }
-                tokio::time::sleep(pause.next()).await;
+                tokio::time::sleep(pause.longer()).await;
             }
         };
         tokio::try_join!(kept, served, introduced, registered, followed).map(|((), (), (), (), ())| ())

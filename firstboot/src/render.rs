@@ -77,9 +77,16 @@ mod tests {
         let topology = Topology::of(&Fleet::parse("f", b"name = \"acme\"\ngroups.hub.count = 3\n").unwrap());
         let node = topology.node("hub-2").unwrap();
         let member = Membership::sample();
-        let machine = Machine { memory: 1024, cpus: 2 };
-        let context =
-            NodeContext { fleet: &topology, node, machine, tls: &member.tls, secrets: &member.secrets, web: "" };
+        let machine = Machine { memory: 1024, cpus: 2, patience: 1 };
+        let context = NodeContext {
+            fleet: &topology,
+            node,
+            epoch: 1,
+            machine,
+            tls: &member.tls,
+            secrets: &member.secrets,
+            web: "",
+        };
         for _ in 0..2 {
             assert_eq!(render_all(&templates, dir.path(), &context).unwrap(), 2);
             let text = fs::read_to_string(dir.path().join("run/bakehouse/x.conf")).unwrap();

@@ -14,9 +14,26 @@ trait Manager {
     fn subscribe(&self) -> zbus::Result<()>;
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+    fn reboot(&self) -> zbus::Result<()>;
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn virtualization(&self) -> zbus::Result<String>;
 
     #[zbus(signal)]
     fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
+}
+
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Unit", default_service = "org.freedesktop.systemd1")]
+trait Unit {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn active_state(&self) -> zbus::Result<String>;
+}
+
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
+trait Service {
+    #[zbus(property(emits_changed_signal = "false"), name = "NRestarts")]
+    fn n_restarts(&self) -> zbus::Result<u32>;
 }
 
 #[zbus::proxy(
@@ -39,6 +56,7 @@ trait Network {
 
 /// The manager of the system's units.
 pub struct Systemd {
+    bus: zbus::Connection,
     manager: ManagerProxy<'static>,
 }
 
@@ -50,7 +68,7 @@ impl Systemd {
     pub async fn new(bus: &zbus::Connection) -> Result<Self> {
         let manager = ManagerProxy::new(bus).await?;
         manager.subscribe().await?;
-        Ok(Self { manager })
+        Ok(Self { bus: bus.clone(), manager })
     }
 
     /// Starts a unit; returns when its job is done.
@@ -67,6 +85,33 @@ impl Systemd {
     /// As for [`Self::start`].
     pub async fn stop(&self, unit: &str) -> Result<()> {
         self.job(unit, async || self.manager.stop_unit(unit, "replace").await).await
+    }
+
+    /// Whether a service runs, and how often it was restarted.
+    ///
+    /// # Errors
+    /// The bus is gone, or there is no such service.
+    pub async fn unit(&self, unit: &str) -> Result<(bool, u32)> {
+        let path = self.manager.load_unit(unit).await?;
+        let state = UnitProxy::builder(&self.bus).path(path.clone())?.build().await?.active_state().await?;
+        let restarts = ServiceProxy::builder(&self.bus).path(path)?.build().await?.n_restarts().await?;
+        Ok((state == "active", restarts))
+    }
+
+    /// What kind of virtual machine this is; empty for a real one.
+    ///
+    /// # Errors
+    /// The bus is gone.
+    pub async fn virtualization(&self) -> Result<String> {
+        Ok(self.manager.virtualization().await?)
+    }
+
+    /// Restarts the machine.
+    ///
+    /// # Errors
+    /// systemd says no.
+    pub async fn reboot(&self) -> Result<()> {
+        Ok(self.manager.reboot().await?)
     }
 
     async fn job(&self, unit: &str, begin: impl AsyncFnOnce() -> zbus::Result<OwnedObjectPath>) -> Result<()> {

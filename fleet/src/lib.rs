@@ -27,10 +27,10 @@ pub use join::{
 pub use lint::{HaRow, ha_table, lint};
 pub use membership::{Membership, Secrets, Tls};
 pub use overlay::{Check, FileMeta, OverlayManifest};
-pub use profile::{Disk, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
+pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
 pub use settings::{Alerts, Backup, Database, Email, Firewall, Odoo, OpenPort, Promise, Proto, S3};
-pub use template::{Machine, NodeContext, RenderError, line_map, render, variables};
+pub use template::{EMULATED, Machine, NodeContext, RenderError, line_map, render, variables};
 pub use ticket::{Claims, Founder, Joiner, Right, Ticket, TicketError, Token};
 pub use topology::{BACKUP, GIVEN, Node, Topology, VOTER, slot_parts};
 

@@ -25,6 +25,7 @@ pub struct Profile {
     pub conflicts: BTreeMap<String, String>,
     pub ports: Vec<Port>,
     pub units: Units,
+    pub health: Health,
     pub trim: Trim,
     /// Users and groups with ids that are the same in every image, for ever: /var outlives them.
     pub users: BTreeMap<String, User>,
@@ -54,6 +55,14 @@ pub struct Units {
     pub requires: BTreeMap<String, Vec<String>>,
     /// Units that never start.
     pub mask: Vec<String>,
+}
+
+/// What has to run on the node itself for an image to be a good one. Nothing that needs
+/// another node: an unplugged cable is no reason to go back to the older image.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Health {
+    pub units: Vec<String>,
 }
 
 /// Package files that never reach the tree, in dpkg's path-exclude/path-include language.

@@ -16,6 +16,8 @@ use crate::topology::{Node, Topology};
 pub struct NodeContext<'a> {
     pub fleet: &'a Topology,
     pub node: &'a Node,
+    /// Counts the owners the node's slot has had: 1 for the first.
+    pub epoch: u64,
     pub machine: Machine,
     pub tls: &'a Tls,
     pub secrets: &'a Secrets,
@@ -29,7 +31,14 @@ pub struct Machine {
     /// MiB of memory.
     pub memory: u64,
     pub cpus: u64,
+    /// Multiplies the time-outs of failure detection (BFD, VRRP, etcd's elections, health
+    /// checks): 1 on real processors, [`EMULATED`] on one that QEMU emulates.
+    pub patience: u64,
 }
+
+/// How much slower an emulated machine is in the worst moments of a host that runs several:
+/// with less, BFD and etcd take slowness for death.
+pub const EMULATED: u64 = 10;
 
 /// A template that does not render.
 #[derive(Debug, thiserror::Error)]

@@ -44,6 +44,9 @@ pub struct Founder {
     /// Signs this node's certificate, and those of the nodes it lets in.
     pub issuer: Issuer,
     pub secrets: Secrets,
+    /// It takes the place of another machine, and asks the other hubs for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<Joiner>,
 }
 
 /// A token, and the key that shows whose it is. The key never crosses the wire.
@@ -174,7 +177,7 @@ mod tests {
     fn round_trip() {
         let root = Issuer::root("acme").unwrap();
         let issuer = root.issuer("acme", "hub-1").unwrap();
-        let founder = Founder { slot: "hub-1".into(), issuer, secrets: Secrets::sample() };
+        let founder = Founder { slot: "hub-1".into(), issuer, secrets: Secrets::sample(), replaces: None };
         for right in [Right::Founder(founder), Right::Joiner(Joiner::mint(&root, claims()).unwrap())] {
             let ticket = Ticket {
                 version: Ticket::VERSION,

@@ -47,6 +47,11 @@ impl Lab {
         lab
     }
 
+    /// Makes the fleet's key.
+    pub fn init(&self) {
+        self.ok(&["init", self.dir.to_str().expect("a path of letters")]);
+    }
+
     /// A fresh, empty folder.
     pub fn empty(name: &str) -> Self {
         let dir = root().join("target/lab").join(name);

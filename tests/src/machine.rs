@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use builder::project::Project;
-use builder::vm::{Done, Start, Vm, start_of};
+use builder::vm::{Described, Done, Start, Vm, start_of};
 
 use crate::Lab;
 
@@ -35,10 +35,24 @@ impl Machine {
     }
 
     pub fn start(&self) {
+        self.start_as(&start_of(&self.project, &self.vm.node).expect("the node is there"));
+    }
+
+    /// Starts it with a ticket that was made elsewhere.
+    pub fn start_with(&self, ticket: &str) {
         let described = start_of(&self.project, &self.vm.node).expect("the node is there");
+        self.start_as(&described.with_ticket(ticket));
+    }
+
+    fn start_as(&self, described: &Described) {
         let start = described.as_start();
         let image = self.image.as_deref().unwrap_or(start.image);
         self.vm.start(&Start { image, ..start }).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Gives it a blank disk.
+    pub fn wipe(&self) {
+        std::fs::remove_file(self.vm.disk()).expect("it had a disk");
     }
 
     /// Waits until one of the texts is on the console; returns which.

@@ -135,6 +135,13 @@ impl Hub {
             let Some(node) = self.topology.node(&given.slot) else {
                 return Err(no(Reason::Malformed, &format!("the fleet has no slot `{}` any more", given.slot)));
             };
+            if claims.replace && self.topology.is_founder(node) {
+                // It asks because it has no grant yet, so its etcd has not started.
+                self.desk.readmit(&given.slot).await.map_err(|e| {
+                    eprintln!("etcd's members: {e}");
+                    no(Reason::Busy, "etcd does not let the new machine in yet")
+                })?;
+            }
             let cert = self.issuer.node(&self.topology, node, &key);
             let cert = cert.map_err(|e| no(Reason::Malformed, &format!("the TLS key is not one: {e}")))?;
             println!("{} is {} (epoch {}), token {}", request.mesh_key, given.slot, given.epoch, claims.id);

@@ -140,6 +140,44 @@ impl ClaimsDesk {
         Ok(Err(no(Reason::Busy, "somebody else wrote at the same time")))
     }
 
+    /// Makes room in etcd for the machine that has a voter's slot now, and has not started etcd
+    /// yet: its predecessor goes, it may listen. Done again, it changes nothing.
+    ///
+    /// # Errors
+    /// The cluster says no.
+    pub async fn readmit(&self, slot: &str) -> Result<()> {
+        let Some(url) = self.peer_url(slot) else { return Ok(()) };
+        let members = self.etcd.members().await?;
+        let before = members.iter().find(|m| m.peer_urls.contains(&url));
+        // One that was added has no name until it starts.
+        if let Some(predecessor) = before.filter(|m| !m.name.is_empty()) {
+            println!("etcd: {slot}'s predecessor goes");
+            self.etcd.remove(predecessor).await?;
+        } else if before.is_some() {
+            return Ok(());
+        }
+        self.etcd.add_learner(&url).await
+    }
+
+    /// Gives this hub or voter its vote, if it has none; says whether it has one now.
+    ///
+    /// # Errors
+    /// It has not caught up yet, or there is no quorum.
+    pub async fn vote(&self, slot: &str) -> Result<()> {
+        let Some(url) = self.peer_url(slot) else { return Ok(()) };
+        let members = self.etcd.members().await?;
+        match members.iter().find(|m| m.peer_urls.contains(&url) && m.is_learner) {
+            Some(learner) => self.etcd.promote(learner).await,
+            None => Ok(()),
+        }
+    }
+
+    /// etcd's name for a voter's place.
+    fn peer_url(&self, slot: &str) -> Option<String> {
+        let voter = self.topology.voters.iter().find(|v| *v == slot)?;
+        Some(format!("https://{}:2380", self.topology.node(voter)?.address))
+    }
+
     /// What this hub has heard of every slot.
     #[must_use]
     pub fn owners(&self) -> Owners {
@@ -230,16 +268,13 @@ impl ClaimsDesk {
             // Founders' slots are given by their tickets alone.
             n.group == claims.group && !self.topology.is_founder(n) && !owners.contains_key(&n.name)
         });
-        Ok(match free {
-            Some(node) => Ok(Place { slot: node.name.clone(), before: None, revision: 0 }),
-            None => {
-                let text = format!(
-                    "every slot of the group `{0}` has an owner; raise groups.{0}.count in fleet.toml and rebuild, or `bakehouse ticket --replace` a dead node",
-                    claims.group
-                );
-                Err(no(Reason::Full, &text))
-            }
-        })
+        Ok(free.map(|node| Place { slot: node.name.clone(), before: None, revision: 0 }).ok_or_else(|| {
+            let text = format!(
+                "every slot of the group `{0}` has an owner; raise groups.{0}.count in fleet.toml and rebuild, or `bakehouse ticket --replace` a dead node",
+                claims.group
+            );
+            no(Reason::Full, &text)
+        }))
     }
 
     async fn place(&self, slot: &str) -> Result<Place> {

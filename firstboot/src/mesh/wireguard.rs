@@ -71,15 +71,12 @@ impl Wireguard {
     /// stays, and its sessions with it.
     async fn make(&self, wanted: &Interface<SocketAddr>, mtu: u16) -> Result<()> {
         let refused = |e: rtnetlink::Error| Error::Failed(format!("the kernel does not make {}: {e}", wanted.name));
-        let index = match self.index(&wanted.name).await {
-            Some(index) => index,
-            None => {
-                let link = LinkWireguard::new(&wanted.name).mtu(mtu.into()).build();
-                self.route.link().add(link).execute().await.map_err(refused)?;
-                let missing = || Error::Failed(format!("{} is gone as soon as it was made", wanted.name));
-                self.index(&wanted.name).await.ok_or_else(missing)?
-            }
-        };
+        if self.index(&wanted.name).await.is_none() {
+            let link = LinkWireguard::new(&wanted.name).mtu(mtu.into()).build();
+            self.route.link().add(link).execute().await.map_err(refused)?;
+        }
+        let missing = || Error::Failed(format!("{} is gone as soon as it was made", wanted.name));
+        let index = self.index(&wanted.name).await.ok_or_else(missing)?;
         let local = wanted.address.addr();
         let mut address = self.route.address().add(index, IpAddr::V4(local), wanted.address.prefix_len()).replace();
         if let Some(partner) = wanted.partner {
@@ -155,11 +152,11 @@ fn present(peer: &Peer<SocketAddr>) -> WireguardPeer {
     ];
     attributes.extend(peer.endpoint.map(WireguardPeerAttribute::Endpoint));
     attributes.extend(peer.keepalive.map(WireguardPeerAttribute::PersistentKeepalive));
-    attributes.push(WireguardPeerAttribute::AllowedIps(peer.allowed.iter().map(allowed).collect()));
+    attributes.push(WireguardPeerAttribute::AllowedIps(peer.allowed.iter().copied().map(allowed).collect()));
     WireguardPeer(attributes)
 }
 
-fn allowed(net: &Ipv4Net) -> WireguardAllowedIp {
+fn allowed(net: Ipv4Net) -> WireguardAllowedIp {
     WireguardAllowedIp(vec![
         WireguardAllowedIpAttr::Family(WireguardAddressFamily::Ipv4),
         WireguardAllowedIpAttr::IpAddr(IpAddr::V4(net.network())),

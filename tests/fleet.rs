@@ -1,0 +1,115 @@
+//! A fleet from blank disks: three hubs and a worker on a wire of their own, real WireGuard, real
+//! etcd. Who joins, who is refused, and what happens when a hub is lost and replaced.
+
+use std::thread;
+
+use bakehouse_tests::{Lab, Machine};
+
+const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
+    --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
+
+#[test]
+fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
+    let lab = Lab::of_fleet("fleet", "ha");
+    lab.init();
+    lab.ok(&["build", "hub", "db"]);
+    let hubs = ["hub-1", "hub-2", "hub-3"].map(|name| Machine::of(&lab, name));
+    let db = Machine::of(&lab, "db-1");
+
+    // A ticket that is no good: said on the console, with what to do, and nothing is kept.
+    let wrong = lab.ok(&["ticket", "app"]).out;
+    let elsewhere = Lab::of_fleet("fleet-elsewhere", "ha");
+    elsewhere.init();
+    let foreign = elsewhere.ok(&["ticket", "db"]).out;
+    thread::scope(|scope| {
+        for hub in &hubs {
+            scope.spawn(|| {
+                hub.start();
+                hub.wait_for(&["bakehouse: ready"]);
+            });
+        }
+        scope.spawn(|| {
+            db.start_with(&wrong);
+            db.wait_for(&["the ticket is for the group `app`, this image is for `db`"]);
+            assert_eq!(db.ok("ls -A /var/lib/bakehouse"), "");
+            db.cut_power();
+        });
+    });
+    // Hubs of another root are nobody to a node.
+    db.start_with(&foreign);
+    db.wait_for(&["still without a slot"]);
+    assert_eq!(db.ok("ls /var/lib/bakehouse"), "keys.json");
+    let keys = db.ok("sha256sum /var/lib/bakehouse/keys.json");
+    db.cut_power();
+
+    // Its own ticket: it joins, with the keys it made before the power was cut.
+    db.start();
+    db.wait_for(&["bakehouse: ready (db-1)"]);
+    assert_eq!(db.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);
+    assert!(db.ok("firstboot status --json").contains(r#""node":"db-1""#));
+    assert_eq!(db.ok("hostname"), "db-1");
+    reaches_three_hubs(&db);
+
+    // One cluster of three, one holder of the VIP, and a database that is reached through it.
+    let everybody: Vec<&Machine> = hubs.iter().collect();
+    assert_eq!(hubs[0].ok(&until(&format!("{ETCDCTL} member list | grep -c started"), "3")), "3");
+    let lost = holder(&everybody);
+    for node in everybody.iter().chain([&&db]) {
+        assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
+    }
+    db.ok(&write(&lab));
+
+    // The hub that holds the VIP is lost: another has it, and writes go on.
+    hubs[lost].cut_power();
+    let left: Vec<&Machine> = everybody.iter().enumerate().filter(|(i, _)| *i != lost).map(|(_, h)| *h).collect();
+    holder(&left);
+    db.ok(&write(&lab));
+
+    // A new machine in its place, from a blank disk: etcd takes it in, as the second owner.
+    let name = format!("hub-{}", lost + 1);
+    let replacement = lab.ok(&["ticket", &name, "--replace"]).out;
+    hubs[lost].wipe();
+    hubs[lost].start_with(&replacement);
+    hubs[lost].wait_for(&[&format!("bakehouse: ready ({name})")]);
+    assert!(hubs[lost].ok("firstboot status --json").contains(r#""epoch":2"#));
+    let voting = format!("{ETCDCTL} member list | grep started | grep -c 'false$'");
+    assert_eq!(left[0].ok(&until(&voting, "3")), "3");
+    reaches_three_hubs(&db);
+    db.ok(&write(&lab));
+}
+
+/// Which of the hubs has the VIP: one, before long.
+#[track_caller]
+fn holder(hubs: &[&Machine]) -> usize {
+    for _ in 0..60 {
+        let has = |hub: &Machine| hub.exec("ip -brief address show dev lo | grep -q 10.10.0.100/32").status == 0;
+        let holders: Vec<usize> = hubs.iter().enumerate().filter(|(_, hub)| has(hub)).map(|(i, _)| i).collect();
+        if let [one] = holders[..] {
+            return one;
+        }
+        thread::sleep(std::time::Duration::from_secs(2));
+    }
+    panic!("the VIP is nowhere, or in two places");
+}
+
+#[track_caller]
+fn reaches_three_hubs(node: &Machine) {
+    let sessions = "birdc -s /run/bird/bird.ctl show protocols | grep -c Established";
+    assert_eq!(node.ok(&until(sessions, "3")), "3");
+}
+
+/// Repeats a command until it prints `wanted`, for four minutes at most.
+fn until(command: &str, wanted: &str) -> String {
+    format!("for i in $(seq 120); do [ \"$({command})\" = {wanted} ] && break; sleep 2; done; {command}")
+}
+
+/// A write through the VIP, as a client does it: again, until it succeeds.
+fn write(lab: &Lab) -> String {
+    let key: serde_json::Value = serde_json::from_str(&lab.read("fleet.key")).expect("JSON");
+    let password = key["secrets"]["odoo"].as_str().expect("a password");
+    format!(
+        "for i in $(seq 60); do PGPASSWORD={password} psql -AtXq 'host=10.10.0.100 port=5000 user=odoo dbname=postgres \
+         sslmode=verify-ca sslrootcert=/run/bakehouse/tls/ca.crt connect_timeout=10' -c 'CREATE TEMP TABLE t (x int)' \
+         && exit; sleep 2; done; exit 1"
+    )
+}
