@@ -19,7 +19,7 @@ async fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
-        ["run"] => run(&Paths::of_node()).await.inspect_err(|e| say(&e.to_string())),
+        ["run"] => Box::pin(run(&Paths::of_node())).await.inspect_err(|e| say(&e.to_string())),
         ["status"] => status(false).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["status", "--json"] => status(true).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["healthy"] => health().await.inspect_err(|e| say(&format!("this image is not well: {e}"))),
