@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test roles bench lint clean
+.PHONY: all deps build demo test roles bench bench-join lint clean
 
 all: build
 
@@ -25,12 +25,17 @@ demo: deps build
 test: deps lint build
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
-	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test join -- --test-threads=1
+	cargo test --release --locked --workspace --test boot --test fleet -- --test-threads=1 --nocapture
 
 # Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
 bench: deps build
 	command -v mmdebstrap >/dev/null || apt-get install -q -y --no-install-recommends mmdebstrap
 	target/release/bench
+
+# How fast nodes join.
+bench-join: deps build
+	target/release/bench-join
 
 # Every service for real, in machines: half an hour where processors are emulated.
 roles: deps build

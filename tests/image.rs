@@ -300,3 +300,31 @@ fn an_ordinary_user_builds_the_same_image() {
     assert_eq!(fs::metadata(image).expect("the image").permissions().mode() & 0o777, 0o644);
     fs::remove_dir_all(&home).expect("the lab");
 }
+
+#[test]
+fn a_fleets_key_is_made_once_and_signs_tickets() {
+    let lab = Lab::empty("tickets");
+    let dir = &lab.dir;
+    let path = dir.to_str().expect("a path of letters");
+    lab.run(&["init", path, "--from", "no-such"]).fails(2, &["there is no built-in fleet `no-such`", "quick-ha"]);
+    lab.ok(&["init", path]);
+    let key = fs::read(dir.join("fleet.key")).expect("a key");
+    assert_eq!(fs::metadata(dir.join("fleet.key")).expect("a key").permissions().mode() & 0o777, 0o600);
+    fs::write(dir.join("fleet.toml"), lab.read("fleet.toml") + "\n# mine\n").expect("the lab");
+    lab.ok(&["init", path]);
+    assert_eq!(fs::read(dir.join("fleet.key")).expect("a key"), key, "a second key");
+    assert!(lab.read("fleet.toml").contains("name = \"tickets\"") && lab.read("fleet.toml").ends_with("# mine\n"));
+
+    let ticket = |args: &[&str]| lab.run(&[&["ticket"], args].concat());
+    let founder = ticket(&["hub-1", "--endpoint", "hub-2=192.0.2.2"]).out;
+    let founder = fleet::Ticket::parse(founder.as_bytes()).expect("a ticket");
+    assert_eq!(founder.endpoints["hub-2"], "192.0.2.2");
+    assert!(matches!(founder.right, fleet::Right::Founder(f) if f.slot == "hub-1" && f.replaces.is_none()));
+    let joiner = fleet::Ticket::parse(ticket(&["app", "--uses", "5"]).out.as_bytes()).expect("a ticket");
+    let fleet::Right::Joiner(joiner) = joiner.right else { panic!("apps found nothing") };
+    assert_eq!(joiner.token.read().expect("claims").uses, 5);
+    ticket(&["hub"]).fails(2, &["each has a ticket of its own"]);
+    ticket(&["app", "--endpoint", "db-1=x"]).fails(2, &["`db-1=x` is not HUB=HOST"]);
+    fs::remove_file(dir.join("fleet.key")).expect("a key");
+    ticket(&["app"]).fails(1, &["bakehouse init"]);
+}

@@ -2,167 +2,15 @@
 //! replies, crashes of hubs and of etcd's members.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::fs;
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::Cluster;
-use firstboot::etcd::Etcd;
+use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
 use firstboot::https::{self, Connection, Identity, request};
-use firstboot::hub::api::{Hub, serve};
-use firstboot::hub::claims::ClaimsDesk;
-use firstboot::neighbours::Neighbourhood;
-use fleet::{
-    Claims, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason,
-    SIGNATURE_HEADER, Secrets, Topology, encoding,
-};
+use firstboot::identity::identity;
+use firstboot::image::{Image, ImageInfo};
+use fleet::{Issuer, JoinReply, Joiner, Reason, Right, Ticket, encoding};
 use tokio::task::JoinSet;
-
-/// Three hubs at 127.0.0.1 to 127.0.0.3, and an etcd of three members.
-struct Site {
-    topology: Topology,
-    root: Issuer,
-    cluster: Cluster,
-    dir: tempfile::TempDir,
-    hubs: Vec<tokio::task::JoinHandle<()>>,
-}
-
-/// One who asks: its keys, and its right.
-#[derive(Clone)]
-struct Asker {
-    joiner: Joiner,
-    tls: PrivateKey,
-    mesh_key: MeshKey,
-    group: String,
-}
-
-impl Site {
-    fn open(port: u16, groups: &str) -> Self {
-        let toml = format!(
-            "name = \"acme\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\nport = {port}\n\
-             [vip]\naddress = \"10.10.0.100\"\n\
-             [groups]\n{groups}\n[groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n"
-        );
-        let topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
-        let root = Issuer::root("acme").expect("randomness");
-        let cluster = Cluster::start(&topology, &root, port + 100);
-        let dir = tempfile::tempdir().expect("a folder");
-        let mut site = Self { topology, root, cluster, dir, hubs: Vec::new() };
-        for i in 0..3 {
-            let hub = site.hub(i);
-            site.hubs.push(hub);
-        }
-        site
-    }
-
-    /// Starts the API of one hub, as a new process would be: it remembers nothing.
-    fn hub(&self, i: usize) -> tokio::task::JoinHandle<()> {
-        let node = self.topology.hubs[i].clone();
-        let issuer = self.root.issuer("acme", &node.name).expect("a root");
-        let key = PrivateKey::generate().expect("randomness");
-        let cert = issuer.node(&self.topology, &node, &key.public().expect("a key")).expect("an issuer");
-        let own = Identity { cert: &cert, key: key.pem() };
-        let mut members = self.cluster.clients();
-        members.rotate_left(i);
-        let etcd = Etcd::new(members, https::client(self.root.certificate(), Some(own)).expect("a certificate"));
-        let desk = Arc::new(ClaimsDesk::new(etcd, self.topology.clone(), &node.name));
-        let dir = self.dir.path().join(&node.name);
-        std::fs::create_dir_all(&dir).expect("a folder");
-        let hub = Arc::new(Hub {
-            topology: self.topology.clone(),
-            root: self.root.certificate().to_owned(),
-            issuer,
-            secrets: Secrets::sample(),
-            desk: desk.clone(),
-            neighbourhood: Arc::new(Neighbourhood::load(&dir, BTreeMap::new())),
-        });
-        let at: SocketAddr = format!("127.0.0.{}:{}", i + 1, self.topology.mesh.port).parse().expect("an address");
-        let tls = https::server(self.root.certificate(), own).expect("a certificate");
-        tokio::spawn(async move {
-            let followed = async {
-                loop {
-                    let _ = desk.follow(async |_| {}).await;
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            };
-            tokio::select! {
-                served = serve(hub, at, tls) => served.expect("the port is free"),
-                () = followed => {}
-            }
-        })
-    }
-
-    fn token(&self, group: &str, change: impl FnOnce(&mut Claims)) -> Joiner {
-        let mut claims = Claims {
-            fleet: "acme".to_owned(),
-            id: encoding::encode(PrivateKey::generate().expect("randomness").public().expect("a key").as_bytes()),
-            group: group.to_owned(),
-            slot: None,
-            replace: false,
-            uses: 1,
-            expires: u64::MAX,
-            key: String::new(),
-        };
-        change(&mut claims);
-        Joiner::mint(&self.root, claims).expect("a root")
-    }
-
-    fn asker(joiner: &Joiner, group: &str) -> Asker {
-        let tls = PrivateKey::generate().expect("randomness");
-        let mesh_key = MeshKey(tls.public().expect("a key").as_bytes()[1..33].try_into().expect("32 bytes"));
-        Asker { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
-    }
-
-    /// Asks until somebody answers with more than "later".
-    async fn insist(&self, asker: &Asker, first: usize) -> JoinReply {
-        insist(self.root.certificate().to_owned(), self.topology.mesh.port, asker.clone(), first).await
-    }
-}
-
-async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot::error::Result<JoinReply> {
-    let asked = JoinRequest {
-        version: PROTOCOL,
-        token: asker.joiner.token.clone(),
-        group: asker.group.clone(),
-        image: "1".to_owned(),
-        mesh_key: asker.mesh_key,
-        tls_key: encoding::encode(asker.tls.public().expect("a key").as_bytes()),
-    };
-    let body = serde_json::to_vec(&asked).expect("JSON");
-    let signature = encoding::encode(&asker.joiner.key.sign(&body).expect("a key"));
-    let host = format!("127.0.0.{}", hub + 1);
-    let tls = https::client(&root, None).expect("a certificate");
-    let mut connection = Connection::open(&host, port, &format!("hub-{}", hub + 1), &tls).await?;
-    let asked = request("POST", &host, "/v1/join", &[(SIGNATURE_HEADER, &signature)], body.into())?;
-    let answer = connection.ask(asked, fleet::LONGEST).await?;
-    Ok(serde_json::from_slice(&answer).expect("an answer"))
-}
-
-async fn insist(root: String, port: u16, asker: Asker, first: usize) -> JoinReply {
-    for attempt in 0..400 {
-        match ask(root.clone(), port, asker.clone(), (first + attempt) % 3).await {
-            Ok(JoinReply::Refused(no)) if no.reason == Reason::Busy => {}
-            Ok(reply) => return reply,
-            Err(_) => {}
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    panic!("nobody answers for {}", asker.mesh_key);
-}
-
-fn granted(reply: JoinReply) -> Grant {
-    match reply {
-        JoinReply::Granted(grant) => grant,
-        JoinReply::Refused(no) => panic!("refused: {no:?}"),
-    }
-}
-
-fn refused(reply: JoinReply) -> Reason {
-    match reply {
-        JoinReply::Granted(grant) => panic!("granted {}", grant.slot),
-        JoinReply::Refused(no) => no.reason,
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_nodes_for_two_slots_get_two_grants_and_eight_refusals() {
@@ -316,4 +164,55 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
     }
     assert_eq!(owners.len(), 40, "slots were lost");
     println!("{} acknowledged while it broke", acknowledged.len());
+}
+
+/// The agent's own steps, cut after each of them: the same keys, the same slot, one use of the token.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_after_any_step_leads_to_the_same_node() {
+    let site = Site::open(22_300, "db.count = 3\n");
+    let dir = tempfile::tempdir().expect("a folder");
+    let (state, credentials) = (dir.path().join("state"), dir.path().join("credentials"));
+    for folder in [&state, &credentials] {
+        fs::create_dir(folder).expect("a folder");
+    }
+    let ticket = Ticket {
+        version: Ticket::VERSION,
+        fleet: "acme".to_owned(),
+        root: site.root.certificate().to_owned(),
+        endpoints: BTreeMap::new(),
+        right: Right::Joiner(site.token("db", |_| {})),
+    };
+    fs::write(credentials.join(Ticket::CREDENTIAL), serde_json::to_vec(&ticket).expect("JSON")).expect("a folder");
+    let info = ImageInfo {
+        id: "acme-db".to_owned(),
+        version: "1".to_owned(),
+        group: "db".to_owned(),
+        roles: vec!["db".to_owned()],
+        health: Vec::new(),
+    };
+    let image = Image { info, topology: site.topology.clone() };
+    let files = |keep: &[&str]| {
+        for entry in fs::read_dir(&state).expect("a folder").flatten() {
+            if !keep.iter().any(|k| entry.file_name() == **k) {
+                fs::remove_file(entry.path()).expect("a file");
+            }
+        }
+    };
+    let first = identity(&state, Some(&credentials), &image).await.expect("a grant");
+    assert_eq!((first.state.slot.as_str(), first.state.epoch), ("db-1", 1));
+    // Cut before the grant was on the disk, with and without the neighbours; then with half of a
+    // file beside; then after all of it. Only a loss of the keys is another node.
+    for kept in [&["keys.json"][..], &["keys.json", "neighbours.json"], &["keys.json", "neighbours.json", "state.json"]]
+    {
+        files(kept);
+        fs::write(state.join("state.new"), "{\"version\":2,").expect("a folder");
+        let again = identity(&state, Some(&credentials), &image).await.expect("the same grant");
+        assert!(again.keys == first.keys, "other keys, with {kept:?}");
+        assert_eq!((&again.state.slot, again.state.epoch), (&first.state.slot, 1));
+        assert_eq!(again.state.secrets, first.state.secrets);
+    }
+    files(&[]);
+    let e = identity(&state, Some(&credentials), &image).await.map(drop).expect_err("the token is spent");
+    assert!(e.to_string().contains("as often as it may be"), "{e}");
+    assert_eq!(e.exit_code(), 78);
 }

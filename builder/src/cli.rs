@@ -79,6 +79,9 @@ enum Command {
         /// Take the node's place from the machine that has it
         #[arg(long)]
         replace: bool,
+        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
+        #[arg(long, value_name = "HUB=HOST")]
+        endpoint: Vec<String>,
     },
     /// Check fleet.toml, profiles and overlays
     #[command(after_help = "Example:\n  bakehouse check")]
@@ -221,10 +224,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 println!("{}", plan::table(&project));
             }
         }
-        Command::Ticket { to, uses, days, replace } => {
+        Command::Ticket { to, uses, days, replace, endpoint } => {
             let lasts = Duration::from_secs(u64::from(*days) * 86_400);
             let terms = Terms { uses: *uses, lasts, replace: *replace };
-            let ticket = mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new())?;
+            let ticket =
+                mint(&Authority::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
             println!("{}", serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?);
         }
         Command::Lock { update, mirror } => {
@@ -355,6 +359,20 @@ fn init(dir: &Path, from: &str, progress: &Progress) -> Result<ExitCode> {
         progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `hub-1=192.0.2.1`, for hubs that there are.
+fn endpoints(project: &Project, given: &[String]) -> Result<BTreeMap<String, String>> {
+    let of = |text: &String| {
+        let (hub, host) = text.split_once('=').unwrap_or((text, ""));
+        let known = project.topology.hubs.iter().any(|h| h.name == hub);
+        if known && !host.is_empty() {
+            return Ok((hub.to_owned(), host.to_owned()));
+        }
+        let hubs: Vec<&str> = project.topology.hubs.iter().map(|h| h.name.as_str()).collect();
+        Err(Error::Usage(format!("`{text}` is not HUB=HOST; hubs are {}", hubs.join(", "))))
+    };
+    given.iter().map(of).collect()
 }
 
 fn colour() -> bool {

@@ -464,10 +464,15 @@ pub struct Described {
 }
 
 impl Described {
-    /// With this ticket instead.
-    #[must_use]
-    pub fn with_ticket(self, ticket: &str) -> Self {
-        Self { ticket: ticket.as_bytes().to_vec(), ..self }
+    /// With this ticket instead, from whoever minted it; hubs are where they are on the wire.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn with_ticket(self, ticket: &str) -> Result<Self> {
+        let read = |bytes: &[u8]| Ticket::parse(bytes).map_err(|e| Error::Failed(e.to_string()));
+        let endpoints = read(&self.ticket)?.endpoints;
+        let ticket = Ticket { endpoints, ..read(ticket.as_bytes())? };
+        Ok(Self { ticket: serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?, ..self })
     }
 
     #[must_use]

@@ -3,6 +3,7 @@
 mod compare;
 mod etcd;
 mod machine;
+pub mod site;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};

@@ -41,7 +41,7 @@ impl Machine {
     /// Starts it with a ticket that was made elsewhere.
     pub fn start_with(&self, ticket: &str) {
         let described = start_of(&self.project, &self.vm.node).expect("the node is there");
-        self.start_as(&described.with_ticket(ticket));
+        self.start_as(&described.with_ticket(ticket).expect("a ticket"));
     }
 
     fn start_as(&self, described: &Described) {

@@ -1,0 +1,47 @@
+//! How fast nodes join: 3,000 of them, each with a connection of its own, against three join
+//! APIs and three real members of etcd on this machine.
+
+use std::time::{Duration, Instant};
+
+use bakehouse_tests::site::{Asker, Site, granted, insist};
+use tokio::task::JoinSet;
+
+const NODES: usize = 3000;
+/// So many ask at the same time.
+const AT_ONCE: usize = 64;
+const PORT: u16 = 23_000;
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
+async fn main() {
+    let site = Site::open(PORT, &format!("app.count = {NODES}\n"));
+    let token = site.token("app", |c| c.uses = NODES as u32);
+    let askers: Vec<Asker> = (0..NODES).map(|_| Site::asker(&token, "app")).collect();
+    // etcd's first election is not what is measured.
+    granted(site.insist(&askers[0], 0).await);
+    let begun = Instant::now();
+    let (mut asked, mut took) = (JoinSet::new(), Vec::new());
+    for (i, asker) in askers.into_iter().enumerate().skip(1) {
+        if asked.len() >= AT_ONCE {
+            took.push(asked.join_next().await.expect("some ask").expect("it was granted"));
+        }
+        let root = site.root.certificate().to_owned();
+        asked.spawn(async move {
+            let begun = Instant::now();
+            granted(insist(root, PORT, asker, i).await);
+            begun.elapsed()
+        });
+    }
+    took.extend(asked.join_all().await);
+    let seconds = begun.elapsed().as_secs_f64();
+    took.sort();
+    let at = |percent: usize| took[(took.len() - 1) * percent / 100];
+    let ms = |d: Duration| d.as_secs_f64() * 1e3;
+    println!(
+        "{} joins in {seconds:.1} s: {:.0} joins/s; median {:.0} ms, p99 {:.0} ms, longest {:.0} ms, {AT_ONCE} at once",
+        took.len(),
+        took.len() as f64 / seconds,
+        ms(at(50)),
+        ms(at(99)),
+        ms(at(100)),
+    );
+}

@@ -1,0 +1,177 @@
+//! A site for the join protocol: three join APIs and an etcd of three members on loopback.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use firstboot::etcd::Etcd;
+use firstboot::https::{self, Connection, Identity, request};
+use firstboot::hub::api::{Hub, serve};
+use firstboot::hub::claims::ClaimsDesk;
+use firstboot::neighbours::Neighbourhood;
+use fleet::{
+    Claims, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason,
+    SIGNATURE_HEADER, Secrets, Topology, encoding,
+};
+
+use crate::Cluster;
+
+/// Three hubs at 127.0.0.1 to 127.0.0.3, and an etcd of three members.
+pub struct Site {
+    pub topology: Topology,
+    pub root: Issuer,
+    pub cluster: Cluster,
+    dir: tempfile::TempDir,
+    pub hubs: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// One who asks: its keys, and its right.
+#[derive(Clone)]
+pub struct Asker {
+    pub joiner: Joiner,
+    pub tls: PrivateKey,
+    pub mesh_key: MeshKey,
+    pub group: String,
+}
+
+impl Site {
+    /// Opens it with the hubs' API at `port`, etcd's from `port` + 100, and these groups beside the hubs.
+    #[must_use]
+    pub fn open(port: u16, groups: &str) -> Self {
+        let toml = format!(
+            "name = \"acme\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\nport = {port}\n\
+             [vip]\naddress = \"10.10.0.100\"\n\
+             [groups]\n{groups}\n[groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n"
+        );
+        let topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
+        let root = Issuer::root("acme").expect("randomness");
+        let cluster = Cluster::start(&topology, &root, port + 100);
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut site = Self { topology, root, cluster, dir, hubs: Vec::new() };
+        for i in 0..3 {
+            let hub = site.hub(i);
+            site.hubs.push(hub);
+        }
+        site
+    }
+
+    /// Starts the API of one hub, as a new process would be: it remembers nothing.
+    #[must_use]
+    pub fn hub(&self, i: usize) -> tokio::task::JoinHandle<()> {
+        let node = self.topology.hubs[i].clone();
+        let issuer = self.root.issuer("acme", &node.name).expect("a root");
+        let key = PrivateKey::generate().expect("randomness");
+        let cert = issuer.node(&self.topology, &node, &key.public().expect("a key")).expect("an issuer");
+        let own = Identity { cert: &cert, key: key.pem() };
+        let mut members = self.cluster.clients();
+        members.rotate_left(i);
+        let etcd = Etcd::new(members, https::client(self.root.certificate(), Some(own)).expect("a certificate"));
+        let desk = Arc::new(ClaimsDesk::new(etcd, self.topology.clone(), &node.name));
+        let dir = self.dir.path().join(&node.name);
+        std::fs::create_dir_all(&dir).expect("a folder");
+        let hub = Arc::new(Hub {
+            topology: self.topology.clone(),
+            root: self.root.certificate().to_owned(),
+            issuer,
+            secrets: Secrets::sample(),
+            desk: desk.clone(),
+            neighbourhood: Arc::new(Neighbourhood::load(&dir, BTreeMap::new())),
+        });
+        let at: SocketAddr = format!("127.0.0.{}:{}", i + 1, self.topology.mesh.port).parse().expect("an address");
+        let tls = https::server(self.root.certificate(), own).expect("a certificate");
+        tokio::spawn(async move {
+            let followed = async {
+                loop {
+                    let _ = desk.follow(async |_| {}).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            };
+            tokio::select! {
+                served = serve(hub, at, tls) => served.expect("the port is free"),
+                () = followed => {}
+            }
+        })
+    }
+
+    /// A token of the fleet's root: good for one node, for ever, unless changed.
+    pub fn token(&self, group: &str, change: impl FnOnce(&mut Claims)) -> Joiner {
+        let mut claims = Claims {
+            fleet: "acme".to_owned(),
+            id: encoding::encode(PrivateKey::generate().expect("randomness").public().expect("a key").as_bytes()),
+            group: group.to_owned(),
+            slot: None,
+            replace: false,
+            uses: 1,
+            expires: u64::MAX,
+            key: String::new(),
+        };
+        change(&mut claims);
+        Joiner::mint(&self.root, claims).expect("a root")
+    }
+
+    /// A node with keys of its own.
+    #[must_use]
+    pub fn asker(joiner: &Joiner, group: &str) -> Asker {
+        let tls = PrivateKey::generate().expect("randomness");
+        let mesh_key = MeshKey(tls.public().expect("a key").as_bytes()[1..33].try_into().expect("32 bytes"));
+        Asker { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
+    }
+
+    /// Asks until somebody answers with more than "later".
+    pub async fn insist(&self, asker: &Asker, first: usize) -> JoinReply {
+        insist(self.root.certificate().to_owned(), self.topology.mesh.port, asker.clone(), first).await
+    }
+}
+
+/// Asks one hub once.
+///
+/// # Errors
+/// It does not answer.
+pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot::error::Result<JoinReply> {
+    let asked = JoinRequest {
+        version: PROTOCOL,
+        token: asker.joiner.token.clone(),
+        group: asker.group.clone(),
+        image: "1".to_owned(),
+        mesh_key: asker.mesh_key,
+        tls_key: encoding::encode(asker.tls.public().expect("a key").as_bytes()),
+    };
+    let body = serde_json::to_vec(&asked).expect("JSON");
+    let signature = encoding::encode(&asker.joiner.key.sign(&body).expect("a key"));
+    let host = format!("127.0.0.{}", hub + 1);
+    let tls = https::client(&root, None).expect("a certificate");
+    let mut connection = Connection::open(&host, port, &format!("hub-{}", hub + 1), &tls).await?;
+    let asked = request("POST", &host, "/v1/join", &[(SIGNATURE_HEADER, &signature)], body.into())?;
+    let answer = connection.ask(asked, fleet::LONGEST).await?;
+    Ok(serde_json::from_slice(&answer).expect("an answer"))
+}
+
+/// Asks one hub after the other until one answers with more than "later".
+pub async fn insist(root: String, port: u16, asker: Asker, first: usize) -> JoinReply {
+    for attempt in 0..400 {
+        match ask(root.clone(), port, asker.clone(), (first + attempt) % 3).await {
+            Ok(JoinReply::Refused(no)) if no.reason == Reason::Busy => {}
+            Ok(reply) => return reply,
+            Err(_) => {}
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("nobody answers for {}", asker.mesh_key);
+}
+
+/// The grant; it must be one.
+pub fn granted(reply: JoinReply) -> Grant {
+    match reply {
+        JoinReply::Granted(grant) => grant,
+        JoinReply::Refused(no) => panic!("refused: {no:?}"),
+    }
+}
+
+/// Why not; it must be a refusal.
+pub fn refused(reply: JoinReply) -> Reason {
+    match reply {
+        JoinReply::Granted(grant) => panic!("granted {}", grant.slot),
+        JoinReply::Refused(no) => no.reason,
+    }
+}
