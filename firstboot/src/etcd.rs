@@ -1,6 +1,7 @@
 //! etcd, by its JSON gateway: the same way Patroni takes, without a gRPC stack in the agent.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use fleet::encoding::{decode, encode};
@@ -23,6 +24,9 @@ pub struct Etcd {
     members: Vec<(String, u16)>,
     tls: Arc<ClientConfig>,
     connection: Mutex<Option<(String, Connection)>>,
+    /// Where to begin: another member after each failure. One that answers may still be of no
+    /// use, as a learner is, or a member that has lost the others.
+    first: AtomicUsize,
 }
 
 /// One key.
@@ -140,7 +144,7 @@ struct Event {
 impl Etcd {
     #[must_use]
     pub fn new(members: Vec<(String, u16)>, tls: Arc<ClientConfig>) -> Self {
-        Self { members, tls, connection: Mutex::new(None) }
+        Self { members, tls, connection: Mutex::new(None), first: AtomicUsize::new(0) }
     }
 
     /// Every key below a prefix, and the revision they are of.
@@ -209,6 +213,10 @@ impl Etcd {
         // A connection of its own: the answer never ends.
         let (host, mut connection) = self.connect().await?;
         let response = connection.send(request("POST", &host, "/v3/watch", &[], body.into())?).await?;
+        if !response.status().is_success() {
+            self.first.fetch_add(1, Ordering::Relaxed);
+            return Err(Error::Network { to: host, why: format!("{} to a watch", response.status()) });
+        }
         Ok(Watch { body: response.into_body(), rest: BytesMut::new() })
     }
 
@@ -253,6 +261,7 @@ impl Etcd {
                 Ok(answer) => return read(&answer),
                 Err(e) => {
                     *kept = None;
+                    self.first.fetch_add(1, Ordering::Relaxed);
                     // It may have been carried out: whoever asks has to look first.
                     if path.ends_with("txn") {
                         return Err(e);
@@ -261,14 +270,18 @@ impl Etcd {
             }
         }
         let (host, mut connection) = self.connect().await?;
-        let answer = connection.ask(request("POST", &host, path, &[], body)?, LONGEST).await?;
+        let asked = connection.ask(request("POST", &host, path, &[], body)?, LONGEST).await;
+        let answer = asked.inspect_err(|_| {
+            self.first.fetch_add(1, Ordering::Relaxed);
+        })?;
         *kept = Some((host, connection));
         read(&answer)
     }
 
     async fn connect(&self) -> Result<(String, Connection)> {
         let mut last = Error::Failed("etcd has no members".to_owned());
-        for (host, port) in &self.members {
+        let first = self.first.load(Ordering::Relaxed) % self.members.len().max(1);
+        for (host, port) in self.members[first..].iter().chain(&self.members[..first]) {
             match Connection::open(host, *port, host, &self.tls).await {
                 Ok(connection) => return Ok((format!("{host}:{port}"), connection)),
                 Err(e) => last = e,

@@ -75,7 +75,8 @@ impl Member {
                     match hubs.peers().await {
                         Ok(peers) => match peers.fenced {
                             Some(epoch) => return Err(fenced(&node.name, epoch)),
-                            None => neighbourhood.replace(&peers.keys, |_| false),
+                            // A hub that is new itself may not know the others yet: none is forgotten.
+                            None => neighbourhood.replace(&peers.keys, |_| true),
                         },
                         Err(e) => println!("{e}"),
                     }
