@@ -55,6 +55,11 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
     assert_eq!(refused(site.insist(&Site::asker(&site.token("db", |_| {}), "app"), 1).await), Reason::OtherGroup);
     let foreign = Joiner::mint(&Issuer::root("acme").expect("randomness"), once.token.read().expect("claims"));
     assert_eq!(refused(site.insist(&Site::asker(&foreign.expect("a root"), "db"), 1).await), Reason::Forged);
+    let revoked = site.token("db", |_| {});
+    let number = revoked.token.read().expect("claims").id;
+    assert!(!site.revoke(&number, &Issuer::root("acme").expect("randomness")).await, "anybody can revoke");
+    assert!(site.revoke(&number, &site.root).await);
+    assert_eq!(refused(site.insist(&Site::asker(&revoked, "db"), 1).await), Reason::Revoked);
     let taken = site.token("db", |c| c.slot = Some("db-1".to_owned()));
     assert_eq!(refused(site.insist(&Site::asker(&taken, "db"), 2).await), Reason::Taken);
 

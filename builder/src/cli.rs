@@ -20,6 +20,7 @@ use crate::mirror::Mirror;
 use crate::progress::Progress;
 use crate::project::{Project, Recipe};
 use crate::resolve::resolve;
+use crate::revoke::revoke;
 use crate::store::Store;
 use crate::ticket::{Terms, mint};
 use crate::{compose, plan, project, vm};
@@ -63,13 +64,14 @@ enum Command {
     },
     /// Mint a ticket: what a machine is given to become a node
     #[command(after_help = "Examples:\n  bakehouse ticket hub-1 > hub-1.ticket\n  \
-        bakehouse ticket app --uses 5 --days 2 > app.ticket\n  bakehouse ticket db-1 --replace > db-1.ticket\n\n\
+        bakehouse ticket app --uses 5 --days 2 > app.ticket\n  bakehouse ticket db-1 --replace > db-1.ticket\n  bakehouse ticket --revoke NUMBER\n\n\
         The machine finds it as the systemd credential `bakehouse.ticket`. Nodes that found the fleet\n\
         (hubs and voters) have a ticket each; others may share one for their group. For [backup.s3], set\n\
         BAKEHOUSE_S3_KEY and BAKEHOUSE_S3_SECRET when `bakehouse init` makes the fleet's key.")]
     Ticket {
         /// A node, or a group
-        to: String,
+        #[arg(required_unless_present = "revoke")]
+        to: Option<String>,
         /// How many nodes it is good for
         #[arg(long, default_value_t = 1)]
         uses: u32,
@@ -79,6 +81,9 @@ enum Command {
         /// Take the node's place from the machine that has it
         #[arg(long)]
         replace: bool,
+        /// Make a ticket worthless, by the number that was told when it was minted
+        #[arg(long, value_name = "NUMBER", conflicts_with_all = ["to", "uses", "days", "replace"])]
+        revoke: Option<String>,
         /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
@@ -224,11 +229,19 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 println!("{}", plan::table(&project));
             }
         }
-        Command::Ticket { to, uses, days, replace, endpoint } => {
+        Command::Ticket { revoke: Some(number), endpoint, .. } => {
+            let hub = revoke(&Authority::of(&project)?, &project.topology, number, &endpoints(&project, endpoint)?)?;
+            progress.say("ticket", &format!("{number} is revoked, says {hub}"));
+        }
+        Command::Ticket { to, uses, days, replace, endpoint, revoke: None } => {
             let lasts = Duration::from_secs(u64::from(*days) * 86_400);
             let terms = Terms { uses: *uses, lasts, replace: *replace };
+            let to = to.as_deref().unwrap_or_default();
             let ticket =
                 mint(&Authority::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
+            if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
+                progress.say("ticket", &format!("number {}: for {to}, {uses} times within {days} days", claims.id));
+            }
             println!("{}", serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?);
         }
         Command::Lock { update, mirror } => {

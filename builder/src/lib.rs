@@ -20,6 +20,7 @@ mod plan;
 pub mod progress;
 pub mod project;
 mod resolve;
+mod revoke;
 pub mod sandbox;
 mod store;
 pub mod ticket;

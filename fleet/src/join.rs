@@ -107,6 +107,16 @@ pub struct Introduction {
     pub mesh_key: MeshKey,
 }
 
+/// `POST /v1/revoke`, signed by the fleet's root: a token is of no use any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Revocation {
+    pub version: u16,
+    pub fleet: String,
+    /// The token's id.
+    pub token: String,
+}
+
 /// The answer to an introduction, and to `GET /v1/peers`, which every node may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -187,6 +197,7 @@ mod tests {
             let _ = serde_json::from_slice::<JoinRequest>(&bytes);
             let _ = serde_json::from_slice::<JoinReply>(&bytes);
             let _ = serde_json::from_slice::<Peers>(&bytes);
+            let _ = serde_json::from_slice::<Revocation>(&bytes);
         }
     }
 }

@@ -21,8 +21,8 @@ mod topology;
 pub use certificate::{CertificateError, Issuer, PrivateKey, PublicKey};
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
 pub use join::{
-    Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason, Refusal, SIGNATURE_HEADER,
-    SlotRecord,
+    Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason, Refusal, Revocation,
+    SIGNATURE_HEADER, SlotRecord,
 };
 pub use lint::{HaRow, ha_table, lint};
 pub use membership::{Membership, Secrets, Tls};

@@ -127,6 +127,17 @@ impl Ticket {
     }
 }
 
+impl Ticket {
+    /// The token in it: a founder's ticket has one only if it replaces another machine.
+    #[must_use]
+    pub fn token(&self) -> Option<&Token> {
+        match &self.right {
+            Right::Founder(founder) => founder.replaces.as_ref().map(|joiner| &joiner.token),
+            Right::Joiner(joiner) => Some(&joiner.token),
+        }
+    }
+}
+
 impl Joiner {
     /// Mints a token of these claims (whose `key` is filled in).
     ///

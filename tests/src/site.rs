@@ -11,7 +11,7 @@ use firstboot::hub::api::{Hub, serve};
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::neighbours::Neighbourhood;
 use fleet::{
-    Claims, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason,
+    Claims, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason, Revocation,
     SIGNATURE_HEADER, Secrets, Topology, encoding,
 };
 
@@ -116,6 +116,17 @@ impl Site {
         let tls = PrivateKey::generate().expect("randomness");
         let mesh_key = MeshKey(tls.public().expect("a key").as_bytes()[1..33].try_into().expect("32 bytes"));
         Asker { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
+    }
+
+    /// Has a token revoked by hub-3, signed by this key; says whether it was.
+    pub async fn revoke(&self, token: &str, by: &Issuer) -> bool {
+        let asked = Revocation { version: PROTOCOL, fleet: "acme".to_owned(), token: token.to_owned() };
+        let body = serde_json::to_vec(&asked).expect("JSON");
+        let signature = encoding::encode(&by.sign(&body).expect("a key"));
+        let tls = https::client(self.root.certificate(), None).expect("a certificate");
+        let mut hub = Connection::open("127.0.0.3", self.topology.mesh.port, "hub-3", &tls).await.expect("a hub");
+        let asked = request("POST", "hub", "/v1/revoke", &[(SIGNATURE_HEADER, &signature)], body.into()).expect("HTTP");
+        hub.ask(asked, 1 << 10).await.is_ok()
     }
 
     /// Asks until somebody answers with more than "later".

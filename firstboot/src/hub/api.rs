@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fleet::{
-    Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason, Refusal, SIGNATURE_HEADER,
-    Secrets, Topology, encoding,
+    Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason, Refusal, Revocation,
+    SIGNATURE_HEADER, Secrets, Topology, encoding,
 };
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
@@ -25,7 +25,7 @@ use tokio_rustls::rustls::pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
 use super::claims::ClaimsDesk;
-use super::token::{no, verify};
+use super::token::{no, signed_by_root, verify};
 use crate::error::{Error, Result};
 use crate::neighbours::Neighbourhood;
 
@@ -106,6 +106,11 @@ async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) 
             Ok(peers) => json(&peers),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
         },
+        (Method::POST, "/v1/revoke", _) => match hub.revoke(&body, &signature).await {
+            Ok(()) => plain(StatusCode::OK, ""),
+            Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
+            Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
+        },
         (Method::GET, "/v1/peers", Some(member)) => json(&hub.peers(member)),
         (_, "/v1/introduce" | "/v1/peers", None) => plain(StatusCode::UNAUTHORIZED, "show a certificate of this fleet"),
         _ => plain(StatusCode::NOT_FOUND, "no such thing"),
@@ -160,6 +165,27 @@ impl Hub {
                 JoinReply::Refused(refusal)
             }
         }
+    }
+
+    /// The operator takes a token back.
+    async fn revoke(&self, body: &[u8], signature: &str) -> Result<(), Refusal> {
+        let signed = encoding::decode(signature).is_some_and(|s| signed_by_root(&self.root, body, &s));
+        if !signed {
+            return Err(no(Reason::Forged, "this was not signed by the fleet's root"));
+        }
+        let asked: Revocation = serde_json::from_slice(body)
+            .map_err(|e| no(Reason::Malformed, &format!("the revocation is not readable: {e}")))?;
+        if asked.version != PROTOCOL || asked.fleet != self.topology.name {
+            return Err(no(
+                Reason::OtherFleet,
+                &format!("this is a hub of `{}`, format {PROTOCOL}", self.topology.name),
+            ));
+        }
+        println!("token {} is revoked", asked.token);
+        self.desk.revoke(&asked.token).await.map_err(|e| {
+            eprintln!("{e}");
+            no(Reason::Busy, "etcd does not answer")
+        })
     }
 
     /// A founder says who it is, before there is an etcd to read it from.

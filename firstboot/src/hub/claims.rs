@@ -140,6 +140,15 @@ impl ClaimsDesk {
         Ok(Err(no(Reason::Busy, "somebody else wrote at the same time")))
     }
 
+    /// A token is of no use any more. Who came in with it stays.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn revoke(&self, token: &str) -> Result<()> {
+        let keys = Keys::of(MeshKey([0; 32]), token);
+        self.etcd.transact(&[], &[Then::Put(&keys.revoked, b"")]).await.map(drop)
+    }
+
     /// Makes room in etcd for the machine that has a voter's slot now, and has not started etcd
     /// yet: its predecessor goes, it may listen. Done again, it changes nothing.
     ///

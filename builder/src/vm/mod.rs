@@ -4,19 +4,21 @@
 //! are on. What it says comes over its serial console into `console.log`; a second serial port, served by a unit that
 //! is handed in as a credential, runs commands. The image has no part in that.
 
+mod firmware;
+mod wire;
+
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use fleet::{Node, Ticket, Topology};
+use fleet::Ticket;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde::Serialize;
@@ -29,6 +31,8 @@ use crate::progress::Progress;
 use crate::project::Project;
 use crate::ticket::{Terms, mint};
 use crate::tools::run;
+use firmware::{Firmware, accelerator};
+pub use wire::Wire;
 
 /// What the agent says on the console when its node serves.
 const READY: &str = "bakehouse: ready";
@@ -75,46 +79,6 @@ pub struct Start<'a> {
     pub wire: Wire,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
-}
-
-/// A machine's place on the wire that connects the fleet's machines: frames in multicast
-/// packets that don't leave this host's loopback.
-#[derive(Clone, Debug)]
-pub struct Wire {
-    /// Multicast group and port: the fleet's folder has its own.
-    group: String,
-    mac: String,
-    address: Ipv4Addr,
-}
-
-/// Network of the wires, reserved for tests of network devices (RFC 2544).
-const WIRE: [u8; 2] = [198, 18];
-
-impl Wire {
-    fn of(project: &Project, node: &Node) -> Self {
-        let h = sha256(project.dir.as_os_str().as_encoded_bytes());
-        let byte = |i: usize| u8::from_str_radix(&h[2 * i..2 * i + 2], 16).unwrap_or(1);
-        let port = 20_000 + u16::from_be_bytes([byte(2), byte(3)]) % 10_000;
-        let address = Self::address(&project.topology, node);
-        let [_, _, c, d] = address.octets();
-        Self {
-            group: format!("239.255.{}.{}:{port}", byte(0), byte(1)),
-            mac: format!("52:54:00:12:{c:02x}:{d:02x}"),
-            address,
-        }
-    }
-
-    /// By the node's place in the mesh, so that it is the same in every start.
-    fn address(topology: &Topology, node: &Node) -> Ipv4Addr {
-        let host = u32::from(node.address) - u32::from(topology.mesh.subnet.network());
-        let [_, _, c, d] = host.to_be_bytes();
-        Ipv4Addr::new(WIRE[0], WIRE[1], c, d)
-    }
-
-    /// systemd-networkd's file for the one card there is.
-    fn network(&self) -> String {
-        format!("[Match]\nMACAddress={}\n[Network]\nAddress={}/16\nLinkLocalAddressing=no\n", self.mac, self.address)
-    }
 }
 
 impl Vm {
@@ -308,78 +272,6 @@ impl Vm {
         let _ = monitor.read_to_end(&mut Vec::new());
         Ok(())
     }
-}
-
-struct Firmware {
-    code: PathBuf,
-    vars: PathBuf,
-}
-
-impl Firmware {
-    /// Debian's OVMF.
-    fn find() -> Result<Self> {
-        let dir = Path::new("/usr/share/OVMF");
-        let (code, vars) = (dir.join("OVMF_CODE_4M.fd"), dir.join("OVMF_VARS_4M.fd"));
-        if code.exists() && vars.exists() {
-            return Ok(Self { code, vars });
-        }
-        fail(format!("{} is missing: apt install ovmf (or `make deps`)", code.display()))
-    }
-
-    /// Whether this firmware, with these options, gets as far as looking for something to boot.
-    fn comes_up(&self, options: [&str; 4], timeout: Duration) -> bool {
-        let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(options).args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none"]);
-        qemu.args(["-m", "256M", "-no-reboot", "-serial", "stdio"]);
-        let drive = |unit: u8, file: &Path, how: &str| {
-            format!("if=pflash,format=raw,unit={unit},{how}=on,file={}", file.display())
-        };
-        qemu.arg("-drive").arg(drive(0, &self.code, "readonly")).arg("-drive").arg(drive(1, &self.vars, "snapshot"));
-        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let Ok(mut child) = qemu.spawn() else { return false };
-        let Some(serial) = child.stdout.take() else { return false };
-        let (send, receive) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            let came = BufReader::new(serial)
-                .split(b'\n')
-                .map_while(std::result::Result::ok)
-                .any(|l| l.windows(6).any(|w| w == b"BdsDxe"));
-            let _ = send.send(came);
-        });
-        let came = receive.recv_timeout(timeout).unwrap_or(false);
-        let _ = child.kill();
-        let _ = child.wait();
-        came
-    }
-}
-
-/// How long KVM may take to bring the firmware up; where it is emulated itself it never does.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(8);
-
-/// Options for the fastest way to run a machine here. A device file says nothing about KVM, and
-/// neither does a boot sector that runs: where a hypervisor emulates KVM, some of it works, slower
-/// than QEMU's own emulation, or until the firmware's first unusual instruction. So KVM has to
-/// bring up the firmware once; the answer is kept in `dir` until the host boots again.
-fn accelerator(firmware: &Firmware, dir: &Path) -> Result<[&'static str; 4]> {
-    let kvm = ["-accel", "kvm", "-cpu", "host"];
-    let tcg = ["-accel", "tcg,thread=multi", "-cpu", "max"];
-    if !Path::new("/dev/kvm").exists() {
-        return Ok(tcg);
-    }
-    let boot = Path::new("/proc/sys/kernel/random/boot_id");
-    let boot = fs::read_to_string(boot).map_err(Error::io("read", boot))?;
-    let kept = dir.join("accelerator");
-    let (yes, no) = (format!("kvm {boot}"), format!("tcg {boot}"));
-    let works = match fs::read_to_string(&kept) {
-        Ok(text) if text == yes => true,
-        Ok(text) if text == no => false,
-        _ => {
-            let works = firmware.comes_up(kvm, PROBE_TIMEOUT);
-            fs::write(&kept, if works { yes } else { no }).map_err(Error::io("write", &kept))?;
-            works
-        }
-    };
-    Ok(if works { kvm } else { tcg })
 }
 
 /// The same node has the same machine id after its disk is wiped.
@@ -578,14 +470,6 @@ mod tests {
     #[test]
     fn escape_sequences_go() {
         assert_eq!(plain(b"\x1b[0;32m  OK  \x1b[0m a\r\nb\x1b]0;t\x07c"), "  OK   a\nbc");
-    }
-
-    #[test]
-    fn only_what_brings_up_the_firmware_works() {
-        let firmware = Firmware::find().unwrap();
-        let works = |accel| firmware.comes_up(["-accel", accel, "-cpu", "max"], Duration::from_secs(60));
-        assert!(works("tcg"));
-        assert!(!works("nothing-of-that-name"));
     }
 
     #[test]

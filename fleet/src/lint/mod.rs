@@ -1,5 +1,7 @@
 //! What `bakehouse check` knows of the domain, beyond the shape of the TOML.
 
+mod services;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::ops::Range;
@@ -27,14 +29,6 @@ impl HaRow {
         self.have >= self.minimum
     }
 }
-
-/// Seconds until another hub has the VIP and the routes to it: three adverts and three BFD
-/// packets at the intervals of the templates, rounded up.
-const VIP_MOVES: u16 = 1;
-/// Seconds from the end of a dead primary's lease until HAProxy sends writes to the next.
-const PROMOTION: u16 = 5;
-/// Seconds until HAProxy has taken an application node out: one interval, then two checks.
-const APP_IS_OUT: u16 = 3;
 
 /// Node counts by role beside what high availability needs.
 #[must_use]
@@ -319,154 +313,6 @@ impl Lint<'_> {
         }
     }
 
-    /// What Patroni itself insists on, said before a node is built with it.
-    fn database(&mut self) {
-        let span = self.fleet.database.span();
-        let d = self.fleet.database.get_ref().clone();
-        for (key, value, least) in
-            [("ttl", d.ttl, 20), ("loop_wait", d.loop_wait, 1), ("retry_timeout", d.retry_timeout, 3)]
-        {
-            if value < least {
-                self.error(
-                    span.clone(),
-                    format!("[database] {key} is {value} s, less than Patroni allows"),
-                    format!("set at least {key} = {least}"),
-                );
-            }
-        }
-        let sum = u32::from(d.loop_wait) + 2 * u32::from(d.retry_timeout);
-        if sum > u32::from(d.ttl) {
-            self.error(
-                span,
-                format!(
-                    "[database] loop_wait + 2 × retry_timeout is {sum} s, more than ttl ({} s): a primary that is only slow would lose its lease",
-                    d.ttl
-                ),
-                format!("set ttl = {sum}, or lower the others"),
-            );
-        }
-    }
-
-    fn backup(&mut self) {
-        let fleet = self.fleet;
-        let (backup, span) = (fleet.backup.get_ref(), fleet.backup.span());
-        let has_databases = self.topology.nodes.iter().any(|n| n.has_role("db"));
-        if let (Some(node), Some(_)) = (&backup.node, &backup.s3) {
-            self.error(
-                span.clone(),
-                format!("[backup] has both the node `{node}` and s3"),
-                "leave one of them out".to_owned(),
-            );
-        }
-        if let Some(node) = backup.node.as_ref().filter(|n| self.topology.node(n).is_none()) {
-            let help = nearest(node, self.topology.nodes.iter().map(|n| n.name.as_str()));
-            self.error(span.clone(), format!("[backup] there is no node `{node}`"), help);
-        }
-        let keeper = self.topology.backup.node.as_ref().and_then(|n| self.topology.node(n)).cloned();
-        if let Some(name) = keeper.as_ref().filter(|n| n.has_role("db")).map(|n| &n.name) {
-            self.warning(
-                span.clone(),
-                format!("[backup] {name} has the database and its backups: one machine loses both"),
-                "name a node without the role `db`, or an S3 bucket".to_owned(),
-            );
-        }
-        if has_databases && keeper.is_none() && backup.s3.is_none() && backup.node.is_none() {
-            self.warning(
-                span.clone(),
-                "there are no backups: every node has the role `db`".to_owned(),
-                "add `[backup.s3]`, or name a node: `[backup] node = …`".to_owned(),
-            );
-        }
-        if backup.keep == 0 {
-            self.error(span.clone(), "[backup] keep = 0 keeps nothing".to_owned(), "keep at least 1".to_owned());
-        }
-        let s3 = backup.s3.iter().flat_map(|s| [&s.bucket, &s.endpoint, &s.region]);
-        for text in [&backup.full, &backup.incremental].into_iter().chain(&backup.restore).chain(s3) {
-            if text.is_empty() || text.contains(|c: char| c.is_control() || "\"'%\\$".contains(c)) {
-                self.error(
-                    span.clone(),
-                    format!("[backup] `{}` can't be written into a configuration", text.escape_debug()),
-                    None,
-                );
-            }
-        }
-    }
-
-    fn services(&mut self) {
-        let fleet = self.fleet;
-        let odoo = fleet.odoo.get_ref();
-        for language in &odoo.languages {
-            let (main, rest) = language.split_once(['_', '@']).map_or((language.as_str(), None), |(m, r)| (m, Some(r)));
-            let good = (2..=3).contains(&main.len())
-                && main.chars().all(|c| c.is_ascii_lowercase())
-                && rest.is_none_or(|r| !r.is_empty() && r.chars().all(|c| c.is_ascii_alphanumeric()));
-            if !good {
-                self.error(
-                    fleet.odoo.span(),
-                    format!("[odoo] `{language}` is not a language"),
-                    "write it as Odoo does, such as \"de\" or \"pt_BR\"".to_owned(),
-                );
-            }
-        }
-        if !is_identifier(&odoo.database) {
-            self.error(
-                fleet.odoo.span(),
-                format!("[odoo] `{}` can't be a database's name", odoo.database),
-                "use lower-case letters, digits and `_`, a letter first".to_owned(),
-            );
-        }
-        for module in odoo.modules.iter().filter(|m| !is_identifier(m)) {
-            self.error(fleet.odoo.span(), format!("[odoo] `{module}` can't be an add-on's name"), None);
-        }
-        for role in fleet.firewall.get_ref().open.iter().filter_map(|open| open.role.as_ref()) {
-            if !self.profiles.contains_key(role) {
-                let help = nearest(role, self.profiles.keys().map(String::as_str));
-                self.error(fleet.firewall.span(), format!("[firewall] there is no role `{role}`"), help);
-            }
-        }
-        let alerts = fleet.alerts.get_ref();
-        for url in alerts.webhooks.iter().chain(&alerts.dead_man) {
-            if !(url.starts_with("http://") || url.starts_with("https://")) || url.contains(char::is_whitespace) {
-                self.error(
-                    fleet.alerts.span(),
-                    format!("[alerts] `{url}` is not an address"),
-                    "it begins with https:// or http://".to_owned(),
-                );
-            }
-        }
-        let watched = self.topology.nodes.iter().any(|n| n.has_role("monitor"));
-        if watched && alerts.email.is_none() && alerts.webhooks.is_empty() {
-            self.warning(
-                fleet.alerts.span(),
-                "nobody is told of failures: [alerts] names no e-mail and no webhook".to_owned(),
-                "add `[alerts] webhooks = [\"https://…\"]` or `[alerts.email]`".to_owned(),
-            );
-        }
-    }
-
-    /// A promise that the time-outs can't keep is not one.
-    fn promises(&mut self) {
-        let promise = self.fleet.promise.get_ref().clone();
-        let ttl = self.fleet.database.get_ref().ttl;
-        for (key, promised, takes, why) in [
-            ("vip", promise.vip, VIP_MOVES, "missed VRRP adverts and BFD"),
-            ("database", promise.database, ttl.saturating_add(PROMOTION), "the lease's ttl, promotion, a health check"),
-            ("app", promise.app, APP_IS_OUT, "two failed health checks"),
-        ] {
-            if promised < takes {
-                self.error(
-                    self.fleet.promise.span(),
-                    format!("[promise] {key} = {promised} s can't be kept: it may take {takes} s ({why})"),
-                    if key == "database" {
-                        format!("raise it, or lower [database] ttl (now {ttl}, at least 20)")
-                    } else {
-                        format!("promise at least {takes}")
-                    },
-                );
-            }
-        }
-    }
-
     fn high_availability(&mut self) {
         for row in ha_table(&self.topology) {
             if !row.survives_a_failure() {
@@ -485,12 +331,6 @@ fn is_dns_label(text: &str, longest: usize) -> bool {
         && text.starts_with(|c: char| c.is_ascii_lowercase())
         && !text.ends_with('-')
         && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
-}
-
-fn is_identifier(text: &str) -> bool {
-    text.len() <= 60
-        && text.starts_with(|c: char| c.is_ascii_lowercase())
-        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
 }
 
 fn is_host(text: &str) -> bool {

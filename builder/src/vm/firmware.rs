@@ -1,0 +1,95 @@
+//! The firmware machines boot with, and whether KVM can run it here.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::error::{Error, Result, fail};
+
+/// UEFI firmware for QEMU.
+pub(super) struct Firmware {
+    pub(super) code: PathBuf,
+    pub(super) vars: PathBuf,
+}
+
+impl Firmware {
+    /// Debian's OVMF.
+    pub(super) fn find() -> Result<Self> {
+        let dir = Path::new("/usr/share/OVMF");
+        let (code, vars) = (dir.join("OVMF_CODE_4M.fd"), dir.join("OVMF_VARS_4M.fd"));
+        if code.exists() && vars.exists() {
+            return Ok(Self { code, vars });
+        }
+        fail(format!("{} is missing: apt install ovmf (or `make deps`)", code.display()))
+    }
+
+    /// Whether this firmware, with these options, gets as far as looking for something to boot.
+    fn comes_up(&self, options: [&str; 4], timeout: Duration) -> bool {
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(options).args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none"]);
+        qemu.args(["-m", "256M", "-no-reboot", "-serial", "stdio"]);
+        let drive = |unit: u8, file: &Path, how: &str| {
+            format!("if=pflash,format=raw,unit={unit},{how}=on,file={}", file.display())
+        };
+        qemu.arg("-drive").arg(drive(0, &self.code, "readonly")).arg("-drive").arg(drive(1, &self.vars, "snapshot"));
+        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let Ok(mut child) = qemu.spawn() else { return false };
+        let Some(serial) = child.stdout.take() else { return false };
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let came = BufReader::new(serial)
+                .split(b'\n')
+                .map_while(std::result::Result::ok)
+                .any(|l| l.windows(6).any(|w| w == b"BdsDxe"));
+            let _ = send.send(came);
+        });
+        let came = receive.recv_timeout(timeout).unwrap_or(false);
+        let _ = child.kill();
+        let _ = child.wait();
+        came
+    }
+}
+
+/// How long KVM may take to bring the firmware up; where it is emulated itself it never does.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// Options for the fastest way to run a machine here. A device file says nothing about KVM, and
+/// neither does a boot sector that runs: where a hypervisor emulates KVM, some of it works, slower
+/// than QEMU's own emulation, or until the firmware's first unusual instruction. So KVM has to
+/// bring up the firmware once; the answer is kept in `dir` until the host boots again.
+pub(super) fn accelerator(firmware: &Firmware, dir: &Path) -> Result<[&'static str; 4]> {
+    let kvm = ["-accel", "kvm", "-cpu", "host"];
+    let tcg = ["-accel", "tcg,thread=multi", "-cpu", "max"];
+    if !Path::new("/dev/kvm").exists() {
+        return Ok(tcg);
+    }
+    let boot = Path::new("/proc/sys/kernel/random/boot_id");
+    let boot = fs::read_to_string(boot).map_err(Error::io("read", boot))?;
+    let kept = dir.join("accelerator");
+    let (yes, no) = (format!("kvm {boot}"), format!("tcg {boot}"));
+    let works = match fs::read_to_string(&kept) {
+        Ok(text) if text == yes => true,
+        Ok(text) if text == no => false,
+        _ => {
+            let works = firmware.comes_up(kvm, PROBE_TIMEOUT);
+            fs::write(&kept, if works { yes } else { no }).map_err(Error::io("write", &kept))?;
+            works
+        }
+    };
+    Ok(if works { kvm } else { tcg })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_brings_up_the_firmware_works() {
+        let firmware = Firmware::find().unwrap();
+        let works = |accel| firmware.comes_up(["-accel", accel, "-cpu", "max"], Duration::from_secs(60));
+        assert!(works("tcg"));
+        assert!(!works("nothing-of-that-name"));
+    }
+}
