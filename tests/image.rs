@@ -323,6 +323,10 @@ fn a_fleets_key_is_made_once_and_signs_tickets() {
     let joiner = fleet::Ticket::parse(ticket(&["app", "--uses", "5"]).out.as_bytes()).expect("a ticket");
     let fleet::Right::Joiner(joiner) = joiner.right else { panic!("apps found nothing") };
     assert_eq!(joiner.token.read().expect("claims").uses, 5);
+    let file = dir.join("hub-1.ticket");
+    assert_eq!(ticket(&["hub-1", "-o", file.to_str().expect("a path of letters")]).out, "");
+    assert_eq!(fs::metadata(&file).expect("a ticket").permissions().mode() & 0o777, 0o600);
+    fleet::Ticket::parse(&fs::read(&file).expect("a ticket")).expect("a ticket");
     ticket(&["hub"]).fails(2, &["each has a ticket of its own"]);
     ticket(&["app", "--endpoint", "db-1=x"]).fails(2, &["`db-1=x` is not HUB=HOST"]);
     fs::remove_file(dir.join("fleet.key")).expect("a key");

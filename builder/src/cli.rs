@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use fleet::{Diagnostics, ha_table};
 
-use crate::authority::Authority;
+use crate::authority::{Authority, write_private};
 use crate::bake::pretty_json;
 use crate::error::{Error, Result};
 use crate::explain::explain;
@@ -63,8 +63,8 @@ enum Command {
         from: String,
     },
     /// Mint a ticket: what a machine is given to become a node
-    #[command(after_help = "Examples:\n  bakehouse ticket hub-1 > hub-1.ticket\n  \
-        bakehouse ticket app --uses 5 --days 2 > app.ticket\n  bakehouse ticket db-1 --replace > db-1.ticket\n  bakehouse ticket --revoke NUMBER\n\n\
+    #[command(after_help = "Examples:\n  bakehouse ticket hub-1 -o hub-1.ticket\n  \
+        bakehouse ticket app --uses 5 --days 2 -o app.ticket\n  bakehouse ticket db-1 --replace -o db-1.ticket\n  bakehouse ticket --revoke NUMBER\n\n\
         The machine finds it as the systemd credential `bakehouse.ticket`. Nodes that found the fleet\n\
         (hubs and voters) have a ticket each; others may share one for their group. For [backup.s3], set\n\
         BAKEHOUSE_S3_KEY and BAKEHOUSE_S3_SECRET when `bakehouse init` makes the fleet's key.")]
@@ -84,6 +84,9 @@ enum Command {
         /// Make a ticket worthless, by the number that was told when it was minted
         #[arg(long, value_name = "NUMBER", conflicts_with_all = ["to", "uses", "days", "replace"])]
         revoke: Option<String>,
+        /// Write it to a file that only you can read, instead of standard output
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
         /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
@@ -233,7 +236,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let hub = revoke(&Authority::of(&project)?, &project.topology, number, &endpoints(&project, endpoint)?)?;
             progress.say("ticket", &format!("{number} is revoked, says {hub}"));
         }
-        Command::Ticket { to, uses, days, replace, endpoint, revoke: None } => {
+        Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None } => {
             let lasts = Duration::from_secs(u64::from(*days) * 86_400);
             let terms = Terms { uses: *uses, lasts, replace: *replace };
             let to = to.as_deref().unwrap_or_default();
@@ -242,7 +245,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
                 progress.say("ticket", &format!("number {}: for {to}, {uses} times within {days} days", claims.id));
             }
-            println!("{}", serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?);
+            let text = serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
+            match output {
+                Some(path) => write_private(path, text.as_bytes())?,
+                None => println!("{text}"),
+            }
         }
         Command::Lock { update, mirror } => {
             let store = Store::open()?;

@@ -12,7 +12,9 @@ pub enum Error {
     Configuration(String),
     #[error("cannot {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("another machine is {slot} since epoch {epoch}: this one has stopped; wipe it to make it a new node")]
+    #[error(
+        "another machine is {slot} since epoch {epoch}: this one has stopped; to put it there again, wipe it and give it a ticket of `bakehouse ticket {slot} --replace`"
+    )]
     Fenced { slot: String, epoch: u64 },
     /// Something that is not there now; trying again may help.
     #[error("{0}")]

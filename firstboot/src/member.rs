@@ -112,7 +112,12 @@ impl Member {
             loop {
                 let owners = desk.owners();
                 // A key that etcd has is known for good; an introduction may be of an older one.
-                let answers = hubs.introduce(&own, |slot| owners.contains_key(slot)).await;
+                let mut answers = hubs.introduce(&own, |slot| owners.contains_key(slot)).await;
+                // Where all are known, one is still asked: a founder that was cut off while another
+                // machine took its place hears of it from nobody else.
+                if answers.is_empty() {
+                    answers.extend(hubs.peers().await);
+                }
                 for peers in answers {
                     if let Some(epoch) = peers.fenced {
                         return Err(fenced(&node.name, epoch));

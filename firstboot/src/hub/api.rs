@@ -161,7 +161,8 @@ impl Hub {
         match granted.await {
             Ok(grant) => JoinReply::Granted(grant),
             Err(refusal) => {
-                println!("refused ({:?}): {}", refusal.reason, refusal.text);
+                // Part of it may be the stranger's own words: one line, whatever they hold.
+                println!("refused ({:?}): {}", refusal.reason, refusal.text.escape_debug());
                 JoinReply::Refused(refusal)
             }
         }
@@ -181,7 +182,7 @@ impl Hub {
                 &format!("this is a hub of `{}`, format {PROTOCOL}", self.topology.name),
             ));
         }
-        println!("token {} is revoked", asked.token);
+        println!("token {} is revoked", asked.token.escape_debug());
         self.desk.revoke(&asked.token).await.map_err(|e| {
             eprintln!("{e}");
             no(Reason::Busy, "etcd does not answer")

@@ -168,7 +168,7 @@ impl ClaimsDesk {
         self.etcd.add_learner(&url).await
     }
 
-    /// Gives this hub or voter its vote, if it has none; says whether it has one now.
+    /// Gives this voter its vote, if it has none.
     ///
     /// # Errors
     /// It has not caught up yet, or there is no quorum.
