@@ -23,7 +23,7 @@ use crate::resolve::resolve;
 use crate::revoke::revoke;
 use crate::store::Store;
 use crate::ticket::{Terms, mint};
-use crate::{compose, plan, project, vm};
+use crate::{compose, plan, project, rehearse, report, vm};
 
 /// Turns a fleet.toml into bootable, immutable Debian images.
 #[derive(Parser)]
@@ -120,11 +120,12 @@ enum Command {
         #[command(flatten)]
         mirror: MirrorArg,
     },
-    /// Boot nodes as local virtual machines
-    #[command(after_help = "Example:\n  bakehouse up hub-1")]
+    /// Boot the fleet as local virtual machines, on a network of their own
+    #[command(after_help = "Examples:\n  bakehouse up\n  bakehouse up hub-1\n\n\
+        Builds what is missing, mints the tickets, waits until all is ready. Ctrl-C leaves the machines\n\
+        on: `bakehouse up` waits again, `bakehouse down` switches them off.")]
     Up {
-        /// Nodes
-        #[arg(required = true)]
+        /// Nodes; all when none is named
         nodes: Vec<String>,
         #[command(flatten)]
         mirror: MirrorArg,
@@ -135,8 +136,8 @@ enum Command {
         /// Nodes; all when none is named
         nodes: Vec<String>,
     },
-    /// What runs here
-    #[command(after_help = "Example:\n  bakehouse status --json")]
+    /// The local virtual machines at a glance: state, VIP, primary and standbys, Odoo
+    #[command(after_help = "Examples:\n  bakehouse status --json\n  watch bakehouse status")]
     Status,
     /// Print a virtual machine's console
     #[command(after_help = "Example:\n  bakehouse console hub-1")]
@@ -147,6 +148,27 @@ enum Command {
         node: String,
         #[arg(last = true, required = true)]
         command: Vec<String>,
+    },
+    /// Break the running fleet on purpose, and tell what its users notice
+    #[command(after_help = scenarios())]
+    Rehearse {
+        /// What to break; all of it, one after the other, when nothing is named
+        scenarios: Vec<String>,
+        /// How often each
+        #[arg(long, default_value_t = 1)]
+        repeat: u32,
+        /// Write the table to a Markdown file too
+        #[arg(long, value_name = "FILE")]
+        page: Option<PathBuf>,
+        /// Revision of your sources, for the page
+        #[arg(long)]
+        revision: Option<String>,
+    },
+    /// Collect journals, configurations and the services' views from all machines
+    #[command(after_help = "Example:\n  bakehouse report -o report.tar.gz\n\nPasswords and keys are taken out.")]
+    Report {
+        #[arg(short, long, default_value = "report.tar.gz", value_name = "FILE")]
+        output: PathBuf,
     },
     /// Say where a file of an image comes from
     #[command(after_help = "Example:\n  bakehouse explain /run/bakehouse/haproxy.cfg --group app")]
@@ -187,7 +209,7 @@ pub fn main() -> ExitCode {
     match run(&cli) {
         Ok(code) => code,
         Err(e) => {
-            report(&e, cli.json);
+            complain(&e, cli.json);
             e.exit_code()
         }
     }
@@ -271,17 +293,27 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let groups = vm::groups_of(&project, nodes)?;
             build(&project, &groups, None, mirror, &progress)?;
             vm::up(&project, nodes, &progress)?;
+            board(&project, cli.json)?;
         }
-        Command::Down { nodes } => vm::down(&project, nodes, &progress)?,
-        Command::Status => {
-            let status = vm::status(&project);
-            print_json(cli.json, &status)?;
+        Command::Rehearse { scenarios, repeat, page, revision } => {
+            let chosen = rehearse::chosen(scenarios)?;
+            let rehearsal = rehearse::Rehearsal::new(&project, &progress)?;
+            let outcomes = rehearsal.play(&chosen, *repeat)?;
+            print_json(cli.json, &outcomes)?;
             if !cli.json {
-                for line in &status {
-                    println!("{line}");
-                }
+                print!("{}", rehearse::table(&outcomes));
+            }
+            if let Some(path) = page {
+                let text = rehearse::page(&project, &outcomes, rehearsal.factor, revision.as_deref())?;
+                std::fs::write(path, text).map_err(Error::io("write", path))?;
+            }
+            if outcomes.iter().any(|o| !o.broken.is_empty()) {
+                return Ok(ExitCode::FAILURE);
             }
         }
+        Command::Report { output } => report::collect(&project, output, &progress)?,
+        Command::Down { nodes } => vm::down(&project, nodes, &progress)?,
+        Command::Status => board(&project, cli.json)?,
         Command::Explain { path, group } => {
             let groups = project.groups(&group.iter().cloned().collect::<Vec<_>>())?;
             let [group] = groups[..] else {
@@ -297,6 +329,25 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Init { .. } | Command::Store(_) | Command::Exec { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The rehearsal's help: what there is to break.
+fn scenarios() -> String {
+    let list: Vec<String> = rehearse::SCENARIOS.iter().map(|s| format!("  {:<12} {}", s.name, s.about)).collect();
+    format!(
+        "Scenarios:\n{}\n\nExamples:\n  bakehouse rehearse hub db app\n  bakehouse rehearse --page docs/rehearsal.md\n\n\
+         Exit code 1 when a promise was broken.",
+        list.join("\n")
+    )
+}
+
+fn board(project: &Project, json: bool) -> Result<()> {
+    let board = vm::Board::read(project);
+    print_json(json, &board)?;
+    if !json {
+        print!("{board}");
+    }
+    Ok(())
 }
 
 fn print_json(wanted: bool, value: &impl serde::Serialize) -> Result<()> {
@@ -346,7 +397,7 @@ fn build(
     groups.iter().map(|g| build.image(g)).collect()
 }
 
-fn report(e: &Error, json: bool) {
+fn complain(e: &Error, json: bool) {
     match e {
         Error::Config(Diagnostics(all)) if json => {
             if let Ok(text) = pretty_json(&all).map(|b| String::from_utf8_lossy(&b).into_owned()) {

@@ -19,6 +19,8 @@ pub mod mirror;
 mod plan;
 pub mod progress;
 pub mod project;
+pub mod rehearse;
+mod report;
 mod resolve;
 mod revoke;
 pub mod sandbox;

@@ -4,16 +4,17 @@
 //! are on. What it says comes over its serial console into `console.log`; a second serial port, served by a unit that
 //! is handed in as a credential, runs commands. The image has no part in that.
 
+mod board;
 mod firmware;
 mod wire;
 
-use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use base64::Engine as _;
@@ -21,18 +22,19 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use fleet::Ticket;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use serde::Serialize;
 
 use crate::authority::{Authority, write_private};
 use crate::bake::{image_id, slots, var_size};
 use crate::digest::sha256;
 use crate::error::{Error, Result, fail};
-use crate::progress::Progress;
+use crate::progress::{Progress, Step};
 use crate::project::Project;
 use crate::ticket::{Terms, mint};
 use crate::tools::run;
+use board::last_word;
+pub use board::{Board, Database, Row, Standby, State};
 use firmware::{Firmware, accelerator};
-pub use wire::Wire;
+pub use wire::{Door, Wire};
 
 /// What the agent says on the console when its node serves.
 const READY: &str = "bakehouse: ready";
@@ -41,16 +43,17 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
 /// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
 const SPARE_DISK: u64 = 4 << 30;
 
-/// Serves commands on the second serial port: a line of base64 in, status and base64 out.
+/// Serves commands on the second serial port: a number and base64 in; the number, status and
+/// base64 out. One that hangs holds nobody up.
 const EXEC_UNIT: &str = "\
 [Unit]
 Description=Run the host's commands on ttyS1
 After=dbus.service
 [Service]
 ExecStartPre=/usr/bin/stty -F /dev/ttyS1 raw -echo
-ExecStart=/usr/bin/bash -c 'exec 3<>/dev/ttyS1; while IFS= read -r line <&3; do \
-out=$$(bash -c \"$$(printf %%s \"$$line\" | base64 -d)\" 2>&1 </dev/null | base64 -w0; exit $${PIPESTATUS[0]}); \
-printf \"%%s %%s\\n\" \"$$?\" \"$$out\" >&3; done'
+ExecStart=/usr/bin/bash -c 'exec 3<>/dev/ttyS1; while read -r id line <&3; do [ -n \"$$line\" ] && { \
+out=$$(bash -c \"$$(printf %%s \"$$line\" | base64 -d)\" 2>&1 </dev/null 3>&- | base64 -w0; exit $${PIPESTATUS[0]}); \
+status=$$?; (flock 4; printf \"%%s %%s %%s\\n\" \"$$id\" \"$$status\" \"$$out\" >&3) 4>/run/bakehouse-exec.lock; } & done'
 Restart=always
 ";
 const EXEC_WANTED: &str = "[Unit]\nWants=bakehouse-exec.service\n";
@@ -154,7 +157,11 @@ impl Vm {
         qemu.arg("-drive").arg(format!("if=none,id=disk,format=qcow2,file={}", self.disk().display()));
         qemu.args(["-device", "virtio-blk-pci,drive=disk,bootindex=1"]);
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
-        qemu.args(["-device", &format!("virtio-net-pci,netdev=wire,mac={}", start.wire.mac)]);
+        qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}", start.wire.mac)]);
+        if let Some(door) = &start.wire.door {
+            qemu.args(["-netdev", &door.netdev()]);
+            qemu.args(["-device", &format!("virtio-net-pci,netdev=door,mac={}", door.mac)]);
+        }
         let socket = |id: &str, more: &str| {
             format!("socket,id={id},path={},server=on,wait=off{more}", self.path(&format!("{id}.sock")).display())
         };
@@ -213,6 +220,33 @@ impl Vm {
         }
     }
 
+    /// Waits until the agent says that its node serves.
+    fn come_up(&self, step: Step) -> Result<()> {
+        self.wait_console(BOOT_TIMEOUT, |text| {
+            step.message(&format!("{}: {}", self.node, last_word(text).chars().take(90).collect::<String>()));
+            text.contains(READY).then_some(())
+        })?;
+        step.done(&format!("{} is ready", self.node));
+        Ok(())
+    }
+
+    /// Pulls the machine's network cable, or puts it back.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn plug(&self, plugged: bool) -> Result<()> {
+        let told = |e: std::io::Error| Error::Failed(format!("{} does not listen: {e}", self.node));
+        let mut monitor = UnixStream::connect(self.path("monitor.sock")).map_err(told)?;
+        let order = format!("set_link wire-card {}\n", if plugged { "on" } else { "off" });
+        monitor.write_all(order.as_bytes()).map_err(told)?;
+        // The prompt comes back when it is done: once at the greeting, once after the order.
+        let mut said = BufReader::new(monitor);
+        for _ in 0..2 {
+            said.read_until(b')', &mut Vec::new()).map_err(told)?;
+        }
+        Ok(())
+    }
+
     fn ended(&self, how: &str) -> Error {
         let console = self.console();
         let lines: Vec<&str> = console.lines().collect();
@@ -225,19 +259,35 @@ impl Vm {
     /// # Errors
     /// The machine does not run, or does not answer for five minutes.
     pub fn exec(&self, command: &str) -> Result<Done> {
+        self.exec_within(command, Duration::from_secs(300))
+    }
+
+    /// Runs a shell command as root inside. One that takes longer than `patience` goes on, and
+    /// its answer is lost.
+    ///
+    /// # Errors
+    /// The machine does not run, or does not answer in time.
+    pub fn exec_within(&self, command: &str, patience: Duration) -> Result<Done> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
         let told = |e: std::io::Error| Error::Failed(format!("{} does not answer: {e}", self.node));
+        let until = Instant::now() + patience;
         let mut port = UnixStream::connect(self.path("exec.sock")).map_err(told)?;
-        port.set_read_timeout(Some(Duration::from_secs(300))).map_err(told)?;
-        port.write_all(format!("{}\n", BASE64.encode(command)).as_bytes()).map_err(told)?;
-        let mut line = String::new();
-        BufReader::new(&port).read_line(&mut line).map_err(told)?;
-        let answer = line.trim_end_matches('\n').split_once(' ').and_then(|(status, output)| {
-            Some(Done {
-                status: status.parse().ok()?,
-                output: String::from_utf8_lossy(&BASE64.decode(output).ok()?).into_owned(),
-            })
-        });
-        answer.ok_or_else(|| Error::Failed(format!("{} answered `{}`", self.node, line.trim_end())))
+        // Answers to questions that others gave up are on the same line.
+        let id = format!("{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        // The first line's end ends what somebody who was cut off may have begun.
+        port.write_all(format!("\n{id} {}\n", BASE64.encode(command)).as_bytes()).map_err(told)?;
+        let mut answers = BufReader::new(&port);
+        loop {
+            let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            port.set_read_timeout(Some(left)).map_err(told)?;
+            let mut line = String::new();
+            if answers.read_line(&mut line).map_err(told)? == 0 {
+                return fail(format!("{} was switched off", self.node));
+            }
+            if let Some(done) = answer(&line, &id) {
+                return Ok(done);
+            }
+        }
     }
 
     /// Presses the power button and waits until the machine is off.
@@ -272,6 +322,15 @@ impl Vm {
         let _ = monitor.read_to_end(&mut Vec::new());
         Ok(())
     }
+}
+
+/// A command's status and output, if the line is the answer to this one.
+fn answer(line: &str, id: &str) -> Option<Done> {
+    let mut words = line.trim_end_matches('\n').splitn(3, ' ');
+    let (of, status, output) = (words.next()?, words.next()?, words.next()?);
+    let output = BASE64.decode(output).ok()?;
+    let status = status.parse().ok()?;
+    (of == id).then(|| Done { status, output: String::from_utf8_lossy(&output).into_owned() })
 }
 
 /// The same node has the same machine id after its disk is wiped.
@@ -316,33 +375,23 @@ pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
     Ok(groups)
 }
 
-/// Starts nodes with a founder's ticket each, and waits until they serve.
+/// Starts nodes with a ticket each, all when none is named, and waits until they serve.
 ///
 /// # Errors
 /// A machine does not start or does not come up.
 pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
     let mut started = Vec::new();
-    for name in nodes {
+    for name in project.topology.nodes.iter().map(|n| &n.name).filter(|n| nodes.is_empty() || nodes.contains(n)) {
         let vm = Vm::of(project, name)?;
-        if vm.is_running() {
-            progress.say("up", &format!("{name} runs already"));
-            continue;
+        if !vm.is_running() {
+            vm.start(&start_of(project, name)?.as_start())?;
         }
-        vm.start(&start_of(project, name)?.as_start())?;
         started.push((progress.step("boot", &format!("{name}: firmware")), vm));
     }
-    for (step, vm) in started {
-        vm.wait_console(BOOT_TIMEOUT, |text| {
-            let line = text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or_default().trim();
-            step.message(&format!("{}: {}", vm.node, line.chars().take(90).collect::<String>()));
-            text.contains(READY).then_some(())
-        })?;
-        step.done(&format!(
-            "{} is up (bakehouse exec {} -- …, bakehouse console {}, bakehouse down)",
-            vm.node, vm.node, vm.node
-        ));
-    }
-    Ok(())
+    std::thread::scope(|scope| {
+        let waited: Vec<_> = started.into_iter().map(|(step, vm)| scope.spawn(move || vm.come_up(step))).collect();
+        waited.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+    })
 }
 
 /// A node's machine as the profiles describe it, with a ticket minted for it.
@@ -369,16 +418,20 @@ impl Described {
 
     #[must_use]
     pub fn as_start(&self) -> Start<'_> {
+        let mut credentials = vec![
+            (Ticket::CREDENTIAL.to_owned(), self.ticket.clone()),
+            ("network.network.05-wire".to_owned(), self.wire.network().into_bytes()),
+        ];
+        if let Some(door) = &self.wire.door {
+            credentials.push(("network.network.06-door".to_owned(), door.network().into_bytes()));
+        }
         Start {
             image: &self.image,
             memory: self.memory,
             cpus: self.cpus,
             disk: self.disk,
             wire: self.wire.clone(),
-            credentials: vec![
-                (Ticket::CREDENTIAL.to_owned(), self.ticket.clone()),
-                ("network.network.05-wire".to_owned(), self.wire.network().into_bytes()),
-            ],
+            credentials,
         }
     }
 }
@@ -415,52 +468,22 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
 /// # Errors
 /// One does not go.
 pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
-    for status in status(project) {
-        if status.running && (nodes.is_empty() || nodes.contains(&status.node)) {
-            let step = progress.step("down", &status.node);
-            Vm::of(project, &status.node)?.power_down()?;
-            step.done(&status.node);
-        }
+    for name in nodes {
+        Vm::of(project, name)?;
     }
-    Ok(())
-}
-
-/// A line of `bakehouse status`.
-#[derive(Clone, Debug, Serialize)]
-pub struct Status {
-    pub node: String,
-    pub group: String,
-    pub address: String,
-    pub running: bool,
-    pub ready: bool,
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match (self.running, self.ready) {
-            (true, true) => "ready",
-            (true, false) => "starting",
-            _ => "off",
-        };
-        write!(f, "{:<14} {:<10} {:<15} {state}", self.node, self.group, self.address)
-    }
-}
-
-/// Every node of the fleet.
-#[must_use]
-pub fn status(project: &Project) -> Vec<Status> {
-    let of = |node: &fleet::Node| {
-        let vm = Vm::at(&node.name, project.dir.join("build/vm").join(&node.name));
-        let running = vm.is_running();
-        Status {
-            node: node.name.clone(),
-            group: node.group.clone(),
-            address: node.address.to_string(),
-            running,
-            ready: running && vm.console().contains(READY),
-        }
-    };
-    project.topology.nodes.iter().map(of).collect()
+    // All at once: each waits for its own services to end.
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (project.topology.nodes.iter())
+            .filter(|n| nodes.is_empty() || nodes.contains(&n.name))
+            .map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)))
+            .filter(Vm::is_running)
+            .map(|vm| {
+                let step = progress.step("down", &vm.node);
+                scope.spawn(move || vm.power_down().map(|()| step.done(&vm.node)))
+            })
+            .collect();
+        asked.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+    })
 }
 
 #[cfg(test)]

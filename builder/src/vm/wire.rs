@@ -1,4 +1,4 @@
-//! The wire between a fleet's machines.
+//! The wire between a fleet's machines, and the door through which this host's browser comes in.
 
 use std::net::Ipv4Addr;
 
@@ -15,6 +15,16 @@ pub struct Wire {
     pub(super) group: String,
     pub(super) mac: String,
     address: Ipv4Addr,
+    /// A hub's: browsers go to hubs.
+    pub(super) door: Option<Door>,
+}
+
+/// A second network card, by which this host reaches a hub's HTTPS port. Nothing gets out by it.
+#[derive(Clone, Debug)]
+pub struct Door {
+    /// On this host's loopback; every machine of every fleet has its own.
+    pub address: Ipv4Addr,
+    pub(super) mac: String,
 }
 
 /// Network of the wires, reserved for tests of network devices (RFC 2544).
@@ -27,22 +37,52 @@ impl Wire {
         let port = 20_000 + u16::from_be_bytes([byte(2), byte(3)]) % 10_000;
         let address = Self::address(&project.topology, node);
         let [_, _, c, d] = address.octets();
+        let door = || Door {
+            address: Ipv4Addr::new(127, byte(0).max(1), byte(1) ^ c, d),
+            mac: format!("52:54:00:13:{c:02x}:{d:02x}"),
+        };
         Self {
             group: format!("239.255.{}.{}:{port}", byte(0), byte(1)),
             mac: format!("52:54:00:12:{c:02x}:{d:02x}"),
             address,
+            door: (node.hub > 0).then(door),
         }
     }
 
     /// By the node's place in the mesh, so that it is the same in every start.
-    pub(super) fn address(topology: &Topology, node: &Node) -> Ipv4Addr {
+    pub(crate) fn address(topology: &Topology, node: &Node) -> Ipv4Addr {
         let host = u32::from(node.address) - u32::from(topology.mesh.subnet.network());
         let [_, _, c, d] = host.to_be_bytes();
         Ipv4Addr::new(WIRE[0], WIRE[1], c, d)
     }
 
-    /// systemd-networkd's file for the one card there is.
+    /// systemd-networkd's file for the card on the wire.
     pub(super) fn network(&self) -> String {
         format!("[Match]\nMACAddress={}\n[Network]\nAddress={}/16\nLinkLocalAddressing=no\n", self.mac, self.address)
+    }
+}
+
+impl Door {
+    /// Port on this host's loopback.
+    pub const PORT: u16 = 8443;
+    /// Network of the doors, reserved for documentation: no fleet's mesh is there.
+    const NET: &str = "192.0.2.0/24";
+    const INSIDE: &str = "192.0.2.15";
+
+    /// What a browser on this host opens.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("https://{}:{}/", self.address, Self::PORT)
+    }
+
+    /// QEMU's option.
+    pub(super) fn netdev(&self) -> String {
+        let (address, port, net, inside) = (self.address, Self::PORT, Self::NET, Self::INSIDE);
+        format!("user,id=door,restrict=on,net={net},hostfwd=tcp:{address}:{port}-{inside}:443")
+    }
+
+    /// systemd-networkd's file for its card.
+    pub(super) fn network(&self) -> String {
+        format!("[Match]\nMACAddress={}\n[Network]\nAddress={}/24\nLinkLocalAddressing=no\n", self.mac, Self::INSIDE)
     }
 }

@@ -8,11 +8,13 @@
 //! /bakehouse/audit/SLOT/EPOCH  SlotRecord   what was ever granted
 //! ```
 
-use std::collections::BTreeMap;
-use std::sync::RwLock;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fleet::{Claims, JoinRequest, MeshKey, Reason, Refusal, SlotRecord, Topology};
+use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Topology};
+use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
 
 use super::token::no;
 use crate::error::{Error, Result};
@@ -21,6 +23,8 @@ use crate::etcd::{Change, Etcd, If, Then};
 const SLOTS: &str = "/bakehouse/slots/";
 /// Others may claim at the same moment: then again, that often.
 const ATTEMPTS: u64 = 16;
+/// Claims in one transaction: etcd takes 128 operations, each claim needs up to four.
+const TOGETHER: usize = 24;
 
 /// Every slot's owner, as this hub has heard: the truth is etcd's.
 pub type Owners = BTreeMap<String, SlotRecord>;
@@ -31,9 +35,10 @@ pub struct ClaimsDesk {
     /// This hub.
     by: String,
     owners: RwLock<Owners>,
-    /// Claims of this hub are made one after the other: they would only get into each
-    /// other's way in etcd.
-    one: tokio::sync::Mutex<()>,
+    waiting: Mutex<VecDeque<Waiting>>,
+    /// One batch of this hub's is under way at a time: two would only get into each other's way
+    /// in etcd.
+    turn: tokio::sync::Mutex<()>,
 }
 
 /// A slot that was given.
@@ -46,56 +51,154 @@ pub struct Given {
 impl ClaimsDesk {
     #[must_use]
     pub fn new(etcd: Etcd, topology: Topology, by: &str) -> Self {
-        Self { etcd, topology, by: by.to_owned(), owners: RwLock::default(), one: tokio::sync::Mutex::default() }
+        Self {
+            etcd,
+            topology,
+            by: by.to_owned(),
+            owners: RwLock::default(),
+            waiting: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Gives a slot to whoever asks with a token that was verified. The same keys get the same
     /// slot again, before anything else is looked at.
     ///
+    /// Those who ask while etcd is busy with others are answered together, by one transaction:
+    /// a rack that starts shares one token, and each claim changes its count.
+    ///
     /// # Errors
     /// etcd does not answer: nobody knows whether it took place, and asking again tells.
     pub async fn claim(&self, claims: &Claims, request: &JoinRequest) -> Result<Result<Given, Refusal>> {
-        let _one = self.one.lock().await;
-        let keys = Keys::of(request.mesh_key, &claims.id);
+        let (reply, mut answer) = oneshot::channel();
+        self.queue().push_back(Waiting { claims: claims.clone(), request: request.clone(), reply });
+        let _turn = self.turn.lock().await;
+        loop {
+            // Whoever had the turn before may have asked for this one too.
+            match answer.try_recv() {
+                Ok(answer) => return answer,
+                Err(TryRecvError::Closed) => return Err(Error::Failed("the claim was cut off".to_owned())),
+                Err(TryRecvError::Empty) => {}
+            }
+            let batch = {
+                let mut queue = self.queue();
+                // Some have gone away in the meantime.
+                queue.retain(|w| !w.reply.is_closed());
+                let count = queue.len().min(TOGETHER);
+                queue.drain(..count).collect()
+            };
+            self.decide(batch).await;
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers everybody of a batch.
+    async fn decide(&self, mut batch: Vec<Waiting>) {
         for attempt in 0..ATTEMPTS {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-            let found = self.etcd.get(&[&keys.owner, &keys.token, &keys.revoked]).await?;
-            let [owner, token, revoked] = &found[..] else { return Err(Error::Failed("etcd lost a key".to_owned())) };
-            if owner.revision != 0 {
-                return self.again(&String::from_utf8_lossy(&owner.value), request).await;
+            if let Err(e) = self.attempt(&mut batch, attempt).await {
+                let why = e.to_string();
+                for waiting in batch {
+                    waiting.tell(Err(Error::Failed(why.clone())));
+                }
+                return;
             }
-            let used: u32 = std::str::from_utf8(&token.value).ok().and_then(|n| n.parse().ok()).unwrap_or(0);
-            if revoked.revision != 0 {
-                return Ok(Err(no(Reason::Revoked, "the token was revoked; mint another with `bakehouse ticket`")));
-            }
-            if now > claims.expires {
-                return Ok(Err(no(Reason::Expired, "the token has expired; mint another with `bakehouse ticket`")));
-            }
-            if used >= claims.uses {
-                let text = format!(
-                    "the token was used {used} times, as often as it may be; mint another with `bakehouse ticket`"
-                );
-                return Ok(Err(no(Reason::Spent, &text)));
-            }
-            let place = match self.choose(claims, attempt).await? {
-                Ok(place) => place,
-                Err(refusal) => return Ok(Err(refusal)),
-            };
-            let record = SlotRecord {
-                epoch: place.before.as_ref().map_or(1, |r| r.epoch + 1),
-                mesh_key: request.mesh_key,
-                tls_key: request.tls_key.clone(),
-                token: Some(claims.id.clone()),
-                image: request.image.clone(),
-                by: self.by.clone(),
-                at: now,
-            };
-            if self.take(&place, &record, &keys, Some((used, token.revision))).await? {
-                return Ok(Ok(Given { slot: place.slot, epoch: record.epoch }));
+            if batch.is_empty() {
+                return;
             }
             tokio::time::sleep(Duration::from_millis(jitter(attempt))).await;
         }
-        Ok(Err(no(Reason::Busy, "too many nodes ask at the same time")))
+        for waiting in batch {
+            waiting.tell(Ok(Err(no(Reason::Busy, "too many nodes ask at the same time"))));
+        }
+    }
+
+    /// Answers whom it can; leaves those who have to be looked at again.
+    async fn attempt(&self, batch: &mut Vec<Waiting>, attempt: u64) -> Result<()> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        // What was heard may be late: then the transaction fails, and etcd itself is asked.
+        if attempt > 0 {
+            let groups: BTreeSet<&str> = batch.iter().map(|w| w.claims.group.as_str()).collect();
+            for group in groups {
+                let (_, pairs) = self.etcd.list(&format!("{SLOTS}{group}-")).await?;
+                self.heard(pairs.into_iter().map(|p| Change { key: p.key, value: Some(p.value) }).collect(), false);
+            }
+        }
+        let keys: Vec<Keys> = batch.iter().map(|w| Keys::of(w.request.mesh_key, &w.claims.id)).collect();
+        let asked: Vec<&str> = keys.iter().flat_map(|k| [k.owner.as_str(), &k.token, &k.revoked]).collect();
+        let found = self.etcd.get(&asked).await?;
+        let mut tokens: BTreeMap<String, Count> = BTreeMap::new();
+        let mut takings: Vec<Taking> = Vec::new();
+        let mut taking = Vec::new();
+        let mut later = Vec::new();
+        let mut asking = std::mem::take(batch).into_iter().zip(keys).zip(found.chunks(3));
+        // Whoever is not answered yet stays in the batch if etcd fails.
+        let failed = loop {
+            let Some(((waiting, keys), found)) = asking.next() else { break None };
+            let [owner, token, revoked] = found else {
+                break Some((waiting, Error::Failed("etcd lost a key".to_owned())));
+            };
+            if owner.revision != 0 {
+                match self.again(&String::from_utf8_lossy(&owner.value), &waiting.request).await {
+                    Ok(answer) => waiting.tell(Ok(answer)),
+                    Err(e) => break Some((waiting, e)),
+                }
+                continue;
+            }
+            // The same machine, twice in one batch: its slot is known the next time.
+            if takings.iter().any(|t| t.keys.owner == keys.owner) {
+                later.push(waiting);
+                continue;
+            }
+            let used = std::str::from_utf8(&token.value).ok().and_then(|n| n.parse().ok()).unwrap_or(0);
+            let count = tokens.entry(waiting.claims.id.clone()).or_insert(Count { used, revision: token.revision });
+            if let Some(refusal) = useless(&waiting.claims, count.used, revoked.revision != 0, now) {
+                waiting.tell(Ok(Err(refusal)));
+                continue;
+            }
+            let place = match self.choose(&waiting.claims, &takings).await {
+                Ok(Ok(Some(place))) => place,
+                Ok(Ok(None)) => {
+                    later.push(waiting);
+                    continue;
+                }
+                Ok(Err(refusal)) => {
+                    waiting.tell(Ok(Err(refusal)));
+                    continue;
+                }
+                Err(e) => break Some((waiting, e)),
+            };
+            count.used += 1;
+            let record = SlotRecord {
+                epoch: place.before.as_ref().map_or(1, |r| r.epoch + 1),
+                mesh_key: waiting.request.mesh_key,
+                tls_key: waiting.request.tls_key.clone(),
+                token: Some(waiting.claims.id.clone()),
+                image: waiting.request.image.clone(),
+                by: self.by.clone(),
+                at: now,
+            };
+            takings.push(Taking { place, record, keys });
+            taking.push(waiting);
+        };
+        let unanswered = asking.map(|((waiting, _), _)| waiting).collect::<Vec<_>>();
+        let taken = match failed {
+            None if takings.is_empty() => Ok(true),
+            None => self.take(&takings, &tokens).await,
+            Some((waiting, e)) => {
+                later.push(waiting);
+                Err(e)
+            }
+        };
+        if matches!(taken, Ok(true)) {
+            for (waiting, Taking { place, record, .. }) in taking.drain(..).zip(takings) {
+                waiting.tell(Ok(Ok(Given { slot: place.slot, epoch: record.epoch })));
+            }
+        }
+        batch.extend(taking.into_iter().chain(later).chain(unanswered));
+        taken.map(drop)
     }
 
     /// A founder enters itself: it needs nobody's leave, but the slot may have another owner.
@@ -133,8 +236,8 @@ impl ClaimsDesk {
             by: self.by.clone(),
             at,
         };
-        let keys = Keys::of(mesh_key, "");
-        if self.take(&place, &record, &keys, None).await? {
+        let taking = Taking { place, record, keys: Keys::of(mesh_key, "") };
+        if self.take(&[taking], &BTreeMap::new()).await? {
             return Ok(Ok(Given { slot: slot.to_owned(), epoch: 1 }));
         }
         Ok(Err(no(Reason::Busy, "somebody else wrote at the same time")))
@@ -190,13 +293,13 @@ impl ClaimsDesk {
     /// What this hub has heard of every slot.
     #[must_use]
     pub fn owners(&self) -> Owners {
-        self.owners.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.owners.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether somebody else has a slot now: then since which epoch.
     #[must_use]
     pub fn fenced(&self, slot: &str, tls_key: &str) -> Option<u64> {
-        let owners = self.owners.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let owners = self.owners.read().unwrap_or_else(PoisonError::into_inner);
         owners.get(slot).filter(|r| r.tls_key != tls_key).map(|r| r.epoch)
     }
 
@@ -219,7 +322,7 @@ impl ClaimsDesk {
     }
 
     fn heard(&self, changes: Vec<Change>, all: bool) {
-        let mut owners = self.owners.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut owners = self.owners.write().unwrap_or_else(PoisonError::into_inner);
         if all {
             owners.clear();
         }
@@ -251,8 +354,10 @@ impl ClaimsDesk {
         })
     }
 
-    /// The slot a token leads to: its own, or the first that is free.
-    async fn choose(&self, claims: &Claims, attempt: u64) -> Result<Result<Place, Refusal>> {
+    /// The slot a token leads to: its own, or the first that is free. None where somebody else of
+    /// the batch is about to have it: whether he gets it is known the next time.
+    async fn choose(&self, claims: &Claims, takings: &[Taking]) -> Result<Result<Option<Place>, Refusal>> {
+        let promised = |slot: &str| takings.iter().any(|t| t.place.slot == slot);
         if let Some(slot) = &claims.slot {
             if self.topology.node(slot).is_none_or(|n| n.group != claims.group) {
                 let text = format!("the fleet has no slot `{slot}` in the group `{}`", claims.group);
@@ -265,25 +370,21 @@ impl ClaimsDesk {
                 );
                 return Ok(Err(no(Reason::Taken, &text)));
             }
-            return Ok(Ok(place));
-        }
-        // What was heard may be late: then the transaction fails, and etcd itself is asked.
-        if attempt > 0 {
-            let (_, pairs) = self.etcd.list(&format!("{SLOTS}{}-", claims.group)).await?;
-            self.heard(pairs.into_iter().map(|p| Change { key: p.key, value: Some(p.value) }).collect(), false);
+            return Ok(Ok((!promised(slot)).then_some(place)));
         }
         let owners = self.owners();
-        let free = self.topology.nodes.iter().find(|n| {
-            // Founders' slots are given by their tickets alone.
-            n.group == claims.group && !self.topology.is_founder(n) && !owners.contains_key(&n.name)
-        });
-        Ok(free.map(|node| Place { slot: node.name.clone(), before: None, revision: 0 }).ok_or_else(|| {
+        // Founders' slots are given by their tickets alone.
+        let mine = |n: &&Node| n.group == claims.group && !self.topology.is_founder(n);
+        let mut free = self.topology.nodes.iter().filter(mine).filter(|n| !owners.contains_key(&n.name)).peekable();
+        if free.peek().is_none() {
             let text = format!(
                 "every slot of the group `{0}` has an owner; raise groups.{0}.count in fleet.toml and rebuild, or `bakehouse ticket --replace` a dead node",
                 claims.group
             );
-            no(Reason::Full, &text)
-        }))
+            return Ok(Err(no(Reason::Full, &text)));
+        }
+        let place = |n: &Node| Place { slot: n.name.clone(), before: None, revision: 0 };
+        Ok(Ok(free.find(|n| !promised(&n.name)).map(place)))
     }
 
     async fn place(&self, slot: &str) -> Result<Place> {
@@ -298,22 +399,75 @@ impl ClaimsDesk {
         Ok(Place { slot: slot.to_owned(), before, revision: pair.revision })
     }
 
-    /// One transaction: the slot is as it was seen, the key new, the token as it was seen.
-    async fn take(&self, place: &Place, record: &SlotRecord, keys: &Keys, token: Option<(u32, u64)>) -> Result<bool> {
-        let value = serde_json::to_vec(record).map_err(|e| Error::Failed(e.to_string()))?;
-        let slot = format!("{SLOTS}{}", place.slot);
-        let audit = format!("/bakehouse/audit/{}/{:08}", place.slot, record.epoch);
-        let mut when = vec![If::Unchanged(&slot, place.revision), If::Unchanged(&keys.owner, 0)];
-        let mut then =
-            vec![Then::Put(&slot, &value), Then::Put(&keys.owner, place.slot.as_bytes()), Then::Put(&audit, &value)];
-        let used;
-        if let Some((before, revision)) = token {
-            used = (before + 1).to_string();
-            when.extend([If::Unchanged(&keys.token, revision), If::Unchanged(&keys.revoked, 0)]);
+    /// One transaction: the slots are as they were seen, the keys new, the tokens as they were seen.
+    async fn take(&self, takings: &[Taking], tokens: &BTreeMap<String, Count>) -> Result<bool> {
+        let mut when = Vec::new();
+        let mut then = Vec::new();
+        let written: Vec<(String, String, Vec<u8>)> = takings
+            .iter()
+            .map(|t| {
+                let slot = format!("{SLOTS}{}", t.place.slot);
+                let audit = format!("/bakehouse/audit/{}/{:08}", t.place.slot, t.record.epoch);
+                let value = serde_json::to_vec(&t.record).map_err(|e| Error::Failed(e.to_string()))?;
+                Ok((slot, audit, value))
+            })
+            .collect::<Result<_>>()?;
+        for (taking, (slot, audit, value)) in takings.iter().zip(&written) {
+            when.extend([If::Unchanged(slot, taking.place.revision), If::Unchanged(&taking.keys.owner, 0)]);
+            then.push(Then::Put(slot, value));
+            then.push(Then::Put(&taking.keys.owner, taking.place.slot.as_bytes()));
+            then.push(Then::Put(audit, value));
+        }
+        let counts: Vec<(Keys, String, u64)> = tokens
+            .iter()
+            .filter(|(id, _)| takings.iter().any(|t| t.record.token.as_ref() == Some(id)))
+            .map(|(id, count)| (Keys::of(MeshKey([0; 32]), id), count.used.to_string(), count.revision))
+            .collect();
+        for (keys, used, revision) in &counts {
+            when.extend([If::Unchanged(&keys.token, *revision), If::Unchanged(&keys.revoked, 0)]);
             then.push(Then::Put(&keys.token, used.as_bytes()));
         }
         self.etcd.transact(&when, &then).await
     }
+}
+
+/// Why a token gives nothing, if it does not.
+fn useless(claims: &Claims, used: u32, revoked: bool, now: u64) -> Option<Refusal> {
+    if revoked {
+        return Some(no(Reason::Revoked, "the token was revoked; mint another with `bakehouse ticket`"));
+    }
+    if now > claims.expires {
+        return Some(no(Reason::Expired, "the token has expired; mint another with `bakehouse ticket`"));
+    }
+    let text = format!("the token was used {used} times, as often as it may be; mint another with `bakehouse ticket`");
+    (used >= claims.uses).then(|| no(Reason::Spent, &text))
+}
+
+/// Somebody who asked, and is not answered yet.
+struct Waiting {
+    claims: Claims,
+    request: JoinRequest,
+    reply: oneshot::Sender<Result<Result<Given, Refusal>>>,
+}
+
+impl Waiting {
+    fn tell(self, answer: Result<Result<Given, Refusal>>) {
+        // Who has hung up asks again.
+        let _ = self.reply.send(answer);
+    }
+}
+
+/// A slot that somebody is about to have.
+struct Taking {
+    place: Place,
+    record: SlotRecord,
+    keys: Keys,
+}
+
+/// How often a token was used, as of a revision.
+struct Count {
+    used: u32,
+    revision: u64,
 }
 
 struct Place {

@@ -1,0 +1,385 @@
+//! Breaking a running fleet on purpose, while clients use it.
+//!
+//! The clients run on one of the fleet's machines that is not hit (see `probe.py`): pings to the
+//! VIP, a writer through it, people on Odoo, and an eye on every database server. Their silence
+//! is the outage; only their machine's clock is read.
+
+mod outcome;
+mod scenario;
+mod table;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::Ipv4Addr;
+use std::process::Command;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use fleet::{EMULATED, Node};
+use serde_json::{Value, json};
+
+pub use outcome::Outcome;
+use outcome::Seen;
+use scenario::{Fault, Path, Victim};
+pub use scenario::{SCENARIOS, Scenario, chosen};
+pub use table::table;
+
+use crate::authority::Authority;
+use crate::error::{Error, Result, fail};
+use crate::progress::{Progress, Step};
+use crate::project::Project;
+use crate::vm::{Board, Vm, Wire, start_of};
+
+const PROBE: &str = include_str!("probe.py");
+/// Where the probe lives on its machine.
+const DIR: &str = "/run/rehearsal";
+/// Seconds of normal life before the fault, to see that the clients work.
+const WARM_UP: u64 = 10;
+/// An alert that names the victim is promised within these seconds.
+const ALERT: f64 = 30.0;
+/// A fleet that is not whole again by then is given up.
+const MENDED: Duration = Duration::from_secs(1500);
+
+/// A running fleet that is to be broken.
+pub struct Rehearsal<'a> {
+    project: &'a Project,
+    progress: &'a Progress,
+    password: String,
+    admin: String,
+    /// How much slower its machines are than real ones: their time-outs are that much longer.
+    pub factor: u32,
+}
+
+/// The clients, running.
+struct Probe {
+    vm: Vm,
+    run: String,
+}
+
+impl<'a> Rehearsal<'a> {
+    /// # Errors
+    /// The fleet does not run, or is not whole.
+    pub fn new(project: &'a Project, progress: &'a Progress) -> Result<Self> {
+        let step = progress.step("rehearse", "looking at the fleet");
+        let board = whole(project, &step, Duration::from_secs(300))
+            .map_err(|e| Error::Failed(format!("{e}\nstart it with `bakehouse up` first")))?;
+        drop(step);
+        let secrets = Authority::of_vms(project)?.secrets;
+        let any = board.nodes.first().map(|r| r.node.clone()).unwrap_or_default();
+        let emulated = Vm::of(project, &any)?.exec("systemd-detect-virt")?.output.trim() == "qemu";
+        let factor = if emulated { EMULATED as u32 } else { 1 };
+        Ok(Self { project, progress, password: secrets.odoo, admin: secrets.odoo_admin, factor })
+    }
+
+    /// Plays the scenarios one after the other, each `repeat` times, and hands over every
+    /// outcome as it comes. Stops where the fleet does not become whole again.
+    ///
+    /// # Errors
+    /// A machine does not do what it is told.
+    pub fn play(&self, scenarios: &[&'static Scenario], repeat: u32) -> Result<Vec<Outcome>> {
+        let mut outcomes = Vec::new();
+        for scenario in scenarios {
+            for _ in 0..repeat {
+                let Some(outcome) = self.play_one(scenario)? else {
+                    self.progress.say("rehearse", &format!("{}: this fleet has nothing of that kind", scenario.name));
+                    break;
+                };
+                let whole = outcome.whole.is_finite();
+                outcomes.push(outcome);
+                if !whole {
+                    return Ok(outcomes);
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+
+    fn play_one(&self, scenario: &'static Scenario) -> Result<Option<Outcome>> {
+        let topology = &self.project.topology;
+        let step = self.progress.step(scenario.name, scenario.about);
+        let board = whole(self.project, &step, MENDED)?;
+        let machine = |name: &str| Vm::at(name, self.project.dir.join("build/vm").join(name));
+        let victims = scenario.victim.find(topology, &board, &machine)?;
+        let Some(stage) = self.stage(scenario, &victims) else { return Ok(None) };
+        if victims.is_empty() {
+            return Ok(None);
+        }
+        step.message(&format!("{}: clients start on {}", scenario.about, stage.name));
+        let probe = self.start_probe(stage, &step)?;
+        std::thread::sleep(Duration::from_secs(WARM_UP * u64::from(self.factor.min(3))));
+
+        let vms: Vec<Vm> = victims.iter().map(|name| machine(name)).collect();
+        if scenario.victim == Victim::All {
+            return self.black_out(scenario, &vms, &probe, &step).map(Some);
+        }
+        let holder = board.holder().and_then(|name| topology.node(name));
+        let hub = holder.map_or(Ipv4Addr::UNSPECIFIED, |hub| Wire::address(topology, hub));
+        let filter = if let Fault::Cut(path) = scenario.fault { path.filter(hub) } else { String::new() };
+        let before = self.alerts(&victims);
+        step.message(&format!("{}: {}", scenario.about, victims.join(", ")));
+        let t0 = probe.clock()?;
+        for vm in &vms {
+            scenario.fault.strike(vm, &filter)?;
+        }
+        let (recovered, alert) = self.watch(scenario, &probe, &victims, before.as_ref(), &step)?;
+
+        // What was broken is mended while the clients go on: coming back may hurt too.
+        let mending = Instant::now();
+        for vm in &vms {
+            if !vm.is_running() {
+                vm.start(&start_of(self.project, &vm.node)?.as_start())?;
+            }
+            scenario.fault.mend(vm)?;
+        }
+        let mended = whole(self.project, &step, MENDED);
+        let mut outcome = probe.end(self.factor)?.outcome(scenario.name, victims, t0);
+        outcome.alert = alert;
+        outcome.whole = if mended.is_ok() { mending.elapsed().as_secs_f64() } else { f64::INFINITY };
+        outcome.judge(&scenario.promise, before.is_some().then_some(ALERT), f64::from(self.factor));
+        if !recovered {
+            outcome.broken.push("the clients did not recover before it was mended".to_owned());
+        }
+        if let Err(e) = mended {
+            outcome.broken.push(e.to_string());
+        }
+        told(step, &outcome);
+        Ok(Some(outcome))
+    }
+
+    /// The machine the clients run on: one that is not hit, with Odoo if there is one, for its
+    /// packet filter and its database let it ask everybody.
+    fn stage(&self, scenario: &Scenario, victims: &[String]) -> Option<&'a Node> {
+        let nodes = &self.project.topology.nodes;
+        // A path that is cut hurts who is at its end.
+        if scenario.fault == Fault::Cut(Path::Hub) {
+            return nodes.iter().find(|n| victims.contains(&n.name));
+        }
+        let harmless = matches!(scenario.fault, Fault::Freeze("etcd")) || scenario.victim == Victim::All;
+        let may = |n: &&Node| harmless || !victims.contains(&n.name);
+        let with = |role: &str| nodes.iter().filter(may).find(|n| n.has_role(role));
+        with("app").or_else(|| with("db"))
+    }
+
+    fn start_probe(&self, stage: &Node, step: &Step) -> Result<Probe> {
+        let topology = &self.project.topology;
+        let run = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis().to_string();
+        let databases: BTreeMap<&str, String> = topology
+            .nodes
+            .iter()
+            .filter(|n| n.has_role("db"))
+            .map(|n| (n.name.as_str(), n.address.to_string()))
+            .collect();
+        let config = json!({
+            "run": run,
+            "vip": topology.vip,
+            "password": self.password,
+            "admin": self.admin,
+            "databases": databases,
+            "apps": topology.nodes.iter().any(|n| n.has_role("app")),
+            "patience": self.factor,
+        });
+        let probe = Probe { vm: Vm::of(self.project, &stage.name)?, run };
+        let put = |name: &str, text: &str| format!("echo {} | base64 -d > {DIR}/{name}", BASE64.encode(text));
+        probe.ask(&format!(
+            "systemctl stop rehearsal 2>/dev/null; rm -rf {DIR}; umask 077; mkdir -p {DIR} && {} && {} && \
+             systemd-run -q --collect -u rehearsal -p TimeoutStopSec=900 python3 {DIR}/probe.py {DIR}/config",
+            put("config", &config.to_string()),
+            put("probe.py", PROBE)
+        ))?;
+        let until = Instant::now() + Duration::from_secs(60) * self.factor;
+        while !probe.ages()?.is_some_and(|ages| ages.values().all(|age| *age < 60.0)) {
+            if Instant::now() > until {
+                let journal = probe.vm.exec("journalctl -b --no-pager -u rehearsal -n 20")?.output;
+                return fail(format!("the clients on {} do not get through:\n{journal}", stage.name));
+            }
+            step.message(&format!("the clients on {} find their way", stage.name));
+            std::thread::sleep(Duration::from_secs(2));
+        }
+        Ok(probe)
+    }
+
+    /// Watches until every client is well again, and an alert came; says whether they are, and
+    /// after how many seconds the alert was there.
+    fn watch(
+        &self,
+        scenario: &Scenario,
+        probe: &Probe,
+        victims: &[String],
+        before: Option<&BTreeSet<String>>,
+        step: &Step,
+    ) -> Result<(bool, Option<f64>)> {
+        let since = Instant::now();
+        let slow = self.factor.min(3);
+        let least = Duration::from_secs(scenario.lasts * u64::from(if scenario.lasts > 60 { 1 } else { slow }));
+        let most = least + Duration::from_secs(120) * slow;
+        let mut alert = None;
+        loop {
+            std::thread::sleep(Duration::from_secs(2));
+            if let (Some(before), None) = (before, alert) {
+                let now = self.alerts(victims).unwrap_or_default();
+                alert = now.iter().any(|a| !before.contains(a)).then(|| since.elapsed().as_secs_f64());
+            }
+            let ages = probe.ages()?.unwrap_or_default();
+            let calm = !ages.is_empty() && ages.values().all(|age| *age < 4.0 * f64::from(slow));
+            let heard =
+                before.is_none() || alert.is_some() || since.elapsed().as_secs_f64() > ALERT * f64::from(self.factor);
+            let told: Vec<String> = ages.iter().map(|(kind, age)| format!("{kind} {age:.0} s ago")).collect();
+            step.message(&format!("{}: {}", scenario.about, told.join(", ")));
+            if since.elapsed() > least && calm && heard {
+                return Ok((true, alert));
+            }
+            if since.elapsed() > most {
+                return Ok((false, alert));
+            }
+        }
+    }
+
+    /// The power fails everywhere: what was acknowledged before must be there after.
+    fn black_out(&self, scenario: &'static Scenario, vms: &[Vm], probe: &Probe, step: &Step) -> Result<Outcome> {
+        let names: Vec<String> = vms.iter().map(|vm| vm.node.clone()).collect();
+        let t0 = probe.clock()?;
+        let mut outcome = probe.end(self.factor)?.outcome(scenario.name, names, t0);
+        for vm in vms {
+            vm.cut_power()?;
+        }
+        let since = Instant::now();
+        for vm in vms {
+            vm.start(&start_of(self.project, &vm.node)?.as_start())?;
+        }
+        let board = whole(self.project, step, MENDED);
+        (outcome.vip, outcome.writes, outcome.http) = (None, None, None);
+        outcome.whole = if board.is_ok() { since.elapsed().as_secs_f64() } else { f64::INFINITY };
+        outcome.judge(&scenario.promise, None, f64::from(self.factor));
+        match board {
+            Ok(board) => {
+                let primary = Vm::of(self.project, board.primary().unwrap_or_default())?;
+                let count = format!("SELECT count(*) FROM ledger WHERE run = '{}'", probe.run);
+                let asked =
+                    "cd /; setpriv --reuid=postgres --regid=postgres --clear-groups psql -h /run/postgresql -AtX";
+                let there = primary.exec(&format!("{asked} rehearsal -c \"{count}\""))?.output;
+                let there: usize = there.trim().parse().unwrap_or(0);
+                outcome.lost = outcome.acknowledged.saturating_sub(there);
+                if outcome.lost > 0 {
+                    outcome.broken.push(format!("{} writes lost", outcome.lost));
+                }
+                self.progress.say("power", &format!("all of it serves again after {:.0} s, by itself", outcome.whole));
+            }
+            Err(e) => outcome.broken.push(e.to_string()),
+        }
+        Ok(outcome)
+    }
+
+    /// Alerts that fire and name a victim, or a change of the primary, or etcd as a whole; none
+    /// where there is no monitor to ask.
+    fn alerts(&self, victims: &[String]) -> Option<BTreeSet<String>> {
+        let monitors = || self.project.topology.nodes.iter().filter(|n| n.has_role("monitor"));
+        let monitor = monitors().find(|n| !victims.contains(&n.name)).or_else(|| {
+            // Asked all the same where only its etcd is hit.
+            monitors().next()
+        })?;
+        let ask =
+            format!("promtool query instant -o json http://{}:9090 'ALERTS{{alertstate=\"firing\"}}'", monitor.address);
+        let answer = Vm::of(self.project, &monitor.name).ok()?.exec_within(&ask, Duration::from_secs(60)).ok()?;
+        let found: Vec<Value> = serde_json::from_str(&answer.output).unwrap_or_default();
+        let of = |alert: &Value| {
+            let label = |name: &str| alert["metric"][name].as_str().unwrap_or_default().to_owned();
+            let (name, node) = (label("alertname"), label("node"));
+            let fits = victims.contains(&node) || matches!(name.as_str(), "FailoverHappened" | "EtcdNoQuorum");
+            fits.then(|| format!("{name} {node}"))
+        };
+        Some(found.iter().filter_map(of).collect())
+    }
+}
+
+impl Probe {
+    fn ask(&self, command: &str) -> Result<String> {
+        let done = self.vm.exec(command)?;
+        if done.status == 0 {
+            return Ok(done.output);
+        }
+        fail(format!("the clients' machine {}: {}", self.vm.node, done.output.trim_end()))
+    }
+
+    /// Its machine's clock, in milliseconds.
+    fn clock(&self) -> Result<u64> {
+        let said = self.ask("cat /proc/uptime")?;
+        let seconds = said.split_whitespace().next().and_then(|s| s.parse().ok());
+        let uptime = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).unwrap_or_default();
+        Ok(uptime.as_millis() as u64)
+    }
+
+    /// How long ago each kind of client last succeeded; none before all have begun.
+    fn ages(&self) -> Result<Option<BTreeMap<String, f64>>> {
+        let said = self.vm.exec(&format!("cat {DIR}/state"))?;
+        Ok((said.status == 0).then(|| serde_json::from_str(&said.output).unwrap_or_default()))
+    }
+
+    /// Ends the clients; what they saw.
+    fn end(&self, patience: u32) -> Result<Seen> {
+        // Its last question, whether every write is there, is asked until it is answered.
+        let limit = 120 * patience.min(4);
+        let said = self.ask(&format!(
+            "systemctl stop --no-block rehearsal; for i in $(seq {limit}); do [ -e {DIR}/result ] && break; sleep 1; done; \
+             gzip -c {DIR}/result | base64 -w0"
+        ))?;
+        let unreadable =
+            |e: &dyn std::fmt::Display| Error::Failed(format!("what the clients saw is not readable: {e}"));
+        let packed = BASE64.decode(said.trim()).map_err(|e| unreadable(&e))?;
+        serde_json::from_reader(flate2::read::GzDecoder::new(&packed[..])).map_err(|e| unreadable(&e))
+    }
+}
+
+/// Waits until nothing is missing.
+fn whole(project: &Project, step: &Step, patience: Duration) -> Result<Board> {
+    let until = Instant::now() + patience;
+    loop {
+        let board = Board::read(project);
+        if board.is_whole() {
+            return Ok(board);
+        }
+        if Instant::now() > until {
+            return fail(format!("the fleet is not whole:\n{board}"));
+        }
+        let missing: Vec<&str> =
+            board.nodes.iter().filter(|r| r.state != crate::vm::State::Ready).map(|r| r.node.as_str()).collect();
+        step.message(&format!("waiting for the whole fleet {}", missing.join(", ")));
+        std::thread::sleep(Duration::from_secs(3));
+    }
+}
+
+fn told(step: Step, outcome: &Outcome) {
+    let kept =
+        if outcome.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN {}", outcome.broken.join("; ")) };
+    step.done(&format!("{} ({}): {kept}", outcome.scenario, outcome.victims.join(", ")));
+}
+
+/// The table with where and when it was made, for docs.
+///
+/// # Errors
+/// The host can't be described.
+pub fn page(project: &Project, outcomes: &[Outcome], factor: u32, revision: Option<&str>) -> Result<String> {
+    let uptime = std::path::Path::new("/proc/cpuinfo");
+    let cpus = fs::read_to_string(uptime).map_err(Error::io("read", uptime))?;
+    let model =
+        cpus.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|(_, m)| m)).unwrap_or("?");
+    let count = cpus.lines().filter(|l| l.starts_with("processor")).count();
+    let date = Command::new("date").args(["-u", "+%F"]).output().map_err(Error::io("run", "date"))?.stdout;
+    let date = String::from_utf8_lossy(&date);
+    let speed = if factor == 1 {
+        "virtual machines with KVM; promises as they are".to_owned()
+    } else {
+        format!(
+            "processors emulated by QEMU (no KVM): every time-out of failure detection is {factor} times as long \
+             there (`machine.patience`), and so is what is promised"
+        )
+    };
+    Ok(format!(
+        "# Rehearsal of `{}`\n\nMade by `bakehouse rehearse`, {}, revision {}, on {count} × {model}; {speed}. Seconds are the \
+         clients' longest silence after the fault; \"lost\" counts acknowledged writes that were not there afterwards.\n\n{}",
+        project.topology.name,
+        date.trim(),
+        revision.unwrap_or("unknown"),
+        table(outcomes)
+    ))
+}

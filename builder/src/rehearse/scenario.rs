@@ -1,0 +1,337 @@
+//! What can be broken, and what the fleet promises when it is.
+
+use std::net::Ipv4Addr;
+
+use fleet::{Node, Topology};
+
+use crate::error::{Error, Result, fail};
+use crate::vm::{Board, Database, Vm};
+
+/// One way to break the fleet.
+pub struct Scenario {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub victim: Victim,
+    pub fault: Fault,
+    /// Seconds that it lasts at least.
+    pub lasts: u64,
+    pub promise: Limits,
+}
+
+/// Whom it hits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// The hub that holds the VIP.
+    Holder,
+    /// The machine whose etcd member leads.
+    EtcdLeader,
+    /// The machine that takes the writes.
+    Primary,
+    /// A machine that follows it.
+    Standby,
+    /// A machine that runs Odoo.
+    App,
+    /// Any worker, or a hub that does not hold the VIP.
+    Worker,
+    /// Every machine.
+    All,
+    /// Every machine with an etcd vote.
+    Voters,
+    /// A machine that monitors.
+    Monitor,
+}
+
+/// What is done to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Switched off at once; switched on again when the fleet has got over it.
+    PowerOff,
+    /// The network cable is pulled.
+    Unplug,
+    /// Processes of a unit stop running, and go on later.
+    Freeze(&'static str),
+    /// The path to one hub, or to etcd, is cut.
+    Cut(Path),
+    /// A command is run; nothing is to be mended afterwards.
+    Run(&'static str),
+    /// A command is run, and another one mends it.
+    RunThen(&'static str, &'static str),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// To the hub that holds the VIP.
+    Hub,
+    /// To every member of etcd.
+    Etcd,
+}
+
+impl Path {
+    /// The packet filter that cuts it; `hub` is that hub's address on the wire.
+    pub(super) fn filter(self, hub: Ipv4Addr) -> String {
+        let (there, back) = match self {
+            Self::Hub => (format!("ip daddr {hub} drop"), format!("ip saddr {hub} drop")),
+            Self::Etcd => ("tcp dport 2379 drop".to_owned(), "tcp sport 2379 drop".to_owned()),
+        };
+        format!(
+            "table inet rehearsal {{ \
+             chain there {{ type filter hook output priority -300; {there}; }}; \
+             chain back {{ type filter hook input priority -300; {back}; }}; }}"
+        )
+    }
+}
+
+/// Longest outages in seconds at native speed; none where nothing is promised.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Limits {
+    pub vip: Option<f64>,
+    pub writes: Option<f64>,
+    pub http: Option<f64>,
+}
+
+const fn limits(vip: f64, writes: f64, http: f64) -> Limits {
+    Limits { vip: Some(vip), writes: Some(writes), http: Some(http) }
+}
+
+/// What there is, in the order it is rehearsed in.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "hub",
+        about: "the hub that holds the VIP loses its power",
+        victim: Victim::Holder,
+        fault: Fault::PowerOff,
+        lasts: 20,
+        promise: limits(1.5, 25.0, 25.0),
+    },
+    Scenario {
+        name: "db",
+        about: "the database's primary loses its power",
+        victim: Victim::Primary,
+        fault: Fault::PowerOff,
+        lasts: 20,
+        promise: limits(1.5, 25.0, 30.0),
+    },
+    Scenario {
+        name: "app",
+        about: "a machine with Odoo loses its power",
+        victim: Victim::App,
+        fault: Fault::PowerOff,
+        lasts: 20,
+        promise: limits(1.5, 25.0, 25.0),
+    },
+    Scenario {
+        name: "etcd-leader",
+        about: "the machine whose etcd member leads loses its power",
+        victim: Victim::EtcdLeader,
+        fault: Fault::PowerOff,
+        lasts: 20,
+        promise: limits(1.5, 25.0, 25.0),
+    },
+    Scenario {
+        name: "standby",
+        about: "a standby loses its power under load",
+        victim: Victim::Standby,
+        fault: Fault::PowerOff,
+        lasts: 20,
+        promise: limits(1.5, 15.0, 15.0),
+    },
+    Scenario {
+        name: "hub-cable",
+        about: "the hub that holds the VIP loses its cable",
+        victim: Victim::Holder,
+        fault: Fault::Unplug,
+        lasts: 20,
+        promise: limits(1.5, 25.0, 25.0),
+    },
+    Scenario {
+        name: "path",
+        about: "one machine's path to the hub that holds the VIP is cut",
+        victim: Victim::Worker,
+        fault: Fault::Cut(Path::Hub),
+        lasts: 20,
+        promise: limits(1.5, 5.0, 5.0),
+    },
+    Scenario {
+        name: "postgres",
+        about: "the primary's PostgreSQL is killed",
+        victim: Victim::Primary,
+        fault: Fault::Run("pkill -KILL -o -u postgres -x postgres"),
+        lasts: 20,
+        promise: limits(0.5, 8.0, 10.0),
+    },
+    Scenario {
+        name: "patroni",
+        about: "the primary's Patroni is stopped (SIGSTOP)",
+        victim: Victim::Primary,
+        fault: Fault::RunThen(
+            "kill -STOP $(systemctl show -P MainPID patroni)",
+            "kill -CONT $(systemctl show -P MainPID patroni)",
+        ),
+        lasts: 20,
+        promise: limits(1.5, 40.0, 45.0),
+    },
+    Scenario {
+        name: "db-cable",
+        about: "the primary's machine loses its cable",
+        victim: Victim::Primary,
+        fault: Fault::Unplug,
+        lasts: 20,
+        promise: limits(1.5, 25.0, 30.0),
+    },
+    Scenario {
+        name: "db-etcd",
+        about: "the primary is cut from etcd only",
+        victim: Victim::Primary,
+        fault: Fault::Cut(Path::Etcd),
+        lasts: 20,
+        promise: limits(0.5, 25.0, 30.0),
+    },
+    Scenario {
+        name: "switchover",
+        about: "the primary hands over on request",
+        victim: Victim::Primary,
+        fault: Fault::Run("patronictl -c /run/bakehouse/patroni.yml switchover --force"),
+        lasts: 20,
+        promise: limits(0.5, 8.0, 10.0),
+    },
+    Scenario {
+        name: "odoo",
+        about: "Odoo on one machine hangs",
+        victim: Victim::App,
+        fault: Fault::Freeze("odoo-http"),
+        lasts: 20,
+        promise: limits(0.5, 1.0, 10.0),
+    },
+    Scenario {
+        name: "etcd",
+        about: "every member of etcd hangs",
+        victim: Victim::Voters,
+        fault: Fault::Freeze("etcd"),
+        lasts: 180,
+        promise: limits(0.5, 5.0, 10.0),
+    },
+    Scenario {
+        name: "monitor",
+        about: "a monitor loses its power",
+        victim: Victim::Monitor,
+        fault: Fault::PowerOff,
+        lasts: 20,
+        promise: limits(0.5, 1.0, 2.0),
+    },
+    Scenario {
+        name: "power",
+        about: "the power fails everywhere",
+        victim: Victim::All,
+        fault: Fault::PowerOff,
+        lasts: 20,
+        promise: Limits { vip: None, writes: None, http: None },
+    },
+];
+
+/// Scenarios by name; all when none is named.
+///
+/// # Errors
+/// A name that is none.
+pub fn chosen(names: &[String]) -> Result<Vec<&'static Scenario>> {
+    if names.is_empty() {
+        return Ok(SCENARIOS.iter().collect());
+    }
+    let find = |name: &String| {
+        SCENARIOS.iter().find(|s| s.name == name).ok_or_else(|| {
+            let known: Vec<&str> = SCENARIOS.iter().map(|s| s.name).collect();
+            Error::Usage(format!("there is no scenario `{name}`; there are: {}", known.join(", ")))
+        })
+    };
+    names.iter().map(find).collect()
+}
+
+impl Victim {
+    /// The nodes it means, as the fleet stands; none where the fleet has no such node.
+    pub(super) fn find(self, topology: &Topology, board: &Board, machine: &dyn Fn(&str) -> Vm) -> Result<Vec<String>> {
+        let one = |name: Option<&str>| Ok(name.map(str::to_owned).into_iter().collect());
+        let with = |role: &str, not: Option<&str>| {
+            topology.nodes.iter().find(|n| n.has_role(role) && not != Some(&n.name)).map(|n| n.name.as_str())
+        };
+        match self {
+            Self::Holder => one(board.holder()),
+            Self::Primary => one(board.primary()),
+            Self::Standby => {
+                one(board.nodes.iter().find(|r| r.database == Some(Database::Standby)).map(|r| r.node.as_str()))
+            }
+            // Not the one that has the VIP or the database too, where there is a choice.
+            Self::App => {
+                let apps = || topology.nodes.iter().filter(|n| n.has_role("app"));
+                let busy = |n: &Node| board.holder() == Some(&n.name) || board.primary() == Some(&n.name);
+                one(apps().find(|n| !busy(n)).or_else(|| apps().next()).map(|n| n.name.as_str()))
+            }
+            Self::Worker => {
+                let worker = topology.nodes.iter().find(|n| n.has_role("app") && board.holder() != Some(&n.name));
+                one(worker.map(|n| n.name.as_str()))
+            }
+            Self::Monitor => one(with("monitor", None)),
+            Self::All => Ok(topology.nodes.iter().map(|n| n.name.clone()).collect()),
+            Self::Voters => Ok(topology.voters.clone()),
+            Self::EtcdLeader => {
+                for name in &topology.voters {
+                    let metrics = "exec 3<>/dev/tcp/$(hostname -I | tr ' ' '\\n' | grep -m1 '^ADDRESS$')/2381; \
+                        printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; grep -q '^etcd_server_is_leader 1' <&3";
+                    let Some(node) = topology.node(name) else { continue };
+                    let asked = metrics.replace("ADDRESS", &node.address.to_string());
+                    if machine(name).exec(&asked)?.status == 0 {
+                        return Ok(vec![name.clone()]);
+                    }
+                }
+                fail("no member of etcd leads")
+            }
+        }
+    }
+}
+
+impl Fault {
+    /// Breaks a machine; `cut` is the packet filter that cuts a path.
+    pub(super) fn strike(self, vm: &Vm, cut: &str) -> Result<()> {
+        match self {
+            Self::PowerOff => vm.cut_power(),
+            Self::Unplug => vm.plug(false),
+            Self::Freeze(unit) => done(vm, &format!("systemctl freeze {unit}")),
+            Self::Run(command) | Self::RunThen(command, _) => done(vm, command),
+            Self::Cut(_) => done(vm, &format!("nft '{cut}'")),
+        }
+    }
+
+    /// Mends it; machines that are off are not started here.
+    pub(super) fn mend(self, vm: &Vm) -> Result<()> {
+        match self {
+            Self::PowerOff | Self::Run(_) => Ok(()),
+            Self::Unplug => vm.plug(true),
+            Self::Freeze(unit) => done(vm, &format!("systemctl thaw {unit}")),
+            // Its watchdog may have restarted it in the meantime.
+            Self::RunThen(_, command) => vm.exec(command).map(drop),
+            Self::Cut(_) => vm.exec("nft delete table inet rehearsal").map(drop),
+        }
+    }
+}
+
+fn done(vm: &Vm, command: &str) -> Result<()> {
+    let done = vm.exec(command)?;
+    if done.status == 0 {
+        return Ok(());
+    }
+    fail(format!("`{command}` on {} ended with {}: {}", vm.node, done.status, done.output.trim_end()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_names() {
+        assert_eq!(chosen(&[]).unwrap().len(), SCENARIOS.len());
+        assert_eq!(chosen(&["db".into(), "hub".into()]).unwrap()[0].name, "db");
+        let e = chosen(&["dbb".into()]).map(drop).unwrap_err().to_string();
+        assert!(e.contains("there is no scenario `dbb`; there are: hub, db"), "{e}");
+        for (i, s) in SCENARIOS.iter().enumerate() {
+            assert!(SCENARIOS[..i].iter().all(|other| other.name != s.name), "{} is there twice", s.name);
+        }
+    }
+}

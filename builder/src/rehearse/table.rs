@@ -1,0 +1,136 @@
+//! Outcomes for people: a line each, and least, median and most where a scenario ran often.
+
+use std::fmt::Write as _;
+
+use super::outcome::Outcome;
+
+const HEAD: [&str; 11] = [
+    "scenario",
+    "victim",
+    "VIP s",
+    "writes s",
+    "HTTP s",
+    "errors",
+    "lost",
+    "logouts",
+    "primaries",
+    "alert s",
+    "promise",
+];
+
+/// A table that is readable on a terminal and is Markdown too.
+#[must_use]
+pub fn table(outcomes: &[Outcome]) -> String {
+    let mut rows: Vec<[String; 11]> = vec![HEAD.map(str::to_owned)];
+    for o in outcomes {
+        let kept = if o.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN: {}", o.broken.join("; ")) };
+        let victims = if o.victims.len() > 2 { format!("{} machines", o.victims.len()) } else { o.victims.join(", ") };
+        rows.push([
+            o.scenario.to_owned(),
+            victims,
+            seconds(o.vip),
+            seconds(o.writes),
+            seconds(o.http),
+            o.errors.to_string(),
+            format!("{}/{}", o.lost, o.acknowledged),
+            o.logouts.to_string(),
+            o.primaries.to_string(),
+            seconds(o.alert),
+            kept,
+        ]);
+    }
+    let mut text = lay_out(&rows);
+    let summary = summary(outcomes);
+    if summary.len() > 1 {
+        text += "\n";
+        text += &lay_out(&summary);
+    }
+    text
+}
+
+/// Least, median and most of what ran more than once.
+fn summary(outcomes: &[Outcome]) -> Vec<[String; 5]> {
+    let mut rows = vec![["scenario", "runs", "VIP s", "writes s", "HTTP s"].map(str::to_owned)];
+    let mut names: Vec<&str> = Vec::new();
+    for o in outcomes {
+        if !names.contains(&o.scenario) {
+            names.push(o.scenario);
+        }
+    }
+    for name in names {
+        let runs: Vec<&Outcome> = outcomes.iter().filter(|o| o.scenario == name).collect();
+        if runs.len() < 2 {
+            continue;
+        }
+        let spread = |of: fn(&Outcome) -> Option<f64>| {
+            let mut all: Vec<f64> = runs.iter().filter_map(|o| of(o)).collect();
+            all.sort_unstable_by(f64::total_cmp);
+            match all[..] {
+                [] => "-".to_owned(),
+                _ => format!("{:.1} / {:.1} / {:.1}", all[0], all[all.len() / 2], all[all.len() - 1]),
+            }
+        };
+        rows.push([
+            name.to_owned(),
+            runs.len().to_string(),
+            spread(|o| o.vip),
+            spread(|o| o.writes),
+            spread(|o| o.http),
+        ]);
+    }
+    rows
+}
+
+fn lay_out<const N: usize>(rows: &[[String; N]]) -> String {
+    let widths: [usize; N] = std::array::from_fn(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0));
+    let mut text = String::new();
+    for (n, row) in rows.iter().enumerate() {
+        for (cell, width) in row.iter().zip(widths) {
+            let _ = write!(text, "| {cell:<width$} ");
+        }
+        text += "|\n";
+        if n == 0 {
+            for width in widths {
+                let _ = write!(text, "|{:-<1$}", "", width + 2);
+            }
+            text += "|\n";
+        }
+    }
+    text
+}
+
+fn seconds(of: Option<f64>) -> String {
+    of.map_or_else(|| "-".to_owned(), |s| format!("{s:.1}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(scenario: &'static str, vip: f64, broken: &[&str]) -> Outcome {
+        Outcome {
+            scenario,
+            victims: vec!["hub-1".into()],
+            vip: Some(vip),
+            writes: None,
+            http: None,
+            acknowledged: 10,
+            lost: 0,
+            errors: 0,
+            logouts: 0,
+            primaries: 1,
+            alert: None,
+            whole: 9.0,
+            broken: broken.iter().map(|b| (*b).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn one_line_each_and_a_summary_of_what_ran_often() {
+        let text = table(&[outcome("hub", 1.0, &[]), outcome("hub", 3.0, &["VIP: 3.0 s"]), outcome("db", 2.0, &[])]);
+        assert!(text.contains("| hub      | hub-1  | 1.0   | -        |"), "{text}");
+        assert!(text.contains("BROKEN: VIP: 3.0 s"), "{text}");
+        assert!(text.contains("| hub      | 2    | 1.0 / 3.0 / 3.0 |"), "{text}");
+        assert_eq!(text.matches("| db ").count(), 1);
+    }
+}
