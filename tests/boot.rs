@@ -16,10 +16,18 @@ fn lab(name: &str) -> Lab {
 
 #[test]
 fn a_hub_boots_takes_its_role_and_remembers_it() {
+    // From a disk as an operator makes it: the image, and the node's ticket on it.
     let lab = lab("boot");
-    let hub = Machine::of(&lab, "hub-1");
-    hub.start();
+    lab.init();
+    let disk = lab.dir.join("hub-1.raw");
+    let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters"), "--json"]).out;
+    assert!(flashed.lines().any(|l| l.contains("\"step\":\"verify\"")), "{flashed}");
+    let mut hub = Machine::of(&lab, "hub-1");
+    hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
+    // Whoever takes the disk away later has no ticket.
+    assert_eq!(hub.ok("find /efi/loader -name '*.cred'"), "");
+    assert_eq!(hub.ok("systemctl is-active firstboot"), "active");
 
     // Root: erofs on verity, read-only, nothing to write to.
     assert_eq!(hub.ok("findmnt -no SOURCE,FSTYPE /"), "/dev/mapper/root erofs");
@@ -66,7 +74,7 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     // What journald has not written yet is lost by design; this boot is to be read in the next.
     hub.ok("journalctl --sync");
     hub.cut_power();
-    hub.start();
+    hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
     assert_eq!(hub.ok("cat /etc/machine-id"), machine_id);
     assert_eq!(

@@ -23,7 +23,7 @@ use crate::resolve::resolve;
 use crate::revoke::revoke;
 use crate::store::Store;
 use crate::ticket::{Terms, mint};
-use crate::{compose, plan, project, rehearse, report, vm};
+use crate::{compose, flash, plan, project, rehearse, report, vm};
 
 /// Turns a fleet.toml into bootable, immutable Debian images.
 #[derive(Parser)]
@@ -90,6 +90,27 @@ enum Command {
         /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
+    },
+    /// Write a node's image and its ticket to a disk, or into a file
+    #[command(after_help = "Examples:\n  bakehouse flash hub-1 /dev/sdb\n  bakehouse flash app disk.raw --json\n\n\
+        Builds what is missing, mints a ticket, writes, reads back, and compares. For a group, any free slot\n\
+        is taken. Whoever has the disk has the ticket until the node has joined.")]
+    Flash {
+        /// A node, or a group
+        to: String,
+        /// A whole disk, or a file
+        target: PathBuf,
+        /// Don't ask
+        #[arg(short, long)]
+        yes: bool,
+        /// Overwrite a disk in use, or a partition: the device's name again
+        #[arg(long, value_name = "NAME")]
+        force: Option<String>,
+        /// Write no ticket: the machine gets one in another way
+        #[arg(long)]
+        no_ticket: bool,
+        #[command(flatten)]
+        mirror: MirrorArg,
     },
     /// Check fleet.toml, profiles and overlays
     #[command(after_help = "Example:\n  bakehouse check")]
@@ -271,6 +292,17 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             match output {
                 Some(path) => write_private(path, text.as_bytes())?,
                 None => println!("{text}"),
+            }
+        }
+        Command::Flash { to, target, yes, force, no_ticket, mirror } => {
+            let group = flash::group_of(&project.topology, to)?.to_owned();
+            let images = build(&project, &[group], None, mirror, &progress)?;
+            let terms = Terms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
+            let mint = || mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
+            let ticket = if *no_ticket { None } else { Some(mint()?) };
+            let order = flash::Order { target, yes: *yes, force: force.as_deref(), json: cli.json };
+            for image in &images {
+                flash::flash(&image.disk, ticket.as_ref(), &order, &progress)?;
             }
         }
         Command::Lock { update, mirror } => {

@@ -20,6 +20,8 @@ const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
 /// Room for two versions of a metal node's UKI, and for a third while one is replaced.
 pub const ESP_SIZE: u64 = 256 * MIB;
+/// Where it begins on the disk.
+pub const ESP_START: u64 = MIB;
 
 const ROOT_VERITY_X64: Type = Type { guid: uuid!("2c7357ed-ebd2-46d9-aec1-23d437ec2bf5"), os: OperatingSystem::Linux };
 const DISK_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000d1");
@@ -80,7 +82,7 @@ pub fn write(out: &Path, slots: Slots, content: &Content, tools: &Tools, scratch
         .open(out)
         .map_err(Error::io("create", out))?;
     file.set_len(slots.disk()).map_err(Error::io("size", out))?;
-    let esp = MIB;
+    let esp = ESP_START;
     let root = esp + ESP_SIZE;
     let verity = root + slots.root;
     partitions(&file, slots, content, [esp, root, verity])

@@ -56,6 +56,10 @@ pub async fn run(paths: &Paths) -> Result<()> {
     let status = Status::publish(&bus, &image.topology.name).await?;
     let units = Systemd::new(&bus).await?;
     let who = identity(&paths.state, paths.credentials.as_ref(), &image).await?;
+    // Whoever takes the disk out now finds no ticket on it.
+    if let Err(e) = units.start("firstboot-forget.service").await {
+        println!("{e}");
+    }
     let node = node_of(&who.state, &image)?;
     let tls = Tls { ca: who.state.root.clone(), cert: who.state.cert.clone(), key: who.keys.tls.pem().to_owned() };
     let context = NodeContext {

@@ -44,6 +44,12 @@ impl Machine {
         self.start_as(&described.with_ticket(ticket).expect("a ticket"));
     }
 
+    /// Starts it from a disk that was flashed, with what is on it and nothing else.
+    pub fn start_flashed(&mut self, disk: &Path) {
+        self.image = Some(disk.to_owned());
+        self.start_as(&start_of(&self.project, &self.vm.node).expect("the node is there").without_ticket());
+    }
+
     fn start_as(&self, described: &Described) {
         let start = described.as_start();
         let image = self.image.as_deref().unwrap_or(start.image);

@@ -79,7 +79,8 @@ impl Board {
         });
         let holder = seen.iter().find(|(row, _)| row.vip).or_else(|| seen.iter().find(|(_, odoo)| !odoo.is_empty()));
         let odoo = holder.map(|(_, odoo)| odoo.clone()).unwrap_or_default();
-        let doors = topology.hubs.iter().filter_map(|hub| {
+        let served = topology.nodes.iter().any(|n| n.has_role("app"));
+        let doors = topology.hubs.iter().filter(|_| served).filter_map(|hub| {
             let up = seen.iter().any(|(row, _)| row.node == hub.name && row.state != State::Off);
             Wire::of(project, hub).door.filter(|_| up)
         });

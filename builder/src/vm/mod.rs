@@ -1,7 +1,7 @@
 //! Nodes as local virtual machines: QEMU with UEFI firmware, KVM where it really works.
 //!
 //! A machine has no way out: its network card is on a wire that only the fleet's other machines
-//! are on. What it says comes over its serial console into `console.log`; a second serial port, served by a unit that
+//! are on. What it says comes over its serial console into `console.log`; a port of its own, served by a unit that
 //! is handed in as a credential, runs commands. The image has no part in that.
 
 mod board;
@@ -10,7 +10,7 @@ mod wire;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,8 +20,11 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use fleet::Ticket;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
 
 use crate::authority::{Authority, write_private};
 use crate::bake::{image_id, slots, var_size};
@@ -40,20 +43,24 @@ pub use wire::{Door, Wire};
 const READY: &str = "bakehouse: ready";
 /// Emulated machines take their time.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
+/// How often a machine that is waited for is looked at, if it says nothing.
+const LOOK: Duration = Duration::from_secs(1);
 /// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
 const SPARE_DISK: u64 = 4 << 30;
 
-/// Serves commands on the second serial port: a number and base64 in; the number, status and
-/// base64 out. One that hangs holds nobody up.
+/// Serves commands on a port of the machine's own: a number and base64 in; the number, status and
+/// base64 out. One that hangs holds nobody up. Where nobody is connected, reading ends at once.
 const EXEC_UNIT: &str = "\
 [Unit]
-Description=Run the host's commands on ttyS1
+Description=Run the host's commands
 After=dbus.service
 [Service]
-ExecStartPre=/usr/bin/stty -F /dev/ttyS1 raw -echo
-ExecStart=/usr/bin/bash -c 'exec 3<>/dev/ttyS1; while read -r id line <&3; do [ -n \"$$line\" ] && { \
-out=$$(bash -c \"$$(printf %%s \"$$line\" | base64 -d)\" 2>&1 </dev/null 3>&- | base64 -w0; exit $${PIPESTATUS[0]}); \
-status=$$?; (flock 4; printf \"%%s %%s %%s\\n\" \"$$id\" \"$$status\" \"$$out\" >&3) 4>/run/bakehouse-exec.lock; } & done'
+ExecStart=/usr/bin/bash -c 'port=/dev/virtio-ports/bakehouse.exec; exec 5<> <(:); \
+until [ -e $$port ]; do read -rt 0.5 -u 5; done; exec 3<>$$port; \
+while true; do if read -r id line <&3; then [ -n \"$$line\" ] && { \
+out=$$(bash -c \"$$(printf %%s \"$$line\" | base64 -d)\" 2>&1 </dev/null 3>&- 5>&- | base64 -w0; exit $${PIPESTATUS[0]}); \
+status=$$?; (flock 4; printf \"%%s %%s %%s\\n\" \"$$id\" \"$$status\" \"$$out\" >&3) 4>/run/bakehouse-exec.lock; } & \
+else read -rt 0.3 -u 5; fi; done'
 Restart=always
 ";
 const EXEC_WANTED: &str = "[Unit]\nWants=bakehouse-exec.service\n";
@@ -113,10 +120,19 @@ impl Vm {
         self.path("disk.qcow2")
     }
 
+    /// Whether QEMU lives: it holds a lock on its pid's file, whatever became of the number.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        // The socket answers only while QEMU lives; a pid may be another's by now.
-        UnixStream::connect(self.path("monitor.sock")).is_ok()
+        let Ok(file) = File::open(self.path("pid")) else { return false };
+        let mut lock = libc::flock {
+            l_type: libc::F_RDLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        let asked = fcntl(&file, FcntlArg::F_GETLK(&mut lock));
+        asked.is_ok() && lock.l_type != libc::F_UNLCK as libc::c_short
     }
 
     /// Everything on the serial console since the last start.
@@ -167,7 +183,9 @@ impl Vm {
         };
         qemu.arg("-chardev").arg(socket("console", &format!(",logfile={}", self.path("console.log").display())));
         qemu.args(["-serial", "chardev:console"]);
-        qemu.arg("-chardev").arg(socket("exec", "")).args(["-serial", "chardev:exec"]);
+        // No second serial line: firmware and boot loader take what comes by one for a keyboard.
+        qemu.args(["-device", "virtio-serial-pci", "-chardev"]).arg(socket("exec", ""));
+        qemu.args(["-device", "virtserialport,chardev=exec,name=bakehouse.exec"]);
         qemu.arg("-chardev").arg(socket("monitor", "")).args(["-mon", "chardev=monitor,mode=readline"]);
         let ours = [
             ("systemd.extra-unit.bakehouse-exec.service".to_owned(), EXEC_UNIT.into()),
@@ -195,8 +213,6 @@ impl Vm {
         let told = |e: nix::Error| Error::Failed(format!("cannot watch {}: {e}", log.display()));
         let events = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).map_err(told)?;
         events.add_watch(&log, AddWatchFlags::IN_MODIFY).map_err(told)?;
-        // Its end is an event too: the monitor hangs up.
-        let monitor = UnixStream::connect(self.path("monitor.sock")).map_err(|_| self.ended("is not running"))?;
         let mut file = File::open(&log).map_err(Error::io("open", &log))?;
         let mut bytes = Vec::new();
         loop {
@@ -209,14 +225,13 @@ impl Vm {
             if left.is_zero() {
                 return Err(self.ended(&format!("did not come so far in {} s", timeout.as_secs())));
             }
-            let mut fds =
-                [PollFd::new(events.as_fd(), PollFlags::POLLIN), PollFd::new(monitor.as_fd(), PollFlags::empty())];
-            poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)).map_err(told)?;
-            let hung_up = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLHUP));
-            let _ = events.read_events();
-            if hung_up {
+            if !self.is_running() {
                 return Err(self.ended("ended"));
             }
+            // Its end is no event: it is looked for now and then.
+            let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::try_from(left.min(LOOK)).unwrap_or(PollTimeout::MAX)).map_err(told)?;
+            let _ = events.read_events();
         }
     }
 
@@ -235,16 +250,7 @@ impl Vm {
     /// # Errors
     /// It does not run.
     pub fn plug(&self, plugged: bool) -> Result<()> {
-        let told = |e: std::io::Error| Error::Failed(format!("{} does not listen: {e}", self.node));
-        let mut monitor = UnixStream::connect(self.path("monitor.sock")).map_err(told)?;
-        let order = format!("set_link wire-card {}\n", if plugged { "on" } else { "off" });
-        monitor.write_all(order.as_bytes()).map_err(told)?;
-        // The prompt comes back when it is done: once at the greeting, once after the order.
-        let mut said = BufReader::new(monitor);
-        for _ in 0..2 {
-            said.read_until(b')', &mut Vec::new()).map_err(told)?;
-        }
-        Ok(())
+        self.order(&format!("set_link wire-card {}", if plugged { "on" } else { "off" }))
     }
 
     fn ended(&self, how: &str) -> Error {
@@ -271,7 +277,7 @@ impl Vm {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let told = |e: std::io::Error| Error::Failed(format!("{} does not answer: {e}", self.node));
         let until = Instant::now() + patience;
-        let mut port = UnixStream::connect(self.path("exec.sock")).map_err(told)?;
+        let mut port = self.knock("exec.sock", until).map_err(told)?;
         // Answers to questions that others gave up are on the same line.
         let id = format!("{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         // The first line's end ends what somebody who was cut off may have begun.
@@ -295,13 +301,11 @@ impl Vm {
     /// # Errors
     /// It is still on after a minute; then it is switched off.
     pub fn power_down(&self) -> Result<()> {
-        let Ok(mut monitor) = UnixStream::connect(self.path("monitor.sock")) else { return Ok(()) };
-        let told = |e: std::io::Error| Error::Failed(format!("{} does not listen: {e}", self.node));
-        monitor.set_read_timeout(Some(Duration::from_secs(90))).map_err(told)?;
-        monitor.write_all(b"system_powerdown\n").map_err(told)?;
-        // It hangs up when it is off.
-        let mut rest = Vec::new();
-        if monitor.read_to_end(&mut rest).is_ok() {
+        if !self.is_running() {
+            return Ok(());
+        }
+        self.order("system_powerdown")?;
+        if self.is_off_within(Duration::from_secs(90)) {
             return Ok(());
         }
         self.cut_power()?;
@@ -313,13 +317,61 @@ impl Vm {
     /// # Errors
     /// QEMU can't be killed.
     pub fn cut_power(&self) -> Result<()> {
-        let Ok(mut monitor) = UnixStream::connect(self.path("monitor.sock")) else { return Ok(()) };
+        if !self.is_running() {
+            return Ok(());
+        }
         let pid = fs::read_to_string(self.path("pid")).map_err(Error::io("read", self.path("pid")))?;
         if let Ok(pid) = pid.trim().parse() {
             let killed = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
             killed.map_err(|e| Error::Failed(format!("cannot switch {} off: {e}", self.node)))?;
         }
-        let _ = monitor.read_to_end(&mut Vec::new());
+        if self.is_off_within(Duration::from_secs(30)) {
+            return Ok(());
+        }
+        fail(format!("{} can't be switched off", self.node))
+    }
+
+    fn is_off_within(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        while self.is_running() {
+            if Instant::now() > until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        true
+    }
+
+    /// Connects to one of the machine's sockets. QEMU serves one client at a time, and does not
+    /// see that one has gone as long as the machine does not read: others wait, but not for ever.
+    fn knock(&self, socket: &str, until: Instant) -> std::io::Result<UnixStream> {
+        let address = UnixAddr::new(&self.path(socket))?;
+        loop {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let fd = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+            match connect(fd.as_raw_fd(), &address) {
+                Ok(()) => {
+                    let stream = UnixStream::from(fd);
+                    stream.set_nonblocking(false)?;
+                    return Ok(stream);
+                }
+                Err(nix::Error::EAGAIN) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Gives QEMU an order, and waits until it was carried out.
+    fn order(&self, order: &str) -> Result<()> {
+        let told = |e: std::io::Error| Error::Failed(format!("{} does not listen: {e}", self.node));
+        let mut monitor = self.knock("monitor.sock", Instant::now() + Duration::from_secs(30)).map_err(told)?;
+        monitor.set_read_timeout(Some(Duration::from_secs(30))).map_err(told)?;
+        monitor.write_all(format!("{order}\n").as_bytes()).map_err(told)?;
+        // Prompts, once at the greeting, once after the order.
+        let mut said = BufReader::new(monitor);
+        for _ in 0..2 {
+            said.read_until(b')', &mut Vec::new()).map_err(told)?;
+        }
         Ok(())
     }
 }
@@ -405,6 +457,13 @@ pub struct Described {
 }
 
 impl Described {
+    /// With no ticket: it is on the disk that it boots from.
+    #[must_use]
+    pub fn without_ticket(mut self) -> Self {
+        self.ticket.clear();
+        self
+    }
+
     /// With this ticket instead, from whoever minted it; hubs are where they are on the wire.
     ///
     /// # Errors
@@ -418,10 +477,10 @@ impl Described {
 
     #[must_use]
     pub fn as_start(&self) -> Start<'_> {
-        let mut credentials = vec![
-            (Ticket::CREDENTIAL.to_owned(), self.ticket.clone()),
-            ("network.network.05-wire".to_owned(), self.wire.network().into_bytes()),
-        ];
+        let mut credentials = vec![("network.network.05-wire".to_owned(), self.wire.network().into_bytes())];
+        if !self.ticket.is_empty() {
+            credentials.push((Ticket::CREDENTIAL.to_owned(), self.ticket.clone()));
+        }
         if let Some(door) = &self.wire.door {
             credentials.push(("network.network.06-door".to_owned(), door.network().into_bytes()));
         }

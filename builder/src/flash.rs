@@ -1,0 +1,303 @@
+//! An image onto a disk or into a file, with the ticket of the node it is to be.
+//!
+//! What is written is read back from the medium and compared. Ranges of zeros are not written to
+//! a file, and are left to the device's own way of zeroing on a disk.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, IsTerminal as _, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use fleet::{Ticket, Topology};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::libc;
+use serde_json::json;
+
+use crate::credential::seal;
+use crate::disk::ESP_START;
+use crate::error::{Error, Result, fail};
+use crate::progress::Progress;
+use crate::tools::run;
+
+const CHUNK: usize = 4 << 20;
+/// Progress as JSON: a line for so many bytes.
+const TOLD: u64 = 64 << 20;
+
+/// What may be overwritten, and how it is told.
+pub struct Order<'a> {
+    pub target: &'a Path,
+    /// Nobody is asked.
+    pub yes: bool,
+    /// The device's own name, where it is mounted or is a partition and that is known.
+    pub force: Option<&'a str>,
+    /// Lines of JSON on standard output.
+    pub json: bool,
+}
+
+/// Writes `image`, checks what was written, and puts the ticket in.
+///
+/// # Errors
+/// The target is not what it should be, or can't be written, or does not keep what was written.
+pub fn flash(image: &Path, ticket: Option<&Ticket>, order: &Order, progress: &Progress) -> Result<()> {
+    let source = File::open(image).map_err(Error::io("open", image))?;
+    let size = source.metadata().map_err(Error::io("read", image))?.len();
+    let device = device(order.target, order.force, size)?;
+    if device.is_some() || order.target.exists() {
+        ask(order, device.as_deref().unwrap_or("a file"))?;
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(device.is_none());
+    if device.is_some() {
+        // Somebody may have mounted it since: the kernel then says that it is busy.
+        options.custom_flags(libc::O_EXCL);
+    } else {
+        // It will hold a ticket.
+        options.mode(0o600);
+    }
+    let target = options.open(order.target).map_err(Error::io("open", order.target))?;
+    if device.is_none() {
+        target.set_len(0).and_then(|()| target.set_len(size)).map_err(Error::io("size", order.target))?;
+    }
+    let told = Error::io("write", order.target);
+    let pass = Pass { size, json: order.json, progress };
+    pass.over(&source, "write", |at, bytes| write(&target, at, bytes, device.is_some())).map_err(told)?;
+    target.sync_all().map_err(Error::io("write", order.target))?;
+    // From the medium, not from memory.
+    posix_fadvise(&target, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+        .map_err(|e| Error::io("read", order.target)(e.into()))?;
+    let mut back = vec![0; CHUNK];
+    pass.over(&source, "verify", |at, bytes| {
+        let back = &mut back[..bytes.len()];
+        target.read_exact_at(back, at)?;
+        if back == bytes {
+            return Ok(());
+        }
+        let first = bytes.iter().zip(back.iter()).position(|(a, b)| a != b).unwrap_or(0) as u64;
+        Err(io::Error::other(format!("byte {} is not what was written: the medium is damaged", at + first)))
+    })
+    .map_err(Error::io("verify", order.target))?;
+    drop(target);
+    if let Some(ticket) = ticket {
+        put_ticket(order.target, ticket)?;
+    }
+    if order.json {
+        println!("{}", json!({ "done": order.target, "bytes": size }));
+    }
+    Ok(())
+}
+
+/// Puts a ticket where systemd's EFI stub looks for credentials.
+fn put_ticket(disk: &Path, ticket: &Ticket) -> Result<()> {
+    let text = serde_json::to_vec(ticket).map_err(|e| Error::Failed(e.to_string()))?;
+    let sealed = BASE64.encode(seal(Ticket::CREDENTIAL, &text)?);
+    let mut file = tempfile::NamedTempFile::new().map_err(Error::io("create", "a temporary file"))?;
+    file.write_all(sealed.as_bytes()).map_err(Error::io("write", file.path()))?;
+    let image = format!("{}@@{ESP_START}", disk.display());
+    // The image may be of a disk that had one: the folder may be there.
+    let _ = Command::new("mmd").args(["-D", "s", "-i", &image, "::/loader/credentials"]).output();
+    let mut copy = Command::new("mcopy");
+    copy.args(["-o", "-i", &image]).arg(file.path());
+    run(copy.arg(format!("::/loader/credentials/{}.cred", Ticket::CREDENTIAL)), "mcopy (apt install mtools)")?;
+    // A card pulled out now has it.
+    File::open(disk).and_then(|f| f.sync_all()).map_err(Error::io("write", disk))
+}
+
+/// One walk over the image.
+struct Pass<'a> {
+    size: u64,
+    json: bool,
+    progress: &'a Progress,
+}
+
+impl Pass<'_> {
+    fn over(
+        &self,
+        mut source: &File,
+        name: &str,
+        mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let step = self.progress.bytes(name, self.size);
+        source.seek(SeekFrom::Start(0))?;
+        let mut chunk = vec![0; CHUNK];
+        let mut at = 0;
+        while at < self.size {
+            let want = CHUNK.min(usize::try_from(self.size - at).unwrap_or(CHUNK));
+            source.read_exact(&mut chunk[..want])?;
+            each(at, &chunk[..want])?;
+            step.advance(want as u64);
+            if self.json && (at + want as u64) / TOLD != at / TOLD {
+                println!("{}", json!({ "step": name, "bytes": at + want as u64, "of": self.size }));
+            }
+            at += want as u64;
+        }
+        step.done(&format!("{:.0} MB", self.size as f64 / 1e6));
+        Ok(())
+    }
+}
+
+fn write(target: &File, at: u64, bytes: &[u8], device: bool) -> io::Result<()> {
+    if bytes.iter().any(|b| *b != 0) {
+        return target.write_all_at(bytes, at);
+    }
+    if device {
+        let how = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        if fallocate(target, how, at.cast_signed(), bytes.len().cast_signed() as i64).is_err() {
+            // It has no way of its own.
+            return target.write_all_at(bytes, at);
+        }
+    }
+    Ok(())
+}
+
+/// What the target is, if it is a disk; refuses what should not be overwritten.
+fn device(target: &Path, force: Option<&str>, size: u64) -> Result<Option<String>> {
+    let meta = match fs::metadata(target) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == io::ErrorKind::NotFound && !target.starts_with("/dev") => return Ok(None),
+        Err(e) => return Err(Error::io("find", target)(e)),
+    };
+    let shown = target.display();
+    if meta.is_file() {
+        return Ok(None);
+    }
+    if !meta.file_type().is_block_device() {
+        return Err(Error::Usage(format!("{shown} is neither a disk nor a file")));
+    }
+    let number = format!("{}:{}", nix::sys::stat::major(meta.rdev()), nix::sys::stat::minor(meta.rdev()));
+    let sys = fs::canonicalize(Path::new("/sys/dev/block").join(&number)).map_err(Error::io("find", target))?;
+    let name = sys.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let forced = force == Some(&name);
+    let advice = format!("if you are sure: --force {name}");
+    if sys.join("partition").exists() && !forced {
+        return Err(Error::Usage(format!("{shown} is a partition: a node takes the whole disk; {advice}")));
+    }
+    for used in users(&sys)? {
+        if used == "/" || used.starts_with("/boot") {
+            return Err(Error::Usage(format!("this machine runs from {shown} (mounted at {used})")));
+        }
+        if !forced {
+            return Err(Error::Usage(format!("{shown} is in use ({used}): unmount it; {advice}")));
+        }
+    }
+    let room =
+        File::open(target).and_then(|mut disk| disk.seek(SeekFrom::End(0))).map_err(Error::io("size", target))?;
+    if room < size {
+        return Err(Error::Usage(format!("{shown} has {} MB, the image {} MB", room / 1_000_000, size / 1_000_000)));
+    }
+    let read = |file: &str| fs::read_to_string(sys.join(file)).unwrap_or_default().trim().to_owned();
+    let model = [read("device/vendor"), read("device/model")].join(" ");
+    Ok(Some(format!("{name}, {} {:.1} GB", model.trim(), room as f64 / 1e9)))
+}
+
+/// Where a disk or one of its partitions is mounted, swapped to, or part of something else.
+fn users(sys: &Path) -> Result<Vec<String>> {
+    let mut parts: Vec<PathBuf> = vec![sys.to_owned()];
+    let entries = fs::read_dir(sys).map_err(Error::io("read", sys))?;
+    parts.extend(entries.flatten().map(|e| e.path()).filter(|p| p.join("partition").exists()));
+    let text = |path: &str| fs::read_to_string(path).map_err(Error::io("read", path));
+    let (mounts, swaps) = (text("/proc/self/mountinfo")?, text("/proc/swaps")?);
+    let mut found = Vec::new();
+    for part in parts {
+        let number = fs::read_to_string(part.join("dev")).unwrap_or_default();
+        let mounted = mounts.lines().filter_map(|line| {
+            let mut words = line.split(' ').skip(2);
+            (words.next()? == number.trim()).then(|| words.nth(1).unwrap_or_default().to_owned())
+        });
+        found.extend(mounted);
+        let name = part.file_name().map(|n| format!("/dev/{} ", n.to_string_lossy())).unwrap_or_default();
+        if swaps.lines().any(|l| l.starts_with(&name)) {
+            found.push("swap".to_owned());
+        }
+        let holders = fs::read_dir(part.join("holders")).into_iter().flatten().flatten();
+        for holder in holders {
+            let below = users(&fs::canonicalize(holder.path()).map_err(Error::io("find", holder.path()))?)?;
+            found.push(format!("held by {}", holder.file_name().to_string_lossy()));
+            found.extend(below);
+        }
+    }
+    // What the system runs from says so first.
+    found.sort_by_key(|used| used != "/");
+    Ok(found)
+}
+
+fn ask(order: &Order, what: &str) -> Result<()> {
+    if order.yes {
+        return Ok(());
+    }
+    let shown = order.target.display();
+    if !io::stdin().is_terminal() {
+        return Err(Error::Usage(format!("{shown} ({what}) would be overwritten; say --yes")));
+    }
+    eprint!("Everything on {shown} ({what}) is lost. Go on? [y/N] ");
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer).map_err(Error::io("read", "the answer"))?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { fail("nothing was written") }
+}
+
+/// The group of what is to be flashed: a node's, or its own.
+///
+/// # Errors
+/// No such node or group.
+pub fn group_of<'a>(topology: &'a Topology, to: &'a str) -> Result<&'a str> {
+    let node = topology.node(to).map(|n| n.group.as_str());
+    node.or_else(|| topology.nodes.iter().any(|n| n.group == to).then_some(to)).ok_or_else(|| {
+        let known: Vec<&str> = topology.nodes.iter().map(|n| n.name.as_str()).collect();
+        Error::Usage(format!("there is no node or group `{to}`; there are: {}", known.join(", ")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flashed(dir: &Path, image: &[u8], target: &str, yes: bool) -> Result<PathBuf> {
+        let (from, to) = (dir.join("image"), dir.join(target));
+        fs::write(&from, image).unwrap();
+        let order = Order { target: &to, yes, force: None, json: false };
+        flash(&from, None, &order, &Progress::new(true, false)).map(|()| to)
+    }
+
+    #[test]
+    fn a_file_gets_the_images_bytes_and_no_more_blocks() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut image = vec![0; 3 * CHUNK + 5];
+        image[7] = 1;
+        *image.last_mut().unwrap() = 2;
+        let made = flashed(dir.path(), &image, "disk", false).unwrap();
+        assert!(fs::read(&made).unwrap() == image);
+        let meta = fs::metadata(&made).unwrap();
+        assert!(meta.blocks() * 512 < image.len() as u64);
+        assert_eq!(meta.mode() & 0o777, 0o600, "it will hold a ticket");
+    }
+
+    #[test]
+    fn what_is_there_is_not_overwritten_unasked() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("disk"), b"precious, and longer than the image").unwrap();
+        let e = flashed(dir.path(), b"image", "disk", false).unwrap_err();
+        assert!(e.to_string().contains("say --yes"), "{e}");
+        assert!(fs::read(dir.path().join("disk")).unwrap().starts_with(b"precious"));
+        let made = flashed(dir.path(), b"image", "disk", true).unwrap();
+        assert_eq!(fs::read(made).unwrap(), b"image");
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused() {
+        for (target, words) in [("/dev/null", "neither a disk nor a file"), ("/dev/no-such-disk", "No such file")] {
+            let e = device(Path::new(target), None, 1).unwrap_err();
+            assert!(e.to_string().contains(words), "{e}");
+        }
+    }
+
+    #[test]
+    fn the_disk_this_machine_runs_from_is_refused() {
+        let root = fs::metadata("/").unwrap().dev();
+        let number = format!("{}:{}", nix::sys::stat::major(root), nix::sys::stat::minor(root));
+        // A container's root is no disk at all.
+        let Ok(sys) = fs::canonicalize(Path::new("/sys/dev/block").join(number)) else { return };
+        assert_eq!(users(&sys).unwrap().first().map(String::as_str), Some("/"));
+    }
+}
