@@ -23,6 +23,7 @@ use crate::resolve::resolve;
 use crate::revoke::revoke;
 use crate::store::Store;
 use crate::ticket::{Terms, mint};
+use crate::tools::Tools;
 use crate::{compose, flash, plan, project, rehearse, report, vm};
 
 /// Turns a fleet.toml into bootable, immutable Debian images.
@@ -296,13 +297,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Flash { to, target, yes, force, no_ticket, mirror } => {
             let group = flash::group_of(&project.topology, to)?.to_owned();
-            let images = build(&project, &[group], None, mirror, &progress)?;
             let terms = Terms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
             let mint = || mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
+            // Said before the work: there may be no such ticket.
             let ticket = if *no_ticket { None } else { Some(mint()?) };
+            let images = build(&project, &[group], None, mirror, &progress)?;
             let order = flash::Order { target, yes: *yes, force: force.as_deref(), json: cli.json };
+            let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
             for image in &images {
-                flash::flash(&image.disk, ticket.as_ref(), &order, &progress)?;
+                flash::flash(&image.disk, ticket.as_ref().map(|t| (t, &tools)), &order, &progress)?;
             }
         }
         Command::Lock { update, mirror } => {

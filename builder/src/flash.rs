@@ -7,7 +7,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal as _, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -20,7 +19,7 @@ use crate::credential::seal;
 use crate::disk::ESP_START;
 use crate::error::{Error, Result, fail};
 use crate::progress::Progress;
-use crate::tools::run;
+use crate::tools::{Tools, run};
 
 const CHUNK: usize = 4 << 20;
 /// Progress as JSON: a line for so many bytes.
@@ -41,7 +40,7 @@ pub struct Order<'a> {
 ///
 /// # Errors
 /// The target is not what it should be, or can't be written, or does not keep what was written.
-pub fn flash(image: &Path, ticket: Option<&Ticket>, order: &Order, progress: &Progress) -> Result<()> {
+pub fn flash(image: &Path, ticket: Option<(&Ticket, &Tools)>, order: &Order, progress: &Progress) -> Result<()> {
     let source = File::open(image).map_err(Error::io("open", image))?;
     let size = source.metadata().map_err(Error::io("read", image))?.len();
     let device = device(order.target, order.force, size)?;
@@ -80,8 +79,8 @@ pub fn flash(image: &Path, ticket: Option<&Ticket>, order: &Order, progress: &Pr
     })
     .map_err(Error::io("verify", order.target))?;
     drop(target);
-    if let Some(ticket) = ticket {
-        put_ticket(order.target, ticket)?;
+    if let Some((ticket, tools)) = ticket {
+        put_ticket(order.target, ticket, tools)?;
     }
     if order.json {
         println!("{}", json!({ "done": order.target, "bytes": size }));
@@ -90,17 +89,20 @@ pub fn flash(image: &Path, ticket: Option<&Ticket>, order: &Order, progress: &Pr
 }
 
 /// Puts a ticket where systemd's EFI stub looks for credentials.
-fn put_ticket(disk: &Path, ticket: &Ticket) -> Result<()> {
+fn put_ticket(disk: &Path, ticket: &Ticket, tools: &Tools) -> Result<()> {
     let text = serde_json::to_vec(ticket).map_err(|e| Error::Failed(e.to_string()))?;
     let sealed = BASE64.encode(seal(Ticket::CREDENTIAL, &text)?);
     let mut file = tempfile::NamedTempFile::new().map_err(Error::io("create", "a temporary file"))?;
     file.write_all(sealed.as_bytes()).map_err(Error::io("write", file.path()))?;
     let image = format!("{}@@{ESP_START}", disk.display());
-    // The image may be of a disk that had one: the folder may be there.
-    let _ = Command::new("mmd").args(["-D", "s", "-i", &image, "::/loader/credentials"]).output();
-    let mut copy = Command::new("mcopy");
-    copy.args(["-o", "-i", &image]).arg(file.path());
-    run(copy.arg(format!("::/loader/credentials/{}.cred", Ticket::CREDENTIAL)), "mcopy (apt install mtools)")?;
+    let tool = |program: &str| {
+        let mut command = tools.command(program);
+        command.env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image]);
+        command
+    };
+    run(tool("usr/bin/mmd").arg("::/loader/credentials"), "mmd")?;
+    let name = format!("::/loader/credentials/{}.cred", Ticket::CREDENTIAL);
+    run(tool("usr/bin/mcopy").arg(file.path()).arg(name), "mcopy")?;
     // A card pulled out now has it.
     File::open(disk).and_then(|f| f.sync_all()).map_err(Error::io("write", disk))
 }

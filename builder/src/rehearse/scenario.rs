@@ -273,10 +273,12 @@ impl Victim {
             Self::Voters => Ok(topology.voters.clone()),
             Self::EtcdLeader => {
                 for name in &topology.voters {
-                    let metrics = "exec 3<>/dev/tcp/$(hostname -I | tr ' ' '\\n' | grep -m1 '^ADDRESS$')/2381; \
-                        printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; grep -q '^etcd_server_is_leader 1' <&3";
                     let Some(node) = topology.node(name) else { continue };
-                    let asked = metrics.replace("ADDRESS", &node.address.to_string());
+                    let asked = format!(
+                        "exec 3<>/dev/tcp/{}/2381; printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; \
+                         grep -q '^etcd_server_is_leader 1' <&3",
+                        node.address
+                    );
                     if machine(name).exec(&asked)?.status == 0 {
                         return Ok(vec![name.clone()]);
                     }
