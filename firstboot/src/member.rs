@@ -66,6 +66,9 @@ impl Member {
     pub async fn keep(self, mesh: Mesh) -> Result<()> {
         let founder = self.who.state.is_founder();
         let Self { topology, node, version, who, hubs } = self;
+        // A hub that has not heard of this grant yet still names the owner before.
+        let own_epoch = who.state.epoch;
+        let newer = |epoch: &u64| *epoch >= own_epoch;
         let neighbourhood = Arc::new(who.neighbourhood);
         let mesh_key = who.keys.mesh_public()?;
         let kept = mesh.keep(neighbourhood.clone());
@@ -73,7 +76,7 @@ impl Member {
             let asked = async {
                 loop {
                     match hubs.peers().await {
-                        Ok(peers) => match peers.fenced {
+                        Ok(peers) => match peers.fenced.filter(newer) {
                             Some(epoch) => return Err(fenced(&node.name, epoch)),
                             // A hub that is new itself may not know the others yet: none is forgotten.
                             None => neighbourhood.replace(&peers.keys, |_| true),
@@ -119,7 +122,7 @@ impl Member {
                     answers.extend(hubs.peers().await);
                 }
                 for peers in answers {
-                    if let Some(epoch) = peers.fenced {
+                    if let Some(epoch) = peers.fenced.filter(newer) {
                         return Err(fenced(&node.name, epoch));
                     }
                     for (slot, key) in peers.keys.iter().filter(|(slot, _)| **slot != node.name) {
@@ -157,7 +160,7 @@ impl Member {
                 if let Err(e) = followed.await {
                     println!("{e}");
                 }
-                if let Some(epoch) = desk.fenced(&node.name, &tls_key) {
+                if let Some(epoch) = desk.fenced(&node.name, &tls_key).filter(newer) {
                     return Err(fenced(&node.name, epoch));
                 }
                 tokio::time::sleep(pause.longer()).await;
