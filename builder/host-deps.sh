@@ -3,7 +3,7 @@
 # when all of it is there.
 set -eu
 
-packages="apt ca-certificates debian-archive-keyring gcc libc6-dev make uidmap qemu-system-x86 qemu-utils ovmf cryptsetup-bin"
+packages="apt ca-certificates debian-archive-keyring gcc libc6-dev make uidmap qemu-system-x86 qemu-utils ovmf cryptsetup-bin socat"
 
 missing=""
 for p in $packages; do

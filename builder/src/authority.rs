@@ -13,6 +13,7 @@ use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
+use crate::publish::UpdateKey;
 
 /// What a fleet's nodes believe, and what their services share.
 #[derive(Serialize, Deserialize)]
@@ -82,6 +83,14 @@ impl Authority {
         let made = Self::create(fleet)?;
         // Two machines may be started at once: the first to write wins, for both.
         if write_new(&path, &made.bytes()?)? { Ok(made) } else { Self::of_vms(project) }
+    }
+
+    /// Signs updates.
+    ///
+    /// # Errors
+    /// Never in practice.
+    pub fn update_key(&self) -> Result<UpdateKey> {
+        UpdateKey::of(&self.fleet, self.root.key())
     }
 
     fn read(path: &PathBuf, fleet: &str) -> Result<Option<Self>> {

@@ -10,6 +10,7 @@ use fleet::{Check, Diagnostic, Membership, Severity, parse_size};
 use serde::Serialize;
 use tar::{Builder, EntryType, Header};
 
+use crate::digest::sha256;
 use crate::disk::Slots;
 use crate::error::{Error, Result, fail};
 use crate::project::{Project, Recipe};
@@ -33,6 +34,17 @@ pub struct Entry {
     pub content: Content,
     /// Where it comes from: an overlay's file, or `bakehouse`.
     pub origin: String,
+}
+
+impl Entry {
+    /// sha256 of the content, for comparisons.
+    #[must_use]
+    pub fn sum(&self) -> String {
+        match &self.content {
+            Content::File(bytes) => sha256(bytes),
+            Content::Link(target) => sha256(target.as_bytes()),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -228,6 +240,15 @@ impl Baked {
             roles: &recipe.roles,
             health: recipe.profiles.iter().flat_map(|p| &p.health.units).map(String::as_str).collect(),
         };
+        if recipe.roles.iter().any(|r| r == fleet::UPDATE) {
+            let keyring = project.update_keyring().ok_or_else(|| {
+                Error::Failed(format!(
+                    "[update] is set, and {} is missing: `bakehouse init` makes it",
+                    project.dir.join(Project::UPDATE_KEYRING).display()
+                ))
+            })?;
+            self.file("usr/lib/systemd/import-pubring.gpg", 0o644, keyring)?;
+        }
         let dir = fleet::IMAGE_DIR;
         self.file(&format!("{dir}/fleet.json"), 0o644, pretty_json(&project.topology)?)?;
         self.file(&format!("{dir}/image.json"), 0o644, pretty_json(&image)?)?;

@@ -7,24 +7,25 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use fleet::{Diagnostics, ha_table};
+use fleet::{Diagnostics, RolloutOrder, ha_table};
 
 use crate::authority::{Authority, write_private};
 use crate::bake::pretty_json;
 use crate::error::{Error, Result};
 use crate::explain::explain;
+use crate::export::{Format, Way, export};
 use crate::fetch::fetch;
 use crate::image::{Build, Image};
 use crate::lock::{Lock, TOOLS};
 use crate::mirror::Mirror;
+use crate::operator::{Hubs, describe};
 use crate::progress::Progress;
 use crate::project::{Project, Recipe};
 use crate::resolve::resolve;
-use crate::revoke::revoke;
-use crate::store::Store;
+use crate::store::{Store, write_atomic};
 use crate::ticket::{Terms, mint};
 use crate::tools::Tools;
-use crate::{compose, flash, plan, project, rehearse, report, vm};
+use crate::{compose, flash, plan, project, publish, rehearse, report, vm};
 
 /// Turns a fleet.toml into bootable, immutable Debian images.
 #[derive(Parser)]
@@ -113,6 +114,23 @@ enum Command {
         #[command(flatten)]
         mirror: MirrorArg,
     },
+    /// Write a node's disk and its definition for libvirt and Proxmox
+    #[command(after_help = "Examples:\n  bakehouse vm hub-1 -o vms && virsh define vms/hub-1.xml\n  \
+        bakehouse vm app-1 --format vmdk --ticket disk\n\n\
+        Builds what is missing, and mints a ticket. Whoever has the files has it until the node has joined.")]
+    Vm {
+        node: String,
+        #[arg(long, value_enum, default_value = "qcow2")]
+        format: Format,
+        /// How the machine gets its ticket
+        #[arg(long, value_enum, default_value = "smbios")]
+        ticket: Way,
+        /// Folder
+        #[arg(short, long, default_value = ".", value_name = "DIR")]
+        output: PathBuf,
+        #[command(flatten)]
+        mirror: MirrorArg,
+    },
     /// Check fleet.toml, profiles and overlays
     #[command(after_help = "Example:\n  bakehouse check")]
     Check,
@@ -141,6 +159,44 @@ enum Command {
         revision: Option<String>,
         #[command(flatten)]
         mirror: MirrorArg,
+    },
+    /// Say what the built images would change on nodes of the published version
+    #[command(after_help = "Example:\n  bakehouse plan /srv/updates\n\n\
+        Builds what is missing; changes nothing in the folder. Exit code 1 when nodes could not take it.")]
+    Plan {
+        /// The folder that `bakehouse publish` writes
+        dir: PathBuf,
+        /// Groups; all when none is named
+        groups: Vec<String>,
+        #[command(flatten)]
+        mirror: MirrorArg,
+    },
+    /// Put the images where nodes find newer versions of themselves
+    #[command(after_help = "Example:\n  bakehouse publish /srv/updates\n\n\
+        Builds what is missing, and signs with the key that belongs to fleet.key. Serve the folder with any\n\
+        HTTP server, as `[update] url` in fleet.toml says: nodes take the new version one after the other.")]
+    Publish {
+        /// The folder
+        dir: PathBuf,
+        /// Groups; all when none is named
+        groups: Vec<String>,
+        #[command(flatten)]
+        mirror: MirrorArg,
+    },
+    /// Say how far the nodes are with a new version; pause and resume
+    #[command(
+        after_help = "Examples:\n  bakehouse rollout\n  bakehouse rollout --pause \"month's end\"\n  bakehouse rollout --resume"
+    )]
+    Rollout {
+        /// No node begins to change; one that has begun ends it
+        #[arg(long, value_name = "WHY", conflicts_with = "resume")]
+        pause: Option<String>,
+        /// Go on
+        #[arg(long)]
+        resume: bool,
+        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
+        #[arg(long, value_name = "HUB=HOST")]
+        endpoint: Vec<String>,
     },
     /// Boot the fleet as local virtual machines, on a network of their own
     #[command(after_help = "Examples:\n  bakehouse up\n  bakehouse up hub-1\n\n\
@@ -277,7 +333,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             }
         }
         Command::Ticket { revoke: Some(number), endpoint, .. } => {
-            let hub = revoke(&Authority::of(&project)?, &project.topology, number, &endpoints(&project, endpoint)?)?;
+            let authority = Authority::of(&project)?;
+            let endpoints = endpoints(&project, endpoint)?;
+            let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.revoke(number)?;
             progress.say("ticket", &format!("{number} is revoked, says {hub}"));
         }
         Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None } => {
@@ -308,6 +366,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 flash::flash(&image.disk, ticket.as_ref().map(|t| (t, &tools)), &order, &progress)?;
             }
         }
+        Command::Vm { node, format, ticket, output, mirror } => {
+            let group = vm::groups_of(&project, std::slice::from_ref(node))?;
+            let images = build(&project, &group, None, mirror, &progress)?;
+            let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
+            for image in &images {
+                let written = export(&project, image, node, (*format, *ticket), output, &tools, &progress)?;
+                print_json(cli.json, &written)?;
+            }
+        }
         Command::Lock { update, mirror } => {
             let store = Store::open()?;
             let mirror = Mirror::of(&project, mirror.mirror.as_deref())?;
@@ -322,6 +389,42 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Build { groups, revision, mirror } => {
             let images = build(&project, groups, revision.as_deref(), mirror, &progress)?;
             print_json(cli.json, &images)?;
+        }
+        Command::Plan { dir, groups, mirror } => {
+            let images = build(&project, groups, None, mirror, &progress)?;
+            let plans = images.iter().map(|i| publish::compare(i, dir)).collect::<Result<Vec<_>>>()?;
+            print_json(cli.json, &plans)?;
+            if !cli.json {
+                for plan in &plans {
+                    print!("{plan}");
+                }
+            }
+            if plans.iter().any(|plan| !plan.obstacles.is_empty()) {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Publish { dir, groups, mirror } => {
+            // Said before the work: there may be no key.
+            let key = Authority::of(&project)?.update_key()?;
+            let images = build(&project, groups, None, mirror, &progress)?;
+            let time = Lock::load(&project)?.epoch;
+            let published =
+                images.iter().map(|i| publish::publish(i, dir, &key, time, &progress)).collect::<Result<Vec<_>>>()?;
+            print_json(cli.json, &published)?;
+        }
+        Command::Rollout { pause, resume, endpoint } => {
+            let authority = Authority::of(&project)?;
+            let endpoints = endpoints(&project, endpoint)?;
+            let order = match pause {
+                Some(why) => RolloutOrder::Pause { why: why.clone() },
+                None if *resume => RolloutOrder::Resume,
+                None => RolloutOrder::Tell,
+            };
+            let rollout = Hubs { authority: &authority, topology: &project.topology, endpoints }.rollout(order)?;
+            print_json(cli.json, &rollout)?;
+            if !cli.json {
+                print!("{}", describe(&rollout));
+            }
         }
         Command::Up { nodes, mirror } => {
             warn();
@@ -463,6 +566,12 @@ fn init(dir: &Path, from: &str, progress: &Progress) -> Result<ExitCode> {
     if Authority::init(&project.dir, &project.topology.name)? {
         let key = project.dir.join(Authority::FILE);
         progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
+    }
+    let keyring = project.dir.join(Project::UPDATE_KEYRING);
+    let wanted = Authority::of(&project)?.update_key()?.keyring();
+    if std::fs::read(&keyring).ok().as_ref() != Some(&wanted) {
+        write_atomic(&keyring, &wanted)?;
+        progress.say("init", &format!("{}: what nodes verify updates with; public", keyring.display()));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -22,6 +22,8 @@ const SECTOR: u64 = 512;
 pub const ESP_SIZE: u64 = 256 * MIB;
 /// Where it begins on the disk.
 pub const ESP_START: u64 = MIB;
+/// Where root A begins.
+pub const ROOT_START: u64 = ESP_START + ESP_SIZE;
 
 const ROOT_VERITY_X64: Type = Type { guid: uuid!("2c7357ed-ebd2-46d9-aec1-23d437ec2bf5"), os: OperatingSystem::Linux };
 const DISK_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000d1");
@@ -41,6 +43,12 @@ impl Slots {
     pub fn of(root: u64) -> Self {
         let root = root.next_multiple_of(MIB);
         Self { root, verity: tree_size(root).next_multiple_of(MIB) }
+    }
+
+    /// Where the hash tree of root A begins on the disk.
+    #[must_use]
+    pub fn verity_start(&self) -> u64 {
+        ROOT_START + self.root
     }
 
     /// Bytes of the image: the GPT and its copy take a MiB each.
@@ -83,8 +91,7 @@ pub fn write(out: &Path, slots: Slots, content: &Content, tools: &Tools, scratch
         .map_err(Error::io("create", out))?;
     file.set_len(slots.disk()).map_err(Error::io("size", out))?;
     let esp = ESP_START;
-    let root = esp + ESP_SIZE;
-    let verity = root + slots.root;
+    let (root, verity) = (ROOT_START, slots.verity_start());
     partitions(&file, slots, content, [esp, root, verity])
         .map_err(|e| Error::Failed(format!("cannot write the GPT: {e}")))?;
     copy_to(&file, root, content.root).map_err(Error::io("write", out))?;

@@ -89,7 +89,7 @@ pub fn flash(image: &Path, ticket: Option<(&Ticket, &Tools)>, order: &Order, pro
 }
 
 /// Puts a ticket where systemd's EFI stub looks for credentials.
-fn put_ticket(disk: &Path, ticket: &Ticket, tools: &Tools) -> Result<()> {
+pub(crate) fn put_ticket(disk: &Path, ticket: &Ticket, tools: &Tools) -> Result<()> {
     let text = serde_json::to_vec(ticket).map_err(|e| Error::Failed(e.to_string()))?;
     let sealed = BASE64.encode(seal(Ticket::CREDENTIAL, &text)?);
     let mut file = tempfile::NamedTempFile::new().map_err(Error::io("create", "a temporary file"))?;

@@ -148,6 +148,13 @@ impl Build<'_> {
             },
             agent: &inputs["the agent"],
             packages: package_list(&packages),
+            files: baked.entries.iter().map(|(path, entry)| (path.as_str(), entry.sum())).collect(),
+            nodes: (self.project.topology.nodes.iter())
+                .filter(|n| n.group == group)
+                .map(|n| (n.name.as_str(), n.address))
+                .collect(),
+            state: firstboot::state::State::VERSION,
+            mesh: self.project.topology.mesh.subnet.to_string(),
         };
         let manifest = pretty_json(&manifest)?;
         let sbom =
@@ -185,6 +192,7 @@ impl Build<'_> {
             ("--revision".to_owned(), self.revision.unwrap_or_default().to_owned()),
         ]);
         let overlays: Vec<String> = recipe.overlays.iter().map(|o| format!("overlays/{o}/")).collect();
+        inputs.insert("update key".to_owned(), self.project.update_keyring().map_or_else(String::new, |k| sha256(&k)));
         for (path, bytes) in self.project.files() {
             if path == "profiles/initrd.toml" || overlays.iter().any(|o| path.starts_with(o)) {
                 inputs.insert(path.to_owned(), sha256(bytes));

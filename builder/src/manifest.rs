@@ -1,5 +1,8 @@
 //! What an image says of itself: a manifest, and its packages as an SPDX document.
 
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -30,6 +33,13 @@ pub struct Manifest<'a> {
     /// sha256 of the agent.
     pub agent: &'a str,
     pub packages: Vec<Value>,
+    /// Files laid over the packages': path → sha256 (of a link's target, for a link).
+    pub files: BTreeMap<&'a str, String>,
+    /// Addresses of the group's slots.
+    pub nodes: BTreeMap<&'a str, Ipv4Addr>,
+    /// Format of what the agent keeps on a node.
+    pub state: u16,
+    pub mesh: String,
 }
 
 #[derive(Serialize)]

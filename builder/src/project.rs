@@ -48,6 +48,15 @@ pub struct Recipe {
 }
 
 impl Project {
+    /// The public half of the key that signs updates, beside `fleet.toml`.
+    pub const UPDATE_KEYRING: &str = "update-key.gpg";
+
+    /// What nodes verify updates with; none where `bakehouse init` has not made it.
+    #[must_use]
+    pub fn update_keyring(&self) -> Option<Vec<u8>> {
+        fs::read(self.dir.join(Self::UPDATE_KEYRING)).ok()
+    }
+
     /// Loads `path`, a `fleet.toml` or its folder.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use fleet::{Node, NodeContext, Tls};
 use futures_util::future::try_join_all;
 
 use crate::console::say;
+use crate::database::Patroni;
 use crate::error::{Error, Result};
 use crate::identity::{identity, node_of};
 use crate::image::Image;
@@ -17,6 +18,7 @@ use crate::notify::notify;
 use crate::render::render_all;
 use crate::status::{Phase, Status};
 use crate::systemd::{self, Systemd};
+use crate::update::Updates;
 
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.
 const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";
@@ -78,9 +80,18 @@ pub async fn run(paths: &Paths) -> Result<()> {
     systemd::set_hostname(&bus, &node.name).await?;
     // The node's mesh address is in a file that was just rendered.
     systemd::reload_networkd(&bus).await?;
+    let updates = Updates {
+        systemd: &units,
+        image: &image.info,
+        topology: &image.topology,
+        node,
+        patroni: Patroni::of(node, who.client()?),
+        entries: paths.root.join("efi/EFI/Linux"),
+        offer: paths.root.join("run/bakehouse/offer"),
+    };
     let member = Member::new(who, node, &image)?;
     let mesh = member.mesh().await?;
-    let kept = tokio::try_join!(member.keep(mesh), async {
+    let kept = tokio::try_join!(member.keep(mesh, &updates), async {
         start(&units, node).await?;
         say(&format!("ready ({})", node.name));
         status.enter(Phase::Ready).await

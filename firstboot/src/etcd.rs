@@ -48,6 +48,8 @@ pub enum If<'a> {
 #[derive(Clone, Copy, Debug)]
 pub enum Then<'a> {
     Put(&'a str, &'a [u8]),
+    /// As long as a lease lasts.
+    PutFor(&'a str, &'a [u8], &'a str),
     Delete(&'a str),
 }
 
@@ -190,6 +192,9 @@ impl Etcd {
             Then::Put(key, value) => {
                 json!({ "request_put": { "key": encode(key.as_bytes()), "value": encode(value) } })
             }
+            Then::PutFor(key, value, lease) => json!({
+                "request_put": { "key": encode(key.as_bytes()), "value": encode(value), "lease": lease },
+            }),
             Then::Delete(key) => json!({ "request_delete_range": { "key": encode(key.as_bytes()) } }),
         };
         let body = json!({
@@ -198,6 +203,20 @@ impl Etcd {
         });
         let answered: Answered = self.call("/v3/kv/txn", &body).await?;
         Ok(answered.succeeded)
+    }
+
+    /// A lease of so many seconds: its name.
+    ///
+    /// # Errors
+    /// No member answers.
+    pub async fn lease(&self, seconds: u32) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Granted {
+            #[serde(rename = "ID")]
+            id: String,
+        }
+        let granted: Granted = self.call("/v3/lease/grant", &json!({ "TTL": seconds.to_string() })).await?;
+        Ok(granted.id)
     }
 
     /// Every change below a prefix from a revision on.

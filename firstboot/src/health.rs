@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::systemd::Systemd;
+use crate::systemd::{Seen, Systemd};
 
 /// How long everything has to run without a restart.
 const STEADY: Duration = Duration::from_secs(10);
@@ -19,14 +19,19 @@ const COUNTING: &str = "/sys/firmware/efi/efivars/LoaderBootCountPath-4a67b082-0
 /// Waits until all units run and none was restarted for a while.
 ///
 /// # Errors
-/// They don't in ten minutes: which ones.
+/// They don't in ten minutes, or one has failed for good: which ones.
 pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
     let waited = tokio::time::timeout(PATIENCE, async {
-        let mut before = BTreeMap::new();
+        let mut before: BTreeMap<String, Seen> = BTreeMap::new();
         loop {
             let now = look(systemd, units).await?;
-            if now == before && now.values().all(|(active, _)| *active) {
+            if now == before && now.values().all(|seen| seen.state == "active") {
                 return Ok(());
+            }
+            // One that systemd would start again is `activating` meanwhile.
+            let failed = |unit: &&String| now[*unit].state == "failed" && before.get(*unit) == now.get(*unit);
+            if let Some(unit) = units.iter().find(failed) {
+                return Err(Error::Failed(format!("{unit} has failed; see: journalctl -u {unit}")));
             }
             before = now;
             tokio::time::sleep(STEADY).await;
@@ -36,7 +41,7 @@ pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
         return done;
     }
     let now = look(systemd, units).await?;
-    let down: Vec<&str> = now.iter().filter(|(_, (active, _))| !active).map(|(unit, _)| unit.as_str()).collect();
+    let down: Vec<&str> = now.iter().filter(|(_, s)| s.state != "active").map(|(unit, _)| unit.as_str()).collect();
     Err(Error::Failed(if down.is_empty() {
         "units are restarted again and again".to_owned()
     } else {
@@ -50,7 +55,7 @@ pub fn is_counted() -> bool {
     Path::new(COUNTING).exists()
 }
 
-async fn look(systemd: &Systemd, units: &[String]) -> Result<BTreeMap<String, (bool, u32)>> {
+async fn look(systemd: &Systemd, units: &[String]) -> Result<BTreeMap<String, Seen>> {
     let mut seen = BTreeMap::new();
     for unit in units {
         seen.insert(unit.clone(), systemd.unit(unit).await?);

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fleet::{Founder, Grant, Joiner, MeshKey, Node, Right, Ticket};
+use tokio_rustls::rustls::ClientConfig;
 
 use crate::console::say;
 use crate::error::{Error, Result};
@@ -20,6 +22,16 @@ pub struct Identity {
     pub keys: Keys,
     pub state: State,
     pub neighbourhood: Neighbourhood,
+}
+
+impl Identity {
+    /// How this node shows itself to others of the fleet.
+    ///
+    /// # Errors
+    /// What it keeps does not fit together.
+    pub fn client(&self) -> Result<Arc<ClientConfig>> {
+        https::client(&self.state.root, Some(https::Identity { cert: &self.state.cert, key: self.keys.tls.pem() }))
+    }
 }
 
 /// Remembers, founds, or asks; each step is on the disk before the next one begins.

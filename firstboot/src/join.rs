@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fleet::{
-    Grant, Introduction, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, Peers, SIGNATURE_HEADER, Topology,
-    encoding,
+    Answer, Grant, Introduction, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, Peers, Report,
+    SIGNATURE_HEADER, Topology, encoding,
 };
 use tokio_rustls::rustls::ClientConfig;
 
@@ -74,6 +74,22 @@ impl Hubs {
         for (slot, host) in self.shuffled() {
             match self.ask(slot, host, "GET", "/v1/peers", &[], b"").await.and_then(|b| read(slot, &b)) {
                 Ok(peers) => return Ok(peers),
+                Err(e) => last = e,
+            }
+        }
+        Err(last)
+    }
+
+    /// Says what this node runs, to whichever hub answers first.
+    ///
+    /// # Errors
+    /// None does, or the one that does says no.
+    pub async fn turn(&self, report: &Report) -> Result<Answer> {
+        let body = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
+        let mut last = Error::Failed("the fleet has no other hub".to_owned());
+        for (slot, host) in self.shuffled() {
+            match self.ask(slot, host, "POST", "/v1/turn", &[], &body).await.and_then(|b| read(slot, &b)) {
+                Ok(answer) => return Ok(answer),
                 Err(e) => last = e,
             }
         }

@@ -4,7 +4,9 @@
 //! D-Bus → say so. Each persisted step is whole or not there, and is not done twice.
 
 pub mod agent;
+pub mod boots;
 pub mod console;
+pub mod database;
 pub mod error;
 pub mod etcd;
 pub mod health;
@@ -23,3 +25,4 @@ pub mod render;
 pub mod state;
 pub mod status;
 pub mod systemd;
+pub mod update;

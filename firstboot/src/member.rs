@@ -13,10 +13,12 @@ use crate::etcd::Etcd;
 use crate::https;
 use crate::hub::api::{Hub, serve};
 use crate::hub::claims::ClaimsDesk;
+use crate::hub::rollout;
 use crate::identity::Identity;
 use crate::image::Image;
 use crate::join::{Hubs, Pause};
 use crate::mesh::Mesh;
+use crate::update::Updates;
 
 /// How often a node asks who is where, if nothing has changed.
 const ROUND: Duration = Duration::from_secs(30);
@@ -36,9 +38,7 @@ impl Member {
     /// # Errors
     /// What the node keeps does not fit together.
     pub fn new(who: Identity, node: &Node, image: &Image) -> Result<Self> {
-        let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
-        let tls = https::client(&who.state.root, Some(own))?;
-        let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, tls);
+        let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
         Ok(Self {
             topology: image.topology.clone(),
             node: node.clone(),
@@ -63,12 +63,13 @@ impl Member {
     ///
     /// # Errors
     /// The kernel or this machine says no, or another node has this one's place.
-    pub async fn keep(self, mesh: Mesh) -> Result<()> {
+    pub async fn keep(self, mesh: Mesh, updates: &Updates<'_>) -> Result<()> {
         let founder = self.who.state.is_founder();
         let Self { topology, node, version, who, hubs } = self;
         // A hub that has not heard of this grant yet still names the owner before.
         let own_epoch = who.state.epoch;
         let newer = |epoch: &u64| *epoch >= own_epoch;
+        let tls = who.client()?;
         let neighbourhood = Arc::new(who.neighbourhood);
         let mesh_key = who.keys.mesh_public()?;
         let kept = mesh.keep(neighbourhood.clone());
@@ -86,11 +87,12 @@ impl Member {
                     tokio::time::sleep(round()).await;
                 }
             };
-            return tokio::try_join!(kept, asked).map(|((), ())| ());
+            let updated = updates.keep(async |report| hubs.turn(report).await);
+            return tokio::try_join!(kept, asked, updated).map(|((), (), ())| ());
         }
         let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
         let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
-        let etcd = Etcd::new(members(&topology, &node), https::client(&who.state.root, Some(own))?);
+        let etcd = Etcd::new(members(&topology, &node), tls);
         let desk = Arc::new(ClaimsDesk::new(etcd, topology.clone(), &node.name));
         neighbourhood.learn(&node.name, mesh_key);
         let served = async {
@@ -166,7 +168,8 @@ impl Member {
                 tokio::time::sleep(pause.longer()).await;
             }
         };
-        tokio::try_join!(kept, served, introduced, registered, followed).map(|((), (), (), (), ())| ())
+        let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);
+        tokio::try_join!(kept, served, introduced, registered, followed, updated).map(|((), (), (), (), (), ())| ())
     }
 }
 

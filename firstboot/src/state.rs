@@ -41,7 +41,8 @@ pub struct Neighbours {
 }
 
 impl State {
-    const VERSION: u16 = 2;
+    /// Format of the file.
+    pub const VERSION: u16 = 2;
 
     #[must_use]
     pub fn new(topology: &Topology, slot: &str, epoch: u64, root: &str) -> Self {

@@ -54,6 +54,14 @@ trait Network {
     fn reload(&self) -> zbus::Result<()>;
 }
 
+/// A service at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// `active`, `activating`, `failed` …
+    pub state: String,
+    pub restarts: u32,
+}
+
 /// The manager of the system's units.
 pub struct Systemd {
     bus: zbus::Connection,
@@ -87,15 +95,24 @@ impl Systemd {
         self.job(unit, async || self.manager.stop_unit(unit, "replace").await).await
     }
 
-    /// Whether a service runs, and how often it was restarted.
+    /// Whether a unit is active.
+    ///
+    /// # Errors
+    /// The bus is gone, or there is no such unit.
+    pub async fn is_active(&self, unit: &str) -> Result<bool> {
+        let path = self.manager.load_unit(unit).await?;
+        Ok(UnitProxy::builder(&self.bus).path(path)?.build().await?.active_state().await? == "active")
+    }
+
+    /// How a service is, and how often it was restarted.
     ///
     /// # Errors
     /// The bus is gone, or there is no such service.
-    pub async fn unit(&self, unit: &str) -> Result<(bool, u32)> {
+    pub async fn unit(&self, unit: &str) -> Result<Seen> {
         let path = self.manager.load_unit(unit).await?;
         let state = UnitProxy::builder(&self.bus).path(path.clone())?.build().await?.active_state().await?;
         let restarts = ServiceProxy::builder(&self.bus).path(path)?.build().await?.n_restarts().await?;
-        Ok((state == "active", restarts))
+        Ok(Seen { state, restarts })
     }
 
     /// What kind of virtual machine this is; empty for a real one.

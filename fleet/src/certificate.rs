@@ -77,6 +77,12 @@ impl Issuer {
         Ok(KeyPair::from_pem(&self.key)?.sign(message)?)
     }
 
+    /// Its private key, PEM: what other secrets of its owner are derived from.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
     /// Its own certificate, PEM.
     #[must_use]
     pub fn certificate(&self) -> &str {

@@ -12,11 +12,13 @@ mod lint;
 mod membership;
 mod overlay;
 mod profile;
+mod rollout;
 mod schema;
 mod settings;
 mod template;
 mod ticket;
 mod topology;
+mod version;
 
 pub use certificate::{CertificateError, Issuer, PrivateKey, PublicKey};
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
@@ -28,11 +30,13 @@ pub use lint::{HaRow, ha_table, lint};
 pub use membership::{Membership, Secrets, Tls};
 pub use overlay::{Check, FileMeta, OverlayManifest};
 pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
+pub use rollout::{Answer, Doing, Report, Rollout, RolloutOrder, RolloutRequest, Turn, Verdict, rank};
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
-pub use settings::{Alerts, Backup, Database, Email, Firewall, Odoo, OpenPort, Promise, Proto, S3};
+pub use settings::{Alerts, Backup, Database, Email, Firewall, Odoo, OpenPort, Promise, Proto, S3, Update};
 pub use template::{EMULATED, Machine, NodeContext, RenderError, line_map, render, variables};
 pub use ticket::{Claims, Founder, Joiner, Right, Ticket, TicketError, Token};
-pub use topology::{BACKUP, GIVEN, Node, Topology, VOTER, slot_parts};
+pub use topology::{BACKUP, GIVEN, Node, Topology, UPDATE, VOTER, slot_parts};
+pub use version::compare_versions;
 
 /// Directory in the image that holds what the agent reads: `fleet.json` and the templates.
 pub const IMAGE_DIR: &str = "usr/lib/bakehouse";

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::diagnostic::{Diagnostic, Source, parse};
-use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Promise};
+use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Promise, Update};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -40,6 +40,8 @@ pub struct Fleet {
     pub firewall: Spanned<Firewall>,
     #[serde(default = "default_section")]
     pub promise: Spanned<Promise>,
+    #[serde(default = "default_section")]
+    pub update: Spanned<Update>,
     /// Nodes by kind: `[groups.hub]`, `[groups.db]` …
     #[serde(default)]
     pub groups: BTreeMap<String, Group>,

@@ -131,6 +131,24 @@ pub enum Proto {
     Udp,
 }
 
+/// `[update]`: where nodes find newer images of themselves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Update {
+    /// Address of the folder that `bakehouse publish` writes, on any HTTP server that the nodes
+    /// reach. Without it nodes stay as they are until they are flashed anew.
+    pub url: Option<String>,
+    /// When nodes look, as systemd writes times; a maintenance window is a time of the week, such
+    /// as `"Sun *-*-* 02..04:0/5"`.
+    pub when: String,
+}
+
+impl Default for Update {
+    fn default() -> Self {
+        Self { url: None, when: "*:0/5".to_owned() }
+    }
+}
+
 /// `[promise]`: the longest outage the fleet's owner accepts, in seconds. `check` compares
 /// what the time-outs add up to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

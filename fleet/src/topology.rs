@@ -7,7 +7,7 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
 use crate::schema::{Fleet, Group};
-use crate::settings::{Alerts, Backup, Database, Firewall, Odoo};
+use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Update};
 
 /// The whole fleet, derived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +28,7 @@ pub struct Topology {
     pub odoo: Odoo,
     pub alerts: Alerts,
     pub firewall: Firewall,
+    pub update: Update,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,8 +69,10 @@ impl Node {
 pub const VOTER: &str = "voter";
 /// The role that the fleet gives by itself to the node that keeps the backups.
 pub const BACKUP: &str = "backup";
+/// The role that the fleet gives by itself to every node when `[update]` says where images are.
+pub const UPDATE: &str = "update";
 /// Roles that nobody writes into a `fleet.toml`.
-pub const GIVEN: [&str; 3] = ["base", VOTER, BACKUP];
+pub const GIVEN: [&str; 4] = ["base", VOTER, BACKUP, UPDATE];
 
 /// Default first host number of a role's address range.
 fn first_host(role: &str) -> u32 {
@@ -125,6 +128,11 @@ impl Topology {
         for node in nodes.iter_mut().filter(|n| backup.node.as_ref() == Some(&n.name)) {
             node.roles.push(BACKUP.to_owned());
         }
+        let mut update = fleet.update.get_ref().clone();
+        update.url = update.url.map(|url| url.trim_end_matches('/').to_owned());
+        for node in nodes.iter_mut().filter(|_| update.url.is_some()) {
+            node.roles.push(UPDATE.to_owned());
+        }
         let hubs = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
         Self {
             name: fleet.name.get_ref().clone(),
@@ -139,6 +147,7 @@ impl Topology {
             odoo: fleet.odoo.get_ref().clone(),
             alerts: fleet.alerts.get_ref().clone(),
             firewall: fleet.firewall.get_ref().clone(),
+            update,
         }
     }
 

@@ -67,6 +67,12 @@ impl Machine {
         found.unwrap_or_else(|e| panic!("{e}"))
     }
 
+    /// Waits until what is on the console is what is waited for.
+    pub fn wait_until(&self, what: &str, is: impl Fn(&str) -> bool) {
+        let found = self.vm.wait_console(PATIENCE, |console| is(console).then_some(()));
+        found.unwrap_or_else(|e| panic!("{what}: {e}"));
+    }
+
     pub fn console(&self) -> String {
         self.vm.console()
     }

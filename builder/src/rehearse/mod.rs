@@ -7,6 +7,7 @@
 mod outcome;
 mod scenario;
 mod table;
+mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -98,6 +99,9 @@ impl<'a> Rehearsal<'a> {
     fn play_one(&self, scenario: &'static Scenario) -> Result<Option<Outcome>> {
         let topology = &self.project.topology;
         let step = self.progress.step(scenario.name, scenario.about);
+        if scenario.fault == Fault::Upgrade {
+            return self.upgrade(scenario, step);
+        }
         let board = whole(self.project, &step, MENDED)?;
         let machine = |name: &str| Vm::at(name, self.project.dir.join("build/vm").join(name));
         let victims = scenario.victim.find(topology, &board, &machine)?;

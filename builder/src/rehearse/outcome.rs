@@ -68,6 +68,18 @@ impl Seen {
 }
 
 impl Outcome {
+    /// What was seen after this, as if it were one time.
+    pub(super) fn add(&mut self, later: &Self) {
+        let sum = |a: Option<f64>, b: Option<f64>| Some(a? + b?);
+        (self.vip, self.writes, self.http) =
+            (sum(self.vip, later.vip), sum(self.writes, later.writes), sum(self.http, later.http));
+        self.acknowledged += later.acknowledged;
+        self.lost += later.lost;
+        self.errors += later.errors;
+        self.logouts += later.logouts;
+        self.primaries = self.primaries.max(later.primaries);
+    }
+
     /// Holds it against what was promised; `factor` is how much slower this machine is.
     pub(super) fn judge(&mut self, limits: &Limits, alert: Option<f64>, factor: f64) {
         let kinds = [

@@ -54,6 +54,8 @@ pub enum Fault {
     Cut(Path),
     /// A command is run; nothing is to be mended afterwards.
     Run(&'static str),
+    /// It changes to the newer version that is published, as every node does in its turn.
+    Upgrade,
     /// A command is run, and another one mends it.
     RunThen(&'static str, &'static str),
 }
@@ -219,6 +221,14 @@ pub const SCENARIOS: &[Scenario] = &[
         promise: limits(0.5, 1.0, 2.0),
     },
     Scenario {
+        name: "upgrade",
+        about: "every machine changes to the version that is published",
+        victim: Victim::All,
+        fault: Fault::Upgrade,
+        lasts: 20,
+        promise: limits(3.0, 5.0, 5.0),
+    },
+    Scenario {
         name: "power",
         about: "the power fails everywhere",
         victim: Victim::All,
@@ -298,13 +308,15 @@ impl Fault {
             Self::Freeze(unit) => done(vm, &format!("systemctl freeze {unit}")),
             Self::Run(command) | Self::RunThen(command, _) => done(vm, command),
             Self::Cut(_) => done(vm, &format!("nft '{cut}'")),
+            // It does that by itself.
+            Self::Upgrade => Ok(()),
         }
     }
 
     /// Mends it; machines that are off are not started here.
     pub(super) fn mend(self, vm: &Vm) -> Result<()> {
         match self {
-            Self::PowerOff | Self::Run(_) => Ok(()),
+            Self::PowerOff | Self::Run(_) | Self::Upgrade => Ok(()),
             Self::Unplug => vm.plug(true),
             Self::Freeze(unit) => done(vm, &format!("systemctl thaw {unit}")),
             // Its watchdog may have restarted it in the meantime.

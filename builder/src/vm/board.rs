@@ -84,7 +84,7 @@ impl Board {
             let up = seen.iter().any(|(row, _)| row.node == hub.name && row.state != State::Off);
             Wire::of(project, hub).door.filter(|_| up)
         });
-        let urls = doors.map(|door: Door| door.url()).collect();
+        let urls = doors.filter_map(|door: Door| door.url()).collect();
         Self { nodes: seen.into_iter().map(|(row, _)| row).collect(), odoo, urls }
     }
 

@@ -86,7 +86,11 @@ pub struct Start<'a> {
     pub cpus: u16,
     /// Bytes of the disk.
     pub disk: u64,
+    /// A disk that is there stays, also where the image is another by now.
+    pub keep: bool,
     pub wire: Wire,
+    /// A second disk, raw.
+    pub seed: Option<&'a Path>,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
 }
@@ -152,7 +156,8 @@ impl Vm {
         let meta = fs::metadata(&image).map_err(Error::io("read", &image))?;
         let changed = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
         let from = format!("{} {}", image.display(), changed.as_nanos());
-        if !self.disk().exists() || fs::read_to_string(self.path("image")).ok().as_deref() != Some(&from) {
+        let other = fs::read_to_string(self.path("image")).ok().as_deref() != Some(&from);
+        if !self.disk().exists() || other && !start.keep {
             let _ = fs::remove_file(self.disk());
             let mut create = Command::new("qemu-img");
             create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&image).arg(self.disk());
@@ -172,6 +177,10 @@ impl Vm {
         qemu.arg("-drive").arg(drive("1", &format!("file={}", self.path("vars.fd").display())));
         qemu.arg("-drive").arg(format!("if=none,id=disk,format=qcow2,file={}", self.disk().display()));
         qemu.args(["-device", "virtio-blk-pci,drive=disk,bootindex=1"]);
+        if let Some(seed) = start.seed {
+            qemu.arg("-drive").arg(format!("if=none,id=seed,format=raw,readonly=on,file={}", seed.display()));
+            qemu.args(["-device", "virtio-blk-pci,drive=seed"]);
+        }
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
         qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}", start.wire.mac)]);
         if let Some(door) = &start.wire.door {
@@ -386,7 +395,7 @@ fn answer(line: &str, id: &str) -> Option<Done> {
 }
 
 /// The same node has the same machine id after its disk is wiped.
-fn uuid_of(node: &str) -> String {
+pub(crate) fn uuid_of(node: &str) -> String {
     let h = sha256(node.as_bytes());
     format!("{}-{}-4{}-8{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
 }
@@ -452,6 +461,7 @@ pub struct Described {
     memory: u64,
     cpus: u16,
     disk: u64,
+    keep: bool,
     wire: Wire,
     ticket: Vec<u8>,
 }
@@ -489,7 +499,9 @@ impl Described {
             memory: self.memory,
             cpus: self.cpus,
             disk: self.disk,
+            keep: self.keep,
             wire: self.wire.clone(),
+            seed: None,
             credentials,
         }
     }
@@ -517,6 +529,8 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
         memory: machine.memory << 20,
         cpus: machine.cpus as u16,
         disk,
+        // Machines that update themselves are not made anew.
+        keep: topology.update.url.is_some(),
         wire: Wire::of(project, node),
         ticket,
     })

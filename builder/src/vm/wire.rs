@@ -15,15 +15,17 @@ pub struct Wire {
     pub(super) group: String,
     pub(super) mac: String,
     address: Ipv4Addr,
-    /// A hub's: browsers go to hubs.
     pub(super) door: Option<Door>,
 }
 
-/// A second network card, by which this host reaches a hub's HTTPS port. Nothing gets out by it.
+/// A second network card, by which this host reaches a hub's HTTPS port, and a machine an update
+/// server on this host's loopback. Nothing else gets in or out by it.
 #[derive(Clone, Debug)]
 pub struct Door {
-    /// On this host's loopback; every machine of every fleet has its own.
-    pub address: Ipv4Addr,
+    /// On this host's loopback; every hub of every fleet has its own.
+    pub address: Option<Ipv4Addr>,
+    /// Port of the update server.
+    updates: Option<u16>,
     pub(super) mac: String,
 }
 
@@ -37,15 +39,18 @@ impl Wire {
         let port = 20_000 + u16::from_be_bytes([byte(2), byte(3)]) % 10_000;
         let address = Self::address(&project.topology, node);
         let [_, _, c, d] = address.octets();
-        let door = || Door {
-            address: Ipv4Addr::new(127, byte(0).max(1), byte(1) ^ c, d),
+        let updates = project.topology.update.url.as_deref().and_then(Door::updates);
+        let door = Door {
+            // Browsers go to hubs.
+            address: (node.hub > 0).then(|| Ipv4Addr::new(127, byte(0).max(1), byte(1) ^ c, d)),
+            updates,
             mac: format!("52:54:00:13:{c:02x}:{d:02x}"),
         };
         Self {
             group: format!("239.255.{}.{}:{port}", byte(0), byte(1)),
             mac: format!("52:54:00:12:{c:02x}:{d:02x}"),
             address,
-            door: (node.hub > 0).then(door),
+            door: (door.address.is_some() || updates.is_some()).then_some(door),
         }
     }
 
@@ -69,20 +74,50 @@ impl Door {
     const NET: &str = "192.0.2.0/24";
     const INSIDE: &str = "192.0.2.15";
 
+    /// Where machines find this host's loopback, if `[update] url` has this address.
+    const HOST: &str = "192.0.2.100";
+
     /// What a browser on this host opens.
     #[must_use]
-    pub fn url(&self) -> String {
-        format!("https://{}:{}/", self.address, Self::PORT)
+    pub fn url(&self) -> Option<String> {
+        Some(format!("https://{}:{}/", self.address?, Self::PORT))
+    }
+
+    /// The update server's port, if it is on this host.
+    fn updates(url: &str) -> Option<u16> {
+        let rest = url.strip_prefix("http://")?.strip_prefix(Self::HOST)?;
+        rest.strip_prefix(':')?.split('/').next()?.parse().ok()
     }
 
     /// QEMU's option.
     pub(super) fn netdev(&self) -> String {
-        let (address, port, net, inside) = (self.address, Self::PORT, Self::NET, Self::INSIDE);
-        format!("user,id=door,restrict=on,net={net},hostfwd=tcp:{address}:{port}-{inside}:443")
+        let mut text = format!("user,id=door,restrict=on,net={}", Self::NET);
+        if let Some(address) = self.address {
+            text.push_str(&format!(",hostfwd=tcp:{address}:{}-{}:443", Self::PORT, Self::INSIDE));
+        }
+        if let Some(port) = self.updates {
+            // A program for each connection: QEMU itself would keep a single one.
+            text.push_str(&format!(",guestfwd=tcp:{}:{port}-cmd:socat STDIO TCP:127.0.0.1:{port}", Self::HOST));
+        }
+        text
     }
 
     /// systemd-networkd's file for its card.
     pub(super) fn network(&self) -> String {
         format!("[Match]\nMACAddress={}\n[Network]\nAddress={}/24\nLinkLocalAddressing=no\n", self.mac, Self::INSIDE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_address_that_means_this_host_is_served_from_it() {
+        assert_eq!(Door::updates("http://192.0.2.100:8000/acme"), Some(8000));
+        assert_eq!(Door::updates("http://192.0.2.100:8000"), Some(8000));
+        for url in ["http://updates.example.net:8000/", "https://192.0.2.100:8000", "http://192.0.2.1001:80", ""] {
+            assert_eq!(Door::updates(url), None, "{url}");
+        }
     }
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fleet::{
-    Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason, Refusal, Revocation,
-    SIGNATURE_HEADER, Secrets, Topology, encoding,
+    Answer, Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason, Refusal, Report,
+    Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Topology, encoding,
 };
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
@@ -16,6 +16,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -25,6 +26,7 @@ use tokio_rustls::rustls::pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
 use super::claims::ClaimsDesk;
+use super::rollout;
 use super::token::{no, signed_by_root, verify};
 use crate::error::{Error, Result};
 use crate::neighbours::Neighbourhood;
@@ -111,8 +113,20 @@ async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) 
             Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
         },
+        (Method::POST, "/v1/rollout", _) => match hub.rollout(&body, &signature).await {
+            Ok(rollout) => json(&rollout),
+            Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
+            Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
+        },
+        (Method::POST, "/v1/turn", Some(member)) => match hub.turn(member, &body).await {
+            Ok(answer) => json(&answer),
+            Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
+            Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
+        },
         (Method::GET, "/v1/peers", Some(member)) => json(&hub.peers(member)),
-        (_, "/v1/introduce" | "/v1/peers", None) => plain(StatusCode::UNAUTHORIZED, "show a certificate of this fleet"),
+        (_, "/v1/introduce" | "/v1/peers" | "/v1/turn", None) => {
+            plain(StatusCode::UNAUTHORIZED, "show a certificate of this fleet")
+        }
         _ => plain(StatusCode::NOT_FOUND, "no such thing"),
     }
 }
@@ -170,23 +184,52 @@ impl Hub {
 
     /// The operator takes a token back.
     async fn revoke(&self, body: &[u8], signature: &str) -> Result<(), Refusal> {
+        let asked: Revocation = self.of_root(body, signature, |r: &Revocation| (r.version, r.fleet.clone()))?;
+        println!("token {} is revoked", asked.token.escape_debug());
+        self.desk.revoke(&asked.token).await.map_err(busy)
+    }
+
+    /// The operator looks at the rollout, pauses it, or lets it go on.
+    async fn rollout(&self, body: &[u8], signature: &str) -> Result<Rollout, Refusal> {
+        let asked: RolloutRequest = self.of_root(body, signature, |r: &RolloutRequest| (r.version, r.fleet.clone()))?;
+        if asked.order != RolloutOrder::Tell {
+            println!("rollout: {:?}", asked.order);
+        }
+        rollout::order(self.desk.etcd(), &asked.order).await.map_err(busy)
+    }
+
+    /// A member says what it runs, and may be told to change.
+    async fn turn(&self, member: &Member, body: &[u8]) -> Result<Answer, Refusal> {
+        let said: Report = serde_json::from_slice(body)
+            .map_err(|e| no(Reason::Malformed, &format!("the report is not readable: {e}")))?;
+        if said.version != PROTOCOL {
+            return Err(no(Reason::Malformed, &format!("this hub reads format {PROTOCOL}")));
+        }
+        if let Some(epoch) = self.desk.fenced(&member.slot, &member.tls_key) {
+            let text = format!("{} is another machine's since epoch {epoch}", member.slot);
+            return Err(no(Reason::Fenced, &text));
+        }
+        rollout::report(self.desk.etcd(), &self.topology, &member.slot, &said).await.map_err(busy)
+    }
+
+    /// Reads what only the operator may ask: whoever has the fleet's root.
+    fn of_root<T: DeserializeOwned>(
+        &self,
+        body: &[u8],
+        signature: &str,
+        of: impl Fn(&T) -> (u16, String),
+    ) -> Result<T, Refusal> {
         let signed = encoding::decode(signature).is_some_and(|s| signed_by_root(&self.root, body, &s));
         if !signed {
             return Err(no(Reason::Forged, "this was not signed by the fleet's root"));
         }
-        let asked: Revocation = serde_json::from_slice(body)
-            .map_err(|e| no(Reason::Malformed, &format!("the revocation is not readable: {e}")))?;
-        if asked.version != PROTOCOL || asked.fleet != self.topology.name {
-            return Err(no(
-                Reason::OtherFleet,
-                &format!("this is a hub of `{}`, format {PROTOCOL}", self.topology.name),
-            ));
+        let asked: T = serde_json::from_slice(body)
+            .map_err(|e| no(Reason::Malformed, &format!("the request is not readable: {e}")))?;
+        if of(&asked) != (PROTOCOL, self.topology.name.clone()) {
+            let text = format!("this is a hub of `{}`, format {PROTOCOL}", self.topology.name);
+            return Err(no(Reason::OtherFleet, &text));
         }
-        println!("token {} is revoked", asked.token.escape_debug());
-        self.desk.revoke(&asked.token).await.map_err(|e| {
-            eprintln!("{e}");
-            no(Reason::Busy, "etcd does not answer")
-        })
+        Ok(asked)
     }
 
     /// A founder says who it is, before there is an etcd to read it from.
@@ -262,6 +305,12 @@ impl Drop for Guest {
             }
         }
     }
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
+fn busy(e: Error) -> Refusal {
+    eprintln!("{e}");
+    no(Reason::Busy, "etcd does not answer")
 }
 
 fn json(value: &impl Serialize) -> Response<Full<Bytes>> {

@@ -20,7 +20,7 @@ use super::token::no;
 use crate::error::{Error, Result};
 use crate::etcd::{Change, Etcd, If, Then};
 
-const SLOTS: &str = "/bakehouse/slots/";
+pub(super) const SLOTS: &str = "/bakehouse/slots/";
 /// Others may claim at the same moment: then again, that often.
 const ATTEMPTS: u64 = 16;
 /// Claims in one transaction: etcd takes 128 operations, each claim needs up to four.
@@ -59,6 +59,12 @@ impl ClaimsDesk {
             waiting: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// The cluster that decides.
+    #[must_use]
+    pub fn etcd(&self) -> &Etcd {
+        &self.etcd
     }
 
     /// Gives a slot to whoever asks with a token that was verified. The same keys get the same

@@ -2,4 +2,5 @@
 
 pub mod api;
 pub mod claims;
+pub mod rollout;
 pub mod token;

@@ -1,5 +1,6 @@
 //! This node's WireGuard interfaces: which there are, and that the kernel has them.
 
+mod address;
 pub mod plan;
 mod wireguard;
 
@@ -16,6 +17,8 @@ use crate::keys::Keys;
 use crate::neighbours::Neighbourhood;
 use plan::{Interface, interfaces};
 use wireguard::Wireguard;
+
+pub use address::has_address;
 
 /// How often names of endpoints are looked up again.
 const LOOKUP: Duration = Duration::from_secs(60);

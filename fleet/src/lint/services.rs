@@ -127,6 +127,22 @@ impl Lint<'_> {
                 );
             }
         }
+        let update = fleet.update.get_ref();
+        // Everything in it is part of the address: nothing in it may end it.
+        if let Some(url) = update.url.as_ref().filter(|url| !is_address(url)) {
+            self.error(
+                fleet.update.span(),
+                format!("[update] `{}` is not an address", url.escape_debug()),
+                "it begins with https:// or http://, and has letters, digits and -._~:/[] only".to_owned(),
+            );
+        }
+        if update.when.is_empty() || update.when.contains(|c: char| c.is_control() || c == '%') {
+            self.error(
+                fleet.update.span(),
+                format!("[update] `{}` is not a time", update.when.escape_debug()),
+                "write it as systemd does, such as \"*:0/5\" or \"Sun *-*-* 02..04:0/5\"".to_owned(),
+            );
+        }
         let watched = self.topology.nodes.iter().any(|n| n.has_role("monitor"));
         if watched && alerts.email.is_none() && alerts.webhooks.is_empty() {
             self.warning(
@@ -159,6 +175,13 @@ impl Lint<'_> {
             }
         }
     }
+}
+
+fn is_address(url: &str) -> bool {
+    let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+    rest.is_some_and(|r| {
+        !r.trim_matches('/').is_empty() && r.chars().all(|c| c.is_ascii_alphanumeric() || "-._~:/[]".contains(c))
+    })
 }
 
 fn is_identifier(text: &str) -> bool {

@@ -1,0 +1,133 @@
+//! What an operator may ask of the hubs: requests that the fleet's root signed.
+
+use std::collections::BTreeMap;
+
+use firstboot::https::{self, Connection, request};
+use firstboot::join::endpoint;
+use fleet::{
+    PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Topology, compare_versions, encoding,
+};
+use serde::Serialize;
+
+use crate::authority::Authority;
+use crate::error::{Error, Result, fail};
+
+/// The hubs, as the operator's machine reaches them.
+pub struct Hubs<'a> {
+    pub authority: &'a Authority,
+    pub topology: &'a Topology,
+    /// Where they are, if not where `fleet.toml` says.
+    pub endpoints: BTreeMap<String, String>,
+}
+
+impl Hubs<'_> {
+    /// Makes a token worthless; returns the hub that took it.
+    ///
+    /// # Errors
+    /// None does: what each of them said.
+    pub fn revoke(&self, token: &str) -> Result<String> {
+        let asked = Revocation { version: PROTOCOL, fleet: self.topology.name.clone(), token: token.to_owned() };
+        self.ask("/v1/revoke", &asked).map(|(hub, _)| hub)
+    }
+
+    /// Gives an order to the rollout, and tells how far it is.
+    ///
+    /// # Errors
+    /// No hub takes it: what each of them said.
+    pub fn rollout(&self, order: RolloutOrder) -> Result<Rollout> {
+        let asked = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order };
+        let (hub, answer) = self.ask("/v1/rollout", &asked)?;
+        serde_json::from_slice(&answer).map_err(|e| {
+            Error::Failed(format!("{hub}'s answer is not readable ({e}); is this bakehouse older than it?"))
+        })
+    }
+
+    /// The first answer, and the hub that gave it.
+    fn ask(&self, path: &str, asked: &impl Serialize) -> Result<(String, Vec<u8>)> {
+        let body = serde_json::to_vec(asked).map_err(|e| Error::Failed(e.to_string()))?;
+        let signature = encoding::encode(&self.authority.root.sign(&body)?);
+        let tls = https::client(self.authority.root.certificate(), None).map_err(|e| Error::Failed(e.to_string()))?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|e| Error::Failed(format!("cannot reach the network: {e}")))?;
+        let mut said = Vec::new();
+        for hub in &self.topology.hubs {
+            let Some(host) = endpoint(hub, &self.endpoints) else { continue };
+            let answer = runtime.block_on(async {
+                let mut connection = Connection::open(&host, self.topology.mesh.port, &hub.name, &tls).await?;
+                let headers = [(SIGNATURE_HEADER, signature.as_str())];
+                connection.ask(request("POST", &host, path, &headers, body.clone().into())?, fleet::LONGEST).await
+            });
+            match answer {
+                Ok(answer) => return Ok((hub.name.clone(), answer.to_vec())),
+                Err(e) => said.push(e.to_string()),
+            }
+        }
+        fail(format!("no hub takes it: {}", said.join("; ")))
+    }
+}
+
+/// How far a rollout is, for a person.
+#[must_use]
+pub fn describe(rollout: &Rollout) -> String {
+    let newest = rollout.nodes.values().map(|r| r.image.as_str()).max_by(|a, b| compare_versions(a, b));
+    let mut text = String::new();
+    for slot in &rollout.members {
+        let line = match rollout.nodes.get(slot) {
+            None => "silent".to_owned(),
+            Some(report) => {
+                let doing = match &report.doing {
+                    fleet::Doing::Starting => "starting".to_owned(),
+                    fleet::Doing::Serving => "serving".to_owned(),
+                    fleet::Doing::Wants { image, .. } => format!("serving, would take version {image}"),
+                    fleet::Doing::WentBack { from } => format!("serving, went back from version {from}"),
+                };
+                let mark = if Some(report.image.as_str()) == newest { " " } else { "<" };
+                format!("{mark} version {}, {doing}", report.image)
+            }
+        };
+        text.push_str(&format!("{slot:<12} {line}\n"));
+    }
+    if let Some(turn) = &rollout.turn {
+        text.push_str(&format!("{} changes from version {} to {}\n", turn.slot, turn.from, turn.to));
+    }
+    if let Some(why) = &rollout.paused {
+        text.push_str(&format!("paused: {why}; go on with `bakehouse rollout --resume`\n"));
+    }
+    for (version, why) in &rollout.denied {
+        text.push_str(&format!("nobody takes version {version}: {why}; mend it and publish a newer one\n"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fleet::{Doing, Report, Turn};
+
+    #[test]
+    fn a_rollout_is_told_node_by_node() {
+        let says = |image: &str, doing| Report { version: PROTOCOL, image: image.into(), doing };
+        let rollout = Rollout {
+            turn: Some(Turn { slot: "hub-1".into(), from: "1".into(), to: "2".into() }),
+            held: true,
+            paused: Some("month's end".into()),
+            denied: BTreeMap::from([("3".into(), "it did not come up on app-1".into())]),
+            nodes: BTreeMap::from([
+                ("app-1".into(), says("2", Doing::Serving)),
+                ("hub-1".into(), says("1", Doing::Wants { image: "2".into(), leads: false })),
+            ]),
+            members: ["app-1", "db-1", "hub-1"].map(String::from).into(),
+        };
+        let text = describe(&rollout);
+        for words in [
+            "app-1          version 2, serving\n",
+            "db-1         silent\n",
+            "hub-1        < version 1, serving, would take version 2\n",
+            "hub-1 changes from version 1 to 2\n",
+            "paused: month's end",
+            "nobody takes version 3",
+        ] {
+            assert!(text.contains(words), "`{words}` is not in\n{text}");
+        }
+    }
+}

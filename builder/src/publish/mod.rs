@@ -1,0 +1,280 @@
+//! `bakehouse publish`: built images into a folder from which nodes bring themselves up to date.
+//! Any HTTP server can serve it; nodes believe the signature, not the server.
+//!
+//! ```text
+//! DIR/GROUP/ID_VERSION_UUID.root.raw     root file system, as it lies in its partition
+//! DIR/GROUP/ID_VERSION_UUID.verity.raw   its hash tree
+//! DIR/GROUP/ID_VERSION.efi               kernel, initrd and root hash
+//! DIR/GROUP/ID_VERSION.manifest.json     what is in it
+//! DIR/GROUP/SHA256SUMS, SHA256SUMS.gpg   what systemd-sysupdate reads first
+//! ```
+
+mod compare;
+mod openpgp;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use fleet::compare_versions;
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+use tempfile::NamedTempFile;
+
+pub use compare::Comparison;
+use compare::Contents;
+pub use openpgp::UpdateKey;
+
+use crate::digest::{hex, sha256};
+use crate::disk::{ROOT_START, Slots};
+use crate::error::{Error, Result, fail};
+use crate::image::Image;
+use crate::progress::Progress;
+use crate::store::write_atomic;
+use crate::verity;
+
+/// What the folder's name for the newest version's manifest is.
+const NEWEST: &str = "newest.json";
+const SUMS: &str = "SHA256SUMS";
+
+/// An image that is in the folder.
+#[derive(Clone, Debug, Serialize)]
+pub struct Published {
+    pub group: String,
+    pub version: String,
+    /// It was there before.
+    pub unchanged: bool,
+    /// Bytes that a node loads.
+    pub bytes: u64,
+}
+
+/// How an image differs from the published one of its group.
+///
+/// # Errors
+/// A manifest can't be read.
+pub fn compare(image: &Image, dir: &Path) -> Result<Comparison> {
+    let new = Contents::read(&image.manifest)?;
+    let old = newest(&dir.join(&image.group))?;
+    Ok(Comparison::of(old.as_ref(), &new))
+}
+
+/// Puts an image into the folder, signed as of `time` (seconds since 1970).
+///
+/// # Errors
+/// Nodes that run what was published before could not take it; the disk is full.
+pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: &Progress) -> Result<Published> {
+    let new = Contents::read(&image.manifest)?;
+    let out = dir.join(&image.group);
+    let old = newest(&out)?;
+    let mut published =
+        Published { group: image.group.clone(), version: new.version.clone(), unchanged: true, bytes: 0 };
+    if let Some(old) = &old {
+        if old.version == new.version && old.roothash == new.roothash {
+            progress.say("publish", &format!("{}: version {} is there", image.group, new.version));
+            return Ok(published);
+        }
+        if compare_versions(&new.version, &old.version).is_le() {
+            return fail(format!(
+                "{}: version {} is published, nodes would not take {}: raise `version` in fleet.toml and build again",
+                image.group, old.version, new.version
+            ));
+        }
+        let obstacles = Comparison::of(Some(old), &new).obstacles;
+        if !obstacles.is_empty() {
+            return fail(format!(
+                "{}: nodes of version {} can't change to {}: {}",
+                image.group,
+                old.version,
+                new.version,
+                obstacles.join("; ")
+            ));
+        }
+    }
+    published.unchanged = false;
+    fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
+    let slots = Slots::of(new.sizes.root_slot);
+    let name = format!("{}_{}", new.id, new.version);
+    let uuid = |half: &str| {
+        let part = |range: std::ops::Range<usize>| half.get(range).unwrap_or_default().to_owned();
+        [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
+    };
+    let (data, tree) = new.roothash.split_at(new.roothash.len() / 2);
+    let size = new.sizes.root;
+    let partitions = [
+        (format!("{name}_{}.root.raw", uuid(data)), ROOT_START, size),
+        (format!("{name}_{}.verity.raw", uuid(tree)), slots.verity_start(), verity::tree_size(size)),
+    ];
+    let step = progress.bytes("publish", partitions.iter().map(|p| p.2).sum());
+    let mut sums = Vec::new();
+    for (name, start, size) in &partitions {
+        sums.push((part(&image.disk, *start, *size, &out.join(name), |n| step.advance(n))?, name.clone()));
+        published.bytes += size;
+    }
+    for (suffix, path) in [(".efi", &image.uki), (".manifest.json", &image.manifest)] {
+        let bytes = fs::read(path).map_err(Error::io("read", path))?;
+        let name = format!("{name}{suffix}");
+        write_atomic(&out.join(&name), &bytes)?;
+        published.bytes += bytes.len() as u64;
+        sums.push((sha256(&bytes), name));
+    }
+    // The version before stays, for who is loading it now.
+    let kept = old.map(|old| format!("{}_{}", old.id, old.version));
+    let before = fs::read_to_string(out.join(SUMS)).unwrap_or_default();
+    let of_kept = |name: &str| {
+        let of = |kept: &String| name.strip_prefix(kept.as_str()).is_some_and(|rest| rest.starts_with(['.', '_']));
+        kept.as_ref().is_some_and(of)
+    };
+    let kept_sums = before.lines().filter_map(|l| l.split_once("  ")).filter(|(_, name)| of_kept(name));
+    sums.extend(kept_sums.map(|(sum, name)| (sum.to_owned(), name.to_owned())));
+    sums.sort_by(|a, b| a.1.cmp(&b.1));
+    let text: String = sums.iter().map(|(sum, name)| format!("{sum}  {name}\n")).collect();
+    // A node that reads between these two finds that they don't match, and looks again later.
+    write_atomic(&out.join(SUMS), text.as_bytes())?;
+    write_atomic(&out.join(format!("{SUMS}.gpg")), &key.sign(text.as_bytes(), time))?;
+    let manifest = fs::read(&image.manifest).map_err(Error::io("read", &image.manifest))?;
+    write_atomic(&out.join(NEWEST), &manifest)?;
+    let listed: BTreeSet<&str> = sums.iter().map(|(_, name)| name.as_str()).collect();
+    sweep(&out, &listed)?;
+    step.done(&format!("{}: version {} ({:.1} MB)", image.group, new.version, published.bytes as f64 / 1e6));
+    Ok(published)
+}
+
+fn newest(out: &Path) -> Result<Option<Contents>> {
+    let path = out.join(NEWEST);
+    if path.exists() { Contents::read(&path).map(Some) } else { Ok(None) }
+}
+
+/// Copies a part of the disk image; its sum.
+fn part(disk: &Path, start: u64, size: u64, to: &Path, mut advance: impl FnMut(u64)) -> Result<String> {
+    let read = Error::io("read", disk);
+    let mut from = File::open(disk).map_err(Error::io("open", disk))?;
+    from.seek(SeekFrom::Start(start)).map_err(read)?;
+    let mut from = from.take(size);
+    let dir = to.parent().unwrap_or(Path::new("."));
+    let mut file = NamedTempFile::new_in(dir).map_err(Error::io("write in", dir))?;
+    let mut hash = Sha256::new();
+    let mut chunk = vec![0; 1 << 20];
+    let mut copied = 0;
+    while copied < size {
+        let n = from.read(&mut chunk).map_err(Error::io("read", disk))?;
+        if n == 0 {
+            return fail(format!("{} is shorter than its manifest says; build it again", disk.display()));
+        }
+        hash.update(&chunk[..n]);
+        file.write_all(&chunk[..n]).map_err(Error::io("write", to))?;
+        copied += n as u64;
+        advance(n as u64);
+    }
+    readable_by_all(&file).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write", to))?;
+    file.persist(to).map_err(|e| Error::io("write", to)(e.error))?;
+    Ok(hex(&hash.finalize()))
+}
+
+/// The server may be another user.
+fn readable_by_all(file: &NamedTempFile) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    file.as_file().set_permissions(fs::Permissions::from_mode(0o644))
+}
+
+/// Removes files of versions that are not listed any more.
+fn sweep(out: &Path, listed: &BTreeSet<&str>) -> Result<()> {
+    let entries = fs::read_dir(out).map_err(Error::io("read", out))?;
+    let paths: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+    for path in paths {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let ours = [".root.raw", ".verity.raw", ".efi", ".manifest.json"].iter().any(|suffix| name.ends_with(suffix));
+        if ours && !listed.contains(name.as_str()) {
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::os::unix::fs::FileExt;
+
+    struct Lab(tempfile::TempDir);
+
+    impl Lab {
+        fn image(&self, version: &str, more: &serde_json::Value) -> Image {
+            let path = |name: &str| self.0.path().join(name);
+            let slots = Slots::of(1 << 20);
+            let mut manifest = json!({
+                "id": "acme-db", "version": version, "group": "db", "kernel": "6.12", "roothash": version.repeat(64)[..64],
+                "sizes": { "root_slot": slots.root, "root": 8192 }, "packages": [], "files": {}, "nodes": {},
+                "state": 2, "mesh": "10.10.0.0/24",
+            });
+            for (key, value) in more.as_object().unwrap() {
+                manifest[key] = value.clone();
+            }
+            fs::write(path("manifest"), manifest.to_string()).unwrap();
+            fs::write(path("uki"), format!("kernel {version}")).unwrap();
+            let disk = File::create(path("disk")).unwrap();
+            disk.set_len(slots.disk()).unwrap();
+            disk.write_all_at(&[7; 8192], ROOT_START).unwrap();
+            disk.write_all_at(&[8; 4096], slots.verity_start()).unwrap();
+            Image {
+                group: "db".into(),
+                disk: path("disk"),
+                uki: path("uki"),
+                manifest: path("manifest"),
+                unchanged: false,
+            }
+        }
+
+        fn publish(&self, image: &Image) -> Result<Published> {
+            let key = UpdateKey::of("acme", "root").unwrap();
+            publish(image, &self.0.path().join("out"), &key, 1_760_000_000, &Progress::new(true, false))
+        }
+
+        fn files(&self) -> Vec<String> {
+            let dir = fs::read_dir(self.0.path().join("out/db")).unwrap();
+            let mut names: Vec<String> = dir.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        }
+    }
+
+    #[test]
+    fn what_is_listed_is_there_whole_and_two_versions_stay() {
+        let lab = Lab(tempfile::tempdir().unwrap());
+        for version in ["1", "2", "3"] {
+            assert!(!lab.publish(&lab.image(version, &json!({}))).unwrap().unchanged);
+        }
+        assert!(lab.publish(&lab.image("3", &json!({}))).unwrap().unchanged);
+        let out = lab.0.path().join("out/db");
+        let sums = fs::read_to_string(out.join(SUMS)).unwrap();
+        assert_eq!(sums.lines().count(), 8);
+        for line in sums.lines() {
+            let (sum, name) = line.split_once("  ").unwrap();
+            assert_eq!(sha256(&fs::read(out.join(name)).unwrap()), sum, "{name}");
+        }
+        let root = "acme-db_3_33333333-3333-3333-3333-333333333333.root.raw";
+        assert_eq!(fs::read(out.join(root)).unwrap(), [7; 8192]);
+        let names = lab.files();
+        assert!(names.iter().all(|n| !n.contains("_1_") && !n.contains("_1.")), "{names:?}");
+        assert_eq!(names.len(), 8 + 3);
+    }
+
+    #[test]
+    fn what_nodes_could_not_take_is_refused() {
+        let lab = Lab(tempfile::tempdir().unwrap());
+        let postgres = |major: u8| json!({ "packages": [{ "name": format!("postgresql-{major}"), "version": "1" }] });
+        lab.publish(&lab.image("2", &postgres(17))).unwrap();
+        let refused = |image: &Image, words: &str| {
+            let e = lab.publish(image).unwrap_err().to_string();
+            assert!(e.contains(words), "{e}");
+        };
+        refused(&lab.image("1", &postgres(17)), "raise `version`");
+        refused(&lab.image("2", &json!({ "roothash": "f".repeat(64) })), "raise `version`");
+        refused(&lab.image("3", &postgres(18)), "PostgreSQL 17 to 18");
+        let mut larger = postgres(17);
+        larger["sizes"] = json!({ "root_slot": 2 << 20, "root": 8192 });
+        refused(&lab.image("3", &larger), "slot");
+        assert_eq!(lab.files().len(), 4 + 3, "a refused image left something");
+    }
+}

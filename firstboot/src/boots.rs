@@ -1,0 +1,99 @@
+//! The images that this machine's boot loader knows, by the names of their files on the EFI
+//! partition: `ID_VERSION.efi`, and `+LEFT-DONE` before the suffix while its tries are counted.
+
+use std::fs;
+use std::path::Path;
+
+use fleet::compare_versions;
+
+use crate::error::{Error, Result};
+
+/// One image's entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Entry {
+    version: String,
+    /// Tries it has left; none where it has proven itself.
+    left: Option<u32>,
+}
+
+/// Entries of one image id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Boots(Vec<Entry>);
+
+impl Boots {
+    /// # Errors
+    /// The EFI partition can't be read.
+    pub fn read(dir: &Path, id: &str) -> Result<Self> {
+        let names = fs::read_dir(dir).map_err(Error::io("read", dir))?;
+        let names: std::io::Result<Vec<_>> = names.map(|e| Ok(e?.file_name())).collect();
+        let names = names.map_err(Error::io("read", dir))?;
+        Ok(Self(names.iter().filter_map(|n| entry(n.to_str()?, id)).collect()))
+    }
+
+    /// Whether this version has proven itself.
+    #[must_use]
+    pub fn is_blessed(&self, version: &str) -> bool {
+        self.0.iter().any(|e| e.version == version && e.left.is_none())
+    }
+
+    /// A newer version than the one that runs, whose tries are used up.
+    #[must_use]
+    pub fn failed(&self, running: &str) -> Option<&str> {
+        self.newer(running, |left| left == Some(0))
+    }
+
+    /// A newer version than the one that runs, which the next boot takes.
+    #[must_use]
+    pub fn pending(&self, running: &str) -> Option<&str> {
+        self.newer(running, |left| left != Some(0))
+    }
+
+    fn newer(&self, running: &str, is: impl Fn(Option<u32>) -> bool) -> Option<&str> {
+        let found = self.0.iter().filter(|e| is(e.left)).map(|e| e.version.as_str());
+        found.filter(|v| compare_versions(v, running).is_gt()).max_by(|a, b| compare_versions(a, b))
+    }
+}
+
+fn entry(name: &str, id: &str) -> Option<Entry> {
+    let rest = name.strip_prefix(id)?.strip_prefix('_')?.strip_suffix(".efi")?;
+    let Some((version, tries)) = rest.split_once('+') else {
+        return Some(Entry { version: rest.to_owned(), left: None });
+    };
+    let left = tries.split('-').next()?.parse().ok()?;
+    Some(Entry { version: version.to_owned(), left: Some(left) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn boots(names: &[&str]) -> Boots {
+        let dir = tempfile::tempdir().unwrap();
+        for name in names {
+            fs::write(dir.path().join(name), b"").unwrap();
+        }
+        Boots::read(dir.path(), "acme-db").unwrap()
+    }
+
+    #[test]
+    fn names_tell_what_became_of_each_version() {
+        let fresh = boots(&["acme-db_1.efi", "acme-db_2+3.efi"]);
+        assert_eq!((fresh.pending("1"), fresh.failed("1")), (Some("2"), None));
+        let tried = boots(&["acme-db_1.efi", "acme-db_2+1-2.efi"]);
+        assert!(tried.is_blessed("1") && !tried.is_blessed("2"));
+        // It runs, and its time is not over.
+        assert_eq!((tried.pending("2"), tried.failed("2")), (None, None));
+        let failed = boots(&["acme-db_1.efi", "acme-db_2+0-3.efi"]);
+        assert_eq!((failed.pending("1"), failed.failed("1")), (None, Some("2")));
+        let over = boots(&["acme-db_1.efi", "acme-db_2.efi", "acme-hub_9.efi", "else.efi", "acme-db_3+x.efi"]);
+        assert_eq!((over.pending("2"), over.failed("2"), over.is_blessed("2")), (None, None, true));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_name_panics(name: String, rest: String) {
+            let _ = entry(&name, "acme-db");
+            let _ = entry(&format!("acme-db_{rest}.efi"), "acme-db");
+        }
+    }
+}

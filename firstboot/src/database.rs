@@ -1,0 +1,59 @@
+//! What the agent has to do with the database: Patroni's API on this node.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use fleet::Node;
+use tokio_rustls::rustls::ClientConfig;
+
+use crate::error::Result;
+use crate::https::{Connection, request};
+
+const PORT: u16 = 8008;
+/// Longest answer that is read.
+const LONGEST: usize = 1 << 20;
+/// How long a primary is waited for to become a standby.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Patroni on this node.
+pub struct Patroni {
+    slot: String,
+    address: String,
+    tls: Arc<ClientConfig>,
+}
+
+impl Patroni {
+    /// None where the node has no database.
+    #[must_use]
+    pub fn of(node: &Node, tls: Arc<ClientConfig>) -> Option<Self> {
+        node.has_role("db").then(|| Self { slot: node.name.clone(), address: node.address.to_string(), tls })
+    }
+
+    /// Whether this node has the primary.
+    pub async fn is_primary(&self) -> bool {
+        self.ask("GET", "/primary", "").await.is_ok()
+    }
+
+    /// Makes a standby the primary, where this node has it and there is one; waits until it is.
+    ///
+    /// # Errors
+    /// Patroni says no, as it does where there is no standby that could.
+    pub async fn hand_over(&self) -> Result<()> {
+        if !self.is_primary().await {
+            return Ok(());
+        }
+        self.ask("POST", "/switchover", &format!("{{\"leader\":\"{}\"}}", self.slot)).await?;
+        let until = Instant::now() + PATIENCE;
+        while self.is_primary().await && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        Ok(())
+    }
+
+    async fn ask(&self, method: &str, path: &str, body: &str) -> Result<Bytes> {
+        let mut connection = Connection::open(&self.address, PORT, &self.address, &self.tls).await?;
+        let headers = [("content-type", "application/json")];
+        connection.ask(request(method, &self.address, path, &headers, body.to_owned().into())?, LONGEST).await
+    }
+}

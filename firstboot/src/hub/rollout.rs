@@ -1,0 +1,115 @@
+//! Whose turn it is to change its image, as etcd has it. What follows from a report is decided in
+//! [`fleet::Rollout`]; here it is read and written.
+//!
+//! ```text
+//! /bakehouse/rollout/nodes/SLOT      Report   as long as the node says it (a lease)
+//! /bakehouse/rollout/turn            Turn     who changes now
+//! /bakehouse/rollout/held            slot     as long as its turn may last (a lease)
+//! /bakehouse/rollout/denied/VERSION  why      nobody tries it any more
+//! /bakehouse/rollout/paused          why      nobody begins
+//! ```
+
+use fleet::{Answer, Report, Rollout, RolloutOrder, Topology, Verdict};
+
+use super::claims::SLOTS;
+use crate::error::{Error, Result};
+use crate::etcd::{Etcd, If, Then};
+
+const PREFIX: &str = "/bakehouse/rollout/";
+const TURN: &str = "/bakehouse/rollout/turn";
+const HELD: &str = "/bakehouse/rollout/held";
+const PAUSED: &str = "/bakehouse/rollout/paused";
+/// Seconds after which a node that says nothing is missed: three of its rounds.
+const SILENCE: u32 = 90;
+/// Seconds a turn may last: loading an image over a slow line, and three boots that fail.
+const LONGEST_TURN: u32 = 3600;
+/// Others may write at the same moment: then again, that often.
+const ATTEMPTS: u32 = 8;
+
+/// Takes a node's report; tells it what it may do.
+///
+/// # Errors
+/// etcd does not answer.
+pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<Answer> {
+    let text = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
+    let lease = etcd.lease(SILENCE).await?;
+    etcd.transact(&[], &[Then::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
+    for _ in 0..ATTEMPTS {
+        let (rollout, turn) = read(etcd).await?;
+        let verdict = rollout.decide(topology, slot, report);
+        let done = match &verdict {
+            Verdict::Wait(why) => return Ok(Answer { go: false, why: why.clone() }),
+            Verdict::Go => return Ok(Answer { go: true, why: String::new() }),
+            Verdict::Take(taken) => {
+                let text = serde_json::to_vec(taken).map_err(|e| Error::Failed(e.to_string()))?;
+                let denied = denied(&taken.to);
+                let lease = etcd.lease(LONGEST_TURN).await?;
+                let when = [If::Unchanged(TURN, 0), If::Unchanged(PAUSED, 0), If::Unchanged(&denied, 0)];
+                let then = [Then::Put(TURN, &text), Then::PutFor(HELD, slot.as_bytes(), &lease)];
+                etcd.transact(&when, &then).await?
+            }
+            Verdict::Release => {
+                etcd.transact(&[If::Unchanged(TURN, turn)], &[Then::Delete(TURN), Then::Delete(HELD)]).await?
+            }
+            Verdict::Deny { image, why } => {
+                println!("version {image} is not taken any more: {why}");
+                let denied = denied(image);
+                let mut then = vec![Then::Put(&denied, why.as_bytes())];
+                if rollout.turn.as_ref().is_some_and(|t| t.to == *image) {
+                    then.extend([Then::Delete(TURN), Then::Delete(HELD)]);
+                }
+                etcd.transact(&[If::Unchanged(TURN, turn)], &then).await?
+            }
+        };
+        if done && matches!(verdict, Verdict::Take(_)) {
+            return Ok(Answer { go: true, why: String::new() });
+        }
+    }
+    Ok(Answer { go: false, why: "too many nodes write at the same time".to_owned() })
+}
+
+/// Carries out an operator's order; tells how far the fleet is.
+///
+/// # Errors
+/// etcd does not answer.
+pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
+    match order {
+        RolloutOrder::Tell => {}
+        RolloutOrder::Pause { why } => drop(etcd.transact(&[], &[Then::Put(PAUSED, why.as_bytes())]).await?),
+        RolloutOrder::Resume => drop(etcd.transact(&[], &[Then::Delete(PAUSED)]).await?),
+    }
+    read(etcd).await.map(|(rollout, _)| rollout)
+}
+
+/// The rollout, and the revision of the turn's last change (0: nobody has it).
+async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
+    let (_, slots) = etcd.list(SLOTS).await?;
+    let members = slots.iter().filter_map(|p| p.key.strip_prefix(SLOTS)).map(str::to_owned).collect();
+    let mut rollout = Rollout { members, ..Rollout::default() };
+    let mut turn = 0;
+    for pair in etcd.list(PREFIX).await?.1 {
+        let text = || String::from_utf8_lossy(&pair.value).into_owned();
+        match &pair.key[PREFIX.len()..] {
+            "turn" => {
+                rollout.turn = serde_json::from_slice(&pair.value).ok();
+                turn = pair.revision;
+            }
+            "held" => rollout.held = true,
+            "paused" => rollout.paused = Some(text()),
+            key => {
+                if let Some(version) = key.strip_prefix("denied/") {
+                    rollout.denied.insert(version.to_owned(), text());
+                } else if let Some((slot, Ok(said))) =
+                    key.strip_prefix("nodes/").map(|slot| (slot, serde_json::from_slice(&pair.value)))
+                {
+                    rollout.nodes.insert(slot.to_owned(), said);
+                }
+            }
+        }
+    }
+    Ok((rollout, turn))
+}
+
+fn denied(version: &str) -> String {
+    format!("{PREFIX}denied/{version}")
+}

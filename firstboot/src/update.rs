@@ -1,0 +1,144 @@
+//! Bringing this node up to date: tells the hubs what it runs and would like to run, and changes
+//! when its turn comes. systemd-sysupdate loads and verifies; the boot loader counts the tries;
+//! firstboot-healthy says whether the new image is a good one.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology};
+
+use crate::boots::Boots;
+use crate::console::say;
+use crate::database::Patroni;
+use crate::error::Result;
+use crate::image::ImageInfo;
+use crate::systemd::Systemd;
+
+/// How often it is told.
+const ROUND: Duration = Duration::from_secs(30);
+/// While somebody waits for this node: it is starting, or its turn may come.
+const SHORT_ROUND: Duration = Duration::from_secs(10);
+/// How long an offer holds; nodes look again before.
+const FRESH: Duration = Duration::from_secs(900);
+
+/// One node's way to newer images.
+pub struct Updates<'a> {
+    pub systemd: &'a Systemd,
+    pub image: &'a ImageInfo,
+    pub topology: &'a Topology,
+    pub node: &'a Node,
+    pub patroni: Option<Patroni>,
+    /// Where the boot loader's entries are.
+    pub entries: PathBuf,
+    /// What `firstboot-check.service` writes.
+    pub offer: PathBuf,
+}
+
+impl Updates<'_> {
+    /// Reports for ever, by `tell`, and changes when the answer says so.
+    ///
+    /// # Errors
+    /// systemd can't be asked any more.
+    pub async fn keep(&self, tell: impl AsyncFn(&Report) -> Result<Answer>) -> Result<()> {
+        if !self.node.has_role(fleet::UPDATE) {
+            return std::future::pending().await;
+        }
+        let mut told = String::new();
+        // The hubs know of a version that failed here once they were told.
+        let mut confessed = None;
+        loop {
+            let mut pause = ROUND;
+            match self.doing(confessed.as_deref()).await {
+                Ok(doing) => {
+                    if !matches!(doing, Doing::Serving | Doing::WentBack { .. }) {
+                        pause = SHORT_ROUND;
+                    }
+                    let report = Report { version: PROTOCOL, image: self.image.version.clone(), doing };
+                    match (tell(&report).await, &report.doing) {
+                        (Ok(Answer { go: true, .. }), Doing::Wants { image, .. }) => self.change(image).await?,
+                        (Ok(_), Doing::WentBack { from }) => {
+                            confessed = Some(from.clone());
+                            pause = SHORT_ROUND;
+                        }
+                        (Ok(answer), _) if answer.why != told => {
+                            if !answer.why.is_empty() {
+                                println!("no change of the image now: {}", answer.why);
+                            }
+                            told = answer.why;
+                        }
+                        (Ok(_), _) => {}
+                        (Err(e), _) => println!("{e}"),
+                    }
+                }
+                Err(e) => println!("{e}"),
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn doing(&self, confessed: Option<&str>) -> Result<Doing> {
+        let running = &self.image.version;
+        let boots = Boots::read(&self.entries, &self.image.id)?;
+        if let Some(from) = boots.failed(running).filter(|from| confessed != Some(from)) {
+            return Ok(Doing::WentBack { from: from.to_owned() });
+        }
+        if !boots.is_blessed(running) {
+            return Ok(Doing::Starting);
+        }
+        for role in &self.node.roles {
+            if !self.systemd.is_active(&format!("role-{role}.target")).await? {
+                return Ok(Doing::Starting);
+            }
+        }
+        // One that was loaded before a power cut is not offered again.
+        let wanted = boots.pending(running).map(str::to_owned).or_else(|| self.offered());
+        Ok(match wanted {
+            Some(image) => Doing::Wants { image, leads: self.leads().await },
+            None => Doing::Serving,
+        })
+    }
+
+    fn offered(&self) -> Option<String> {
+        let age = fs::metadata(&self.offer).and_then(|m| m.modified()).ok()?.elapsed().ok()?;
+        let text = fs::read_to_string(&self.offer).ok().filter(|_| age < FRESH)?;
+        let version = text.trim();
+        (!version.is_empty()).then(|| version.to_owned())
+    }
+
+    /// Whether others would notice most if this node went: it holds the VIP, or has the primary.
+    async fn leads(&self) -> bool {
+        if self.node.hub > 0 && crate::mesh::has_address(self.topology.vip).await.unwrap_or(false) {
+            return true;
+        }
+        match &self.patroni {
+            Some(patroni) => patroni.is_primary().await,
+            None => false,
+        }
+    }
+
+    /// Loads the image, hands the work over, and restarts. Done again after a power cut, it goes
+    /// on from where it was.
+    async fn change(&self, image: &str) -> Result<()> {
+        let running = &self.image.version;
+        say(&format!("{}: changing from version {running} to {image}", self.node.name));
+        if Boots::read(&self.entries, &self.image.id)?.pending(running).is_none()
+            && let Err(e) = self.systemd.start("firstboot-install.service").await
+        {
+            // The world's fault, or the image's: in either case this node stays as it is.
+            say(&format!("{}: version {image} was not loaded: {e}", self.node.name));
+            let _ = fs::remove_file(&self.offer);
+            return Ok(());
+        }
+        // Without a standby there is nobody to hand it to, and the restart is the outage.
+        if let Some(patroni) = &self.patroni
+            && let Err(e) = patroni.hand_over().await
+        {
+            println!("{e}");
+        }
+        say(&format!("{}: restarting with version {image}", self.node.name));
+        self.systemd.reboot().await?;
+        // systemd ends this service in a moment.
+        std::future::pending().await
+    }
+}

@@ -1,0 +1,292 @@
+//! Who may change its image now: one node of the fleet at a time, in an order that its users
+//! don't notice, and nobody any more once one of them has come to harm.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::topology::{Node, Topology};
+use crate::version::compare_versions;
+
+/// `POST /v1/turn`: what a member runs, and what it would like to run. Every node says it again
+/// and again; who falls silent holds everybody else up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    pub version: u16,
+    /// Version of the image that runs.
+    pub image: String,
+    pub doing: Doing,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Doing {
+    /// This boot has not proven itself yet.
+    Starting,
+    /// All is well, and nothing newer is offered.
+    Serving,
+    /// All is well, and this newer image is offered.
+    Wants {
+        image: String,
+        /// It holds the VIP or has the primary: the others of its kind go first.
+        leads: bool,
+    },
+    /// This newer image was tried, and did not come up.
+    WentBack { from: String },
+}
+
+/// The answer to a report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Answer {
+    /// The turn is the node's: it may change to the image it wants.
+    pub go: bool,
+    /// For people: what is waited for; empty where nothing is wanted.
+    pub why: String,
+}
+
+/// Who changes its image now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Turn {
+    pub slot: String,
+    pub from: String,
+    pub to: String,
+}
+
+/// `POST /v1/rollout`, signed by the fleet's root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolloutRequest {
+    pub version: u16,
+    pub fleet: String,
+    pub order: RolloutOrder,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum RolloutOrder {
+    /// Only tell.
+    Tell,
+    /// Nobody gets a turn; who has one ends it.
+    Pause {
+        why: String,
+    },
+    Resume,
+}
+
+/// How far the fleet is, as etcd has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rollout {
+    pub turn: Option<Turn>,
+    /// The turn's time is not over.
+    pub held: bool,
+    pub paused: Option<String>,
+    /// Versions that nobody tries any more, and why.
+    pub denied: BTreeMap<String, String>,
+    /// What each node said last, if that was not long ago.
+    pub nodes: BTreeMap<String, Report>,
+    /// Slots that have an owner.
+    pub members: BTreeSet<String>,
+}
+
+/// What follows from a report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing changes; what is waited for.
+    Wait(String),
+    /// The node has the turn already.
+    Go,
+    /// The turn is free: the node may take it.
+    Take(Turn),
+    /// The node's turn is over.
+    Release,
+    /// Nobody is to try this version any more; with it ends the turn that led there.
+    Deny { image: String, why: String },
+}
+
+impl Rollout {
+    /// What follows from a node's report.
+    #[must_use]
+    pub fn decide(&self, topology: &Topology, slot: &str, report: &Report) -> Verdict {
+        if let Doing::WentBack { from } = &report.doing
+            && !self.denied.contains_key(from)
+        {
+            let why = format!("it did not come up on {slot}, which went back to {}", report.image);
+            return Verdict::Deny { image: from.clone(), why };
+        }
+        if let Some(turn) = self.turn.as_ref().filter(|t| t.slot == slot) {
+            return match &report.doing {
+                Doing::Wants { image, .. } if *image == turn.to && self.held => Verdict::Go,
+                Doing::Starting if self.held => Verdict::Wait("this boot has to prove itself".to_owned()),
+                Doing::Starting => lost(turn),
+                _ => Verdict::Release,
+            };
+        }
+        if let Some(turn) = self.turn.as_ref().filter(|_| !self.held) {
+            return lost(turn);
+        }
+        let Doing::Wants { image, leads } = &report.doing else { return Verdict::Wait(String::new()) };
+        match self.obstacle(topology, slot, image, *leads) {
+            Some(why) => Verdict::Wait(why),
+            None => Verdict::Take(Turn { slot: slot.to_owned(), from: report.image.clone(), to: image.clone() }),
+        }
+    }
+
+    /// Why a node has to wait, if it has to.
+    fn obstacle(&self, topology: &Topology, slot: &str, image: &str, leads: bool) -> Option<String> {
+        if let Some(why) = &self.paused {
+            return Some(format!("the rollout is paused: {why}"));
+        }
+        if let Some(why) = self.denied.get(image) {
+            return Some(format!("nobody takes version {image}: {why}"));
+        }
+        if let Some(turn) = &self.turn {
+            return Some(format!("{} changes to version {} now", turn.slot, turn.to));
+        }
+        let others = || self.members.iter().filter(|m| *m != slot);
+        // While one is missing, another must not go.
+        if let Some(silent) = others().find(|m| !self.nodes.contains_key(*m)) {
+            return Some(format!("{silent} is silent"));
+        }
+        let reports = || others().filter_map(|m| Some((m, self.nodes.get(m)?)));
+        if let Some((starting, _)) = reports().find(|(_, r)| r.doing == Doing::Starting) {
+            return Some(format!("{starting} is starting"));
+        }
+        let own = topology.node(slot).map_or(0, rank);
+        let first = reports().find(|(other, report)| {
+            let rank = topology.node(other).map_or(0, rank);
+            let older = compare_versions(&report.image, image).is_lt();
+            let leads_too = matches!(report.doing, Doing::Wants { leads: true, .. });
+            older && (rank < own || rank == own && leads && !leads_too)
+        });
+        first.map(|(other, _)| format!("{other} goes first"))
+    }
+}
+
+fn lost(turn: &Turn) -> Verdict {
+    Verdict::Deny { image: turn.to.clone(), why: format!("{} did not come back with it in time", turn.slot) }
+}
+
+/// Whose loss its users notice less goes earlier.
+#[must_use]
+pub fn rank(node: &Node) -> u8 {
+    let of = |role: &String| match role.as_str() {
+        "hub" => 3,
+        "db" => 2,
+        "app" => 1,
+        _ => 0,
+    };
+    node.roles.iter().map(of).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::join::PROTOCOL;
+    use crate::schema::Fleet;
+
+    fn topology() -> Topology {
+        let toml = b"name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\napp.count=2\nmonitor.count=1\n";
+        Topology::of(&Fleet::parse("f", toml).unwrap())
+    }
+
+    fn says(image: &str, doing: Doing) -> Report {
+        Report { version: PROTOCOL, image: image.to_owned(), doing }
+    }
+
+    fn wants(leads: bool) -> Report {
+        says("1", Doing::Wants { image: "2".to_owned(), leads })
+    }
+
+    /// Everybody is up on version 1 and is offered version 2.
+    fn all_want(topology: &Topology) -> Rollout {
+        let members: BTreeSet<String> = topology.nodes.iter().map(|n| n.name.clone()).collect();
+        let leads = |name: &str| name == "hub-2" || name == "db-1";
+        let nodes = members.iter().map(|m| (m.clone(), wants(leads(m)))).collect();
+        Rollout { nodes, members, ..Rollout::default() }
+    }
+
+    #[test]
+    fn one_after_the_other_and_whoever_leads_last() {
+        let topology = topology();
+        let mut fleet = all_want(&topology);
+        let mut order = Vec::new();
+        while order.len() < 8 {
+            let may: Vec<String> = (fleet.nodes.iter())
+                .filter(|(slot, report)| matches!(fleet.decide(&topology, slot, report), Verdict::Take(_)))
+                .map(|(slot, _)| slot.clone())
+                .collect();
+            let slot = may.first().unwrap_or_else(|| panic!("nobody may go after {order:?}")).clone();
+            let turn = Turn { slot: slot.clone(), from: "1".to_owned(), to: "2".to_owned() };
+            fleet.turn = Some(turn);
+            fleet.held = true;
+            // Everybody else waits for it; it itself may ask again.
+            for (other, report) in &fleet.nodes {
+                let verdict = fleet.decide(&topology, other, report);
+                assert_eq!(matches!(verdict, Verdict::Go), *other == slot, "{other}: {verdict:?}");
+                assert!(!matches!(verdict, Verdict::Take(_)), "{other}");
+            }
+            let starting = says("2", Doing::Starting);
+            assert!(matches!(fleet.decide(&topology, &slot, &starting), Verdict::Wait(_)));
+            let done = says("2", Doing::Serving);
+            assert_eq!(fleet.decide(&topology, &slot, &done), Verdict::Release);
+            fleet.turn = None;
+            fleet.nodes.insert(slot.clone(), done);
+            order.push(slot);
+        }
+        assert_eq!(order, ["monitor-1", "app-1", "app-2", "db-2", "db-1", "hub-1", "hub-3", "hub-2"]);
+    }
+
+    #[test]
+    fn the_first_failure_stops_everybody() {
+        let topology = topology();
+        let mut fleet = all_want(&topology);
+        fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
+        fleet.held = true;
+        let back = says("1", Doing::WentBack { from: "2".into() });
+        let Verdict::Deny { image, why } = fleet.decide(&topology, "app-1", &back) else { panic!() };
+        assert_eq!(image, "2");
+        fleet.denied.insert(image, why);
+        assert_eq!(fleet.decide(&topology, "app-1", &back), Verdict::Release);
+        fleet.turn = None;
+        fleet.nodes.insert("app-1".into(), back);
+        for (slot, report) in &fleet.nodes {
+            assert!(matches!(fleet.decide(&topology, slot, report), Verdict::Wait(_)), "{slot}");
+        }
+        // A version after it is another matter.
+        let next = says("1", Doing::Wants { image: "3".into(), leads: false });
+        assert!(matches!(fleet.decide(&topology, "monitor-1", &next), Verdict::Take(_)));
+    }
+
+    #[test]
+    fn who_does_not_come_back_is_a_failure_too() {
+        let topology = topology();
+        let mut fleet = all_want(&topology);
+        fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
+        fleet.nodes.remove("app-1");
+        let verdict = fleet.decide(&topology, "hub-1", &says("1", Doing::Serving));
+        assert!(matches!(verdict, Verdict::Deny { ref image, .. } if image == "2"), "{verdict:?}");
+        // If it has come back after all, it is none.
+        assert_eq!(fleet.decide(&topology, "app-1", &says("2", Doing::Serving)), Verdict::Release);
+    }
+
+    #[test]
+    fn nobody_goes_while_another_is_missing_or_the_operator_says_no() {
+        let topology = topology();
+        let mut fleet = all_want(&topology);
+        let monitor = |fleet: &Rollout| fleet.decide(&topology, "monitor-1", &wants(false));
+        assert!(matches!(monitor(&fleet), Verdict::Take(_)));
+        fleet.nodes.insert("db-2".into(), says("1", Doing::Starting));
+        assert_eq!(monitor(&fleet), Verdict::Wait("db-2 is starting".into()));
+        fleet.nodes.remove("db-2");
+        assert_eq!(monitor(&fleet), Verdict::Wait("db-2 is silent".into()));
+        // A slot that nobody has taken yet is not missed.
+        fleet.members.remove("db-2");
+        assert!(matches!(monitor(&fleet), Verdict::Take(_)));
+        fleet.paused = Some("month's end".into());
+        assert!(matches!(monitor(&fleet), Verdict::Wait(why) if why.contains("month's end")));
+    }
+}

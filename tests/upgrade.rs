@@ -1,0 +1,186 @@
+//! A node takes newer images by itself, and goes back by itself: real systemd-sysupdate over HTTP,
+//! real boot counting, real power cuts.
+
+use std::fs;
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use bakehouse_tests::{Lab, Machine};
+
+const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
+    --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
+const READY: &str = "bakehouse: ready (hub-1)";
+
+/// The folder that was published, on loopback.
+struct Server(Child);
+
+impl Server {
+    fn of(lab: &Lab, port: u16) -> Self {
+        fs::create_dir_all(lab.dir.join("updates")).expect("the lab is writable");
+        let mut python = Command::new("python3");
+        python.args(["-m", "http.server", "--bind", "127.0.0.1", &port.to_string(), "--directory"]);
+        python.arg(lab.dir.join("updates")).stdout(Stdio::null()).stderr(Stdio::null());
+        Self(python.spawn().expect("python3"))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+fn version(lab: &Lab, from: &str, to: &str) {
+    lab.edit("fleet.toml", &format!("version = \"{from}\""), &format!("version = \"{to}\""));
+}
+
+/// Waits until the node has come up as often as this since it was switched on.
+fn comes_up(hub: &Machine, times: usize) {
+    hub.wait_until(&format!("{READY} {times} times"), |console| console.matches(READY).count() >= times);
+}
+
+fn runs(hub: &Machine) -> String {
+    hub.ok("sed -n 's/^IMAGE_VERSION=//p' /usr/lib/os-release").replace('"', "")
+}
+
+/// Waits until the image that runs has proven itself; until then no other is taken.
+fn is_blessed(hub: &Machine) {
+    let version = runs(hub);
+    hub.ok(&format!(
+        "for i in $(seq 120); do [ -e /efi/EFI/Linux/up-hub_{version}.efi ] && exit; sleep 2; done; exit 1"
+    ));
+}
+
+#[test]
+fn a_node_takes_what_is_good_and_leaves_what_is_not() {
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+    let lab = Lab::empty("upgrade");
+    lab.write(
+        "fleet.toml",
+        &format!(
+            "name = \"up\"\nversion = \"1\"\n[update]\nurl = \"http://192.0.2.100:{port}/\"\n\
+             # Only when it is told to look.\nwhen = \"2099-01-01\"\n\
+             [groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n"
+        ),
+    );
+    lab.init();
+    lab.ok(&["lock"]);
+    lab.ok(&["build"]);
+    let updates = lab.dir.join("updates/hub");
+    let updates_dir = lab.dir.join("updates");
+    let dir = updates_dir.to_str().expect("a path of letters");
+    let _server = Server::of(&lab, port);
+    let hub = Machine::of(&lab, "hub-1");
+    hub.start();
+    comes_up(&hub, 1);
+    is_blessed(&hub);
+    let kept = "sha256sum /var/lib/bakehouse/*.json /etc/machine-id";
+    let identity = hub.ok(kept);
+    let look = "systemctl start firstboot-check; cat /run/bakehouse/offer";
+
+    // What is published is what the plan said.
+    lab.ok(&["publish", dir]);
+    version(&lab, "1", "2");
+    lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
+    let plan = lab.ok(&["plan", dir]).out;
+    assert!(
+        plan.contains("version 1 → 2") && plan.contains("~ /usr/lib/bakehouse/templates/run/bakehouse/haproxy.cfg"),
+        "{plan}"
+    );
+    assert_eq!(hub.ok(look), "", "the version that runs is no news");
+
+    // Whoever has the server has not the fleet: another key's signature, and none.
+    let thief = Lab::empty("upgrade-thief");
+    fs::copy(lab.dir.join("fleet.toml"), thief.dir.join("fleet.toml")).expect("a copy");
+    fs::copy(lab.dir.join("bakehouse.lock"), thief.dir.join("bakehouse.lock")).expect("a copy");
+    thief.init();
+    thief.ok(&["publish", dir]);
+    assert_eq!(hub.ok(look), "", "a foreign signature was believed");
+    assert!(hub.ok("journalctl -b -u firstboot-check --no-pager").contains("ignature"));
+    fs::remove_file(updates.join("SHA256SUMS.gpg")).expect("it was there");
+    assert_eq!(hub.ok(look), "", "no signature was believed");
+    fs::remove_dir_all(&updates).expect("it was there");
+
+    // A file that is not what was signed.
+    lab.ok(&["publish", dir]);
+    let root = fs::read_dir(&updates).expect("a folder").filter_map(Result::ok).map(|e| e.path());
+    let root =
+        root.into_iter().find(|p| p.to_string_lossy().contains("_2_") && p.to_string_lossy().ends_with(".root.raw"));
+    let root = root.expect("it was published");
+    let whole = fs::read(&root).expect("a file");
+    fs::write(&root, &whole[..whole.len() / 2]).expect("a file");
+    assert_eq!(hub.ok(look), "2");
+    hub.wait_for(&["version 2 was not loaded"]);
+    assert_eq!(hub.ok("ls /efi/EFI/Linux"), "up-hub_1.efi");
+    fs::write(&root, &whole).expect("a file");
+
+    // The power goes while it is loaded, at two moments; then it is taken.
+    for seconds in [3, 12] {
+        let changes = |console: &str| console.matches("changing from version 1 to 2").count();
+        let before = changes(&hub.console());
+        hub.exec(look);
+        hub.wait_until("it begins to change", |console| changes(console) > before);
+        std::thread::sleep(Duration::from_secs(seconds));
+        hub.cut_power();
+        hub.start();
+        comes_up(&hub, 1);
+        if runs(&hub) == "2" {
+            break;
+        }
+        is_blessed(&hub);
+    }
+    if runs(&hub) == "1" {
+        hub.exec(look);
+        comes_up(&hub, 2);
+    }
+    assert_eq!(runs(&hub), "2");
+    is_blessed(&hub);
+    assert_eq!(hub.ok(kept), identity);
+    assert!(hub.ok("cat /run/bakehouse/haproxy.cfg").starts_with("# Changed."));
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
+
+    // An image that builds and does not work: three tries, and it is back, and nobody else tries.
+    version(&lab, "2", "3");
+    lab.edit(
+        "profiles/roles/hub.toml",
+        "[health]\nunits = [",
+        "[units.wants]\n\"role-hub.target\" = [\"broken.service\"]\n\n[health]\nunits = [\"broken.service\", ",
+    );
+    lab.edit("profiles/roles/hub.toml", "overlays = [", "overlays = [\"broken\", ");
+    lab.write("overlays/broken/overlay.toml", "description = \"What does not work\"\n");
+    lab.write(
+        "overlays/broken/usr/lib/systemd/system/broken.service",
+        "[Unit]\nDescription=It does not work\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/false\n",
+    );
+    lab.ok(&["publish", dir]);
+    hub.cut_power();
+    hub.start();
+    comes_up(&hub, 1);
+    assert_eq!(hub.ok(look), "3");
+    hub.wait_for(&["restarting with version 3"]);
+    // Three tries, and version 2 again: its own start is the last.
+    hub.wait_until("three tries, and back", |console| {
+        console.matches("this image is not well: broken.service has failed").count() >= 3
+            && console.rsplit("this image is not well").next().is_some_and(|rest| rest.contains(READY))
+    });
+    assert_eq!(runs(&hub), "2");
+    let denied = format!(
+        "for i in $(seq 60); do {ETCDCTL} get --prefix --print-value-only /bakehouse/rollout/denied/3 | grep . && exit; sleep 2; done; exit 1"
+    );
+    assert!(hub.ok(&denied).contains("did not come up on hub-1"));
+    assert_eq!(hub.ok(&format!("{ETCDCTL} get /bakehouse/rollout/turn")), "");
+    assert_eq!(hub.ok(look), "", "a version that failed is tried again");
+
+    // A version that mends it goes on from there.
+    version(&lab, "3", "4");
+    lab.edit("overlays/broken/usr/lib/systemd/system/broken.service", "/usr/bin/false", "/usr/bin/true");
+    lab.ok(&["publish", dir]);
+    let before = hub.console().matches(READY).count();
+    assert_eq!(hub.ok(look), "4");
+    comes_up(&hub, before + 1);
+    assert_eq!(runs(&hub), "4");
+    is_blessed(&hub);
+    assert_eq!(hub.ok(kept), identity);
+    hub.shut_down();
+}
