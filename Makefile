@@ -23,10 +23,12 @@ demo: deps build
 	@echo "Switch it off:            $(BAKEHOUSE) -C $(DEMO) down"
 
 test: deps lint build
+	# What exported machines are defined with is read by libvirt itself.
+	builder/host-deps.sh libvirt-clients
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join -- --test-threads=1
-	cargo test --release --locked --workspace --test boot --test fleet -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test boot --test fleet --test upgrade -- --test-threads=1 --nocapture
 
 # Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
 bench: deps build

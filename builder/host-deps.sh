@@ -1,9 +1,9 @@
 #!/bin/sh
 # Installs what the host needs to build and boot images, on Debian 12 or 13. Does nothing
-# when all of it is there.
+# when all of it is there. Further packages may be named.
 set -eu
 
-packages="apt ca-certificates debian-archive-keyring gcc libc6-dev make uidmap qemu-system-x86 qemu-utils ovmf cryptsetup-bin socat"
+packages="apt ca-certificates debian-archive-keyring gcc libc6-dev make uidmap qemu-system-x86 qemu-utils ovmf cryptsetup-bin socat $*"
 
 missing=""
 for p in $packages; do

@@ -1,7 +1,8 @@
 //! The hub image in a real machine under UEFI firmware.
 
 use std::fs::{self, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::process::Command;
 
 use bakehouse_tests::{Lab, Machine};
 
@@ -94,7 +95,7 @@ fn one_flipped_byte_in_the_root_makes_the_boot_fail_closed() {
     let lab = lab("tamper");
     let image = lab.dir.join("build/hub/ha-hub_1.raw");
     let tampered = lab.dir.join("tampered.raw");
-    let copied = std::process::Command::new("cp").arg("--sparse=always").args([&image, &tampered]).status();
+    let copied = Command::new("cp").arg("--sparse=always").args([&image, &tampered]).status();
     assert!(copied.expect("cp").success());
     // The volume's name in the superblock: a file system without verity would not mind.
     let at = (1 << 20) + (256 << 20) + 1024 + 0x40;
@@ -111,4 +112,47 @@ fn one_flipped_byte_in_the_root_makes_the_boot_fail_closed() {
     assert!(!console.contains("Reached target multi-user.target"), "{console}");
     hub.cut_power();
     fs::remove_file(&tampered).expect("the copy");
+}
+
+#[test]
+fn exported_disks_are_what_hypervisors_read_and_user_data_brings_the_ticket() {
+    let lab = lab("export");
+    lab.init();
+    let out = lab.dir.join("out");
+    let dir = out.to_str().expect("a path of letters");
+    let run = |program: &str, args: &[&str]| {
+        let done = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+        let said = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{program} {args:?}: {said}");
+        said
+    };
+    for (format, driver) in [("qcow2", "qcow2"), ("vmdk", "vmdk"), ("vhd", "vpc"), ("raw", "raw")] {
+        lab.ok(&["vm", "hub-1", "--format", format, "-o", dir]);
+        let disk = format!("{dir}/hub-1.{format}");
+        assert!(run("qemu-img", &["info", "-f", driver, &disk]).contains(&format!("file format: {driver}")));
+        if matches!(format, "qcow2" | "vmdk") {
+            run("qemu-img", &["check", "-f", driver, &disk]);
+        }
+        // What is in it is the image, whatever the format.
+        let image = lab.dir.join("build/hub/ha-hub_1.raw");
+        let image = image.to_str().expect("a path of letters");
+        assert!(run("qemu-img", &["compare", "-f", driver, "-F", "raw", &disk, image]).contains("identical"));
+        fs::remove_file(&disk).expect("it was written");
+        // libvirt's own parser takes the definition, and keeps the ticket in it.
+        let defined = run("virsh", &["-q", "-c", "test:///default", &format!("define {dir}/hub-1.xml; dumpxml hub-1")]);
+        assert!(defined.contains("io.systemd.credential.binary:bakehouse.ticket="), "{defined}");
+        run("sh", &["-n", &format!("{dir}/hub-1.proxmox.sh")]);
+    }
+    for file in ["hub-1.xml", "hub-1.proxmox.sh"] {
+        let mode = fs::metadata(out.join(file)).expect("it was written").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{file} holds a ticket");
+    }
+
+    // A cloud that knows nothing but user data.
+    lab.ok(&["vm", "hub-1", "--format", "raw", "--ticket", "seed", "-o", dir]);
+    let mut hub = Machine::of(&lab, "hub-1");
+    hub.start_seeded(&out.join("hub-1.raw"), &out.join("hub-1-seed.img"));
+    hub.wait_for(&[READY]);
+    assert!(hub.ok("journalctl -b -o cat -u 'firstboot-seed@*'").contains("user data"));
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
 }

@@ -9,7 +9,9 @@ use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::identity::identity;
 use firstboot::image::{Image, ImageInfo};
-use fleet::{Issuer, JoinReply, Joiner, Reason, Right, Ticket, encoding};
+use fleet::{
+    Answer, Doing, Issuer, JoinReply, Joiner, PROTOCOL, Reason, Report, Right, RolloutOrder, Ticket, encoding,
+};
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -81,6 +83,98 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
         assert!(Instant::now() < deadline, "hub-2 does not hear of it: {peers:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// A slot whose owner keeps nothing goes to a blank machine, once its owner has said nothing for
+/// long enough, and not before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
+    const AFTER: u64 = 3;
+    let site = Site::open_with(21_900, "db.count = 1\napp.count = 1\n", |topology| {
+        for node in topology.nodes.iter_mut().filter(|n| n.group == "app") {
+            node.reclaim_after = Some(AFTER as u32);
+        }
+    });
+    let first = Site::asker(&site.token("app", |_| {}), "app");
+    let owner = granted(site.insist(&first, 0).await);
+    let database = granted(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await);
+    let blank = |group: &str| Site::asker(&site.token(group, |_| {}), group);
+    let bound = Site::asker(&site.token("app", |c| c.slot = Some("app-1".to_owned())), "app");
+    // It has only just come; then it asks again and again, of one hub, and another is asked.
+    assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
+    let until = Instant::now() + Duration::from_secs(2 * AFTER);
+    while Instant::now() < until {
+        site.member(2, (&first, &owner), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
+    assert_eq!(refused(site.insist(&bound, 0).await), Reason::Taken);
+    // It falls silent.
+    tokio::time::sleep(Duration::from_secs(2 * AFTER)).await;
+    let heir = granted(site.insist(&bound, 1).await);
+    assert_eq!((heir.slot.as_str(), heir.epoch), ("app-1", 2));
+    assert_eq!(refused(site.insist(&first, 2).await), Reason::Fenced);
+    // The heir has only just come; and a database is never taken from anybody.
+    assert_eq!(refused(site.insist(&blank("app"), 0).await), Reason::Full);
+    assert_eq!(database.slot, "db-1");
+    assert_eq!(refused(site.insist(&blank("db"), 2).await), Reason::Full);
+}
+
+/// Members ask for their turn of every hub at once: one has it, until it gives it back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_at_a_time_changes_its_image() {
+    let site = Site::open(22_300, "app.count = 3\n");
+    let token = site.token("app", |c| c.uses = 3);
+    let mut members = Vec::new();
+    for i in 0..3 {
+        let asker = Site::asker(&token, "app");
+        let grant = granted(site.insist(&asker, i).await);
+        members.push((asker, grant));
+    }
+    let says = async |i: usize, hub: usize, image: &str, doing: Doing| -> Result<Answer, String> {
+        let report = Report { version: PROTOCOL, image: image.to_owned(), doing };
+        let (asker, grant) = &members[i];
+        let body = serde_json::to_vec(&report).expect("JSON");
+        let answer = site.member(hub, (asker, grant), ("POST", "/v1/turn"), body).await?;
+        Ok(serde_json::from_slice(&answer).expect("an answer"))
+    };
+    let wants = |image: &str| Doing::Wants { image: image.to_owned(), leads: false };
+    // Nobody, as long as not everybody has spoken.
+    assert!(says(0, 0, "1", wants("2")).await.expect("an answer").why.ends_with("is silent"));
+    for (i, hub) in [(1, 1), (2, 2)] {
+        says(i, hub, "1", Doing::Serving).await.expect("an answer");
+    }
+    // Only who has the root gives orders.
+    let other = Issuer::root("acme").expect("randomness");
+    let pause = RolloutOrder::Pause { why: "month's end".to_owned() };
+    assert!(site.rollout(pause.clone(), &other).await.is_err());
+    assert_eq!(site.rollout(pause, &site.root).await.expect("an answer").paused.as_deref(), Some("month's end"));
+    assert!(says(0, 0, "1", wants("2")).await.expect("an answer").why.contains("month's end"));
+    site.rollout(RolloutOrder::Resume, &site.root).await.expect("an answer");
+
+    let mut done = BTreeSet::new();
+    while done.len() < 2 {
+        let waiting: Vec<usize> = (0..3).filter(|i| !done.contains(i)).collect();
+        let asked = waiting.iter().flat_map(|i| (0..3).map(move |hub| (*i, hub)));
+        let answers = asked.map(async |(i, hub)| (i, says(i, hub, "1", wants("2")).await.expect("an answer").go));
+        let answers = futures_util::future::join_all(answers).await;
+        let may: BTreeSet<usize> = answers.into_iter().filter(|(_, go)| *go).map(|(i, _)| i).collect();
+        assert_eq!(may.len(), 1, "{may:?} change at the same time");
+        let turn = *may.first().expect("one");
+        says(turn, 0, "2", Doing::Starting).await.expect("an answer");
+        let left = *waiting.iter().find(|i| **i != turn).expect("another");
+        assert!(!says(left, 1, "1", wants("2")).await.expect("an answer").go, "its turn is not over");
+        says(turn, 2, "2", Doing::Serving).await.expect("an answer");
+        done.insert(turn);
+    }
+    // The last one fails: nobody tries that version again, and the turn is free for the next.
+    let last = (0..3).find(|i| !done.contains(i)).expect("one");
+    assert!(says(last, 0, "1", wants("2")).await.expect("an answer").go);
+    says(last, 1, "1", Doing::WentBack { from: "2".to_owned() }).await.expect("an answer");
+    assert!(says(last, 2, "1", wants("2")).await.expect("an answer").why.contains("nobody takes version 2"));
+    let seen = site.rollout(RolloutOrder::Tell, &site.root).await.expect("an answer");
+    assert_eq!((seen.turn, seen.held), (None, false));
+    assert!(says(last, 0, "1", wants("3")).await.expect("an answer").go);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

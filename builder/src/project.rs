@@ -87,7 +87,8 @@ impl Project {
         if !errors.is_empty() {
             return Err(Error::Config(Diagnostics(errors)));
         }
-        let topology = Topology::of(&fleet);
+        let mut topology = Topology::of(&fleet);
+        topology.reclaim(&profiles);
         Ok(Self { dir, fleet, topology, profiles, warnings, files })
     }
 

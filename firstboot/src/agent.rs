@@ -12,6 +12,7 @@ use crate::database::Patroni;
 use crate::error::{Error, Result};
 use crate::identity::{identity, node_of};
 use crate::image::Image;
+use crate::journal::Event;
 use crate::machine;
 use crate::member::Member;
 use crate::notify::notify;
@@ -93,7 +94,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
     let mesh = member.mesh().await?;
     let kept = tokio::try_join!(member.keep(mesh, &updates), async {
         start(&units, node).await?;
-        say(&format!("ready ({})", node.name));
+        say(Event::Ready, &format!("ready ({})", node.name));
         status.enter(Phase::Ready).await
     });
     if let Err(Error::Fenced { .. }) = &kept {
@@ -108,7 +109,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
 /// Starts what this node does; returns when all of it runs.
 async fn start(units: &Systemd, node: &Node) -> Result<()> {
     units.start("role-base.target").await?;
-    say(&format!("{}: starting {}", node.name, node.roles.join(", ")));
+    say(Event::Starting, &format!("{}: starting {}", node.name, node.roles.join(", ")));
     // All at once: a role may wait for another one, here or elsewhere.
     try_join_all(node.roles.iter().map(async |role| {
         units.start(&format!("role-{role}.target")).await?;

@@ -6,13 +6,14 @@ use std::sync::LazyLock;
 
 use tokio::sync::watch;
 
+use crate::journal::{Event, record};
 use crate::notify::notify;
 
 static LAST: LazyLock<watch::Sender<String>> = LazyLock::new(|| watch::Sender::new(String::new()));
 
 /// Says it on the console, in the journal, in `systemctl status` and over D-Bus.
-pub fn say(text: &str) {
-    println!("{text}");
+pub fn say(event: Event, text: &str) {
+    record(event, text);
     notify(&format!("STATUS={text}"));
     LAST.send_replace(text.to_owned());
     // A machine without a console still works.

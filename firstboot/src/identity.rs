@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::https;
 use crate::image::Image;
 use crate::join::{Hubs, join};
+use crate::journal::Event;
 use crate::keys::Keys;
 use crate::neighbours::Neighbourhood;
 use crate::state::State;
@@ -85,7 +86,7 @@ pub async fn identity(dir: &Path, credentials: Option<&PathBuf>, image: &Image) 
         neighbourhood.learn(slot, *key);
     }
     state.store(dir)?;
-    say(&format!("{} of the fleet {}", state.slot, state.fleet));
+    say(Event::Joined, &format!("{} of the fleet {}", state.slot, state.fleet));
     Ok(Identity { keys, state, neighbourhood })
 }
 

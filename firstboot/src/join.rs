@@ -14,6 +14,7 @@ use crate::console::say;
 use crate::error::{Error, Result};
 use crate::https::{Connection, request};
 use crate::image::Image;
+use crate::journal::Event;
 use crate::keys::Keys;
 
 /// The longest pause between two attempts.
@@ -123,7 +124,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
     let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
     let signature = encoding::encode(&joiner.key.sign(&body)?);
     let names: Vec<&str> = hubs.hosts.iter().map(|(slot, _)| slot.as_str()).collect();
-    say(&format!("asking {} for a slot in {}", names.join(", "), asked.group));
+    say(Event::Asking, &format!("asking {} for a slot in {}", names.join(", "), asked.group));
     let mut pause = Pause::default();
     let mut told = String::new();
     loop {
@@ -143,7 +144,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
         // On the console once, not once a second.
         let why = why.into_values().collect::<Vec<_>>().join("; ");
         if why != told {
-            say(&format!("still without a slot: {why}"));
+            say(Event::Waiting, &format!("still without a slot: {why}"));
             told = why;
         }
         tokio::time::sleep(pause.longer()).await;

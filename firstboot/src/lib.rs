@@ -15,6 +15,7 @@ pub mod hub;
 pub mod identity;
 pub mod image;
 pub mod join;
+pub mod journal;
 pub mod keys;
 pub mod machine;
 pub mod member;

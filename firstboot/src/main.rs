@@ -5,6 +5,7 @@ use firstboot::console::say;
 use firstboot::error::Result;
 use firstboot::health::{healthy, is_counted};
 use firstboot::image::Image;
+use firstboot::journal::Event;
 use firstboot::status::describe;
 use firstboot::systemd::Systemd;
 
@@ -19,10 +20,10 @@ async fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
-        ["run"] => Box::pin(run(&Paths::of_node())).await.inspect_err(|e| say(&e.to_string())),
+        ["run"] => Box::pin(run(&Paths::of_node())).await.inspect_err(|e| say(Event::Stopped, &e.to_string())),
         ["status"] => status(false).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["status", "--json"] => status(true).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
-        ["healthy"] => health().await.inspect_err(|e| say(&format!("this image is not well: {e}"))),
+        ["healthy"] => health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {e}"))),
         ["--help" | "-h"] => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;

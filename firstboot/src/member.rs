@@ -17,6 +17,7 @@ use crate::hub::rollout;
 use crate::identity::Identity;
 use crate::image::Image;
 use crate::join::{Hubs, Pause};
+use crate::journal::Event;
 use crate::mesh::Mesh;
 use crate::update::Updates;
 
@@ -185,7 +186,7 @@ fn members(topology: &Topology, node: &Node) -> Vec<(String, u16)> {
 }
 
 fn fenced(slot: &str, epoch: u64) -> Error {
-    say(&format!("another machine is {slot} now (epoch {epoch})"));
+    say(Event::Fenced, &format!("another machine is {slot} now (epoch {epoch})"));
     Error::Fenced { slot: slot.to_owned(), epoch }
 }
 

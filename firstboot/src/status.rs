@@ -187,7 +187,7 @@ mod tests {
             (read["node"].as_str(), read["epoch"].as_u64(), read["phase"].as_str()),
             (Some("db-1"), Some(2), Some("ready"))
         );
-        say("something");
+        say(crate::journal::Event::Ready, "something");
         assert_eq!(*said().borrow(), "something");
     }
 }

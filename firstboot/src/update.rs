@@ -13,6 +13,7 @@ use crate::console::say;
 use crate::database::Patroni;
 use crate::error::Result;
 use crate::image::ImageInfo;
+use crate::journal::Event;
 use crate::systemd::Systemd;
 
 /// How often it is told.
@@ -121,12 +122,12 @@ impl Updates<'_> {
     /// on from where it was.
     async fn change(&self, image: &str) -> Result<()> {
         let running = &self.image.version;
-        say(&format!("{}: changing from version {running} to {image}", self.node.name));
+        say(Event::Changing, &format!("{}: changing from version {running} to {image}", self.node.name));
         if Boots::read(&self.entries, &self.image.id)?.pending(running).is_none()
             && let Err(e) = self.systemd.start("firstboot-install.service").await
         {
             // The world's fault, or the image's: in either case this node stays as it is.
-            say(&format!("{}: version {image} was not loaded: {e}", self.node.name));
+            say(Event::NotLoaded, &format!("{}: version {image} was not loaded: {e}", self.node.name));
             let _ = fs::remove_file(&self.offer);
             return Ok(());
         }
@@ -136,7 +137,7 @@ impl Updates<'_> {
         {
             println!("{e}");
         }
-        say(&format!("{}: restarting with version {image}", self.node.name));
+        say(Event::Restarting, &format!("{}: restarting with version {image}", self.node.name));
         self.systemd.reboot().await?;
         // systemd ends this service in a moment.
         std::future::pending().await

@@ -23,6 +23,9 @@ pub struct Profile {
     pub overlays: Vec<String>,
     /// Roles that can't be on the same node, with the reason.
     pub conflicts: BTreeMap<String, String>,
+    /// Seconds after which a blank machine may take the place of one that says nothing. Without it
+    /// an operator has to say so: what the silent one has may be the only copy.
+    pub reclaim_after: Option<u32>,
     pub ports: Vec<Port>,
     pub units: Units,
     pub health: Health,

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
 use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Update};
 
@@ -56,6 +57,10 @@ pub struct Node {
     pub endpoint: Option<String>,
     /// Place among the hubs, counted from 1; 0 for a worker.
     pub hub: u16,
+    /// Seconds after which a blank machine may take the slot of an owner that says nothing; none
+    /// where what the owner has would be lost with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reclaim_after: Option<u32>,
 }
 
 impl Node {
@@ -113,6 +118,7 @@ impl Topology {
                     transport: offset(mesh.transport, host),
                     endpoint: group.endpoints.get(usize::from(i)).map(|e| e.get_ref().clone()),
                     hub: if is_hub { hub_number } else { 0 },
+                    reclaim_after: None,
                 });
             }
         }
@@ -148,6 +154,18 @@ impl Topology {
             alerts: fleet.alerts.get_ref().clone(),
             firewall: fleet.firewall.get_ref().clone(),
             update,
+        }
+    }
+
+    /// Enters which slots may be taken from silent owners: those where every role's profile says
+    /// so, after the longest of their times. A founder's is its own.
+    pub fn reclaim(&mut self, profiles: &Profiles) {
+        let after = |role: &String| profiles.get(role).and_then(|p| p.reclaim_after);
+        for i in 0..self.nodes.len() {
+            let node = &self.nodes[i];
+            let times: Option<Vec<u32>> = node.roles.iter().filter(|r| *r != UPDATE).map(after).collect();
+            let founder = self.is_founder(node);
+            self.nodes[i].reclaim_after = times.filter(|_| !founder).and_then(|t| t.into_iter().max());
         }
     }
 
@@ -241,6 +259,27 @@ mod tests {
         assert_eq!(keeper("name=\"x\"\n[groups]\nhub.count=3\n"), None);
         let chosen = topology(&format!("{all}[backup]\nnode = \"db-2\"\n"));
         assert_eq!(chosen.node("db-2").unwrap().roles, ["db", BACKUP]);
+    }
+
+    #[test]
+    fn only_who_keeps_nothing_can_be_replaced_by_a_blank_machine() {
+        let mut t = topology(
+            "name=\"x\"\n[groups]\nhub.count=3\napp.count=2\nmonitor.count=2\nboth = { count = 1, roles = [\"db\", \"app\"] }\n",
+        );
+        let profile = |text: &str| crate::profile::Profile::parse("p", text.as_bytes()).unwrap();
+        let plain = profile("");
+        let profiles = Profiles::from([
+            ("app".to_owned(), profile("reclaim_after = 600\n")),
+            ("monitor".to_owned(), profile("reclaim_after = 900\n")),
+            ("hub".to_owned(), profile("reclaim_after = 60\n")),
+            ("db".to_owned(), plain.clone()),
+            (BACKUP.to_owned(), plain),
+        ]);
+        t.reclaim(&profiles);
+        let of = |name: &str| t.node(name).unwrap().reclaim_after;
+        assert_eq!((of("app-2"), of("monitor-2")), (Some(600), Some(900)));
+        // The backups, the database, a founder.
+        assert_eq!((of("monitor-1"), of("both-1"), of("hub-1")), (None, None, None));
     }
 
     #[test]

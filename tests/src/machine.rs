@@ -50,6 +50,14 @@ impl Machine {
         self.start_as(&start_of(&self.project, &self.vm.node).expect("the node is there").without_ticket());
     }
 
+    /// Starts it from a disk and a second one with user data, and nothing else.
+    pub fn start_seeded(&mut self, disk: &Path, seed: &Path) {
+        self.image = Some(disk.to_owned());
+        let described = start_of(&self.project, &self.vm.node).expect("the node is there").without_ticket();
+        let start = described.as_start();
+        self.vm.start(&Start { image: disk, seed: Some(seed), ..start }).unwrap_or_else(|e| panic!("{e}"));
+    }
+
     fn start_as(&self, described: &Described) {
         let start = described.as_start();
         let image = self.image.as_deref().unwrap_or(start.image);

@@ -12,7 +12,7 @@ use firstboot::hub::claims::ClaimsDesk;
 use firstboot::neighbours::Neighbourhood;
 use fleet::{
     Claims, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason, Revocation,
-    SIGNATURE_HEADER, Secrets, Topology, encoding,
+    Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Topology, encoding,
 };
 
 use crate::Cluster;
@@ -39,12 +39,19 @@ impl Site {
     /// Opens it with the hubs' API at `port`, etcd's from `port` + 100, and these groups beside the hubs.
     #[must_use]
     pub fn open(port: u16, groups: &str) -> Self {
+        Self::open_with(port, groups, |_| {})
+    }
+
+    /// As [`Self::open`], with a plan that is changed before anybody reads it.
+    #[must_use]
+    pub fn open_with(port: u16, groups: &str, change: impl FnOnce(&mut Topology)) -> Self {
         let toml = format!(
             "name = \"acme\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\nport = {port}\n\
              [vip]\naddress = \"10.10.0.100\"\n\
              [groups]\n{groups}\n[groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n"
         );
-        let topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
+        let mut topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
+        change(&mut topology);
         let root = Issuer::root("acme").expect("randomness");
         let cluster = Cluster::start(&topology, &root, port + 100);
         let dir = tempfile::tempdir().expect("a folder");
@@ -108,6 +115,45 @@ impl Site {
         };
         change(&mut claims);
         Joiner::mint(&self.root, claims).expect("a root")
+    }
+
+    /// What a member is answered by a hub.
+    ///
+    /// # Errors
+    /// The hub's no.
+    pub async fn member(
+        &self,
+        hub: usize,
+        (who, grant): (&Asker, &Grant),
+        (method, path): (&str, &str),
+        body: Vec<u8>,
+    ) -> Result<bytes::Bytes, String> {
+        let own = Identity { cert: &grant.cert, key: who.tls.pem() };
+        let tls = https::client(self.root.certificate(), Some(own)).expect("a certificate");
+        let (host, name) = (format!("127.0.0.{}", hub + 1), self.topology.hubs[hub].name.clone());
+        let asked = async {
+            let mut connection = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
+            connection.ask(request(method, "hub", path, &[], body.into())?, 1 << 20).await
+        };
+        asked.await.map_err(|e| e.to_string())
+    }
+
+    /// What whoever has this root is answered about the rollout.
+    ///
+    /// # Errors
+    /// The hub's no.
+    pub async fn rollout(&self, order: RolloutOrder, root: &Issuer) -> Result<Rollout, String> {
+        let asked = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order };
+        let body = serde_json::to_vec(&asked).expect("JSON");
+        let signature = encoding::encode(&root.sign(&body).expect("a root"));
+        let tls = https::client(self.root.certificate(), None).expect("a certificate");
+        let asked = async {
+            let mut hub = Connection::open("127.0.0.1", self.topology.mesh.port, "hub-1", &tls).await?;
+            let headers = [(SIGNATURE_HEADER, signature.as_str())];
+            hub.ask(request("POST", "hub", "/v1/rollout", &headers, body.into())?, 1 << 20).await
+        };
+        let answer = asked.await.map_err(|e| e.to_string())?;
+        serde_json::from_slice(&answer).map_err(|e| e.to_string())
     }
 
     /// A node with keys of its own.

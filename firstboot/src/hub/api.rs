@@ -123,7 +123,19 @@ async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) 
             Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
         },
-        (Method::GET, "/v1/peers", Some(member)) => json(&hub.peers(member)),
+        (Method::GET, "/v1/peers", Some(member)) => {
+            let peers = hub.peers(member);
+            // Another machine has its place: then it is not the slot's owner that lives.
+            if peers.fenced.is_none() {
+                let (desk, slot) = (hub.desk.clone(), member.slot.clone());
+                tokio::spawn(async move {
+                    if let Err(e) = desk.saw(&slot).await {
+                        println!("{e}");
+                    }
+                });
+            }
+            json(&peers)
+        }
         (_, "/v1/introduce" | "/v1/peers" | "/v1/turn", None) => {
             plain(StatusCode::UNAUTHORIZED, "show a certificate of this fleet")
         }

@@ -6,11 +6,12 @@
 //! /bakehouse/tokens/ID      number          how often it was used
 //! /bakehouse/revoked/ID     anything        it is of no use any more
 //! /bakehouse/audit/SLOT/EPOCH  SlotRecord   what was ever granted
+//! /bakehouse/seen/SLOT      hub's name      as long as its owner was seen not long ago (a lease)
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Topology};
 use tokio::sync::oneshot;
@@ -25,6 +26,9 @@ pub(super) const SLOTS: &str = "/bakehouse/slots/";
 const ATTEMPTS: u64 = 16;
 /// Claims in one transaction: etcd takes 128 operations, each claim needs up to four.
 const TOGETHER: usize = 24;
+/// How long hubs have to be up themselves before they take an owner's silence for its own: longer
+/// than the pause between two of its questions.
+const SETTLED: Duration = Duration::from_secs(120);
 
 /// Every slot's owner, as this hub has heard: the truth is etcd's.
 pub type Owners = BTreeMap<String, SlotRecord>;
@@ -39,6 +43,9 @@ pub struct ClaimsDesk {
     /// One batch of this hub's is under way at a time: two would only get into each other's way
     /// in etcd.
     turn: tokio::sync::Mutex<()>,
+    /// When this hub began, and when it last wrote that it saw an owner.
+    began: Instant,
+    seen: Mutex<BTreeMap<String, Instant>>,
 }
 
 /// A slot that was given.
@@ -58,6 +65,8 @@ impl ClaimsDesk {
             owners: RwLock::default(),
             waiting: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
+            began: Instant::now(),
+            seen: Mutex::default(),
         }
     }
 
@@ -296,6 +305,26 @@ impl ClaimsDesk {
         Some(format!("https://{}:2380", self.topology.node(voter)?.address))
     }
 
+    /// The owner of a slot has asked something: it lives. Written where somebody could take its
+    /// slot otherwise, and not each time.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn saw(&self, slot: &str) -> Result<()> {
+        let Some(after) = self.topology.node(slot).and_then(|n| n.reclaim_after) else { return Ok(()) };
+        let now = Instant::now();
+        {
+            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            let often = Duration::from_secs(u64::from(after) / 4);
+            if seen.get(slot).is_some_and(|last| now - *last < often) {
+                return Ok(());
+            }
+            seen.insert(slot.to_owned(), now);
+        }
+        let lease = self.etcd.lease(after).await?;
+        self.etcd.transact(&[], &[Then::PutFor(&seen(slot), self.by.as_bytes(), &lease)]).await.map(drop)
+    }
+
     /// What this hub has heard of every slot.
     #[must_use]
     pub fn owners(&self) -> Owners {
@@ -370,27 +399,38 @@ impl ClaimsDesk {
                 return Ok(Err(no(Reason::Malformed, &text)));
             }
             let place = self.place(slot).await?;
-            if place.before.is_some() && !claims.replace {
+            let place =
+                if place.before.is_some() && !claims.replace { self.abandoned(place).await? } else { Ok(place) };
+            let Ok(place) = place else {
                 let text = format!(
                     "{slot} has an owner; to put this machine in its place, mint a ticket with `bakehouse ticket --replace {slot}`"
                 );
                 return Ok(Err(no(Reason::Taken, &text)));
-            }
+            };
             return Ok(Ok((!promised(slot)).then_some(place)));
         }
         let owners = self.owners();
         // Founders' slots are given by their tickets alone.
         let mine = |n: &&Node| n.group == claims.group && !self.topology.is_founder(n);
-        let mut free = self.topology.nodes.iter().filter(mine).filter(|n| !owners.contains_key(&n.name)).peekable();
-        if free.peek().is_none() {
+        let free: Vec<&Node> =
+            self.topology.nodes.iter().filter(mine).filter(|n| !owners.contains_key(&n.name)).collect();
+        if free.is_empty() {
+            for node in &self.topology.nodes {
+                if node.group != claims.group || node.reclaim_after.is_none() || promised(&node.name) {
+                    continue;
+                }
+                if let Ok(place) = self.abandoned(self.place(&node.name).await?).await? {
+                    return Ok(Ok(Some(place)));
+                }
+            }
             let text = format!(
                 "every slot of the group `{0}` has an owner; raise groups.{0}.count in fleet.toml and rebuild, or `bakehouse ticket --replace` a dead node",
                 claims.group
             );
             return Ok(Err(no(Reason::Full, &text)));
         }
-        let place = |n: &Node| Place { slot: n.name.clone(), before: None, revision: 0 };
-        Ok(Ok(free.find(|n| !promised(&n.name)).map(place)))
+        let place = |n: &Node| Place { slot: n.name.clone(), before: None, revision: 0, silent: false };
+        Ok(Ok(free.into_iter().find(|n| !promised(&n.name)).map(place)))
     }
 
     async fn place(&self, slot: &str) -> Result<Place> {
@@ -402,24 +442,46 @@ impl ClaimsDesk {
             let record = serde_json::from_slice(&pair.value);
             Some(record.map_err(|e| Error::Failed(format!("etcd's record of {slot} is not readable: {e}")))?)
         };
-        Ok(Place { slot: slot.to_owned(), before, revision: pair.revision })
+        Ok(Place { slot: slot.to_owned(), before, revision: pair.revision, silent: false })
+    }
+
+    /// The place, if its owner has been silent for so long that another may have it.
+    async fn abandoned(&self, place: Place) -> Result<Result<Place, Place>> {
+        let after = self.topology.node(&place.slot).and_then(|n| n.reclaim_after);
+        let (Some(after), Some(record)) = (after, &place.before) else { return Ok(Err(place)) };
+        let patience = Duration::from_secs(after.into());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        // One that has just been let in has not asked anything yet.
+        let young = now.saturating_sub(Duration::from_secs(record.at)) < patience;
+        if young || self.began.elapsed() < patience.min(SETTLED) {
+            return Ok(Err(place));
+        }
+        let found = self.etcd.get(&[&seen(&place.slot)]).await?;
+        let silent = found.iter().all(|pair| pair.revision == 0);
+        if silent {
+            println!("{}: its owner (epoch {}) has been silent for {after} s", place.slot, record.epoch);
+        }
+        Ok(if silent { Ok(Place { silent, ..place }) } else { Err(place) })
     }
 
     /// One transaction: the slots are as they were seen, the keys new, the tokens as they were seen.
     async fn take(&self, takings: &[Taking], tokens: &BTreeMap<String, Count>) -> Result<bool> {
         let mut when = Vec::new();
         let mut then = Vec::new();
-        let written: Vec<(String, String, Vec<u8>)> = takings
+        let written: Vec<(String, String, Option<String>, Vec<u8>)> = takings
             .iter()
             .map(|t| {
                 let slot = format!("{SLOTS}{}", t.place.slot);
                 let audit = format!("/bakehouse/audit/{}/{:08}", t.place.slot, t.record.epoch);
                 let value = serde_json::to_vec(&t.record).map_err(|e| Error::Failed(e.to_string()))?;
-                Ok((slot, audit, value))
+                Ok((slot, audit, t.place.silent.then(|| seen(&t.place.slot)), value))
             })
             .collect::<Result<_>>()?;
-        for (taking, (slot, audit, value)) in takings.iter().zip(&written) {
+        for (taking, (slot, audit, seen, value)) in takings.iter().zip(&written) {
             when.extend([If::Unchanged(slot, taking.place.revision), If::Unchanged(&taking.keys.owner, 0)]);
+            if let Some(seen) = seen {
+                when.push(If::Unchanged(seen, 0));
+            }
             then.push(Then::Put(slot, value));
             then.push(Then::Put(&taking.keys.owner, taking.place.slot.as_bytes()));
             then.push(Then::Put(audit, value));
@@ -480,6 +542,8 @@ struct Place {
     slot: String,
     before: Option<SlotRecord>,
     revision: u64,
+    /// Its owner says nothing; if it does before the slot is taken, it is not.
+    silent: bool,
 }
 
 struct Keys {
@@ -496,6 +560,10 @@ impl Keys {
             revoked: format!("/bakehouse/revoked/{token}"),
         }
     }
+}
+
+fn seen(slot: &str) -> String {
+    format!("/bakehouse/seen/{slot}")
 }
 
 /// Milliseconds until the next attempt: longer each time, never the same for two hubs.
