@@ -49,6 +49,8 @@ fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
     assert!(db.ok("firstboot status --json").contains(r#""node":"db-1""#));
     assert_eq!(db.ok("hostname"), "db-1");
     reaches_three_hubs(&db);
+    // And, through them, every other worker.
+    assert!(db.ok("ip route get 10.10.0.20").contains("dev wg-hub"));
 
     // One cluster of three, one holder of the VIP, and a database that is reached through it.
     let everybody: Vec<&Machine> = hubs.iter().collect();
