@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test roles bench bench-join lint clean
+.PHONY: all deps build demo test roles rehearse bench bench-join lint clean
 
 all: build
 
@@ -38,6 +38,17 @@ bench: deps build
 # How fast nodes join.
 bench-join: deps build
 	target/release/bench-join
+
+# Breaks a fleet in every way there is, and writes what its users noticed; hours.
+FLEET = quick-ha
+REHEARSAL = build/rehearsal-$(FLEET)
+rehearse: deps build
+	mkdir -p $(REHEARSAL)
+	cp profiles/fleets/$(FLEET).toml $(REHEARSAL)/fleet.toml
+	$(BAKEHOUSE) -C $(REHEARSAL) lock
+	$(BAKEHOUSE) -C $(REHEARSAL) up
+	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(FLEET).md --revision "$$(git rev-parse HEAD)"
+	$(BAKEHOUSE) -C $(REHEARSAL) down
 
 # Every service for real, in machines: half an hour where processors are emulated.
 roles: deps build

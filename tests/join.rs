@@ -108,7 +108,8 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
-    assert_eq!(refused(site.insist(&bound, 0).await), Reason::Taken);
+    // It may wait.
+    assert_eq!(refused(site.insist(&bound, 0).await), Reason::Full);
     // It falls silent.
     tokio::time::sleep(Duration::from_secs(2 * AFTER)).await;
     let heir = granted(site.insist(&bound, 1).await);

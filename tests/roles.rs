@@ -68,7 +68,8 @@ def look():
 for attempt in range(120):
     try:
         seen = look()
-        if 'down: []' in seen and seen.endswith('alerts: DeadMan'):
+        # At its start it has no targets yet.
+        if 'down: []' in seen and 'jobs: a' in seen and seen.endswith('alerts: DeadMan'):
             break
     except OSError as e:
         seen = str(e)

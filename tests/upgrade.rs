@@ -79,6 +79,12 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     let identity = hub.ok(kept);
     let look = "systemctl start firstboot-check; cat /run/bakehouse/offer";
 
+    for unit in ["firstboot-check.service", "firstboot-install.service", "firstboot-seed@vdb.service"] {
+        let said = hub.ok(&format!("systemd-analyze security --no-pager {unit} | tail -1"));
+        let level = said.split("service:").nth(1).and_then(|s| s.split_whitespace().next()?.parse::<f64>().ok());
+        assert!(level.is_some_and(|l| l < 5.0), "{said}");
+    }
+
     // What is published is what the plan said.
     lab.ok(&["publish", dir]);
     version(&lab, "1", "2");

@@ -40,13 +40,15 @@ impl Patroni {
     /// # Errors
     /// Patroni says no, as it does where there is no standby that could.
     pub async fn hand_over(&self) -> Result<()> {
-        if !self.is_primary().await {
-            return Ok(());
-        }
-        self.ask("POST", "/switchover", &format!("{{\"leader\":\"{}\"}}", self.slot)).await?;
         let until = Instant::now() + PATIENCE;
-        while self.is_primary().await && Instant::now() < until {
-            tokio::time::sleep(Duration::from_millis(200)).await;
+        let mut last = Ok(());
+        while self.is_primary().await {
+            if Instant::now() > until {
+                return last;
+            }
+            // A standby that is slow to answer is none; the next time it may be.
+            last = self.ask("POST", "/switchover", &format!("{{\"leader\":\"{}\"}}", self.slot)).await.map(drop);
+            tokio::time::sleep(Duration::from_millis(500)).await;
         }
         Ok(())
     }

@@ -33,6 +33,8 @@ pub enum Victim {
     App,
     /// Any worker, or a hub that does not hold the VIP.
     Worker,
+    /// A machine whose place a blank one may take.
+    Spare,
     /// Every machine.
     All,
     /// Every machine with an etcd vote.
@@ -46,6 +48,8 @@ pub enum Victim {
 pub enum Fault {
     /// Switched off at once; switched on again when the fleet has got over it.
     PowerOff,
+    /// Its disk is lost; a blank machine comes in its place.
+    Wipe,
     /// The network cable is pulled.
     Unplug,
     /// Processes of a unit stop running, and go on later.
@@ -192,7 +196,11 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "switchover",
         about: "the primary hands over on request",
         victim: Victim::Primary,
-        fault: Fault::Run("patronictl -c /run/bakehouse/patroni.yml switchover --force"),
+        // It says with 0 that it did not.
+        fault: Fault::Run(
+            "for i in $(seq 20); do said=$(patronictl -c /run/bakehouse/patroni.yml switchover --force 2>&1); \
+             case $said in *'uccessfully switched over'*) exit 0;; esac; sleep 1; done; echo \"$said\"; exit 1",
+        ),
         lasts: 20,
         promise: limits(0.5, 8.0, 10.0),
     },
@@ -219,6 +227,14 @@ pub const SCENARIOS: &[Scenario] = &[
         fault: Fault::PowerOff,
         lasts: 20,
         promise: limits(0.5, 1.0, 2.0),
+    },
+    Scenario {
+        name: "blank",
+        about: "a machine loses its disk, and a blank one takes its place without a hand",
+        victim: Victim::Spare,
+        fault: Fault::Wipe,
+        lasts: 20,
+        promise: limits(1.5, 25.0, 25.0),
     },
     Scenario {
         name: "upgrade",
@@ -278,6 +294,10 @@ impl Victim {
                 let worker = topology.nodes.iter().find(|n| n.has_role("app") && board.holder() != Some(&n.name));
                 one(worker.map(|n| n.name.as_str()))
             }
+            Self::Spare => {
+                let spare = topology.nodes.iter().find(|n| n.reclaim_after.is_some());
+                one(spare.map(|n| n.name.as_str()))
+            }
             Self::Monitor => one(with("monitor", None)),
             Self::All => Ok(topology.nodes.iter().map(|n| n.name.clone()).collect()),
             Self::Voters => Ok(topology.voters.clone()),
@@ -304,6 +324,10 @@ impl Fault {
     pub(super) fn strike(self, vm: &Vm, cut: &str) -> Result<()> {
         match self {
             Self::PowerOff => vm.cut_power(),
+            Self::Wipe => {
+                vm.cut_power()?;
+                std::fs::remove_file(vm.disk()).map_err(Error::io("remove", vm.disk()))
+            }
             Self::Unplug => vm.plug(false),
             Self::Freeze(unit) => done(vm, &format!("systemctl freeze {unit}")),
             Self::Run(command) | Self::RunThen(command, _) => done(vm, command),
@@ -316,7 +340,7 @@ impl Fault {
     /// Mends it; machines that are off are not started here.
     pub(super) fn mend(self, vm: &Vm) -> Result<()> {
         match self {
-            Self::PowerOff | Self::Run(_) | Self::Upgrade => Ok(()),
+            Self::PowerOff | Self::Wipe | Self::Run(_) | Self::Upgrade => Ok(()),
             Self::Unplug => vm.plug(true),
             Self::Freeze(unit) => done(vm, &format!("systemctl thaw {unit}")),
             // Its watchdog may have restarted it in the meantime.

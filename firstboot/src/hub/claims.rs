@@ -402,10 +402,17 @@ impl ClaimsDesk {
             let place =
                 if place.before.is_some() && !claims.replace { self.abandoned(place).await? } else { Ok(place) };
             let Ok(place) = place else {
-                let text = format!(
-                    "{slot} has an owner; to put this machine in its place, mint a ticket with `bakehouse ticket --replace {slot}`"
+                let replace = format!(
+                    "to put this machine in its place now, mint a ticket with `bakehouse ticket --replace {slot}`"
                 );
-                return Ok(Err(no(Reason::Taken, &text)));
+                return Ok(Err(match self.topology.node(slot).and_then(|n| n.reclaim_after) {
+                    // That passes: this machine may wait for it.
+                    Some(after) => no(
+                        Reason::Full,
+                        &format!("{slot} has an owner, who loses it after {after} s of silence; {replace}"),
+                    ),
+                    None => no(Reason::Taken, &format!("{slot} has an owner; {replace}")),
+                }));
             };
             return Ok(Ok((!promised(slot)).then_some(place)));
         }
