@@ -186,6 +186,8 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     assert_eq!(hub.ok(look), "4");
     comes_up(&hub, before + 1);
     assert_eq!(runs(&hub), "4");
+    // Nothing was killed: whoever has the VIP says that it goes.
+    assert!(hub.ok("journalctl -b -1 -o cat -u keepalived --no-pager").contains("Stopped keepalived.service"));
     is_blessed(&hub);
     assert_eq!(hub.ok(kept), identity);
     hub.shut_down();

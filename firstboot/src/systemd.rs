@@ -15,7 +15,6 @@ trait Manager {
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
-    fn reboot(&self) -> zbus::Result<()>;
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn virtualization(&self) -> zbus::Result<String>;
@@ -123,12 +122,15 @@ impl Systemd {
         Ok(self.manager.virtualization().await?)
     }
 
-    /// Restarts the machine.
+    /// Restarts the machine, once every service has ended in its order. (The manager's own
+    /// `Reboot` kills them all at once: a primary could hand nothing over.)
     ///
     /// # Errors
     /// systemd says no.
     pub async fn reboot(&self) -> Result<()> {
-        Ok(self.manager.reboot().await?)
+        // Its end is the machine's.
+        self.manager.start_unit("reboot.target", "replace-irreversibly").await?;
+        Ok(())
     }
 
     async fn job(&self, unit: &str, begin: impl AsyncFnOnce() -> zbus::Result<OwnedObjectPath>) -> Result<()> {
@@ -192,7 +194,8 @@ mod tests {
             mode: String,
             #[zbus(signal_emitter)] emitter: SignalEmitter<'_>,
         ) -> zbus::fdo::Result<OwnedObjectPath> {
-            assert_eq!(mode, "replace");
+            let expected = if name == "reboot.target" { "replace-irreversibly" } else { "replace" };
+            assert_eq!(mode, expected);
             if name == "no.target" {
                 return Err(zbus::fdo::Error::Failed("Unit no.target not found.".to_owned()));
             }
@@ -214,6 +217,14 @@ mod tests {
     }
 
     async fn start(units: &[&str], result: &'static str) -> Result<()> {
+        let (systemd, _server) = fake(result).await?;
+        for unit in units {
+            tokio::time::timeout(Duration::from_secs(10), systemd.start(unit)).await.expect("it waits for ever")?;
+        }
+        Ok(())
+    }
+
+    async fn fake(result: &'static str) -> Result<(Systemd, zbus::Connection)> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let guid = zbus::Guid::generate();
         let server = zbus::connection::Builder::unix_stream(theirs)
@@ -224,12 +235,14 @@ mod tests {
             .unwrap()
             .build();
         let client = zbus::connection::Builder::unix_stream(ours).p2p().build();
-        let (_server, client) = tokio::try_join!(server, client).unwrap();
-        let systemd = Systemd::new(&client).await?;
-        for unit in units {
-            tokio::time::timeout(Duration::from_secs(10), systemd.start(unit)).await.expect("it waits for ever")?;
-        }
-        Ok(())
+        let (server, client) = tokio::try_join!(server, client).unwrap();
+        Ok((Systemd::new(&client).await?, server))
+    }
+
+    #[tokio::test]
+    async fn a_restart_lets_services_end_in_their_order() {
+        let (systemd, _server) = fake("done").await.unwrap();
+        systemd.reboot().await.unwrap();
     }
 
     #[tokio::test]
