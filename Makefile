@@ -40,14 +40,15 @@ bench-join: deps build
 	target/release/bench-join
 
 # Breaks a fleet in every way there is, and writes what its users noticed; hours.
-FLEET = quick-ha
-REHEARSAL = build/rehearsal-$(FLEET)
+# make rehearse FLEET=tests/fleets/core.toml SCENARIOS="hub db"
+FLEET = profiles/fleets/quick-ha.toml
+REHEARSAL = build/rehearsal-$(basename $(notdir $(FLEET)))
 rehearse: deps build
 	mkdir -p $(REHEARSAL)
-	cp profiles/fleets/$(FLEET).toml $(REHEARSAL)/fleet.toml
+	cp $(FLEET) $(REHEARSAL)/fleet.toml
 	$(BAKEHOUSE) -C $(REHEARSAL) lock
 	$(BAKEHOUSE) -C $(REHEARSAL) up
-	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(FLEET).md --revision "$$(git rev-parse HEAD)"
+	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(basename $(notdir $(FLEET))).md --revision "$$(git rev-parse HEAD)"
 	$(BAKEHOUSE) -C $(REHEARSAL) down
 
 # Every service for real, in machines: half an hour where processors are emulated.
