@@ -121,22 +121,17 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     assert_eq!(hub.ok("ls /efi/EFI/Linux"), "up-hub_1.efi");
     fs::write(&root, &whole).expect("a file");
 
-    // The power goes while it is loaded, at two moments; then it is taken.
-    for seconds in [3, 12] {
-        let changes = |console: &str| console.matches("changing from version 1 to 2").count();
-        let before = changes(&hub.console());
-        hub.exec(look);
-        hub.wait_until("it begins to change", |console| changes(console) > before);
-        std::thread::sleep(Duration::from_secs(seconds));
-        hub.cut_power();
-        hub.start();
-        comes_up(&hub, 1);
-        if runs(&hub) == "2" {
-            break;
-        }
-        is_blessed(&hub);
-    }
+    // The power goes while it is loaded; then it is taken.
+    let changes = |console: &str| console.matches("changing from version 1 to 2").count();
+    let before = changes(&hub.console());
+    hub.exec(look);
+    hub.wait_until("it begins to change", |console| changes(console) > before);
+    std::thread::sleep(Duration::from_secs(5));
+    hub.cut_power();
+    hub.start();
+    comes_up(&hub, 1);
     if runs(&hub) == "1" {
+        is_blessed(&hub);
         hub.exec(look);
         comes_up(&hub, 2);
     }
@@ -160,9 +155,6 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
         "[Unit]\nDescription=It does not work\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/false\n",
     );
     lab.ok(&["publish", dir]);
-    hub.cut_power();
-    hub.start();
-    comes_up(&hub, 1);
     assert_eq!(hub.ok(look), "3");
     hub.wait_for(&["restarting with version 3"]);
     // Three tries, and version 2 again: its own start is the last.
