@@ -119,18 +119,21 @@ pub fn export(
     } else {
         &image.disk
     };
-    let qemu_img = "qemu-img (apt install qemu-utils)";
-    let mut convert = Command::new("qemu-img");
-    convert.args(["convert", "-f", "raw", "-O", format.driver()]).arg(from).arg(&scratch);
-    let converted = run(&mut convert, qemu_img);
-    let _ = fs::remove_file(&with_ticket);
-    converted?;
-    // VMDK can't be resized, and is made as large as its hypervisor makes it.
-    if format != Format::Vmdk {
-        let mut resize = Command::new("qemu-img");
-        resize.args(["resize", "-q", "-f", format.driver()]).arg(&scratch).arg(size.to_string());
-        run(&mut resize, qemu_img)?;
+    // Made larger before it is converted: not every format can be afterwards.
+    let larger = path(".larger");
+    let qemu_img = |args: &[&str], files: &[&Path]| {
+        let mut command = Command::new("qemu-img");
+        command.args(args).args(files);
+        run(&mut command, "qemu-img (apt install qemu-utils)")
+    };
+    let from = from.canonicalize().map_err(Error::io("find", from))?;
+    let made = qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &[&from, &larger])
+        .and_then(|()| qemu_img(&["resize", "-q", "-f", "qcow2"], &[&larger, Path::new(&size.to_string())]))
+        .and_then(|()| qemu_img(&["convert", "-f", "qcow2", "-O", format.driver()], &[&larger, &scratch]));
+    for file in [&larger, &with_ticket] {
+        let _ = fs::remove_file(file);
     }
+    made?;
     if way == Way::Disk {
         private(&scratch)?;
     }
