@@ -143,7 +143,8 @@ fn exported_disks_are_what_hypervisors_read_and_user_data_brings_the_ticket() {
         assert!(defined.contains("io.systemd.credential.binary:bakehouse.ticket="), "{defined}");
         run("sh", &["-n", &format!("{dir}/hub-1.proxmox.sh")]);
     }
-    for file in ["hub-1.xml", "hub-1.proxmox.sh"] {
+    lab.ok(&["vm", "hub-1", "--format", "qcow2", "--ticket", "disk", "-o", dir]);
+    for file in ["hub-1.xml", "hub-1.proxmox.sh", "hub-1.qcow2"] {
         let mode = fs::metadata(out.join(file)).expect("it was written").permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{file} holds a ticket");
     }

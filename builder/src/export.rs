@@ -114,7 +114,10 @@ pub fn export(
         if !copied.is_ok_and(|s| s.success()) {
             return fail(format!("cannot copy {} to {}", image.disk.display(), with_ticket.display()));
         }
+        // Before the ticket is in it.
+        private(&with_ticket)?;
         put_ticket(&with_ticket, &ticket, tools)?;
+        write_private(&scratch, b"")?;
         &with_ticket
     } else {
         &image.disk
@@ -134,9 +137,6 @@ pub fn export(
         let _ = fs::remove_file(file);
     }
     made?;
-    if way == Way::Disk {
-        private(&scratch)?;
-    }
     fs::rename(&scratch, &export.disk).map_err(Error::io("rename", &scratch))?;
     if let Some(seed) = &export.seed {
         write_seed(seed, &ticket, tools)?;
