@@ -111,14 +111,14 @@ impl Rollout {
     /// What follows from a node's report.
     #[must_use]
     pub fn decide(&self, topology: &Topology, slot: &str, report: &Report) -> Verdict {
-        if let Doing::WentBack { from } = &report.doing
-            && !self.denied.contains_key(from)
-        {
-            let why = format!("it did not come up on {slot}, which went back to {}", report.image);
-            return Verdict::Deny { image: from.clone(), why };
-        }
         if let Some(turn) = self.turn.as_ref().filter(|t| t.slot == slot) {
             return match &report.doing {
+                // Of a version that it had no turn for, a node is not believed: one that was taken
+                // over could keep any version from the fleet.
+                Doing::WentBack { from } if *from == turn.to => {
+                    let why = format!("it did not come up on {slot}, which went back to {}", report.image);
+                    Verdict::Deny { image: from.clone(), why }
+                }
                 Doing::Wants { image, .. } if *image == turn.to && self.held => Verdict::Go,
                 Doing::Starting if self.held => Verdict::Wait("this boot has to prove itself".to_owned()),
                 Doing::Starting => lost(turn),
@@ -247,11 +247,15 @@ mod tests {
         fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         fleet.held = true;
         let back = says("1", Doing::WentBack { from: "2".into() });
+        // Only who has the turn says so, and of the version it has it for.
+        assert_eq!(fleet.decide(&topology, "app-2", &back), Verdict::Wait(String::new()));
+        let other = says("1", Doing::WentBack { from: "3".into() });
+        assert_eq!(fleet.decide(&topology, "app-1", &other), Verdict::Release);
         let Verdict::Deny { image, why } = fleet.decide(&topology, "app-1", &back) else { panic!() };
         assert_eq!(image, "2");
         fleet.denied.insert(image, why);
-        assert_eq!(fleet.decide(&topology, "app-1", &back), Verdict::Release);
         fleet.turn = None;
+        assert_eq!(fleet.decide(&topology, "app-1", &back), Verdict::Wait(String::new()));
         fleet.nodes.insert("app-1".into(), back);
         for (slot, report) in &fleet.nodes {
             assert!(matches!(fleet.decide(&topology, slot, report), Verdict::Wait(_)), "{slot}");
