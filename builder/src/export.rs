@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::authority::{Authority, write_private};
 use crate::bake::{slots, var_size};
-use crate::error::{Error, Result, fail};
+use crate::error::{Error, Result};
 use crate::flash::put_ticket;
 use crate::image::Image;
 use crate::progress::Progress;
@@ -105,39 +105,33 @@ pub fn export(
     let step = progress.step("vm", &format!("{}: {}", node, export.disk.display()));
     let recipe = project.recipe(&image.group);
     let size = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE;
-    // Under another name until it is whole.
-    let scratch = path(".new");
-    let with_ticket = path(".ticket");
-    let from = if way == Way::Disk {
-        let copied =
-            Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(&image.disk).arg(&with_ticket).status();
-        if !copied.is_ok_and(|s| s.success()) {
-            return fail(format!("cannot copy {} to {}", image.disk.display(), with_ticket.display()));
-        }
-        // Before the ticket is in it.
-        private(&with_ticket)?;
-        put_ticket(&with_ticket, &ticket, tools)?;
-        write_private(&scratch, b"")?;
-        &with_ticket
-    } else {
-        &image.disk
-    };
-    // Made larger before it is converted: not every format can be afterwards.
-    let larger = path(".larger");
+    // Nobody else's folder: there may be a ticket in what is written. Gone again, whatever happens.
+    let scratch = tempfile::tempdir_in(&out).map_err(Error::io("create a folder in", &out))?;
+    let path = |name: &str| scratch.path().join(name);
+    let mut from = image.disk.canonicalize().map_err(Error::io("find", &image.disk))?;
+    if way == Way::Disk {
+        let copy = path("disk");
+        run(
+            Command::new("cp").args(["--sparse=always", "--reflink=auto"]).args([&from, &copy]),
+            "cp, of the image's disk",
+        )?;
+        put_ticket(&copy, &ticket, tools)?;
+        from = copy;
+    }
     let qemu_img = |args: &[&str], files: &[&Path]| {
         let mut command = Command::new("qemu-img");
         command.args(args).args(files);
         run(&mut command, "qemu-img (apt install qemu-utils)")
     };
-    let from = from.canonicalize().map_err(Error::io("find", from))?;
-    let made = qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &[&from, &larger])
-        .and_then(|()| qemu_img(&["resize", "-q", "-f", "qcow2"], &[&larger, Path::new(&size.to_string())]))
-        .and_then(|()| qemu_img(&["convert", "-f", "qcow2", "-O", format.driver()], &[&larger, &scratch]));
-    for file in [&larger, &with_ticket] {
-        let _ = fs::remove_file(file);
+    // Made larger before it is converted: not every format can be afterwards.
+    let (larger, whole) = (path("larger"), path("whole"));
+    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &[&from, &larger])?;
+    qemu_img(&["resize", "-q", "-f", "qcow2"], &[&larger, Path::new(&size.to_string())])?;
+    if way == Way::Disk {
+        write_private(&whole, b"")?;
     }
-    made?;
-    fs::rename(&scratch, &export.disk).map_err(Error::io("rename", &scratch))?;
+    qemu_img(&["convert", "-f", "qcow2", "-O", format.driver()], &[&larger, &whole])?;
+    fs::rename(&whole, &export.disk).map_err(Error::io("rename", &whole))?;
     if let Some(seed) = &export.seed {
         write_seed(seed, &ticket, tools)?;
     }
@@ -161,11 +155,6 @@ pub fn export(
 
 fn text(ticket: &Ticket) -> Result<String> {
     serde_json::to_string(ticket).map_err(|e| Error::Failed(e.to_string()))
-}
-
-fn private(path: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(Error::io("protect", path))
 }
 
 /// A FAT disk with the label that NoCloud's is known by.

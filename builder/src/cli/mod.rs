@@ -1,19 +1,19 @@
-//! The command line.
+//! What the commands do.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::Parser as _;
 use fleet::{Diagnostics, RolloutOrder, ha_table};
 
 use crate::authority::{Authority, write_private};
 use crate::bake::pretty_json;
 use crate::error::{Error, Result};
 use crate::explain::explain;
-use crate::export::{Format, Way, export};
+use crate::export::export;
 use crate::fetch::fetch;
 use crate::image::{Build, Image};
 use crate::lock::{Lock, TOOLS};
@@ -27,257 +27,9 @@ use crate::ticket::{Terms, mint};
 use crate::tools::Tools;
 use crate::{compose, flash, plan, project, publish, rehearse, report, vm};
 
-/// Turns a fleet.toml into bootable, immutable Debian images.
-#[derive(Parser)]
-#[command(
-    name = "bakehouse",
-    version,
-    about,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or TOML, 130 interrupted."
-)]
-struct Cli {
-    /// fleet.toml or its folder
-    #[arg(short = 'C', long = "fleet", global = true, default_value = "fleet.toml", value_name = "PATH")]
-    fleet: PathBuf,
-    /// Say what is reused, and why what is not
-    #[arg(short, long, global = true)]
-    verbose: bool,
-    /// Say only what is wrong
-    #[arg(short, long, global = true)]
-    quiet: bool,
-    /// Print results as JSON
-    #[arg(long, global = true)]
-    json: bool,
-    #[command(subcommand)]
-    command: Command,
-}
+mod grammar;
 
-#[derive(Subcommand)]
-enum Command {
-    /// Make a fleet's folder: fleet.toml to start from, and the fleet's key
-    #[command(after_help = "Examples:\n  bakehouse init acme\n  bakehouse init acme --from quick-ha\n\n\
-        The key (fleet.key) makes nodes believe you: keep it off the nodes, and keep a copy.")]
-    Init {
-        /// The folder; its name is the fleet's
-        dir: PathBuf,
-        /// Built-in fleet to start from: ha, minimal-ha, quick-ha
-        #[arg(long, default_value = "ha")]
-        from: String,
-    },
-    /// Mint a ticket: what a machine is given to become a node
-    #[command(after_help = "Examples:\n  bakehouse ticket hub-1 -o hub-1.ticket\n  \
-        bakehouse ticket app --uses 5 --days 2 -o app.ticket\n  bakehouse ticket db-1 --replace -o db-1.ticket\n  bakehouse ticket --revoke NUMBER\n\n\
-        The machine finds it as the systemd credential `bakehouse.ticket`. Nodes that found the fleet\n\
-        (hubs and voters) have a ticket each; others may share one for their group. For [backup.s3], set\n\
-        BAKEHOUSE_S3_KEY and BAKEHOUSE_S3_SECRET when `bakehouse init` makes the fleet's key.")]
-    Ticket {
-        /// A node, or a group
-        #[arg(required_unless_present = "revoke")]
-        to: Option<String>,
-        /// How many nodes it is good for
-        #[arg(long, default_value_t = 1)]
-        uses: u32,
-        /// Days it is good for
-        #[arg(long, default_value_t = 1)]
-        days: u32,
-        /// Take the node's place from the machine that has it
-        #[arg(long)]
-        replace: bool,
-        /// Make a ticket worthless, by the number that was told when it was minted
-        #[arg(long, value_name = "NUMBER", conflicts_with_all = ["to", "uses", "days", "replace"])]
-        revoke: Option<String>,
-        /// Write it to a file that only you can read, instead of standard output
-        #[arg(short, long, value_name = "FILE")]
-        output: Option<PathBuf>,
-        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
-        #[arg(long, value_name = "HUB=HOST")]
-        endpoint: Vec<String>,
-    },
-    /// Write a node's image and its ticket to a disk, or into a file
-    #[command(after_help = "Examples:\n  bakehouse flash hub-1 /dev/sdb\n  bakehouse flash app disk.raw --json\n\n\
-        Builds what is missing, mints a ticket, writes, reads back, and compares. For a group, any free slot\n\
-        is taken. Whoever has the disk has the ticket until the node has joined.")]
-    Flash {
-        /// A node, or a group
-        to: String,
-        /// A whole disk, or a file
-        target: PathBuf,
-        /// Don't ask
-        #[arg(short, long)]
-        yes: bool,
-        /// Overwrite a disk in use, or a partition: the device's name again
-        #[arg(long, value_name = "NAME")]
-        force: Option<String>,
-        /// Write no ticket: the machine gets one in another way
-        #[arg(long)]
-        no_ticket: bool,
-        #[command(flatten)]
-        mirror: MirrorArg,
-    },
-    /// Write a node's disk and its definition for libvirt and Proxmox
-    #[command(after_help = "Examples:\n  bakehouse vm hub-1 -o vms && virsh define vms/hub-1.xml\n  \
-        bakehouse vm app-1 --format vmdk --ticket disk\n\n\
-        Builds what is missing, and mints a ticket. Whoever has the files has it until the node has joined.")]
-    Vm {
-        node: String,
-        #[arg(long, value_enum, default_value = "qcow2")]
-        format: Format,
-        /// How the machine gets its ticket
-        #[arg(long, value_enum, default_value = "smbios")]
-        ticket: Way,
-        /// Folder
-        #[arg(short, long, default_value = ".", value_name = "DIR")]
-        output: PathBuf,
-        #[command(flatten)]
-        mirror: MirrorArg,
-    },
-    /// Check fleet.toml, profiles and overlays
-    #[command(after_help = "Example:\n  bakehouse check")]
-    Check,
-    /// Choose the packages' versions and write bakehouse.lock
-    #[command(after_help = "Examples:\n  bakehouse lock\n  bakehouse lock --update   take newer packages")]
-    Lock {
-        /// Take newer packages, even if the lock serves
-        #[arg(long)]
-        update: bool,
-        #[command(flatten)]
-        mirror: MirrorArg,
-    },
-    /// Bring the locked packages into the store
-    #[command(after_help = "Example:\n  bakehouse fetch")]
-    Fetch {
-        #[command(flatten)]
-        mirror: MirrorArg,
-    },
-    /// Build the groups' images into build/
-    #[command(after_help = "Examples:\n  bakehouse build\n  bakehouse build hub -v")]
-    Build {
-        /// Groups; all when none is named
-        groups: Vec<String>,
-        /// Revision of your sources, for the manifest (such as `git rev-parse HEAD`)
-        #[arg(long)]
-        revision: Option<String>,
-        #[command(flatten)]
-        mirror: MirrorArg,
-    },
-    /// Say what the built images would change on nodes of the published version
-    #[command(after_help = "Example:\n  bakehouse plan /srv/updates\n\n\
-        Builds what is missing; changes nothing in the folder. Exit code 1 when nodes could not take it.")]
-    Plan {
-        /// The folder that `bakehouse publish` writes
-        dir: PathBuf,
-        /// Groups; all when none is named
-        groups: Vec<String>,
-        #[command(flatten)]
-        mirror: MirrorArg,
-    },
-    /// Put the images where nodes find newer versions of themselves
-    #[command(after_help = "Example:\n  bakehouse publish /srv/updates\n\n\
-        Builds what is missing, and signs with the key that belongs to fleet.key. Serve the folder with any\n\
-        HTTP server, as `[update] url` in fleet.toml says: nodes take the new version one after the other.")]
-    Publish {
-        /// The folder
-        dir: PathBuf,
-        /// Groups; all when none is named
-        groups: Vec<String>,
-        #[command(flatten)]
-        mirror: MirrorArg,
-    },
-    /// Say how far the nodes are with a new version; pause and resume
-    #[command(
-        after_help = "Examples:\n  bakehouse rollout\n  bakehouse rollout --pause \"month's end\"\n  bakehouse rollout --resume"
-    )]
-    Rollout {
-        /// No node begins to change; one that has begun ends it
-        #[arg(long, value_name = "WHY", conflicts_with = "resume")]
-        pause: Option<String>,
-        /// Go on
-        #[arg(long)]
-        resume: bool,
-        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
-        #[arg(long, value_name = "HUB=HOST")]
-        endpoint: Vec<String>,
-    },
-    /// Boot the fleet as local virtual machines, on a network of their own
-    #[command(after_help = "Examples:\n  bakehouse up\n  bakehouse up hub-1\n\n\
-        Builds what is missing, mints the tickets, waits until all is ready. Ctrl-C leaves the machines\n\
-        on: `bakehouse up` waits again, `bakehouse down` switches them off.")]
-    Up {
-        /// Nodes; all when none is named
-        nodes: Vec<String>,
-        #[command(flatten)]
-        mirror: MirrorArg,
-    },
-    /// Power local virtual machines off
-    #[command(after_help = "Example:\n  bakehouse down hub-1")]
-    Down {
-        /// Nodes; all when none is named
-        nodes: Vec<String>,
-    },
-    /// The local virtual machines at a glance: state, VIP, primary and standbys, Odoo
-    #[command(after_help = "Examples:\n  bakehouse status --json\n  watch bakehouse status")]
-    Status,
-    /// Print a virtual machine's console
-    #[command(after_help = "Example:\n  bakehouse console hub-1")]
-    Console { node: String },
-    /// Run a command in a virtual machine
-    #[command(after_help = "Example:\n  bakehouse exec hub-1 -- systemctl --failed")]
-    Exec {
-        node: String,
-        #[arg(last = true, required = true)]
-        command: Vec<String>,
-    },
-    /// Break the running fleet on purpose, and tell what its users notice
-    #[command(after_help = scenarios())]
-    Rehearse {
-        /// What to break; all of it, one after the other, when nothing is named
-        scenarios: Vec<String>,
-        /// How often each
-        #[arg(long, default_value_t = 1)]
-        repeat: u32,
-        /// Write the table to a Markdown file too
-        #[arg(long, value_name = "FILE")]
-        page: Option<PathBuf>,
-        /// Revision of your sources, for the page
-        #[arg(long)]
-        revision: Option<String>,
-    },
-    /// Collect journals, configurations and the services' views from all machines
-    #[command(after_help = "Example:\n  bakehouse report -o report.tar.gz\n\nPasswords and keys are taken out.")]
-    Report {
-        #[arg(short, long, default_value = "report.tar.gz", value_name = "FILE")]
-        output: PathBuf,
-    },
-    /// Say where a file of an image comes from
-    #[command(after_help = "Example:\n  bakehouse explain /run/bakehouse/haproxy.cfg --group app")]
-    Explain {
-        path: String,
-        /// The image's group; may be left out where the fleet has only one
-        #[arg(long)]
-        group: Option<String>,
-    },
-    /// The store of packages and layers
-    #[command(subcommand)]
-    Store(StoreCommand),
-}
-
-#[derive(Subcommand)]
-enum StoreCommand {
-    /// Remove what was not used for a while
-    #[command(after_help = "Example:\n  bakehouse store gc --older-than 7")]
-    Gc {
-        /// Days
-        #[arg(long, default_value_t = 30)]
-        older_than: u64,
-    },
-}
-
-#[derive(Args)]
-struct MirrorArg {
-    /// Debian archive's base address, instead of fleet.toml's or the host's
-    #[arg(long)]
-    mirror: Option<String>,
-}
+use grammar::{Cli, Command, MirrorArg, StoreCommand};
 
 /// Runs the command line; errors go to standard error.
 #[must_use]
@@ -467,16 +219,6 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Init { .. } | Command::Store(_) | Command::Exec { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The rehearsal's help: what there is to break.
-fn scenarios() -> String {
-    let list: Vec<String> = rehearse::SCENARIOS.iter().map(|s| format!("  {:<12} {}", s.name, s.about)).collect();
-    format!(
-        "Scenarios:\n{}\n\nExamples:\n  bakehouse rehearse hub db app\n  bakehouse rehearse --page docs/rehearsal.md\n\n\
-         Exit code 1 when a promise was broken.",
-        list.join("\n")
-    )
 }
 
 fn board(project: &Project, json: bool) -> Result<()> {
