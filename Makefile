@@ -53,7 +53,7 @@ rehearse: deps build
 
 # Every service for real, in machines: half an hour where processors are emulated.
 roles: deps build
-	cargo test --release --locked --workspace --test roles -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test roles --test restore -- --test-threads=1 --nocapture
 
 lint:
 	cargo fmt --all --check

@@ -5,7 +5,6 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -20,12 +19,10 @@ use crate::flash::put_ticket;
 use crate::image::Image;
 use crate::progress::Progress;
 use crate::project::Project;
-use crate::ticket::{Terms, mint};
+use crate::ticket::{CARRIED, Terms, mint};
 use crate::tools::{Tools, run};
 use crate::vm::uuid_of;
 
-/// Until a disk was carried to where it is to run.
-const TERMS: Terms = Terms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
 /// Room for /var beyond the least that the node's roles ask for.
 const SPARE: u64 = 16 << 30;
 
@@ -47,6 +44,16 @@ pub enum Way {
     Disk,
     /// As user data on a small second disk (NoCloud)
     Seed,
+}
+
+/// What is to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct Order<'a> {
+    pub node: &'a str,
+    pub format: Format,
+    pub way: Way,
+    /// Whether the ticket takes the node's place from the machine that has it.
+    pub replace: bool,
 }
 
 /// What was written for a node.
@@ -85,14 +92,13 @@ impl Format {
 pub fn export(
     project: &Project,
     image: &Image,
-    node: &str,
-    (format, way): (Format, Way),
+    &Order { node, format, way, replace }: &Order,
     out: &Path,
     tools: &Tools,
     progress: &Progress,
 ) -> Result<Export> {
     let authority = Authority::of(project)?;
-    let ticket = mint(&authority, &project.topology, node, &TERMS, BTreeMap::new())?;
+    let ticket = mint(&authority, &project.topology, node, &Terms { replace, ..CARRIED }, BTreeMap::new())?;
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
     let out = out.canonicalize().map_err(Error::io("find", out))?;
     let path = |suffix: &str| out.join(format!("{node}{suffix}"));

@@ -155,6 +155,7 @@ impl Build<'_> {
                 .collect(),
             state: firstboot::state::State::VERSION,
             mesh: self.project.topology.mesh.subnet.to_string(),
+            restore: self.project.topology.backup.restore.as_deref().filter(|_| recipe.roles.iter().any(|r| r == "db")),
         };
         let manifest = pretty_json(&manifest)?;
         let sbom =

@@ -17,6 +17,9 @@ pub struct Terms {
     pub replace: bool,
 }
 
+/// Of a ticket on a disk, until that was carried to where it is to run.
+pub const CARRIED: Terms = Terms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
+
 /// A ticket for one slot, or for any of a group's.
 ///
 /// # Errors

@@ -36,8 +36,8 @@ pub struct Backup {
     pub incremental: String,
     /// An S3 bucket instead of a node.
     pub s3: Option<S3>,
-    /// For a fleet that is made anew: its database is not empty, but what the repository has,
-    /// as of this time (`"2026-11-23 10:00:00+00"`), or `"latest"`.
+    /// The database is not made empty: it is what the repository has, as of this time
+    /// (`"2026-11-23 10:00:00+00"`), or `"latest"`.
     pub restore: Option<String>,
 }
 

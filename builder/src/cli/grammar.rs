@@ -88,6 +88,9 @@ pub(super) enum Command {
         /// Overwrite a disk in use, or a partition: the device's name again
         #[arg(long, value_name = "NAME")]
         force: Option<String>,
+        /// Take the node's place from the machine that has it
+        #[arg(long, conflicts_with = "no_ticket")]
+        replace: bool,
         /// Write no ticket: the machine gets one in another way
         #[arg(long)]
         no_ticket: bool,
@@ -105,6 +108,9 @@ pub(super) enum Command {
         /// How the machine gets its ticket
         #[arg(long, value_enum, default_value = "smbios")]
         ticket: Way,
+        /// Take the node's place from the machine that has it
+        #[arg(long)]
+        replace: bool,
         /// Folder
         #[arg(short, long, default_value = ".", value_name = "DIR")]
         output: PathBuf,

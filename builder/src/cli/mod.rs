@@ -13,7 +13,7 @@ use crate::authority::{Authority, write_private};
 use crate::bake::pretty_json;
 use crate::error::{Error, Result};
 use crate::explain::explain;
-use crate::export::export;
+use crate::export::{self, export};
 use crate::fetch::fetch;
 use crate::image::{Build, Image};
 use crate::lock::{Lock, TOOLS};
@@ -23,7 +23,7 @@ use crate::progress::Progress;
 use crate::project::{Project, Recipe};
 use crate::resolve::resolve;
 use crate::store::{Store, write_atomic};
-use crate::ticket::{Terms, mint};
+use crate::ticket::{CARRIED, Terms, mint};
 use crate::tools::Tools;
 use crate::{compose, flash, plan, project, publish, rehearse, report, vm};
 
@@ -105,9 +105,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 None => println!("{text}"),
             }
         }
-        Command::Flash { to, target, yes, force, no_ticket, mirror } => {
+        Command::Flash { to, target, yes, force, replace, no_ticket, mirror } => {
             let group = flash::group_of(&project.topology, to)?.to_owned();
-            let terms = Terms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
+            let terms = Terms { replace: *replace, ..CARRIED };
             let mint = || mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
             // Said before the work: there may be no such ticket.
             let ticket = if *no_ticket { None } else { Some(mint()?) };
@@ -118,12 +118,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 flash::flash(&image.disk, ticket.as_ref().map(|t| (t, &tools)), &order, &progress)?;
             }
         }
-        Command::Vm { node, format, ticket, output, mirror } => {
+        Command::Vm { node, format, ticket, replace, output, mirror } => {
             let group = vm::groups_of(&project, std::slice::from_ref(node))?;
+            let order = export::Order { node, format: *format, way: *ticket, replace: *replace };
             let images = build(&project, &group, None, mirror, &progress)?;
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
             for image in &images {
-                let written = export(&project, image, node, (*format, *ticket), output, &tools, &progress)?;
+                let written = export(&project, image, &order, output, &tools, &progress)?;
                 print_json(cli.json, &written)?;
             }
         }

@@ -26,6 +26,8 @@ pub(super) struct Contents {
     /// Format of what the agent keeps.
     state: u16,
     mesh: String,
+    #[serde(default)]
+    restore: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -133,6 +135,14 @@ impl Comparison {
                 "the mesh would move from {} to {}: half a fleet can't talk to the other",
                 old.mesh, new.mesh
             ));
+        }
+        if old.restore != new.restore {
+            // One node after the other would change: some would write into the one, some into the other.
+            found.obstacles.push(
+                "[backup] restore makes another database than the one that runs: switch all database nodes off, and \
+                 start them from blank disks"
+                    .to_owned(),
+            );
         }
         for (slot, address) in &old.nodes {
             if let Some(now) = new.nodes.get(slot).filter(|now| *now != address) {

@@ -272,6 +272,9 @@ mod tests {
         refused(&lab.image("1", &postgres(17)), "raise `version`");
         refused(&lab.image("2", &json!({ "roothash": "f".repeat(64) })), "raise `version`");
         refused(&lab.image("3", &postgres(18)), "PostgreSQL 17 to 18");
+        let mut restored = postgres(17);
+        restored["restore"] = json!("latest");
+        refused(&lab.image("3", &restored), "[backup] restore");
         let mut larger = postgres(17);
         larger["sizes"] = json!({ "root_slot": 2 << 20, "root": 8192 });
         refused(&lab.image("3", &larger), "slot");
