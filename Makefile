@@ -51,9 +51,10 @@ rehearse: deps build
 	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(basename $(notdir $(FLEET))).md --revision "$$(git rev-parse HEAD)"
 	$(BAKEHOUSE) -C $(REHEARSAL) down
 
-# Every service for real, in machines: half an hour where processors are emulated.
+# Every service for real, a restore, an update cut short at every stage: two hours where
+# processors are emulated.
 roles: deps build
-	cargo test --release --locked --workspace --test roles --test restore -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test roles --test restore --test cuts -- --test-threads=1 --nocapture
 
 lint:
 	cargo fmt --all --check

@@ -2,75 +2,21 @@
 //! real boot counting, real power cuts.
 
 use std::fs;
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use bakehouse_tests::updates::{READY, comes_up, is_blessed, lab_of_one, runs, version};
 use bakehouse_tests::{Lab, Machine};
 
 const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
     --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
-const READY: &str = "bakehouse: ready (hub-1)";
-
-/// The folder that was published, on loopback.
-struct Server(Child);
-
-impl Server {
-    fn of(lab: &Lab, port: u16) -> Self {
-        fs::create_dir_all(lab.dir.join("updates")).expect("the lab is writable");
-        let mut python = Command::new("python3");
-        python.args(["-m", "http.server", "--bind", "127.0.0.1", &port.to_string(), "--directory"]);
-        python.arg(lab.dir.join("updates")).stdout(Stdio::null()).stderr(Stdio::null());
-        Self(python.spawn().expect("python3"))
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill().and_then(|()| self.0.wait());
-    }
-}
-
-fn version(lab: &Lab, from: &str, to: &str) {
-    lab.edit("fleet.toml", &format!("version = \"{from}\""), &format!("version = \"{to}\""));
-}
-
-/// Waits until the node has come up as often as this since it was switched on.
-fn comes_up(hub: &Machine, times: usize) {
-    hub.wait_until(&format!("{READY} {times} times"), |console| console.matches(READY).count() >= times);
-}
-
-fn runs(hub: &Machine) -> String {
-    hub.ok("sed -n 's/^IMAGE_VERSION=//p' /usr/lib/os-release").replace('"', "")
-}
-
-/// Waits until the image that runs has proven itself; until then no other is taken.
-fn is_blessed(hub: &Machine) {
-    let version = runs(hub);
-    hub.ok(&format!(
-        "for i in $(seq 120); do [ -e /efi/EFI/Linux/up-hub_{version}.efi ] && exit; sleep 2; done; exit 1"
-    ));
-}
 
 #[test]
 fn a_node_takes_what_is_good_and_leaves_what_is_not() {
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
-    let lab = Lab::empty("upgrade");
-    lab.write(
-        "fleet.toml",
-        &format!(
-            "name = \"up\"\nversion = \"1\"\n[update]\nurl = \"http://192.0.2.100:{port}/\"\n\
-             # Only when it is told to look.\nwhen = \"2099-01-01\"\n\
-             [groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n"
-        ),
-    );
-    lab.init();
-    lab.ok(&["lock"]);
+    let (lab, _server) = lab_of_one("upgrade");
     lab.ok(&["build"]);
     let updates = lab.dir.join("updates/hub");
     let updates_dir = lab.dir.join("updates");
     let dir = updates_dir.to_str().expect("a path of letters");
-    let _server = Server::of(&lab, port);
     let hub = Machine::of(&lab, "hub-1");
     hub.start();
     comes_up(&hub, 1);

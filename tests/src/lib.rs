@@ -4,6 +4,7 @@ mod compare;
 mod etcd;
 mod machine;
 pub mod site;
+pub mod updates;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};

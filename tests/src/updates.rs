@@ -1,0 +1,68 @@
+//! A fleet of one hub that takes its updates from a folder on loopback.
+
+use std::fs;
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+
+use crate::{Lab, Machine};
+
+pub const READY: &str = "bakehouse: ready (hub-1)";
+
+/// The folder that was published, on loopback.
+pub struct Server(Child);
+
+impl Server {
+    fn of(lab: &Lab, port: u16) -> Self {
+        fs::create_dir_all(lab.dir.join("updates")).expect("the lab is writable");
+        let mut python = Command::new("python3");
+        python.args(["-m", "http.server", "--bind", "127.0.0.1", &port.to_string(), "--directory"]);
+        python.arg(lab.dir.join("updates")).stdout(Stdio::null()).stderr(Stdio::null());
+        Self(python.spawn().expect("python3"))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+/// Edits the fleet's version.
+pub fn version(lab: &Lab, from: &str, to: &str) {
+    lab.edit("fleet.toml", &format!("version = \"{from}\""), &format!("version = \"{to}\""));
+}
+
+/// Waits until the node has come up as often as this since it was switched on.
+pub fn comes_up(hub: &Machine, times: usize) {
+    hub.wait_until(&format!("{READY} {times} times"), |console| console.matches(READY).count() >= times);
+}
+
+/// The version that runs.
+pub fn runs(hub: &Machine) -> String {
+    hub.ok("sed -n 's/^IMAGE_VERSION=//p' /usr/lib/os-release").replace('"', "")
+}
+
+/// Waits until the image that runs has proven itself; until then no other is taken.
+pub fn is_blessed(hub: &Machine) {
+    let version = runs(hub);
+    hub.ok(&format!(
+        "for i in $(seq 120); do [ -e /efi/EFI/Linux/up-hub_{version}.efi ] && exit; sleep 2; done; exit 1"
+    ));
+}
+
+/// The fleet, of the name `up`, which looks for updates when it is told to; and the server.
+pub fn lab_of_one(name: &str) -> (Lab, Server) {
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+    let lab = Lab::empty(name);
+    lab.write(
+        "fleet.toml",
+        &format!(
+            "name = \"up\"\nversion = \"1\"\n[update]\nurl = \"http://192.0.2.100:{port}/\"\nwhen = \"2099-01-01\"\n\
+             [groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n"
+        ),
+    );
+    lab.init();
+    lab.ok(&["lock"]);
+    let server = Server::of(&lab, port);
+    (lab, server)
+}
