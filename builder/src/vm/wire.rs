@@ -34,7 +34,9 @@ const WIRE: [u8; 2] = [198, 18];
 
 impl Wire {
     pub(super) fn of(project: &Project, node: &Node) -> Self {
-        let h = sha256(project.dir.as_os_str().as_encoded_bytes());
+        // Every fleet is `.` to who stands in its folder.
+        let dir = project.dir.canonicalize().unwrap_or_else(|_| project.dir.clone());
+        let h = sha256(dir.as_os_str().as_encoded_bytes());
         let byte = |i: usize| u8::from_str_radix(&h[2 * i..2 * i + 2], 16).unwrap_or(1);
         let port = 20_000 + u16::from_be_bytes([byte(2), byte(3)]) % 10_000;
         let address = Self::address(&project.topology, node);
@@ -111,6 +113,22 @@ impl Door {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_has_one_wire_however_it_is_named_and_no_other_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let fleet = "name = \"f\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub.example.net\"]\n";
+        for name in ["one", "other"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            std::fs::write(dir.path().join(name).join("fleet.toml"), fleet).unwrap();
+        }
+        let wire = |path: &str| {
+            let project = Project::load(&dir.path().join(path)).unwrap();
+            Wire::of(&project, &project.topology.nodes[0]).group
+        };
+        assert_eq!(wire("one"), wire("other/../one"));
+        assert_ne!(wire("one"), wire("other"));
+    }
 
     #[test]
     fn only_an_address_that_means_this_host_is_served_from_it() {
