@@ -13,7 +13,6 @@ const FILE: &str = "keys.json";
 
 /// WireGuard's private key and that of the TLS certificate.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Keys {
     version: u16,
     /// Base64, as WireGuard writes it.

@@ -1,4 +1,8 @@
 //! What a node remembers, in `/var/lib/bakehouse`: written whole or not at all.
+//!
+//! An image that went back reads what the newer one wrote: a field may be added, and is left
+//! alone by who does not know it. Where that does not serve, the format's number rises, and
+//! `bakehouse plan` says that there is no way back. `fixtures/` keeps what was ever written.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -14,7 +18,6 @@ use crate::error::{Error, Result};
 
 /// Who this node is: its grant, or what its founder's ticket said.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct State {
     pub(crate) version: u16,
     pub fleet: String,
@@ -34,7 +37,6 @@ pub struct State {
 
 /// Mesh keys of others, by slot: what brings the mesh back when nobody can be asked.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Neighbours {
     version: u16,
     pub keys: BTreeMap<String, MeshKey>,
@@ -190,6 +192,36 @@ mod tests {
         for text in ["", "{", "{\"version\":9}", "{\"version\":2,\"fleet\":\"a\"}"] {
             fs::write(dir.path().join("state.json"), text).unwrap();
             assert_eq!(State::load(dir.path()).unwrap_err().exit_code(), 78);
+        }
+    }
+
+    /// Reads what a version of bakehouse wrote, and the same with a field that a later one added.
+    fn read<T: DeserializeOwned + Serialize>(path: &Path) -> serde_json::Value {
+        let text = fs::read_to_string(path).unwrap();
+        let mut later: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let earlier = serde_json::to_value(serde_json::from_str::<T>(&text).unwrap()).unwrap();
+        assert_eq!(earlier, later, "{} was not kept whole", path.display());
+        later["a later field"] = 1.into();
+        serde_json::from_value::<T>(later).unwrap();
+        earlier
+    }
+
+    #[test]
+    fn what_earlier_versions_wrote_is_read() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+        for version in fs::read_dir(fixtures).unwrap() {
+            let dir = version.unwrap().path();
+            // On the node, by the functions that the agent reads it with.
+            let state = State::load(&dir).unwrap().unwrap();
+            assert_eq!((state.slot.as_str(), state.secrets.odoo.as_str()), ("hub-1", "password of odoo"));
+            assert_eq!(Neighbours::load(&dir).keys.len(), 2);
+            let keys = crate::keys::Keys::load_or_make(&dir).unwrap();
+            assert_eq!(keys.mesh_public().unwrap().to_string(), "B07PggAHt1Z+blnesUGIXbtvHiydXHGEoaAWxICOiHk=");
+            read::<State>(&dir.join("state.json"));
+            // In etcd.
+            read::<fleet::SlotRecord>(&dir.join("slot.json"));
+            read::<fleet::Report>(&dir.join("report.json"));
+            read::<fleet::Turn>(&dir.join("turn.json"));
         }
     }
 

@@ -18,7 +18,6 @@ pub struct CertificateError(#[from] rcgen::Error);
 
 /// Something that signs certificates: the fleet's root, or an issuer that the root has signed.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Issuer {
     /// Common name.
     name: String,

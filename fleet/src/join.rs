@@ -1,4 +1,7 @@
 //! What nodes and hubs say to each other over HTTPS, as JSON. `docs/join.md` has the protocol.
+//!
+//! While a fleet changes its image, two versions talk to each other: a field may be added, and who
+//! does not know it leaves it alone. Where that does not serve, [`PROTOCOL`] rises.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -23,7 +26,6 @@ pub struct MeshKey(pub [u8; 32]);
 
 /// `POST /v1/join`: a slot, please. Asking again with the same keys gives the same answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct JoinRequest {
     pub version: u16,
     pub token: Token,
@@ -45,7 +47,6 @@ pub enum JoinReply {
 
 /// The slot is the node's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Grant {
     pub slot: String,
     /// Counts the owners the slot has had.
@@ -60,7 +61,6 @@ pub struct Grant {
 
 /// No, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Refusal {
     pub reason: Reason,
     /// For people, with what to do.
@@ -101,7 +101,6 @@ impl Reason {
 
 /// `POST /v1/introduce`, from founder to founder, each with its certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Introduction {
     pub version: u16,
     pub mesh_key: MeshKey,
@@ -109,7 +108,6 @@ pub struct Introduction {
 
 /// `POST /v1/revoke`, signed by the fleet's root: a token is of no use any more.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Revocation {
     pub version: u16,
     pub fleet: String,
@@ -119,7 +117,6 @@ pub struct Revocation {
 
 /// The answer to an introduction, and to `GET /v1/peers`, which every node may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Peers {
     /// Keys of the hubs and the other founders, by slot.
     pub keys: BTreeMap<String, MeshKey>,
@@ -130,7 +127,6 @@ pub struct Peers {
 
 /// Who has a slot: the value of etcd's `/bakehouse/slots/SLOT`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct SlotRecord {
     pub epoch: u64,
     pub mesh_key: MeshKey,

@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 
 /// Certificate and passwords of one node. Never in an image, never in a log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Membership {
     pub tls: Tls,
     pub secrets: Secrets,
@@ -14,7 +13,6 @@ pub struct Membership {
 
 /// PEM texts. The certificate names the node, its mesh address, and on hubs the VIP.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Tls {
     /// The fleet's certificate authority.
     pub ca: String,
@@ -24,7 +22,6 @@ pub struct Tls {
 
 /// Passwords of the fleet's services, the same on every node that needs them.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Secrets {
     /// PostgreSQL's superuser, for Patroni alone.
     pub postgres: String,

@@ -11,7 +11,6 @@ use crate::version::compare_versions;
 /// `POST /v1/turn`: what a member runs, and what it would like to run. Every node says it again
 /// and again; who falls silent holds everybody else up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Report {
     pub version: u16,
     /// Version of the image that runs.
@@ -20,7 +19,7 @@ pub struct Report {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[serde(rename_all = "snake_case")]
 pub enum Doing {
     /// This boot has not proven itself yet.
     Starting,
@@ -38,7 +37,6 @@ pub enum Doing {
 
 /// The answer to a report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Answer {
     /// The turn is the node's: it may change to the image it wants.
     pub go: bool,
@@ -48,7 +46,6 @@ pub struct Answer {
 
 /// Who changes its image now.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Turn {
     pub slot: String,
     pub from: String,
@@ -57,7 +54,6 @@ pub struct Turn {
 
 /// `POST /v1/rollout`, signed by the fleet's root.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct RolloutRequest {
     pub version: u16,
     pub fleet: String,
@@ -65,7 +61,7 @@ pub struct RolloutRequest {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[serde(rename_all = "snake_case")]
 pub enum RolloutOrder {
     /// Only tell.
     Tell,
@@ -78,7 +74,6 @@ pub enum RolloutOrder {
 
 /// How far the fleet is, as etcd has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Rollout {
     pub turn: Option<Turn>,
     /// The turn's time is not over.
