@@ -40,6 +40,7 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
         plan.contains("version 1 → 2") && plan.contains("~ /usr/lib/bakehouse/templates/run/bakehouse/haproxy.cfg"),
         "{plan}"
     );
+    assert!(plan.contains("order: hub-1 (") && plan.contains("time:  about 2 min"), "{plan}");
     assert_eq!(hub.ok(look), "", "the version that runs is no news");
 
     // Whoever has the server has not the fleet: another key's signature, and none.

@@ -146,11 +146,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Plan { dir, groups, mirror } => {
             let images = build(&project, groups, None, mirror, &progress)?;
             let plans = images.iter().map(|i| publish::compare(i, dir)).collect::<Result<Vec<_>>>()?;
-            print_json(cli.json, &plans)?;
+            let course = publish::Course::of(&project.topology, &plans);
+            print_json(cli.json, &serde_json::json!({ "groups": plans, "course": course }))?;
             if !cli.json {
                 for plan in &plans {
                     print!("{plan}");
                 }
+                print!("{course}");
             }
             if plans.iter().any(|plan| !plan.obstacles.is_empty()) {
                 return Ok(ExitCode::FAILURE);

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::verity;
 
 /// The part of a manifest that two versions are compared by.
 #[derive(Debug, Deserialize)]
@@ -34,6 +35,7 @@ pub(super) struct Contents {
 pub(super) struct ContentSizes {
     pub root_slot: u64,
     pub root: u64,
+    uki: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -49,6 +51,8 @@ pub struct Comparison {
     /// None where nothing was published yet.
     pub from: Option<String>,
     pub to: String,
+    /// Bytes that a node loads.
+    pub load: u64,
     /// `name version`, `name old → new`.
     pub added: Vec<String>,
     pub removed: Vec<String>,
@@ -80,6 +84,7 @@ impl Comparison {
             group: new.group.clone(),
             from: old.map(|o| o.version.clone()),
             to: new.version.clone(),
+            load: new.sizes.root + verity::tree_size(new.sizes.root) + new.sizes.uki,
             added: Vec::new(),
             removed: Vec::new(),
             changed: Vec::new(),

@@ -10,6 +10,7 @@
 //! ```
 
 mod compare;
+mod course;
 mod openpgp;
 
 use std::collections::BTreeSet;
@@ -24,6 +25,7 @@ use tempfile::NamedTempFile;
 
 pub use compare::Comparison;
 use compare::Contents;
+pub use course::Course;
 pub use openpgp::UpdateKey;
 
 use crate::digest::{hex, sha256};
@@ -205,7 +207,7 @@ mod tests {
             let slots = Slots::of(1 << 20);
             let mut manifest = json!({
                 "id": "acme-db", "version": version, "group": "db", "kernel": "6.12", "roothash": version.repeat(64)[..64],
-                "sizes": { "root_slot": slots.root, "root": 8192 }, "packages": [], "files": {}, "nodes": {},
+                "sizes": { "root_slot": slots.root, "root": 8192, "uki": 4096 }, "packages": [], "files": {}, "nodes": {},
                 "state": 2, "mesh": "10.10.0.0/24",
             });
             for (key, value) in more.as_object().unwrap() {
@@ -276,7 +278,7 @@ mod tests {
         restored["restore"] = json!("latest");
         refused(&lab.image("3", &restored), "[backup] restore");
         let mut larger = postgres(17);
-        larger["sizes"] = json!({ "root_slot": 2 << 20, "root": 8192 });
+        larger["sizes"] = json!({ "root_slot": 2 << 20, "root": 8192, "uki": 4096 });
         refused(&lab.image("3", &larger), "slot");
         assert_eq!(lab.files().len(), 4 + 3, "a refused image left something");
     }
