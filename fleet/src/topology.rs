@@ -199,7 +199,13 @@ fn voters(nodes: &[Node], hubs: &[Node]) -> Vec<String> {
     let want = if hubs.len() >= 5 { 5 } else { 3 };
     let monitors = nodes.iter().filter(|n| n.hub == 0 && n.has_role("monitor"));
     let others = nodes.iter().filter(|n| n.hub == 0 && !n.has_role("monitor"));
-    hubs.iter().chain(monitors).chain(others).take(want).map(|n| n.name.clone()).collect()
+    let mut voters: Vec<String> =
+        hubs.iter().chain(monitors).chain(others).take(want).map(|n| n.name.clone()).collect();
+    if voters.len() == 2 {
+        // Of two, the loss of either would stop the fleet; of one, only its own.
+        voters.truncate(1);
+    }
+    voters
 }
 
 /// Who keeps the backups: not a machine whose loss they are for.
@@ -244,7 +250,9 @@ mod tests {
     }
 
     #[test]
-    fn five_hubs_give_five_voters_and_four_give_three() {
+    fn five_hubs_give_five_voters_and_four_give_three_and_two_nodes_one() {
+        assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=1\ndb.count=1\n").voters, ["hub-1"]);
+        assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=2\n").voters, ["hub-1"]);
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=5\n").voters.len(), 5);
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=4\n").voters.len(), 3);
     }
