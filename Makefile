@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test roles rehearse bench bench-join lint clean
+.PHONY: all deps build demo test roles rehearse bench bench-join bench-netboot lint clean
 
 all: build
 
@@ -23,12 +23,12 @@ demo: deps build
 	@echo "Switch it off:            $(BAKEHOUSE) -C $(DEMO) down"
 
 test: deps lint build
-	# What exported machines are defined with is read by libvirt itself.
-	builder/host-deps.sh libvirt-clients
+	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones.
+	builder/host-deps.sh libvirt-clients dnsmasq-base
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join -- --test-threads=1
-	cargo test --release --locked --workspace --test boot --test fleet --test upgrade -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test boot --test netboot --test fleet --test upgrade -- --test-threads=1 --nocapture
 
 # Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
 bench: deps build
@@ -38,6 +38,11 @@ bench: deps build
 # How fast nodes join.
 bench-join: deps build
 	target/release/bench-join
+
+# How fast bare machines get their images, beside nginx; as root.
+bench-netboot: deps build
+	builder/host-deps.sh dnsmasq-base nginx-light
+	target/release/bench-netboot
 
 # Breaks a fleet in every way there is, and writes what its users noticed; hours.
 # make rehearse FLEET=tests/fleets/core.toml SCENARIOS="hub db"

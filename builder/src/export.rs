@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::authority::{Authority, write_private};
 use crate::bake::{slots, var_size};
 use crate::error::{Error, Result};
-use crate::flash::put_ticket;
+use crate::flash::{Carried, put_ticket};
 use crate::image::Image;
 use crate::progress::Progress;
 use crate::project::Project;
@@ -121,7 +121,8 @@ pub fn export(
             Command::new("cp").args(["--sparse=always", "--reflink=auto"]).args([&from, &copy]),
             "cp, of the image's disk",
         )?;
-        put_ticket(&copy, &ticket, tools)?;
+        let secure = project.fleet.secure_boot.is_some();
+        put_ticket(&copy, &Carried { ticket: &ticket, secure, tools })?;
         from = copy;
     }
     let qemu_img = |args: &[&str], files: &[&Path]| {

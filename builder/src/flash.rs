@@ -40,7 +40,7 @@ pub struct Order<'a> {
 ///
 /// # Errors
 /// The target is not what it should be, or can't be written, or does not keep what was written.
-pub fn flash(image: &Path, ticket: Option<(&Ticket, &Tools)>, order: &Order, progress: &Progress) -> Result<()> {
+pub fn flash(image: &Path, ticket: Option<&Carried>, order: &Order, progress: &Progress) -> Result<()> {
     let source = File::open(image).map_err(Error::io("open", image))?;
     let size = source.metadata().map_err(Error::io("read", image))?.len();
     let device = device(order.target, order.force, size)?;
@@ -79,8 +79,8 @@ pub fn flash(image: &Path, ticket: Option<(&Ticket, &Tools)>, order: &Order, pro
     })
     .map_err(Error::io("verify", order.target))?;
     drop(target);
-    if let Some((ticket, tools)) = ticket {
-        put_ticket(order.target, ticket, tools)?;
+    if let Some(ticket) = ticket {
+        put_ticket(order.target, ticket)?;
     }
     if order.json {
         println!("{}", json!({ "done": order.target, "bytes": size }));
@@ -88,21 +88,46 @@ pub fn flash(image: &Path, ticket: Option<(&Ticket, &Tools)>, order: &Order, pro
     Ok(())
 }
 
-/// Puts a ticket where systemd's EFI stub looks for credentials.
-pub(crate) fn put_ticket(disk: &Path, ticket: &Ticket, tools: &Tools) -> Result<()> {
-    let text = serde_json::to_vec(ticket).map_err(|e| Error::Failed(e.to_string()))?;
-    let sealed = BASE64.encode(seal(Ticket::CREDENTIAL, &text)?);
+/// A ticket that goes with a disk.
+pub struct Carried<'a> {
+    pub ticket: &'a Ticket,
+    /// Whether the machine has Secure Boot.
+    pub secure: bool,
+    pub tools: &'a Tools,
+}
+
+impl Carried<'_> {
+    /// Its path on the EFI partition, and what is there: where systemd's EFI stub looks for credentials;
+    /// with Secure Boot, where the agent looks.
+    ///
+    /// # Errors
+    /// No randomness.
+    pub fn file(ticket: &Ticket, secure: bool) -> Result<(String, Vec<u8>)> {
+        let text = serde_json::to_vec(ticket).map_err(|e| Error::Failed(e.to_string()))?;
+        if secure {
+            return Ok((Ticket::FILE.to_owned(), text));
+        }
+        let path = format!("loader/credentials/{}.cred", Ticket::CREDENTIAL);
+        Ok((path, BASE64.encode(seal(Ticket::CREDENTIAL, &text)?).into_bytes()))
+    }
+}
+
+/// Puts a ticket on a disk's EFI partition.
+pub(crate) fn put_ticket(disk: &Path, carried: &Carried) -> Result<()> {
+    let Carried { ticket, secure, tools } = carried;
+    let (path, content) = Carried::file(ticket, *secure)?;
     let mut file = tempfile::NamedTempFile::new().map_err(Error::io("create", "a temporary file"))?;
-    file.write_all(sealed.as_bytes()).map_err(Error::io("write", file.path()))?;
+    file.write_all(&content).map_err(Error::io("write", file.path()))?;
     let image = format!("{}@@{ESP_START}", disk.display());
     let tool = |program: &str| {
         let mut command = tools.command(program);
         command.env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image]);
         command
     };
-    run(tool("usr/bin/mmd").arg("::/loader/credentials"), "mmd")?;
-    let name = format!("::/loader/credentials/{}.cred", Ticket::CREDENTIAL);
-    run(tool("usr/bin/mcopy").arg(file.path()).arg(name), "mcopy")?;
+    if path.contains('/') {
+        run(tool("usr/bin/mmd").arg("::/loader/credentials"), "mmd")?;
+    }
+    run(tool("usr/bin/mcopy").arg(file.path()).arg(format!("::/{path}")), "mcopy")?;
     // A card pulled out now has it.
     File::open(disk).and_then(|f| f.sync_all()).map_err(Error::io("write", disk))
 }

@@ -11,7 +11,7 @@ use std::time::UNIX_EPOCH;
 
 use serde::{Deserialize, Serialize};
 
-use crate::bake::{self, Baked, pretty_json};
+use crate::bake::{self, pretty_json};
 use crate::compose::{self, Layer};
 use crate::digest::{Key, sha256};
 use crate::disk::{self, Content, Slots};
@@ -20,10 +20,14 @@ use crate::lock::Lock;
 use crate::manifest::{Manifest, Sizes, package_list, spdx};
 use crate::progress::Progress;
 use crate::project::{Project, Recipe};
+use crate::secure_boot::Signer;
 use crate::store::{Kind, Store, write_atomic};
 use crate::tools::{Tools, run};
 use crate::tree::Tree;
 use crate::{checks, initrd, uki, verity};
+
+/// What the installer says of itself.
+const INSTALLER: &str = "NAME=Bakehouse\nID=bakehouse\nPRETTY_NAME=\"Bakehouse installer\"\n";
 
 /// What builds of all groups share.
 pub struct Build<'a> {
@@ -46,6 +50,14 @@ pub struct Image {
     pub unchanged: bool,
 }
 
+/// What a machine runs that is to get an image over the network.
+pub struct Installer {
+    /// For firmware.
+    pub program: Vec<u8>,
+    /// The kernel's, as it is in the program.
+    pub cmdline: String,
+}
+
 /// What an image was made from, kept beside it: to know that nothing changed, and to say what did.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Stamp {
@@ -62,9 +74,9 @@ impl Build<'_> {
     pub fn image(&self, group: &str) -> Result<Image> {
         let recipe = self.project.recipe(group);
         let slots = bake::slots(self.project, &recipe)?;
-        let agent_path = agent()?;
+        let agent_path = beside("firstboot")?;
         let agent = fs::read(&agent_path).map_err(Error::io("read", &agent_path))?;
-        let inputs = self.inputs(&recipe, &agent);
+        let inputs = self.inputs(&recipe, &agent)?;
         let out = self.project.out_dir(group);
         let name = format!("{}_{}", bake::image_id(self.project, group), self.project.topology.version);
         let path = |suffix: &str| out.join(format!("{name}{suffix}"));
@@ -97,10 +109,11 @@ impl Build<'_> {
         let baked_tar = scratch.path().join("baked.tar");
         baked.write_tar(&tree, &baked_tar)?;
         // The daemons' opinion, the initrd and the root wait for nothing of each other.
+        let order = self.order(&["profiles/initrd.toml"])?;
         let (root, initrd) = std::thread::scope(|scope| {
             let checked = scope
                 .spawn(|| checks::check(self.project, &recipe, &layer, &baked, &baked_tar, self.store, self.progress));
-            let initrd = scope.spawn(|| self.initrd(&tree, &layer, &info.kernel, &tools, scratch.path()));
+            let initrd = scope.spawn(|| self.initrd(&order, &tree, &layer, &info.kernel, &tools, scratch.path()));
             let root = self.root(&layer, &tools, &baked_tar, scratch.path());
             let panicked = |_| Error::Failed("a build thread panicked".to_owned());
             checked.join().map_err(panicked)??;
@@ -114,7 +127,9 @@ impl Build<'_> {
             ));
         }
         let step = self.progress.step("assemble", group);
-        let uki = Self::uki(&recipe, &tools, &layer, &baked, &root.hash, &initrd, &info.kernel)?;
+        let words = format!("roothash={} {}", root.hash, cmdline(&recipe));
+        let text = uki::Text { cmdline: &words, os_release: &baked.os_release, uname: &info.kernel };
+        let uki = self.uki(&tools, &layer, &text, &initrd)?;
         let esp = self.boot_files(&recipe, &tools, uki.clone())?;
         let disk = scratch.path().join("disk");
         let content = Content {
@@ -184,7 +199,7 @@ impl Build<'_> {
     }
 
     /// Everything the image depends on, by name.
-    fn inputs(&self, recipe: &Recipe, agent: &[u8]) -> BTreeMap<String, String> {
+    fn inputs(&self, recipe: &Recipe, agent: &[u8]) -> Result<BTreeMap<String, String>> {
         let mut inputs = BTreeMap::from([
             ("bakehouse itself".to_owned(), env!("CODE_ALL").to_owned()),
             ("bakehouse.lock".to_owned(), self.lock.digest.clone()),
@@ -199,7 +214,10 @@ impl Build<'_> {
                 inputs.insert(path.to_owned(), sha256(bytes));
             }
         }
-        inputs
+        if let Some(signer) = Signer::of(self.project) {
+            inputs.insert("the key for Secure Boot".to_owned(), signer.id()?);
+        }
+        Ok(inputs)
     }
 
     /// Why the image has to be made; `None` when it is there and of these inputs.
@@ -251,16 +269,60 @@ impl Build<'_> {
         Ok(())
     }
 
-    fn initrd(&self, tree: &Tree, layer: &Layer, kernel: &str, tools: &Tools, scratch: &Path) -> Result<Vec<u8>> {
-        let recipe = self.project.file("profiles/initrd.toml")?;
-        let key =
-            Key::new(initrd::CODE).add("layer", &layer.key).add("recipe", recipe).add("tools", &tools.key).finish();
+    /// Kernel and initrd of a group's packages, as one program for firmware, that install what the
+    /// server at this address says.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being whole.
+    pub fn installer(&self, group: &str, server: &str) -> Result<Installer> {
+        let recipe = self.project.recipe(group);
+        let tools = Tools::prepare(self.lock, self.store, self.progress)?;
+        let layer = compose::compose(&recipe, self.lock, self.store, self.progress)?;
+        let tree = Tree::open(&layer.tar())?;
+        let kernel = layer.info()?.kernel;
+        let path = beside("firstboot-install")?;
+        let program = fs::read(&path).map_err(Error::io("read", &path))?;
+        let mut order = self.order(&["profiles/initrd.toml", "profiles/netboot.toml"])?;
+        order.programs.push(("usr/bin/firstboot-install", program));
+        let scratch = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
+        let initrd = self.initrd(&order, &tree, &layer, &kernel, &tools, scratch.path())?;
+        let server = format!("{}={server}", fleet::netboot::Machine::SERVER);
+        // Of a root that is entered, which is one in memory, no disk is a part.
+        let words = ["rd.systemd.unit=netboot.target", "fstab=no", "systemd.mask=systemd-repart.service"];
+        let cmdline = [&words.join(" "), server.as_str(), &cmdline(&recipe)].join(" ");
+        let text = uki::Text { cmdline: &cmdline, os_release: INSTALLER, uname: &kernel };
+        Ok(Installer { program: self.uki(&tools, &layer, &text, &initrd)?, cmdline })
+    }
+
+    fn order(&self, recipes: &[&'static str]) -> Result<initrd::Order<'_>> {
+        let recipes = recipes.iter().map(|path| Ok((*path, self.project.file(path)?)));
+        Ok(initrd::Order { recipes: recipes.collect::<Result<_>>()?, programs: Vec::new() })
+    }
+
+    fn initrd(
+        &self,
+        order: &initrd::Order,
+        tree: &Tree,
+        layer: &Layer,
+        kernel: &str,
+        tools: &Tools,
+        scratch: &Path,
+    ) -> Result<Vec<u8>> {
+        let mut key = Key::new(initrd::CODE);
+        key.add("layer", &layer.key).add("tools", &tools.key);
+        for (path, text) in &order.recipes {
+            key.add(path, text);
+        }
+        for (path, program) in &order.programs {
+            key.add(path, sha256(program));
+        }
+        let key = key.finish();
         if let Some(path) = self.store.get(Kind::Initrd, &key) {
             return fs::read(&path).map_err(Error::io("read", &path));
         }
         let step = self.progress.step("initrd", "composing");
         let (cpio, compressed) = (scratch.join("initrd"), scratch.join("initrd.zst"));
-        fs::write(&cpio, initrd::compose(tree, kernel, recipe)?).map_err(Error::io("write", &cpio))?;
+        fs::write(&cpio, initrd::compose(tree, kernel, order)?).map_err(Error::io("write", &cpio))?;
         // One thread: the bytes must not depend on the machine.
         run(
             tools.command("usr/bin/zstd").args(["-q", "-9", "--single-thread", "-o"]).arg(&compressed).arg(&cpio),
@@ -322,40 +384,44 @@ impl Build<'_> {
         command
     }
 
-    fn uki(
-        recipe: &Recipe,
-        tools: &Tools,
-        layer: &Layer,
-        baked: &Baked,
-        roothash: &str,
-        initrd: &[u8],
-        kernel: &str,
-    ) -> Result<Vec<u8>> {
+    fn uki(&self, tools: &Tools, layer: &Layer, text: &uki::Text, initrd: &[u8]) -> Result<Vec<u8>> {
         let read = |path: PathBuf| fs::read(&path).map_err(Error::io("read", &path));
-        let words: Vec<&str> = recipe.profiles.iter().flat_map(|p| &p.cmdline).map(String::as_str).collect();
-        uki::build(&uki::Parts {
-            stub: &read(tools.file("usr/lib/systemd/boot/efi/linuxx64.efi.stub"))?,
-            kernel: &read(layer.kernel())?,
-            initrd,
-            cmdline: &format!("roothash={roothash} {}", words.join(" ")),
-            os_release: &baked.os_release,
-            uname: kernel,
-        })
+        let stub = read(tools.file("usr/lib/systemd/boot/efi/linuxx64.efi.stub"))?;
+        self.signed(tools, uki::build(&stub, &read(layer.kernel())?, initrd, text)?)
+    }
+
+    /// Signed, where the fleet has a key for that.
+    fn signed(&self, tools: &Tools, program: Vec<u8>) -> Result<Vec<u8>> {
+        match Signer::of(self.project) {
+            Some(signer) => signer.sign(tools, &program, self.lock.epoch),
+            None => Ok(program),
+        }
     }
 
     fn boot_files(&self, recipe: &Recipe, tools: &Tools, uki: Vec<u8>) -> Result<BTreeMap<String, Vec<u8>>> {
         let boot = tools.file("usr/lib/systemd/boot/efi/systemd-bootx64.efi");
-        let boot = fs::read(&boot).map_err(Error::io("read", &boot))?;
+        let boot = self.signed(tools, fs::read(&boot).map_err(Error::io("read", &boot))?)?;
         let id = bake::image_id(self.project, &recipe.group);
-        Ok(BTreeMap::from([
+        let signer = Signer::of(self.project);
+        let keys = signer.as_ref().map(|s| s.enrolment(tools)).transpose()?.unwrap_or_default();
+        // In a virtual machine the key is enrolled at once; elsewhere somebody chooses it from the menu.
+        let enrol = if signer.is_some() { "secure-boot-enroll if-safe\n" } else { "" };
+        let mut files = BTreeMap::from([
             ("EFI/BOOT/BOOTX64.EFI".to_owned(), boot.clone()),
             ("EFI/systemd/systemd-bootx64.efi".to_owned(), boot),
             // Three tries, then the version before it.
             (format!("EFI/Linux/{id}_{}+3.efi", self.project.topology.version), uki),
-            ("loader/loader.conf".to_owned(), b"timeout 0\neditor no\n".to_vec()),
+            ("loader/loader.conf".to_owned(), format!("timeout 0\neditor no\n{enrol}").into_bytes()),
             ("loader/entries.srel".to_owned(), b"type1\n".to_vec()),
-        ]))
+        ]);
+        files.extend(keys);
+        Ok(files)
     }
+}
+
+/// The profiles' words for the kernel.
+fn cmdline(recipe: &Recipe) -> String {
+    recipe.profiles.iter().flat_map(|p| &p.cmdline).map(String::as_str).collect::<Vec<_>>().join(" ")
 }
 
 struct Root {
@@ -396,12 +462,12 @@ fn outputs(out: &Path, name: &str) -> Result<Vec<(String, u64, u64)>> {
         .collect()
 }
 
-/// The agent's binary: installed beside this one.
-fn agent() -> Result<PathBuf> {
+/// A binary for nodes: installed beside this one.
+fn beside(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().map_err(Error::io("find", "bakehouse's own program"))?;
-    let path = own.with_file_name("firstboot");
+    let path = own.with_file_name(name);
     if path.is_file() {
         return Ok(path);
     }
-    fail(format!("the agent {} is missing; build it with `cargo build --release`", path.display()))
+    fail(format!("{} is missing; build it with `cargo build --release`", path.display()))
 }

@@ -9,8 +9,8 @@ use crate::elf;
 use crate::error::{Error, Result, fail};
 use crate::tree::{Node, Tree};
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct Recipe {
     programs: Vec<String>,
     links: Vec<String>,
@@ -30,14 +30,25 @@ pub const CODE: &str = env!("CODE_INITRD");
 const LIBRARY_DIRS: [&str; 3] = ["usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib/x86_64-linux-gnu/systemd"];
 const UNIT_DIR: &str = "usr/lib/systemd/system";
 
+/// What an initrd is made by.
+pub struct Order<'a> {
+    /// Recipes: path, and content. Later ones add to earlier ones.
+    pub recipes: Vec<(&'static str, &'a [u8])>,
+    /// Programs that are not the image's: path, and content.
+    pub programs: Vec<(&'static str, Vec<u8>)>,
+}
+
 /// The initrd as a cpio, not compressed.
 ///
 /// # Errors
-/// The recipe is wrong, or names what the image does not have.
-pub fn compose(tree: &Tree, kernel: &str, recipe: &[u8]) -> Result<Vec<u8>> {
-    let text = String::from_utf8_lossy(recipe);
-    let recipe: Recipe =
-        toml::from_str(&text).map_err(|e| Error::Failed(format!("profiles/initrd.toml: {}", e.message())))?;
+/// A recipe is wrong, or names what the image does not have.
+pub fn compose(tree: &Tree, kernel: &str, order: &Order) -> Result<Vec<u8>> {
+    let mut recipe = Recipe::default();
+    for (path, text) in &order.recipes {
+        let text = String::from_utf8_lossy(text);
+        let more: Recipe = toml::from_str(&text).map_err(|e| Error::Failed(format!("{path}: {}", e.message())))?;
+        recipe.add(more);
+    }
     let mut initrd = Initrd { tree, not_opened: &recipe.not_opened, files: BTreeMap::new(), missing: Vec::new() };
     for path in recipe.programs.iter().chain(&recipe.links).chain(&recipe.files) {
         initrd.add(path)?;
@@ -61,6 +72,13 @@ pub fn compose(tree: &Tree, kernel: &str, recipe: &[u8]) -> Result<Vec<u8>> {
     for (path, text) in &recipe.write {
         initrd.put(path, File::regular(0o644, text.trim_start_matches('\n').as_bytes().to_vec()));
     }
+    for (path, content) in &order.programs {
+        let needs = elf::needs(content);
+        initrd.put(path, File::regular(0o755, content.clone()));
+        if let Some(needs) = needs {
+            initrd.libraries(path, &needs)?;
+        }
+    }
     for (path, target) in &recipe.symlinks {
         initrd.put(path, File::link(target.clone()));
     }
@@ -70,9 +88,27 @@ pub fn compose(tree: &Tree, kernel: &str, recipe: &[u8]) -> Result<Vec<u8>> {
     // Every account is locked.
     initrd.put("etc/shadow", File::regular(0o600, b"root:!*:20000::::::\n".to_vec()));
     if !initrd.missing.is_empty() {
-        return fail(format!("profiles/initrd.toml names what the image does not have: {}", initrd.missing.join(", ")));
+        let recipes: Vec<&str> = order.recipes.iter().map(|(path, _)| *path).collect();
+        return fail(format!("{}: the image does not have {}", recipes.join(" and "), initrd.missing.join(", ")));
     }
     Ok(cpio(&initrd.files))
+}
+
+impl Recipe {
+    fn add(&mut self, more: Self) {
+        self.programs.extend(more.programs);
+        self.links.extend(more.links);
+        self.files.extend(more.files);
+        self.not_opened.extend(more.not_opened);
+        self.rules.extend(more.rules);
+        self.modules.extend(more.modules);
+        self.units.extend(more.units);
+        for (target, units) in more.wants {
+            self.wants.entry(target).or_default().extend(units);
+        }
+        self.write.extend(more.write);
+        self.symlinks.extend(more.symlinks);
+    }
 }
 
 struct File {

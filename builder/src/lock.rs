@@ -196,6 +196,6 @@ impl Lock {
 pub fn requests(project: &Project) -> BTreeMap<String, Vec<String>> {
     let mut all: BTreeMap<String, Vec<String>> =
         project.fleet.groups.keys().map(|g| (g.clone(), project.recipe(g).packages)).collect();
-    all.insert(TOOLS.to_owned(), crate::tools::PACKAGES.iter().map(|p| (*p).to_owned()).collect());
+    all.insert(TOOLS.to_owned(), crate::tools::Tools::packages(project.fleet.secure_boot.is_some()));
     all
 }

@@ -31,6 +31,12 @@ impl Progress {
         Self { bars: Arc::new(MultiProgress::with_draw_target(target)), terminal, quiet, verbose }
     }
 
+    /// Whether steps are shown as they go on.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        self.terminal
+    }
+
     /// A step whose end is not known.
     #[must_use]
     pub fn step(&self, name: &str, message: &str) -> Step {

@@ -17,6 +17,7 @@ mod assets {
 }
 
 /// Everything a build reads from the user, loaded and linted.
+#[derive(Clone)]
 pub struct Project {
     /// Folder of `fleet.toml`.
     pub dir: PathBuf,

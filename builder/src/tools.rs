@@ -12,10 +12,11 @@ use crate::digest::Key;
 use crate::error::{Error, Result, fail};
 use crate::lock::{Lock, TOOLS};
 use crate::progress::Progress;
+use crate::secure_boot;
 use crate::store::{Kind, Store};
 
 /// What the tools tree has: mkfs.erofs, mcopy, mkfs.vfat, zstd, systemd-boot and its stub.
-pub const PACKAGES: [&str; 5] = ["dosfstools", "erofs-utils", "mtools", "systemd-boot-efi", "zstd"];
+const PACKAGES: [&str; 5] = ["dosfstools", "erofs-utils", "mtools", "systemd-boot-efi", "zstd"];
 
 pub struct Tools {
     pub key: String,
@@ -57,6 +58,13 @@ impl Tools {
         self.dir.join(path)
     }
 
+    /// Packages that a fleet's builds need.
+    #[must_use]
+    pub fn packages(signs: bool) -> Vec<String> {
+        let more = secure_boot::PACKAGES.iter().filter(|_| signs);
+        PACKAGES.iter().chain(more).map(|p| (*p).to_owned()).collect()
+    }
+
     /// A command that runs `program` (`usr/bin/x`) of the tools tree.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
@@ -64,7 +72,7 @@ impl Tools {
         let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
         command
             .arg("--library-path")
-            .arg(&libraries)
+            .arg(format!("{0}:{0}/systemd", libraries.display()))
             .arg(self.dir.join(program))
             .env_clear()
             .env("PATH", "/usr/bin:/bin")

@@ -3,11 +3,8 @@
 
 use crate::error::{Result, fail};
 
-/// Content of the sections.
-pub struct Parts<'a> {
-    pub stub: &'a [u8],
-    pub kernel: &'a [u8],
-    pub initrd: &'a [u8],
+/// Texts of the sections.
+pub struct Text<'a> {
     pub cmdline: &'a str,
     pub os_release: &'a str,
     pub uname: &'a str,
@@ -15,15 +12,15 @@ pub struct Parts<'a> {
 
 /// # Errors
 /// The stub is not a PE file with room for the sections.
-pub fn build(parts: &Parts) -> Result<Vec<u8>> {
+pub fn build(stub: &[u8], kernel: &[u8], initrd: &[u8], text: &Text) -> Result<Vec<u8>> {
     let sections: [(&[u8; 8], &[u8]); 5] = [
-        (b".osrel\0\0", parts.os_release.as_bytes()),
-        (b".cmdline", parts.cmdline.as_bytes()),
-        (b".uname\0\0", parts.uname.as_bytes()),
-        (b".initrd\0", parts.initrd),
-        (b".linux\0\0", parts.kernel),
+        (b".osrel\0\0", text.os_release.as_bytes()),
+        (b".cmdline", text.cmdline.as_bytes()),
+        (b".uname\0\0", text.uname.as_bytes()),
+        (b".initrd\0", initrd),
+        (b".linux\0\0", kernel),
     ];
-    match append(parts.stub, &sections) {
+    match append(stub, &sections) {
         Some(uki) => Ok(uki),
         None => fail("systemd's EFI stub is not the PE file it should be; run `bakehouse lock --update`"),
     }
@@ -81,10 +78,9 @@ mod tests {
 
     #[test]
     fn what_is_no_stub_is_refused() {
-        let parts =
-            |stub: &'static [u8]| Parts { stub, kernel: b"", initrd: b"", cmdline: "", os_release: "", uname: "" };
-        assert!(build(&parts(b"")).is_err());
-        assert!(build(&parts(b"MZ nothing more")).is_err());
+        let text = Text { cmdline: "", os_release: "", uname: "" };
+        assert!(build(b"", b"", b"", &text).is_err());
+        assert!(build(b"MZ nothing more", b"", b"", &text).is_err());
     }
 
     proptest::proptest! {

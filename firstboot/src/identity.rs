@@ -136,7 +136,9 @@ fn check_token(joiner: &Joiner, image: &Image) -> Result<()> {
 }
 
 fn read_ticket(credentials: Option<&PathBuf>) -> Result<Ticket> {
-    let path = credentials.map(|dir| dir.join(Ticket::CREDENTIAL)).filter(|path| path.exists());
+    let given = credentials.map(|dir| dir.join(Ticket::CREDENTIAL));
+    let on_disk = Path::new("/efi").join(Ticket::FILE);
+    let path = given.into_iter().chain([on_disk]).find(|path| path.exists());
     let Some(path) = path else {
         return Err(Error::Configuration(
             "no ticket: give this machine the credential `bakehouse.ticket`, made by `bakehouse ticket`".to_owned(),

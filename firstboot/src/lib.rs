@@ -14,6 +14,7 @@ pub mod https;
 pub mod hub;
 pub mod identity;
 pub mod image;
+pub mod install;
 pub mod join;
 pub mod journal;
 pub mod keys;

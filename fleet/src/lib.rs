@@ -10,6 +10,7 @@ pub mod encoding;
 mod join;
 mod lint;
 mod membership;
+pub mod netboot;
 mod overlay;
 mod profile;
 mod rollout;
@@ -32,7 +33,9 @@ pub use overlay::{Check, FileMeta, OverlayManifest};
 pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
 pub use rollout::{Answer, Doing, Report, Rollout, RolloutOrder, RolloutRequest, Turn, Verdict, rank};
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
-pub use settings::{Alerts, Backup, Database, Email, Firewall, Odoo, OpenPort, Promise, Proto, S3, Update};
+pub use settings::{
+    Alerts, Backup, Database, Email, Firewall, Netboot, Odoo, OpenPort, Promise, Proto, S3, SecureBoot, Update,
+};
 pub use template::{EMULATED, Machine, NodeContext, RenderError, line_map, render, variables};
 pub use ticket::{Claims, Founder, Joiner, Right, Ticket, TicketError, Token};
 pub use topology::{BACKUP, GIVEN, Node, Topology, UPDATE, VOTER, slot_parts};

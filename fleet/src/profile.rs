@@ -98,6 +98,8 @@ pub struct Disk {
     pub root: Option<String>,
     /// Least room for /var.
     pub var: Option<String>,
+    /// What is in /var may be lost with the power: a machine without disks can have this role.
+    pub volatile: bool,
 }
 
 /// What `bakehouse up` gives a node of this role.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::diagnostic::{Diagnostic, Source, parse};
-use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Promise, Update};
+use crate::settings::{Alerts, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -42,6 +42,10 @@ pub struct Fleet {
     pub promise: Spanned<Promise>,
     #[serde(default = "default_section")]
     pub update: Spanned<Update>,
+    #[serde(default = "default_section")]
+    pub netboot: Spanned<Netboot>,
+    /// Where it is there, what firmware runs is signed.
+    pub secure_boot: Option<SecureBoot>,
     /// Nodes by kind: `[groups.hub]`, `[groups.db]` …
     #[serde(default)]
     pub groups: BTreeMap<String, Group>,

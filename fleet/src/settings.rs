@@ -1,5 +1,7 @@
 //! Settings of the services, as `fleet.toml` says them and as every template sees them.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// `[database]`: how fast a dead primary is found. Patroni wants
@@ -146,6 +148,40 @@ pub struct Update {
 impl Default for Update {
     fn default() -> Self {
         Self { url: None, when: "*:0/5".to_owned() }
+    }
+}
+
+/// `[netboot]`: what machines become that boot from the network. No image depends on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Netboot {
+    /// Node or group, by MAC address (`52:54:00:aa:bb:cc`) or by the maker's serial number.
+    pub machines: BTreeMap<String, String>,
+    /// Group of machines that are not named. Without it they are left alone.
+    pub others: Option<String>,
+    /// Groups that run from memory: nothing is installed, and they come over the network at each
+    /// start. What they keep is on a disk, or nowhere if the roles' profiles say that nothing needs to
+    /// be kept.
+    pub diskless: Vec<String>,
+    /// Disk that is overwritten, such as `/dev/nvme0n1`. Without it a machine with several disks is
+    /// left alone.
+    pub disk: Option<String>,
+}
+
+/// `[secure_boot]`: files of the key that signs what firmware runs, relative to `fleet.toml`. Only
+/// the certificate comes into images.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SecureBoot {
+    /// RSA, PEM, without a passphrase.
+    pub key: String,
+    /// X.509, PEM.
+    pub certificate: String,
+}
+
+impl Default for SecureBoot {
+    fn default() -> Self {
+        Self { key: "secure-boot/db.key".to_owned(), certificate: "secure-boot/db.crt".to_owned() }
     }
 }
 

@@ -3,6 +3,7 @@
 mod compare;
 mod etcd;
 mod machine;
+pub mod rack;
 pub mod site;
 pub mod updates;
 

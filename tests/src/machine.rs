@@ -58,6 +58,27 @@ impl Machine {
         self.vm.start(&Start { image: disk, seed: Some(seed), ..start }).unwrap_or_else(|e| panic!("{e}"));
     }
 
+    /// Starts it bare, with nothing of its own, but for a hub's address, which is where others look
+    /// for it: what it is to be comes from the wire.
+    pub fn start_bare(&mut self, lab: &Lab) {
+        let blank = lab.dir.join("blank");
+        std::fs::File::create(&blank).and_then(|f| f.set_len(1 << 20)).expect("the lab is writable");
+        self.image = Some(blank.clone());
+        let described = start_of(&self.project, &self.vm.node).expect("the node is there").without_ticket();
+        // The disk is what was made of it, whatever the blank's time.
+        let mut start = Start { image: &blank, netboot: true, keep: true, ..described.as_start() };
+        if self.project.topology.node(&self.vm.node).is_none_or(|node| node.hub == 0) {
+            start.credentials.clear();
+        }
+        self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Multicast group and port of the wire that it is on.
+    #[must_use]
+    pub fn wire(&self) -> String {
+        start_of(&self.project, &self.vm.node).expect("the node is there").as_start().wire.group
+    }
+
     fn start_as(&self, described: &Described) {
         let start = described.as_start();
         let image = self.image.as_deref().unwrap_or(start.image);

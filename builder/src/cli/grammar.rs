@@ -43,6 +43,9 @@ pub(super) enum Command {
         /// Built-in fleet to start from: ha, minimal-ha, quick-ha
         #[arg(long, default_value = "ha")]
         from: String,
+        /// Have what firmware runs signed, with a key that is made now
+        #[arg(long)]
+        secure_boot: bool,
     },
     /// Mint a ticket: what a machine is given to become a node
     #[command(after_help = "Examples:\n  bakehouse ticket hub-1 -o hub-1.ticket\n  \
@@ -114,6 +117,25 @@ pub(super) enum Command {
         /// Folder
         #[arg(short, long, default_value = ".", value_name = "DIR")]
         output: PathBuf,
+        #[command(flatten)]
+        mirror: MirrorArg,
+    },
+    /// Make nodes of machines that boot from the network
+    #[command(after_help = "Examples:\n  bakehouse netboot --interface eth1 --dhcp 192.168.77.0/24\n  \
+        bakehouse netboot --interface eth0      beside the network's own DHCP server\n\n\
+        fleet.toml says which machine becomes what ([netboot]). Builds what is missing, mints each machine's\n\
+        ticket when it asks, and answers until Ctrl-C. As root, for the ports of DHCP and TFTP. Whoever is\n\
+        on that network can pretend to be a machine: use one that you trust.")]
+    Netboot {
+        /// Network interface that the machines are reached by
+        #[arg(long)]
+        interface: String,
+        /// Give addresses of this network out, where there is no DHCP server
+        #[arg(long, value_name = "NETWORK")]
+        dhcp: Option<ipnet::Ipv4Net>,
+        /// Install this machine again, though it was installed before
+        #[arg(long, value_name = "MAC")]
+        again: Vec<String>,
         #[command(flatten)]
         mirror: MirrorArg,
     },

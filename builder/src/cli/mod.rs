@@ -22,10 +22,11 @@ use crate::operator::{Hubs, describe};
 use crate::progress::Progress;
 use crate::project::{Project, Recipe};
 use crate::resolve::resolve;
+use crate::secure_boot::Signer;
 use crate::store::{Store, write_atomic};
 use crate::ticket::{CARRIED, Terms, mint};
 use crate::tools::Tools;
-use crate::{compose, flash, plan, project, publish, rehearse, report, vm};
+use crate::{compose, flash, netboot, plan, project, publish, rehearse, report, vm};
 
 mod grammar;
 
@@ -53,7 +54,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             progress.say("gc", &format!("{count} entries, {:.0} MB removed", bytes as f64 / 1e6));
             return Ok(ExitCode::SUCCESS);
         }
-        Command::Init { dir, from } => return init(dir, from, &progress),
+        Command::Init { dir, from, secure_boot } => return init(dir, from, *secure_boot, &progress),
         Command::Exec { node, command } => {
             let project = Project::load(&cli.fleet)?;
             let done = vm::Vm::of(&project, node)?.exec(&command.join(" "))?;
@@ -115,7 +116,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let order = flash::Order { target, yes: *yes, force: force.as_deref(), json: cli.json };
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
             for image in &images {
-                flash::flash(&image.disk, ticket.as_ref().map(|t| (t, &tools)), &order, &progress)?;
+                let secure = project.fleet.secure_boot.is_some();
+                let carried = ticket.as_ref().map(|ticket| flash::Carried { ticket, secure, tools: &tools });
+                flash::flash(&image.disk, carried.as_ref(), &order, &progress)?;
             }
         }
         Command::Vm { node, format, ticket, replace, output, mirror } => {
@@ -127,6 +130,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 let written = export(&project, image, &order, output, &tools, &progress)?;
                 print_json(cli.json, &written)?;
             }
+        }
+        Command::Netboot { interface, dhcp, again, mirror } => {
+            let images = build(&project, &netboot::groups(&project)?, None, mirror, &progress)?;
+            let (store, lock) = (Store::open()?, Lock::load(&project)?);
+            let build = Build { project: &project, lock: &lock, store: &store, progress: &progress, revision: None };
+            netboot::netboot(&build, &images, &netboot::Order { interface, dhcp: *dhcp, again, json: cli.json })?;
         }
         Command::Lock { update, mirror } => {
             let store = Store::open()?;
@@ -296,7 +305,7 @@ fn complain(e: &Error, json: bool) {
 }
 
 /// A folder with a fleet.toml of the folder's name, and a key. What is there already stays.
-fn init(dir: &Path, from: &str, progress: &Progress) -> Result<ExitCode> {
+fn init(dir: &Path, from: &str, secure_boot: bool, progress: &Progress) -> Result<ExitCode> {
     let missing = || Error::Usage(format!("`{}` has no name to give the fleet", dir.display()));
     let name = dir.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
     let text = project::built_in_fleet(from)?;
@@ -304,13 +313,23 @@ fn init(dir: &Path, from: &str, progress: &Progress) -> Result<ExitCode> {
     let path = dir.join("fleet.toml");
     if !path.exists() {
         let named = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
-        std::fs::write(&path, named).map_err(Error::io("write", &path))?;
+        let section =
+            if secure_boot { "\n# What firmware runs is signed (docs/secure-boot.md).\n[secure_boot]\n" } else { "" };
+        std::fs::write(&path, named + section).map_err(Error::io("write", &path))?;
         progress.say("init", &format!("{}: change it to what you want", path.display()));
     }
     let project = Project::load(dir)?;
     if Authority::init(&project.dir, &project.topology.name)? {
         let key = project.dir.join(Authority::FILE);
         progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
+    }
+    if let Some(signer) = Signer::of(&project) {
+        if signer.init(&project.topology.name)? {
+            let key = signer.key().display();
+            progress.say("init", &format!("{key}: signs what firmware runs; a secret, and keep a copy"));
+        }
+    } else if secure_boot {
+        return Err(Error::Usage(format!("{} has no [secure_boot]; add it", path.display())));
     }
     let keyring = project.dir.join(Project::UPDATE_KEYRING);
     let wanted = Authority::of(&project)?.update_key()?.keyring();

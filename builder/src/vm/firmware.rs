@@ -15,10 +15,11 @@ pub(super) struct Firmware {
 }
 
 impl Firmware {
-    /// Debian's OVMF.
-    pub(super) fn find() -> Result<Self> {
+    /// Debian's OVMF: as it is most often, or one that enforces signatures once it has a key.
+    pub(super) fn find(secure: bool) -> Result<Self> {
         let dir = Path::new("/usr/share/OVMF");
-        let (code, vars) = (dir.join("OVMF_CODE_4M.fd"), dir.join("OVMF_VARS_4M.fd"));
+        let code = if secure { "OVMF_CODE_4M.secboot.fd" } else { "OVMF_CODE_4M.fd" };
+        let (code, vars) = (dir.join(code), dir.join("OVMF_VARS_4M.fd"));
         if code.exists() && vars.exists() {
             return Ok(Self { code, vars });
         }
@@ -87,7 +88,7 @@ mod tests {
 
     #[test]
     fn only_what_brings_up_the_firmware_works() {
-        let firmware = Firmware::find().unwrap();
+        let firmware = Firmware::find(false).unwrap();
         let works = |accel| firmware.comes_up(["-accel", accel, "-cpu", "max"], Duration::from_secs(60));
         assert!(works("tcg"));
         assert!(!works("nothing-of-that-name"));

@@ -91,6 +91,10 @@ pub struct Start<'a> {
     pub wire: Wire,
     /// A second disk, raw.
     pub seed: Option<&'a Path>,
+    /// Where its disk has nothing to boot, the machine asks on the wire (PXE).
+    pub netboot: bool,
+    /// Its firmware runs what is signed, and nothing else, once it has the fleet's key.
+    pub secure_boot: bool,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
 }
@@ -152,7 +156,7 @@ impl Vm {
     pub fn start(&self, start: &Start) -> Result<()> {
         fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
         let image = start.image.canonicalize().map_err(Error::io("find", start.image))?;
-        let firmware = Firmware::find()?;
+        let firmware = Firmware::find(start.secure_boot)?;
         let meta = fs::metadata(&image).map_err(Error::io("read", &image))?;
         let changed = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
         let from = format!("{} {}", image.display(), changed.as_nanos());
@@ -168,8 +172,14 @@ impl Vm {
         }
         let _ = fs::remove_file(self.path("console.log"));
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-name", &self.node, "-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none"]);
-        qemu.args(accelerator(&firmware, self.dir.parent().unwrap_or(&self.dir))?);
+        qemu.args(["-name", &self.node, "-nodefaults", "-no-user-config", "-display", "none", "-machine"]);
+        if start.secure_boot {
+            // Only the firmware itself may write its keys.
+            qemu.args(["q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on"]);
+        } else {
+            qemu.arg("q35");
+        }
+        qemu.args(accelerator(&Firmware::find(false)?, self.dir.parent().unwrap_or(&self.dir))?);
         qemu.args(["-smp", &start.cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
         qemu.args(["-uuid", &uuid_of(&self.node), "-device", "virtio-rng-pci"]);
         let drive = |unit: &str, options: &str| format!("if=pflash,format=raw,unit={unit},{options}");
@@ -182,7 +192,9 @@ impl Vm {
             qemu.args(["-device", "virtio-blk-pci,drive=seed"]);
         }
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
-        qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}", start.wire.mac)]);
+        // The firmware's own PXE, not QEMU's.
+        let boot = if start.netboot { ",bootindex=2,romfile=" } else { "" };
+        qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}{boot}", start.wire.mac)]);
         if let Some(door) = &start.wire.door {
             qemu.args(["-netdev", &door.netdev()]);
             qemu.args(["-device", &format!("virtio-net-pci,netdev=door,mac={}", door.mac)]);
@@ -462,6 +474,7 @@ pub struct Described {
     cpus: u16,
     disk: u64,
     keep: bool,
+    secure_boot: bool,
     wire: Wire,
     ticket: Vec<u8>,
 }
@@ -502,6 +515,8 @@ impl Described {
             keep: self.keep,
             wire: self.wire.clone(),
             seed: None,
+            netboot: false,
+            secure_boot: self.secure_boot,
             credentials,
         }
     }
@@ -531,6 +546,7 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
         disk,
         // Machines that update themselves are not made anew.
         keep: topology.update.url.is_some(),
+        secure_boot: project.fleet.secure_boot.is_some(),
         wire: Wire::of(project, node),
         ticket,
     })

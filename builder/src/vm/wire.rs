@@ -12,8 +12,8 @@ use crate::project::Project;
 #[derive(Clone, Debug)]
 pub struct Wire {
     /// Multicast group and port: the fleet's folder has its own.
-    pub(super) group: String,
-    pub(super) mac: String,
+    pub group: String,
+    pub mac: String,
     address: Ipv4Addr,
     pub(super) door: Option<Door>,
 }

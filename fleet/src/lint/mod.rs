@@ -56,6 +56,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.database();
     lint.backup();
     lint.services();
+    lint.netboot();
     lint.promises();
     lint.high_availability();
     lint.found.sort_by_key(|d| (d.line, d.message.clone()));
@@ -254,10 +255,10 @@ impl Lint<'_> {
                 "add `[groups.hub]`: hubs carry the mesh, the VIP and etcd".to_owned(),
             );
         }
-        if voters.len() == 2 {
-            self.error(
+        if let ([only], 2..) = (&voters[..], self.topology.nodes.len()) {
+            self.warning(
                 0..0,
-                format!("etcd would have 2 voters ({}): losing either stops the fleet", voters.join(", ")),
+                format!("etcd has its only vote on {only}, whose loss stops the fleet"),
                 "have at least 3 nodes".to_owned(),
             );
         }
@@ -366,6 +367,14 @@ mod tests {
 
     const HUBS: &str = "name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"a\", \"b\", \"c\"]\n";
 
+    #[test]
+    fn two_nodes_have_one_vote_and_are_told_so() {
+        let text = "name = \"acme\"\n[groups.hub]\ncount = 2\nendpoints = [\"a\", \"b\"]\n";
+        let found = lint(&Fleet::parse("fleet.toml", text.as_bytes()).unwrap(), &profiles());
+        assert!(found.iter().any(|d| d.severity == Severity::Warning && d.message.contains("only vote on hub-1")));
+        assert!(errors(text).is_empty());
+    }
+
     #[track_caller]
     fn one(text: &str, line: usize, words: &str) {
         let found = errors(text);
@@ -387,6 +396,19 @@ mod tests {
         one(&format!("{HUBS}[groups.db]\ncount = 2\nfirst = \"10.10.0.3\"\n"), 7, "would both have 10.10.0.3");
         one(&format!("{HUBS}[groups.db]\ncount = 2\nfirst = \"10.10.1.3\"\n"), 7, "outside the mesh");
         one(&format!("{HUBS}[vip]\naddress = \"10.9.0.1\"\n"), 6, "the VIP 10.9.0.1");
+        one(&format!("{HUBS}[netboot]\nothers = \"app\"\n"), 5, "no node or group `app`");
+        one(&format!("{HUBS}[netboot.machines]\n\"52:54:00:AA:BB:CC\" = \"hub-1\"\n"), 5, "not a MAC address");
+        one(
+            &format!("{HUBS}[netboot.machines]\nA1 = \"hub-1\"\nA2 = \"hub-1\"\n"),
+            5,
+            "two machines are to be `hub-1`",
+        );
+        one(&format!("{HUBS}[netboot]\ndiskless = [\"app\"]\n"), 5, "no group `app`");
+        one(
+            &format!("{HUBS}[update]\nurl = \"http://a.example/\"\n[netboot]\ndiskless = [\"hub\"]\n"),
+            7,
+            "take no updates",
+        );
         one(&format!("{HUBS}[vip]\naddress = \"10.10.0.2\"\n"), 3, "hub-2 and the VIP");
         one(&format!("{HUBS}[mesh]\ntransport = \"10.10.0.0/24\"\n"), 6, "overlaps");
         one(&format!("{HUBS}[groups.a]\ncount = 1\nroles = [\"db\", \"monitor\"]\n"), 7, "both eat the disk");
@@ -405,7 +427,6 @@ mod tests {
             "neither a host name",
         );
         one("name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"a\"]\n", 4, "3 hubs and 1 endpoints");
-        one("name = \"acme\"\n[groups.hub]\ncount = 2\nendpoints = [\"a\", \"b\"]\n", 0, "2 voters");
         one("name = \"acme\"\nversion = \"1_2\"\n[groups.hub]\ncount = 1\nendpoints = [\"a\"]\n", 2, "image's version");
         one("name = \"Acme\"\n[groups.hub]\ncount = 1\nendpoints = [\"a\"]\n", 1, "fleet's name");
         one("name = \"acme\"\n", 0, "no groups");

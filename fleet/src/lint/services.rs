@@ -1,5 +1,7 @@
 //! What is known of the services: what they insist on, and what their time-outs add up to.
 
+use std::collections::BTreeSet;
+
 use super::Lint;
 use crate::diagnostic::nearest;
 
@@ -82,6 +84,53 @@ impl Lint<'_> {
                     None,
                 );
             }
+        }
+    }
+
+    /// Machines that boot from the network become something that there is.
+    pub(super) fn netboot(&mut self) {
+        let netboot = self.fleet.netboot.get_ref();
+        let span = self.fleet.netboot.span();
+        let nodes = &self.topology.nodes;
+        let mut wrong = Vec::new();
+        for to in netboot.machines.values().chain(&netboot.others) {
+            if !nodes.iter().any(|n| n.name == *to || n.group == *to) {
+                let known: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
+                wrong.push((
+                    format!("[netboot] there is no node or group `{to}`"),
+                    format!("there are {}", known.join(", ")),
+                ));
+            }
+        }
+        for name in netboot.machines.keys().filter(|name| name.contains(':')) {
+            let octets: Vec<&str> = name.split(':').collect();
+            let good = |o: &&str| o.len() == 2 && o.chars().all(|c| c.is_ascii_digit() || ('a'..='f').contains(&c));
+            if octets.len() != 6 || !octets.iter().all(good) {
+                wrong.push((
+                    format!("[netboot] `{name}` is not a MAC address"),
+                    "write it in lower case, such as \"52:54:00:aa:bb:cc\"".to_owned(),
+                ));
+            }
+        }
+        let mut seen = BTreeSet::new();
+        for to in netboot.machines.values().filter(|to| nodes.iter().any(|n| n.name == **to)) {
+            if !seen.insert(to) {
+                wrong
+                    .push((format!("[netboot] two machines are to be `{to}`"), "each is a node of its own".to_owned()));
+            }
+        }
+        for group in netboot.diskless.iter().filter(|g| !self.fleet.groups.contains_key(*g)) {
+            let known: Vec<&str> = self.fleet.groups.keys().map(String::as_str).collect();
+            wrong.push((format!("[netboot] there is no group `{group}`"), format!("there are {}", known.join(", "))));
+        }
+        if !netboot.diskless.is_empty() && self.fleet.update.get_ref().url.is_some() {
+            wrong.push((
+                "[netboot] machines that run from memory take no updates, and [update] would wait for them".to_owned(),
+                "leave [update] out, and restart them one after the other from the newer image".to_owned(),
+            ));
+        }
+        for (message, help) in wrong {
+            self.error(span.clone(), message, help);
         }
     }
 

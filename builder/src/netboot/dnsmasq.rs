@@ -1,0 +1,144 @@
+//! The configuration of dnsmasq, which answers firmware: addresses (or only the boot file, beside
+//! another DHCP server), and the installer over TFTP.
+
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+
+/// The installer's name on the TFTP server.
+pub const LOADER: &str = "bakehouse.efi";
+/// iPXE's script on the HTTP server.
+pub const SCRIPT: &str = "bakehouse.ipxe";
+/// Folders in dnsmasq's own.
+pub const TFTP: &str = "tftp";
+pub const HOSTS: &str = "hosts";
+
+/// Where and how firmware is answered.
+#[derive(Clone, Debug)]
+pub struct Service {
+    pub interface: String,
+    /// This host's, on that interface.
+    pub address: Ipv4Addr,
+    pub net: Ipv4Net,
+    /// Gives addresses out itself; else somebody else on the network does.
+    pub dhcp: bool,
+    /// Of the HTTP server.
+    pub port: u16,
+    /// dnsmasq's folder.
+    pub dir: String,
+}
+
+impl Service {
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}:{}", self.address, self.port)
+    }
+
+    /// `dnsmasq.conf`.
+    #[must_use]
+    pub fn config(&self) -> String {
+        let Self { interface, address, net, dir, .. } = self;
+        let url = self.url();
+        let mut text = format!(
+            "# No DNS.\nport=0\nno-resolv\nno-hosts\nbind-interfaces\ninterface={interface}\nexcept-interface=lo\n\
+             log-facility=-\nlog-dhcp\nuser=nobody\ngroup=nogroup\n\
+             enable-tftp\ntftp-root={dir}/{TFTP}\ntftp-secure\ntftp-no-fail\n\
+             # Machines that were installed start from their disks.\ndhcp-hostsdir={dir}/{HOSTS}\n"
+        );
+        if self.dhcp {
+            let (first, last) = range(*net, *address);
+            let _ = writeln!(
+                text,
+                "dhcp-range={first},{last},{},1h\ndhcp-authoritative\ndhcp-leasefile={dir}/leases\n\
+                 # No router and no name server: this network leads nowhere.\ndhcp-option=3\ndhcp-option=6",
+                net.netmask()
+            );
+        } else {
+            let _ = writeln!(text, "dhcp-range={},proxy,{}", net.network(), net.netmask());
+        }
+        // 7 and 9 are what firmware of x86-64 calls itself; 16 asks for an address of HTTP.
+        for arch in [7, 9] {
+            let _ = writeln!(text, "dhcp-match=set:uefi,option:client-arch,{arch}");
+        }
+        let _ = writeln!(text, "dhcp-match=set:http,option:client-arch,16\ndhcp-match=set:ipxe,175");
+        if self.dhcp {
+            let _ = writeln!(text, "dhcp-boot=tag:uefi,tag:!ipxe,tag:!installed,{LOADER},,{address}");
+        } else {
+            let _ = writeln!(text, "pxe-prompt=tag:uefi,tag:!ipxe,tag:!installed,\"Bakehouse\",0");
+            for name in ["X86-64_EFI", "BC_EFI"] {
+                let _ = writeln!(
+                    text,
+                    "pxe-service=tag:uefi,tag:!ipxe,tag:!installed,{name},\"Bakehouse\",{LOADER},{address}"
+                );
+            }
+        }
+        let _ = writeln!(text, "dhcp-boot=tag:uefi,tag:ipxe,tag:!installed,{url}/{SCRIPT}");
+        let _ = writeln!(
+            text,
+            "dhcp-option-force=tag:http,tag:!installed,60,HTTPClient\ndhcp-boot=tag:http,tag:!installed,{url}/{LOADER}"
+        );
+        text
+    }
+}
+
+/// iPXE's script. It hands programs their file's name for a command line, which would replace the
+/// installer's own: so it is said here.
+#[must_use]
+pub fn script(service: &Service, cmdline: &str) -> String {
+    format!("#!ipxe\nchain {}/{LOADER} {cmdline}\n", service.url())
+}
+
+/// Addresses to give out: the net's upper half, without this host's.
+fn range(net: Ipv4Net, own: Ipv4Addr) -> (Ipv4Addr, Ipv4Addr) {
+    let (network, broadcast) = (u32::from(net.network()), u32::from(net.broadcast()));
+    let middle = network + (broadcast - network) / 2 + 1;
+    let (first, last) = (middle, broadcast - 1);
+    match u32::from(own) {
+        own if own == first => (Ipv4Addr::from(first + 1), Ipv4Addr::from(last)),
+        own if own > first && own <= last => (Ipv4Addr::from(first), Ipv4Addr::from(own - 1)),
+        _ => (Ipv4Addr::from(first), Ipv4Addr::from(last)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(dhcp: bool) -> Service {
+        Service {
+            interface: "lan".into(),
+            address: Ipv4Addr::new(192, 0, 2, 1),
+            net: "192.0.2.0/24".parse().unwrap(),
+            dhcp,
+            port: 8080,
+            dir: "/run/x".into(),
+        }
+    }
+
+    #[test]
+    fn addresses_are_the_upper_half_and_never_this_hosts() {
+        let net: Ipv4Net = "192.0.2.0/24".parse().unwrap();
+        let of = |own: u8| range(net, Ipv4Addr::new(192, 0, 2, own));
+        assert_eq!(of(1), (Ipv4Addr::new(192, 0, 2, 128), Ipv4Addr::new(192, 0, 2, 254)));
+        assert_eq!(of(128).0, Ipv4Addr::new(192, 0, 2, 129));
+        assert_eq!(of(200).1, Ipv4Addr::new(192, 0, 2, 199));
+    }
+
+    /// `dnsmasq --test` reads it where it is installed; CI has it.
+    #[test]
+    fn dnsmasq_takes_it() {
+        for dhcp in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("dnsmasq.conf");
+            for folder in [TFTP, HOSTS] {
+                std::fs::create_dir(dir.path().join(folder)).unwrap();
+            }
+            let service = Service { dir: dir.path().display().to_string(), ..service(dhcp) };
+            std::fs::write(&path, service.config()).unwrap();
+            let said = std::process::Command::new("dnsmasq").arg("--test").arg("-C").arg(&path).output();
+            let said = said.expect("dnsmasq is installed: builder/host-deps.sh dnsmasq-base");
+            assert!(said.status.success(), "{}\n{}", String::from_utf8_lossy(&said.stderr), service.config());
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What this machine is: its network cards, its maker's serial number, its disks, its memory.
+
+use std::fs;
+use std::path::Path;
+
+use fleet::netboot::{Machine, MachineDisk};
+
+use crate::error::{Error, Result};
+
+/// As the kernel tells it.
+pub(super) fn look() -> Result<Machine> {
+    let memory = crate::machine::read("")?.memory << 20;
+    Ok(Machine { memory, ..look_in(Path::new("/sys"))? })
+}
+
+fn look_in(sys: &Path) -> Result<Machine> {
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let mut macs = Vec::new();
+    for card in entries(&sys.join("class/net"))? {
+        // Only what is a device, and Ethernet.
+        if card.join("device").exists() && read(&card.join("type")) == "1" {
+            macs.push(read(&card.join("address")));
+        }
+    }
+    let mut disks = Vec::new();
+    for disk in entries(&sys.join("class/block"))? {
+        let size = read(&disk.join("size")).parse::<u64>().unwrap_or(0) * 512;
+        // Optical drives are devices too.
+        let name = disk.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if disk.join("device").exists() && !disk.join("partition").exists() && size > 0 && !name.starts_with("sr") {
+            let removable = read(&disk.join("removable")) == "1";
+            disks.push(MachineDisk { path: format!("/dev/{name}"), size, removable });
+        }
+    }
+    let serial = read(&sys.join("class/dmi/id/product_serial"));
+    Ok(Machine { version: Machine::VERSION, macs, serial, disks, memory: 0, key: String::new() })
+}
+
+fn entries(dir: &Path) -> Result<Vec<std::path::PathBuf>> {
+    let read = fs::read_dir(dir).map_err(Error::io("read", dir))?;
+    let mut found: Vec<_> = read.filter_map(|e| Some(e.ok()?.path())).collect();
+    found.sort();
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_and_disks_are_devices() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("class/net/lo/address", "00:00:00:00:00:00\n");
+        write("class/net/eth0/address", "52:54:00:aa:bb:cc\n");
+        write("class/net/eth0/type", "1\n");
+        write("class/net/eth0/device/x", "");
+        for (name, size, device) in
+            [("vda", "2048", true), ("loop0", "8", false), ("sr0", "8", true), ("vdb", "0", true)]
+        {
+            write(&format!("class/block/{name}/size"), size);
+            write(&format!("class/block/{name}/removable"), "0\n");
+            if device {
+                write(&format!("class/block/{name}/device/x"), "");
+            }
+        }
+        write("class/block/vda1/size", "1024");
+        write("class/block/vda1/device/x", "");
+        write("class/block/vda1/partition", "1");
+        write("class/dmi/id/product_serial", "A1\n");
+        let found = look_in(dir.path()).unwrap();
+        assert_eq!(found.macs, ["52:54:00:aa:bb:cc"]);
+        assert_eq!(found.serial, "A1");
+        assert_eq!(found.disks, [MachineDisk { path: "/dev/vda".into(), size: 1 << 20, removable: false }]);
+    }
+}

@@ -1,0 +1,130 @@
+//! A bare machine that booted from the network becomes a node: it asks what it is to be, writes the
+//! image to its disk, checks what it wrote, puts its ticket in, and restarts from there; or it
+//! takes the image into its memory, and goes on from there.
+//!
+//! The partition table comes last: a machine whose power fails before has a disk that no firmware
+//! starts from, boots from the network again, and starts over.
+
+mod disk;
+mod machine;
+mod memory;
+mod sealed;
+mod server;
+
+use std::fmt::Display;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use fleet::netboot::{Errand, Install, Machine, Step};
+
+use disk::Target;
+pub use sealed::{Key, seal};
+use server::Server;
+
+use crate::error::{Error, Result};
+
+/// How often a server that says "nothing" is asked again.
+const PAUSE: Duration = Duration::from_secs(15);
+
+/// Ends when the machine is to restart from its disk, or to go on from its memory.
+///
+/// # Errors
+/// The kernel's command line names no server. Whatever else goes wrong is said, and tried again.
+pub fn install() -> Result<()> {
+    let cmdline = std::fs::read_to_string("/proc/cmdline").map_err(Error::io("read", Path::new("/proc/cmdline")))?;
+    let server = Server::of(&cmdline)?;
+    let mut said = String::new();
+    loop {
+        match attempt(&server) {
+            Ok(None) => return Ok(()),
+            // Once: a machine may wait for days until somebody says what it is to be.
+            Ok(Some(why)) if why != said => {
+                tell(&why);
+                said = why;
+            }
+            Ok(Some(_)) => {}
+            Err(e) => {
+                let why = e.to_string();
+                if why != said {
+                    tell(&why);
+                    said.clone_from(&why);
+                }
+                server.news(Step::Failed { why });
+            }
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Why there is nothing to do; none when it was done.
+fn attempt(server: &Server) -> Result<Option<String>> {
+    let key = Key::generate()?;
+    let machine = Machine { key: key.public().to_owned(), ..machine::look()? };
+    match server.ask(&machine)? {
+        Errand::Nothing { why } => return Ok(Some(why)),
+        Errand::Install(install) => {
+            write(server, &install, &key.open(&install.ticket)?)?;
+            server.news(Step::Installed);
+            tell(format!("{} is on {}; restarting from there", install.to, install.disk));
+            run(Command::new("/usr/bin/systemctl").args(["--no-block", "--force", "reboot"]), "systemctl reboot")?;
+        }
+        Errand::Run(errand) => {
+            tell(format!("{} comes to this machine's memory", errand.to));
+            memory::prepare(server, &errand, &key.open(&errand.ticket)?)?;
+            server.news(Step::Started);
+            memory::enter()?;
+        }
+    }
+    Ok(None)
+}
+
+fn write(server: &Server, install: &Install, ticket: &[u8]) -> Result<()> {
+    tell(format!("{} comes to {}", install.to, install.disk));
+    let target = Target::open(install)?;
+    target.clear()?;
+    let mut tenths = Tenths::of(install.extents.iter().map(|e| e.size).sum());
+    target.write(server, |bytes| tenths.advance(server, bytes))?;
+    target.verify()?;
+    target.put_ticket(ticket)?;
+    target.finish()
+}
+
+/// How far it is: a line for each tenth.
+struct Tenths {
+    bytes: u64,
+    of: u64,
+}
+
+impl Tenths {
+    fn of(of: u64) -> Self {
+        Self { bytes: 0, of: of.max(1) }
+    }
+
+    fn advance(&mut self, server: &Server, bytes: u64) {
+        let before = self.bytes * 10 / self.of;
+        self.bytes += bytes;
+        let now = self.bytes * 10 / self.of;
+        if now > before {
+            tell(format!("{} % of {} MB", now * 10, self.of / 1_000_000));
+            server.news(Step::Writing { bytes: self.bytes, of: self.of });
+        }
+    }
+}
+
+fn run(command: &mut Command, what: &str) -> Result<()> {
+    output(command, what).map(drop)
+}
+
+/// What a command that must succeed prints.
+fn output(command: &mut Command, what: &str) -> Result<String> {
+    let output = command.output().map_err(|e| Error::Failed(format!("{what} does not start: {e}")))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    }
+    Err(Error::Failed(format!("{what} failed: {}", String::from_utf8_lossy(&output.stderr).trim())))
+}
+
+fn tell(what: impl Display) {
+    println!("bakehouse: {what}");
+}

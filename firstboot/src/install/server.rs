@@ -1,0 +1,71 @@
+//! `bakehouse netboot`, as a machine asks it.
+
+use std::io::Read;
+use std::time::Duration;
+
+use fleet::netboot::{Errand, Extent, Machine, News, Step};
+use ureq::Agent;
+
+use crate::error::{Error, Result};
+
+/// Without a byte for so long, a connection is dead.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(super) struct Server {
+    base: String,
+    agent: Agent,
+    mac: String,
+}
+
+impl Server {
+    /// By the word on the kernel's command line.
+    pub(super) fn of(cmdline: &str) -> Result<Self> {
+        let word = cmdline.split_whitespace().find_map(|w| w.strip_prefix(Machine::SERVER)?.strip_prefix('='));
+        let base = word.ok_or_else(|| {
+            Error::Configuration(format!("the kernel's command line has no {}=http://…", Machine::SERVER))
+        })?;
+        let config = Agent::config_builder()
+            .timeout_connect(Some(PATIENCE))
+            .timeout_recv_response(Some(PATIENCE))
+            .http_status_as_error(false)
+            .build();
+        let mac = super::machine::look().ok().and_then(|m| m.macs.first().cloned()).unwrap_or_default();
+        Ok(Self { base: base.trim_end_matches('/').to_owned(), agent: config.into(), mac })
+    }
+
+    pub(super) fn ask(&self, machine: &Machine) -> Result<Errand> {
+        let body = serde_json::to_vec(machine).map_err(|e| Error::Failed(e.to_string()))?;
+        let mut answer = self.agent.post(self.url("/v1/machine")).send(&body[..]).map_err(|e| self.failed(e))?;
+        let text = answer.body_mut().with_config().limit(1 << 22).read_to_string().map_err(|e| self.failed(e))?;
+        if !answer.status().is_success() {
+            return Err(self.failed(format!("{} {text}", answer.status())));
+        }
+        serde_json::from_str(&text).map_err(|e| self.failed(e))
+    }
+
+    /// Nobody waits for it.
+    pub(super) fn news(&self, step: Step) {
+        let news = News { version: Machine::VERSION, mac: self.mac.clone(), step };
+        if let Ok(body) = serde_json::to_vec(&news) {
+            let _ = self.agent.post(self.url("/v1/news")).send(&body[..]);
+        }
+    }
+
+    /// A part of a file.
+    pub(super) fn read(&self, path: &str, extent: Extent) -> Result<impl Read + use<>> {
+        let range = format!("bytes={}-{}", extent.start, extent.start + extent.size - 1);
+        let answer = self.agent.get(self.url(path)).header("range", range).call().map_err(|e| self.failed(e))?;
+        if answer.status() != 206 {
+            return Err(self.failed(format!("{path}: {}", answer.status())));
+        }
+        Ok(answer.into_body().into_with_config().limit(extent.size).reader())
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    pub(super) fn failed(&self, why: impl std::fmt::Display) -> Error {
+        Error::Network { to: self.base.clone(), why: why.to_string() }
+    }
+}

@@ -1,0 +1,119 @@
+//! A rack of bare machines becomes nodes: the firmware's own PXE client, dnsmasq, and disks with
+//! nothing on them. One is installed, one keeps nothing at all, one keeps what it has on its disk.
+
+use bakehouse_tests::rack::Rack;
+use bakehouse_tests::{Lab, Machine};
+
+const MAC: &str = "52:54:00:12:00:01";
+
+/// Roles of which nothing is asked but to be in the mesh; `edge` keeps nothing.
+const FLEET: &str = r#"
+name = "rack"
+version = "1"
+
+[netboot]
+diskless = ["edge", "shed"]
+
+[netboot.machines]
+"52:54:00:00:00:99" = "hub-1"
+"52:54:00:12:00:32" = "shed-1"
+
+[groups.hub]
+count = 1
+endpoints = ["198.18.0.1"]
+
+[groups.edge]
+count = 2
+first = "10.10.0.40"
+
+[groups.shed]
+count = 1
+first = "10.10.0.50"
+"#;
+
+#[test]
+fn bare_machines_become_what_was_said_of_them() {
+    let lab = Lab::empty("netboot");
+    lab.write("fleet.toml", FLEET);
+    for (role, volatile) in [("edge", true), ("shed", false)] {
+        lab.write(
+            &format!("profiles/roles/{role}.toml"),
+            &format!("description = \"In the mesh\"\noverlays = [\"{role}\"]\n[disk]\nvolatile = {volatile}\n"),
+        );
+        lab.write(
+            &format!("overlays/{role}/usr/lib/systemd/system/role-{role}.target"),
+            "[Unit]\nDescription=In the mesh\n",
+        );
+    }
+    lab.init();
+    lab.ok(&["lock"]);
+    lab.ok(&["build"]);
+    let mut hub = Machine::of(&lab, "hub-1");
+    let mut rack = Rack::open(&lab, &hub.wire());
+
+    // A machine of which nothing was said: it is left alone, and both sides say so.
+    rack.serve(&lab, &[]);
+    hub.start_bare(&lab);
+    let refusal = format!("nobody said what this machine is to be; in fleet.toml: [netboot.machines] \"{MAC}\"");
+    hub.wait_for(&[&refusal]);
+    rack.hears(&refusal);
+
+    // Somebody says it. The power fails while the image comes: nothing boots from half of one, and
+    // the machine starts over by itself.
+    lab.edit("fleet.toml", "52:54:00:00:00:99", MAC);
+    lab.edit("fleet.toml", "diskless =", "others = \"edge\"\ndiskless =");
+    rack.serve(&lab, &[]);
+    hub.wait_for(&["bakehouse: 50 % of"]);
+    hub.cut_power();
+    hub.start_bare(&lab);
+    hub.wait_for(&["bakehouse: hub-1 is on /dev/vda; restarting from there"]);
+    rack.hears("hub-1 is on its disk");
+    hub.wait_for(&["bakehouse: ready (hub-1)"]);
+
+    // It is the node that flash would have made: its ticket is used up, and gone.
+    assert_eq!(hub.ok("find /efi/loader -name '*.cred'"), "");
+    assert_eq!(hub.ok("findmnt -no SOURCE,FSTYPE /"), "/dev/mapper/root erofs");
+    assert_eq!(hub.ok("lsblk -no PARTLABEL /dev/vda | grep -c _empty"), "2");
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
+    let audit = lab.read("build/netboot/audit.jsonl");
+    assert!(audit.contains("is to be hub-1, on /dev/vda") && audit.contains("has hub-1 on its disk"), "{audit}");
+
+    // Nobody named this one: it takes the first place that there is, in its memory, and its disk
+    // stays as it was.
+    let mut edge = Machine::of(&lab, "edge-1");
+    edge.start_bare(&lab);
+    edge.wait_for(&["bakehouse: ready (edge-1)"]);
+    assert_eq!(edge.ok("findmnt -no SOURCE,FSTYPE /"), "/dev/mapper/root erofs");
+    assert!(edge.ok("dmsetup table root").contains(" verity 1 "));
+    assert_eq!(edge.ok("findmnt -no FSTYPE /var"), "tmpfs");
+    assert_eq!(edge.ok("head -c 64M /dev/vda | tr -d '\\0' | wc -c"), "0");
+    assert_eq!(edge.ok("systemctl --failed --no-legend --plain"), "");
+    let machine_id = edge.ok("cat /etc/machine-id");
+    let keys = edge.ok("sha256sum /var/lib/bakehouse/keys.json");
+    // Started again, it is the same node with other keys, and the one before is fenced.
+    edge.cut_power();
+    edge.start_bare(&lab);
+    edge.wait_for(&["bakehouse: ready (edge-1)"]);
+    assert!(edge.ok("firstboot status --json").contains(r#""epoch":2"#));
+    assert_eq!(edge.ok("cat /etc/machine-id"), machine_id);
+    assert_ne!(edge.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);
+    edge.cut_power();
+
+    // What has to keep something keeps it, on a disk that it makes for that.
+    let mut shed = Machine::of(&lab, "shed-1");
+    shed.start_bare(&lab);
+    shed.wait_for(&["bakehouse: ready (shed-1)"]);
+    assert_eq!(shed.ok("findmnt -no SOURCE,FSTYPE /var"), "/dev/vda1 ext4");
+    assert_eq!(shed.ok("systemctl --failed --no-legend --plain"), "");
+    let keys = shed.ok("sha256sum /var/lib/bakehouse/keys.json; sync");
+    shed.cut_power();
+    shed.start_bare(&lab);
+    shed.wait_for(&["bakehouse: ready (shed-1)"]);
+    assert_eq!(shed.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);
+    assert!(shed.ok("firstboot status --json").contains(r#""epoch":1"#));
+    let audit = lab.read("build/netboot/audit.jsonl");
+    for line in ["is to be edge-1, in memory\"", "is to be shed-1, in memory, with /var on /dev/vda", "runs as edge-1"]
+    {
+        assert!(audit.contains(line), "{line}: {audit}");
+    }
+}
