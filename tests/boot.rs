@@ -4,7 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::process::Command;
 
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::{Lab, Machine, first_difference};
 
 const READY: &str = "bakehouse: ready (hub-1)";
 const FAILED_CLOSED: &str = "bakehouse: the root file system could not be verified or mounted; restarting";
@@ -112,6 +112,46 @@ fn one_flipped_byte_in_the_root_makes_the_boot_fail_closed() {
     assert!(!console.contains("Reached target multi-user.target"), "{console}");
     hub.cut_power();
     fs::remove_file(&tampered).expect("the copy");
+}
+
+#[test]
+fn with_secure_boot_what_is_not_signed_does_not_run() {
+    let lab = Lab::empty("secure");
+    lab.write(
+        "fleet.toml",
+        "name = \"safe\"\nversion = \"1\"\n[secure_boot]\n[groups.hub]\ncount = 1\nendpoints = [\"hub.example.net\"]\n",
+    );
+    lab.init();
+    lab.ok(&["lock"]);
+    lab.ok(&["build"]);
+    // Signing brings nothing into an image that is not in its inputs.
+    let built = lab.dir.join("build/hub");
+    let first = lab.dir.join("first");
+    fs::rename(&built, &first).expect("it was built");
+    lab.ok(&["build"]);
+    let names = ["safe-hub_1.efi", "safe-hub_1.raw"].map(str::to_owned);
+    assert_eq!(first_difference(&first, &built, &names), None);
+
+    // Firmware without a key is given the fleet's, and enforces it from then on; the ticket is on the
+    // disk.
+    let disk = lab.dir.join("hub-1.raw");
+    lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters")]);
+    let mut hub = Machine::of(&lab, "hub-1");
+    hub.start_flashed(&disk);
+    hub.wait_for(&[READY]);
+    let status = hub.ok("bootctl status --no-pager 2>/dev/null | sed -n 's/^ *Secure Boot: //p'");
+    assert_eq!(status, "enabled (user)");
+    assert_eq!(hub.ok("find /efi -name '*ticket*'"), "");
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
+
+    // One changed byte of what firmware runs.
+    hub.ok("uki=$(ls /efi/EFI/Linux/*.efi); printf '\\001' | dd of=$uki bs=1 seek=9000000 conv=notrunc; sync");
+    hub.cut_power();
+    hub.start_flashed(&disk);
+    let said = ["Security violation", "Security Violation", "Access denied", "Access Denied"];
+    assert_ne!(hub.wait_for(&[&said[..], &[READY]].concat()), READY);
+    assert!(!hub.console().contains("Linux version"), "{}", hub.console());
+    hub.cut_power();
 }
 
 #[test]

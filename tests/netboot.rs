@@ -67,7 +67,7 @@ fn bare_machines_become_what_was_said_of_them() {
     hub.cut_power();
     hub.start_bare(&lab);
     hub.wait_for(&["bakehouse: hub-1 is on /dev/vda; restarting from there"]);
-    rack.hears("hub-1 is on its disk");
+    rack.hears("hub-1: is on its disk");
     hub.wait_for(&["bakehouse: ready (hub-1)"]);
 
     // It is the node that flash would have made: its ticket is used up, and gone.

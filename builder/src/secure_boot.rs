@@ -18,7 +18,7 @@ use crate::store::write_atomic;
 use crate::tools::{Tools, run};
 
 /// What the tools tree has beside the rest where programs are signed.
-pub const PACKAGES: [&str; 2] = ["openssl", "systemd-repart"];
+pub const PACKAGES: [&str; 3] = ["libfaketime", "openssl", "systemd-repart"];
 
 /// `EFI_CERT_X509_GUID`, `EFI_CERT_TYPE_PKCS7_GUID`: UEFI specification, 32.4 and 8.2.2.
 const X509: Uuid = uuid!("a5c059a1-94e4-4aa7-87b5-ab155c2bf072");
@@ -108,7 +108,10 @@ impl Signer {
         let mut sign = tools.command("usr/lib/systemd/systemd-sbsign");
         let option = |name: &str, path: &Path| format!("--{name}={}", path.display());
         sign.arg("sign").arg(option("certificate", &self.certificate)).arg(option("private-key", &self.key));
-        sign.arg(option("output", &to)).arg(&from).env("SOURCE_DATE_EPOCH", epoch.to_string());
+        sign.arg(option("output", &to)).arg(&from);
+        // It writes down when it signs, and can't be told: the packages' time.
+        sign.env("LD_PRELOAD", tools.file("usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"));
+        sign.env("FAKETIME_FMT", "%s").env("FAKETIME", epoch.to_string());
         run(&mut sign, "systemd-sbsign")?;
         fs::read(&to).map_err(Error::io("read", &to))
     }

@@ -123,7 +123,7 @@ impl Topology {
             }
         }
         let hubs: Vec<Node> = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
-        let voters = voters(&nodes, &hubs);
+        let voters = voters(&nodes, &hubs, &fleet.netboot.get_ref().diskless);
         for node in nodes.iter_mut().filter(|n| voters.contains(&n.name)) {
             node.roles.insert(0, VOTER.to_owned());
         }
@@ -195,10 +195,12 @@ fn offset(net: Ipv4Net, host: u32) -> Ipv4Addr {
 
 /// Who holds an etcd vote: five or three hubs; fewer hubs are joined by monitors, then by
 /// the rest in order, until there are three.
-fn voters(nodes: &[Node], hubs: &[Node]) -> Vec<String> {
+fn voters(nodes: &[Node], hubs: &[Node], diskless: &[String]) -> Vec<String> {
     let want = if hubs.len() >= 5 { 5 } else { 3 };
-    let monitors = nodes.iter().filter(|n| n.hub == 0 && n.has_role("monitor"));
-    let others = nodes.iter().filter(|n| n.hub == 0 && !n.has_role("monitor"));
+    // A vote is on a disk.
+    let with_disk = |n: &&Node| n.hub == 0 && !diskless.contains(&n.group);
+    let monitors = nodes.iter().filter(with_disk).filter(|n| n.has_role("monitor"));
+    let others = nodes.iter().filter(with_disk).filter(|n| !n.has_role("monitor"));
     let mut voters: Vec<String> =
         hubs.iter().chain(monitors).chain(others).take(want).map(|n| n.name.clone()).collect();
     if voters.len() == 2 {
@@ -253,6 +255,8 @@ mod tests {
     fn five_hubs_give_five_voters_and_four_give_three_and_two_nodes_one() {
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=1\ndb.count=1\n").voters, ["hub-1"]);
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=2\n").voters, ["hub-1"]);
+        let text = "name=\"x\"\n[netboot]\ndiskless=[\"app\"]\n[groups]\nhub.count=2\napp.count=2\n";
+        assert_eq!(topology(text).voters, ["hub-1"]);
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=5\n").voters.len(), 5);
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=4\n").voters.len(), 3);
     }

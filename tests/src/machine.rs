@@ -65,8 +65,10 @@ impl Machine {
         std::fs::File::create(&blank).and_then(|f| f.set_len(1 << 20)).expect("the lab is writable");
         self.image = Some(blank.clone());
         let described = start_of(&self.project, &self.vm.node).expect("the node is there").without_ticket();
-        // The disk is what was made of it, whatever the blank's time.
-        let mut start = Start { image: &blank, netboot: true, keep: true, ..described.as_start() };
+        // The disk is what was made of it, whatever the blank's time. There is memory for an image.
+        let start = described.as_start();
+        let memory = start.memory + (1 << 30);
+        let mut start = Start { image: &blank, netboot: true, keep: true, memory, ..start };
         if self.project.topology.node(&self.vm.node).is_none_or(|node| node.hub == 0) {
             start.credentials.clear();
         }

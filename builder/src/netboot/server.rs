@@ -32,12 +32,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 type Body = BoxBody<Bytes, io::Error>;
 
+/// Answers a request's body at a path. Runs beside the server; it may wait for the disk.
+pub type Desk = dyn Fn(&str, &[u8]) -> Result<Vec<u8>, String> + Send + Sync;
+
 /// What there is to be had.
 pub struct Shelf {
     /// By path.
     pub files: BTreeMap<String, Arc<File>>,
-    /// By path: what answers a request's body. Runs beside the server; it may wait for the disk.
-    pub desk: Box<dyn Fn(&str, &[u8]) -> Result<Vec<u8>, String> + Send + Sync>,
+    pub desk: Box<Desk>,
 }
 
 /// Serves until the process ends.

@@ -33,10 +33,10 @@ const PAUSE: Duration = Duration::from_secs(15);
 /// The kernel's command line names no server. Whatever else goes wrong is said, and tried again.
 pub fn install() -> Result<()> {
     let cmdline = std::fs::read_to_string("/proc/cmdline").map_err(Error::io("read", Path::new("/proc/cmdline")))?;
-    let server = Server::of(&cmdline)?;
+    let mut server = Server::of(&cmdline)?;
     let mut said = String::new();
     loop {
-        match attempt(&server) {
+        match attempt(&mut server) {
             Ok(None) => return Ok(()),
             // Once: a machine may wait for days until somebody says what it is to be.
             Ok(Some(why)) if why != said => {
@@ -58,7 +58,7 @@ pub fn install() -> Result<()> {
 }
 
 /// Why there is nothing to do; none when it was done.
-fn attempt(server: &Server) -> Result<Option<String>> {
+fn attempt(server: &mut Server) -> Result<Option<String>> {
     let key = Key::generate()?;
     let machine = Machine { key: key.public().to_owned(), ..machine::look()? };
     match server.ask(&machine)? {

@@ -29,11 +29,13 @@ impl Server {
             .timeout_recv_response(Some(PATIENCE))
             .http_status_as_error(false)
             .build();
-        let mac = super::machine::look().ok().and_then(|m| m.macs.first().cloned()).unwrap_or_default();
-        Ok(Self { base: base.trim_end_matches('/').to_owned(), agent: config.into(), mac })
+        Ok(Self { base: base.trim_end_matches('/').to_owned(), agent: config.into(), mac: String::new() })
     }
 
-    pub(super) fn ask(&self, machine: &Machine) -> Result<Errand> {
+    /// What this machine is to be. News are this machine's, from now on: its cards come up in their
+    /// own time.
+    pub(super) fn ask(&mut self, machine: &Machine) -> Result<Errand> {
+        self.mac = machine.macs.first().cloned().unwrap_or_default();
         let body = serde_json::to_vec(machine).map_err(|e| Error::Failed(e.to_string()))?;
         let mut answer = self.agent.post(self.url("/v1/machine")).send(&body[..]).map_err(|e| self.failed(e))?;
         let text = answer.body_mut().with_config().limit(1 << 22).read_to_string().map_err(|e| self.failed(e))?;

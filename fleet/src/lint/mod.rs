@@ -405,10 +405,13 @@ mod tests {
         );
         one(&format!("{HUBS}[netboot]\ndiskless = [\"app\"]\n"), 5, "no group `app`");
         one(
-            &format!("{HUBS}[update]\nurl = \"http://a.example/\"\n[netboot]\ndiskless = [\"hub\"]\n"),
+            &format!(
+                "{HUBS}[update]\nurl = \"http://a.example/\"\n[netboot]\ndiskless = [\"app\"]\n[groups.app]\ncount = 2\n"
+            ),
             7,
             "take no updates",
         );
+        one(&format!("{HUBS}[netboot]\ndiskless = [\"hub\"]\n"), 5, "hub-1 has one of etcd's votes");
         one(&format!("{HUBS}[vip]\naddress = \"10.10.0.2\"\n"), 3, "hub-2 and the VIP");
         one(&format!("{HUBS}[mesh]\ntransport = \"10.10.0.0/24\"\n"), 6, "overlaps");
         one(&format!("{HUBS}[groups.a]\ncount = 1\nroles = [\"db\", \"monitor\"]\n"), 7, "both eat the disk");

@@ -123,6 +123,13 @@ impl Lint<'_> {
             let known: Vec<&str> = self.fleet.groups.keys().map(String::as_str).collect();
             wrong.push((format!("[netboot] there is no group `{group}`"), format!("there are {}", known.join(", "))));
         }
+        let vote = nodes.iter().find(|n| netboot.diskless.contains(&n.group) && self.topology.voters.contains(&n.name));
+        if let Some(hub) = vote {
+            wrong.push((
+                format!("[netboot] {} has one of etcd's votes, and runs from memory", hub.name),
+                format!("take `{}` out of `diskless`: a vote is on a disk that the node starts from", hub.group),
+            ));
+        }
         if !netboot.diskless.is_empty() && self.fleet.update.get_ref().url.is_some() {
             wrong.push((
                 "[netboot] machines that run from memory take no updates, and [update] would wait for them".to_owned(),
