@@ -24,7 +24,7 @@ demo: deps build
 
 test: deps lint build
 	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones.
-	builder/host-deps.sh libvirt-clients dnsmasq-base
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join -- --test-threads=1

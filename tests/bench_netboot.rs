@@ -12,7 +12,7 @@ use bakehouse_tests::rack::{ADDRESS, Rack};
 use bakehouse_tests::{Lab, Machine};
 
 const MACHINES: usize = 50;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 /// Of `bakehouse netboot`, and of nginx.
 const PORTS: [u16; 2] = [8470, 8471];
 
