@@ -1,8 +1,12 @@
 //! The hub image in a real machine under UEFI firmware.
 
 use std::fs::{self, OpenOptions};
+use std::io::Read as _;
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bakehouse_tests::{Lab, Machine, first_difference};
 
@@ -88,6 +92,37 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     assert!(hub.ok("journalctl -b -1 -u firstboot -o cat").contains("hub-1 of the fleet ha"));
     hub.ok("systemctl is-system-running --wait");
     hub.shut_down();
+}
+
+#[test]
+fn a_legacy_bios_says_what_the_machine_lacks() {
+    let lab = lab("bios");
+    let image = lab.dir.join("build/hub/ha-hub_1.raw");
+    // QEMU's own BIOS, with its screen on the serial line.
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-machine", "q35,graphics=off", "-accel", "tcg", "-nodefaults", "-display", "none", "-snapshot"]);
+    qemu.args(["-serial", "stdio", "-drive"]).arg(format!("if=virtio,format=raw,file={}", image.display()));
+    let mut machine = qemu.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().expect("qemu");
+    let mut screen = machine.stdout.take().expect("a pipe");
+    let (send, receive) = mpsc::channel();
+    thread::spawn(move || {
+        let (mut said, mut part) = (Vec::new(), [0; 4096]);
+        while let Ok(n @ 1..) = screen.read(&mut part) {
+            said.extend_from_slice(&part[..n]);
+            let text = String::from_utf8_lossy(&said).into_owned();
+            let whole = text.contains("this disk needs UEFI firmware") && text.contains("legacy boot, off)");
+            if send.send(text).is_err() || whole {
+                return;
+            }
+        }
+    });
+    let until = Instant::now() + Duration::from_secs(60);
+    let mut said = String::new();
+    while let Ok(text) = receive.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        said = text;
+    }
+    machine.kill().and_then(|()| machine.wait()).expect("a child");
+    assert!(said.contains("this disk needs UEFI firmware"), "{said}");
 }
 
 #[test]

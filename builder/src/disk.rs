@@ -12,6 +12,7 @@ use gpt::partition::Partition;
 use gpt::partition_types::{EFI, LINUX_ROOT_X64, OperatingSystem, Type};
 use uuid::{Uuid, uuid};
 
+use crate::bios;
 use crate::error::{Error, Result, fail};
 use crate::tools::{Tools, run};
 use crate::verity::tree_size;
@@ -121,7 +122,9 @@ fn partitions(file: &File, slots: Slots, content: &Content, starts: [u64; 3]) ->
     ]);
     let mut file = file;
     let sectors = u32::try_from(slots.disk() / SECTOR - 1).unwrap_or(u32::MAX);
-    gpt::mbr::ProtectiveMBR::with_lb_size(sectors).overwrite_lba0(&mut file).map_err(|e| e.to_string())?;
+    let mut record = gpt::mbr::ProtectiveMBR::with_lb_size(sectors);
+    record.set_bootcode(bios::program());
+    record.overwrite_lba0(&mut file).map_err(|e| e.to_string())?;
     let mut disk =
         gpt::GptConfig::new().writable(true).create_from_device(file, Some(DISK_GUID)).map_err(|e| e.to_string())?;
     disk.update_partitions(table).map_err(|e| e.to_string())?;

@@ -2,6 +2,7 @@
 
 pub mod authority;
 mod bake;
+mod bios;
 mod checks;
 pub mod compose;
 mod credential;

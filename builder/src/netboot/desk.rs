@@ -151,6 +151,7 @@ impl Desk {
             format!("nobody said what this machine is to be; in fleet.toml: [netboot.machines] \"{mac}\" = \"NODE\"")
         })?;
         let group = plan.group_of(&to);
+        self.room(&mac, &to, plan)?;
         if self.rules.diskless.contains(&group) {
             let (need, have) = (plan.memory(&group), machine.memory);
             if have < need {
@@ -173,6 +174,17 @@ impl Desk {
         }
         let disk = self.disk(&machine.disks, plan.disk(&group, &Way::Install(String::new())))?;
         Ok((mac, to, Way::Install(disk)))
+    }
+
+    /// Whether a group has a place for one more machine: whoever asks gets a ticket, and any number may.
+    fn room(&self, mac: &str, group: &str, plan: &impl Plan) -> Result<(), String> {
+        let slots = plan.slots(group);
+        let here = |to: &String| to == group || slots.contains(to);
+        let taken = self.known.iter().filter(|(other, r)| *other != mac && here(&r.to)).count();
+        if slots.is_empty() || taken < slots.len() {
+            return Ok(());
+        }
+        Err(format!("every node of `{group}` is another machine's; raise its `count`"))
     }
 
     /// A slot for a machine that remembers none: the one it has, or the first that no machine has here.
@@ -405,6 +417,8 @@ mod tests {
         no(ask(&[("/dev/vda", 49, false)]), "too small");
         let first = ask(&[("/dev/vda", 50, false)]).unwrap();
         assert_eq!((first.to.as_str(), first.way), ("monitor", Way::Run(Some("/dev/vda".into()))));
+        no(desk.decide(&machine("52:54:00:00:00:22", "A3", &[]), &acme).unwrap(), "every node of `monitor`");
+        let mut ask = |disks: &[_]| desk.decide(&machine("52:54:00:00:00:21", "A3", disks), &acme).unwrap();
         // It has joined with it, or not: the same is good for both.
         assert!(ask(&[("/dev/vda", 50, false)]).unwrap().ticket == first.ticket);
     }
