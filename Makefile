@@ -28,7 +28,11 @@ test: deps lint build
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join -- --test-threads=1
-	cargo test --release --locked --workspace --test boot --test netboot --test fleet --test upgrade -- --test-threads=1 --nocapture
+	# Two machines at once have a processor each.
+	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture & boot=$$!; \
+		cargo test --release --locked --workspace --test netboot -- --test-threads=1 --nocapture; netboot=$$?; \
+		wait $$boot && exit $$netboot
+	cargo test --release --locked --workspace --test fleet --test upgrade -- --test-threads=1 --nocapture
 
 # Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
 bench: deps build
