@@ -27,7 +27,7 @@ const CONNECTIONS: usize = 256;
 /// A machine says no more than this in a request, in bytes.
 const LONGEST: usize = 64 << 10;
 /// Bytes of a file that are in memory for a connection.
-const CHUNK: u64 = 1 << 20;
+const CHUNK: u64 = 256 << 10;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 type Body = BoxBody<Bytes, io::Error>;
