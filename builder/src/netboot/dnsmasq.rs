@@ -42,7 +42,7 @@ impl Service {
         let url = self.url();
         let mut text = format!(
             "# No DNS.\nport=0\nno-resolv\nno-hosts\nbind-interfaces\ninterface={interface}\nexcept-interface=lo\n\
-             log-facility=-\nlog-dhcp\nuser=nobody\ngroup=nogroup\n\
+             log-facility=-\nlog-dhcp\nuser=root\ngroup=root\npid-file\n\
              enable-tftp\ntftp-root={dir}/{TFTP}\ntftp-secure\ntftp-no-fail\n\
              # Machines that were installed start from their disks.\ndhcp-hostsdir={dir}/{HOSTS}\n"
         );

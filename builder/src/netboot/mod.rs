@@ -96,7 +96,7 @@ pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
     let mut desk = Desk::open(&project.dir.join("build/netboot"), rules)?;
     order.again.iter().try_for_each(|mac| desk.again(mac))?;
 
-    // Public, all of it; dnsmasq is nobody.
+    // Public, all of it.
     let world = |path: &Path| {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(Error::io("open to all", path))
     };
@@ -113,11 +113,6 @@ pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
     let ipxe = dir.path().join(SCRIPT);
     fs::write(&ipxe, script(&service, &installer.cmdline)).map_err(Error::io("write", &ipxe))?;
     fs::set_permissions(&loader, fs::Permissions::from_mode(0o644)).map_err(Error::io("open to all", &loader))?;
-    // tftp-secure: only files of its own user.
-    let nobody = nix::unistd::User::from_name("nobody").ok().flatten().map(|u| (u.uid, u.gid));
-    if let Some((uid, gid)) = nobody {
-        nix::unistd::chown(&loader, Some(uid), Some(gid)).map_err(|e| Error::io("give away", &loader)(e.into()))?;
-    }
     for mac in desk.installed() {
         installed(dir.path(), mac)?;
     }
@@ -189,9 +184,12 @@ struct Dnsmasq(Child);
 
 impl Dnsmasq {
     fn start(config: &Path) -> Result<Self> {
-        // It would outlive a builder that is killed.
+        // It would outlive a builder that is killed. The kernel forgets that signal when a program takes
+        // another user's rights, as dnsmasq does: it stays root's, of which it has its trade's rights only.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "dnsmasq", "--keep-in-foreground", "-C"]).arg(config);
+        command.args(["--pdeathsig", "KILL", "--no-new-privs"]);
+        command.args(["--bounding-set", "-all,+net_admin,+net_bind_service,+net_raw,+setgid"]);
+        command.args(["dnsmasq", "--keep-in-foreground", "-C"]).arg(config);
         command.stdin(Stdio::null()).stderr(Stdio::piped());
         let child = command.spawn();
         Ok(Self(child.map_err(|e| Error::Failed(format!("dnsmasq does not start ({e}); apt install dnsmasq-base")))?))
