@@ -65,7 +65,12 @@ fn attempt(server: &mut Server) -> Result<Option<String>> {
         Errand::Nothing { why } => return Ok(Some(why)),
         Errand::Install(install) => {
             write(server, &install, &key.open(&install.ticket)?)?;
-            server.news(Step::Installed);
+            // A server that does not know it would have the node overwritten, where firmware asks the network
+            // first.
+            while let Err(e) = server.report(Step::Installed) {
+                tell(format!("{} is on {}, and the server has to hear it: {e}", install.to, install.disk));
+                std::thread::sleep(PAUSE);
+            }
             tell(format!("{} is on {}; restarting from there", install.to, install.disk));
             run(Command::new("/usr/bin/systemctl").args(["--no-block", "--force", "reboot"]), "systemctl reboot")?;
         }

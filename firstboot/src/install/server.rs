@@ -47,10 +47,15 @@ impl Server {
 
     /// Nobody waits for it.
     pub(super) fn news(&self, step: Step) {
+        let _ = self.report(step);
+    }
+
+    /// News that the server has written down.
+    pub(super) fn report(&self, step: Step) -> Result<()> {
         let news = News { version: Machine::VERSION, mac: self.mac.clone(), step };
-        if let Ok(body) = serde_json::to_vec(&news) {
-            let _ = self.agent.post(self.url("/v1/news")).send(&body[..]);
-        }
+        let body = serde_json::to_vec(&news).map_err(|e| Error::Failed(e.to_string()))?;
+        let answer = self.agent.post(self.url("/v1/news")).send(&body[..]).map_err(|e| self.failed(e))?;
+        if answer.status().is_success() { Ok(()) } else { Err(self.failed(answer.status())) }
     }
 
     /// A part of a file.
