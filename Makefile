@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test roles rehearse bench bench-join bench-netboot lint clean
+.PHONY: all deps build demo test quick-ha roles rehearse bench bench-join bench-netboot lint clean
 
 all: build
 
@@ -59,6 +59,10 @@ rehearse: deps build
 	$(BAKEHOUSE) -C $(REHEARSAL) up
 	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(basename $(notdir $(FLEET))).md --revision "$$(git rev-parse HEAD)"
 	$(BAKEHOUSE) -C $(REHEARSAL) down
+
+# Quick HA from blank disks, and three of its machines' deaths: an hour where two processors are emulated.
+quick-ha: deps build
+	cargo test --release --locked --workspace --test quick_ha -- --nocapture
 
 # Every service for real, a restore, an update cut short at every stage: two hours where
 # processors are emulated.

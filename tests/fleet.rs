@@ -1,5 +1,5 @@
 //! A fleet from blank disks: three hubs and a worker on a wire of their own, real WireGuard, real
-//! etcd. Who joins, who is refused, and what happens when a hub is lost and replaced.
+//! etcd. Who joins, who is refused, what happens when a hub is lost and replaced, and when one leaves.
 
 use std::thread;
 
@@ -82,6 +82,22 @@ fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
     assert_eq!(left[0].ok(&until(&voting, "3")), "3");
     reaches_three_hubs(&db);
     db.ok(&write(&lab));
+
+    // It leaves by itself: its vote goes before it does, and the others go on.
+    hubs[lost].ok("firstboot leave");
+    let gone = format!("this machine was {name}, and has left the fleet");
+    hubs[lost].wait_for(&[&gone]);
+    for unit in ["etcd", "keepalived", "bird", "haproxy"] {
+        assert_ne!(hubs[lost].exec(&format!("systemctl is-active {unit}")).status, 0, "{unit} still runs");
+    }
+    assert_eq!(left[0].ok(&until(&format!("{ETCDCTL} member list | grep -c started"), "2")), "2");
+    holder(&left);
+    db.ok(&write(&lab));
+    // Switched on again, it is told, and does nothing.
+    hubs[lost].cut_power();
+    hubs[lost].start_with(&replacement);
+    hubs[lost].wait_for(&[&gone]);
+    assert_eq!(left[0].ok(&format!("{ETCDCTL} member list | grep -c started")), "2");
 }
 
 /// Which of the hubs has the VIP: one, before long.

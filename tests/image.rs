@@ -332,3 +332,56 @@ fn a_fleets_key_is_made_once_and_signs_tickets() {
     fs::remove_file(dir.join("fleet.key")).expect("a key");
     ticket(&["app"]).fails(1, &["bakehouse init"]);
 }
+
+/// A loop device: a disk like any other to whoever writes to it.
+struct Disk(String);
+
+impl Disk {
+    fn of(file: &Path, size: u64) -> Self {
+        // Full of what was there before.
+        let before = "head -c \"$1\" /dev/zero | tr '\\0' '\\377' > \"$0\"";
+        let made = Command::new("sh").args(["-c", before]).arg(file).arg(size.to_string()).status();
+        assert!(made.expect("sh").success());
+        let attached = Command::new("losetup").args(["--show", "-f"]).arg(file).output().expect("losetup");
+        assert!(attached.status.success(), "{}", String::from_utf8_lossy(&attached.stderr));
+        Self(String::from_utf8_lossy(&attached.stdout).trim().to_owned())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_disk_gets_the_image_unless_it_is_in_use_or_too_small() {
+    const ESP_END: u64 = 257 << 20;
+    let lab = Lab::of_fleet("disk", "ha");
+    lab.init();
+    lab.ok(&["build", "hub"]);
+    let image = lab.dir.join("build/hub/ha-hub_1.raw");
+    let size = fs::metadata(&image).expect("it was built").len();
+    let small = Disk::of(&lab.dir.join("small"), 64 << 20);
+    lab.run(&["flash", "hub-1", &small.0, "--yes"]).fails(2, &["has 67 MB, the image"]);
+
+    let disk = Disk::of(&lab.dir.join("disk"), size + (1 << 20));
+    let run = |program: &str, args: &[&str]| {
+        assert!(Command::new(program).args(args).status().expect("a program").success(), "{program} {args:?}");
+    };
+    let mounted = lab.dir.join("mounted");
+    fs::create_dir(&mounted).expect("the lab is writable");
+    run("mkfs.ext4", &["-q", "-F", &disk.0]);
+    run("mount", &[&disk.0, mounted.to_str().expect("a path of letters")]);
+    let refused = lab.run(&["flash", "hub-1", &disk.0, "--yes"]);
+    run("umount", &[mounted.to_str().expect("a path of letters")]);
+    refused.fails(2, &["is in use", "unmount it", "--force loop"]);
+
+    lab.run(&["flash", "hub-1", &disk.0]).fails(2, &["would be overwritten; say --yes"]);
+    lab.ok(&["flash", "hub-1", &disk.0, "--yes"]);
+    // Beyond the EFI partition, where the ticket is, it is the image to the byte, zeros and all.
+    let (from, count) = (ESP_END.to_string(), (size - ESP_END).to_string());
+    run("cmp", &["-i", &from, "-n", &count, &disk.0, image.to_str().expect("a path of letters")]);
+    drop(disk);
+    fs::remove_dir_all(&lab.dir).expect("the lab");
+}

@@ -121,6 +121,83 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
     assert_eq!(refused(site.insist(&blank("db"), 2).await), Reason::Full);
 }
 
+/// A node goes because the operator says so, another by itself, a third is shut out: none comes back,
+/// and new machines have their slots.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_leaves_makes_room_and_does_not_come_back() {
+    let site = Site::open(22_900, "db.count = 3\n");
+    let token = site.token("db", |c| c.uses = 3);
+    let mut members = Vec::new();
+    for i in 0..3 {
+        let asker = Site::asker(&token, "db");
+        let grant = granted(site.insist(&asker, i).await);
+        members.push((asker, grant));
+    }
+    let peers = async |i: usize, hub: usize| -> fleet::Peers {
+        let (asker, grant) = &members[i];
+        let answer = site.member(hub, (asker, grant), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+        serde_json::from_slice(&answer).expect("JSON")
+    };
+    let hears = async |i: usize, what: &str, of: fn(&fleet::Peers) -> bool| {
+        let until = Instant::now() + Duration::from_secs(10);
+        while !of(&peers(i, 2).await) {
+            assert!(Instant::now() < until, "{what}: {:?}", peers(i, 2).await);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let says = async |i: usize, hub: usize, path: &str| {
+        let (asker, grant) = &members[i];
+        site.member(hub, (asker, grant), ("POST", path), Vec::new()).await.map(drop)
+    };
+    let stranger = Issuer::root("acme").expect("randomness");
+    assert!(site.leave("db-1", false, &stranger).await.is_err(), "anybody can send a node away");
+    let e = site.leave("db-9", false, &site.root).await.expect_err("there is none");
+    assert!(e.contains("nobody has the slot `db-9`"), "{e}");
+
+    // Told, it is still the owner until it says that it has stopped; saying it twice changes nothing.
+    site.leave("db-1", false, &site.root).await.expect("a hub takes it");
+    hears(0, "it is not told to leave", |p| p.leaving && p.fenced.is_none()).await;
+    assert!(!peers(1, 2).await.leaving, "somebody else is told to leave");
+    assert_eq!(refused(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await), Reason::Full);
+    for hub in 0..3 {
+        says(0, hub, "/v1/left").await.expect("a hub takes it");
+    }
+    hears(0, "it is not out", |p| p.fenced == Some(2) && p.vacant.contains("db-1")).await;
+    // By itself, and shut out.
+    says(1, 0, "/v1/leave").await.expect("a hub takes it");
+    hears(1, "it is not told to leave", |p| p.leaving).await;
+    says(1, 1, "/v1/left").await.expect("a hub takes it");
+    site.leave("db-3", true, &site.root).await.expect("a hub takes it");
+    hears(2, "it is not out", |p| p.fenced == Some(2)).await;
+
+    for (asker, _) in &members {
+        assert_eq!(refused(site.insist(asker, 1).await), Reason::Fenced);
+    }
+    // New machines, by name and by group, asking at the same time.
+    let named = Site::asker(&site.token("db", |c| c.slot = Some("db-2".to_owned())), "db");
+    let heir = granted(site.insist(&named, 2).await);
+    assert_eq!((heir.slot.as_str(), heir.epoch), ("db-2", 3));
+    let token = site.token("db", |c| c.uses = 3);
+    let mut asked = JoinSet::new();
+    for i in 0..3 {
+        asked.spawn(insist(site.root.certificate().to_owned(), 22_900, Site::asker(&token, "db"), i));
+    }
+    let replies = asked.join_all().await;
+    let mut got: Vec<String> = Vec::new();
+    for reply in replies {
+        match reply {
+            JoinReply::Granted(grant) => got.push(format!("{} {}", grant.slot, grant.epoch)),
+            JoinReply::Refused(no) => assert_eq!(no.reason, Reason::Full),
+        }
+    }
+    got.sort_unstable();
+    assert_eq!(got, ["db-1 3", "db-3 3"]);
+
+    let lonely = Site::open_with(23_200, "db.count = 1\n", |topology| topology.voters = vec!["hub-1".to_owned()]);
+    let e = lonely.leave("hub-1", false, &lonely.root).await.expect_err("the only one");
+    assert!(e.contains("the fleet's only vote"), "{e}");
+}
+
 /// Members ask for their turn of every hub at once: one has it, until it gives it back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_node_at_a_time_changes_its_image() {

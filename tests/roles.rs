@@ -144,7 +144,7 @@ fn every_service_works_with_the_others() {
     assert!(seen.ends_with("alerts: DeadMan"), "{seen}");
 
     // Every unit of ours has little to lose.
-    let ours = "firstboot firstboot-forget bird etcd haproxy keepalived nftables odoo-cron odoo-http odoo-init odoo-websocket patroni \
+    let ours = "firstboot firstboot-forget bird etcd haproxy keepalived nftables odoo-cron odoo-http odoo-init odoo-ready odoo-websocket patroni postgresql-ready \
         pgbackrest pgbackrest-files pgbackrest-stanza pgbackrest@incr softdog \
         prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter prometheus-postgres-exporter";
     let mut exposed = Vec::new();

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use firstboot::https::{self, Connection, request};
 use firstboot::join::endpoint;
 use fleet::{
-    PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Topology, compare_versions, encoding,
+    Departure, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Topology,
+    compare_versions, encoding,
 };
 use serde::Serialize;
 
@@ -28,6 +29,15 @@ impl Hubs<'_> {
     pub fn revoke(&self, token: &str) -> Result<String> {
         let asked = Revocation { version: PROTOCOL, fleet: self.topology.name.clone(), token: token.to_owned() };
         self.ask("/v1/revoke", &asked).map(|(hub, _)| hub)
+    }
+
+    /// Has a node leave the fleet; `now` does not wait for its machine. Returns the hub that took it.
+    ///
+    /// # Errors
+    /// None does: what each of them said.
+    pub fn leave(&self, slot: &str, now: bool) -> Result<String> {
+        let asked = Departure { version: PROTOCOL, fleet: self.topology.name.clone(), slot: slot.to_owned(), now };
+        self.ask("/v1/leave", &asked).map(|(hub, _)| hub)
     }
 
     /// Gives an order to the rollout, and tells how far it is.

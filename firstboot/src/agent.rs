@@ -12,6 +12,7 @@ use crate::database::Patroni;
 use crate::error::{Error, Result};
 use crate::identity::{identity, node_of};
 use crate::image::Image;
+use crate::join::{Hubs, Pause};
 use crate::journal::Event;
 use crate::machine;
 use crate::member::Member;
@@ -23,6 +24,9 @@ use crate::update::Updates;
 
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.
 const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";
+
+/// Where the boot loader's entries are, below the root.
+pub const ENTRIES: &str = "efi/EFI/Linux";
 
 /// Where things are on a node; another root in tests.
 pub struct Paths {
@@ -87,23 +91,57 @@ pub async fn run(paths: &Paths) -> Result<()> {
         topology: &image.topology,
         node,
         patroni: Patroni::of(node, who.client()?),
-        entries: paths.root.join("efi/EFI/Linux"),
+        entries: paths.root.join(ENTRIES),
         offer: paths.root.join("run/bakehouse/offer"),
     };
+    let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
     let member = Member::new(who, node, &image)?;
     let mesh = member.mesh().await?;
-    let kept = tokio::try_join!(member.keep(mesh, &updates), async {
+    let serve = async {
         start(&units, node).await?;
         say(Event::Ready, &format!("ready ({})", node.name));
         status.enter(Phase::Ready).await
-    });
-    if let Err(Error::Fenced { .. }) = &kept {
-        for role in &node.roles {
-            units.stop(&format!("role-{role}.target")).await?;
-        }
-        units.stop("role-base.target").await?;
+    };
+    let kept = tokio::select! {
+        kept = async { tokio::try_join!(member.keep(mesh, &updates), serve) } => kept.map(|((), ())| ()),
+        () = status.leave() => Err(Error::Leaving),
+    };
+    match &kept {
+        Err(Error::Leaving) => leave(&units, node, &hubs, updates.patroni.as_ref()).await,
+        Err(Error::Fenced { .. } | Error::Left { .. }) => stop(&units, node).await.and(kept),
+        _ => kept,
     }
-    kept.map(|((), ())| ())
+}
+
+/// Stops what this node does.
+async fn stop(units: &Systemd, node: &Node) -> Result<()> {
+    for role in &node.roles {
+        units.stop(&format!("role-{role}.target")).await?;
+    }
+    units.stop("role-base.target").await
+}
+
+/// Leaves the fleet: hands over, stops, and gives the slot back. After a power cut anywhere in
+/// between, a hub says again that this node is to go.
+async fn leave(units: &Systemd, node: &Node, hubs: &Hubs, patroni: Option<&Patroni>) -> Result<()> {
+    say(Event::Leaving, &format!("{}: leaving the fleet", node.name));
+    let mut pause = Pause::default();
+    while let Err(e) = hubs.leave().await {
+        println!("{e}");
+        tokio::time::sleep(pause.longer()).await;
+    }
+    if let Some(patroni) = patroni
+        && let Err(e) = patroni.hand_over().await
+    {
+        println!("{e}");
+    }
+    stop(units, node).await?;
+    let mut pause = Pause::default();
+    while let Err(e) = hubs.left().await {
+        println!("{e}");
+        tokio::time::sleep(pause.longer()).await;
+    }
+    Err(Error::Left { slot: node.name.clone() })
 }
 
 /// Starts what this node does; returns when all of it runs.

@@ -48,6 +48,12 @@ impl Boots {
         self.newer(running, |left| left != Some(0))
     }
 
+    /// Whether there is another version that the boot loader may choose.
+    #[must_use]
+    pub fn has_another(&self, running: &str) -> bool {
+        self.0.iter().any(|e| e.version != running && e.left != Some(0))
+    }
+
     fn newer(&self, running: &str, is: impl Fn(Option<u32>) -> bool) -> Option<&str> {
         let found = self.0.iter().filter(|e| is(e.left)).map(|e| e.version.as_str());
         found.filter(|v| compare_versions(v, running).is_gt()).max_by(|a, b| compare_versions(a, b))
@@ -83,7 +89,9 @@ mod tests {
         assert!(tried.is_blessed("1") && !tried.is_blessed("2"));
         // It runs, and its time is not over.
         assert_eq!((tried.pending("2"), tried.failed("2")), (None, None));
+        assert!(tried.has_another("2") && !boots(&["acme-db_1+2-1.efi"]).has_another("1"));
         let failed = boots(&["acme-db_1.efi", "acme-db_2+0-3.efi"]);
+        assert!(!failed.has_another("1"));
         assert_eq!((failed.pending("1"), failed.failed("1")), (None, Some("2")));
         let over = boots(&["acme-db_1.efi", "acme-db_2.efi", "acme-hub_9.efi", "else.efi", "acme-db_3+x.efi"]);
         assert_eq!((over.pending("2"), over.failed("2"), over.is_blessed("2")), (None, None, true));

@@ -16,6 +16,13 @@ pub enum Error {
         "another machine is {slot} since epoch {epoch}: this one has stopped; to put it there again, wipe it and give it a ticket of `bakehouse ticket {slot} --replace`"
     )]
     Fenced { slot: String, epoch: u64 },
+    /// The operator said so, or somebody on the machine itself.
+    #[error("this node is to leave the fleet")]
+    Leaving,
+    #[error(
+        "this machine was {slot}, and has left the fleet: it may be switched off; wiped and given a new ticket, it is a new node"
+    )]
+    Left { slot: String },
     /// Something that is not there now; trying again may help.
     #[error("{0}")]
     Failed(String),
@@ -38,6 +45,6 @@ impl Error {
     /// 78 (sysexits' `EX_CONFIG`) for what only a person can mend: systemd does not restart on it.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Configuration(_) | Self::Fenced { .. }) { 78 } else { 1 }
+        if matches!(self, Self::Configuration(_) | Self::Fenced { .. } | Self::Left { .. }) { 78 } else { 1 }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::systemd::{Seen, Systemd};
@@ -21,32 +21,43 @@ const COUNTING: &str = "/sys/firmware/efi/efivars/LoaderBootCountPath-4a67b082-0
 /// # Errors
 /// They don't in ten minutes, or one has failed for good: which ones.
 pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
-    let waited = tokio::time::timeout(PATIENCE, async {
-        let mut before: BTreeMap<String, Seen> = BTreeMap::new();
-        loop {
-            let now = look(systemd, units).await?;
-            if now == before && now.values().all(|seen| seen.state == "active") {
-                return Ok(());
-            }
-            // One that systemd would start again is `activating` meanwhile.
-            let failed = |unit: &&String| now[*unit].state == "failed" && before.get(*unit) == now.get(*unit);
-            if let Some(unit) = units.iter().find(failed) {
-                return Err(Error::Failed(format!("{unit} has failed; see: journalctl -u {unit}")));
-            }
-            before = now;
-            tokio::time::sleep(STEADY).await;
+    let until = Instant::now() + PATIENCE;
+    let mut before: BTreeMap<String, Seen> = BTreeMap::new();
+    loop {
+        let now = look(systemd, units).await?;
+        if now == before && now.values().all(|seen| seen.state == "active") {
+            return Ok(());
         }
-    });
-    if let Ok(done) = waited.await {
-        return done;
+        // One that systemd would start again is `activating` meanwhile.
+        let failed = |unit: &&String| now[*unit].state == "failed" && before.get(*unit) == now.get(*unit);
+        if let Some(unit) = units.iter().find(failed) {
+            return Err(Error::Failed(format!("{unit} has failed; see: journalctl -u {unit}")));
+        }
+        if Instant::now() > until {
+            return judge(&before, &now);
+        }
+        before = now;
+        tokio::time::sleep(STEADY).await;
     }
-    let now = look(systemd, units).await?;
-    let down: Vec<&str> = now.iter().filter(|(_, s)| s.state != "active").map(|(unit, _)| unit.as_str()).collect();
-    Err(Error::Failed(if down.is_empty() {
-        "units are restarted again and again".to_owned()
-    } else {
-        format!("{} did not come up; see: journalctl -u {}", down.join(", "), down[0])
-    }))
+}
+
+/// Who is not there when the time is up, or was restarted since the last look. One that is still
+/// in its first start waits for another node: whatever else takes so long, its own time limit
+/// would have ended it.
+fn judge(before: &BTreeMap<String, Seen>, now: &BTreeMap<String, Seen>) -> Result<()> {
+    let well = |unit: &String, s: &Seen| match s.state.as_str() {
+        "active" => before.get(unit).is_some_and(|b| b.restarts == s.restarts),
+        "activating" => s.restarts == 0,
+        _ => false,
+    };
+    let unwell: Vec<&str> = now.iter().filter(|(unit, s)| !well(unit, s)).map(|(unit, _)| unit.as_str()).collect();
+    match unwell.first() {
+        None => Ok(()),
+        Some(first) => Err(Error::Failed(format!(
+            "{} did not come up, or not for long; see: journalctl -u {first}",
+            unwell.join(", ")
+        ))),
+    }
 }
 
 /// Whether another boot may choose an older image.
@@ -61,4 +72,31 @@ async fn look(systemd: &Systemd, units: &[String]) -> Result<BTreeMap<String, Se
         seen.insert(unit.clone(), systemd.unit(unit).await?);
     }
     Ok(seen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(state: &str, restarts: u32) -> BTreeMap<String, Seen> {
+        BTreeMap::from([("etcd.service".to_owned(), Seen { state: state.to_owned(), restarts })])
+    }
+
+    #[test]
+    fn waiting_for_another_node_is_no_fault_of_the_image() {
+        judge(&seen("activating", 0), &seen("activating", 0)).unwrap();
+        judge(&seen("activating", 0), &seen("active", 0)).unwrap();
+    }
+
+    #[test]
+    fn what_does_not_run_or_not_for_long_is() {
+        for (before, now) in [
+            (seen("inactive", 0), seen("inactive", 0)),
+            (seen("activating", 40), seen("activating", 40)),
+            (seen("active", 39), seen("active", 40)),
+        ] {
+            let e = judge(&before, &now).unwrap_err().to_string();
+            assert!(e.starts_with("etcd.service did not come up"), "{e}");
+        }
+    }
 }

@@ -97,6 +97,33 @@ impl Hubs {
         Err(last)
     }
 
+    /// Says that this node is about to leave, to whichever hub answers first.
+    ///
+    /// # Errors
+    /// None does, or etcd can't do without this node now.
+    pub async fn leave(&self) -> Result<()> {
+        self.tell("/v1/leave").await
+    }
+
+    /// Says that this node has stopped for good.
+    ///
+    /// # Errors
+    /// No hub answers.
+    pub async fn left(&self) -> Result<()> {
+        self.tell("/v1/left").await
+    }
+
+    async fn tell(&self, path: &str) -> Result<()> {
+        let mut last = Error::Failed("the fleet has no other hub".to_owned());
+        for (slot, host) in self.shuffled() {
+            match self.ask(slot, host, "POST", path, &[], b"").await {
+                Ok(_) => return Ok(()),
+                Err(e) => last = e,
+            }
+        }
+        Err(last)
+    }
+
     /// Tells every hub whose key is not known who this founder is; gives what they know.
     pub async fn introduce(&self, own: &Introduction, known: impl Fn(&str) -> bool) -> Vec<Peers> {
         let body = serde_json::to_vec(own).unwrap_or_default();

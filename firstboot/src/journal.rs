@@ -20,6 +20,8 @@ pub enum Event {
     Ready,
     /// Another machine has its slot: it has stopped.
     Fenced,
+    /// It is to leave the fleet: it hands over, and stops.
+    Leaving,
     /// Something only a person can mend; the message says what.
     Stopped,
     /// The image did not prove itself; the machine restarts if there is another.
@@ -43,6 +45,7 @@ impl Event {
             Self::Starting => "74b55afba0f24abe81f825e454cced90",
             Self::Ready => "ed332b9acea34a0a815d470208bf32ac",
             Self::Fenced => "7821c7809036486380b365c57b3d1af7",
+            Self::Leaving => "5b0e1f3a6c9d4b7e8a2f4d6c8e0b1a39",
             Self::Stopped => "424c74a10ab84d0682252246d5d67e4a",
             Self::Unwell => "cd7f83f7efc4486e8ee0159ec8aa1aff",
             Self::Changing => "55e9a1067c1b47f380ecbd230fafea28",

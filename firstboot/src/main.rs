@@ -1,6 +1,8 @@
+use std::path::Path;
 use std::process::ExitCode;
 
-use firstboot::agent::{Paths, run};
+use firstboot::agent::{ENTRIES, Paths, run};
+use firstboot::boots::Boots;
 use firstboot::console::say;
 use firstboot::error::Result;
 use firstboot::health::{healthy, is_counted};
@@ -12,6 +14,7 @@ use firstboot::systemd::Systemd;
 const USAGE: &str = "\
 usage: firstboot run              make this machine its node, and keep it one (firstboot.service)
        firstboot status [--json]  who this node is, and what it waits for
+       firstboot leave            hand over, stop, and give this node's slot back
        firstboot healthy          wait until this boot is a good one (firstboot-healthy.service)
 ";
 
@@ -23,6 +26,7 @@ async fn main() -> ExitCode {
         ["run"] => Box::pin(run(&Paths::of_node())).await.inspect_err(|e| say(Event::Stopped, &e.to_string())),
         ["status"] => status(false).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["status", "--json"] => status(true).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
+        ["leave"] => leave().await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["healthy"] => health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {e}"))),
         ["--help" | "-h"] => {
             print!("{USAGE}");
@@ -44,14 +48,21 @@ async fn status(json: bool) -> Result<()> {
     Ok(())
 }
 
+async fn leave() -> Result<()> {
+    firstboot::status::leave(&zbus::Connection::system().await?).await
+}
+
 async fn health() -> Result<()> {
     let image = Image::read(&Paths::of_node().image)?;
     let systemd = Systemd::new(&zbus::Connection::system().await?).await?;
     let well = healthy(&systemd, &image.info.health).await;
-    // Without a count there is nothing to go back to: better half a node than one that
-    // restarts for ever.
+    // Without a count, or another image, there is nothing to go back to: better half a node than
+    // one that restarts for ever.
     if well.is_err() && is_counted() {
-        systemd.reboot().await?;
+        let boots = Boots::read(&Path::new("/").join(ENTRIES), &image.info.id)?;
+        if boots.has_another(&image.info.version) {
+            systemd.reboot().await?;
+        }
     }
     well
 }

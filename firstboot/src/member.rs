@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fleet::{Introduction, Node, PROTOCOL, Topology, encoding};
+use fleet::{Introduction, Node, PROTOCOL, Peers, Topology, encoding};
 
 use crate::console::say;
 use crate::error::{Error, Result};
@@ -67,9 +67,7 @@ impl Member {
     pub async fn keep(self, mesh: Mesh, updates: &Updates<'_>) -> Result<()> {
         let founder = self.who.state.is_founder();
         let Self { topology, node, version, who, hubs } = self;
-        // A hub that has not heard of this grant yet still names the owner before.
         let own_epoch = who.state.epoch;
-        let newer = |epoch: &u64| *epoch >= own_epoch;
         let tls = who.client()?;
         let neighbourhood = Arc::new(who.neighbourhood);
         let mesh_key = who.keys.mesh_public()?;
@@ -78,11 +76,14 @@ impl Member {
             let asked = async {
                 loop {
                     match hubs.peers().await {
-                        Ok(peers) => match peers.fenced.filter(newer) {
-                            Some(epoch) => return Err(fenced(&node.name, epoch)),
-                            // A hub that is new itself may not know the others yet: none is forgotten.
-                            None => neighbourhood.replace(&peers.keys, |_| true),
-                        },
+                        Ok(peers) => {
+                            if let Some(why) = sent_away(&node.name, own_epoch, &peers) {
+                                return Err(why);
+                            }
+                            // A hub that is new itself may not know the others yet: none is forgotten
+                            // but those that have left.
+                            neighbourhood.replace(&peers.keys, |slot| !peers.vacant.contains(slot));
+                        }
                         Err(e) => println!("{e}"),
                     }
                     tokio::time::sleep(round()).await;
@@ -125,8 +126,8 @@ impl Member {
                     answers.extend(hubs.peers().await);
                 }
                 for peers in answers {
-                    if let Some(epoch) = peers.fenced.filter(newer) {
-                        return Err(fenced(&node.name, epoch));
+                    if let Some(why) = sent_away(&node.name, own_epoch, &peers) {
+                        return Err(why);
                     }
                     for (slot, key) in peers.keys.iter().filter(|(slot, _)| **slot != node.name) {
                         if !owners.contains_key(slot) {
@@ -156,14 +157,16 @@ impl Member {
             let mut pause = Pause::default();
             loop {
                 let followed = desk.follow(async |owners| {
-                    let keys = owners.iter().map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
+                    let held = owners.iter().filter(|(_, record)| !record.vacant);
+                    let keys = held.map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
                     // Founders that etcd does not know yet have introduced themselves.
-                    neighbourhood.replace(&keys, |slot| topology.node(slot).is_some_and(|n| topology.is_founder(n)));
+                    let founder = |slot: &str| topology.node(slot).is_some_and(|n| topology.is_founder(n));
+                    neighbourhood.replace(&keys, |slot| founder(slot) && !owners.contains_key(slot));
                 });
                 if let Err(e) = followed.await {
                     println!("{e}");
                 }
-                if let Some(epoch) = desk.fenced(&node.name, &tls_key).filter(newer) {
+                if let Some(epoch) = desk.fenced(&node.name, &tls_key).filter(|epoch| *epoch >= own_epoch) {
                     return Err(fenced(&node.name, epoch));
                 }
                 tokio::time::sleep(pause.longer()).await;
@@ -183,6 +186,16 @@ fn members(topology: &Topology, node: &Node) -> Vec<(String, u16)> {
     let others = topology.voters.iter().filter(|v| **v != node.name).filter_map(|v| topology.node(v));
     members.extend(others.map(|n| (n.address.to_string(), ETCD)));
     members
+}
+
+/// Why this node can't stay, if it is not the slot's owner any more, or is to leave.
+fn sent_away(slot: &str, own_epoch: u64, peers: &Peers) -> Option<Error> {
+    // A hub that has not heard of this grant yet still names the owner before.
+    match peers.fenced.filter(|epoch| *epoch >= own_epoch) {
+        Some(_) if peers.vacant.contains(slot) => Some(Error::Left { slot: slot.to_owned() }),
+        Some(epoch) => Some(fenced(slot, epoch)),
+        None => peers.leaving.then_some(Error::Leaving),
+    }
 }
 
 fn fenced(slot: &str, epoch: u64) -> Error {

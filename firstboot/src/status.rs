@@ -1,5 +1,9 @@
-//! The agent's state on D-Bus, for `firstboot status` and whoever else wants to know.
+//! The agent's state on D-Bus, for `firstboot status` and whoever else wants to know; and the one
+//! thing that may be asked of it there.
 
+use std::sync::Arc;
+
+use tokio::sync::Notify;
 use zbus::object_server::InterfaceRef;
 
 use crate::console::said;
@@ -39,10 +43,16 @@ struct Agent {
     epoch: u64,
     phase: Phase,
     message: String,
+    leave: Arc<Notify>,
 }
 
 #[zbus::interface(name = "org.bakehouse.Agent1")]
 impl Agent {
+    /// Hands over what this node does, stops it, and gives the slot back. Root may ask it.
+    fn leave(&self) {
+        self.leave.notify_one();
+    }
+
     /// The fleet's name.
     #[zbus(property)]
     fn fleet(&self) -> &str {
@@ -75,7 +85,10 @@ impl Agent {
 }
 
 /// The published state.
-pub struct Status(InterfaceRef<Agent>);
+pub struct Status {
+    object: InterfaceRef<Agent>,
+    leave: Arc<Notify>,
+}
 
 impl Status {
     /// Publishes the state of a node that has no slot yet.
@@ -84,11 +97,19 @@ impl Status {
     /// The bus says no.
     pub async fn publish(bus: &zbus::Connection, fleet: &str) -> Result<Self> {
         let message = said().borrow().clone();
-        let agent = Agent { fleet: fleet.to_owned(), node: String::new(), epoch: 0, phase: Phase::Joining, message };
+        let leave = Arc::new(Notify::new());
+        let agent = Agent {
+            fleet: fleet.to_owned(),
+            node: String::new(),
+            epoch: 0,
+            phase: Phase::Joining,
+            message,
+            leave: leave.clone(),
+        };
         bus.object_server().at(PATH, agent).await?;
         bus.request_name(BUS_NAME).await?;
-        let published = Self(bus.object_server().interface(PATH).await?);
-        let object = published.0.clone();
+        let published = Self { object: bus.object_server().interface(PATH).await?, leave };
+        let object = published.object.clone();
         tokio::spawn(async move {
             let mut said = said();
             while said.changed().await.is_ok() {
@@ -105,18 +126,23 @@ impl Status {
     /// # Errors
     /// The bus is gone.
     pub async fn is(&self, node: &str, epoch: u64) -> Result<()> {
-        let mut agent = self.0.get_mut().await;
+        let mut agent = self.object.get_mut().await;
         (agent.node, agent.epoch) = (node.to_owned(), epoch);
-        agent.node_changed(self.0.signal_emitter()).await?;
-        Ok(agent.epoch_changed(self.0.signal_emitter()).await?)
+        agent.node_changed(self.object.signal_emitter()).await?;
+        Ok(agent.epoch_changed(self.object.signal_emitter()).await?)
+    }
+
+    /// Returns when somebody has asked this node to leave.
+    pub async fn leave(&self) {
+        self.leave.notified().await;
     }
 
     /// # Errors
     /// The bus is gone.
     pub async fn enter(&self, phase: Phase) -> Result<()> {
-        let mut agent = self.0.get_mut().await;
+        let mut agent = self.object.get_mut().await;
         agent.phase = phase;
-        Ok(agent.phase_changed(self.0.signal_emitter()).await?)
+        Ok(agent.phase_changed(self.object.signal_emitter()).await?)
     }
 }
 
@@ -126,6 +152,7 @@ impl Status {
     default_path = "/org/bakehouse/Agent1"
 )]
 trait Agent1 {
+    fn leave(&self) -> zbus::Result<()>;
     #[zbus(property)]
     fn fleet(&self) -> zbus::Result<String>;
     #[zbus(property)]
@@ -136,6 +163,14 @@ trait Agent1 {
     fn phase(&self) -> zbus::Result<String>;
     #[zbus(property)]
     fn message(&self) -> zbus::Result<String>;
+}
+
+/// Asks the agent to leave the fleet.
+///
+/// # Errors
+/// The agent does not run, or this is not root.
+pub async fn leave(bus: &zbus::Connection) -> Result<()> {
+    Ok(Agent1Proxy::new(bus).await?.leave().await?)
 }
 
 /// What `firstboot status` prints: one line for people, or JSON.
@@ -174,10 +209,17 @@ mod tests {
     #[tokio::test]
     async fn what_is_published_is_what_is_read() {
         let (agent, reader) = pair().await;
-        let object =
-            Agent { fleet: "acme".into(), node: String::new(), epoch: 0, phase: Phase::Joining, message: "m".into() };
+        let wish = Arc::new(Notify::new());
+        let object = Agent {
+            fleet: "acme".into(),
+            node: String::new(),
+            epoch: 0,
+            phase: Phase::Joining,
+            message: "m".into(),
+            leave: wish.clone(),
+        };
         agent.object_server().at(PATH, object).await.unwrap();
-        let status = Status(agent.object_server().interface(PATH).await.unwrap());
+        let status = Status { object: agent.object_server().interface(PATH).await.unwrap(), leave: wish };
         assert_eq!(describe(&reader, false).await.unwrap(), "a node of acme to be: m");
         status.is("db-1", 2).await.unwrap();
         status.enter(Phase::Ready).await.unwrap();
@@ -187,6 +229,8 @@ mod tests {
             (read["node"].as_str(), read["epoch"].as_u64(), read["phase"].as_str()),
             (Some("db-1"), Some(2), Some("ready"))
         );
+        leave(&reader).await.unwrap();
+        tokio::time::timeout(std::time::Duration::from_secs(10), status.leave()).await.expect("it was asked");
         say(crate::journal::Event::Ready, "something");
         assert_eq!(*said().borrow(), "something");
     }

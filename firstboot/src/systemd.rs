@@ -1,6 +1,7 @@
 //! systemd over D-Bus: start a unit and wait for its job, by signal.
 
 use futures_util::StreamExt as _;
+use zbus::proxy::CacheProperties;
 use zbus::zvariant::OwnedObjectPath;
 
 use crate::error::{Error, Result};
@@ -27,6 +28,8 @@ trait Manager {
 trait Unit {
     #[zbus(property(emits_changed_signal = "false"))]
     fn active_state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn job(&self) -> zbus::Result<(u32, OwnedObjectPath)>;
 }
 
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
@@ -56,7 +59,7 @@ trait Network {
 /// A service at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// `active`, `activating`, `failed` …
+    /// `active`, `activating` (also where it waits for another unit to start first), `failed` …
     pub state: String,
     pub restarts: u32,
 }
@@ -100,7 +103,7 @@ impl Systemd {
     /// The bus is gone, or there is no such unit.
     pub async fn is_active(&self, unit: &str) -> Result<bool> {
         let path = self.manager.load_unit(unit).await?;
-        Ok(UnitProxy::builder(&self.bus).path(path)?.build().await?.active_state().await? == "active")
+        Ok(self.of(path).await?.active_state().await? == "active")
     }
 
     /// How a service is, and how often it was restarted.
@@ -109,9 +112,19 @@ impl Systemd {
     /// The bus is gone, or there is no such service.
     pub async fn unit(&self, unit: &str) -> Result<Seen> {
         let path = self.manager.load_unit(unit).await?;
-        let state = UnitProxy::builder(&self.bus).path(path.clone())?.build().await?.active_state().await?;
-        let restarts = ServiceProxy::builder(&self.bus).path(path)?.build().await?.n_restarts().await?;
+        let of = self.of(path.clone()).await?;
+        let mut state = of.active_state().await?;
+        if state == "inactive" && of.job().await?.0 != 0 {
+            "activating".clone_into(&mut state);
+        }
+        let service = ServiceProxy::builder(&self.bus).path(path)?.cache_properties(CacheProperties::No);
+        let restarts = service.build().await?.n_restarts().await?;
         Ok(Seen { state, restarts })
+    }
+
+    /// With a cache, each look would have systemd tell all that it knows of the unit.
+    async fn of(&self, path: OwnedObjectPath) -> zbus::Result<UnitProxy<'_>> {
+        UnitProxy::builder(&self.bus).path(path)?.cache_properties(CacheProperties::No).build().await
     }
 
     /// What kind of virtual machine this is; empty for a real one.

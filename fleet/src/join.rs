@@ -3,7 +3,7 @@
 //! While a fleet changes its image, two versions talk to each other: a field may be added, and who
 //! does not know it leaves it alone. Where that does not serve, [`PROTOCOL`] rises.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -115,6 +115,17 @@ pub struct Revocation {
     pub token: String,
 }
 
+/// `POST /v1/leave`, signed by the fleet's root: a node is to go, and its slot to be free. A node
+/// says it of itself with its certificate, and nothing else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departure {
+    pub version: u16,
+    pub fleet: String,
+    pub slot: String,
+    /// Its machine is not waited for: it is dead, or not to be trusted.
+    pub now: bool,
+}
+
 /// The answer to an introduction, and to `GET /v1/peers`, which every node may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peers {
@@ -123,6 +134,12 @@ pub struct Peers {
     /// Another node has the asker's slot, since this epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fenced: Option<u64>,
+    /// The asker is to go.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
+    /// Slots that nobody has any more: keys that were theirs are of nobody.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub vacant: BTreeSet<String>,
 }
 
 /// Who has a slot: the value of etcd's `/bakehouse/slots/SLOT`.
@@ -141,6 +158,12 @@ pub struct SlotRecord {
     pub by: String,
     /// Seconds since 1970, by that hub's clock.
     pub at: u64,
+    /// Its owner is to go: it hands over, stops, and says when it has.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
+    /// Nobody has it any more; who is named here had it last.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vacant: bool,
 }
 
 impl fmt::Display for MeshKey {
@@ -194,6 +217,8 @@ mod tests {
             let _ = serde_json::from_slice::<JoinReply>(&bytes);
             let _ = serde_json::from_slice::<Peers>(&bytes);
             let _ = serde_json::from_slice::<Revocation>(&bytes);
+            let _ = serde_json::from_slice::<Departure>(&bytes);
+            let _ = serde_json::from_slice::<SlotRecord>(&bytes);
         }
     }
 }

@@ -24,8 +24,8 @@ mod version;
 pub use certificate::{CertificateError, Issuer, PrivateKey, PublicKey};
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
 pub use join::{
-    Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason, Refusal, Revocation,
-    SIGNATURE_HEADER, SlotRecord,
+    Departure, Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason, Refusal,
+    Revocation, SIGNATURE_HEADER, SlotRecord,
 };
 pub use lint::{HaRow, ha_table, lint};
 pub use membership::{Membership, Secrets, Tls};

@@ -60,8 +60,8 @@ pub struct Units {
     pub mask: Vec<String>,
 }
 
-/// What has to run on the node itself for an image to be a good one. Nothing that needs
-/// another node: an unplugged cable is no reason to go back to the older image.
+/// What has to run on the node itself for an image to be a good one. A unit that needs another
+/// node waits for it in its start: an unplugged cable is no reason to go back to the older image.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Health {

@@ -101,10 +101,10 @@ pub enum TicketError {
 
 impl Ticket {
     pub const VERSION: u16 = 2;
-    /// Name of the systemd credential.
     /// On the EFI partition of a machine with Secure Boot: systemd takes no credential from there that
     /// anybody could have written.
     pub const FILE: &str = "bakehouse.ticket";
+    /// Name of the systemd credential.
     pub const CREDENTIAL: &str = "bakehouse.ticket";
 
     /// Reads a ticket.

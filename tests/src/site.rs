@@ -11,8 +11,8 @@ use firstboot::hub::api::{Hub, serve};
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::neighbours::Neighbourhood;
 use fleet::{
-    Claims, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason, Revocation,
-    Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Topology, encoding,
+    Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason,
+    Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Topology, encoding,
 };
 
 use crate::Cluster;
@@ -72,7 +72,8 @@ impl Site {
         let cert = issuer.node(&self.topology, &node, &key.public().expect("a key")).expect("an issuer");
         let own = Identity { cert: &cert, key: key.pem() };
         let mut members = self.cluster.clients();
-        members.rotate_left(i);
+        let first = i % members.len();
+        members.rotate_left(first);
         let etcd = Etcd::new(members, https::client(self.root.certificate(), Some(own)).expect("a certificate"));
         let desk = Arc::new(ClaimsDesk::new(etcd, self.topology.clone(), &node.name));
         let dir = self.dir.path().join(&node.name);
@@ -173,6 +174,20 @@ impl Site {
         let mut hub = Connection::open("127.0.0.3", self.topology.mesh.port, "hub-3", &tls).await.expect("a hub");
         let asked = request("POST", "hub", "/v1/revoke", &[(SIGNATURE_HEADER, &signature)], body.into()).expect("HTTP");
         hub.ask(asked, 1 << 10).await.is_ok()
+    }
+
+    /// Has hub-2 told that a node is to leave, signed by this key.
+    ///
+    /// # Errors
+    /// The hub's no.
+    pub async fn leave(&self, slot: &str, now: bool, by: &Issuer) -> Result<(), String> {
+        let asked = Departure { version: PROTOCOL, fleet: "acme".to_owned(), slot: slot.to_owned(), now };
+        let body = serde_json::to_vec(&asked).expect("JSON");
+        let signature = encoding::encode(&by.sign(&body).expect("a key"));
+        let tls = https::client(self.root.certificate(), None).expect("a certificate");
+        let mut hub = Connection::open("127.0.0.2", self.topology.mesh.port, "hub-2", &tls).await.expect("a hub");
+        let asked = request("POST", "hub", "/v1/leave", &[(SIGNATURE_HEADER, &signature)], body.into()).expect("HTTP");
+        hub.ask(asked, 1 << 10).await.map(drop).map_err(|e| e.to_string())
     }
 
     /// Asks until somebody answers with more than "later".

@@ -76,6 +76,22 @@ pub(super) enum Command {
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
     },
+    /// Have a node leave the fleet
+    #[command(
+        after_help = "Examples:\n  bakehouse leave db-2\n  bakehouse leave hub-3 --now --endpoint hub-1=192.0.2.1\n\n\
+        Its machine hands over what it does, stops, gives its slot back, and says so on its console. A new\n\
+        machine may have the slot then, with an ordinary ticket (founders: `bakehouse ticket --replace`).\n\
+        With --now the machine is not waited for: for one that is dead, stolen, or not to be trusted."
+    )]
+    Leave {
+        node: String,
+        /// Shut it out at once
+        #[arg(long)]
+        now: bool,
+        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
+        #[arg(long, value_name = "HUB=HOST")]
+        endpoint: Vec<String>,
+    },
     /// Write a node's image and its ticket to a disk, or into a file
     #[command(after_help = "Examples:\n  bakehouse flash hub-1 /dev/sdb\n  bakehouse flash app disk.raw --json\n\n\
         Builds what is missing, mints a ticket, writes, reads back, and compares. For a group, any free slot\n\

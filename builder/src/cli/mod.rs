@@ -91,6 +91,17 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.revoke(number)?;
             progress.say("ticket", &format!("{number} is revoked, says {hub}"));
         }
+        Command::Leave { node, now, endpoint } => {
+            if project.topology.node(node).is_none() {
+                let known: Vec<&str> = project.topology.nodes.iter().map(|n| n.name.as_str()).collect();
+                return Err(Error::Usage(format!("there is no node `{node}`; there are: {}", known.join(", "))));
+            }
+            let authority = Authority::of(&project)?;
+            let endpoints = endpoints(&project, endpoint)?;
+            let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.leave(node, *now)?;
+            let what = if *now { "is shut out" } else { "is told to leave" };
+            progress.say("leave", &format!("{node} {what}, says {hub}"));
+        }
         Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None } => {
             let lasts = Duration::from_secs(u64::from(*days) * 86_400);
             let terms = Terms { uses: *uses, lasts, replace: *replace };
@@ -200,15 +211,19 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Rehearse { scenarios, repeat, page, revision } => {
             let chosen = rehearse::chosen(scenarios)?;
             let rehearsal = rehearse::Rehearsal::new(&project, &progress)?;
-            let outcomes = rehearsal.play(&chosen, *repeat)?;
+            let mut outcomes = Vec::new();
+            // What was seen is told and kept, whatever comes after.
+            let played = rehearsal.play(&chosen, *repeat, |seen| {
+                outcomes = seen.to_vec();
+                let Some(path) = page else { return Ok(()) };
+                let text = rehearse::page(&project, seen, rehearsal.factor, revision.as_deref())?;
+                std::fs::write(path, text).map_err(Error::io("write", path))
+            });
             print_json(cli.json, &outcomes)?;
             if !cli.json {
                 print!("{}", rehearse::table(&outcomes));
             }
-            if let Some(path) = page {
-                let text = rehearse::page(&project, &outcomes, rehearsal.factor, revision.as_deref())?;
-                std::fs::write(path, text).map_err(Error::io("write", path))?;
-            }
+            played?;
             if outcomes.iter().any(|o| !o.broken.is_empty()) {
                 return Ok(ExitCode::FAILURE);
             }

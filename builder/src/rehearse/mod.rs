@@ -73,12 +73,17 @@ impl<'a> Rehearsal<'a> {
         Ok(Self { project, progress, password: secrets.odoo, admin: secrets.odoo_admin, factor })
     }
 
-    /// Plays the scenarios one after the other, each `repeat` times, and hands over every
-    /// outcome as it comes. Stops where the fleet does not become whole again.
+    /// Plays the scenarios one after the other, each `repeat` times; after each, `kept` is given
+    /// all outcomes so far. Stops where the fleet does not become whole again.
     ///
     /// # Errors
-    /// A machine does not do what it is told.
-    pub fn play(&self, scenarios: &[&'static Scenario], repeat: u32) -> Result<Vec<Outcome>> {
+    /// A machine does not do what it is told; `kept` can't keep them.
+    pub fn play(
+        &self,
+        scenarios: &[&'static Scenario],
+        repeat: u32,
+        mut kept: impl FnMut(&[Outcome]) -> Result<()>,
+    ) -> Result<()> {
         let mut outcomes = Vec::new();
         for scenario in scenarios {
             for _ in 0..repeat {
@@ -88,12 +93,13 @@ impl<'a> Rehearsal<'a> {
                 };
                 let whole = outcome.whole.is_finite();
                 outcomes.push(outcome);
+                kept(&outcomes)?;
                 if !whole {
-                    return Ok(outcomes);
+                    return Ok(());
                 }
             }
         }
-        Ok(outcomes)
+        Ok(())
     }
 
     fn play_one(&self, scenario: &'static Scenario) -> Result<Option<Outcome>> {

@@ -43,6 +43,9 @@ pub use wire::{Door, Wire};
 const READY: &str = "bakehouse: ready";
 /// Emulated machines take their time.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
+/// What Linux says where QEMU's emulation of several processors lost a timer. A machine that is
+/// silent for so long after it has stopped for good, and only another QEMU helps.
+const LOST_TIMER: (&str, Duration) = ("Possible timer handling issue", Duration::from_secs(60));
 /// How often a machine that is waited for is looked at, if it says nothing.
 const LOOK: Duration = Duration::from_secs(1);
 /// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
@@ -91,12 +94,20 @@ pub struct Start<'a> {
     pub wire: Wire,
     /// A second disk, raw.
     pub seed: Option<&'a Path>,
-    /// Where its disk has nothing to boot, the machine asks on the wire (PXE).
-    pub netboot: bool,
+    /// Where its disk has nothing to boot, the machine asks on the wire.
+    pub netboot: Option<NetBoot>,
     /// Its firmware runs what is signed, and nothing else, once it has the fleet's key.
     pub secure_boot: bool,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
+}
+
+/// How firmware asks the network for something to boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetBoot {
+    /// By TFTP.
+    Pxe,
+    Http,
 }
 
 impl Vm {
@@ -192,8 +203,14 @@ impl Vm {
             qemu.args(["-device", "virtio-blk-pci,drive=seed"]);
         }
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
-        // The firmware's own PXE, not QEMU's.
-        let boot = if start.netboot { ",bootindex=2,romfile=" } else { "" };
+        // The firmware's own client, not QEMU's.
+        let boot = if start.netboot.is_some() { ",bootindex=2,romfile=" } else { "" };
+        if start.netboot == Some(NetBoot::Http) {
+            // It would try PXE first.
+            for pxe in ["IPv4PXESupport", "IPv6PXESupport"] {
+                qemu.args(["-fw_cfg", &format!("name=opt/org.tianocore/{pxe},string=no")]);
+            }
+        }
         qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}{boot}", start.wire.mac)]);
         if let Some(door) = &start.wire.door {
             qemu.args(["-netdev", &door.netdev()]);
@@ -257,13 +274,26 @@ impl Vm {
     }
 
     /// Waits until the agent says that its node serves.
-    fn come_up(&self, step: Step) -> Result<()> {
-        self.wait_console(BOOT_TIMEOUT, |text| {
-            step.message(&format!("{}: {}", self.node, last_word(text).chars().take(90).collect::<String>()));
-            text.contains(READY).then_some(())
-        })?;
-        step.done(&format!("{} is ready", self.node));
-        Ok(())
+    fn come_up(&self, start: &Start, step: Step) -> Result<()> {
+        let until = Instant::now() + BOOT_TIMEOUT;
+        loop {
+            let mut heard = (0, Instant::now());
+            let serves = self.wait_console(until.saturating_duration_since(Instant::now()), |text| {
+                step.message(&format!("{}: {}", self.node, last_word(text).chars().take(90).collect::<String>()));
+                if heard.0 != text.len() {
+                    heard = (text.len(), Instant::now());
+                }
+                let stopped = text.contains(LOST_TIMER.0) && heard.1.elapsed() > LOST_TIMER.1;
+                text.contains(READY).then_some(true).or(stopped.then_some(false))
+            })?;
+            if serves {
+                step.done(&format!("{} is ready", self.node));
+                return Ok(());
+            }
+            step.message(&format!("{}: its emulated processors have stopped; started again", self.node));
+            self.cut_power()?;
+            self.start(start)?;
+        }
     }
 
     /// Pulls the machine's network cable, or puts it back.
@@ -455,14 +485,17 @@ pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
 pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
     let mut started = Vec::new();
     for name in project.topology.nodes.iter().map(|n| &n.name).filter(|n| nodes.is_empty() || nodes.contains(n)) {
-        let vm = Vm::of(project, name)?;
+        let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?);
         if !vm.is_running() {
-            vm.start(&start_of(project, name)?.as_start())?;
+            vm.start(&start.as_start())?;
         }
-        started.push((progress.step("boot", &format!("{name}: firmware")), vm));
+        started.push((progress.step("boot", &format!("{name}: firmware")), vm, start));
     }
     std::thread::scope(|scope| {
-        let waited: Vec<_> = started.into_iter().map(|(step, vm)| scope.spawn(move || vm.come_up(step))).collect();
+        let waited: Vec<_> = started
+            .into_iter()
+            .map(|(step, vm, start)| scope.spawn(move || vm.come_up(&start.as_start(), step)))
+            .collect();
         waited.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
     })
 }
@@ -515,7 +548,7 @@ impl Described {
             keep: self.keep,
             wire: self.wire.clone(),
             seed: None,
-            netboot: false,
+            netboot: None,
             secure_boot: self.secure_boot,
             credentials,
         }

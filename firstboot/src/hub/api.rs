@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fleet::{
-    Answer, Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason, Refusal, Report,
-    Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Topology, encoding,
+    Answer, Departure, Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason,
+    Refusal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Topology, encoding,
 };
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
@@ -108,11 +108,12 @@ async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) 
             Ok(peers) => json(&peers),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
         },
-        (Method::POST, "/v1/revoke", _) => match hub.revoke(&body, &signature).await {
-            Ok(()) => plain(StatusCode::OK, ""),
-            Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
-            Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
-        },
+        (Method::POST, "/v1/revoke", _) => told(hub.revoke(&body, &signature).await),
+        (Method::POST, "/v1/leave", Some(member)) if signature.is_empty() => told(hub.take_leave(member).await),
+        (Method::POST, "/v1/leave", _) => told(hub.leave(&body, &signature).await),
+        (Method::POST, "/v1/left", Some(member)) => {
+            told(hub.desk.left(&member.slot, &member.tls_key).await.unwrap_or_else(|e| Err(busy(e))))
+        }
         (Method::POST, "/v1/rollout", _) => match hub.rollout(&body, &signature).await {
             Ok(rollout) => json(&rollout),
             Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
@@ -136,7 +137,7 @@ async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) 
             }
             json(&peers)
         }
-        (_, "/v1/introduce" | "/v1/peers" | "/v1/turn", None) => {
+        (_, "/v1/introduce" | "/v1/peers" | "/v1/turn" | "/v1/left", None) => {
             plain(StatusCode::UNAUTHORIZED, "show a certificate of this fleet")
         }
         _ => plain(StatusCode::NOT_FOUND, "no such thing"),
@@ -201,6 +202,22 @@ impl Hub {
         self.desk.revoke(&asked.token).await.map_err(busy)
     }
 
+    /// The operator has a node go.
+    async fn leave(&self, body: &[u8], signature: &str) -> Result<(), Refusal> {
+        let asked: Departure = self.of_root(body, signature, |d: &Departure| (d.version, d.fleet.clone()))?;
+        println!("{} is to leave{}", asked.slot.escape_debug(), if asked.now { " at once" } else { "" });
+        self.desk.leave(&asked.slot, asked.now).await.unwrap_or_else(|e| Err(busy(e)))
+    }
+
+    /// A node goes by itself.
+    async fn take_leave(&self, member: &Member) -> Result<(), Refusal> {
+        if self.desk.fenced(&member.slot, &member.tls_key).is_some() {
+            return Ok(());
+        }
+        println!("{} leaves", member.slot);
+        self.desk.leave(&member.slot, false).await.unwrap_or_else(|e| Err(busy(e)))
+    }
+
     /// The operator looks at the rollout, pauses it, or lets it go on.
     async fn rollout(&self, body: &[u8], signature: &str) -> Result<Rollout, Refusal> {
         let asked: RolloutRequest = self.of_root(body, signature, |r: &RolloutRequest| (r.version, r.fleet.clone()))?;
@@ -262,7 +279,10 @@ impl Hub {
     }
 
     fn peers(&self, member: &Member) -> Peers {
-        Peers { keys: self.founders(), fenced: self.desk.fenced(&member.slot, &member.tls_key) }
+        let fenced = self.desk.fenced(&member.slot, &member.tls_key);
+        let leaving = fenced.is_none() && self.desk.is_leaving(&member.slot);
+        let vacant = self.desk.owners().into_iter().filter(|(_, r)| r.vacant).map(|(slot, _)| slot);
+        Peers { keys: self.founders(), fenced, leaving, vacant: vacant.collect() }
     }
 
     /// Keys of those that everybody has to know.
@@ -323,6 +343,14 @@ impl Drop for Guest {
 fn busy(e: Error) -> Refusal {
     eprintln!("{e}");
     no(Reason::Busy, "etcd does not answer")
+}
+
+fn told(done: Result<(), Refusal>) -> Response<Full<Bytes>> {
+    match done {
+        Ok(()) => plain(StatusCode::OK, ""),
+        Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
+        Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
+    }
 }
 
 fn json(value: &impl Serialize) -> Response<Full<Bytes>> {

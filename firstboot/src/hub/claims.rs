@@ -194,6 +194,8 @@ impl ClaimsDesk {
                 image: waiting.request.image.clone(),
                 by: self.by.clone(),
                 at: now,
+                leaving: false,
+                vacant: false,
             };
             takings.push(Taking { place, record, keys });
             taking.push(waiting);
@@ -230,6 +232,9 @@ impl ClaimsDesk {
         let place = self.place(slot).await?;
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         match &place.before {
+            Some(record) if record.vacant && record.mesh_key == mesh_key => {
+                return Ok(Err(no(Reason::Fenced, &gone(slot))));
+            }
             Some(record) if record.mesh_key == mesh_key => {
                 return Ok(Ok(Given { slot: slot.to_owned(), epoch: record.epoch }));
             }
@@ -250,6 +255,8 @@ impl ClaimsDesk {
             image: image.to_owned(),
             by: self.by.clone(),
             at,
+            leaving: false,
+            vacant: false,
         };
         let taking = Taking { place, record, keys: Keys::of(mesh_key, "") };
         if self.take(&[taking], &BTreeMap::new()).await? {
@@ -265,6 +272,78 @@ impl ClaimsDesk {
     pub async fn revoke(&self, token: &str) -> Result<()> {
         let keys = Keys::of(MeshKey([0; 32]), token);
         self.etcd.transact(&[], &[Then::Put(&keys.revoked, b"")]).await.map(drop)
+    }
+
+    /// A node is to go. Its machine hears of it and does so by itself; with `now` it is not
+    /// waited for, and is fenced.
+    ///
+    /// # Errors
+    /// etcd does not answer, or can't do without the node's vote.
+    pub async fn leave(&self, slot: &str, now: bool) -> Result<Result<(), Refusal>> {
+        if self.topology.voters == [slot] {
+            let text = format!("{slot} has the fleet's only vote: nothing could be decided without it");
+            return Ok(Err(no(Reason::Malformed, &text)));
+        }
+        let place = self.place(slot).await?;
+        let Some(record) = place.before.as_ref().filter(|r| !r.vacant) else {
+            return Ok(Err(no(Reason::Malformed, &format!("nobody has the slot `{slot}`"))));
+        };
+        if now {
+            return self.vacate(&place, record).await;
+        }
+        // Before anything stops: etcd says no where it can't do without this vote.
+        if let Err(e) = self.unvote(slot).await {
+            return Ok(Err(no(Reason::Busy, &format!("etcd can't do without {slot} now: {e}"))));
+        }
+        let record = SlotRecord { leaving: true, ..record.clone() };
+        let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
+        let key = format!("{SLOTS}{slot}");
+        let done = self.etcd.transact(&[If::Unchanged(&key, place.revision)], &[Then::Put(&key, &value)]).await?;
+        Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })
+    }
+
+    /// The owner of a slot has stopped, and gives it back. Said again, it changes nothing.
+    ///
+    /// # Errors
+    /// etcd does not answer, or can't do without the node's vote.
+    pub async fn left(&self, slot: &str, tls_key: &str) -> Result<Result<(), Refusal>> {
+        let place = self.place(slot).await?;
+        match &place.before {
+            Some(record) if record.tls_key == tls_key && !record.vacant => self.vacate(&place, record).await,
+            _ => Ok(Ok(())),
+        }
+    }
+
+    /// Takes a voter out of etcd, if it is there.
+    async fn unvote(&self, slot: &str) -> Result<()> {
+        let Some(url) = self.peer_url(slot) else { return Ok(()) };
+        if let Some(member) = self.etcd.members().await?.iter().find(|m| m.peer_urls.contains(&url)) {
+            println!("etcd: {slot} goes");
+            self.etcd.remove(member).await?;
+        }
+        Ok(())
+    }
+
+    /// Nobody has the slot any more, as of the next epoch. Its vote goes first: done again after a
+    /// cut, it is gone.
+    async fn vacate(&self, place: &Place, record: &SlotRecord) -> Result<Result<(), Refusal>> {
+        let slot = &place.slot;
+        self.unvote(slot).await?;
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let record = SlotRecord {
+            epoch: record.epoch + 1,
+            leaving: false,
+            vacant: true,
+            by: self.by.clone(),
+            at,
+            ..record.clone()
+        };
+        let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
+        let (key, audit) = (format!("{SLOTS}{slot}"), format!("/bakehouse/audit/{slot}/{:08}", record.epoch));
+        let then = [Then::Put(&key, &value), Then::Put(&audit, &value)];
+        let done = self.etcd.transact(&[If::Unchanged(&key, place.revision)], &then).await?;
+        println!("{slot} has no owner any more (epoch {})", record.epoch);
+        Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })
     }
 
     /// Makes room in etcd for the machine that has a voter's slot now, and has not started etcd
@@ -331,11 +410,17 @@ impl ClaimsDesk {
         self.owners.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether somebody else has a slot now: then since which epoch.
+    /// Whether a slot is somebody else's now, or nobody's: then since which epoch.
     #[must_use]
     pub fn fenced(&self, slot: &str, tls_key: &str) -> Option<u64> {
         let owners = self.owners.read().unwrap_or_else(PoisonError::into_inner);
-        owners.get(slot).filter(|r| r.tls_key != tls_key).map(|r| r.epoch)
+        owners.get(slot).filter(|r| r.vacant || r.tls_key != tls_key).map(|r| r.epoch)
+    }
+
+    /// Whether a slot's owner is to go.
+    #[must_use]
+    pub fn is_leaving(&self, slot: &str) -> bool {
+        self.owners.read().unwrap_or_else(PoisonError::into_inner).get(slot).is_some_and(|r| r.leaving)
     }
 
     /// Follows etcd: calls `changed` with everything first, then with each change; returns
@@ -374,6 +459,9 @@ impl ClaimsDesk {
     /// This key has a slot, or had one.
     async fn again(&self, slot: &str, request: &JoinRequest) -> Result<Result<Given, Refusal>> {
         Ok(match self.place(slot).await?.before {
+            Some(record) if record.mesh_key == request.mesh_key && record.vacant => {
+                Err(no(Reason::Fenced, &gone(slot)))
+            }
             Some(record) if record.mesh_key == request.mesh_key && record.tls_key == request.tls_key => {
                 Ok(Given { slot: slot.to_owned(), epoch: record.epoch })
             }
@@ -399,8 +487,8 @@ impl ClaimsDesk {
                 return Ok(Err(no(Reason::Malformed, &text)));
             }
             let place = self.place(slot).await?;
-            let place =
-                if place.before.is_some() && !claims.replace { self.abandoned(place).await? } else { Ok(place) };
+            let owned = place.before.as_ref().is_some_and(|r| !r.vacant);
+            let place = if owned && !claims.replace { self.abandoned(place).await? } else { Ok(place) };
             let Ok(place) = place else {
                 let replace = format!(
                     "to put this machine in its place now, mint a ticket with `bakehouse ticket --replace {slot}`"
@@ -419,8 +507,8 @@ impl ClaimsDesk {
         let owners = self.owners();
         // Founders' slots are given by their tickets alone.
         let mine = |n: &&Node| n.group == claims.group && !self.topology.is_founder(n);
-        let free: Vec<&Node> =
-            self.topology.nodes.iter().filter(mine).filter(|n| !owners.contains_key(&n.name)).collect();
+        let nobodys = |n: &&Node| owners.get(&n.name).is_none_or(|r| r.vacant);
+        let free: Vec<&Node> = self.topology.nodes.iter().filter(mine).filter(nobodys).collect();
         if free.is_empty() {
             for node in &self.topology.nodes {
                 if node.group != claims.group || node.reclaim_after.is_none() || promised(&node.name) {
@@ -436,8 +524,13 @@ impl ClaimsDesk {
             );
             return Ok(Err(no(Reason::Full, &text)));
         }
-        let place = |n: &Node| Place { slot: n.name.clone(), before: None, revision: 0, silent: false };
-        Ok(Ok(free.into_iter().find(|n| !promised(&n.name)).map(place)))
+        let Some(node) = free.into_iter().find(|n| !promised(&n.name)) else { return Ok(Ok(None)) };
+        // What was never taken need not be looked up.
+        let new = Place { slot: node.name.clone(), before: None, revision: 0, silent: false };
+        let place = if owners.contains_key(&node.name) { self.place(&node.name).await? } else { new };
+        // Somebody was faster.
+        let owned = place.before.as_ref().is_some_and(|r| !r.vacant);
+        Ok(Ok((!owned).then_some(place)))
     }
 
     async fn place(&self, slot: &str) -> Result<Place> {
@@ -567,6 +660,11 @@ impl Keys {
             revoked: format!("/bakehouse/revoked/{token}"),
         }
     }
+}
+
+/// What a machine is told that had a slot which nobody has now.
+fn gone(slot: &str) -> String {
+    format!("this machine was {slot}, and has left the fleet; wipe it and give it a new ticket to have it again")
 }
 
 fn seen(slot: &str) -> String {

@@ -9,11 +9,11 @@
 //! /bakehouse/rollout/paused          why      nobody begins
 //! ```
 
-use fleet::{Answer, Report, Rollout, RolloutOrder, Topology, Verdict};
+use fleet::{Answer, Report, Rollout, RolloutOrder, SlotRecord, Topology, Verdict};
 
 use super::claims::SLOTS;
 use crate::error::{Error, Result};
-use crate::etcd::{Etcd, If, Then};
+use crate::etcd::{Etcd, If, Pair, Then};
 
 const PREFIX: &str = "/bakehouse/rollout/";
 const TURN: &str = "/bakehouse/rollout/turn";
@@ -84,7 +84,8 @@ pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
 /// The rollout, and the revision of the turn's last change (0: nobody has it).
 async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
     let (_, slots) = etcd.list(SLOTS).await?;
-    let members = slots.iter().filter_map(|p| p.key.strip_prefix(SLOTS)).map(str::to_owned).collect();
+    let owned = |p: &&Pair| serde_json::from_slice(&p.value).is_ok_and(|r: SlotRecord| !r.vacant);
+    let members = slots.iter().filter(owned).filter_map(|p| p.key.strip_prefix(SLOTS)).map(str::to_owned).collect();
     let mut rollout = Rollout { members, ..Rollout::default() };
     let mut turn = 0;
     for pair in etcd.list(PREFIX).await?.1 {
