@@ -329,6 +329,15 @@ fn a_fleets_key_is_made_once_and_signs_tickets() {
     fleet::Ticket::parse(&fs::read(&file).expect("a ticket")).expect("a ticket");
     ticket(&["hub"]).fails(2, &["each has a ticket of its own"]);
     ticket(&["app", "--endpoint", "db-1=x"]).fails(2, &["`db-1=x` is not HUB=HOST"]);
+    // What was minted with a token is remembered; how often it was used, hubs know.
+    let nowhere = ["hub-1", "hub-2", "hub-3"].map(|hub| format!("{hub}=127.0.0.1"));
+    let ends = nowhere.each_ref().map(|at| ["--endpoint", at.as_str()]);
+    let listed = ticket(&[&["--list", "--json"], ends.as_flattened()].concat());
+    assert!(listed.status == 0 && listed.err.contains("nobody says how often each was used"), "{}", listed.err);
+    let listed: serde_json::Value = serde_json::from_str(&listed.out).expect("JSON");
+    assert_eq!((listed.as_array().map(Vec::len), listed[0]["to"].as_str()), (Some(1), Some("app")), "{listed}");
+    assert_eq!((listed[0]["uses"].as_u64(), listed[0]["state"].as_str()), (Some(5), Some("good")));
+    assert!(!lab.read("tickets.jsonl").contains("PRIVATE"));
     fs::remove_file(dir.join("fleet.key")).expect("a key");
     ticket(&["app"]).fails(1, &["bakehouse init"]);
 }

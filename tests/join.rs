@@ -59,8 +59,13 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
     assert_eq!(refused(site.insist(&Site::asker(&foreign.expect("a root"), "db"), 1).await), Reason::Forged);
     let revoked = site.token("db", |_| {});
     let number = revoked.token.read().expect("claims").id;
-    assert!(!site.revoke(&number, &Issuer::root("acme").expect("randomness")).await, "anybody can revoke");
-    assert!(site.revoke(&number, &site.root).await);
+    let stranger = Issuer::root("acme").expect("randomness");
+    assert!(site.revoke(&number, &stranger).await.is_err(), "anybody can revoke");
+    site.revoke(&number, &site.root).await.expect("a hub takes it");
+    assert!(site.tokens(&stranger).await.is_err(), "anybody may look");
+    let tokens = site.tokens(&site.root).await.expect("a hub tells");
+    let used = once.token.read().expect("claims").id;
+    assert_eq!((tokens.used, tokens.revoked), (BTreeMap::from([(used, 1)]), BTreeSet::from([number])));
     assert_eq!(refused(site.insist(&Site::asker(&revoked, "db"), 1).await), Reason::Revoked);
     let taken = site.token("db", |c| c.slot = Some("db-1".to_owned()));
     assert_eq!(refused(site.insist(&Site::asker(&taken, "db"), 2).await), Reason::Taken);

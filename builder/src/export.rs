@@ -17,6 +17,7 @@ use crate::bake::{slots, var_size};
 use crate::error::{Error, Result};
 use crate::flash::{Carried, put_ticket};
 use crate::image::Image;
+use crate::ledger;
 use crate::progress::Progress;
 use crate::project::Project;
 use crate::ticket::{CARRIED, Terms, mint};
@@ -99,6 +100,7 @@ pub fn export(
 ) -> Result<Export> {
     let authority = Authority::of(project)?;
     let ticket = mint(&authority, &project.topology, node, &Terms { replace, ..CARRIED }, BTreeMap::new())?;
+    ledger::note(&project.dir, &ticket)?;
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
     let out = out.canonicalize().map_err(Error::io("find", out))?;
     let path = |suffix: &str| out.join(format!("{node}{suffix}"));

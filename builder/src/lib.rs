@@ -17,6 +17,7 @@ mod fetch;
 mod flash;
 mod image;
 mod initrd;
+pub mod ledger;
 pub mod lock;
 mod manifest;
 pub mod mirror;

@@ -106,7 +106,7 @@ fn purl(version: &str) -> String {
 }
 
 /// Seconds since 1970 as `2025-01-31T12:00:00Z`.
-fn rfc3339(seconds: u64) -> String {
+pub(crate) fn rfc3339(seconds: u64) -> String {
     let (days, time) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let era = days / 146_097;
     let of_era = days % 146_097;

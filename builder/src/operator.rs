@@ -5,13 +5,17 @@ use std::collections::BTreeMap;
 use firstboot::https::{self, Connection, request};
 use firstboot::join::endpoint;
 use fleet::{
-    Departure, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Topology,
-    compare_versions, encoding,
+    Departure, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Tokens, TokensRequest,
+    Topology, compare_versions, encoding,
 };
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::authority::Authority;
 use crate::error::{Error, Result, fail};
+
+/// Longest answer that is read: a fleet's life of tokens.
+const LONGEST: usize = 4 << 20;
 
 /// The hubs, as the operator's machine reaches them.
 pub struct Hubs<'a> {
@@ -31,6 +35,16 @@ impl Hubs<'_> {
         self.ask("/v1/revoke", &asked).map(|(hub, _)| hub)
     }
 
+    /// What became of the tokens.
+    ///
+    /// # Errors
+    /// No hub answers: what each of them said.
+    pub fn tokens(&self) -> Result<Tokens> {
+        let asked = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone() };
+        let (hub, answer) = self.ask("/v1/tokens", &asked)?;
+        readable(&hub, &answer)
+    }
+
     /// Has a node leave the fleet; `now` does not wait for its machine. Returns the hub that took it.
     ///
     /// # Errors
@@ -47,9 +61,7 @@ impl Hubs<'_> {
     pub fn rollout(&self, order: RolloutOrder) -> Result<Rollout> {
         let asked = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order };
         let (hub, answer) = self.ask("/v1/rollout", &asked)?;
-        serde_json::from_slice(&answer).map_err(|e| {
-            Error::Failed(format!("{hub}'s answer is not readable ({e}); is this bakehouse older than it?"))
-        })
+        readable(&hub, &answer)
     }
 
     /// The first answer, and the hub that gave it.
@@ -65,7 +77,7 @@ impl Hubs<'_> {
             let answer = runtime.block_on(async {
                 let mut connection = Connection::open(&host, self.topology.mesh.port, &hub.name, &tls).await?;
                 let headers = [(SIGNATURE_HEADER, signature.as_str())];
-                connection.ask(request("POST", &host, path, &headers, body.clone().into())?, fleet::LONGEST).await
+                connection.ask(request("POST", &host, path, &headers, body.clone().into())?, LONGEST).await
             });
             match answer {
                 Ok(answer) => return Ok((hub.name.clone(), answer.to_vec())),
@@ -74,6 +86,11 @@ impl Hubs<'_> {
         }
         fail(format!("no hub takes it: {}", said.join("; ")))
     }
+}
+
+fn readable<T: DeserializeOwned>(hub: &str, answer: &[u8]) -> Result<T> {
+    serde_json::from_slice(answer)
+        .map_err(|e| Error::Failed(format!("{hub}'s answer is not readable ({e}); is this bakehouse older than it?")))
 }
 
 /// How far a rollout is, for a person.

@@ -115,6 +115,21 @@ pub struct Revocation {
     pub token: String,
 }
 
+/// `POST /v1/tokens`, signed by the fleet's root: what became of the tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokensRequest {
+    pub version: u16,
+    pub fleet: String,
+}
+
+/// The answer to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tokens {
+    /// How often each was used; one that is not here never was.
+    pub used: BTreeMap<String, u32>,
+    pub revoked: BTreeSet<String>,
+}
+
 /// `POST /v1/leave`, signed by the fleet's root: a node is to go, and its slot to be free. A node
 /// says it of itself with its certificate, and nothing else.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,7 +12,8 @@ use firstboot::hub::claims::ClaimsDesk;
 use firstboot::neighbours::Neighbourhood;
 use fleet::{
     Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason,
-    Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Topology, encoding,
+    Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Tokens, TokensRequest, Topology,
+    encoding,
 };
 
 use crate::Cluster;
@@ -139,22 +140,49 @@ impl Site {
         asked.await.map_err(|e| e.to_string())
     }
 
-    /// What whoever has this root is answered about the rollout.
-    ///
+    /// What whoever has this root is answered by hub-2.
+    async fn signed(&self, path: &str, body: Vec<u8>, root: &Issuer) -> Result<bytes::Bytes, String> {
+        let signature = encoding::encode(&root.sign(&body).expect("a root"));
+        let tls = https::client(self.root.certificate(), None).expect("a certificate");
+        let asked = async {
+            let mut hub = Connection::open("127.0.0.2", self.topology.mesh.port, "hub-2", &tls).await?;
+            hub.ask(request("POST", "hub", path, &[(SIGNATURE_HEADER, &signature)], body.into())?, 1 << 20).await
+        };
+        asked.await.map_err(|e| e.to_string())
+    }
+
     /// # Errors
     /// The hub's no.
     pub async fn rollout(&self, order: RolloutOrder, root: &Issuer) -> Result<Rollout, String> {
         let asked = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order };
-        let body = serde_json::to_vec(&asked).expect("JSON");
-        let signature = encoding::encode(&root.sign(&body).expect("a root"));
-        let tls = https::client(self.root.certificate(), None).expect("a certificate");
-        let asked = async {
-            let mut hub = Connection::open("127.0.0.1", self.topology.mesh.port, "hub-1", &tls).await?;
-            let headers = [(SIGNATURE_HEADER, signature.as_str())];
-            hub.ask(request("POST", "hub", "/v1/rollout", &headers, body.into())?, 1 << 20).await
-        };
-        let answer = asked.await.map_err(|e| e.to_string())?;
+        let answer = self.signed("/v1/rollout", serde_json::to_vec(&asked).expect("JSON"), root).await?;
         serde_json::from_slice(&answer).map_err(|e| e.to_string())
+    }
+
+    /// # Errors
+    /// The hub's no.
+    pub async fn tokens(&self, root: &Issuer) -> Result<Tokens, String> {
+        let asked = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone() };
+        let answer = self.signed("/v1/tokens", serde_json::to_vec(&asked).expect("JSON"), root).await?;
+        serde_json::from_slice(&answer).map_err(|e| e.to_string())
+    }
+
+    /// Has a token revoked.
+    ///
+    /// # Errors
+    /// The hub's no.
+    pub async fn revoke(&self, token: &str, root: &Issuer) -> Result<(), String> {
+        let asked = Revocation { version: PROTOCOL, fleet: "acme".to_owned(), token: token.to_owned() };
+        self.signed("/v1/revoke", serde_json::to_vec(&asked).expect("JSON"), root).await.map(drop)
+    }
+
+    /// Has a node told to leave.
+    ///
+    /// # Errors
+    /// The hub's no.
+    pub async fn leave(&self, slot: &str, now: bool, root: &Issuer) -> Result<(), String> {
+        let asked = Departure { version: PROTOCOL, fleet: "acme".to_owned(), slot: slot.to_owned(), now };
+        self.signed("/v1/leave", serde_json::to_vec(&asked).expect("JSON"), root).await.map(drop)
     }
 
     /// A node with keys of its own.
@@ -163,31 +191,6 @@ impl Site {
         let tls = PrivateKey::generate().expect("randomness");
         let mesh_key = MeshKey(tls.public().expect("a key").as_bytes()[1..33].try_into().expect("32 bytes"));
         Asker { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
-    }
-
-    /// Has a token revoked by hub-3, signed by this key; says whether it was.
-    pub async fn revoke(&self, token: &str, by: &Issuer) -> bool {
-        let asked = Revocation { version: PROTOCOL, fleet: "acme".to_owned(), token: token.to_owned() };
-        let body = serde_json::to_vec(&asked).expect("JSON");
-        let signature = encoding::encode(&by.sign(&body).expect("a key"));
-        let tls = https::client(self.root.certificate(), None).expect("a certificate");
-        let mut hub = Connection::open("127.0.0.3", self.topology.mesh.port, "hub-3", &tls).await.expect("a hub");
-        let asked = request("POST", "hub", "/v1/revoke", &[(SIGNATURE_HEADER, &signature)], body.into()).expect("HTTP");
-        hub.ask(asked, 1 << 10).await.is_ok()
-    }
-
-    /// Has hub-2 told that a node is to leave, signed by this key.
-    ///
-    /// # Errors
-    /// The hub's no.
-    pub async fn leave(&self, slot: &str, now: bool, by: &Issuer) -> Result<(), String> {
-        let asked = Departure { version: PROTOCOL, fleet: "acme".to_owned(), slot: slot.to_owned(), now };
-        let body = serde_json::to_vec(&asked).expect("JSON");
-        let signature = encoding::encode(&by.sign(&body).expect("a key"));
-        let tls = https::client(self.root.certificate(), None).expect("a certificate");
-        let mut hub = Connection::open("127.0.0.2", self.topology.mesh.port, "hub-2", &tls).await.expect("a hub");
-        let asked = request("POST", "hub", "/v1/leave", &[(SIGNATURE_HEADER, &signature)], body.into()).expect("HTTP");
-        hub.ask(asked, 1 << 10).await.map(drop).map_err(|e| e.to_string())
     }
 
     /// Asks until somebody answers with more than "later".

@@ -49,13 +49,13 @@ pub(super) enum Command {
     },
     /// Mint a ticket: what a machine is given to become a node
     #[command(after_help = "Examples:\n  bakehouse ticket hub-1 -o hub-1.ticket\n  \
-        bakehouse ticket app --uses 5 --days 2 -o app.ticket\n  bakehouse ticket db-1 --replace -o db-1.ticket\n  bakehouse ticket --revoke NUMBER\n\n\
+        bakehouse ticket app --uses 5 --days 2 -o app.ticket\n  bakehouse ticket db-1 --replace -o db-1.ticket\n  bakehouse ticket --list\n  bakehouse ticket --revoke NUMBER\n\n\
         The machine finds it as the systemd credential `bakehouse.ticket`. Nodes that found the fleet\n\
         (hubs and voters) have a ticket each; others may share one for their group. For [backup.s3], set\n\
         BAKEHOUSE_S3_KEY and BAKEHOUSE_S3_SECRET when `bakehouse init` makes the fleet's key.")]
     Ticket {
         /// A node, or a group
-        #[arg(required_unless_present = "revoke")]
+        #[arg(required_unless_present_any = ["revoke", "list"])]
         to: Option<String>,
         /// How many nodes it is good for
         #[arg(long, default_value_t = 1)]
@@ -66,6 +66,9 @@ pub(super) enum Command {
         /// Take the node's place from the machine that has it
         #[arg(long)]
         replace: bool,
+        /// List the tickets that were minted here, and what became of them
+        #[arg(long, conflicts_with_all = ["to", "uses", "days", "replace", "revoke"])]
+        list: bool,
         /// Make a ticket worthless, by the number that was told when it was minted
         #[arg(long, value_name = "NUMBER", conflicts_with_all = ["to", "uses", "days", "replace"])]
         revoke: Option<String>,

@@ -16,6 +16,7 @@ use crate::explain::explain;
 use crate::export::{self, export};
 use crate::fetch::fetch;
 use crate::image::{Build, Image};
+use crate::ledger;
 use crate::lock::{Lock, TOOLS};
 use crate::mirror::Mirror;
 use crate::operator::{Hubs, describe};
@@ -85,6 +86,18 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 println!("{}", plan::table(&project));
             }
         }
+        Command::Ticket { list: true, endpoint, .. } => {
+            let (authority, endpoints) = (Authority::of(&project)?, endpoints(&project, endpoint)?);
+            let known = Hubs { authority: &authority, topology: &project.topology, endpoints }.tokens();
+            if let Err(e) = &known {
+                progress.say("ticket", &format!("nobody says how often each was used: {e}"));
+            }
+            let rows = ledger::rows(&project.dir, known.ok().as_ref())?;
+            print_json(cli.json, &rows)?;
+            if !cli.json {
+                print!("{}", ledger::table(&rows));
+            }
+        }
         Command::Ticket { revoke: Some(number), endpoint, .. } => {
             let authority = Authority::of(&project)?;
             let endpoints = endpoints(&project, endpoint)?;
@@ -102,12 +115,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let what = if *now { "is shut out" } else { "is told to leave" };
             progress.say("leave", &format!("{node} {what}, says {hub}"));
         }
-        Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None } => {
+        Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None, list: false } => {
             let lasts = Duration::from_secs(u64::from(*days) * 86_400);
             let terms = Terms { uses: *uses, lasts, replace: *replace };
             let to = to.as_deref().unwrap_or_default();
             let ticket =
                 mint(&Authority::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
+            ledger::note(&project.dir, &ticket)?;
             if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
                 progress.say("ticket", &format!("number {}: for {to}, {uses} times within {days} days", claims.id));
             }
@@ -123,6 +137,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let mint = || mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
             // Said before the work: there may be no such ticket.
             let ticket = if *no_ticket { None } else { Some(mint()?) };
+            ticket.iter().try_for_each(|ticket| ledger::note(&project.dir, ticket))?;
             let images = build(&project, &[group], None, mirror, &progress)?;
             let order = flash::Order { target, yes: *yes, force: force.as_deref(), json: cli.json };
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;

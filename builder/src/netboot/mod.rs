@@ -33,6 +33,7 @@ use crate::disk::{ESP_SIZE, ESP_START, ROOT_START};
 use crate::error::{Error, Result, fail};
 use crate::flash::{Carried, group_of};
 use crate::image::{Build, Image};
+use crate::ledger;
 use crate::project::Project;
 use crate::ticket::{CARRIED, Terms, mint};
 use crate::verity::tree_size;
@@ -307,7 +308,10 @@ impl Plan for Known {
     }
 
     fn mint(&self, to: &str, replace: bool) -> Result<Ticket> {
-        mint(&self.authority, &self.project.topology, to, &Terms { replace, ..CARRIED }, BTreeMap::new())
+        let terms = Terms { replace, ..CARRIED };
+        let ticket = mint(&self.authority, &self.project.topology, to, &terms, BTreeMap::new())?;
+        ledger::note(&self.project.dir, &ticket)?;
+        Ok(ticket)
     }
 }
 

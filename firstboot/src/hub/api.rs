@@ -8,7 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use fleet::{
     Answer, Departure, Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason,
-    Refusal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Topology, encoding,
+    Refusal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Tokens,
+    TokensRequest, Topology, encoding,
 };
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
@@ -114,6 +115,10 @@ async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) 
         (Method::POST, "/v1/left", Some(member)) => {
             told(hub.desk.left(&member.slot, &member.tls_key).await.unwrap_or_else(|e| Err(busy(e))))
         }
+        (Method::POST, "/v1/tokens", _) => match hub.tokens(&body, &signature).await {
+            Ok(tokens) => json(&tokens),
+            Err(refusal) => told(Err(refusal)),
+        },
         (Method::POST, "/v1/rollout", _) => match hub.rollout(&body, &signature).await {
             Ok(rollout) => json(&rollout),
             Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
@@ -200,6 +205,12 @@ impl Hub {
         let asked: Revocation = self.of_root(body, signature, |r: &Revocation| (r.version, r.fleet.clone()))?;
         println!("token {} is revoked", asked.token.escape_debug());
         self.desk.revoke(&asked.token).await.map_err(busy)
+    }
+
+    /// The operator asks what became of the tokens.
+    async fn tokens(&self, body: &[u8], signature: &str) -> Result<Tokens, Refusal> {
+        let _: TokensRequest = self.of_root(body, signature, |r: &TokensRequest| (r.version, r.fleet.clone()))?;
+        self.desk.tokens().await.map_err(busy)
     }
 
     /// The operator has a node go.

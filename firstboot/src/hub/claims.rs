@@ -13,15 +13,17 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Topology};
+use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Tokens, Topology};
 use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
 
 use super::token::no;
 use crate::error::{Error, Result};
-use crate::etcd::{Change, Etcd, If, Then};
+use crate::etcd::{Change, Etcd, If, Pair, Then};
 
 pub(super) const SLOTS: &str = "/bakehouse/slots/";
+const TOKENS: &str = "/bakehouse/tokens/";
+const REVOKED: &str = "/bakehouse/revoked/";
 /// Others may claim at the same moment: then again, that often.
 const ATTEMPTS: u64 = 16;
 /// Claims in one transaction: etcd takes 128 operations, each claim needs up to four.
@@ -272,6 +274,23 @@ impl ClaimsDesk {
     pub async fn revoke(&self, token: &str) -> Result<()> {
         let keys = Keys::of(MeshKey([0; 32]), token);
         self.etcd.transact(&[], &[Then::Put(&keys.revoked, b"")]).await.map(drop)
+    }
+
+    /// What became of all tokens.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn tokens(&self) -> Result<Tokens> {
+        let ids = |pairs: Vec<Pair>, prefix: &str| -> Vec<(String, Vec<u8>)> {
+            pairs.into_iter().filter_map(|p| Some((p.key.strip_prefix(prefix)?.to_owned(), p.value))).collect()
+        };
+        let (_, used) = self.etcd.list(TOKENS).await?;
+        let (_, revoked) = self.etcd.list(REVOKED).await?;
+        let count = |value: &[u8]| std::str::from_utf8(value).ok().and_then(|n| n.parse().ok()).unwrap_or(0);
+        Ok(Tokens {
+            used: ids(used, TOKENS).into_iter().map(|(id, value)| (id, count(&value))).collect(),
+            revoked: ids(revoked, REVOKED).into_iter().map(|(id, _)| id).collect(),
+        })
     }
 
     /// A node is to go. Its machine hears of it and does so by itself; with `now` it is not
@@ -656,8 +675,8 @@ impl Keys {
     fn of(mesh_key: MeshKey, token: &str) -> Self {
         Self {
             owner: format!("/bakehouse/owners/{mesh_key}"),
-            token: format!("/bakehouse/tokens/{token}"),
-            revoked: format!("/bakehouse/revoked/{token}"),
+            token: format!("{TOKENS}{token}"),
+            revoked: format!("{REVOKED}{token}"),
         }
     }
 }
