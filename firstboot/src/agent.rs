@@ -116,9 +116,10 @@ pub async fn run(paths: &Paths) -> Result<()> {
 /// Stops what this node does.
 async fn stop(units: &Systemd, node: &Node) -> Result<()> {
     for role in &node.roles {
-        units.stop(&format!("role-{role}.target")).await?;
+        units.stop_with_all(&format!("role-{role}.target"), &[]).await?;
     }
-    units.stop("role-base.target").await
+    // What goes on running is filtered as before.
+    units.stop_with_all("role-base.target", &["nftables.service"]).await
 }
 
 /// Leaves the fleet: hands over, stops, and gives the slot back. After a power cut anywhere in

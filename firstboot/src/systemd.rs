@@ -1,6 +1,7 @@
 //! systemd over D-Bus: start a unit and wait for its job, by signal.
 
 use futures_util::StreamExt as _;
+use futures_util::future::try_join_all;
 use zbus::proxy::CacheProperties;
 use zbus::zvariant::OwnedObjectPath;
 
@@ -30,6 +31,10 @@ trait Unit {
     fn active_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn job(&self) -> zbus::Result<(u32, OwnedObjectPath)>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn requires(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn wants(&self) -> zbus::Result<Vec<String>>;
 }
 
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
@@ -95,6 +100,20 @@ impl Systemd {
     /// As for [`Self::start`].
     pub async fn stop(&self, unit: &str) -> Result<()> {
         self.job(unit, async || self.manager.stop_unit(unit, "replace").await).await
+    }
+
+    /// Stops a target and all that it requires and wants but `kept`: a target's own end means
+    /// nothing to them. Returns when all their jobs are done.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub async fn stop_with_all(&self, target: &str, kept: &[&str]) -> Result<()> {
+        let of = self.of(self.manager.load_unit(target).await?).await?;
+        let mut units = of.requires().await?;
+        units.extend(of.wants().await?);
+        units.retain(|u| (u.ends_with(".service") || u.ends_with(".timer")) && !kept.contains(&u.as_str()));
+        units.push(target.to_owned());
+        try_join_all(units.iter().map(|unit| self.stop(unit))).await.map(drop)
     }
 
     /// Whether a unit is active.
