@@ -3,7 +3,6 @@
 
 use bakehouse_tests::rack::Rack;
 use bakehouse_tests::{Lab, Machine};
-use builder::vm::NetBoot;
 
 const MAC: &str = "52:54:00:12:00:01";
 
@@ -100,9 +99,7 @@ fn bare_machines_become_what_was_said_of_them() {
     assert_ne!(edge.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);
     edge.cut_power();
 
-    // What has to keep something keeps it, on a disk that it makes for that. The addresses are
-    // somebody else's here.
-    rack.serve_beside_dhcp(&lab);
+    // What has to keep something keeps it, on a disk that it makes for that.
     let mut shed = Machine::of(&lab, "shed-1");
     shed.start_bare(&lab);
     shed.wait_for(&["bakehouse: ready (shed-1)"]);
@@ -110,9 +107,7 @@ fn bare_machines_become_what_was_said_of_them() {
     assert_eq!(shed.ok("systemctl --failed --no-legend --plain"), "");
     let keys = shed.ok("sha256sum /var/lib/bakehouse/keys.json; sync");
     shed.cut_power();
-    // This firmware knows no PXE, but HTTP.
-    rack.serve(&lab, &[]);
-    shed.start_bare_by(&lab, NetBoot::Http);
+    shed.start_bare(&lab);
     shed.wait_for(&["bakehouse: ready (shed-1)"]);
     assert_eq!(shed.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);
     assert!(shed.ok("firstboot status --json").contains(r#""epoch":1"#));

@@ -8,8 +8,6 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use crate::Lab;
 
@@ -18,20 +16,12 @@ const CARD: &str = "rack0";
 /// Its address there, beyond those that machines have.
 pub const ADDRESS: &str = "198.18.255.254/16";
 const NET: &str = "198.18.0.0/16";
-/// The other DHCP server's address, and what it gives out.
-const OTHERS: &str = "198.18.255.253/16";
-const OTHERS_RANGE: &str = "198.18.128.0,198.18.128.100,255.255.0.0,1h";
 
 pub struct Rack {
-    wire: String,
     bridge: Child,
     log: PathBuf,
     server: Option<Child>,
-    others: Option<Others>,
 }
-
-/// Somebody else's DHCP server.
-struct Others(Child);
 
 impl Rack {
     /// Takes this thread, and what it starts, into a namespace with an end of the wire in it.
@@ -43,38 +33,26 @@ impl Rack {
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace, as root");
         let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip");
         assert!(up.success());
-        let [tap, datagrams] = ends(ADDRESS, wire);
-        let bridge = Command::new("socat").args([tap, datagrams]).spawn().expect("socat");
+        let (group, port) = wire.split_once(':').expect("an address and a port");
+        let bridge = Command::new("socat")
+            .arg(format!("TUN:{ADDRESS},tun-type=tap,tun-name={CARD},iff-no-pi,iff-up"))
+            .arg(format!(
+                "UDP4-DATAGRAM:{wire},bind=:{port},reuseaddr,ip-add-membership={group}:127.0.0.1,\
+                 ip-multicast-if=127.0.0.1"
+            ))
+            .spawn()
+            .expect("socat");
         let there =
             || Command::new("ip").args(["link", "show", CARD]).stderr(Stdio::null()).stdout(Stdio::null()).status();
         wait("the wire's end", || there().expect("ip").success());
-        Self { wire: wire.to_owned(), bridge, log: lab.dir.join("netboot.log"), server: None, others: None }
+        Self { bridge, log: lab.dir.join("netboot.log"), server: None }
     }
 
-    /// Starts `bakehouse netboot`, or starts it anew. It gives addresses out itself.
+    /// Starts `bakehouse netboot`, or starts it anew.
     pub fn serve(&mut self, lab: &Lab, more: &[&str]) {
-        self.others = None;
-        self.start(lab, &[&["--dhcp", NET], more].concat());
-    }
-
-    /// Starts `bakehouse netboot` on a network where somebody else gives addresses out.
-    pub fn serve_beside_dhcp(&mut self, lab: &Lab) {
-        self.start(lab, &[]);
-        let [tap, datagrams] = ends(OTHERS, &self.wire);
-        // Another machine, as far as packets go.
-        let script = format!(
-            "ip link set lo up; socat '{tap}' '{datagrams}' & while ! ip link show {CARD} >/dev/null 2>&1; do sleep 0.1; done; \
-             dnsmasq --keep-in-foreground --conf-file=/dev/null --port=0 --interface={CARD} \
-             --bind-interfaces --dhcp-range={OTHERS_RANGE} --dhcp-leasefile=/dev/null --pid-file --user=root"
-        );
-        let others = Command::new("unshare").args(["-n", "-p", "--kill-child", "sh", "-c", &script]).spawn();
-        self.others = Some(Others(others.expect("unshare")));
-    }
-
-    fn start(&mut self, lab: &Lab, more: &[&str]) {
         self.stop();
         let log = File::create(&self.log).expect("the lab is writable");
-        let mut command = lab.command(&["netboot", "--interface", CARD]);
+        let mut command = lab.command(&["netboot", "--interface", CARD, "--dhcp", NET]);
         command.args(more).stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
         self.server = Some(command.spawn().expect("bakehouse starts"));
         self.hears("Ctrl-C ends it");
@@ -120,25 +98,6 @@ impl Drop for Rack {
         if std::thread::panicking() {
             eprintln!("netboot said:\n{}", self.said());
         }
-    }
-}
-
-/// socat's two ends: a card with this address, and the wire.
-fn ends(address: &str, wire: &str) -> [String; 2] {
-    let (group, port) = wire.split_once(':').expect("an address and a port");
-    [
-        format!("TUN:{address},tun-type=tap,tun-name={CARD},iff-no-pi,iff-up"),
-        format!(
-            "UDP4-DATAGRAM:{wire},bind=:{port},reuseaddr,ip-add-membership={group}:127.0.0.1,ip-multicast-if=127.0.0.1"
-        ),
-    ]
-}
-
-impl Drop for Others {
-    fn drop(&mut self) {
-        // With the namespace goes all that is in it.
-        let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
-        let _ = self.0.wait();
     }
 }
 

@@ -94,20 +94,12 @@ pub struct Start<'a> {
     pub wire: Wire,
     /// A second disk, raw.
     pub seed: Option<&'a Path>,
-    /// Where its disk has nothing to boot, the machine asks on the wire.
-    pub netboot: Option<NetBoot>,
+    /// Where its disk has nothing to boot, the machine asks on the wire (PXE).
+    pub netboot: bool,
     /// Its firmware runs what is signed, and nothing else, once it has the fleet's key.
     pub secure_boot: bool,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
-}
-
-/// How firmware asks the network for something to boot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NetBoot {
-    /// By TFTP.
-    Pxe,
-    Http,
 }
 
 impl Vm {
@@ -203,14 +195,8 @@ impl Vm {
             qemu.args(["-device", "virtio-blk-pci,drive=seed"]);
         }
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
-        // The firmware's own client, not QEMU's.
-        let boot = if start.netboot.is_some() { ",bootindex=2,romfile=" } else { "" };
-        if start.netboot == Some(NetBoot::Http) {
-            // It would try PXE first.
-            for pxe in ["IPv4PXESupport", "IPv6PXESupport"] {
-                qemu.args(["-fw_cfg", &format!("name=opt/org.tianocore/{pxe},string=no")]);
-            }
-        }
+        // The firmware's own PXE, not QEMU's.
+        let boot = if start.netboot { ",bootindex=2,romfile=" } else { "" };
         qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}{boot}", start.wire.mac)]);
         if let Some(door) = &start.wire.door {
             qemu.args(["-netdev", &door.netdev()]);
@@ -548,7 +534,7 @@ impl Described {
             keep: self.keep,
             wire: self.wire.clone(),
             seed: None,
-            netboot: None,
+            netboot: false,
             secure_boot: self.secure_boot,
             credentials,
         }
