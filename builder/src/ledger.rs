@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -46,8 +46,21 @@ pub fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
     let path = dir.join(FILE);
     let mut line = serde_json::to_vec(&claims).map_err(|e| Error::Failed(e.to_string()))?;
     line.push(b'\n');
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
-    file.and_then(|mut file| file.write_all(&line).and_then(|()| file.sync_all())).map_err(Error::io("write", &path))
+    let mut written = || {
+        let mut file = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(&path)?;
+        let size = file.metadata()?.len();
+        let mut last = [b'\n'];
+        if size > 0 {
+            file.read_exact_at(&mut last, size - 1)?;
+        }
+        // What a power cut left half takes no other line along.
+        if last != [b'\n'] {
+            line.insert(0, b'\n');
+        }
+        file.write_all(&line)?;
+        file.sync_all()
+    };
+    written().map_err(Error::io("write", &path))
 }
 
 /// What was written down, oldest first, with what a hub knows of it.
@@ -139,13 +152,25 @@ mod tests {
     }
 
     #[test]
-    fn half_a_line_is_left_out() {
+    fn half_a_line_is_left_out_and_takes_no_other_along() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(rows(dir.path(), None).unwrap(), []);
         let whole = serde_json::to_string(&claims("a", 1, 1)).unwrap();
         fs::write(dir.path().join(FILE), format!("{whole}\n{}", &whole[..20])).unwrap();
-        let rows = rows(dir.path(), None).unwrap();
-        assert_eq!(rows.len(), 1);
-        assert!(table(&rows).contains("1970-01-01T00:00:01Z expired"), "{}", table(&rows));
+        let first = rows(dir.path(), None).unwrap();
+        assert_eq!(first.len(), 1);
+        assert!(table(&first).contains("1970-01-01T00:00:01Z expired"), "{}", table(&first));
+        let authority = crate::authority::Authority::create("acme").unwrap();
+        let joiner = fleet::Joiner::mint(&authority.root, claims("b", 1, u64::MAX)).unwrap();
+        let ticket = Ticket {
+            version: Ticket::VERSION,
+            fleet: "acme".into(),
+            root: String::new(),
+            endpoints: BTreeMap::new(),
+            right: fleet::Right::Joiner(joiner),
+        };
+        note(dir.path(), &ticket).unwrap();
+        let all: Vec<String> = rows(dir.path(), None).unwrap().into_iter().map(|r| r.number).collect();
+        assert_eq!(all, ["a", "b"]);
     }
 }
