@@ -23,6 +23,7 @@ const COUNTING: &str = "/sys/firmware/efi/efivars/LoaderBootCountPath-4a67b082-0
 pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
     let until = Instant::now() + PATIENCE;
     let mut before: BTreeMap<String, Seen> = BTreeMap::new();
+    let mut first: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     loop {
         let now = look(systemd, units).await?;
         if now == before && now.values().all(|seen| seen.state == "active") {
@@ -33,21 +34,29 @@ pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
         if let Some(unit) = units.iter().find(failed) {
             return Err(Error::Failed(format!("{unit} has failed; see: journalctl -u {unit}")));
         }
+        for (unit, seen) in now.iter().filter(|(_, seen)| !seen.invocation.is_empty()) {
+            first.entry(unit.clone()).or_insert_with(|| seen.invocation.clone());
+        }
         if Instant::now() > until {
-            return judge(&before, &now);
+            return judge(&first, &before, &now);
         }
         before = now;
         tokio::time::sleep(STEADY).await;
     }
 }
 
-/// Who is not there when the time is up, or was restarted since the last look. One that is still
-/// in its first start waits for another node: whatever else takes so long, its own time limit
-/// would have ended it.
-fn judge(before: &BTreeMap<String, Seen>, now: &BTreeMap<String, Seen>) -> Result<()> {
+/// Who is not there when the time is up, or was started anew since the last look. One that is
+/// still in its `first` start waits for another node: whatever else takes so long, its own time
+/// limit would have ended it. One that ended and was started again, by systemd or by the agent,
+/// does not wait.
+fn judge(
+    first: &BTreeMap<String, Vec<u8>>,
+    before: &BTreeMap<String, Seen>,
+    now: &BTreeMap<String, Seen>,
+) -> Result<()> {
     let well = |unit: &String, s: &Seen| match s.state.as_str() {
-        "active" => before.get(unit).is_some_and(|b| b.restarts == s.restarts),
-        "activating" => s.restarts == 0,
+        "active" => before.get(unit).is_some_and(|b| b.invocation == s.invocation),
+        "activating" => first.get(unit).is_none_or(|i| *i == s.invocation),
         _ => false,
     };
     let unwell: Vec<&str> = now.iter().filter(|(unit, s)| !well(unit, s)).map(|(unit, _)| unit.as_str()).collect();
@@ -78,24 +87,32 @@ async fn look(systemd: &Systemd, units: &[String]) -> Result<BTreeMap<String, Se
 mod tests {
     use super::*;
 
-    fn seen(state: &str, restarts: u32) -> BTreeMap<String, Seen> {
-        BTreeMap::from([("etcd.service".to_owned(), Seen { state: state.to_owned(), restarts })])
+    fn seen(state: &str, start: u8) -> BTreeMap<String, Seen> {
+        let invocation = if start == 0 { Vec::new() } else { vec![start; 16] };
+        BTreeMap::from([("etcd.service".to_owned(), Seen { state: state.to_owned(), invocation })])
+    }
+
+    fn first() -> BTreeMap<String, Vec<u8>> {
+        BTreeMap::from([("etcd.service".to_owned(), vec![1; 16])])
     }
 
     #[test]
     fn waiting_for_another_node_is_no_fault_of_the_image() {
-        judge(&seen("activating", 0), &seen("activating", 0)).unwrap();
-        judge(&seen("activating", 0), &seen("active", 0)).unwrap();
+        judge(&BTreeMap::new(), &seen("activating", 0), &seen("activating", 0)).unwrap();
+        judge(&first(), &seen("activating", 1), &seen("activating", 1)).unwrap();
+        judge(&first(), &seen("activating", 1), &seen("active", 1)).unwrap();
     }
 
     #[test]
     fn what_does_not_run_or_not_for_long_is() {
         for (before, now) in [
             (seen("inactive", 0), seen("inactive", 0)),
-            (seen("activating", 40), seen("activating", 40)),
-            (seen("active", 39), seen("active", 40)),
+            // It failed, and the agent had it start again.
+            (seen("activating", 1), seen("activating", 2)),
+            (seen("activating", 2), seen("activating", 2)),
+            (seen("active", 2), seen("active", 3)),
         ] {
-            let e = judge(&before, &now).unwrap_err().to_string();
+            let e = judge(&first(), &before, &now).unwrap_err().to_string();
             assert!(e.starts_with("etcd.service did not come up"), "{e}");
         }
     }

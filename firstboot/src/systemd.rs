@@ -1,7 +1,7 @@
 //! systemd over D-Bus: start a unit and wait for its job, by signal.
 
 use futures_util::StreamExt as _;
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 use zbus::proxy::CacheProperties;
 use zbus::zvariant::OwnedObjectPath;
 
@@ -31,16 +31,12 @@ trait Unit {
     fn active_state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn job(&self) -> zbus::Result<(u32, OwnedObjectPath)>;
+    #[zbus(property(emits_changed_signal = "false"), name = "InvocationID")]
+    fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn requires(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn wants(&self) -> zbus::Result<Vec<String>>;
-}
-
-#[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
-trait Service {
-    #[zbus(property(emits_changed_signal = "false"), name = "NRestarts")]
-    fn n_restarts(&self) -> zbus::Result<u32>;
 }
 
 #[zbus::proxy(
@@ -66,7 +62,8 @@ trait Network {
 pub struct Seen {
     /// `active`, `activating` (also where it waits for another unit to start first), `failed` …
     pub state: String,
-    pub restarts: u32,
+    /// Another one for each of its starts; empty before the first.
+    pub invocation: Vec<u8>,
 }
 
 /// The manager of the system's units.
@@ -113,7 +110,8 @@ impl Systemd {
         units.extend(of.wants().await?);
         units.retain(|u| (u.ends_with(".service") || u.ends_with(".timer")) && !kept.contains(&u.as_str()));
         units.push(target.to_owned());
-        try_join_all(units.iter().map(|unit| self.stop(unit))).await.map(drop)
+        // One that can't be stopped keeps no other one running.
+        join_all(units.iter().map(|unit| self.stop(unit))).await.into_iter().collect()
     }
 
     /// Whether a unit is active.
@@ -125,20 +123,18 @@ impl Systemd {
         Ok(self.of(path).await?.active_state().await? == "active")
     }
 
-    /// How a service is, and how often it was restarted.
+    /// How a unit is, and which of its starts that is.
     ///
     /// # Errors
-    /// The bus is gone, or there is no such service.
+    /// The bus is gone, or there is no such unit.
     pub async fn unit(&self, unit: &str) -> Result<Seen> {
         let path = self.manager.load_unit(unit).await?;
-        let of = self.of(path.clone()).await?;
+        let of = self.of(path).await?;
         let mut state = of.active_state().await?;
         if state == "inactive" && of.job().await?.0 != 0 {
             "activating".clone_into(&mut state);
         }
-        let service = ServiceProxy::builder(&self.bus).path(path)?.cache_properties(CacheProperties::No);
-        let restarts = service.build().await?.n_restarts().await?;
-        Ok(Seen { state, restarts })
+        Ok(Seen { state, invocation: of.invocation_id().await? })
     }
 
     /// With a cache, each look would have systemd tell all that it knows of the unit.
