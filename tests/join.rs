@@ -131,13 +131,7 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_leaves_makes_room_and_does_not_come_back() {
     let site = Site::open(22_900, "db.count = 3\n");
-    let token = site.token("db", |c| c.uses = 3);
-    let mut members = Vec::new();
-    for i in 0..3 {
-        let asker = Site::asker(&token, "db");
-        let grant = granted(site.insist(&asker, i).await);
-        members.push((asker, grant));
-    }
+    let members = site.members("db", 3).await;
     let peers = async |i: usize, hub: usize| -> fleet::Peers {
         let (asker, grant) = &members[i];
         let answer = site.member(hub, (asker, grant), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
@@ -207,13 +201,7 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_node_at_a_time_changes_its_image() {
     let site = Site::open(22_300, "app.count = 3\n");
-    let token = site.token("app", |c| c.uses = 3);
-    let mut members = Vec::new();
-    for i in 0..3 {
-        let asker = Site::asker(&token, "app");
-        let grant = granted(site.insist(&asker, i).await);
-        members.push((asker, grant));
-    }
+    let members = site.members("app", 3).await;
     let says = async |i: usize, hub: usize, image: &str, doing: Doing| -> Result<Answer, String> {
         let report = Report { version: PROTOCOL, image: image.to_owned(), doing };
         let (asker, grant) = &members[i];

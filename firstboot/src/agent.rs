@@ -102,10 +102,9 @@ pub async fn run(paths: &Paths) -> Result<()> {
         say(Event::Ready, &format!("ready ({})", node.name));
         status.enter(Phase::Ready).await
     };
-    let kept = tokio::select! {
-        kept = async { tokio::try_join!(member.keep(mesh, &updates), serve) } => kept.map(|((), ())| ()),
-        () = status.leave() => Err(Error::Leaving),
-    };
+    // Whoever asks on this machine asks a hub, as the operator does; then the node hears of it.
+    let wishes = status.wishes(async || hubs.leave().await);
+    let kept = tokio::try_join!(member.keep(mesh, &updates), serve, wishes).map(|((), (), ())| ());
     match &kept {
         Err(Error::Leaving) => leave(&units, node, &hubs, updates.patroni.as_ref()).await,
         Err(Error::Fenced { .. } | Error::Left { .. }) => stop(&units, node).await.and(kept),
@@ -126,11 +125,6 @@ async fn stop(units: &Systemd, node: &Node) -> Result<()> {
 /// between, a hub says again that this node is to go.
 async fn leave(units: &Systemd, node: &Node, hubs: &Hubs, patroni: Option<&Patroni>) -> Result<()> {
     say(Event::Leaving, &format!("{}: leaving the fleet", node.name));
-    let mut pause = Pause::default();
-    while let Err(e) = hubs.leave().await {
-        println!("{e}");
-        tokio::time::sleep(pause.longer()).await;
-    }
     if let Some(patroni) = patroni
         && let Err(e) = patroni.hand_over().await
     {

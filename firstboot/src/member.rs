@@ -77,7 +77,7 @@ impl Member {
                 loop {
                     match hubs.peers().await {
                         Ok(peers) => {
-                            if let Some(why) = sent_away(&node.name, own_epoch, &peers) {
+                            if let Some(why) = sent_away(&hubs, &node.name, own_epoch, &peers).await {
                                 return Err(why);
                             }
                             // A hub that is new itself may not know the others yet: none is forgotten
@@ -126,7 +126,7 @@ impl Member {
                     answers.extend(hubs.peers().await);
                 }
                 for peers in answers {
-                    if let Some(why) = sent_away(&node.name, own_epoch, &peers) {
+                    if let Some(why) = sent_away(&hubs, &node.name, own_epoch, &peers).await {
                         return Err(why);
                     }
                     for (slot, key) in peers.keys.iter().filter(|(slot, _)| **slot != node.name) {
@@ -167,7 +167,8 @@ impl Member {
                     println!("{e}");
                 }
                 if let Some(epoch) = desk.fenced(&node.name, &tls_key).filter(|epoch| *epoch >= own_epoch) {
-                    return Err(fenced(&node.name, epoch));
+                    let left = desk.is_vacant(&node.name).then(|| Error::Left { slot: node.name.clone() });
+                    return Err(left.unwrap_or_else(|| fenced(&node.name, epoch)));
                 }
                 tokio::time::sleep(pause.longer()).await;
             }
@@ -188,13 +189,21 @@ fn members(topology: &Topology, node: &Node) -> Vec<(String, u16)> {
     members
 }
 
-/// Why this node can't stay, if it is not the slot's owner any more, or is to leave.
-fn sent_away(slot: &str, own_epoch: u64, peers: &Peers) -> Option<Error> {
+/// Why this node can't stay, if it is not the slot's owner any more, or is to leave and the fleet
+/// can do without its vote: until then it is what it was.
+async fn sent_away(hubs: &Hubs, slot: &str, own_epoch: u64, peers: &Peers) -> Option<Error> {
     // A hub that has not heard of this grant yet still names the owner before.
     match peers.fenced.filter(|epoch| *epoch >= own_epoch) {
         Some(_) if peers.vacant.contains(slot) => Some(Error::Left { slot: slot.to_owned() }),
         Some(epoch) => Some(fenced(slot, epoch)),
-        None => peers.leaving.then_some(Error::Leaving),
+        None if peers.leaving => match hubs.leave().await {
+            Ok(()) => Some(Error::Leaving),
+            Err(e) => {
+                println!("{e}");
+                None
+            }
+        },
+        None => None,
     }
 }
 

@@ -1,9 +1,7 @@
 //! The agent's state on D-Bus, for `firstboot status` and whoever else wants to know; and the one
 //! thing that may be asked of it there.
 
-use std::sync::Arc;
-
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, mpsc, oneshot};
 use zbus::object_server::InterfaceRef;
 
 use crate::console::said;
@@ -43,14 +41,21 @@ struct Agent {
     epoch: u64,
     phase: Phase,
     message: String,
-    leave: Arc<Notify>,
+    wishes: mpsc::Sender<Wish>,
 }
+
+/// Somebody wants this node to leave; he is told what a hub says.
+type Wish = oneshot::Sender<Result<()>>;
 
 #[zbus::interface(name = "org.bakehouse.Agent1")]
 impl Agent {
-    /// Hands over what this node does, stops it, and gives the slot back. Root may ask it.
-    fn leave(&self) {
-        self.leave.notify_one();
+    /// Has this node hand over what it does, stop, and give its slot back: returns when a hub
+    /// has noted it. Root may ask it.
+    async fn leave(&self) -> zbus::fdo::Result<()> {
+        let (wish, answer) = oneshot::channel();
+        let failed = |why: &dyn std::fmt::Display| zbus::fdo::Error::Failed(why.to_string());
+        self.wishes.send(wish).await.map_err(|e| failed(&e))?;
+        answer.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
     }
 
     /// The fleet's name.
@@ -87,7 +92,7 @@ impl Agent {
 /// The published state.
 pub struct Status {
     object: InterfaceRef<Agent>,
-    leave: Arc<Notify>,
+    wishes: Mutex<mpsc::Receiver<Wish>>,
 }
 
 impl Status {
@@ -97,18 +102,18 @@ impl Status {
     /// The bus says no.
     pub async fn publish(bus: &zbus::Connection, fleet: &str) -> Result<Self> {
         let message = said().borrow().clone();
-        let leave = Arc::new(Notify::new());
+        let (wish, wishes) = mpsc::channel(1);
         let agent = Agent {
             fleet: fleet.to_owned(),
             node: String::new(),
             epoch: 0,
             phase: Phase::Joining,
             message,
-            leave: leave.clone(),
+            wishes: wish,
         };
         bus.object_server().at(PATH, agent).await?;
         bus.request_name(BUS_NAME).await?;
-        let published = Self { object: bus.object_server().interface(PATH).await?, leave };
+        let published = Self { object: bus.object_server().interface(PATH).await?, wishes: Mutex::new(wishes) };
         let object = published.object.clone();
         tokio::spawn(async move {
             let mut said = said();
@@ -132,9 +137,17 @@ impl Status {
         Ok(agent.epoch_changed(self.object.signal_emitter()).await?)
     }
 
-    /// Returns when somebody has asked this node to leave.
-    pub async fn leave(&self) {
-        self.leave.notified().await;
+    /// Answers for ever those who want this node to leave, with what `ask` says.
+    ///
+    /// # Errors
+    /// Never while the object is published.
+    pub async fn wishes(&self, ask: impl AsyncFn() -> Result<()>) -> Result<()> {
+        let mut wishes = self.wishes.lock().await;
+        while let Some(wish) = wishes.recv().await {
+            // Who has hung up asks again.
+            let _ = wish.send(ask().await);
+        }
+        Ok(())
     }
 
     /// # Errors
@@ -209,17 +222,18 @@ mod tests {
     #[tokio::test]
     async fn what_is_published_is_what_is_read() {
         let (agent, reader) = pair().await;
-        let wish = Arc::new(Notify::new());
+        let (wish, wishes) = mpsc::channel(1);
         let object = Agent {
             fleet: "acme".into(),
             node: String::new(),
             epoch: 0,
             phase: Phase::Joining,
             message: "m".into(),
-            leave: wish.clone(),
+            wishes: wish,
         };
         agent.object_server().at(PATH, object).await.unwrap();
-        let status = Status { object: agent.object_server().interface(PATH).await.unwrap(), leave: wish };
+        let status =
+            Status { object: agent.object_server().interface(PATH).await.unwrap(), wishes: Mutex::new(wishes) };
         assert_eq!(describe(&reader, false).await.unwrap(), "a node of acme to be: m");
         status.is("db-1", 2).await.unwrap();
         status.enter(Phase::Ready).await.unwrap();
@@ -229,8 +243,12 @@ mod tests {
             (read["node"].as_str(), read["epoch"].as_u64(), read["phase"].as_str()),
             (Some("db-1"), Some(2), Some("ready"))
         );
-        leave(&reader).await.unwrap();
-        tokio::time::timeout(std::time::Duration::from_secs(10), status.leave()).await.expect("it was asked");
+        let refused = async || Err(crate::error::Error::Failed("the only vote".to_owned()));
+        let answer = tokio::select! {
+            answer = leave(&reader) => answer,
+            _ = status.wishes(refused) => panic!("nobody can ask any more"),
+        };
+        assert!(answer.unwrap_err().to_string().contains("the only vote"));
         say(crate::journal::Event::Ready, "something");
         assert_eq!(*said().borrow(), "something");
     }

@@ -119,6 +119,18 @@ impl Site {
         Joiner::mint(&self.root, claims).expect("a root")
     }
 
+    /// So many members of a group, let in by one hub after the other.
+    pub async fn members(&self, group: &str, count: usize) -> Vec<(Asker, Grant)> {
+        let token = self.token(group, |c| c.uses = count as u32);
+        let mut members = Vec::new();
+        for i in 0..count {
+            let asker = Self::asker(&token, group);
+            let grant = granted(self.insist(&asker, i).await);
+            members.push((asker, grant));
+        }
+        members
+    }
+
     /// What a member is answered by a hub.
     ///
     /// # Errors

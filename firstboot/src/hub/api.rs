@@ -217,16 +217,13 @@ impl Hub {
     async fn leave(&self, body: &[u8], signature: &str) -> Result<(), Refusal> {
         let asked: Departure = self.of_root(body, signature, |d: &Departure| (d.version, d.fleet.clone()))?;
         println!("{} is to leave{}", asked.slot.escape_debug(), if asked.now { " at once" } else { "" });
-        self.desk.leave(&asked.slot, asked.now).await.unwrap_or_else(|e| Err(busy(e)))
+        self.desk.leave(&asked.slot, asked.now, None).await.unwrap_or_else(|e| Err(busy(e)))
     }
 
     /// A node goes by itself.
     async fn take_leave(&self, member: &Member) -> Result<(), Refusal> {
-        if self.desk.fenced(&member.slot, &member.tls_key).is_some() {
-            return Ok(());
-        }
         println!("{} leaves", member.slot);
-        self.desk.leave(&member.slot, false).await.unwrap_or_else(|e| Err(busy(e)))
+        self.desk.leave(&member.slot, false, Some(&member.tls_key)).await.unwrap_or_else(|e| Err(busy(e)))
     }
 
     /// The operator looks at the rollout, pauses it, or lets it go on.

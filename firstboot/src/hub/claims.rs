@@ -17,6 +17,7 @@ use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Tok
 use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
 
+use super::departures::gone;
 use super::token::no;
 use crate::error::{Error, Result};
 use crate::etcd::{Change, Etcd, If, Pair, Then};
@@ -36,10 +37,10 @@ const SETTLED: Duration = Duration::from_secs(120);
 pub type Owners = BTreeMap<String, SlotRecord>;
 
 pub struct ClaimsDesk {
-    etcd: Etcd,
-    topology: Topology,
+    pub(super) etcd: Etcd,
+    pub(super) topology: Topology,
     /// This hub.
-    by: String,
+    pub(super) by: String,
     owners: RwLock<Owners>,
     waiting: Mutex<VecDeque<Waiting>>,
     /// One batch of this hub's is under way at a time: two would only get into each other's way
@@ -293,116 +294,6 @@ impl ClaimsDesk {
         })
     }
 
-    /// A node is to go. Its machine hears of it and does so by itself; with `now` it is not
-    /// waited for, and is fenced.
-    ///
-    /// # Errors
-    /// etcd does not answer, or can't do without the node's vote.
-    pub async fn leave(&self, slot: &str, now: bool) -> Result<Result<(), Refusal>> {
-        if self.topology.voters == [slot] {
-            let text = format!("{slot} has the fleet's only vote: nothing could be decided without it");
-            return Ok(Err(no(Reason::Malformed, &text)));
-        }
-        let place = self.place(slot).await?;
-        let Some(record) = place.before.as_ref().filter(|r| !r.vacant) else {
-            return Ok(Err(no(Reason::Malformed, &format!("nobody has the slot `{slot}`"))));
-        };
-        if now {
-            return self.vacate(&place, record).await;
-        }
-        // Before anything stops: etcd says no where it can't do without this vote.
-        if let Err(e) = self.unvote(slot).await {
-            return Ok(Err(no(Reason::Busy, &format!("etcd can't do without {slot} now: {e}"))));
-        }
-        let record = SlotRecord { leaving: true, ..record.clone() };
-        let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
-        let key = format!("{SLOTS}{slot}");
-        let done = self.etcd.transact(&[If::Unchanged(&key, place.revision)], &[Then::Put(&key, &value)]).await?;
-        Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })
-    }
-
-    /// The owner of a slot has stopped, and gives it back. Said again, it changes nothing.
-    ///
-    /// # Errors
-    /// etcd does not answer, or can't do without the node's vote.
-    pub async fn left(&self, slot: &str, tls_key: &str) -> Result<Result<(), Refusal>> {
-        let place = self.place(slot).await?;
-        match &place.before {
-            Some(record) if record.tls_key == tls_key && !record.vacant => self.vacate(&place, record).await,
-            _ => Ok(Ok(())),
-        }
-    }
-
-    /// Takes a voter out of etcd, if it is there.
-    async fn unvote(&self, slot: &str) -> Result<()> {
-        let Some(url) = self.peer_url(slot) else { return Ok(()) };
-        if let Some(member) = self.etcd.members().await?.iter().find(|m| m.peer_urls.contains(&url)) {
-            println!("etcd: {slot} goes");
-            self.etcd.remove(member).await?;
-        }
-        Ok(())
-    }
-
-    /// Nobody has the slot any more, as of the next epoch. Its vote goes first: done again after a
-    /// cut, it is gone.
-    async fn vacate(&self, place: &Place, record: &SlotRecord) -> Result<Result<(), Refusal>> {
-        let slot = &place.slot;
-        self.unvote(slot).await?;
-        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let record = SlotRecord {
-            epoch: record.epoch + 1,
-            leaving: false,
-            vacant: true,
-            by: self.by.clone(),
-            at,
-            ..record.clone()
-        };
-        let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
-        let (key, audit) = (format!("{SLOTS}{slot}"), format!("/bakehouse/audit/{slot}/{:08}", record.epoch));
-        let then = [Then::Put(&key, &value), Then::Put(&audit, &value)];
-        let done = self.etcd.transact(&[If::Unchanged(&key, place.revision)], &then).await?;
-        println!("{slot} has no owner any more (epoch {})", record.epoch);
-        Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })
-    }
-
-    /// Makes room in etcd for the machine that has a voter's slot now, and has not started etcd
-    /// yet: its predecessor goes, it may listen. Done again, it changes nothing.
-    ///
-    /// # Errors
-    /// The cluster says no.
-    pub async fn readmit(&self, slot: &str) -> Result<()> {
-        let Some(url) = self.peer_url(slot) else { return Ok(()) };
-        let members = self.etcd.members().await?;
-        let before = members.iter().find(|m| m.peer_urls.contains(&url));
-        // One that was added has no name until it starts.
-        if let Some(predecessor) = before.filter(|m| !m.name.is_empty()) {
-            println!("etcd: {slot}'s predecessor goes");
-            self.etcd.remove(predecessor).await?;
-        } else if before.is_some() {
-            return Ok(());
-        }
-        self.etcd.add_learner(&url).await
-    }
-
-    /// Gives this voter its vote, if it has none.
-    ///
-    /// # Errors
-    /// It has not caught up yet, or there is no quorum.
-    pub async fn vote(&self, slot: &str) -> Result<()> {
-        let Some(url) = self.peer_url(slot) else { return Ok(()) };
-        let members = self.etcd.members().await?;
-        match members.iter().find(|m| m.peer_urls.contains(&url) && m.is_learner) {
-            Some(learner) => self.etcd.promote(learner).await,
-            None => Ok(()),
-        }
-    }
-
-    /// etcd's name for a voter's place.
-    fn peer_url(&self, slot: &str) -> Option<String> {
-        let voter = self.topology.voters.iter().find(|v| *v == slot)?;
-        Some(format!("https://{}:2380", self.topology.node(voter)?.address))
-    }
-
     /// The owner of a slot has asked something: it lives. Written where somebody could take its
     /// slot otherwise, and not each time.
     ///
@@ -434,6 +325,12 @@ impl ClaimsDesk {
     pub fn fenced(&self, slot: &str, tls_key: &str) -> Option<u64> {
         let owners = self.owners.read().unwrap_or_else(PoisonError::into_inner);
         owners.get(slot).filter(|r| r.vacant || r.tls_key != tls_key).map(|r| r.epoch)
+    }
+
+    /// Whether nobody has a slot any more that somebody had.
+    #[must_use]
+    pub fn is_vacant(&self, slot: &str) -> bool {
+        self.owners.read().unwrap_or_else(PoisonError::into_inner).get(slot).is_some_and(|r| r.vacant)
     }
 
     /// Whether a slot's owner is to go.
@@ -552,7 +449,7 @@ impl ClaimsDesk {
         Ok(Ok((!owned).then_some(place)))
     }
 
-    async fn place(&self, slot: &str) -> Result<Place> {
+    pub(super) async fn place(&self, slot: &str) -> Result<Place> {
         let found = self.etcd.get(&[&format!("{SLOTS}{slot}")]).await?;
         let pair = found.into_iter().next().ok_or_else(|| Error::Failed("etcd lost a key".to_owned()))?;
         let before = if pair.revision == 0 {
@@ -657,10 +554,10 @@ struct Count {
     revision: u64,
 }
 
-struct Place {
-    slot: String,
-    before: Option<SlotRecord>,
-    revision: u64,
+pub(super) struct Place {
+    pub(super) slot: String,
+    pub(super) before: Option<SlotRecord>,
+    pub(super) revision: u64,
     /// Its owner says nothing; if it does before the slot is taken, it is not.
     silent: bool,
 }
@@ -679,11 +576,6 @@ impl Keys {
             revoked: format!("{REVOKED}{token}"),
         }
     }
-}
-
-/// What a machine is told that had a slot which nobody has now.
-fn gone(slot: &str) -> String {
-    format!("this machine was {slot}, and has left the fleet; wipe it and give it a new ticket to have it again")
 }
 
 fn seen(slot: &str) -> String {

@@ -2,5 +2,7 @@
 
 pub mod api;
 pub mod claims;
+mod departures;
 pub mod rollout;
 pub mod token;
+mod votes;

@@ -1,0 +1,89 @@
+//! Nodes that leave the fleet: told to, or shut out.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use fleet::{Reason, Refusal, SlotRecord};
+
+use super::claims::{ClaimsDesk, Place, SLOTS};
+use super::token::no;
+use crate::error::{Error, Result};
+use crate::etcd::{If, Then};
+
+impl ClaimsDesk {
+    /// A node is to go. Its machine hears of it and does so by itself; with `now` it is not
+    /// waited for, and is fenced. `own` is the key of a node that says it of itself. Said again,
+    /// it goes on from where it was.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn leave(&self, slot: &str, now: bool, own: Option<&str>) -> Result<Result<(), Refusal>> {
+        if self.topology.voters == [slot] {
+            let text = format!("{slot} has the fleet's only vote: nothing could be decided without it");
+            return Ok(Err(no(Reason::Malformed, &text)));
+        }
+        let place = self.place(slot).await?;
+        let Some(record) = place.before.as_ref().filter(|r| !r.vacant) else {
+            return Ok(Err(no(Reason::Malformed, &format!("nobody has the slot `{slot}`"))));
+        };
+        // What this hub has heard may be late: another machine may have it.
+        if own.is_some_and(|key| key != record.tls_key) {
+            let text = format!("{slot} is another machine's since epoch {}", record.epoch);
+            return Ok(Err(no(Reason::Fenced, &text)));
+        }
+        if now {
+            return self.vacate(&place, record).await;
+        }
+        if !record.leaving {
+            let record = SlotRecord { leaving: true, ..record.clone() };
+            let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
+            let key = format!("{SLOTS}{slot}");
+            if !self.etcd.transact(&[If::Unchanged(&key, place.revision)], &[Then::Put(&key, &value)]).await? {
+                return Ok(Err(no(Reason::Busy, "somebody else wrote at the same time")));
+            }
+        }
+        // Before anything stops: etcd says no where it can't do without this vote.
+        Ok(self.unvote(slot).await.map_err(|e| {
+            let text = format!("{slot} leaves as soon as etcd can do without it, which is not now: {e}");
+            no(Reason::Busy, &text)
+        }))
+    }
+
+    /// The owner of a slot has stopped, and gives it back. Said again, it changes nothing.
+    ///
+    /// # Errors
+    /// etcd does not answer, or can't do without the node's vote.
+    pub async fn left(&self, slot: &str, tls_key: &str) -> Result<Result<(), Refusal>> {
+        let place = self.place(slot).await?;
+        match &place.before {
+            Some(record) if record.tls_key == tls_key && !record.vacant => self.vacate(&place, record).await,
+            _ => Ok(Ok(())),
+        }
+    }
+
+    /// Nobody has the slot any more, as of the next epoch. Its vote goes first: done again after a
+    /// cut, it is gone.
+    async fn vacate(&self, place: &Place, record: &SlotRecord) -> Result<Result<(), Refusal>> {
+        let slot = &place.slot;
+        self.unvote(slot).await?;
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let record = SlotRecord {
+            epoch: record.epoch + 1,
+            leaving: false,
+            vacant: true,
+            by: self.by.clone(),
+            at,
+            ..record.clone()
+        };
+        let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
+        let (key, audit) = (format!("{SLOTS}{slot}"), format!("/bakehouse/audit/{slot}/{:08}", record.epoch));
+        let then = [Then::Put(&key, &value), Then::Put(&audit, &value)];
+        let done = self.etcd.transact(&[If::Unchanged(&key, place.revision)], &then).await?;
+        println!("{slot} has no owner any more (epoch {})", record.epoch);
+        Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })
+    }
+}
+
+/// What a machine is told that had a slot which nobody has now.
+pub(super) fn gone(slot: &str) -> String {
+    format!("this machine was {slot}, and has left the fleet; wipe it and give it a new ticket to have it again")
+}
