@@ -6,8 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fleet::{
-    Diagnostic, Diagnostics, ExtraSource, Fleet, Machine, Membership, NodeContext, OverlayManifest, Profile, Profiles,
-    Severity, Topology, parse_size,
+    Diagnostic, Diagnostics, ExtraSource, Fleet, Machine, Membership, Node, NodeContext, OverlayManifest, Profile,
+    Profiles, Severity, Topology, parse_size,
 };
 
 use crate::error::{Error, Result};
@@ -49,6 +49,17 @@ pub struct Recipe {
 }
 
 impl Project {
+    /// A node, by its name.
+    ///
+    /// # Errors
+    /// There is none: with those that there are.
+    pub fn node(&self, name: &str) -> Result<&Node> {
+        self.topology.node(name).ok_or_else(|| {
+            let known: Vec<&str> = self.topology.nodes.iter().map(|n| n.name.as_str()).collect();
+            Error::Usage(format!("there is no node `{name}`; there are: {}", known.join(", ")))
+        })
+    }
+
     /// The public half of the key that signs updates, beside `fleet.toml`.
     pub const UPDATE_KEYRING: &str = "update-key.gpg";
 

@@ -105,10 +105,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             progress.say("ticket", &format!("{number} is revoked, says {hub}"));
         }
         Command::Leave { node, now, endpoint } => {
-            if project.topology.node(node).is_none() {
-                let known: Vec<&str> = project.topology.nodes.iter().map(|n| n.name.as_str()).collect();
-                return Err(Error::Usage(format!("there is no node `{node}`; there are: {}", known.join(", "))));
-            }
+            project.node(node)?;
             let authority = Authority::of(&project)?;
             let endpoints = endpoints(&project, endpoint)?;
             let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.leave(node, *now)?;

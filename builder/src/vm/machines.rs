@@ -1,0 +1,159 @@
+//! A fleet's machines: how each is started, and all of them at once.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fleet::Ticket;
+
+use super::{SPARE_DISK, Start, Vm, Wire};
+use crate::authority::Authority;
+use crate::bake::{image_id, slots, var_size};
+use crate::error::{Error, Result, fail};
+use crate::progress::Progress;
+use crate::project::Project;
+use crate::ticket::{Terms, mint};
+
+/// Groups of the named nodes.
+///
+/// # Errors
+/// A name that is no node.
+pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
+    let mut groups = Vec::new();
+    for name in nodes {
+        let group = &project.node(name)?.group;
+        if !groups.contains(group) {
+            groups.push(group.clone());
+        }
+    }
+    Ok(groups)
+}
+
+/// Starts nodes with a ticket each, all when none is named, and waits until they serve.
+///
+/// # Errors
+/// A machine does not start or does not come up.
+pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
+    let mut started = Vec::new();
+    for name in project.topology.nodes.iter().map(|n| &n.name).filter(|n| nodes.is_empty() || nodes.contains(n)) {
+        let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?);
+        if !vm.is_running() {
+            vm.start(&start.as_start())?;
+        }
+        started.push((progress.step("boot", &format!("{name}: firmware")), vm, start));
+    }
+    std::thread::scope(|scope| {
+        let waited: Vec<_> = started
+            .into_iter()
+            .map(|(step, vm, start)| scope.spawn(move || vm.come_up(&start.as_start(), step)))
+            .collect();
+        waited.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+    })
+}
+
+/// A node's machine as the profiles describe it, with a ticket minted for it.
+pub struct Described {
+    image: PathBuf,
+    memory: u64,
+    cpus: u16,
+    disk: u64,
+    keep: bool,
+    secure_boot: bool,
+    wire: Wire,
+    ticket: Vec<u8>,
+}
+
+impl Described {
+    /// With no ticket: it is on the disk that it boots from.
+    #[must_use]
+    pub fn without_ticket(mut self) -> Self {
+        self.ticket.clear();
+        self
+    }
+
+    /// With this ticket instead, from whoever minted it; hubs are where they are on the wire.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn with_ticket(self, ticket: &str) -> Result<Self> {
+        let read = |bytes: &[u8]| Ticket::parse(bytes).map_err(|e| Error::Failed(e.to_string()));
+        let endpoints = read(&self.ticket)?.endpoints;
+        let ticket = Ticket { endpoints, ..read(ticket.as_bytes())? };
+        Ok(Self { ticket: serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?, ..self })
+    }
+
+    #[must_use]
+    pub fn as_start(&self) -> Start<'_> {
+        let mut credentials = vec![("network.network.05-wire".to_owned(), self.wire.network().into_bytes())];
+        if !self.ticket.is_empty() {
+            credentials.push((Ticket::CREDENTIAL.to_owned(), self.ticket.clone()));
+        }
+        if let Some(door) = &self.wire.door {
+            credentials.push(("network.network.06-door".to_owned(), door.network().into_bytes()));
+        }
+        Start {
+            image: &self.image,
+            memory: self.memory,
+            cpus: self.cpus,
+            disk: self.disk,
+            keep: self.keep,
+            wire: self.wire.clone(),
+            seed: None,
+            netboot: false,
+            secure_boot: self.secure_boot,
+            credentials,
+        }
+    }
+}
+
+/// How a node's machine is started, with a ticket for its slot.
+///
+/// # Errors
+/// No such node.
+pub fn start_of(project: &Project, name: &str) -> Result<Described> {
+    /// Machines may be started from the same folder for a long time.
+    const TERMS: Terms = Terms { uses: 1, lasts: Duration::from_secs(365 * 86_400), replace: false };
+    let node = project.node(name)?;
+    let machine = project.machine(&node.group);
+    let file = format!("{}_{}.raw", image_id(project, &node.group), project.topology.version);
+    let topology = &project.topology;
+    let hubs = topology.hubs.iter().map(|h| (h.name.clone(), Wire::address(topology, h).to_string()));
+    let ticket = mint(&Authority::of_vms(project)?, topology, name, &TERMS, hubs.collect())?;
+    let ticket = serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
+    let image = project.out_dir(&node.group).join(file);
+    let recipe = project.recipe(&node.group);
+    let disk = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE_DISK;
+    Ok(Described {
+        image,
+        memory: machine.memory << 20,
+        cpus: machine.cpus as u16,
+        disk,
+        // Machines that update themselves are not made anew.
+        keep: topology.update.url.is_some(),
+        secure_boot: project.fleet.secure_boot.is_some(),
+        wire: Wire::of(project, node),
+        ticket,
+    })
+}
+
+/// Powers nodes down; all when none is named.
+///
+/// # Errors
+/// One does not go.
+pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
+    for name in nodes {
+        Vm::of(project, name)?;
+    }
+    // All at once: each waits for its own services to end.
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (project.topology.nodes.iter())
+            .filter(|n| nodes.is_empty() || nodes.contains(&n.name))
+            .map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)))
+            .filter(Vm::is_running)
+            .map(|vm| {
+                let step = progress.step("down", &vm.node);
+                scope.spawn(move || vm.power_down().map(|()| step.done(&vm.node)))
+            })
+            .collect();
+        asked.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+    })
+}
