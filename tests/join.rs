@@ -176,6 +176,11 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
     let named = Site::asker(&site.token("db", |c| c.slot = Some("db-2".to_owned())), "db");
     let heir = granted(site.insist(&named, 2).await);
     assert_eq!((heir.slot.as_str(), heir.epoch), ("db-2", 3));
+    // Whoever had the place before sends nobody away.
+    let e = says(1, 0, "/v1/leave").await.expect_err("it is another's");
+    assert!(e.contains("another machine's since epoch 3"), "{e}");
+    let still = site.member(1, (&named, &heir), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+    assert!(!serde_json::from_slice::<fleet::Peers>(&still).expect("JSON").leaving);
     let token = site.token("db", |c| c.uses = 3);
     let mut asked = JoinSet::new();
     for i in 0..3 {
