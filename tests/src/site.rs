@@ -1,7 +1,7 @@
 //! A site for the join protocol: three join APIs and an etcd of three members on loopback.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,6 +60,12 @@ impl Site {
         for i in 0..3 {
             let hub = site.hub(i);
             site.hubs.push(hub);
+        }
+        // It is open when every hub listens: the runtime starts them beside this.
+        for i in 1..=3 {
+            while TcpStream::connect(format!("127.0.0.{i}:{port}")).is_err() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
         }
         site
     }
