@@ -67,6 +67,7 @@ quick-ha: deps build
 # Every service for real, a restore, an update cut short at every stage: two hours where
 # processors are emulated.
 roles: deps build
+	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
 	cargo test --release --locked --workspace --test roles --test restore --test cuts -- --test-threads=1 --nocapture
 
 lint:

@@ -3,6 +3,7 @@
 
 use bakehouse_tests::rack::Rack;
 use bakehouse_tests::{Lab, Machine};
+use builder::vm::Netboot;
 
 const MAC: &str = "52:54:00:12:00:01";
 
@@ -92,7 +93,8 @@ fn bare_machines_become_what_was_said_of_them() {
     let keys = edge.ok("sha256sum /var/lib/bakehouse/keys.json");
     // Started again, it is the same node with other keys, and the one before is fenced.
     edge.cut_power();
-    edge.start_bare(&lab);
+    edge.start_bare_by(&lab, Netboot::Http);
+    edge.wait_for(&["HTTP Boot over IPv4"]);
     edge.wait_for(&["bakehouse: ready (edge-1)"]);
     assert!(edge.ok("firstboot status --json").contains(r#""epoch":2"#));
     assert_eq!(edge.ok("cat /etc/machine-id"), machine_id);
@@ -107,6 +109,9 @@ fn bare_machines_become_what_was_said_of_them() {
     assert_eq!(shed.ok("systemctl --failed --no-legend --plain"), "");
     let keys = shed.ok("sha256sum /var/lib/bakehouse/keys.json; sync");
     shed.cut_power();
+    // The addresses are another server's: ours says what to boot, and nothing else.
+    rack.has_dhcp();
+    rack.serve(&lab, &[]);
     shed.start_bare(&lab);
     shed.wait_for(&["bakehouse: ready (shed-1)"]);
     assert_eq!(shed.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);

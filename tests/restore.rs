@@ -1,45 +1,94 @@
 //! A mistake is undone: the database goes back to a moment, from the backups on another node.
 
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
+use bakehouse_tests::wire::{end, enter};
 use bakehouse_tests::{Lab, Machine, root};
 
 const PSQL: &str = "setpriv --reuid=postgres --regid=postgres --clear-groups psql -AtXq -v ON_ERROR_STOP=1";
 const PGBACKREST: &str = "setpriv --reuid=postgres --regid=postgres --clear-groups pgbackrest \
-    --config=/run/pgbackrest/pgbackrest.conf --log-level-console=off --stanza=main --output=json info";
+    --config=/run/pgbackrest/pgbackrest.conf --log-level-console=off --stanza=main";
+
+/// Where the object store is: this host's end of the wire, beyond the machines' addresses.
+const STORE: &str = "198.18.255.254";
+const KEY: &str = "a-key";
+const SECRET: &str = "a-secret";
 
 #[test]
 fn the_database_goes_back_to_a_moment() {
-    let lab = Lab::empty("restore");
-    fs::copy(root().join("tests/fleets/restore.toml"), lab.dir.join("fleet.toml")).expect("the fleet is there");
+    let lab = lab_of("restore");
     lab.init();
+    let (hub, db) = build(&lab);
+    goes_back(&lab, &hub, &hub, db);
+}
+
+/// A real object store, behind TLS whose certificate nobody but the fleet knows.
+#[test]
+fn the_database_comes_back_from_an_object_store() {
+    let lab = lab_of("restore-s3");
+    certificate(&lab.dir);
+    lab.edit(
+        "fleet.toml",
+        "node = \"hub-1\"",
+        &format!(
+            "s3 = {{ bucket = \"backups\", endpoint = \"{STORE}:9000\", region = \"lab\", path_style = true, \
+             ca = \"store.crt\" }}"
+        ),
+    );
+    let mut init = lab.command(&["init"]);
+    let init = init.arg(&lab.dir).env("BAKEHOUSE_S3_KEY", KEY).env("BAKEHOUSE_S3_SECRET", SECRET).status();
+    assert!(init.expect("bakehouse starts").success());
+    let (hub, db) = build(&lab);
+    enter();
+    let _store = Store::open(&lab.dir, &hub.wire());
+    goes_back(&lab, &hub, &Machine::of(&lab, "db-1"), db);
+    let kept = fs::read_dir(lab.dir.join("store/backups/restore/backup/main")).expect("a folder");
+    assert!(kept.count() > 1, "nothing came to the store");
+}
+
+fn lab_of(name: &str) -> Lab {
+    let lab = Lab::empty(name);
+    fs::copy(root().join("tests/fleets/restore.toml"), lab.dir.join("fleet.toml")).expect("the fleet is there");
+    lab
+}
+
+fn build(lab: &Lab) -> (Machine, Machine) {
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let (hub, db) = (Machine::of(&lab, "hub-1"), Machine::of(&lab, "db-1"));
+    (Machine::of(lab, "hub-1"), Machine::of(lab, "db-1"))
+}
+
+/// `keeper` is a machine that can list the repository.
+fn goes_back(lab: &Lab, hub: &Machine, keeper: &Machine, db: Machine) {
     hub.start();
     db.start();
     hub.wait_for(&["bakehouse: ready (hub-1)"]);
     db.wait_for(&["bakehouse: ready (db-1)"]);
     let sql = |text: &str| db.ok(&format!("{PSQL} -c \"{text}\""));
+    let archived =
+        |wal: &str| keeper.ok(&until(&format!("{PGBACKREST} repo-ls --recurse archive/main | grep -q {wal}")));
 
     // What is in the first backup, what came after it, and the mistake.
     sql("CREATE TABLE books (name text); INSERT INTO books VALUES ('first')");
-    hub.ok(&until(&format!("{PGBACKREST} | grep -q '\"label\"'")));
+    keeper.ok(&until(&format!("{PGBACKREST} info --output=json | grep -q '\"label\"'")));
     sql("INSERT INTO books VALUES ('second')");
     let before = sql("SELECT date_trunc('second', now()) + interval '1 second'");
     db.ok("sleep 3");
     sql("DELETE FROM books");
     let wal = sql("SELECT pg_walfile_name(pg_switch_wal())");
     // The repository has the mistake too.
-    hub.ok(&until(&format!("ls /var/lib/pgbackrest/archive/main/*/* | grep -q {wal}")));
+    archived(&wal);
     assert_eq!(sql("SELECT count(*) FROM books"), "0");
     db.cut_power();
 
-    lab.edit("fleet.toml", "node = \"hub-1\"", &format!("node = \"hub-1\"\nrestore = \"{before}\""));
+    lab.edit("fleet.toml", "[backup]", &format!("[backup]\nrestore = \"{before}\""));
     lab.edit("fleet.toml", "version = \"1\"", "version = \"2\"");
     lab.ok(&["build", "db"]);
     let replacement = lab.ok(&["ticket", "db-1", "--replace"]).out;
-    let db = Machine::of(&lab, "db-1");
+    drop(db);
+    let db = Machine::of(lab, "db-1");
     db.start_with(&replacement);
     db.wait_for(&["bakehouse: ready (db-1)"]);
     let sql = |text: &str| db.ok(&format!("{PSQL} -c \"{text}\""));
@@ -49,8 +98,8 @@ fn the_database_goes_back_to_a_moment() {
     // It is a database like any other: it takes writes, and its own WAL goes to the repository.
     sql("INSERT INTO books VALUES ('third')");
     let wal = sql("SELECT pg_walfile_name(pg_switch_wal())");
-    hub.ok(&until(&format!("ls /var/lib/pgbackrest/archive/main/*/* | grep -q {wal}")));
-    for node in [&hub, &db] {
+    archived(&wal);
+    for node in [hub, &db] {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
     }
     // A restart restores nothing again.
@@ -59,6 +108,45 @@ fn the_database_goes_back_to_a_moment() {
     db.start_with(&replacement);
     db.wait_for(&["bakehouse: ready (db-1)"]);
     assert_eq!(sql("SELECT count(*) FROM books"), "3");
+}
+
+/// A key and a certificate that signs itself, for the store's address.
+fn certificate(dir: &Path) {
+    let mut openssl = Command::new("openssl");
+    openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]);
+    openssl.args(["-subj", &format!("/CN={STORE}"), "-keyout", "store.key", "-out", "store.crt"]);
+    let done = openssl.current_dir(dir).stderr(Stdio::null()).status().expect("openssl");
+    assert!(done.success());
+}
+
+/// The object store, and what it is reached by.
+struct Store([Child; 3]);
+
+impl Store {
+    fn open(dir: &Path, wire: &str) -> Self {
+        let program: PathBuf = root().join("target/tools/bin/s3s-fs");
+        assert!(program.exists(), "`make roles` installs it");
+        let folder = dir.join("store");
+        fs::create_dir_all(folder.join("backups")).expect("the lab is writable");
+        let bridge = end(wire, &format!("TUN:{STORE}/16,tun-type=tap,tun-name=store0,iff-no-pi,iff-up"), "store0");
+        let mut store = Command::new(program);
+        store.args(["--host", "127.0.0.1", "--port", "8014", "--access-key", KEY, "--secret-key", SECRET]).arg(folder);
+        let mut door = Command::new("socat");
+        door.arg("OPENSSL-LISTEN:9000,fork,reuseaddr,verify=0,cert=store.crt,key=store.key").arg("TCP:127.0.0.1:8014");
+        door.current_dir(dir);
+        let start = |command: &mut Command| {
+            command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the store starts")
+        };
+        Self([bridge, start(&mut store), start(&mut door)])
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill().and_then(|()| child.wait());
+        }
+    }
 }
 
 /// Repeats a command until it succeeds, for ten minutes at most.

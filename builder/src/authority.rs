@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result, fail};
+use crate::passphrase;
 use crate::project::Project;
 use crate::publish::UpdateKey;
 
@@ -61,9 +62,23 @@ impl Authority {
     /// Makes the fleet's own, unless there is one; says whether it did.
     ///
     /// # Errors
-    /// It can't be written.
-    pub fn init(dir: &Path, fleet: &str) -> Result<bool> {
-        write_new(&dir.join(Self::FILE), &Self::create(fleet)?.bytes()?)
+    /// It can't be written; there is nobody to ask for a passphrase.
+    pub fn init(dir: &Path, fleet: &str, passphrase: bool) -> Result<bool> {
+        let path = dir.join(Self::FILE);
+        if path.exists() {
+            return Ok(false);
+        }
+        let plain = Self::create(fleet)?.bytes()?;
+        write_new(&path, &if passphrase { passphrase::seal(&path, &plain)? } else { plain })
+    }
+
+    /// Encrypts the fleet's own with a passphrase that is asked for, or with another one.
+    ///
+    /// # Errors
+    /// There is nobody to ask; it can't be written.
+    pub fn seal(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(Self::FILE);
+        write_private(&path, &passphrase::seal(&path, &self.bytes()?)?)
     }
 
     /// That of the fleet's local machines: the fleet's own if there is one, else one that is
@@ -93,13 +108,13 @@ impl Authority {
         UpdateKey::of(&self.fleet, self.root.key())
     }
 
-    fn read(path: &PathBuf, fleet: &str) -> Result<Option<Self>> {
+    fn read(path: &Path, fleet: &str) -> Result<Option<Self>> {
         let bytes = match fs::read(path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("read", path)(e)),
         };
-        let found: Self = serde_json::from_slice(&bytes)
+        let found: Self = serde_json::from_slice(&passphrase::open(path, bytes)?)
             .map_err(|e| Error::Failed(format!("{} is damaged ({e}); bring back a copy of it", path.display())))?;
         if found.fleet != fleet {
             return fail(format!("{} is of the fleet `{}`, not of `{fleet}`", path.display(), found.fleet));
@@ -197,9 +212,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(Authority::FILE);
         let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
-        assert!(Authority::init(dir.path(), "acme").unwrap());
+        assert!(Authority::init(dir.path(), "acme", false).unwrap());
         let first = fs::read(&path).unwrap();
-        assert!(!Authority::init(dir.path(), "acme").unwrap(), "a second takes the first's place");
+        assert!(!Authority::init(dir.path(), "acme", false).unwrap(), "a second takes the first's place");
         assert_eq!((fs::read(&path).unwrap(), mode()), (first, 0o600));
         assert!(Authority::read(&path, "other").is_err());
         write_private(&path, b"three").unwrap();

@@ -1,5 +1,6 @@
 //! `bakehouse`: a `fleet.toml` in, bootable immutable node images out.
 
+mod age;
 pub mod authority;
 mod bake;
 mod bios;
@@ -23,6 +24,7 @@ mod manifest;
 pub mod mirror;
 pub mod netboot;
 mod operator;
+mod passphrase;
 mod plan;
 pub mod progress;
 pub mod project;

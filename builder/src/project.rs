@@ -88,6 +88,11 @@ impl Project {
         for folder in &fleet.odoo.get_ref().addons {
             addons_folder(&dir, folder, &mut files)?;
         }
+        if let Some(ca) = fleet.backup.get_ref().s3.as_ref().and_then(|s3| s3.ca.as_ref()) {
+            let path = dir.join(ca);
+            let bytes = fs::read(&path).map_err(Error::io("read [backup.s3] ca,", &path))?;
+            files.insert("overlays/pgbackrest/usr/share/bakehouse/s3-ca.crt".to_owned(), bytes);
+        }
         let mut profiles = Profiles::new();
         for (path, bytes) in &files {
             if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {

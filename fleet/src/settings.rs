@@ -61,9 +61,17 @@ impl Default for Backup {
 #[serde(deny_unknown_fields)]
 pub struct S3 {
     pub bucket: String,
-    /// Host name of the service, such as `"s3.eu-central-1.amazonaws.com"`.
+    /// Host name of the service, such as `"s3.eu-central-1.amazonaws.com"`; a port may follow.
     pub endpoint: String,
     pub region: String,
+    /// The bucket is named in addresses' paths, not in host names; a service of one's own often
+    /// wants it.
+    #[serde(default)]
+    pub path_style: bool,
+    /// A file beside `fleet.toml` with the certificate (PEM) of who signed the service's own, where
+    /// that is nobody whom Debian knows.
+    #[serde(default)]
+    pub ca: Option<String>,
 }
 
 /// `[odoo]`: what the application images hold.

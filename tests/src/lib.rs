@@ -6,6 +6,7 @@ mod machine;
 pub mod rack;
 pub mod site;
 pub mod updates;
+pub mod wire;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use builder::project::Project;
-use builder::vm::{Described, Done, Start, Vm, start_of};
+use builder::vm::{Described, Done, Netboot, Start, Vm, start_of};
 
 use crate::Lab;
 
@@ -61,6 +61,11 @@ impl Machine {
     /// Starts it bare, with nothing of its own, but for a hub's address, which is where others look
     /// for it: what it is to be comes from the wire.
     pub fn start_bare(&mut self, lab: &Lab) {
+        self.start_bare_by(lab, Netboot::Pxe);
+    }
+
+    /// As `start_bare`, by what its firmware shall ask.
+    pub fn start_bare_by(&mut self, lab: &Lab, netboot: Netboot) {
         let blank = lab.dir.join("blank");
         std::fs::File::create(&blank).and_then(|f| f.set_len(1 << 20)).expect("the lab is writable");
         self.image = Some(blank.clone());
@@ -68,7 +73,7 @@ impl Machine {
         // The disk is what was made of it, whatever the blank's time. There is memory for an image.
         let start = described.as_start();
         let memory = start.memory + (1 << 30);
-        let mut start = Start { image: &blank, netboot: true, keep: true, memory, ..start };
+        let mut start = Start { image: &blank, netboot: Some(netboot), keep: true, memory, ..start };
         if self.project.topology.node(&self.vm.node).is_none_or(|node| node.hub == 0) {
             start.credentials.clear();
         }

@@ -7,20 +7,26 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nix::sched::{CloneFlags, unshare};
-
 use crate::Lab;
+use crate::wire::{end, enter, wait};
 
 /// This host's end of the wire.
 const CARD: &str = "rack0";
 /// Its address there, beyond those that machines have.
 pub const ADDRESS: &str = "198.18.255.254/16";
 const NET: &str = "198.18.0.0/16";
+/// The other DHCP server's.
+const OTHER: &str = "rack1";
+const OTHER_ADDRESS: &str = "198.18.255.253/16";
+const OTHER_RANGE: &str = "198.18.64.1,198.18.64.99,255.255.0.0";
 
 pub struct Rack {
+    wire: String,
     bridge: Child,
     log: PathBuf,
     server: Option<Child>,
+    /// Another DHCP server of the network, and its end of the wire.
+    other: Option<[Child; 2]>,
 }
 
 impl Rack {
@@ -30,32 +36,45 @@ impl Rack {
     /// Not as root.
     #[must_use]
     pub fn open(lab: &Lab, wire: &str) -> Self {
-        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace, as root");
-        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip");
-        assert!(up.success());
-        let (group, port) = wire.split_once(':').expect("an address and a port");
-        let bridge = Command::new("socat")
-            .arg(format!("TUN:{ADDRESS},tun-type=tap,tun-name={CARD},iff-no-pi,iff-up"))
-            .arg(format!(
-                "UDP4-DATAGRAM:{wire},bind=:{port},reuseaddr,ip-add-membership={group}:127.0.0.1,\
-                 ip-multicast-if=127.0.0.1"
-            ))
-            .spawn()
-            .expect("socat");
-        let there =
-            || Command::new("ip").args(["link", "show", CARD]).stderr(Stdio::null()).stdout(Stdio::null()).status();
-        wait("the wire's end", || there().expect("ip").success());
-        Self { bridge, log: lab.dir.join("netboot.log"), server: None }
+        enter();
+        let bridge = end(wire, &format!("TUN:{ADDRESS},tun-type=tap,tun-name={CARD},iff-no-pi,iff-up"), CARD);
+        Self { wire: wire.to_owned(), bridge, log: lab.dir.join("netboot.log"), server: None, other: None }
     }
 
     /// Starts `bakehouse netboot`, or starts it anew.
     pub fn serve(&mut self, lab: &Lab, more: &[&str]) {
         self.stop();
         let log = File::create(&self.log).expect("the lab is writable");
-        let mut command = lab.command(&["netboot", "--interface", CARD, "--dhcp", NET]);
+        let mut command = lab.command(&["netboot", "--interface", CARD]);
+        if self.other.is_none() {
+            command.args(["--dhcp", NET]);
+        }
         command.args(more).stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
         self.server = Some(command.spawn().expect("bakehouse starts"));
         self.hears("Ctrl-C ends it");
+    }
+
+    /// From now on somebody else gives addresses out, in a namespace of their own.
+    pub fn has_dhcp(&mut self) {
+        self.stop();
+        let bridge = end(&self.wire, &format!("TUN,tun-type=tap,tun-name={OTHER},iff-no-pi"), OTHER);
+        let server = Command::new("unshare")
+            .args(["--net", "--", "sh", "-ec"])
+            .arg(format!(
+                "until ip link show {OTHER}; do sleep 0.05; done; ip address add {OTHER_ADDRESS} dev {OTHER}; \
+                 ip link set {OTHER} up; exec dnsmasq --conf-file=/dev/null --keep-in-foreground --port=0 \
+                 --interface={OTHER} --user=root --dhcp-range={OTHER_RANGE},1h --dhcp-leasefile=/dev/null --pid-file"
+            ))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("unshare");
+        let id = server.id().to_string();
+        let own = fs::read_link("/proc/self/ns/net").expect("a namespace");
+        wait("the other namespace", || fs::read_link(format!("/proc/{id}/ns/net")).is_ok_and(|of| of != own));
+        let moved = Command::new("ip").args(["link", "set", OTHER, "netns", &id]).status().expect("ip");
+        assert!(moved.success());
+        self.other = Some([bridge, server]);
     }
 
     /// Memory that the server has now, in kB.
@@ -94,17 +113,11 @@ impl Rack {
 impl Drop for Rack {
     fn drop(&mut self) {
         self.stop();
-        let _ = self.bridge.kill().and_then(|()| self.bridge.wait());
+        for child in self.other.iter_mut().flatten().chain([&mut self.bridge]) {
+            let _ = child.kill().and_then(|()| child.wait());
+        }
         if std::thread::panicking() {
             eprintln!("netboot said:\n{}", self.said());
         }
-    }
-}
-
-fn wait(what: &str, is: impl Fn() -> bool) {
-    let until = Instant::now() + Duration::from_secs(30);
-    while !is() {
-        assert!(Instant::now() < until, "{what} does not come");
-        sleep(Duration::from_millis(50));
     }
 }

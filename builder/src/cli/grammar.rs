@@ -36,7 +36,9 @@ pub(super) struct Cli {
 pub(super) enum Command {
     /// Make a fleet's folder: fleet.toml to start from, and the fleet's key
     #[command(after_help = "Examples:\n  bakehouse init acme\n  bakehouse init acme --from quick-ha\n\n\
-        The key (fleet.key) makes nodes believe you: keep it off the nodes, and keep a copy.")]
+        The key (fleet.key) makes nodes believe you: keep it off the nodes, and keep a copy. With --passphrase\n\
+        it is a file of age's (`age --decrypt` reads it), and each command that needs it asks; for scripts,\n\
+        BAKEHOUSE_PASSPHRASE_FILE names a file with the passphrase.")]
     Init {
         /// The folder; its name is the fleet's
         dir: PathBuf,
@@ -46,6 +48,9 @@ pub(super) enum Command {
         /// Have what firmware runs signed, with a key that is made now
         #[arg(long)]
         secure_boot: bool,
+        /// Ask for a passphrase that the fleet's key is encrypted with, also where there is a key
+        #[arg(long)]
+        passphrase: bool,
     },
     /// Mint a ticket: what a machine is given to become a node
     #[command(after_help = "Examples:\n  bakehouse ticket hub-1 -o hub-1.ticket\n  \

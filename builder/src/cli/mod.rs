@@ -55,7 +55,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             progress.say("gc", &format!("{count} entries, {:.0} MB removed", bytes as f64 / 1e6));
             return Ok(ExitCode::SUCCESS);
         }
-        Command::Init { dir, from, secure_boot } => return init(dir, from, *secure_boot, &progress),
+        Command::Init { dir, from, secure_boot, passphrase } => {
+            return init(dir, from, *secure_boot, *passphrase, &progress);
+        }
         Command::Exec { node, command } => {
             let project = Project::load(&cli.fleet)?;
             let done = vm::Vm::of(&project, node)?.exec(&command.join(" "))?;
@@ -332,7 +334,7 @@ fn complain(e: &Error, json: bool) {
 }
 
 /// A folder with a fleet.toml of the folder's name, and a key. What is there already stays.
-fn init(dir: &Path, from: &str, secure_boot: bool, progress: &Progress) -> Result<ExitCode> {
+fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, progress: &Progress) -> Result<ExitCode> {
     let missing = || Error::Usage(format!("`{}` has no name to give the fleet", dir.display()));
     let name = dir.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
     let text = project::built_in_fleet(from)?;
@@ -346,9 +348,12 @@ fn init(dir: &Path, from: &str, secure_boot: bool, progress: &Progress) -> Resul
         progress.say("init", &format!("{}: change it to what you want", path.display()));
     }
     let project = Project::load(dir)?;
-    if Authority::init(&project.dir, &project.topology.name)? {
-        let key = project.dir.join(Authority::FILE);
+    let key = project.dir.join(Authority::FILE);
+    if Authority::init(&project.dir, &project.topology.name, passphrase)? {
         progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
+    } else if passphrase {
+        Authority::of(&project)?.seal(&project.dir)?;
+        progress.say("init", &format!("{}: of use only with its new passphrase", key.display()));
     }
     if let Some(signer) = Signer::of(&project) {
         if signer.init(&project.topology.name)? {

@@ -98,7 +98,7 @@ impl Described {
             keep: self.keep,
             wire: self.wire.clone(),
             seed: None,
-            netboot: false,
+            netboot: None,
             secure_boot: self.secure_boot,
             credentials,
         }

@@ -80,6 +80,15 @@ pub struct Done {
     pub output: String,
 }
 
+/// By what its firmware asks the network for something to boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Netboot {
+    /// DHCP and TFTP.
+    Pxe,
+    /// DHCP and HTTP.
+    Http,
+}
+
 /// How to start a machine.
 pub struct Start<'a> {
     pub image: &'a Path,
@@ -93,8 +102,8 @@ pub struct Start<'a> {
     pub wire: Wire,
     /// A second disk, raw.
     pub seed: Option<&'a Path>,
-    /// Where its disk has nothing to boot, the machine asks on the wire (PXE).
-    pub netboot: bool,
+    /// Where its disk has nothing to boot, the machine asks on the wire.
+    pub netboot: Option<Netboot>,
     /// Its firmware runs what is signed, and nothing else, once it has the fleet's key.
     pub secure_boot: bool,
     /// systemd credentials: name → content.
@@ -192,7 +201,12 @@ impl Vm {
         }
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
         // The firmware's own PXE, not QEMU's.
-        let boot = if start.netboot { ",bootindex=2,romfile=" } else { "" };
+        let boot = if start.netboot.is_some() { ",bootindex=2,romfile=" } else { "" };
+        if start.netboot == Some(Netboot::Http) {
+            for version in ["4", "6"] {
+                qemu.args(["-fw_cfg", &format!("name=opt/org.tianocore/IPv{version}PXESupport,string=no")]);
+            }
+        }
         qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}{boot}", start.wire.mac)]);
         if let Some(door) = &start.wire.door {
             qemu.args(["-netdev", &door.netdev()]);
