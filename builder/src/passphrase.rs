@@ -1,7 +1,7 @@
 //! The passphrase of the fleet's key: asked for on the terminal, once in a run, or read from a file.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -58,14 +58,17 @@ fn ask(question: &str) -> Result<String> {
         let text = fs::read_to_string(&path).map_err(Error::io("read", Path::new(&path)))?;
         return Ok(text.lines().next().unwrap_or_default().to_owned());
     }
-    let asked = Command::new("systemd-ask-password").arg("--timeout=0").arg(question).stderr(Stdio::inherit()).output();
-    match asked {
-        Ok(done) if done.status.success() => {
-            Ok(String::from_utf8_lossy(&done.stdout).trim_end_matches('\n').to_owned())
-        }
-        _ => fail(format!(
-            "there is no terminal to ask on for a passphrase (by systemd-ask-password); or set {VARIABLE} to a file \
-             with it"
-        )),
+    // Without a terminal it would wait for one of the machine's own agents to answer.
+    if File::open("/dev/tty").is_err() {
+        return fail(format!(
+            "a passphrase is needed, and there is no terminal to ask on: set {VARIABLE} to a file with it"
+        ));
     }
+    let mut command = Command::new("systemd-ask-password");
+    let asked = command.arg("--timeout=0").arg(question).stdin(Stdio::inherit()).stderr(Stdio::inherit()).output();
+    let asked = asked.map_err(Error::io("start", "systemd-ask-password (apt install systemd)"))?;
+    if !asked.status.success() {
+        return Err(Error::Interrupted);
+    }
+    Ok(String::from_utf8_lossy(&asked.stdout).trim_end_matches('\n').to_owned())
 }
