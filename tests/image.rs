@@ -342,6 +342,38 @@ fn a_fleets_key_is_made_once_and_signs_tickets() {
     ticket(&["app"]).fails(1, &["bakehouse init"]);
 }
 
+#[test]
+fn a_sealed_key_is_of_use_only_with_its_passphrase() {
+    let lab = Lab::empty("sealed");
+    let path = lab.dir.to_str().expect("a path of letters").to_owned();
+    lab.write("right", "correct horse\n");
+    lab.write("wrong", "battery staple\n");
+    let run = |phrase: &str, args: &[&str]| {
+        let mut command = lab.command(args);
+        command.env("BAKEHOUSE_PASSPHRASE_FILE", lab.dir.join(phrase));
+        Answer::of(&command.output().expect("bakehouse starts"))
+    };
+    // One that is there is sealed, and is the same key; one that is made is sealed at once.
+    lab.ok(&["init", &path]);
+    let public = fs::read(lab.dir.join("update-key.gpg")).expect("a keyring");
+    let sealed =
+        |bytes: &[u8]| bytes.starts_with(b"age-encryption.org/v1\n") && !bytes.windows(7).any(|w| w == b"PRIVATE");
+    for made in [false, true] {
+        if made {
+            fs::remove_file(lab.dir.join("fleet.key")).expect("a key");
+        }
+        let said = run("right", &["init", &path, "--passphrase"]);
+        assert_eq!(said.status, 0, "{}", said.err);
+        let key = lab.dir.join("fleet.key");
+        assert!(sealed(&fs::read(&key).expect("a key")), "made: {made}");
+        assert_eq!(fs::metadata(&key).expect("a key").permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read(lab.dir.join("update-key.gpg")).expect("a keyring") == public, !made);
+        fleet::Ticket::parse(run("right", &["ticket", "hub-1"]).out.as_bytes()).expect("a ticket");
+        run("wrong", &["ticket", "hub-1"]).fails(1, &["fleet.key: that is not its passphrase"]);
+        run("missing", &["ticket", "hub-1"]).fails(1, &["cannot read", "missing"]);
+    }
+}
+
 /// A loop device: a disk like any other to whoever writes to it.
 struct Disk(String);
 

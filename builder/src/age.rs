@@ -184,8 +184,13 @@ mod tests {
         let sealed = seal(&plain, "a phrase").unwrap();
         assert_eq!(open(&sealed, "a phrase").unwrap(), plain);
         let end = sealed.len();
-        // In the code, the nonce, the first piece and the last; and without the last piece.
-        for at in [160, 190, 300, end - 1] {
+        let header = sealed.windows(5).position(|w| w == b"\n--- ").unwrap() + 5 + 43 + 1;
+        // The code: another one that is as well written.
+        let mut other = sealed.clone();
+        other[header - 44] = if other[header - 44] == b'A' { b'B' } else { b'A' };
+        assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged));
+        // The nonce, the first piece and the last; and without the last piece.
+        for at in [header, header + 16, header + 200, end - 1] {
             let mut other = sealed.clone();
             other[at] ^= 1;
             assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged), "{at}");
@@ -203,10 +208,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_that_is_read_makes_it_fall(tail in proptest::collection::vec(any::<u8>(), 0..200), line in "[ -~]{0,60}") {
-            let mut bytes = format!("{VERSION}\n{line}\n").into_bytes();
+        fn nothing_that_is_read_makes_it_fall(
+            salt in any::<[u8; 16]>(),
+            work in "1|2|0|64|-1|",
+            wrapped in proptest::collection::vec(any::<u8>(), 0..40),
+            mac in "[A-Za-z0-9+/]{0,50}",
+            tail in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let (salt, wrapped) = (BASE64.encode(salt), BASE64.encode(wrapped));
+            let mut bytes = format!("{VERSION}\n-> scrypt {salt} {work}\n{wrapped}\n--- {mac}\n").into_bytes();
             bytes.extend(&tail);
             prop_assert!(open(&bytes, "x").is_err());
+            for end in 0..bytes.len().min(150) {
+                prop_assert!(open(&bytes[..end], "x").is_err());
+            }
             prop_assert!(open(&tail, "x").is_err());
         }
     }
