@@ -116,6 +116,7 @@ fn bare_machines_become_what_was_said_of_them() {
     shed.wait_for(&["bakehouse: ready (shed-1)"]);
     assert_eq!(shed.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);
     assert!(shed.ok("firstboot status --json").contains(r#""epoch":1"#));
+    shed.ok(r"grep -q '198\.18\.64\.' /proc/net/fib_trie");
     let audit = lab.read("build/netboot/audit.jsonl");
     for line in ["is to be edge-1, in memory\"", "is to be shed-1, in memory, with /var on /dev/vda", "runs as edge-1"]
     {
