@@ -67,6 +67,8 @@ quick-ha: deps build
 # Every service for real, a restore, an update cut short at every stage: two hours where
 # processors are emulated.
 roles: deps build
+	builder/host-deps.sh iproute2
+	# The object store of the restore test; it wants Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
 	cargo test --release --locked --workspace --test roles --test restore --test cuts -- --test-threads=1 --nocapture
 

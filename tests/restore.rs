@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use bakehouse_tests::wire::{end, enter};
 use bakehouse_tests::{Lab, Machine, root};
@@ -67,12 +69,11 @@ fn goes_back(lab: &Lab, hub: &Machine, keeper: &Machine, db: Machine) {
     hub.wait_for(&["bakehouse: ready (hub-1)"]);
     db.wait_for(&["bakehouse: ready (db-1)"]);
     let sql = |text: &str| db.ok(&format!("{PSQL} -c \"{text}\""));
-    let archived =
-        |wal: &str| keeper.ok(&until(&format!("{PGBACKREST} repo-ls --recurse archive/main | grep -q {wal}")));
+    let archived = |wal: &str| until(keeper, &format!("{PGBACKREST} repo-ls --recurse archive/main | grep -q {wal}"));
 
     // What is in the first backup, what came after it, and the mistake.
     sql("CREATE TABLE books (name text); INSERT INTO books VALUES ('first')");
-    keeper.ok(&until(&format!("{PGBACKREST} info --output=json | grep -q '\"label\"'")));
+    until(keeper, &format!("{PGBACKREST} info --output=json | grep -q '\"label\"'"));
     sql("INSERT INTO books VALUES ('second')");
     let before = sql("SELECT date_trunc('second', now()) + interval '1 second'");
     db.ok("sleep 3");
@@ -92,7 +93,7 @@ fn goes_back(lab: &Lab, hub: &Machine, keeper: &Machine, db: Machine) {
     db.start_with(&replacement);
     db.wait_for(&["bakehouse: ready (db-1)"]);
     let sql = |text: &str| db.ok(&format!("{PSQL} -c \"{text}\""));
-    db.ok(&until(&format!("[ $({PSQL} -c 'SELECT pg_is_in_recovery()') = f ]")));
+    until(&db, &format!("[ $({PSQL} -c 'SELECT pg_is_in_recovery()') = f ]"));
     assert_eq!(sql("SELECT string_agg(name, ' ' ORDER BY name) FROM books"), "first second");
 
     // It is a database like any other: it takes writes, and its own WAL goes to the repository.
@@ -150,6 +151,11 @@ impl Drop for Store {
 }
 
 /// Repeats a command until it succeeds, for ten minutes at most.
-fn until(command: &str) -> String {
-    format!("for i in $(seq 300); do {command} && exit; sleep 2; done; exit 1")
+#[track_caller]
+fn until(machine: &Machine, command: &str) {
+    let begun = Instant::now();
+    while machine.exec(command).status != 0 {
+        assert!(begun.elapsed() < Duration::from_secs(600), "`{command}` does not succeed");
+        sleep(Duration::from_secs(2));
+    }
 }
