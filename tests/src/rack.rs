@@ -71,7 +71,7 @@ impl Rack {
             .expect("unshare");
         let id = server.id().to_string();
         self.other = Some([bridge, server]);
-        let own = fs::read_link("/proc/self/ns/net").expect("a namespace");
+        let own = fs::read_link("/proc/thread-self/ns/net").expect("a namespace");
         wait("the other namespace", || fs::read_link(format!("/proc/{id}/ns/net")).is_ok_and(|of| of != own));
         let moved = Command::new("ip").args(["link", "set", OTHER, "netns", &id]).status().expect("ip");
         assert!(moved.success());
