@@ -135,6 +135,41 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
 }
 
 #[test]
+fn a_program_of_the_image_makes_a_file_once() {
+    let lab = Lab::of_fleet("made", "ha");
+    lab.edit("fleet.toml", "[groups.hub]", "[groups.hub]\noverlays = [\"mine\"]");
+    let toml = |command: &str| {
+        format!(
+            "description = \"What is made\"\n[[make]]\nfile = \"usr/share/mine/users\"\nof = [\"usr/share/mine/by\"]\n\
+             command = [\"sh\", \"-ec\", \"{command}\"]\n"
+        )
+    };
+    lab.write("overlays/mine/usr/share/mine/by", "sort -r /etc/passwd");
+    lab.write("overlays/mine/overlay.toml", &toml("sh /usr/share/mine/by > /usr/share/mine/users"));
+    let first = lab.ok(&["build", "hub"]);
+    assert!(first.err.contains("make hub: usr/share/mine/users"), "{}", first.err);
+    let sum = |lab: &Lab| {
+        let manifest: serde_json::Value =
+            serde_json::from_str(&lab.read("build/hub/ha-hub_1.manifest.json")).expect("JSON");
+        manifest["files"]["usr/share/mine/users"].as_str().map(str::to_owned).expect("it is in the image")
+    };
+    let made = sum(&lab);
+    // With nothing changed that it is made of, it is not made again.
+    lab.edit("fleet.toml", "version = \"1\"", "version = \"2\"");
+    let second = lab.ok(&["build", "hub"]);
+    assert!(!second.err.contains("make hub"), "{}", second.err);
+    lab.edit("fleet.toml", "version = \"2\"", "version = \"1\"");
+    lab.write("overlays/mine/usr/share/mine/by", "sort /etc/passwd");
+    lab.ok(&["build", "hub"]);
+    assert_ne!(sum(&lab), made);
+    // A program that fails says why, and one that makes nothing is told so.
+    lab.write("overlays/mine/overlay.toml", &toml("echo no flour >&2; exit 3"));
+    lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "no flour"]);
+    lab.write("overlays/mine/overlay.toml", &toml("true"));
+    lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "No such file"]);
+}
+
+#[test]
 fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
     let lab = Lab::of_fleet("overlays", "ha");
     lab.edit("fleet.toml", "[groups.db]", "overlays = [\"mine\"]\n\n[groups.db]");

@@ -2,6 +2,7 @@
 //! own image booted alone.
 
 use std::fs;
+use std::process::Command;
 
 use bakehouse_tests::{Lab, Machine, root};
 
@@ -204,4 +205,28 @@ fn well(node: &Machine, units: &[&str]) {
     let wireguard = node.ok("wg show all listen-port | awk '{print $2}' | paste -sd '|'");
     let open = node.ok(&format!("ss -Hltnu | awk '{{print $5}}' | grep -vE '^(127\\.|\\[::1\\]|10\\.1[01]\\.|.*%lo:|.*%en[a-z0-9]+:(68|546)$|0\\.0\\.0\\.0:(179|3784|4784)$|\\[::\\]:(179|3784|4784)$|(0\\.0\\.0\\.0|\\[::\\]):({wireguard})$|.*:51820$|.*:(80|443)$)' || true"));
     assert_eq!(open, "", "listening to everybody");
+}
+
+#[test]
+fn what_an_odoo_database_begins_with_is_the_same_bytes_each_time() {
+    let lab = Lab::empty("seed").with_own_store();
+    fs::copy(root().join("tests/fleets/four.toml"), lab.dir.join("fleet.toml")).expect("the fleet");
+    lab.ok(&["lock"]);
+    let made = |lab: &Lab| {
+        lab.ok(&["build", "app"]);
+        let made = fs::read_dir(lab.dir.join("store/made")).expect("a store").flatten().map(|e| e.path());
+        made.collect::<Vec<_>>().pop().expect("what was made")
+    };
+    let first = made(&lab);
+    let bytes = fs::read(&first).expect("it was made");
+    fs::remove_file(&first).expect("it was made");
+    fs::remove_dir_all(lab.dir.join("build")).expect("it was built");
+    assert!(fs::read(made(&lab)).expect("it was made again") == bytes, "it is another one");
+    // Nothing of it is a secret: what is a fleet's own comes on the node.
+    let sql = Command::new("gzip").arg("-dc").stdin(fs::File::open(&first).expect("it is there")).output();
+    let sql = String::from_utf8(sql.expect("gzip").stdout).expect("SQL");
+    assert!(sql.contains("COPY public.res_users "), "it has users");
+    for own in ["database.secret", "database.uuid", "$pbkdf2"] {
+        assert!(!sql.contains(own), "it has {own}");
+    }
 }

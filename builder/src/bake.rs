@@ -6,13 +6,14 @@ use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::path::Path;
 
-use fleet::{Check, Diagnostic, Membership, Severity, parse_size};
+use fleet::{Check, Diagnostic, Make, Membership, Severity, is_of, parse_size};
 use serde::Serialize;
 use tar::{Builder, EntryType, Header};
 
-use crate::digest::sha256;
+use crate::digest::{Key, sha256};
 use crate::disk::Slots;
 use crate::error::{Error, Result, fail};
+use crate::make::Made;
 use crate::project::{Project, Recipe};
 use crate::tree::{Node, Tree};
 
@@ -23,6 +24,7 @@ pub struct Baked {
     /// Files the agent renders on the node: by path below the root, `run/…`.
     pub templates: BTreeMap<String, Template>,
     pub checks: Vec<OverlayCheck>,
+    pub makes: Vec<OverlayMake>,
     pub os_release: String,
 }
 
@@ -63,6 +65,11 @@ pub struct Template {
 pub struct OverlayCheck {
     pub overlay: String,
     pub check: Check,
+}
+
+pub struct OverlayMake {
+    pub overlay: String,
+    pub make: Make,
 }
 
 /// Variables of bake-time templates.
@@ -135,6 +142,7 @@ pub fn bake(project: &Project, recipe: &Recipe, tree: &Tree, agent: &[u8]) -> Re
         entries: BTreeMap::new(),
         templates: BTreeMap::new(),
         checks: Vec::new(),
+        makes: Vec::new(),
         os_release: os_release(tree, &context.image)?,
     };
     for name in &recipe.overlays {
@@ -202,7 +210,28 @@ impl Baked {
         }
         let checks = overlay.manifest.check.into_iter();
         self.checks.extend(checks.map(|check| OverlayCheck { overlay: name.to_owned(), check }));
+        let makes = overlay.manifest.make.into_iter();
+        self.makes.extend(makes.map(|make| OverlayMake { overlay: name.to_owned(), make }));
         Ok(())
+    }
+
+    /// What a file is made of belongs to its name in the store.
+    pub fn add_to(&self, key: &mut Key, of: &[String]) {
+        for (path, entry) in self.entries.iter().filter(|(p, _)| is_of(of, p)) {
+            match &entry.content {
+                Content::File(bytes) => key.add(path, bytes),
+                Content::Link(target) => key.add(path, target),
+            };
+        }
+    }
+
+    /// Adds a file that was made.
+    ///
+    /// # Errors
+    /// An overlay has it too.
+    pub fn add(&mut self, made: Made) -> Result<()> {
+        let origin = format!("overlays/{}/overlay.toml", made.overlay);
+        self.put(&made.path, Entry { mode: 0o644, uid: 0, gid: 0, content: Content::File(made.bytes), origin })
     }
 
     fn put(&mut self, path: &str, entry: Entry) -> Result<()> {

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use fleet::{Diagnostic, Diagnostics, Membership, Severity};
+use fleet::{Diagnostic, Diagnostics, Membership, Severity, is_of};
 use serde::{Deserialize, Serialize};
 
 use crate::authority::Authority;
-use crate::bake::{Baked, Content, OverlayCheck};
+use crate::bake::{Baked, OverlayCheck};
 use crate::compose::{self, Layer, Said, Work, fits_in_memory, fresh_root, in_root_with};
 use crate::digest::Key;
 use crate::error::{Error, Result};
@@ -155,17 +155,10 @@ fn key(layer: &Layer, check: &OverlayCheck, baked: &Baked, files: &[(String, Str
     for word in &check.check.command {
         key.add("word", word);
     }
-    let read =
-        |path: &str| check.check.of.iter().any(|of| path == of || (of.ends_with('/') && path.starts_with(of.as_str())));
-    for (path, text) in files.iter().filter(|(p, _)| read(p)) {
+    for (path, text) in files.iter().filter(|(p, _)| is_of(&check.check.of, p)) {
         key.add(path, text);
     }
-    for (path, entry) in baked.entries.iter().filter(|(p, _)| read(p)) {
-        match &entry.content {
-            Content::File(bytes) => key.add(path, bytes),
-            Content::Link(target) => key.add(path, target),
-        };
-    }
+    baked.add_to(&mut key, &check.check.of);
     key.finish()
 }
 

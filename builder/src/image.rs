@@ -24,7 +24,7 @@ use crate::secure_boot::Signer;
 use crate::store::{Kind, Store, write_atomic};
 use crate::tools::{Tools, run};
 use crate::tree::Tree;
-use crate::{checks, initrd, uki, verity};
+use crate::{checks, initrd, make, uki, verity};
 
 /// What the installer says of itself.
 const INSTALLER: &str = "NAME=Bakehouse\nID=bakehouse\nPRETTY_NAME=\"Bakehouse installer\"\n";
@@ -102,23 +102,39 @@ impl Build<'_> {
         let layer = compose::compose(&recipe, self.lock, self.store, self.progress)?;
         let tree = Tree::open(&layer.tar())?;
         let info = layer.info()?;
-        let baked = bake::bake(self.project, &recipe, &tree, &agent)?;
+        let mut baked = bake::bake(self.project, &recipe, &tree, &agent)?;
 
         let scratch =
             tempfile::Builder::new().prefix(".build-").tempdir_in(&out).map_err(Error::io("write in", &out))?;
         let baked_tar = scratch.path().join("baked.tar");
         baked.write_tar(&tree, &baked_tar)?;
-        // The daemons' opinion, the initrd and the root wait for nothing of each other.
+        // The daemons' opinion, the initrd, what is made and the root wait for nothing of each other.
         let order = self.order(&["profiles/initrd.toml"])?;
-        let (root, initrd) = std::thread::scope(|scope| {
+        let (root, made, initrd) = std::thread::scope(|scope| {
             let checked = scope
                 .spawn(|| checks::check(self.project, &recipe, &layer, &baked, &baked_tar, self.store, self.progress));
             let initrd = scope.spawn(|| self.initrd(&order, &tree, &layer, &info.kernel, &tools, scratch.path()));
-            let root = self.root(&layer, &tools, &baked_tar, scratch.path());
+            let made = scope.spawn(|| make::make(&recipe, &layer, &baked, &baked_tar, self.store, self.progress));
+            let root = if baked.makes.is_empty() {
+                self.root(&layer, &tools, &baked_tar, scratch.path()).map(Some)
+            } else {
+                self.packages_erofs(&layer, &tools).map(|_| None)
+            };
             let panicked = |_| Error::Failed("a build thread panicked".to_owned());
             checked.join().map_err(panicked)??;
-            Ok::<_, Error>((root?, initrd.join().map_err(panicked)??))
+            let made = made.join().map_err(panicked)??;
+            Ok::<_, Error>((root?, made, initrd.join().map_err(panicked)??))
         })?;
+        let root = match root {
+            Some(root) => root,
+            None => {
+                for made in made {
+                    baked.add(made)?;
+                }
+                baked.write_tar(&tree, &baked_tar)?;
+                self.root(&layer, &tools, &baked_tar, scratch.path())?
+            }
+        };
         if root.size > slots.root {
             return fail(format!(
                 "{group}: the root takes {} MiB and its slot has {}; raise `[image] root_size` (on running nodes: reinstall)",

@@ -20,6 +20,7 @@ mod image;
 mod initrd;
 pub mod ledger;
 pub mod lock;
+mod make;
 mod manifest;
 pub mod mirror;
 pub mod netboot;

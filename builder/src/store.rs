@@ -29,11 +29,13 @@ pub enum Kind {
     Erofs,
     Initrd,
     Check,
+    Made,
     Apt,
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [Self::Deb, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::Apt];
+    const ALL: [Self; 8] =
+        [Self::Deb, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::Made, Self::Apt];
 
     fn folder(self) -> &'static str {
         match self {
@@ -43,6 +45,7 @@ impl Kind {
             Self::Erofs => "erofs",
             Self::Initrd => "initrd",
             Self::Check => "checks",
+            Self::Made => "made",
             Self::Apt => "apt",
         }
     }

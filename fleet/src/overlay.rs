@@ -19,6 +19,8 @@ pub struct OverlayManifest {
     pub links: BTreeMap<String, String>,
     /// How the daemon that reads a file is asked about it.
     pub check: Vec<Check>,
+    /// Files that a program of the image makes when the image is built.
+    pub make: Vec<Make>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -44,6 +46,24 @@ pub struct Check {
     /// Files whose change makes the answer stale, by path; an entry ending in `/` is a folder.
     pub of: Vec<String>,
     pub command: Vec<String>,
+}
+
+/// A file of the image (`root:root 0644`), made by a command that is run inside the image's tree:
+/// what takes long, and is the same on every node. The same tree must give the same bytes.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Make {
+    /// Its path without a leading `/`; the command has written it when it ends.
+    pub file: String,
+    /// Files of overlays that it is made from, as in [`Check`]; all of the packages' files are.
+    pub of: Vec<String>,
+    pub command: Vec<String>,
+}
+
+/// Whether `path` is one of these; an entry ending in `/` is a folder.
+#[must_use]
+pub fn is_of(of: &[String], path: &str) -> bool {
+    of.iter().any(|of| path == of || (of.ends_with('/') && path.starts_with(of.as_str())))
 }
 
 impl OverlayManifest {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::unpack::{Trimmer, Unpacked, unpack};
 use super::{Job, LayerInfo, Stage, archive, configure, dpkgdb, finish};
-use crate::checks;
+use crate::{checks, make};
 
 /// Does the job on standard input, answers on standard output. Returns the exit code.
 pub fn inner() -> u8 {
@@ -26,6 +26,7 @@ pub fn inner() -> u8 {
             match work {
                 Work::Compose(job) => compose(&job).map(|info| serde_json::to_string(&info)),
                 Work::Check(job) => checks::work(&job).map(|said| serde_json::to_string(&said)),
+                Work::Make(job) => make::work(&job).map(|()| serde_json::to_string(&())),
             }?
             .map_err(|e| e.to_string())
         });
@@ -43,6 +44,7 @@ pub fn inner() -> u8 {
 pub enum Work {
     Compose(Job),
     Check(checks::Job),
+    Make(make::Job),
 }
 
 /// A bare folder for a tree, in memory if so wished.
