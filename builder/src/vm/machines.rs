@@ -34,8 +34,10 @@ pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
 /// A machine does not start or does not come up.
 pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
     let mut started = Vec::new();
-    for name in project.topology.nodes.iter().map(|n| &n.name).filter(|n| nodes.is_empty() || nodes.contains(n)) {
-        let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?);
+    let all = project.topology.nodes.iter().map(|n| &n.name);
+    let chosen: Vec<&String> = all.filter(|n| nodes.is_empty() || nodes.contains(n)).collect();
+    for name in &chosen {
+        let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?.of_machines(chosen.len()));
         if !vm.is_running() {
             vm.start(&start.as_start())?;
         }
@@ -55,6 +57,7 @@ pub struct Described {
     image: PathBuf,
     memory: u64,
     cpus: u16,
+    machines: usize,
     disk: u64,
     keep: bool,
     secure_boot: bool,
@@ -68,6 +71,12 @@ impl Described {
     pub fn without_ticket(mut self) -> Self {
         self.ticket.clear();
         self
+    }
+
+    /// As one of so many that run at the same time, not all of the fleet.
+    #[must_use]
+    pub fn of_machines(self, machines: usize) -> Self {
+        Self { machines, ..self }
     }
 
     /// With this ticket instead, from whoever minted it; hubs are where they are on the wire.
@@ -94,6 +103,7 @@ impl Described {
             image: &self.image,
             memory: self.memory,
             cpus: self.cpus,
+            machines: self.machines,
             disk: self.disk,
             keep: self.keep,
             wire: self.wire.clone(),
@@ -126,6 +136,7 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
         image,
         memory: machine.memory << 20,
         cpus: machine.cpus as u16,
+        machines: topology.nodes.len(),
         disk,
         // Machines that update themselves are not made anew.
         keep: topology.update.url.is_some(),

@@ -95,6 +95,8 @@ pub struct Start<'a> {
     /// Bytes.
     pub memory: u64,
     pub cpus: u16,
+    /// Machines that run at the same time, this one too.
+    pub machines: usize,
     /// Bytes of the disk.
     pub disk: u64,
     /// A disk that is there stays, also where the image is another by now.
@@ -108,6 +110,18 @@ pub struct Start<'a> {
     pub secure_boot: bool,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
+}
+
+fn host_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Processors that are worth emulating in each of so many machines: a kernel waits for each of its
+/// own to answer, and one that the host does not run answers late. (Two in each of three machines on
+/// a host of two: most of the time went into that.)
+fn emulated(wished: u16, machines: usize, host: usize) -> u16 {
+    let share = host / machines.max(1);
+    wished.min(u16::try_from(share).unwrap_or(u16::MAX)).max(1)
 }
 
 impl Vm {
@@ -187,8 +201,14 @@ impl Vm {
         } else {
             qemu.arg("q35");
         }
-        qemu.args(accelerator(&Firmware::find(false)?, self.dir.parent().unwrap_or(&self.dir))?);
-        qemu.args(["-smp", &start.cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
+        let accelerator = accelerator(&Firmware::find(false)?, self.dir.parent().unwrap_or(&self.dir))?;
+        let cpus = if accelerator[1].starts_with("tcg") {
+            emulated(start.cpus, start.machines, host_cpus())
+        } else {
+            start.cpus
+        };
+        qemu.args(accelerator);
+        qemu.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
         qemu.args(["-uuid", &uuid_of(&self.node), "-device", "virtio-rng-pci"]);
         let drive = |unit: &str, options: &str| format!("if=pflash,format=raw,unit={unit},{options}");
         qemu.arg("-drive").arg(drive("0", &format!("readonly=on,file={}", firmware.code.display())));
@@ -465,6 +485,14 @@ mod tests {
     #[test]
     fn escape_sequences_go() {
         assert_eq!(plain(b"\x1b[0;32m  OK  \x1b[0m a\r\nb\x1b]0;t\x07c"), "  OK   a\nbc");
+    }
+
+    #[test]
+    fn no_more_processors_are_emulated_than_the_host_has() {
+        assert_eq!(emulated(2, 1, 2), 2);
+        assert_eq!(emulated(2, 3, 2), 1);
+        assert_eq!(emulated(2, 8, 64), 2);
+        assert_eq!(emulated(4, 2, 6), 3);
     }
 
     #[test]
