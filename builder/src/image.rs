@@ -125,15 +125,14 @@ impl Build<'_> {
             let made = made.join().map_err(panicked)??;
             Ok::<_, Error>((root?, made, initrd.join().map_err(panicked)??))
         })?;
-        let root = match root {
-            Some(root) => root,
-            None => {
-                for made in made {
-                    baked.add(made)?;
-                }
-                baked.write_tar(&tree, &baked_tar)?;
-                self.root(&layer, &tools, &baked_tar, scratch.path())?
+        let root = if let Some(root) = root {
+            root
+        } else {
+            for made in made {
+                baked.add(made)?;
             }
+            baked.write_tar(&tree, &baked_tar)?;
+            self.root(&layer, &tools, &baked_tar, scratch.path())?
         };
         if root.size > slots.root {
             return fail(format!(
