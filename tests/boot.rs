@@ -27,7 +27,7 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     let disk = lab.dir.join("hub-1.raw");
     let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters"), "--json"]).out;
     assert!(flashed.lines().any(|l| l.contains("\"step\":\"verify\"")), "{flashed}");
-    let mut hub = Machine::of(&lab, "hub-1");
+    let mut hub = Machine::alone(&lab, "hub-1");
     hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
     // Whoever takes the disk away later has no ticket.
@@ -140,7 +140,7 @@ fn one_flipped_byte_in_the_root_makes_the_boot_fail_closed() {
     disk.write_all_at(&[byte[0] ^ 1], at).expect("the byte");
     drop(disk);
 
-    let hub = Machine::of(&lab, "hub-1").with_image(&tampered);
+    let hub = Machine::alone(&lab, "hub-1").with_image(&tampered);
     hub.start();
     assert_eq!(hub.wait_for(&[FAILED_CLOSED, READY]), FAILED_CLOSED);
     let console = hub.console();
@@ -171,7 +171,7 @@ fn with_secure_boot_what_is_not_signed_does_not_run() {
     // disk.
     let disk = lab.dir.join("hub-1.raw");
     lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters")]);
-    let mut hub = Machine::of(&lab, "hub-1");
+    let mut hub = Machine::alone(&lab, "hub-1");
     hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
     let status = hub.ok("bootctl status --no-pager 2>/dev/null | sed -n 's/^ *Secure Boot: //p'");
@@ -226,7 +226,7 @@ fn exported_disks_are_what_hypervisors_read_and_user_data_brings_the_ticket() {
 
     // A cloud that knows nothing but user data.
     lab.ok(&["vm", "hub-1", "--format", "raw", "--ticket", "seed", "-o", dir]);
-    let mut hub = Machine::of(&lab, "hub-1");
+    let mut hub = Machine::alone(&lab, "hub-1");
     hub.start_seeded(&out.join("hub-1.raw"), &out.join("hub-1-seed.img"));
     hub.wait_for(&[READY]);
     assert!(hub.ok("journalctl -b -o cat -u 'firstboot-seed@*'").contains("user data"));

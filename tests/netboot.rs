@@ -49,7 +49,7 @@ fn bare_machines_become_what_was_said_of_them() {
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let mut hub = Machine::of(&lab, "hub-1");
+    let mut hub = Machine::alone(&lab, "hub-1");
     let mut rack = Rack::open(&lab, &hub.wire());
 
     // A machine of which nothing was said: it is left alone, and both sides say so.
@@ -81,7 +81,7 @@ fn bare_machines_become_what_was_said_of_them() {
 
     // Nobody named this one: it takes the first place that there is, in its memory, and its disk
     // stays as it was.
-    let mut edge = Machine::of(&lab, "edge-1");
+    let mut edge = Machine::alone(&lab, "edge-1");
     edge.start_bare(&lab);
     edge.wait_for(&["bakehouse: ready (edge-1)"]);
     assert_eq!(edge.ok("findmnt -no SOURCE,FSTYPE /"), "/dev/mapper/root erofs");
@@ -102,7 +102,7 @@ fn bare_machines_become_what_was_said_of_them() {
     edge.cut_power();
 
     // What has to keep something keeps it, on a disk that it makes for that.
-    let mut shed = Machine::of(&lab, "shed-1");
+    let mut shed = Machine::alone(&lab, "shed-1");
     shed.start_bare(&lab);
     shed.wait_for(&["bakehouse: ready (shed-1)"]);
     assert_eq!(shed.ok("findmnt -no SOURCE,FSTYPE /var"), "/dev/vda1 ext4");

@@ -17,6 +17,8 @@ pub struct Machine {
     vm: Vm,
     project: Project,
     image: Option<PathBuf>,
+    /// It has as many processors as if it ran alone, whatever the fleet.
+    alone: bool,
 }
 
 impl Machine {
@@ -24,7 +26,19 @@ impl Machine {
     pub fn of(lab: &Lab, node: &str) -> Self {
         let project = Project::load(&lab.dir).expect("the fleet is right");
         let vm = Vm::of(&project, node).expect("the node is there");
-        Self { vm, project, image: None }
+        Self { vm, project, image: None, alone: false }
+    }
+
+    /// The same where few of the fleet's machines run at once.
+    pub fn alone(lab: &Lab, node: &str) -> Self {
+        let mut machine = Self::of(lab, node);
+        machine.alone = true;
+        machine
+    }
+
+    fn described(&self) -> Described {
+        let described = start_of(&self.project, &self.vm.node).expect("the node is there");
+        if self.alone { described.of_machines(1) } else { described }
     }
 
     /// Boots from another image than the one that was built.
@@ -35,25 +49,25 @@ impl Machine {
     }
 
     pub fn start(&self) {
-        self.start_as(&start_of(&self.project, &self.vm.node).expect("the node is there"));
+        self.start_as(&self.described());
     }
 
     /// Starts it with a ticket that was made elsewhere.
     pub fn start_with(&self, ticket: &str) {
-        let described = start_of(&self.project, &self.vm.node).expect("the node is there");
+        let described = self.described();
         self.start_as(&described.with_ticket(ticket).expect("a ticket"));
     }
 
     /// Starts it from a disk that was flashed, with what is on it and nothing else.
     pub fn start_flashed(&mut self, disk: &Path) {
         self.image = Some(disk.to_owned());
-        self.start_as(&start_of(&self.project, &self.vm.node).expect("the node is there").without_ticket());
+        self.start_as(&self.described().without_ticket());
     }
 
     /// Starts it from a disk and a second one with user data, and nothing else.
     pub fn start_seeded(&mut self, disk: &Path, seed: &Path) {
         self.image = Some(disk.to_owned());
-        let described = start_of(&self.project, &self.vm.node).expect("the node is there").without_ticket();
+        let described = self.described().without_ticket();
         let start = described.as_start();
         self.vm.start(&Start { image: disk, seed: Some(seed), ..start }).unwrap_or_else(|e| panic!("{e}"));
     }
@@ -69,7 +83,7 @@ impl Machine {
         let blank = lab.dir.join("blank");
         std::fs::File::create(&blank).and_then(|f| f.set_len(1 << 20)).expect("the lab is writable");
         self.image = Some(blank.clone());
-        let described = start_of(&self.project, &self.vm.node).expect("the node is there").without_ticket();
+        let described = self.described().without_ticket();
         // The disk is what was made of it, whatever the blank's time. There is memory for an image.
         let start = described.as_start();
         let memory = start.memory + (1 << 30);
@@ -83,7 +97,7 @@ impl Machine {
     /// Multicast group and port of the wire that it is on.
     #[must_use]
     pub fn wire(&self) -> String {
-        start_of(&self.project, &self.vm.node).expect("the node is there").as_start().wire.group
+        self.described().as_start().wire.group
     }
 
     fn start_as(&self, described: &Described) {
