@@ -162,11 +162,20 @@ fn a_program_of_the_image_makes_a_file_once() {
     lab.write("overlays/mine/usr/share/mine/by", "sort /etc/passwd");
     lab.ok(&["build", "hub"]);
     assert_ne!(sum(&lab), made);
+    let explained = lab.ok(&["explain", "/usr/share/mine/users", "--group", "hub"]).out;
+    assert!(explained.contains("made when the image is built by `sh -ec"), "{explained}");
     // A program that fails says why, and one that makes nothing is told so.
     lab.write("overlays/mine/overlay.toml", &toml("echo no flour >&2; exit 3"));
     lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "no flour"]);
     lab.write("overlays/mine/overlay.toml", &toml("true"));
     lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "No such file"]);
+    // This machine's files and keys don't come into an image that way.
+    let outside = lab.dir.join("fleet.toml");
+    lab.write("overlays/mine/overlay.toml", &toml(&format!("ln -s {} /usr/share/mine/users", outside.display())));
+    lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "is no file of the image"]);
+    let key = concat!("echo -----BEGIN ", "PRIVATE KEY----- > /usr/share/mine/users");
+    lab.write("overlays/mine/overlay.toml", &toml(key));
+    lab.run(&["build", "hub"]).fails(2, &["usr/share/mine/users:1: holds a private key"]);
 }
 
 #[test]

@@ -228,8 +228,9 @@ impl Baked {
     /// Adds a file that was made.
     ///
     /// # Errors
-    /// An overlay has it too.
+    /// An overlay has it too, or a secret is in it.
     pub fn add(&mut self, made: Made) -> Result<()> {
+        secret(&made.path, &made.bytes)?;
         let origin = format!("overlays/{}/overlay.toml", made.overlay);
         self.put(&made.path, Entry { mode: 0o644, uid: 0, gid: 0, content: Content::File(made.bytes), origin })
     }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::authority::Authority;
 use crate::bake::{Baked, OverlayCheck};
-use crate::compose::{self, Layer, Said, Work, fits_in_memory, fresh_root, in_root_with};
+use crate::compose::{ImageTree, Layer, Said, Work, in_root_with};
 use crate::digest::Key;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -23,10 +23,7 @@ use crate::store::{Kind, Store, write_atomic};
 /// What the sandbox is to check.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Job {
-    work: PathBuf,
-    ram: bool,
-    layer: PathBuf,
-    baked: PathBuf,
+    tree: ImageTree,
     /// The mesh's addresses: all of them are this machine's in the sandbox, so that daemons
     /// can listen where they will.
     mesh: String,
@@ -77,10 +74,7 @@ pub fn check(
     let work = store.scratch(Kind::Check, &recipe.group);
     fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
     let job = Job {
-        work: work.clone(),
-        ram: fits_in_memory(layer.info()?.bytes),
-        layer: layer.tar(),
-        baked: baked_tar.to_owned(),
+        tree: ImageTree::of(&work, layer, baked_tar)?,
         mesh: project.topology.mesh.subnet.to_string(),
         cases: open
             .iter()
@@ -106,9 +100,10 @@ pub fn check(
 
 /// The sandbox's part: the tree once, the cases side by side.
 pub fn work(job: &Job) -> Result<Vec<Said>, String> {
-    let root = fresh_root(&job.work, job.ram)?;
-    compose::read_onto(&job.layer, &root).map_err(|e| format!("{}: {e}", job.layer.display()))?;
-    compose::read_onto(&job.baked, &root).map_err(|e| format!("{}: {e}", job.baked.display()))?;
+    job.tree.with(|root| ask(job, root))
+}
+
+fn ask(job: &Job, root: &Path) -> Vec<Said> {
     let next = AtomicUsize::new(0);
     let answers = Mutex::new(BTreeMap::new());
     std::thread::scope(|scope| {
@@ -125,7 +120,7 @@ pub fn work(job: &Job) -> Result<Vec<Said>, String> {
                     ]
                     .map(|line| line.split(' ').map(str::to_owned).collect());
                     let commands = network.into_iter().chain([case.command.clone()]).collect();
-                    let answer = match in_root_with(&root, commands, case.files.clone()) {
+                    let answer = match in_root_with(root, commands, case.files.clone()) {
                         Ok(()) => Said { ok: true, text: String::new() },
                         Err(text) => Said { ok: false, text },
                     };
@@ -134,10 +129,7 @@ pub fn work(job: &Job) -> Result<Vec<Said>, String> {
             });
         }
     });
-    if !job.ram {
-        let _ = fs::remove_dir_all(&root);
-    }
-    Ok(answers.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_values().collect())
+    answers.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_values().collect()
 }
 
 /// Every file the agent renders on the node: path and text.

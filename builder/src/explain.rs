@@ -37,6 +37,8 @@ pub enum MadeBy {
     },
     /// A link that an overlay's manifest names.
     Link { source: String, target: String },
+    /// A program of the image, when it is built.
+    Program { source: String, command: Vec<String> },
     /// A package, as it is.
     Package { name: String, version: String },
     /// The builder itself.
@@ -65,6 +67,10 @@ pub fn explain(project: &Project, group: &str, path: &str) -> Result<Explanation
         if let Some(target) = overlay.manifest.links.get(inner) {
             let source = format!("overlays/{name}/overlay.toml");
             return found(MadeBy::Link { source, target: target.clone() });
+        }
+        if let Some(make) = overlay.manifest.make.iter().find(|make| make.file == inner) {
+            let source = format!("overlays/{name}/overlay.toml");
+            return found(MadeBy::Program { source, command: make.command.clone() });
         }
         let Some((file, bytes)) = overlay.files.iter().find(|(f, _)| f.strip_suffix(".j2").unwrap_or(f) == inner)
         else {
@@ -158,6 +164,9 @@ impl fmt::Display for Explanation {
                     write!(f, "\n  variables: {}", all.join(", "))?;
                 }
                 Ok(())
+            }
+            MadeBy::Program { source, command } => {
+                write!(f, "made when the image is built by `{}`, from {source}", command.join(" "))
             }
             MadeBy::Link { source, target } => write!(f, "a link to {target}, from {source}"),
             MadeBy::Package { name, version } => write!(f, "from the package {name} {version}, as it is"),

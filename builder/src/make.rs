@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::bake::Baked;
-use crate::compose::{self, Layer, Work, fits_in_memory, fresh_root, in_root_with};
+use crate::compose::{ImageTree, Layer, Work, in_root_with};
 use crate::digest::Key;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -18,10 +18,7 @@ use crate::store::{Kind, Store, write_atomic};
 /// What the sandbox is to make.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Job {
-    work: PathBuf,
-    ram: bool,
-    layer: PathBuf,
-    baked: PathBuf,
+    tree: ImageTree,
     command: Vec<String>,
     /// Where it is in the tree then, and where it is to go.
     file: String,
@@ -65,10 +62,7 @@ pub fn make(
             fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
             let out = work.with_extension("file");
             let job = Job {
-                work: work.clone(),
-                ram: fits_in_memory(layer.info()?.bytes),
-                layer: layer.tar(),
-                baked: baked_tar.to_owned(),
+                tree: ImageTree::of(&work, layer, baked_tar)?,
                 command: wanted.make.command.clone(),
                 file: wanted.make.file.clone(),
                 out: out.clone(),
@@ -90,14 +84,14 @@ pub fn make(
 
 /// The sandbox's part.
 pub fn work(job: &Job) -> Result<(), String> {
-    let root = fresh_root(&job.work, job.ram)?;
-    compose::read_onto(&job.layer, &root).map_err(|e| format!("{}: {e}", job.layer.display()))?;
-    compose::read_onto(&job.baked, &root).map_err(|e| format!("{}: {e}", job.baked.display()))?;
-    let done = in_root_with(&root, vec![job.command.clone()], Vec::new());
-    let made = done
-        .and_then(|()| fs::copy(root.join(&job.file), &job.out).map(drop).map_err(|e| format!("{}: {e}", job.file)));
-    if !job.ram {
-        let _ = fs::remove_dir_all(&root);
-    }
-    made
+    job.tree.with(|root| {
+        in_root_with(root, vec![job.command.clone()], Vec::new())?;
+        // A link that leads out of the tree would bring a file of this machine into the image.
+        let told = |e| format!("{}: {e}", job.file);
+        let made = root.join(&job.file).canonicalize().map_err(told)?;
+        if !made.starts_with(root.canonicalize().map_err(told)?) || !made.is_file() {
+            return Err(format!("{} is no file of the image", job.file));
+        }
+        fs::copy(made, &job.out).map(drop).map_err(told)
+    })?
 }

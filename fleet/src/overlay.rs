@@ -1,6 +1,7 @@
 //! `overlays/NAME/overlay.toml`: what the file tree beside it can't say by itself.
 
 use std::collections::BTreeMap;
+use std::path::{Component, Path};
 
 use serde::Deserialize;
 
@@ -85,6 +86,37 @@ impl OverlayManifest {
                 )));
             }
         }
+        for Make { file, .. } in &manifest.make {
+            let plain = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
+            if !plain || file.is_empty() || file.starts_with("run/") {
+                let at = source.text.find(file.as_str()).unwrap_or(0);
+                return Err(Box::new(Diagnostic::at(
+                    crate::Severity::Error,
+                    &source,
+                    at..at + file.len(),
+                    format!("`{file}` is no path of a file that is made"),
+                    Some("write it without a leading `/` and without `..`, and not below run/".to_owned()),
+                )));
+            }
+        }
         Ok(manifest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_made_lies_in_the_image() {
+        let parsed = |file: &str| {
+            let toml = format!("[[make]]\nfile = \"{file}\"\nof = []\ncommand = [\"true\"]\n");
+            OverlayManifest::parse("overlays/mine/overlay.toml", toml.as_bytes())
+        };
+        assert!(parsed("usr/share/mine/users").is_ok());
+        for file in ["/etc/shadow", "usr/../../etc/shadow", "./usr/x", "run/x", ""] {
+            let words = parsed(file).expect_err(file).to_string();
+            assert!(words.contains("overlay.toml:2") && words.contains("is no path"), "{words}");
+        }
     }
 }

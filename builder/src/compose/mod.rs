@@ -10,6 +10,7 @@ mod configure;
 mod deb;
 mod dpkgdb;
 mod finish;
+mod image_tree;
 mod unpack;
 mod work;
 
@@ -20,10 +21,10 @@ use std::path::{Path, PathBuf};
 use fleet::{Trim, User};
 use serde::{Deserialize, Serialize};
 
-pub use archive::read_onto;
 pub use configure::{IN_ROOT, Said, enter, in_root_with};
 pub use deb::{Deb, data_entries};
-pub use work::{Work, fresh_root, inner};
+pub use image_tree::ImageTree;
+pub use work::{Work, inner};
 
 use crate::digest::Key;
 use crate::error::{Error, Result};
@@ -230,7 +231,7 @@ fn users(recipe: &Recipe) -> BTreeMap<String, (u32, String, bool)> {
 }
 
 /// Whether a tree of this size, and the compressed files beside it, fit in free memory.
-pub(crate) fn fits_in_memory(bytes: u64) -> bool {
+fn fits_in_memory(bytes: u64) -> bool {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib =
         text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());

@@ -48,7 +48,7 @@ pub enum Work {
 }
 
 /// A bare folder for a tree, in memory if so wished.
-pub fn fresh_root(work: &Path, ram: bool) -> Result<PathBuf, String> {
+pub(super) fn fresh_root(work: &Path, ram: bool) -> Result<PathBuf, String> {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
         .map_err(|e| format!("cannot make mounts private: {e}"))?;
