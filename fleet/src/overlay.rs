@@ -89,11 +89,12 @@ impl OverlayManifest {
         for Make { file, .. } in &manifest.make {
             let plain = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
             if !plain || file.is_empty() || file.starts_with("run/") {
-                let at = source.text.find(file.as_str()).unwrap_or(0);
+                let quoted = format!("\"{file}\"");
+                let at = source.text.find(&quoted).map_or(0..0, |at| at..at + quoted.len());
                 return Err(Box::new(Diagnostic::at(
                     crate::Severity::Error,
                     &source,
-                    at..at + file.len(),
+                    at,
                     format!("`{file}` is no path of a file that is made"),
                     Some("write it without a leading `/` and without `..`, and not below run/".to_owned()),
                 )));
