@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::UNIX_EPOCH;
 
 use bakehouse_tests::{Answer, Lab, first_difference, root, shared_store, tar_differences};
 
@@ -144,7 +145,9 @@ fn a_program_of_the_image_makes_a_file_once() {
              command = [\"sh\", \"-ec\", \"{command}\"]\n"
         )
     };
-    lab.write("overlays/mine/usr/share/mine/by", "sort -r /etc/passwd");
+    // Never in the store from a run before this one.
+    let now = UNIX_EPOCH.elapsed().expect("a clock").as_nanos();
+    lab.write("overlays/mine/usr/share/mine/by", &format!("sort -r /etc/passwd # {now}"));
     lab.write("overlays/mine/overlay.toml", &toml("sh /usr/share/mine/by > /usr/share/mine/users"));
     let first = lab.ok(&["build", "hub"]);
     assert!(first.err.contains("make hub: usr/share/mine/users"), "{}", first.err);
