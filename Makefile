@@ -23,8 +23,9 @@ demo: deps build
 	@echo "Switch it off:            $(BAKEHOUSE) -C $(DEMO) down"
 
 test: deps lint build
-	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2
+	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones; one
+	# machine has a TPM.
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join -- --test-threads=1

@@ -28,10 +28,14 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters"), "--json"]).out;
     assert!(flashed.lines().any(|l| l.contains("\"step\":\"verify\"")), "{flashed}");
     let mut hub = Machine::alone(&lab, "hub-1");
+    let tpm = lab.dir.join("tpm");
+    let _ = fs::remove_dir_all(&tpm);
+    hub.has_tpm(Some(&tpm));
     hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
-    // Whoever takes the disk away later has no ticket.
+    // Whoever takes the disk away later has no ticket, and what is on it is of no use elsewhere.
     assert_eq!(hub.ok("find /efi/loader -name '*.cred'"), "");
+    assert_eq!(hub.ok("cd /var/lib/bakehouse; grep -l '\"sealed\"' *; ! grep -rl PRIVATE ."), "keys.json\nstate.json");
     assert_eq!(hub.ok("systemctl is-active firstboot"), "active");
 
     // Root: erofs on verity, read-only, nothing to write to.
@@ -91,6 +95,12 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     // The journal outlives a boot, under the same machine id.
     assert!(hub.ok("journalctl -b -1 -u firstboot -o cat").contains("hub-1 of the fleet ha"));
     hub.ok("systemctl is-system-running --wait");
+
+    // The disk in another machine, one without this one's TPM.
+    hub.cut_power();
+    hub.has_tpm(None);
+    hub.start_flashed(&disk);
+    hub.wait_for(&["bakehouse: state.json was sealed on another machine"]);
 
     // Nobody is there to press a key: where /var can't be read, it says so, and starts again.
     hub.ok("dd if=/dev/zero of=$(findmnt -no SOURCE /var) bs=1M count=200 conv=notrunc oflag=direct");

@@ -9,6 +9,7 @@ use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::identity::identity;
 use firstboot::image::{Image, ImageInfo};
+use firstboot::state::StateDir;
 use fleet::{
     Answer, Doing, Issuer, JoinReply, Joiner, PROTOCOL, Reason, Report, Right, RolloutOrder, Ticket, encoding,
 };
@@ -366,6 +367,7 @@ async fn a_cut_after_any_step_leads_to_the_same_node() {
         health: Vec::new(),
     };
     let image = Image { info, topology: site.topology.clone() };
+    let states = StateDir::new(&state);
     let files = |keep: &[&str]| {
         for entry in fs::read_dir(&state).expect("a folder").flatten() {
             if !keep.iter().any(|k| entry.file_name() == **k) {
@@ -373,7 +375,7 @@ async fn a_cut_after_any_step_leads_to_the_same_node() {
             }
         }
     };
-    let first = identity(&state, Some(&credentials), &image).await.expect("a grant");
+    let first = identity(&states, Some(&credentials), &image).await.expect("a grant");
     assert_eq!((first.state.slot.as_str(), first.state.epoch), ("db-1", 1));
     // Cut before the grant was on the disk, with and without the neighbours; then with half of a
     // file beside; then after all of it. Only a loss of the keys is another node.
@@ -381,13 +383,13 @@ async fn a_cut_after_any_step_leads_to_the_same_node() {
     {
         files(kept);
         fs::write(state.join("state.new"), "{\"version\":2,").expect("a folder");
-        let again = identity(&state, Some(&credentials), &image).await.expect("the same grant");
+        let again = identity(&states, Some(&credentials), &image).await.expect("the same grant");
         assert!(again.keys == first.keys, "other keys, with {kept:?}");
         assert_eq!((&again.state.slot, again.state.epoch), (&first.state.slot, 1));
         assert_eq!(again.state.secrets, first.state.secrets);
     }
     files(&[]);
-    let e = identity(&state, Some(&credentials), &image).await.map(drop).expect_err("the token is spent");
+    let e = identity(&states, Some(&credentials), &image).await.map(drop).expect_err("the token is spent");
     assert!(e.to_string().contains("as often as it may be"), "{e}");
     assert_eq!(e.exit_code(), 78);
 }

@@ -18,6 +18,8 @@ use crate::machine;
 use crate::member::Member;
 use crate::notify::notify;
 use crate::render::render_all;
+use crate::seal::Sealer;
+use crate::state::StateDir;
 use crate::status::{Phase, Status};
 use crate::systemd::{self, Systemd};
 use crate::update::Updates;
@@ -32,7 +34,7 @@ pub const ENTRIES: &str = "efi/EFI/Linux";
 pub struct Paths {
     /// The image's part: `fleet.json`, `image.json`, `templates/`.
     pub image: PathBuf,
-    pub state: PathBuf,
+    pub state: StateDir,
     /// Root below which templates are rendered.
     pub root: PathBuf,
     pub credentials: Option<PathBuf>,
@@ -41,9 +43,10 @@ pub struct Paths {
 impl Paths {
     #[must_use]
     pub fn of_node() -> Self {
+        let state = env::var_os("STATE_DIRECTORY").map_or_else(|| "/var/lib/bakehouse".into(), PathBuf::from);
         Self {
             image: Path::new("/").join(fleet::IMAGE_DIR),
-            state: env::var_os("STATE_DIRECTORY").map_or_else(|| "/var/lib/bakehouse".into(), PathBuf::from),
+            state: StateDir::new(&state).sealed_by(Sealer::of_node()),
             root: "/".into(),
             credentials: env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from),
         }

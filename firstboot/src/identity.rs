@@ -16,7 +16,7 @@ use crate::join::{Hubs, join};
 use crate::journal::Event;
 use crate::keys::Keys;
 use crate::neighbours::Neighbourhood;
-use crate::state::State;
+use crate::state::{State, StateDir};
 
 /// Everything a node is, on its disk by the time this is returned.
 pub struct Identity {
@@ -39,12 +39,12 @@ impl Identity {
 ///
 /// # Errors
 /// What only a person can mend. Hubs that don't answer are asked for ever.
-pub async fn identity(dir: &Path, credentials: Option<&PathBuf>, image: &Image) -> Result<Identity> {
+pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Image) -> Result<Identity> {
     if let Some(state) = State::load(dir)? {
         node_of(&state, image)?;
         println!("{} since an earlier boot", state.slot);
         let keys = Keys::load_or_make(dir)?;
-        return Ok(Identity { keys, state, neighbourhood: Neighbourhood::load(dir, BTreeMap::new()) });
+        return Ok(Identity { keys, state, neighbourhood: Neighbourhood::load(dir.path(), BTreeMap::new()) });
     }
     let ticket = read_ticket(credentials)?;
     if ticket.fleet != image.topology.name {
@@ -81,7 +81,7 @@ pub async fn identity(dir: &Path, credentials: Option<&PathBuf>, image: &Image) 
             (keys, state, known)
         }
     };
-    let neighbourhood = Neighbourhood::load(dir, BTreeMap::new());
+    let neighbourhood = Neighbourhood::load(dir.path(), BTreeMap::new());
     for (slot, key) in &known {
         neighbourhood.learn(slot, *key);
     }
@@ -197,8 +197,12 @@ mod tests {
             );
         }
 
+        fn states(&self) -> StateDir {
+            StateDir::new(&self.dir.path().join("state"))
+        }
+
         async fn who(&self) -> Result<Identity> {
-            identity(&self.dir.path().join("state"), Some(&self.dir.path().join("credentials")), &self.image).await
+            identity(&self.states(), Some(&self.dir.path().join("credentials")), &self.image).await
         }
 
         fn traces(&self) -> usize {
@@ -220,7 +224,7 @@ mod tests {
     #[tokio::test]
     async fn a_cut_between_keys_and_grant_keeps_the_keys() {
         let lab = lab();
-        let keys = Keys::load_or_make(&lab.dir.path().join("state")).unwrap();
+        let keys = Keys::load_or_make(&lab.states()).unwrap();
         lab.founder("acme", "hub-1");
         assert!(lab.who().await.unwrap().keys == keys);
     }

@@ -1,13 +1,11 @@
 //! The node's own keys: made here, on the disk before any packet leaves, and never elsewhere.
 
-use std::path::Path;
-
 use fleet::{MeshKey, PrivateKey, encoding};
 use serde::{Deserialize, Serialize};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::error::{Error, Result};
-use crate::state::{read_json, write_json};
+use crate::state::StateDir;
 
 const FILE: &str = "keys.json";
 
@@ -21,15 +19,15 @@ pub struct Keys {
 }
 
 impl Keys {
-    const VERSION: u16 = 1;
+    /// 1 was the same, never sealed.
+    const VERSION: u16 = 2;
 
     /// The keys of an earlier boot, or new ones that are on the disk when this returns.
     ///
     /// # Errors
     /// The disk says no, or holds something else.
-    pub fn load_or_make(dir: &Path) -> Result<Self> {
-        let path = dir.join(FILE);
-        if let Some(keys) = read_json::<Self>(&path, Self::VERSION)? {
+    pub fn load_or_make(dir: &StateDir) -> Result<Self> {
+        if let Some(keys) = dir.read::<Self>(FILE, 1..=Self::VERSION)? {
             keys.mesh_private()?;
             return Ok(keys);
         }
@@ -39,7 +37,7 @@ impl Keys {
         mesh[0] &= 0xf8;
         mesh[31] = (mesh[31] & 0x7f) | 0x40;
         let keys = Self { version: Self::VERSION, mesh: encoding::encode(&mesh), tls: PrivateKey::generate()? };
-        write_json(&path, &keys)?;
+        dir.write(FILE, Self::VERSION, &keys)?;
         println!("new keys; this node is {} in the mesh", keys.mesh_public()?);
         Ok(keys)
     }
@@ -67,12 +65,16 @@ mod tests {
     #[test]
     fn keys_are_made_once_and_are_nobody_elses() {
         let dir = tempfile::tempdir().unwrap();
-        let keys = Keys::load_or_make(dir.path()).unwrap();
-        assert!(keys == Keys::load_or_make(dir.path()).unwrap());
+        let states = StateDir::new(dir.path());
+        let keys = Keys::load_or_make(&states).unwrap();
+        assert!(keys == Keys::load_or_make(&states).unwrap());
         let mode = std::fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let other = tempfile::tempdir().unwrap();
-        assert!(keys.mesh_public().unwrap() != Keys::load_or_make(other.path()).unwrap().mesh_public().unwrap());
+        assert!(
+            keys.mesh_public().unwrap()
+                != Keys::load_or_make(&StateDir::new(other.path())).unwrap().mesh_public().unwrap()
+        );
     }
 
     #[test]
@@ -90,6 +92,6 @@ mod tests {
     fn damaged_keys_are_not_new_keys() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(FILE), "{").unwrap();
-        assert_eq!(Keys::load_or_make(dir.path()).map(drop).unwrap_err().exit_code(), 78);
+        assert_eq!(Keys::load_or_make(&StateDir::new(dir.path())).map(drop).unwrap_err().exit_code(), 78);
     }
 }

@@ -3,10 +3,12 @@
 //! An image that went back reads what the newer one wrote: a field may be added, and is left
 //! alone by who does not know it. Where that does not serve, the format's number rises, and
 //! `bakehouse plan` says that there is no way back. `fixtures/` keeps what was ever written.
+//! What is there stays as it is, for that reason also unsealed.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +17,21 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::seal::Sealer;
+
+/// The folder of what a node remembers.
+#[derive(Clone, Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    sealer: Option<Sealer>,
+}
+
+/// A file as it is on the disk.
+#[derive(Serialize, Deserialize)]
+struct Sealed {
+    version: u16,
+    sealed: String,
+}
 
 /// Who this node is: its grant, or what its founder's ticket said.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,8 +60,9 @@ pub struct Neighbours {
 }
 
 impl State {
-    /// Format of the file.
-    pub const VERSION: u16 = 2;
+    /// Format of the file. 2 was the same, never sealed.
+    pub const VERSION: u16 = 3;
+    const FILE: &str = "state.json";
 
     #[must_use]
     pub fn new(topology: &Topology, slot: &str, epoch: u64, root: &str) -> Self {
@@ -63,14 +81,14 @@ impl State {
 
     /// # Errors
     /// The file is there and is not a state: nothing is guessed.
-    pub fn load(dir: &Path) -> Result<Option<Self>> {
-        read_json(&dir.join("state.json"), Self::VERSION)
+    pub fn load(dir: &StateDir) -> Result<Option<Self>> {
+        dir.read(Self::FILE, 2..=Self::VERSION)
     }
 
     /// # Errors
     /// The disk says no; what was there before still is.
-    pub fn store(&self, dir: &Path) -> Result<()> {
-        write_json(&dir.join("state.json"), self)
+    pub fn store(&self, dir: &StateDir) -> Result<()> {
+        dir.write(Self::FILE, Self::VERSION, self)
     }
 
     /// The token a node asks with is of no use once it has its grant.
@@ -91,7 +109,7 @@ impl Neighbours {
     /// Empty where there is nothing to read: they can be asked for again.
     #[must_use]
     pub fn load(dir: &Path) -> Self {
-        match read_json(&dir.join("neighbours.json"), Self::VERSION) {
+        match read_json(&dir.join("neighbours.json"), &(Self::VERSION..=Self::VERSION), None) {
             Ok(found) => found.unwrap_or_default(),
             Err(e) => {
                 eprintln!("{e}");
@@ -107,14 +125,53 @@ impl Neighbours {
     }
 }
 
-/// Reads a file that [`write_json`] wrote; none if it is not there.
-///
-/// # Errors
-/// It can't be read, is of another version, or is damaged.
-pub fn read_json<T: DeserializeOwned>(path: &Path, version: u16) -> Result<Option<T>> {
+impl StateDir {
+    /// A folder, where everything is written as it is.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), sealer: None }
+    }
+
+    /// What is secret is sealed from now on.
+    #[must_use]
+    pub fn sealed_by(self, sealer: Sealer) -> Self {
+        Self { sealer: Some(sealer), ..self }
+    }
+
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads a secret that [`Self::write`] wrote; none if it is not there.
+    ///
+    /// # Errors
+    /// It can't be read, is of another version, was sealed elsewhere, or is damaged.
+    pub fn read<T: DeserializeOwned>(&self, file: &str, versions: RangeInclusive<u16>) -> Result<Option<T>> {
+        read_json(&self.path.join(file), &versions, self.sealer.as_ref())
+    }
+
+    /// Writes a secret, sealed for this machine.
+    ///
+    /// # Errors
+    /// It can't be sealed, or the disk says no; what was there before still is.
+    pub fn write(&self, file: &str, version: u16, value: &impl Serialize) -> Result<()> {
+        let path = self.path.join(file);
+        let Some(sealer) = &self.sealer else { return write_json(&path, value) };
+        let open = serde_json::to_vec(value).map_err(|e| Error::Failed(e.to_string()))?;
+        write_json(&path, &Sealed { version, sealed: sealer.seal(file, &open)? })
+    }
+}
+
+fn read_json<T: DeserializeOwned>(
+    path: &Path,
+    versions: &RangeInclusive<u16>,
+    sealer: Option<&Sealer>,
+) -> Result<Option<T>> {
     #[derive(Deserialize)]
-    struct Versioned {
+    struct Outside {
         version: u16,
+        sealed: Option<String>,
     }
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
@@ -124,22 +181,28 @@ pub fn read_json<T: DeserializeOwned>(path: &Path, version: u16) -> Result<Optio
     let damaged = |e: serde_json::Error| {
         Error::Configuration(format!("{} is damaged ({e}); wipe /var to make this a new node", path.display()))
     };
-    let found: Versioned = serde_json::from_slice(&bytes).map_err(damaged)?;
-    if found.version != version {
+    let found: Outside = serde_json::from_slice(&bytes).map_err(damaged)?;
+    if !versions.contains(&found.version) {
         return Err(Error::Configuration(format!(
-            "{} has format {}, this agent reads {version}; boot the version of the image that wrote it",
+            "{} has format {}, this agent reads {}; boot the version of the image that wrote it",
             path.display(),
-            found.version
+            found.version,
+            versions.end()
         )));
     }
-    serde_json::from_slice(&bytes).map(Some).map_err(damaged)
+    match (found.sealed, sealer, path.file_name().and_then(|n| n.to_str())) {
+        (Some(sealed), Some(sealer), Some(name)) => {
+            serde_json::from_slice(&sealer.open(name, &sealed)?).map(Some).map_err(damaged)
+        }
+        _ => serde_json::from_slice(&bytes).map(Some).map_err(damaged),
+    }
 }
 
 /// Writes beside, fsyncs, renames, fsyncs the folder: a power cut leaves the old or the new.
 ///
 /// # Errors
 /// The disk says no.
-pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::Failed(e.to_string()))?;
     bytes.push(b'\n');
     let dir = path.parent().unwrap_or(Path::new("/"));
@@ -169,21 +232,40 @@ mod tests {
     #[test]
     fn state_is_kept_and_private() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(State::load(dir.path()).unwrap(), None);
-        state().store(dir.path()).unwrap();
-        assert_eq!(State::load(dir.path()).unwrap(), Some(state()));
+        assert_eq!(State::load(&StateDir::new(dir.path())).unwrap(), None);
+        state().store(&StateDir::new(dir.path())).unwrap();
+        assert_eq!(State::load(&StateDir::new(dir.path())).unwrap(), Some(state()));
         let mode = fs::metadata(dir.path().join("state.json")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]
+    fn what_is_secret_is_sealed_and_what_was_there_before_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let sealer = crate::seal::tests::machine(dir.path(), 1);
+        let states = StateDir::new(dir.path()).sealed_by(sealer);
+        state().store(&StateDir::new(dir.path())).unwrap();
+        assert_eq!(State::load(&states).unwrap(), Some(state()));
+        state().store(&states).unwrap();
+        let text = fs::read_to_string(dir.path().join("state.json")).unwrap();
+        assert!(!text.contains("hub-1"), "{text}");
+        assert_eq!(State::load(&states).unwrap(), Some(state()));
+        // An agent of before says whose it is, and starts no new node.
+        let older = read_json::<State>(&dir.path().join("state.json"), &(2..=2), None).unwrap_err();
+        assert!(older.to_string().contains("has format 3") && older.exit_code() == 78, "{older}");
+        // The file of one thing is not another's.
+        fs::rename(dir.path().join("state.json"), dir.path().join("keys.json")).unwrap();
+        assert!(states.read::<State>("keys.json", 2..=3).is_err());
+    }
+
+    #[test]
     fn half_a_write_beside_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        state().store(dir.path()).unwrap();
+        state().store(&StateDir::new(dir.path())).unwrap();
         fs::write(dir.path().join("state.new"), b"{\"ver").unwrap();
-        assert_eq!(State::load(dir.path()).unwrap(), Some(state()));
-        state().store(dir.path()).unwrap();
-        assert_eq!(State::load(dir.path()).unwrap(), Some(state()));
+        assert_eq!(State::load(&StateDir::new(dir.path())).unwrap(), Some(state()));
+        state().store(&StateDir::new(dir.path())).unwrap();
+        assert_eq!(State::load(&StateDir::new(dir.path())).unwrap(), Some(state()));
     }
 
     #[test]
@@ -191,7 +273,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for text in ["", "{", "{\"version\":9}", "{\"version\":2,\"fleet\":\"a\"}"] {
             fs::write(dir.path().join("state.json"), text).unwrap();
-            assert_eq!(State::load(dir.path()).unwrap_err().exit_code(), 78);
+            assert_eq!(State::load(&StateDir::new(dir.path())).unwrap_err().exit_code(), 78);
         }
     }
 
@@ -212,10 +294,11 @@ mod tests {
         for version in fs::read_dir(fixtures).unwrap() {
             let dir = version.unwrap().path();
             // On the node, by the functions that the agent reads it with.
-            let state = State::load(&dir).unwrap().unwrap();
+            let states = StateDir::new(&dir);
+            let state = State::load(&states).unwrap().unwrap();
             assert_eq!((state.slot.as_str(), state.secrets.odoo.as_str()), ("hub-1", "password of odoo"));
             assert_eq!(Neighbours::load(&dir).keys.len(), 2);
-            let keys = crate::keys::Keys::load_or_make(&dir).unwrap();
+            let keys = crate::keys::Keys::load_or_make(&states).unwrap();
             assert_eq!(keys.mesh_public().unwrap().to_string(), "B07PggAHt1Z+blnesUGIXbtvHiydXHGEoaAWxICOiHk=");
             read::<State>(&dir.join("state.json"));
             // In etcd.
@@ -240,7 +323,7 @@ mod tests {
         fn no_bytes_panic(bytes: Vec<u8>) {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join("state.json"), bytes).unwrap();
-            let _ = State::load(dir.path());
+            let _ = State::load(&StateDir::new(dir.path()));
         }
     }
 }

@@ -17,6 +17,7 @@ pub struct Machine {
     vm: Vm,
     project: Project,
     image: Option<PathBuf>,
+    tpm: Option<PathBuf>,
     /// It has as many processors as if it ran alone, whatever the fleet.
     alone: bool,
 }
@@ -26,7 +27,7 @@ impl Machine {
     pub fn of(lab: &Lab, node: &str) -> Self {
         let project = Project::load(&lab.dir).expect("the fleet is right");
         let vm = Vm::of(&project, node).expect("the node is there");
-        Self { vm, project, image: None, alone: false }
+        Self { vm, project, image: None, tpm: None, alone: false }
     }
 
     /// The same where few of the fleet's machines run at once.
@@ -46,6 +47,11 @@ impl Machine {
     pub fn with_image(mut self, image: &Path) -> Self {
         self.image = Some(image.to_owned());
         self
+    }
+
+    /// Has the TPM that remembers in this folder; none without a folder.
+    pub fn has_tpm(&mut self, memory: Option<&Path>) {
+        self.tpm = memory.map(Path::to_owned);
     }
 
     pub fn start(&self) {
@@ -103,7 +109,7 @@ impl Machine {
     fn start_as(&self, described: &Described) {
         let start = described.as_start();
         let image = self.image.as_deref().unwrap_or(start.image);
-        self.vm.start(&Start { image, ..start }).unwrap_or_else(|e| panic!("{e}"));
+        self.vm.start(&Start { image, tpm: self.tpm.as_deref(), ..start }).unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// Gives it a blank disk.

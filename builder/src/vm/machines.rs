@@ -108,6 +108,7 @@ impl Described {
             keep: self.keep,
             wire: self.wire.clone(),
             seed: None,
+            tpm: None,
             netboot: None,
             secure_boot: self.secure_boot,
             credentials,

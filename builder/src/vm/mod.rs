@@ -104,6 +104,8 @@ pub struct Start<'a> {
     pub wire: Wire,
     /// A second disk, raw.
     pub seed: Option<&'a Path>,
+    /// The folder of what its TPM remembers; it has one then.
+    pub tpm: Option<&'a Path>,
     /// Where its disk has nothing to boot, the machine asks on the wire.
     pub netboot: Option<Netboot>,
     /// Its firmware runs what is signed, and nothing else, once it has the fleet's key.
@@ -218,6 +220,18 @@ impl Vm {
         if let Some(seed) = start.seed {
             qemu.arg("-drive").arg(format!("if=none,id=seed,format=raw,readonly=on,file={}", seed.display()));
             qemu.args(["-device", "virtio-blk-pci,drive=seed"]);
+        }
+        if let Some(memory) = start.tpm {
+            fs::create_dir_all(memory).map_err(Error::io("create", memory))?;
+            let socket = self.path("tpm.sock");
+            // It ends with the machine.
+            let mut tpm = Command::new("swtpm");
+            tpm.args(["socket", "--tpm2", "--terminate", "--daemon"]);
+            tpm.arg("--tpmstate").arg(format!("dir={}", memory.display()));
+            tpm.arg("--ctrl").arg(format!("type=unixio,path={}", socket.display()));
+            run(&mut tpm, "swtpm (apt install swtpm)")?;
+            qemu.arg("-chardev").arg(format!("socket,id=tpm,path={}", socket.display()));
+            qemu.args(["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm"]);
         }
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
         // The firmware's own PXE, not QEMU's.
