@@ -1,13 +1,62 @@
-//! The power fails at every stage of an update: the node always boots, always is one version or the
-//! other, whole, and in the end the newer one.
+//! The power fails at every step of joining: a machine becomes the node it was becoming, once. And at
+//! every stage of an update: the node always boots, always is one version or the other, whole, and in
+//! the end the newer one.
 
 use std::thread::sleep;
 use std::time::Instant;
 
-use bakehouse_tests::Machine;
 use bakehouse_tests::updates::{comes_up, is_blessed, lab_of_one, runs, version};
+use bakehouse_tests::{ETCDCTL, Lab, Machine};
 
 const CUTS: u32 = 20;
+
+#[test]
+fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
+    let lab = Lab::empty("joins");
+    lab.write(
+        "fleet.toml",
+        "name = \"cut\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n[groups.edge]\ncount = 2\n",
+    );
+    lab.has_idle_role("edge", false);
+    lab.init();
+    lab.ok(&["lock"]);
+    lab.ok(&["build"]);
+    let kept = |file: &str| format!("/var/lib/bakehouse/{file}.json");
+
+    // A founder: its keys, who it is, and the first member of a new etcd.
+    let hub = Machine::of(&lab, "hub-1");
+    let ticket = lab.ok(&["ticket", "hub-1"]).out;
+    for step in [kept("keys"), kept("state"), "/var/lib/etcd/member".to_owned()] {
+        hub.start_cut_at(&ticket, &step);
+        println!("hub-1 was cut at {step}");
+    }
+    hub.start_with(&ticket);
+    hub.wait_for(&["bakehouse: ready (hub-1)"]);
+    assert_eq!(hub.ok(&format!("{ETCDCTL} member list | grep -c started")), "1");
+    let ask = |what: &str| hub.ok(&format!("{ETCDCTL} get --print-value-only {what}"));
+
+    // A worker: its keys, the hubs' answer, who it is; with one ticket, good for one machine.
+    let edge = Machine::of(&lab, "edge-1");
+    let ticket = lab.ok(&["ticket", "edge"]).out;
+    edge.start_cut_at(&ticket, &kept("keys"));
+    assert_eq!(ask("/bakehouse/slots/edge-1"), "", "a slot without a question");
+    edge.start_cut_at(&ticket, &kept("neighbours"));
+    let granted = ask("/bakehouse/slots/edge-1");
+    assert_ne!(granted, "");
+    edge.start_cut_at(&ticket, &kept("state"));
+    edge.start_with(&ticket);
+    edge.wait_for(&["bakehouse: ready (edge-1)"]);
+    assert_eq!(ask("/bakehouse/slots/edge-1"), granted, "another machine's, or another grant");
+    let key = edge.ok("wg show all public-key | cut -f 2");
+    assert!(granted.contains(&format!("\"{key}\"")), "{key} is not the key of {granted}");
+    assert!(edge.ok("firstboot status --json").contains(r#""epoch":1"#));
+    assert_eq!(ask("--prefix /bakehouse/tokens/"), "1", "the ticket was used more than once");
+    assert_eq!(ask("/bakehouse/slots/edge-2"), "");
+    assert_eq!(hub.ok(&format!("{ETCDCTL} get --prefix --keys-only /bakehouse/audit/edge-1/ | grep -c /")), "1");
+    for node in [&hub, &edge] {
+        assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
+    }
+}
 
 #[test]
 fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {

@@ -3,10 +3,7 @@
 
 use std::thread;
 
-use bakehouse_tests::{Lab, Machine};
-
-const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
-    --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
+use bakehouse_tests::{ETCDCTL, Lab, Machine};
 
 #[test]
 fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {

@@ -36,16 +36,8 @@ first = "10.10.0.50"
 fn bare_machines_become_what_was_said_of_them() {
     let lab = Lab::empty("netboot");
     lab.write("fleet.toml", FLEET);
-    for (role, volatile) in [("edge", true), ("shed", false)] {
-        lab.write(
-            &format!("profiles/roles/{role}.toml"),
-            &format!("description = \"In the mesh\"\noverlays = [\"{role}\"]\n[disk]\nvolatile = {volatile}\n"),
-        );
-        lab.write(
-            &format!("overlays/{role}/usr/lib/systemd/system/role-{role}.target"),
-            "[Unit]\nDescription=In the mesh\n",
-        );
-    }
+    lab.has_idle_role("edge", true);
+    lab.has_idle_role("shed", false);
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);

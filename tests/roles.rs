@@ -4,10 +4,7 @@
 use std::fs;
 use std::process::Command;
 
-use bakehouse_tests::{Lab, Machine, root};
-
-const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
-    --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
+use bakehouse_tests::{ETCDCTL, Lab, Machine, root};
 
 const MONITORS: &str = "prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter \
     prometheus-postgres-exporter";

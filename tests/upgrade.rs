@@ -5,10 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use bakehouse_tests::updates::{READY, comes_up, is_blessed, lab_of_one, runs, version};
-use bakehouse_tests::{Lab, Machine};
-
-const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
-    --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
+use bakehouse_tests::{ETCDCTL, Lab, Machine};
 
 #[test]
 fn a_node_takes_what_is_good_and_leaves_what_is_not() {

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::thread;
 
 use crate::deb822::{field, paragraphs};
 use crate::digest::Key;
@@ -39,19 +40,18 @@ pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Pro
     let step = progress.step("lock", "reading the archive");
     apt.update()?;
     let requests = requests(project);
-    let essential: BTreeSet<String> = apt.solve("?essential", &[])?.into_iter().collect();
-    let base: BTreeSet<String> = match project.fleet.groups.keys().next() {
-        Some(group) => {
-            step.message("resolving base");
-            apt.solve("base", &project.recipe(group).base_packages)?.into_iter().collect()
-        }
-        None => BTreeSet::new(),
-    };
+    let base_request = project.fleet.groups.keys().next().map(|g| project.recipe(g).base_packages).unwrap_or_default();
+    let mut asked = vec![("?essential", &[][..]), ("base", &base_request[..])];
+    asked.extend(requests.iter().map(|(image, request)| (image.as_str(), &request[..])));
+    step.message("resolving");
+    let mut solved = apt.solve_all(&asked).into_iter();
+    let mut next = || solved.next().unwrap_or_else(|| Ok(Vec::new()));
+    let essential: BTreeSet<String> = next()?.into_iter().collect();
+    let base: BTreeSet<String> = next()?.into_iter().collect();
     let mut images = BTreeMap::new();
     let mut wanted: BTreeSet<String> = BTreeSet::new();
     for (image, request) in &requests {
-        step.message(&format!("resolving {image}"));
-        let packages = apt.solve(image, request).map_err(|e| explain(project, image, request, e))?;
+        let packages = next().map_err(|e| explain(project, image, request, e))?;
         wanted.extend(packages.iter().cloned());
         // The shared part is usable only where the image agrees with it in every version.
         let have: BTreeSet<&String> = packages.iter().collect();
@@ -189,16 +189,29 @@ impl Apt {
         ))
     }
 
+    /// Answers for each request, as many at a time as there are processors.
+    fn solve_all(&self, asked: &[(&str, &[String])]) -> Vec<Result<Vec<String>>> {
+        let at_once = thread::available_parallelism().map_or(2, usize::from);
+        let solve = |part: &[(&str, &[String])]| {
+            thread::scope(|scope| {
+                let running: Vec<_> = part.iter().map(|(what, r)| scope.spawn(|| self.solve(what, r))).collect();
+                running.into_iter().map(|t| t.join().unwrap_or_else(|_| fail("a thread ended"))).collect::<Vec<_>>()
+            })
+        };
+        asked.chunks(at_once).flat_map(solve).collect()
+    }
+
     /// `name=version` of everything that has to be installed for `request`.
     fn solve(&self, what: &str, request: &[String]) -> Result<Vec<String>> {
-        let mut args = vec!["install", "-s", "-qq", "?essential"];
+        // What would be downloaded: a simulation (-s) asks for the same three times over.
+        let mut args = vec!["install", "--print-uris", "-qq", "?essential"];
         args.extend(request.iter().map(String::as_str));
         let output = self.run("apt-get", &args)?;
         if !output.status.success() {
             return fail(format!("{what} can't be resolved:\n{}", complaints(&output)));
         }
         let text = String::from_utf8_lossy(&output.stdout);
-        let mut all: Vec<String> = text.lines().filter_map(simulated_install).collect();
+        let mut all: Vec<String> = text.lines().filter_map(download).collect();
         all.sort();
         Ok(all)
     }
@@ -235,12 +248,11 @@ impl Apt {
     }
 }
 
-/// `Inst name [old] (version Origin:release [arch])` → `name=version`.
-fn simulated_install(line: &str) -> Option<String> {
-    let rest = line.strip_prefix("Inst ")?;
-    let (name, rest) = rest.split_once(' ')?;
-    let version = rest.split_once('(')?.1.split([' ', ')']).next()?;
-    Some(format!("{}={version}", name.split(':').next()?))
+/// `'URI' name_version_arch.deb size hash` → `name=version`; a colon is written as `%3a`.
+fn download(line: &str) -> Option<String> {
+    let mut parts = line.split("' ").nth(1)?.split(' ').next()?.splitn(3, '_');
+    let (name, version) = (parts.next()?, parts.next()?);
+    Some(format!("{name}={}", version.replace("%3a", ":")))
 }
 
 fn record(paragraph: &str, name: &str, suite: &str, archive: &str) -> Option<Package> {
@@ -305,10 +317,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn simulated_lines() {
-        let line = "Inst libc6 (2.41-12 Debian:13.1/stable, Debian-Security:13/stable-security [amd64]) []";
-        assert_eq!(simulated_install(line).as_deref(), Some("libc6=2.41-12"));
-        assert_eq!(simulated_install("Conf libc6 (2.41-12 …)"), None);
+    fn downloads() {
+        let line = "'http://mirror/debian/pool/main/s/shadow/passwd_1%3a4.17.4-2_amd64.deb' passwd_1%3a4.17.4-2_amd64.deb 1 SHA256:0";
+        assert_eq!(download(line).as_deref(), Some("passwd=1:4.17.4-2"));
+        assert_eq!(download("Reading package lists..."), None);
     }
 
     #[test]

@@ -21,6 +21,10 @@ pub use compare::{first_difference, tar_differences};
 pub use etcd::Cluster;
 pub use machine::Machine;
 
+/// Asks etcd on a node that has a vote.
+pub const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
+    --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
+
 /// A fleet's folder under `target/lab`, and the binary that works on it.
 pub struct Lab {
     pub dir: PathBuf,
@@ -130,6 +134,18 @@ impl Lab {
         let path = self.dir.join(path);
         fs::create_dir_all(path.parent().expect("a file in the lab")).expect("the lab is writable");
         fs::write(path, text).expect("the lab is writable");
+    }
+
+    /// Adds a role of which nothing is asked but to be in the mesh; whether its /var is in memory.
+    pub fn has_idle_role(&self, role: &str, volatile: bool) {
+        self.write(
+            &format!("profiles/roles/{role}.toml"),
+            &format!("description = \"In the mesh\"\noverlays = [\"{role}\"]\n[disk]\nvolatile = {volatile}\n"),
+        );
+        self.write(
+            &format!("overlays/{role}/usr/lib/systemd/system/role-{role}.target"),
+            "[Unit]\nDescription=In the mesh\n",
+        );
     }
 
     pub fn read(&self, path: &str) -> String {

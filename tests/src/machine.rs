@@ -2,7 +2,8 @@
 //! off when the test ends.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use builder::project::Project;
 use builder::vm::{Described, Done, Netboot, Start, Vm, start_of};
@@ -62,6 +63,26 @@ impl Machine {
     pub fn start_with(&self, ticket: &str) {
         let described = self.described();
         self.start_as(&described.with_ticket(ticket).expect("a ticket"));
+    }
+
+    /// Starts it with a ticket; it loses its power as soon as there is this file, and whatever was not
+    /// on the disk by then.
+    pub fn start_cut_at(&self, ticket: &str, file: &str) {
+        let described = self.described().with_ticket(ticket).expect("a ticket");
+        let mut start = described.as_start();
+        let unit = format!(
+            "[Unit]\nRequiresMountsFor=/var\n[Service]\nExecStart=/usr/bin/bash -c 'exec 5<> <(:); \
+             until [ -e {file} ]; do read -rt 0.01 -u 5; done; echo o >/proc/sysrq-trigger'\n"
+        );
+        let wanted = "[Unit]\nWants=cut.service\nAfter=cut.service\n";
+        start.credentials.push(("systemd.extra-unit.cut.service".to_owned(), unit.into_bytes()));
+        start.credentials.push(("systemd.unit-dropin.firstboot.service~cut".to_owned(), wanted.into()));
+        self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
+        let until = Instant::now() + PATIENCE;
+        while self.vm.is_running() {
+            assert!(Instant::now() < until, "{file} never was there:\n{}", self.console());
+            sleep(Duration::from_millis(200));
+        }
     }
 
     /// Starts it from a disk that was flashed, with what is on it and nothing else.
