@@ -124,7 +124,13 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
         ("db", run("patroni", "patroni.yml"), "bin_dir: /usr/lib/postgresql/17/bin", "bin_dir: /nowhere", "bin_dir"),
         ("db", run("pgbackrest", "pgbackrest.conf"), "start-fast=y", "start-fats=y", "start-fats"),
         ("app", run("odoo", "odoo.conf"), "list_db = False", "list_dbs = False", "unknown option 'list_dbs'"),
-        ("monitor", run("prometheus", "prometheus.yml"), "scrape_timeout: {{ 4 *", "scrape_timeout: {{ 40 *", "scrape timeout"),
+        (
+            "monitor",
+            run("prometheus", "prometheus.yml"),
+            "scrape_timeout: {{ 4 *",
+            "scrape_timeout: {{ 40 *",
+            "scrape timeout",
+        ),
         ("monitor", run("prometheus", "alertmanager.yml"), "receiver: people", "receiver: somebody", "somebody"),
     ];
     for (group, path, from, to, words) in cases {
