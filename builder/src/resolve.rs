@@ -45,7 +45,7 @@ pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Pro
     asked.extend(requests.iter().map(|(image, request)| (image.as_str(), &request[..])));
     step.message("resolving");
     let mut solved = apt.solve_all(&asked).into_iter();
-    let mut next = || solved.next().unwrap_or_else(|| Ok(Vec::new()));
+    let mut next = || solved.next().unwrap_or_else(|| fail("apt was not asked"));
     let essential: BTreeSet<String> = next()?.into_iter().collect();
     let base: BTreeSet<String> = next()?.into_iter().collect();
     let mut images = BTreeMap::new();
@@ -211,7 +211,8 @@ impl Apt {
             return fail(format!("{what} can't be resolved:\n{}", complaints(&output)));
         }
         let text = String::from_utf8_lossy(&output.stdout);
-        let mut all: Vec<String> = text.lines().filter_map(download).collect();
+        let read = |line| download(line).ok_or_else(|| Error::Failed(format!("apt said what is no package: {line}")));
+        let mut all = text.lines().map(read).collect::<Result<Vec<String>>>()?;
         all.sort();
         Ok(all)
     }
