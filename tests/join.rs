@@ -367,7 +367,7 @@ async fn a_cut_after_any_step_leads_to_the_same_node() {
         health: Vec::new(),
     };
     let image = Image { info, topology: site.topology.clone() };
-    let states = StateDir::new(&state);
+    let states = StateDir::new(&state, None);
     let files = |keep: &[&str]| {
         for entry in fs::read_dir(&state).expect("a folder").flatten() {
             if !keep.iter().any(|k| entry.file_name() == **k) {

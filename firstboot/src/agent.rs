@@ -46,7 +46,7 @@ impl Paths {
         let state = env::var_os("STATE_DIRECTORY").map_or_else(|| "/var/lib/bakehouse".into(), PathBuf::from);
         Self {
             image: Path::new("/").join(fleet::IMAGE_DIR),
-            state: StateDir::new(&state).sealed_by(Sealer::of_node()),
+            state: StateDir::new(&state, Sealer::of_node()),
             root: "/".into(),
             credentials: env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from),
         }

@@ -198,7 +198,7 @@ mod tests {
         }
 
         fn states(&self) -> StateDir {
-            StateDir::new(&self.dir.path().join("state"))
+            StateDir::new(&self.dir.path().join("state"), None)
         }
 
         async fn who(&self) -> Result<Identity> {

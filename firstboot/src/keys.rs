@@ -19,15 +19,16 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// 1 was the same, never sealed.
+    /// Formats of the file: sealed, and not.
     const VERSION: u16 = 2;
+    const OPEN: u16 = 1;
 
     /// The keys of an earlier boot, or new ones that are on the disk when this returns.
     ///
     /// # Errors
     /// The disk says no, or holds something else.
     pub fn load_or_make(dir: &StateDir) -> Result<Self> {
-        if let Some(keys) = dir.read::<Self>(FILE, 1..=Self::VERSION)? {
+        if let Some(keys) = dir.read::<Self>(FILE, Self::OPEN..=Self::VERSION)? {
             keys.mesh_private()?;
             return Ok(keys);
         }
@@ -36,7 +37,7 @@ impl Keys {
         // The form that WireGuard keeps them in.
         mesh[0] &= 0xf8;
         mesh[31] = (mesh[31] & 0x7f) | 0x40;
-        let keys = Self { version: Self::VERSION, mesh: encoding::encode(&mesh), tls: PrivateKey::generate()? };
+        let keys = Self { version: Self::OPEN, mesh: encoding::encode(&mesh), tls: PrivateKey::generate()? };
         dir.write(FILE, Self::VERSION, &keys)?;
         println!("new keys; this node is {} in the mesh", keys.mesh_public()?);
         Ok(keys)
@@ -65,7 +66,7 @@ mod tests {
     #[test]
     fn keys_are_made_once_and_are_nobody_elses() {
         let dir = tempfile::tempdir().unwrap();
-        let states = StateDir::new(dir.path());
+        let states = StateDir::new(dir.path(), None);
         let keys = Keys::load_or_make(&states).unwrap();
         assert!(keys == Keys::load_or_make(&states).unwrap());
         let mode = std::fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode();
@@ -73,7 +74,7 @@ mod tests {
         let other = tempfile::tempdir().unwrap();
         assert!(
             keys.mesh_public().unwrap()
-                != Keys::load_or_make(&StateDir::new(other.path())).unwrap().mesh_public().unwrap()
+                != Keys::load_or_make(&StateDir::new(other.path(), None)).unwrap().mesh_public().unwrap()
         );
     }
 
@@ -92,6 +93,6 @@ mod tests {
     fn damaged_keys_are_not_new_keys() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(FILE), "{").unwrap();
-        assert_eq!(Keys::load_or_make(&StateDir::new(dir.path())).map(drop).unwrap_err().exit_code(), 78);
+        assert_eq!(Keys::load_or_make(&StateDir::new(dir.path(), None)).map(drop).unwrap_err().exit_code(), 78);
     }
 }

@@ -1,8 +1,12 @@
-//! Seals what a node keeps for this machine alone: for its TPM, if it has one, and for a key on its
-//! own disk. systemd does it (`io.systemd.Credentials`, a Varlink service); the agent needs neither the
-//! TPM nor that key.
+//! Seals what a node keeps for this machine's TPM, if it has one. systemd does it
+//! (`io.systemd.Credentials`, a Varlink service); the agent does not touch the TPM.
+//!
+//! Without a TPM nothing is sealed: systemd's key for that case lies on the same disk, and systemd
+//! deletes it where the machine's id is another, so that a disk that was only tried in another machine
+//! would no longer be a node in its own.
 
 use std::fmt::Display;
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -29,9 +33,11 @@ struct Reply {
 }
 
 impl Sealer {
+    /// None without a TPM 2.0.
     #[must_use]
-    pub fn of_node() -> Self {
-        Self("/run/systemd/io.systemd.Credentials".into())
+    pub fn of_node() -> Option<Self> {
+        let has_tpm = fs::read_dir("/sys/class/tpmrm").is_ok_and(|mut all| all.next().is_some());
+        has_tpm.then(|| Self("/run/systemd/io.systemd.Credentials".into()))
     }
 
     /// Seals bytes under a name, without which they don't open.
@@ -41,20 +47,19 @@ impl Sealer {
     pub fn seal(&self, name: &str, bytes: &[u8]) -> Result<String> {
         let open = json!({ "name": name, "data": encoding::encode(bytes) });
         self.call("Encrypt", &open, "blob")?.map_err(|why| {
-            Error::Failed(format!("{name} could not be sealed ({why}); see: journalctl -u 'systemd-creds@*'"))
+            Error::Failed(format!(
+                "{name} could not be sealed for this machine's TPM ({why}); clear the TPM, or switch it off, in the \
+                 firmware's menu"
+            ))
         })
     }
 
     /// # Errors
-    /// It was sealed elsewhere, for another name, or was damaged.
+    /// It was sealed for another TPM, under another name, or was damaged.
     pub fn open(&self, name: &str, sealed: &str) -> Result<Vec<u8>> {
         let told = self.call("Decrypt", &json!({ "name": name, "blob": sealed }), "data")?;
-        told.and_then(|data| encoding::decode(&data).ok_or_else(|| "no Base64".to_owned())).map_err(|why| {
-            Error::Failed(format!(
-                "{name} was sealed on another machine, or for a TPM that was cleared since ({why}); put the disk back \
-                 where it was, or wipe /var to make this a new node"
-            ))
-        })
+        told.and_then(|data| encoding::decode(&data).ok_or_else(|| "no Base64".to_owned()))
+            .map_err(|why| not_here(name, &why))
     }
 
     /// What systemd answers, or why it does not.
@@ -76,6 +81,14 @@ impl Sealer {
             (error, _) => Err(error.unwrap_or_else(|| "an empty answer".to_owned())),
         })
     }
+}
+
+/// What was sealed does not open.
+pub fn not_here(name: &str, why: &str) -> Error {
+    Error::Failed(format!(
+        "{name} was sealed for the TPM of another machine, or for this one's before it was cleared ({why}); put the \
+         disk back where it was, or wipe /var to make this a new node"
+    ))
 }
 
 #[cfg(test)]
@@ -123,7 +136,7 @@ pub mod tests {
         assert_eq!(here.open("keys.json", &sealed).unwrap(), b"secret");
         for (machine, name) in [(&here, "state.json"), (&machine(dir.path(), 2), "keys.json")] {
             let e = machine.open(name, &sealed).unwrap_err();
-            assert!(e.to_string().contains("another machine") && e.to_string().contains("NameMismatch"), "{e}");
+            assert!(e.to_string().contains("TPM of another machine") && e.to_string().contains("NameMismatch"), "{e}");
             // It may be the TPM's mood: it is asked again.
             assert_eq!(e.exit_code(), 1);
         }
@@ -143,7 +156,7 @@ pub mod tests {
             });
             Sealer(socket.clone()).seal("x", b"").unwrap_err();
             answers.join().unwrap();
-            std::fs::remove_file(&socket).unwrap();
+            fs::remove_file(&socket).unwrap();
         }
     }
 }

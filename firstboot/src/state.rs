@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::seal::Sealer;
+use crate::seal::{Sealer, not_here};
 
 /// The folder of what a node remembers.
 #[derive(Clone, Debug)]
@@ -60,14 +60,16 @@ pub struct Neighbours {
 }
 
 impl State {
-    /// Format of the file. 2 was the same, never sealed.
+    /// Format of the file where it is sealed.
     pub const VERSION: u16 = 3;
+    /// Format of what is in it, and of a file that is not sealed.
+    const OPEN: u16 = 2;
     const FILE: &str = "state.json";
 
     #[must_use]
     pub fn new(topology: &Topology, slot: &str, epoch: u64, root: &str) -> Self {
         Self {
-            version: Self::VERSION,
+            version: Self::OPEN,
             fleet: topology.name.clone(),
             slot: slot.to_owned(),
             epoch,
@@ -82,7 +84,7 @@ impl State {
     /// # Errors
     /// The file is there and is not a state: nothing is guessed.
     pub fn load(dir: &StateDir) -> Result<Option<Self>> {
-        dir.read(Self::FILE, 2..=Self::VERSION)
+        dir.read(Self::FILE, Self::OPEN..=Self::VERSION)
     }
 
     /// # Errors
@@ -126,16 +128,10 @@ impl Neighbours {
 }
 
 impl StateDir {
-    /// A folder, where everything is written as it is.
+    /// A folder; what is secret is sealed from now on, if there is something to seal it with.
     #[must_use]
-    pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), sealer: None }
-    }
-
-    /// What is secret is sealed from now on.
-    #[must_use]
-    pub fn sealed_by(self, sealer: Sealer) -> Self {
-        Self { sealer: Some(sealer), ..self }
+    pub fn new(path: &Path, sealer: Option<Sealer>) -> Self {
+        Self { path: path.to_owned(), sealer }
     }
 
     #[must_use]
@@ -151,7 +147,7 @@ impl StateDir {
         read_json(&self.path.join(file), &versions, self.sealer.as_ref())
     }
 
-    /// Writes a secret, sealed for this machine.
+    /// Writes a secret; `version` is the format of the sealed file.
     ///
     /// # Errors
     /// It can't be sealed, or the disk says no; what was there before still is.
@@ -190,12 +186,15 @@ fn read_json<T: DeserializeOwned>(
             versions.end()
         )));
     }
-    match (found.sealed, sealer, path.file_name().and_then(|n| n.to_str())) {
-        (Some(sealed), Some(sealer), Some(name)) => {
-            serde_json::from_slice(&sealer.open(name, &sealed)?).map(Some).map_err(damaged)
+    let open = match found.sealed {
+        None => bytes,
+        Some(sealed) => {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let sealer = sealer.ok_or_else(|| not_here(&name, "this machine has none"))?;
+            sealer.open(&name, &sealed)?
         }
-        _ => serde_json::from_slice(&bytes).map(Some).map_err(damaged),
-    }
+    };
+    serde_json::from_slice(&open).map(Some).map_err(damaged)
 }
 
 /// Writes beside, fsyncs, renames, fsyncs the folder: a power cut leaves the old or the new.
@@ -232,9 +231,9 @@ mod tests {
     #[test]
     fn state_is_kept_and_private() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(State::load(&StateDir::new(dir.path())).unwrap(), None);
-        state().store(&StateDir::new(dir.path())).unwrap();
-        assert_eq!(State::load(&StateDir::new(dir.path())).unwrap(), Some(state()));
+        assert_eq!(State::load(&StateDir::new(dir.path(), None)).unwrap(), None);
+        state().store(&StateDir::new(dir.path(), None)).unwrap();
+        assert_eq!(State::load(&StateDir::new(dir.path(), None)).unwrap(), Some(state()));
         let mode = fs::metadata(dir.path().join("state.json")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
@@ -243,8 +242,8 @@ mod tests {
     fn what_is_secret_is_sealed_and_what_was_there_before_is_read() {
         let dir = tempfile::tempdir().unwrap();
         let sealer = crate::seal::tests::machine(dir.path(), 1);
-        let states = StateDir::new(dir.path()).sealed_by(sealer);
-        state().store(&StateDir::new(dir.path())).unwrap();
+        let states = StateDir::new(dir.path(), Some(sealer));
+        state().store(&StateDir::new(dir.path(), None)).unwrap();
         assert_eq!(State::load(&states).unwrap(), Some(state()));
         state().store(&states).unwrap();
         let text = fs::read_to_string(dir.path().join("state.json")).unwrap();
@@ -253,6 +252,9 @@ mod tests {
         // An agent of before says whose it is, and starts no new node.
         let older = read_json::<State>(&dir.path().join("state.json"), &(2..=2), None).unwrap_err();
         assert!(older.to_string().contains("has format 3") && older.exit_code() == 78, "{older}");
+        // And so does a machine without a TPM.
+        let elsewhere = State::load(&StateDir::new(dir.path(), None)).unwrap_err();
+        assert!(elsewhere.to_string().contains("(this machine has none)"), "{elsewhere}");
         // The file of one thing is not another's.
         fs::rename(dir.path().join("state.json"), dir.path().join("keys.json")).unwrap();
         assert!(states.read::<State>("keys.json", 2..=3).is_err());
@@ -261,11 +263,11 @@ mod tests {
     #[test]
     fn half_a_write_beside_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        state().store(&StateDir::new(dir.path())).unwrap();
+        state().store(&StateDir::new(dir.path(), None)).unwrap();
         fs::write(dir.path().join("state.new"), b"{\"ver").unwrap();
-        assert_eq!(State::load(&StateDir::new(dir.path())).unwrap(), Some(state()));
-        state().store(&StateDir::new(dir.path())).unwrap();
-        assert_eq!(State::load(&StateDir::new(dir.path())).unwrap(), Some(state()));
+        assert_eq!(State::load(&StateDir::new(dir.path(), None)).unwrap(), Some(state()));
+        state().store(&StateDir::new(dir.path(), None)).unwrap();
+        assert_eq!(State::load(&StateDir::new(dir.path(), None)).unwrap(), Some(state()));
     }
 
     #[test]
@@ -273,7 +275,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for text in ["", "{", "{\"version\":9}", "{\"version\":2,\"fleet\":\"a\"}"] {
             fs::write(dir.path().join("state.json"), text).unwrap();
-            assert_eq!(State::load(&StateDir::new(dir.path())).unwrap_err().exit_code(), 78);
+            assert_eq!(State::load(&StateDir::new(dir.path(), None)).unwrap_err().exit_code(), 78);
         }
     }
 
@@ -294,7 +296,7 @@ mod tests {
         for version in fs::read_dir(fixtures).unwrap() {
             let dir = version.unwrap().path();
             // On the node, by the functions that the agent reads it with.
-            let states = StateDir::new(&dir);
+            let states = StateDir::new(&dir, None);
             let state = State::load(&states).unwrap().unwrap();
             assert_eq!((state.slot.as_str(), state.secrets.odoo.as_str()), ("hub-1", "password of odoo"));
             assert_eq!(Neighbours::load(&dir).keys.len(), 2);
@@ -323,7 +325,7 @@ mod tests {
         fn no_bytes_panic(bytes: Vec<u8>) {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join("state.json"), bytes).unwrap();
-            let _ = State::load(&StateDir::new(dir.path()));
+            let _ = State::load(&StateDir::new(dir.path(), None));
         }
     }
 }
