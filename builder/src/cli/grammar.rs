@@ -253,7 +253,10 @@ pub(super) enum Command {
     #[command(after_help = "Example:\n  bakehouse console hub-1")]
     Console { node: String },
     /// Run a command in a virtual machine
-    #[command(after_help = "Example:\n  bakehouse exec hub-1 -- systemctl --failed")]
+    #[command(after_help = "Examples:\n  bakehouse exec hub-1 -- systemctl --failed\n  \
+                        bakehouse exec hub-1 -- 'wg show | grep handshake'\n\n\
+                        A single word is a line for the shell inside; several are a command and its \
+                        arguments, as they are.")]
     Exec {
         node: String,
         #[arg(last = true, required = true)]

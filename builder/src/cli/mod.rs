@@ -60,7 +60,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Exec { node, command } => {
             let project = Project::load(&cli.fleet)?;
-            let done = vm::Vm::of(&project, node)?.exec(&command.join(" "))?;
+            let done = vm::Vm::of(&project, node)?.exec(&vm::command_line(command))?;
             print!("{}", done.output);
             return Ok(ExitCode::from(u8::try_from(done.status).unwrap_or(1)));
         }

@@ -67,6 +67,24 @@ Restart=always
 ";
 const EXEC_WANTED: &str = "[Unit]\nWants=bakehouse-exec.service\n";
 
+/// What a shell runs for these words: one alone is a command line, several are a command and its
+/// arguments, which reach it as they are.
+#[must_use]
+pub fn command_line(words: &[String]) -> String {
+    let quoted = |word: &String| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+,".contains(c);
+        if !word.is_empty() && word.chars().all(plain) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
+    };
+    match words {
+        [line] => line.clone(),
+        words => words.iter().map(quoted).collect::<Vec<_>>().join(" "),
+    }
+}
+
 /// A node's machine, running or not.
 pub struct Vm {
     pub node: String,
@@ -507,6 +525,14 @@ mod tests {
         assert_eq!(emulated(2, 3, 2), 1);
         assert_eq!(emulated(2, 8, 64), 2);
         assert_eq!(emulated(4, 2, 6), 3);
+    }
+
+    #[test]
+    fn words_reach_the_command_as_they_are() {
+        let words = ["printf", "%s|", "a b", "it's", "", "$HOME;x", "K=v"].map(str::to_owned);
+        let told = Command::new("sh").args(["-c", &command_line(&words)]).output().expect("a shell");
+        assert_eq!(String::from_utf8_lossy(&told.stdout), "a b|it's||$HOME;x|K=v|");
+        assert_eq!(command_line(&["echo a | cat".to_owned()]), "echo a | cat");
     }
 
     #[test]
