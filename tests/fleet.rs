@@ -62,6 +62,19 @@ fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
     let key = "sed -n '/^ctl:/,/^[a-z]/s/ *keyfile: //p' /run/bakehouse/patroni.yml";
     db.ok(&format!("setpriv --reuid=postgres --regid=postgres --clear-groups test -r $({key})"));
 
+    // Keys that have served for long: a worker's and a hub's are renewed, and everybody knows.
+    let renewed = &hubs[(lost + 1) % 3];
+    let of_db = renews(&db);
+    for hub in &hubs {
+        assert_eq!(hub.ok(&until(&handshakes("wg0", &of_db), "1")), "1");
+    }
+    let of_hub = renews(renewed);
+    for node in everybody.iter().filter(|hub| !std::ptr::eq(**hub, renewed)).chain([&&db]) {
+        assert_eq!(node.ok(&until(&handshakes("all", &of_hub), "1")), "1");
+    }
+    reaches_three_hubs(&db);
+    db.ok(&write(&lab));
+
     // The hub that holds the VIP is lost: another has it, and writes go on.
     hubs[lost].cut_power();
     let left: Vec<&Machine> = everybody.iter().enumerate().filter(|(i, _)| *i != lost).map(|(_, h)| *h).collect();
@@ -109,6 +122,23 @@ fn holder(hubs: &[&Machine]) -> usize {
         thread::sleep(std::time::Duration::from_secs(2));
     }
     panic!("the VIP is nowhere, or in two places");
+}
+
+/// Has a node's agent find its keys old: gives the new mesh key. No service is started again.
+#[track_caller]
+fn renews(node: &Machine) -> String {
+    let services = "systemctl show --property=MainPID --value etcd patroni haproxy bird prometheus-node-exporter";
+    let before = node.ok(services);
+    node.ok(r#"sed -i 's/"made": [0-9]*/"made": 1/' /var/lib/bakehouse/keys.json && systemctl restart firstboot"#);
+    assert_eq!(node.ok(&until(r#"firstboot status --json | grep -c '"epoch":2'"#, "1")), "1");
+    assert_eq!(node.ok("ls /var/lib/bakehouse"), "keys.json\nneighbours.json\nstate.json");
+    assert_eq!(node.ok(services), before);
+    node.ok("wg show all public-key | head -n 1 | cut -f 2")
+}
+
+/// A command that counts the peers with this key that have been heard of.
+fn handshakes(interface: &str, key: &str) -> String {
+    format!("wg show {interface} latest-handshakes | grep '{key}' | grep -vc '\t0$'")
 }
 
 #[track_caller]

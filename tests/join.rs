@@ -3,12 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::identity::identity;
 use firstboot::image::{Image, ImageInfo};
+use firstboot::join::Hubs;
+use firstboot::renewal::{is_pending, renew};
 use firstboot::state::StateDir;
 use fleet::{
     Answer, Doing, Issuer, JoinReply, Joiner, PROTOCOL, Reason, Report, Right, RolloutOrder, Ticket, encoding,
@@ -346,28 +349,8 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cut_after_any_step_leads_to_the_same_node() {
     let site = Site::open(22_300, "db.count = 3\n");
-    let dir = tempfile::tempdir().expect("a folder");
-    let (state, credentials) = (dir.path().join("state"), dir.path().join("credentials"));
-    for folder in [&state, &credentials] {
-        fs::create_dir(folder).expect("a folder");
-    }
-    let ticket = Ticket {
-        version: Ticket::VERSION,
-        fleet: "acme".to_owned(),
-        root: site.root.certificate().to_owned(),
-        endpoints: BTreeMap::new(),
-        right: Right::Joiner(site.token("db", |_| {})),
-    };
-    fs::write(credentials.join(Ticket::CREDENTIAL), serde_json::to_vec(&ticket).expect("JSON")).expect("a folder");
-    let info = ImageInfo {
-        id: "acme-db".to_owned(),
-        version: "1".to_owned(),
-        group: "db".to_owned(),
-        roles: vec!["db".to_owned()],
-        health: Vec::new(),
-    };
-    let image = Image { info, topology: site.topology.clone() };
-    let states = StateDir::new(&state, None);
+    let Bare { dir, states, credentials, image } = Bare::of(&site);
+    let state = dir.path().join("state");
     let files = |keep: &[&str]| {
         for entry in fs::read_dir(&state).expect("a folder").flatten() {
             if !keep.iter().any(|k| entry.file_name() == **k) {
@@ -392,4 +375,134 @@ async fn a_cut_after_any_step_leads_to_the_same_node() {
     let e = identity(&states, Some(&credentials), &image).await.map(drop).expect_err("the token is spent");
     assert!(e.to_string().contains("as often as it may be"), "{e}");
     assert_eq!(e.exit_code(), 78);
+}
+
+/// New keys for a node that has long had its own; whatever is cut, whoever answers, as often as it asks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
+    let site = Site::open(23_500, "db.count = 3\n");
+    let Bare { dir, states, credentials, image } = Bare::of(&site);
+    let path = |file: &str| dir.path().join("state").join(file);
+    let read = |file: &str| fs::read_to_string(path(file)).expect("a file");
+    let write = |file: &str, text: &str| fs::write(path(file), text).expect("a folder");
+    let start = async || {
+        let who = identity(&states, Some(&credentials), &image).await.expect("a node");
+        renew(&states, who, &image).await.expect("a disk")
+    };
+
+    // Keys of today are good.
+    let (first, renewed) = start().await;
+    assert!(!renewed && !is_pending(&states));
+    let made: serde_json::Value = serde_json::from_str(&read("keys.json")).expect("JSON");
+    let aged = read("keys.json").replace(&made["made"].to_string(), "1");
+    write("keys.json", &aged);
+    // Nobody answers: it is the node it was, and will ask again with the same keys.
+    let mut lonely = site.topology.clone();
+    lonely.mesh.port = 23_999;
+    let lonely = Image { topology: lonely, info: image.info.clone() };
+    let who = identity(&states, Some(&credentials), &image).await.expect("a node");
+    let (who, renewed) = renew(&states, who, &lonely).await.expect("a disk");
+    assert!(!renewed && is_pending(&states));
+    assert_eq!(who.keys.mesh_public().ok(), first.keys.mesh_public().ok());
+    let begun: serde_json::Value = serde_json::from_str(&read("renewal.json")).expect("JSON");
+    let old_state = read("state.json");
+
+    let (second, renewed) = start().await;
+    assert!(renewed && !is_pending(&states));
+    assert_eq!((second.state.slot.as_str(), second.state.epoch), ("db-1", 2));
+    assert_eq!(second.state.secrets, first.state.secrets);
+    assert_eq!(begun["keys"], serde_json::from_str::<serde_json::Value>(&read("keys.json")).expect("JSON"));
+    let new = ["keys.json", "state.json"].map(read);
+    let granted = |with: bool| {
+        let mut cut = begun.clone();
+        if with {
+            cut["granted"] = serde_json::json!({ "epoch": 2, "cert": second.state.cert });
+        }
+        cut.to_string()
+    };
+    // Cut before the answer was on the disk; with it; between the two files; before it was done.
+    for (renewal, keys, state) in [
+        (granted(false), &aged, &old_state),
+        (granted(true), &aged, &old_state),
+        (granted(true), &new[0], &old_state),
+        (granted(true), &new[0], &new[1]),
+    ] {
+        write("renewal.json", &renewal);
+        write("keys.json", keys);
+        write("state.json", state);
+        let (again, renewed) = start().await;
+        assert!(renewed && !is_pending(&states) && again.keys == second.keys, "from {renewal}");
+        assert_eq!((&again.state.slot, again.state.epoch), (&second.state.slot, 2));
+        again.client().expect("certificate and key fit together");
+    }
+    let (again, renewed) = start().await;
+    assert!(!renewed && again.state.epoch == 2);
+
+    // The hubs know the new keys, and not the old ones; who has those gets nothing with them.
+    let heard = async |who: &firstboot::identity::Identity| -> fleet::Peers {
+        let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", who.client().expect("a certificate"));
+        hubs.peers().await.expect("an answer")
+    };
+    let until = Instant::now() + Duration::from_secs(10);
+    while heard(&first).await.fenced != Some(2) {
+        assert!(Instant::now() < until, "the old keys are still good");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(heard(&second).await.fenced, None);
+    let thief = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", first.client().expect("a certificate"));
+    assert_eq!(refused(thief.renew(&first.keys).await.expect("an answer")), Reason::Fenced);
+    // A key that another node has is not to be had.
+    let (other, _) = &site.members("db", 1).await[0];
+    let asked = fleet::Renewal {
+        version: PROTOCOL,
+        mesh_key: other.mesh_key,
+        tls_key: encoding::encode(other.tls.public().expect("a key").as_bytes()),
+    };
+    let own = Identity { cert: &second.state.cert, key: second.keys.tls.pem() };
+    let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+    let mut hub = Connection::open("127.0.0.1", 23_500, "hub-1", &tls).await.expect("a hub");
+    let body = serde_json::to_vec(&asked).expect("JSON");
+    let answer = hub.ask(request("POST", "hub", "/v1/renew", &[], body.into()).expect("HTTP"), 1 << 16).await;
+    assert_eq!(refused(serde_json::from_slice(&answer.expect("an answer")).expect("JSON")), Reason::Busy);
+
+    // Another machine has the slot: what was begun is dropped, and the node told as ever.
+    site.leave("db-1", true, &site.root).await.expect("a hub takes it");
+    write("renewal.json", &granted(false));
+    let (last, renewed) = start().await;
+    assert!(!renewed && !is_pending(&states) && last.keys.mesh_public().is_ok());
+}
+
+/// A machine with a ticket for a db, that nobody knows yet.
+struct Bare {
+    dir: tempfile::TempDir,
+    states: StateDir,
+    credentials: PathBuf,
+    image: Image,
+}
+
+impl Bare {
+    fn of(site: &Site) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (state, credentials) = (dir.path().join("state"), dir.path().join("credentials"));
+        for folder in [&state, &credentials] {
+            fs::create_dir(folder).expect("a folder");
+        }
+        let ticket = Ticket {
+            version: Ticket::VERSION,
+            fleet: "acme".to_owned(),
+            root: site.root.certificate().to_owned(),
+            endpoints: BTreeMap::new(),
+            right: Right::Joiner(site.token("db", |_| {})),
+        };
+        fs::write(credentials.join(Ticket::CREDENTIAL), serde_json::to_vec(&ticket).expect("JSON")).expect("a folder");
+        let info = ImageInfo {
+            id: "acme-db".to_owned(),
+            version: "1".to_owned(),
+            group: "db".to_owned(),
+            roles: vec!["db".to_owned()],
+            health: Vec::new(),
+        };
+        let image = Image { info, topology: site.topology.clone() };
+        Self { states: StateDir::new(&state, None), dir, credentials, image }
+    }
 }

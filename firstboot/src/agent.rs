@@ -15,9 +15,10 @@ use crate::image::Image;
 use crate::join::{Hubs, Pause};
 use crate::journal::Event;
 use crate::machine;
-use crate::member::Member;
+use crate::member::{ALL_HAVE_ASKED, Member};
 use crate::notify::notify;
 use crate::render::render_all;
+use crate::renewal::{is_pending, renew};
 use crate::seal::Sealer;
 use crate::state::StateDir;
 use crate::status::{Phase, Status};
@@ -66,6 +67,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
     let status = Status::publish(&bus, &image.topology.name).await?;
     let units = Systemd::new(&bus).await?;
     let who = identity(&paths.state, paths.credentials.as_ref(), &image).await?;
+    let (who, renewed) = renew(&paths.state, who, &image).await?;
     // Whoever takes the disk out now finds no ticket on it.
     if let Err(e) = units.start("firstboot-forget.service").await {
         println!("{e}");
@@ -101,6 +103,10 @@ pub async fn run(paths: &Paths) -> Result<()> {
     let member = Member::new(who, node, &image)?;
     let mesh = member.mesh().await?;
     let serve = async {
+        if renewed && node.hub > 0 {
+            // The other hubs are not stopped before every node knows this one again.
+            tokio::time::sleep(ALL_HAVE_ASKED).await;
+        }
         start(&units, node).await?;
         say(Event::Ready, &format!("ready ({})", node.name));
         status.enter(Phase::Ready).await
@@ -110,6 +116,9 @@ pub async fn run(paths: &Paths) -> Result<()> {
     let kept = tokio::try_join!(member.keep(mesh, &updates), serve, wishes).map(|((), (), ())| ());
     match &kept {
         Err(Error::Leaving) => leave(&units, node, &hubs, updates.patroni.as_ref()).await,
+        Err(Error::Fenced { .. }) if is_pending(&paths.state) => {
+            Err(Error::Failed("the hubs may know this node by its next keys already: starting again".to_owned()))
+        }
         Err(Error::Fenced { .. } | Error::Left { .. }) => stop(&units, node).await.and(kept),
         _ => kept,
     }

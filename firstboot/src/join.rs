@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fleet::{
-    Answer, Grant, Introduction, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, Peers, Report,
+    Answer, Grant, Introduction, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, Peers, Renewal, Report,
     SIGNATURE_HEADER, Topology, encoding,
 };
 use tokio_rustls::rustls::ClientConfig;
@@ -122,6 +122,32 @@ impl Hubs {
             }
         }
         Err(last)
+    }
+
+    /// Gives the hubs this node's next keys. A hub that says "later" is not the last one asked.
+    ///
+    /// # Errors
+    /// None answers.
+    pub async fn renew(&self, next: &Keys) -> Result<JoinReply> {
+        let asked = Renewal {
+            version: PROTOCOL,
+            mesh_key: next.mesh_public()?,
+            tls_key: encoding::encode(next.tls.public()?.as_bytes()),
+        };
+        let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
+        let mut last = Err(Error::Failed("the fleet has no other hub".to_owned()));
+        for (slot, host) in self.shuffled() {
+            last = self.ask(slot, host, "POST", "/v1/renew", &[], &body).await.and_then(|b| read(slot, &b));
+            let later = match &last {
+                Ok(JoinReply::Refused(no)) => no.reason.passes(),
+                Ok(JoinReply::Granted(_)) => false,
+                Err(_) => true,
+            };
+            if !later {
+                break;
+            }
+        }
+        last
     }
 
     /// Tells every hub whose key is not known who this founder is; gives what they know.

@@ -1,5 +1,7 @@
 //! The node's own keys: made here, on the disk before any packet leaves, and never elsewhere.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use fleet::{MeshKey, PrivateKey, encoding};
 use serde::{Deserialize, Serialize};
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -16,6 +18,9 @@ pub struct Keys {
     /// Base64, as WireGuard writes it.
     mesh: String,
     pub tls: PrivateKey,
+    /// Seconds since 1970, by the clock of this machine; 0 for what earlier agents made.
+    #[serde(default)]
+    made: u64,
 }
 
 impl Keys {
@@ -32,15 +37,35 @@ impl Keys {
             keys.mesh_private()?;
             return Ok(keys);
         }
+        let keys = Self::make()?;
+        keys.store(dir)?;
+        println!("new keys; this node is {} in the mesh", keys.mesh_public()?);
+        Ok(keys)
+    }
+
+    /// New keys, nowhere but here yet.
+    ///
+    /// # Errors
+    /// No randomness.
+    pub fn make() -> Result<Self> {
         let mut mesh = [0; 32];
         getrandom::fill(&mut mesh).map_err(|e| Error::Failed(format!("no randomness: {e}")))?;
         // The form that WireGuard keeps them in.
         mesh[0] &= 0xf8;
         mesh[31] = (mesh[31] & 0x7f) | 0x40;
-        let keys = Self { version: Self::OPEN, mesh: encoding::encode(&mesh), tls: PrivateKey::generate()? };
-        dir.write(FILE, Self::VERSION, &keys)?;
-        println!("new keys; this node is {} in the mesh", keys.mesh_public()?);
-        Ok(keys)
+        Ok(Self { version: Self::OPEN, mesh: encoding::encode(&mesh), tls: PrivateKey::generate()?, made: now() })
+    }
+
+    /// # Errors
+    /// The disk says no; what was there before still is.
+    pub fn store(&self, dir: &StateDir) -> Result<()> {
+        dir.write(FILE, Self::VERSION, self)
+    }
+
+    /// How long they have served; nothing, if they are of a time to come.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        Duration::from_secs(now().saturating_sub(self.made))
     }
 
     /// # Errors
@@ -56,6 +81,11 @@ impl Keys {
     pub fn mesh_public(&self) -> Result<MeshKey> {
         Ok(MeshKey(PublicKey::from(&StaticSecret::from(self.mesh_private()?)).to_bytes()))
     }
+}
+
+/// Seconds since 1970, by this machine's clock.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 #[cfg(test)]
@@ -85,6 +115,7 @@ mod tests {
             version: 1,
             mesh: "wFTe/nBkCyNKj6aBu64Z5aEZWZuDv0pyACVGi/cx1XA=".to_owned(),
             tls: PrivateKey::generate().unwrap(),
+            made: 0,
         };
         assert_eq!(keys.mesh_public().unwrap().to_string(), "R7Kc4u/m+pA25bC5J3pEdxhb9rdJwHUEfWqcJK3KJm4=");
     }

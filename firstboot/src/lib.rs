@@ -24,6 +24,7 @@ pub mod mesh;
 pub mod neighbours;
 pub mod notify;
 pub mod render;
+pub mod renewal;
 pub mod seal;
 pub mod state;
 pub mod status;

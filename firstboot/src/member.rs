@@ -23,6 +23,8 @@ use crate::update::Updates;
 
 /// How often a node asks who is where, if nothing has changed.
 const ROUND: Duration = Duration::from_secs(30);
+/// By then every node that is up has asked, and has been answered.
+pub const ALL_HAVE_ASKED: Duration = Duration::from_secs(45);
 /// etcd's port for clients.
 const ETCD: u16 = 2379;
 

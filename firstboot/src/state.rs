@@ -39,7 +39,7 @@ pub struct State {
     pub(crate) version: u16,
     pub fleet: String,
     pub slot: String,
-    /// Counts the owners the slot has had.
+    /// Counts the keys the slot has had.
     pub epoch: u64,
     /// The fleet root's certificate, PEM.
     pub root: String,
@@ -157,6 +157,20 @@ impl StateDir {
         let open = serde_json::to_vec(value).map_err(|e| Error::Failed(e.to_string()))?;
         write_json(&path, &Sealed { version, sealed: sealer.seal(file, &open)? })
     }
+
+    /// Forgets what [`Self::write`] wrote.
+    ///
+    /// # Errors
+    /// The disk says no.
+    pub fn remove(&self, file: &str) -> Result<()> {
+        let path = self.path.join(file);
+        fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        sync(&self.path)
+    }
+}
+
+fn sync(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
 }
 
 fn read_json<T: DeserializeOwned>(
@@ -215,7 +229,7 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
         .map_err(Error::io("create", &beside))?;
     file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &beside))?;
     fs::rename(&beside, path).map_err(Error::io("rename", &beside))?;
-    File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
+    sync(dir)
 }
 
 #[cfg(test)]

@@ -38,6 +38,16 @@ pub struct JoinRequest {
     pub tls_key: String,
 }
 
+/// `POST /v1/renew`, from a node with the certificate it has: other keys from now on. Asking again
+/// with the same keys gives the same answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewal {
+    pub version: u16,
+    pub mesh_key: MeshKey,
+    /// Base64 of the public key the node's next certificate is to be for.
+    pub tls_key: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JoinReply {
@@ -49,7 +59,7 @@ pub enum JoinReply {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
     pub slot: String,
-    /// Counts the owners the slot has had.
+    /// Counts the keys the slot has had.
     pub epoch: u64,
     /// The node's certificate and its issuer's, PEM.
     pub cert: String,
@@ -232,6 +242,7 @@ mod tests {
             let _ = serde_json::from_slice::<JoinReply>(&bytes);
             let _ = serde_json::from_slice::<Peers>(&bytes);
             let _ = serde_json::from_slice::<Revocation>(&bytes);
+            let _ = serde_json::from_slice::<Renewal>(&bytes);
             let _ = serde_json::from_slice::<Departure>(&bytes);
             let _ = serde_json::from_slice::<SlotRecord>(&bytes);
         }

@@ -25,7 +25,7 @@ pub use certificate::{CertificateError, Issuer, PrivateKey, PublicKey};
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
 pub use join::{
     Departure, Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason, Refusal,
-    Revocation, SIGNATURE_HEADER, SlotRecord, Tokens, TokensRequest,
+    Renewal, Revocation, SIGNATURE_HEADER, SlotRecord, Tokens, TokensRequest,
 };
 pub use lint::{HaRow, ha_table, lint};
 pub use membership::{Membership, Secrets, Tls};

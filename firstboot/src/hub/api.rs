@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fleet::{
-    Answer, Departure, Grant, Introduction, Issuer, JoinReply, JoinRequest, PROTOCOL, Peers, PublicKey, Reason,
-    Refusal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Tokens,
+    Answer, Departure, Grant, Introduction, Issuer, JoinReply, JoinRequest, Node, PROTOCOL, Peers, PublicKey, Reason,
+    Refusal, Renewal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Tokens,
     TokensRequest, Topology, encoding,
 };
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -105,6 +105,7 @@ async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) 
     let body = body.to_bytes();
     match (head.method, head.uri.path(), member) {
         (Method::POST, "/v1/join", _) => json(&hub.join(&body, &signature).await),
+        (Method::POST, "/v1/renew", Some(member)) => json(&hub.renew(member, &body).await),
         (Method::POST, "/v1/introduce", Some(member)) => match hub.introduce(member, &body) {
             Ok(peers) => json(&peers),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
@@ -142,7 +143,7 @@ async fn answer(hub: &Hub, member: Option<&Member>, request: Request<Incoming>) 
             }
             json(&peers)
         }
-        (_, "/v1/introduce" | "/v1/peers" | "/v1/turn" | "/v1/left", None) => {
+        (_, "/v1/renew" | "/v1/introduce" | "/v1/peers" | "/v1/turn" | "/v1/left", None) => {
             plain(StatusCode::UNAUTHORIZED, "show a certificate of this fleet")
         }
         _ => plain(StatusCode::NOT_FOUND, "no such thing"),
@@ -162,8 +163,7 @@ impl Hub {
                 );
                 return Err(no(Reason::Malformed, &text));
             }
-            let key = encoding::decode(&request.tls_key).and_then(|k| PublicKey::of(&k));
-            let key = key.ok_or_else(|| no(Reason::Malformed, "the TLS key is not one"))?;
+            let key = tls_key(&request.tls_key)?;
             let claims = verify(&self.root, &self.topology.name, &request, body, signature)?;
             let given = self.desk.claim(&claims, &request).await.map_err(|e| {
                 eprintln!("a claim for {}: {e}", claims.group);
@@ -179,25 +179,35 @@ impl Hub {
                     no(Reason::Busy, "etcd does not let the new machine in yet")
                 })?;
             }
-            let cert = self.issuer.node(&self.topology, node, &key);
-            let cert = cert.map_err(|e| no(Reason::Malformed, &format!("the TLS key is not one: {e}")))?;
             println!("{} is {} (epoch {}), token {}", request.mesh_key, given.slot, given.epoch, claims.id);
-            Ok(Grant {
-                slot: given.slot,
-                epoch: given.epoch,
-                cert,
-                secrets: self.secrets.for_roles(&node.roles),
-                hubs: self.founders(),
-            })
+            self.grant(node, given.epoch, &key)
         };
-        match granted.await {
-            Ok(grant) => JoinReply::Granted(grant),
-            Err(refusal) => {
-                // Part of it may be the stranger's own words: one line, whatever they hold.
-                println!("refused ({:?}): {}", refusal.reason, refusal.text.escape_debug());
-                JoinReply::Refused(refusal)
+        reply(granted.await)
+    }
+
+    /// Gives a node's new keys the slot of its old ones, or says why not.
+    async fn renew(&self, member: &Member, body: &[u8]) -> JoinReply {
+        let granted = async {
+            let asked: Renewal = serde_json::from_slice(body)
+                .map_err(|e| no(Reason::Malformed, &format!("the request is not readable: {e}")))?;
+            if asked.version != PROTOCOL {
+                return Err(no(Reason::Malformed, &format!("this hub reads format {PROTOCOL}")));
             }
-        }
+            let key = tls_key(&asked.tls_key)?;
+            let node = self.topology.node(&member.slot);
+            let node = node.ok_or_else(|| no(Reason::Malformed, &format!("the fleet has no `{}`", member.slot)))?;
+            let given = self.desk.renew(&member.slot, &member.tls_key, &asked).await.map_err(busy)??;
+            println!("{} is {} (epoch {}), renewed", asked.mesh_key, given.slot, given.epoch);
+            self.grant(node, given.epoch, &key)
+        };
+        reply(granted.await)
+    }
+
+    fn grant(&self, node: &Node, epoch: u64, key: &PublicKey) -> Result<Grant, Refusal> {
+        let cert = self.issuer.node(&self.topology, node, key);
+        let cert = cert.map_err(|e| no(Reason::Malformed, &format!("the TLS key is not one: {e}")))?;
+        let secrets = self.secrets.for_roles(&node.roles);
+        Ok(Grant { slot: node.name.clone(), epoch, cert, secrets, hubs: self.founders() })
     }
 
     /// The operator takes a token back.
@@ -345,6 +355,22 @@ impl Drop for Guest {
             }
         }
     }
+}
+
+fn reply(granted: Result<Grant, Refusal>) -> JoinReply {
+    match granted {
+        Ok(grant) => JoinReply::Granted(grant),
+        Err(refusal) => {
+            // Part of it may be the stranger's own words: one line, whatever they hold.
+            println!("refused ({:?}): {}", refusal.reason, refusal.text.escape_debug());
+            JoinReply::Refused(refusal)
+        }
+    }
+}
+
+fn tls_key(text: &str) -> Result<PublicKey, Refusal> {
+    let key = encoding::decode(text).and_then(|k| PublicKey::of(&k));
+    key.ok_or_else(|| no(Reason::Malformed, "the TLS key is not one"))
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]

@@ -481,7 +481,7 @@ impl ClaimsDesk {
     }
 
     /// One transaction: the slots are as they were seen, the keys new, the tokens as they were seen.
-    async fn take(&self, takings: &[Taking], tokens: &BTreeMap<String, Count>) -> Result<bool> {
+    pub(super) async fn take(&self, takings: &[Taking], tokens: &BTreeMap<String, Count>) -> Result<bool> {
         let mut when = Vec::new();
         let mut then = Vec::new();
         let written: Vec<(String, String, Option<String>, Vec<u8>)> = takings
@@ -542,14 +542,14 @@ impl Waiting {
 }
 
 /// A slot that somebody is about to have.
-struct Taking {
-    place: Place,
-    record: SlotRecord,
-    keys: Keys,
+pub(super) struct Taking {
+    pub(super) place: Place,
+    pub(super) record: SlotRecord,
+    pub(super) keys: Keys,
 }
 
 /// How often a token was used, as of a revision.
-struct Count {
+pub(super) struct Count {
     used: u32,
     revision: u64,
 }
@@ -562,14 +562,14 @@ pub(super) struct Place {
     silent: bool,
 }
 
-struct Keys {
+pub(super) struct Keys {
     owner: String,
     token: String,
     revoked: String,
 }
 
 impl Keys {
-    fn of(mesh_key: MeshKey, token: &str) -> Self {
+    pub(super) fn of(mesh_key: MeshKey, token: &str) -> Self {
         Self {
             owner: format!("/bakehouse/owners/{mesh_key}"),
             token: format!("{TOKENS}{token}"),

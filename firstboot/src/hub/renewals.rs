@@ -1,0 +1,49 @@
+//! Nodes that have new keys.
+
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use fleet::{Reason, Refusal, Renewal, SlotRecord};
+
+use super::claims::{ClaimsDesk, Given, Keys, Taking};
+use super::departures::gone;
+use super::token::no;
+use crate::error::Result;
+
+impl ClaimsDesk {
+    /// The owner of a slot, whose TLS key is `own`, has other keys from the next epoch on. Asked
+    /// again with the same ones, the answer is the same: the reply may have been lost.
+    ///
+    /// # Errors
+    /// etcd does not answer: nobody knows whether it took place, and asking again tells.
+    pub async fn renew(&self, slot: &str, own: &str, asked: &Renewal) -> Result<Result<Given, Refusal>> {
+        let place = self.place(slot).await?;
+        let Some(before) = place.before.clone() else {
+            return Ok(Err(no(Reason::Busy, &format!("{slot} has not been entered yet"))));
+        };
+        if before.vacant {
+            return Ok(Err(no(Reason::Fenced, &gone(slot))));
+        }
+        if (before.mesh_key, &before.tls_key) == (asked.mesh_key, &asked.tls_key) {
+            return Ok(Ok(Given { slot: slot.to_owned(), epoch: before.epoch }));
+        }
+        if before.tls_key != own {
+            let text = format!("{slot} is another machine's since epoch {}", before.epoch);
+            return Ok(Err(no(Reason::Fenced, &text)));
+        }
+        let record = SlotRecord {
+            epoch: before.epoch + 1,
+            mesh_key: asked.mesh_key,
+            tls_key: asked.tls_key.clone(),
+            by: self.by.clone(),
+            at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            ..before
+        };
+        let epoch = record.epoch;
+        let taking = Taking { place, record, keys: Keys::of(asked.mesh_key, "") };
+        if self.take(&[taking], &BTreeMap::new()).await? {
+            return Ok(Ok(Given { slot: slot.to_owned(), epoch }));
+        }
+        Ok(Err(no(Reason::Busy, "somebody else wrote at the same time, or the mesh key is in use")))
+    }
+}

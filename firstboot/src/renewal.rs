@@ -1,0 +1,104 @@
+//! Keys that have served for long are replaced when the agent starts: the hubs enter the new ones,
+//! and take the old ones out, in one step. Nothing is asked of the services, which go on.
+
+use std::time::Duration;
+
+use fleet::{Grant, JoinReply, Node};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::identity::{Identity, node_of};
+use crate::image::Image;
+use crate::join::Hubs;
+use crate::keys::Keys;
+use crate::state::{State, StateDir};
+
+/// How long keys serve.
+const LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
+const FILE: &str = "renewal.json";
+
+/// New keys on their way: written before the hubs hear of them, and again with their answer.
+#[derive(Serialize, Deserialize)]
+struct Renewal {
+    version: u16,
+    keys: Keys,
+    granted: Option<Granted>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Granted {
+    epoch: u64,
+    cert: String,
+}
+
+impl Renewal {
+    /// Formats of the file: sealed, and not.
+    const VERSION: u16 = 2;
+    const OPEN: u16 = 1;
+
+    fn load(dir: &StateDir) -> Result<Option<Self>> {
+        dir.read(FILE, Self::OPEN..=Self::VERSION)
+    }
+
+    fn store(&self, dir: &StateDir) -> Result<()> {
+        dir.write(FILE, Self::VERSION, self)
+    }
+}
+
+/// Whether the hubs may know this node by keys that it has not taken yet.
+#[must_use]
+pub fn is_pending(dir: &StateDir) -> bool {
+    Renewal::load(dir).is_ok_and(|r| r.is_some())
+}
+
+/// The same node, with new keys if its own have served for long and a hub enters them now; and
+/// with those of a renewal that was cut short. True if they are new.
+///
+/// # Errors
+/// The disk says no. Hubs that don't answer are asked again at the next start.
+pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Identity, bool)> {
+    let node = node_of(&who.state, image)?;
+    let alone = image.topology.hubs.iter().all(|hub| hub.name == node.name);
+    let mut renewal = match Renewal::load(dir)? {
+        Some(begun) => begun,
+        None if who.keys.age() < LIFETIME || alone => return Ok((who, false)),
+        None => {
+            let new = Renewal { version: Renewal::OPEN, keys: Keys::make()?, granted: None };
+            new.store(dir)?;
+            new
+        }
+    };
+    let granted = match renewal.granted.take() {
+        Some(granted) => granted,
+        // Not before: cut between their files, key and certificate are of two times.
+        None => match hubs(&who, node, image)?.renew(&renewal.keys).await {
+            Ok(JoinReply::Granted(Grant { epoch, cert, .. })) => {
+                renewal.granted = Some(Granted { epoch, cert: cert.clone() });
+                renewal.store(dir)?;
+                Granted { epoch, cert }
+            }
+            Ok(JoinReply::Refused(no)) => {
+                println!("the keys stay as they are: {}", no.text);
+                if !no.reason.passes() {
+                    dir.remove(FILE)?;
+                }
+                return Ok((who, false));
+            }
+            Err(e) => {
+                println!("the keys stay as they are for now: {e}");
+                return Ok((who, false));
+            }
+        },
+    };
+    let state = State { epoch: granted.epoch, cert: granted.cert, ..who.state };
+    // Cut between these, it begins again at the first.
+    renewal.keys.store(dir)?;
+    state.store(dir)?;
+    dir.remove(FILE)?;
+    println!("{}: new keys, {} in the mesh (epoch {})", state.slot, renewal.keys.mesh_public()?, state.epoch);
+    Ok((Identity { keys: renewal.keys, state, ..who }, true))
+}
+
+fn hubs(who: &Identity, node: &Node, image: &Image) -> Result<Hubs> {
+    Ok(Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?))
+}
