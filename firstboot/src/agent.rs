@@ -83,6 +83,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
         secrets: &who.state.secrets,
         web: &web_certificate(paths, &tls)?,
     };
+    let slow = u32::try_from(context.machine.patience).unwrap_or(u32::MAX);
     let count = render_all(&paths.image.join("templates"), &paths.root, &context)?;
     println!("{}: {count} configurations rendered", node.name);
     status.is(&node.name, who.state.epoch).await?;
@@ -113,7 +114,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
     };
     // Whoever asks on this machine asks a hub, as the operator does; then the node hears of it.
     let wishes = status.wishes(async || hubs.leave().await);
-    let kept = tokio::try_join!(member.keep(mesh, &updates), serve, wishes).map(|((), (), ())| ());
+    let kept = tokio::try_join!(member.keep(mesh, &updates, slow), serve, wishes).map(|((), (), ())| ());
     match &kept {
         Err(Error::Leaving) => leave(&units, node, &hubs, updates.patroni.as_ref()).await,
         Err(Error::Fenced { .. }) if is_pending(&paths.state) => {

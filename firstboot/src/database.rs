@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fleet::Node;
+use fleet::{Node, Topology};
 use tokio_rustls::rustls::ClientConfig;
 
 use crate::error::Result;
@@ -15,6 +15,16 @@ const PORT: u16 = 8008;
 const LONGEST: usize = 1 << 20;
 /// How long a primary is waited for to become a standby.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where Patroni keeps what it knows in etcd.
+#[must_use]
+pub fn scope(topology: &Topology) -> String {
+    let of = match &topology.backup.restore {
+        Some(point) => format!("{}@{}", topology.name, point.replace(' ', "T")),
+        None => topology.name.clone(),
+    };
+    format!("/bakehouse/{of}/")
+}
 
 /// Patroni on this node.
 pub struct Patroni {

@@ -22,6 +22,8 @@ pub enum Event {
     Fenced,
     /// It is to leave the fleet: it hands over, and stops.
     Leaving,
+    /// The primary is out of reach: a standby may take its place.
+    Deposed,
     /// Something only a person can mend; the message says what.
     Stopped,
     /// The image did not prove itself; the machine restarts if there is another.
@@ -46,6 +48,7 @@ impl Event {
             Self::Ready => "ed332b9acea34a0a815d470208bf32ac",
             Self::Fenced => "7821c7809036486380b365c57b3d1af7",
             Self::Leaving => "5b0e1f3a6c9d4b7e8a2f4d6c8e0b1a39",
+            Self::Deposed => "8f0c2e9d61b34a7c9d5e47b1a2c36f58",
             Self::Stopped => "424c74a10ab84d0682252246d5d67e4a",
             Self::Unwell => "cd7f83f7efc4486e8ee0159ec8aa1aff",
             Self::Changing => "55e9a1067c1b47f380ecbd230fafea28",
@@ -58,7 +61,7 @@ impl Event {
     fn priority(self) -> u8 {
         match self {
             Self::Fenced | Self::Stopped | Self::Unwell => 3,
-            Self::Waiting | Self::NotLoaded => 4,
+            Self::Waiting | Self::Deposed | Self::NotLoaded => 4,
             _ => 6,
         }
     }

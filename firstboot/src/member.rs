@@ -13,6 +13,7 @@ use crate::etcd::Etcd;
 use crate::https;
 use crate::hub::api::{Hub, serve};
 use crate::hub::claims::ClaimsDesk;
+use crate::hub::fence::Fence;
 use crate::hub::rollout;
 use crate::identity::Identity;
 use crate::image::Image;
@@ -62,11 +63,11 @@ impl Member {
         Ok(mesh)
     }
 
-    /// Keeps it all in step, for ever.
+    /// Keeps it all in step, for ever; `slow` is how much longer time-outs are on this machine.
     ///
     /// # Errors
     /// The kernel or this machine says no, or another node has this one's place.
-    pub async fn keep(self, mesh: Mesh, updates: &Updates<'_>) -> Result<()> {
+    pub async fn keep(self, mesh: Mesh, updates: &Updates<'_>, slow: u32) -> Result<()> {
         let founder = self.who.state.is_founder();
         let Self { topology, node, version, who, hubs } = self;
         let own_epoch = who.state.epoch;
@@ -175,8 +176,16 @@ impl Member {
                 tokio::time::sleep(pause.longer()).await;
             }
         };
+        let fenced_off = async {
+            if node.hub == 0 {
+                return std::future::pending().await;
+            }
+            let (etcd, neighbourhood) = (desk.etcd(), neighbourhood.as_ref());
+            Fence { etcd, topology: &topology, own: &node, neighbourhood, slow }.keep().await
+        };
         let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);
-        tokio::try_join!(kept, served, introduced, registered, followed, updated).map(|((), (), (), (), (), ())| ())
+        tokio::try_join!(kept, served, introduced, registered, followed, fenced_off, updated)
+            .map(|((), (), (), (), (), (), ())| ())
     }
 }
 

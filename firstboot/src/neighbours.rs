@@ -1,8 +1,9 @@
 //! Who is where in the mesh, as far as this node knows: kept on the disk, so that the mesh
 //! comes back when nobody can be asked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fleet::MeshKey;
 use tokio::sync::watch;
@@ -13,6 +14,9 @@ use crate::state::Neighbours;
 pub struct Neighbourhood {
     dir: PathBuf,
     keys: watch::Sender<BTreeMap<String, MeshKey>>,
+    /// Those whom nothing is let through from for now, and those of them whom the kernel does not know any more.
+    shut: Mutex<BTreeSet<String>>,
+    out: watch::Sender<BTreeSet<String>>,
 }
 
 impl Neighbourhood {
@@ -21,7 +25,48 @@ impl Neighbourhood {
     pub fn load(dir: &Path, first: BTreeMap<String, MeshKey>) -> Self {
         let mut keys = Neighbours::load(dir).keys;
         keys.extend(first);
-        Self { dir: dir.to_owned(), keys: watch::Sender::new(keys) }
+        Self {
+            dir: dir.to_owned(),
+            keys: watch::Sender::new(keys),
+            shut: Mutex::default(),
+            out: watch::Sender::default(),
+        }
+    }
+
+    /// Lets nothing through from a slot's owner any more; returns when the kernel does not.
+    pub async fn shut_out(&self, slot: &str) {
+        self.shut().insert(slot.to_owned());
+        self.keys.send_modify(|_| {});
+        // The mesh lives as long as this process.
+        let _ = self.out.subscribe().wait_for(|out| out.contains(slot)).await;
+    }
+
+    /// Its packets are let through again.
+    pub fn let_in(&self, slot: &str) {
+        self.shut().remove(slot);
+        self.keys.send_modify(|_| {});
+    }
+
+    /// Who is to be shut out.
+    #[must_use]
+    pub fn out(&self) -> BTreeSet<String> {
+        self.shut().clone()
+    }
+
+    /// The kernel knows none of these.
+    pub fn are_out(&self, out: BTreeSet<String>) {
+        self.out.send_replace(out);
+    }
+
+    #[must_use]
+    pub fn keys_without(&self, out: &BTreeSet<String>) -> BTreeMap<String, MeshKey> {
+        let mut keys = self.keys();
+        keys.retain(|slot, _| !out.contains(slot));
+        keys
+    }
+
+    fn shut(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.shut.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[must_use]

@@ -78,10 +78,7 @@ impl Site {
         let key = PrivateKey::generate().expect("randomness");
         let cert = issuer.node(&self.topology, &node, &key.public().expect("a key")).expect("an issuer");
         let own = Identity { cert: &cert, key: key.pem() };
-        let mut members = self.cluster.clients();
-        let first = i % members.len();
-        members.rotate_left(first);
-        let etcd = Etcd::new(members, https::client(self.root.certificate(), Some(own)).expect("a certificate"));
+        let etcd = self.etcd_of(i, own);
         let desk = Arc::new(ClaimsDesk::new(etcd, self.topology.clone(), &node.name));
         let dir = self.dir.path().join(&node.name);
         std::fs::create_dir_all(&dir).expect("a folder");
@@ -107,6 +104,23 @@ impl Site {
                 () = followed => {}
             }
         })
+    }
+
+    /// The cluster, as one hub reaches it.
+    #[must_use]
+    pub fn etcd(&self, i: usize) -> Etcd {
+        let node = &self.topology.hubs[i];
+        let issuer = self.root.issuer("acme", &node.name).expect("a root");
+        let key = PrivateKey::generate().expect("randomness");
+        let cert = issuer.node(&self.topology, node, &key.public().expect("a key")).expect("an issuer");
+        self.etcd_of(i, Identity { cert: &cert, key: key.pem() })
+    }
+
+    fn etcd_of(&self, i: usize, own: Identity) -> Etcd {
+        let mut members = self.cluster.clients();
+        let first = i % members.len();
+        members.rotate_left(first);
+        Etcd::new(members, https::client(self.root.certificate(), Some(own)).expect("a certificate"))
     }
 
     /// A token of the fleet's root: good for one node, for ever, unless changed.

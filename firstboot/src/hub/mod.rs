@@ -3,6 +3,7 @@
 pub mod api;
 pub mod claims;
 mod departures;
+pub mod fence;
 mod renewals;
 pub mod rollout;
 pub mod token;

@@ -2,6 +2,7 @@
 
 mod address;
 pub mod plan;
+mod routes;
 mod wireguard;
 
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use plan::{Interface, interfaces};
 use wireguard::Wireguard;
 
 pub use address::has_address;
+pub use routes::Routes;
 
 /// How often names of endpoints are looked up again.
 const LOOKUP: Duration = Duration::from_secs(60);
@@ -54,7 +56,8 @@ impl Mesh {
     /// # Errors
     /// The kernel says no.
     pub async fn apply(&mut self, neighbourhood: &Neighbourhood) -> Result<()> {
-        let planned = interfaces(&self.topology, &self.node, &neighbourhood.keys(), &self.endpoints);
+        let out = neighbourhood.out();
+        let planned = interfaces(&self.topology, &self.node, &neighbourhood.keys_without(&out), &self.endpoints);
         let mut wanted = Vec::new();
         for interface in planned {
             wanted.push(self.resolve(interface).await);
@@ -66,6 +69,7 @@ impl Mesh {
             }
         }
         self.applied = wanted;
+        neighbourhood.are_out(out);
         Ok(())
     }
 
