@@ -183,7 +183,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::Primary,
         fault: Fault::Unplug,
         lasts: 20,
-        promise: limits(1.5, 25.0, 30.0),
+        promise: limits(1.5, 8.0, 12.0),
     },
     Scenario {
         name: "db-etcd",

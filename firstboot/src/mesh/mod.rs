@@ -8,7 +8,7 @@ mod wireguard;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fleet::{Node, Topology};
 use tokio::net::lookup_host;
@@ -35,6 +35,8 @@ pub struct Mesh {
     endpoints: BTreeMap<String, String>,
     /// What the kernel was last told.
     applied: Vec<Interface<SocketAddr>>,
+    /// When names were last looked up.
+    looked: Option<Instant>,
 }
 
 impl Mesh {
@@ -48,6 +50,7 @@ impl Mesh {
             node: node.clone(),
             endpoints: endpoints.clone(),
             applied: Vec::new(),
+            looked: None,
         })
     }
 
@@ -58,9 +61,14 @@ impl Mesh {
     pub async fn apply(&mut self, neighbourhood: &Neighbourhood) -> Result<()> {
         let out = neighbourhood.out();
         let planned = interfaces(&self.topology, &self.node, &neighbourhood.keys_without(&out), &self.endpoints);
+        // Between the rounds only names that are new: a change does not wait for a name server.
+        let all = self.looked.is_none_or(|last| last.elapsed() >= LOOKUP);
         let mut wanted = Vec::new();
         for interface in planned {
-            wanted.push(self.resolve(interface).await);
+            wanted.push(self.resolve(interface, all).await);
+        }
+        if all {
+            self.looked = Some(Instant::now());
         }
         for interface in &wanted {
             let before = self.applied.iter().find(|i| i.name == interface.name);
@@ -87,11 +95,12 @@ impl Mesh {
 
     /// Endpoints' names become addresses; one that can't be found keeps the address it had, or
     /// goes without: the other side may call.
-    async fn resolve(&self, interface: Interface<(String, u16)>) -> Interface<SocketAddr> {
+    async fn resolve(&self, interface: Interface<(String, u16)>, all: bool) -> Interface<SocketAddr> {
         let mut peers = Vec::new();
         for peer in interface.peers {
             let had = self.applied.iter().flat_map(|i| &i.peers).find(|p| p.key == peer.key).and_then(|p| p.endpoint);
             let endpoint = match &peer.endpoint {
+                Some(_) if had.is_some() && !all => had,
                 Some((host, port)) => match lookup_host((host.as_str(), *port)).await {
                     Ok(mut found) => found.next().or(had),
                     Err(e) => {
