@@ -4,8 +4,10 @@
 use std::fs;
 use std::time::Duration;
 
-use bakehouse_tests::updates::{READY, comes_up, is_blessed, lab_of_one, runs, version};
-use bakehouse_tests::{ETCDCTL, Lab, Machine};
+use bakehouse_tests::updates::{
+    READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, mended, runs, version,
+};
+use bakehouse_tests::{Lab, Machine};
 
 #[test]
 fn a_node_takes_what_is_good_and_leaves_what_is_not() {
@@ -87,36 +89,18 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
 
     // An image that builds and does not work: three tries, and it is back, and nobody else tries.
     version(&lab, "2", "3");
-    lab.edit(
-        "profiles/roles/hub.toml",
-        "[health]\nunits = [",
-        "[units.wants]\n\"role-hub.target\" = [\"broken.service\"]\n\n[health]\nunits = [\"broken.service\", ",
-    );
-    lab.edit("profiles/roles/hub.toml", "overlays = [", "overlays = [\"broken\", ");
-    lab.write("overlays/broken/overlay.toml", "description = \"What does not work\"\n");
-    lab.write(
-        "overlays/broken/usr/lib/systemd/system/broken.service",
-        "[Unit]\nDescription=It does not work\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/false\n",
-    );
+    broken(&lab);
     lab.ok(&["publish", dir]);
     assert_eq!(hub.ok(look), "3");
     hub.wait_for(&["restarting with version 3"]);
-    // Three tries, and version 2 again: its own start is the last.
-    hub.wait_until("three tries, and back", |console| {
-        console.matches("this image is not well: broken.service has failed").count() >= 3
-            && console.rsplit("this image is not well").next().is_some_and(|rest| rest.contains(READY))
-    });
+    goes_back(&hub);
     assert_eq!(runs(&hub), "2");
-    let denied = format!(
-        "for i in $(seq 60); do {ETCDCTL} get --prefix --print-value-only /bakehouse/rollout/denied/3 | grep . && exit; sleep 2; done; exit 1"
-    );
-    assert!(hub.ok(&denied).contains("did not come up on hub-1"));
-    assert_eq!(hub.ok(&format!("{ETCDCTL} get /bakehouse/rollout/turn")), "");
+    is_denied(&hub, "3");
     assert_eq!(hub.ok(look), "", "a version that failed is tried again");
 
     // A version that mends it goes on from there.
     version(&lab, "3", "4");
-    lab.edit("overlays/broken/usr/lib/systemd/system/broken.service", "/usr/bin/false", "/usr/bin/true");
+    mended(&lab);
     lab.ok(&["publish", dir]);
     let before = hub.console().matches(READY).count();
     assert_eq!(hub.ok(look), "4");

@@ -1,4 +1,4 @@
-//! The disk image: a GPT with the EFI system partition, root A and its verity tree. The
+//! The disk image: a GPT with the EFI system partition, root A and its verity tree, and GRUB in front. The
 //! second slot and /var are cut by systemd-repart when the node first boots. No mounts, no
 //! loop devices, no root.
 
@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use gpt::partition::Partition;
-use gpt::partition_types::{EFI, LINUX_ROOT_X64, OperatingSystem, Type};
+use gpt::partition_types::{BIOS, EFI, LINUX_ROOT_X64, OperatingSystem, Type};
 use uuid::{Uuid, uuid};
 
-use crate::bios;
+use crate::bios::{CORE_SECTOR, Start};
 use crate::error::{Error, Result, fail};
 use crate::tools::{Tools, run};
 use crate::verity::tree_size;
@@ -29,6 +29,7 @@ pub const ROOT_START: u64 = ESP_START + ESP_SIZE;
 const ROOT_VERITY_X64: Type = Type { guid: uuid!("2c7357ed-ebd2-46d9-aec1-23d437ec2bf5"), os: OperatingSystem::Linux };
 const DISK_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000d1");
 const ESP_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000e5");
+const BIOS_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000b5");
 /// "Read-only", as the Discoverable Partitions Specification numbers it.
 const READ_ONLY: u64 = 1 << 60;
 
@@ -72,6 +73,8 @@ pub struct Content<'a> {
     pub root: &'a Path,
     pub verity: &'a [u8],
     pub roothash: &'a str,
+    /// What a legacy BIOS finds.
+    pub bios: Start,
     /// Files of the ESP: path → content.
     pub esp: BTreeMap<String, Vec<u8>>,
     /// Time of the files in the ESP.
@@ -115,21 +118,32 @@ fn partitions(file: &File, slots: Slots, content: &Content, starts: [u64; 3]) ->
     let label = content.label;
     let [esp, root, verity] = starts;
     // systemd finds both by the two halves of the root hash.
-    let table = BTreeMap::from([
+    let mut table = BTreeMap::from([
         (1, partition(EFI, ESP_GUID, esp, ESP_SIZE, 0, "esp".to_owned())),
         (2, partition(LINUX_ROOT_X64, half(0..32)?, root, slots.root, READ_ONLY, label.to_owned())),
         (3, partition(ROOT_VERITY_X64, half(32..64)?, verity, slots.verity, READ_ONLY, format!("{label}_verity"))),
     ]);
+    let core = CORE_SECTOR * SECTOR;
+    if !content.bios.core.is_empty() {
+        let room = ESP_START - core;
+        if content.bios.core.len() as u64 > room {
+            return Err(format!(
+                "GRUB takes {} bytes, there are {room} in front of the partitions",
+                content.bios.core.len()
+            ));
+        }
+        table.insert(4, partition(BIOS, BIOS_GUID, core, room, 0, "bios".to_owned()));
+    }
     let mut file = file;
     let sectors = u32::try_from(slots.disk() / SECTOR - 1).unwrap_or(u32::MAX);
     let mut record = gpt::mbr::ProtectiveMBR::with_lb_size(sectors);
-    record.set_bootcode(bios::program());
+    record.set_bootcode(content.bios.record);
     record.overwrite_lba0(&mut file).map_err(|e| e.to_string())?;
     let mut disk =
         gpt::GptConfig::new().writable(true).create_from_device(file, Some(DISK_GUID)).map_err(|e| e.to_string())?;
     disk.update_partitions(table).map_err(|e| e.to_string())?;
     disk.write().map_err(|e| e.to_string())?;
-    Ok(())
+    file.seek(SeekFrom::Start(core)).and_then(|_| file.write_all(&content.bios.core)).map_err(|e| e.to_string())
 }
 
 /// Copies a file in, leaving holes where it is zero.

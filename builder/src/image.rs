@@ -24,7 +24,7 @@ use crate::secure_boot::Signer;
 use crate::store::{Kind, Store, write_atomic};
 use crate::tools::{Tools, run};
 use crate::tree::Tree;
-use crate::{checks, initrd, make, uki, verity};
+use crate::{bios, checks, initrd, make, uki, verity};
 
 /// What the installer says of itself.
 const INSTALLER: &str = "NAME=Bakehouse\nID=bakehouse\nPRETTY_NAME=\"Bakehouse installer\"\n";
@@ -144,14 +144,22 @@ impl Build<'_> {
         let step = self.progress.step("assemble", group);
         let words = format!("roothash={} {}", root.hash, cmdline(&recipe));
         let text = uki::Text { cmdline: &words, os_release: &baked.os_release, uname: &info.kernel };
-        let uki = self.uki(&tools, &layer, &text, &initrd)?;
-        let esp = self.boot_files(&recipe, &tools, uki.clone())?;
+        // A BIOS asks for no signature: who wants them has UEFI.
+        let legacy = Signer::of(self.project).is_none();
+        let uki = self.uki(&tools, &layer, &text, &initrd, legacy)?;
+        let mut esp = self.boot_files(&recipe, &tools, uki.clone())?;
+        let mut bios = bios::refusal();
+        if legacy {
+            esp.extend(bios::files(&name)?);
+            bios = bios::grub(&tools, scratch.path())?;
+        }
         let disk = scratch.path().join("disk");
         let content = Content {
             label: &name,
             root: &root.path,
             verity: &root.verity,
             roothash: &root.hash,
+            bios,
             esp,
             epoch: self.lock.epoch,
         };
@@ -306,7 +314,7 @@ impl Build<'_> {
         let words = ["rd.systemd.unit=netboot.target", "fstab=no", "systemd.mask=systemd-repart.service"];
         let cmdline = [&words.join(" "), server.as_str(), &cmdline(&recipe)].join(" ");
         let text = uki::Text { cmdline: &cmdline, os_release: INSTALLER, uname: &kernel };
-        Ok(Installer { program: self.uki(&tools, &layer, &text, &initrd)?, cmdline })
+        Ok(Installer { program: self.uki(&tools, &layer, &text, &initrd, false)?, cmdline })
     }
 
     fn order(&self, recipes: &[&'static str]) -> Result<initrd::Order<'_>> {
@@ -399,10 +407,10 @@ impl Build<'_> {
         command
     }
 
-    fn uki(&self, tools: &Tools, layer: &Layer, text: &uki::Text, initrd: &[u8]) -> Result<Vec<u8>> {
+    fn uki(&self, tools: &Tools, layer: &Layer, text: &uki::Text, initrd: &[u8], bios: bool) -> Result<Vec<u8>> {
         let read = |path: PathBuf| fs::read(&path).map_err(Error::io("read", &path));
         let stub = read(tools.file("usr/lib/systemd/boot/efi/linuxx64.efi.stub"))?;
-        self.signed(tools, uki::build(&stub, &read(layer.kernel())?, initrd, text)?)
+        self.signed(tools, uki::build(&stub, &read(layer.kernel())?, initrd, text, bios)?)
     }
 
     /// Signed, where the fleet has a key for that.

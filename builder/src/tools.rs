@@ -7,6 +7,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::bios;
 use crate::compose::{Deb, data_entries};
 use crate::digest::Key;
 use crate::error::{Error, Result, fail};
@@ -61,7 +62,7 @@ impl Tools {
     /// Packages that a fleet's builds need.
     #[must_use]
     pub fn packages(signs: bool) -> Vec<String> {
-        let more = secure_boot::PACKAGES.iter().filter(|_| signs);
+        let more: &[&str] = if signs { &secure_boot::PACKAGES } else { &bios::PACKAGES };
         PACKAGES.iter().chain(more).map(|p| (*p).to_owned()).collect()
     }
 

@@ -1,6 +1,9 @@
 //! A unified kernel image: systemd's EFI stub with kernel, initrd and command line as
 //! sections of the PE file.
 
+use std::ops::Range;
+
+use crate::bios;
 use crate::error::{Result, fail};
 
 /// Texts of the sections.
@@ -10,27 +13,41 @@ pub struct Text<'a> {
     pub uname: &'a str,
 }
 
+/// `bios` says whether a legacy BIOS may start it, by GRUB.
+///
 /// # Errors
 /// The stub is not a PE file with room for the sections.
-pub fn build(stub: &[u8], kernel: &[u8], initrd: &[u8], text: &Text) -> Result<Vec<u8>> {
-    let sections: [(&[u8; 8], &[u8]); 5] = [
+pub fn build(stub: &[u8], kernel: &[u8], initrd: &[u8], text: &Text, bios: bool) -> Result<Vec<u8>> {
+    // Filled when it is known where the others are. They follow without a gap.
+    let room = if bios { bios::SCRIPT.end.saturating_sub(stub.len()) } else { 0 };
+    let blank = vec![b'\n'; room];
+    let sections: [(&[u8; 8], &[u8]); 6] = [
+        (b".grub\0\0\0", &blank),
         (b".osrel\0\0", text.os_release.as_bytes()),
         (b".cmdline", text.cmdline.as_bytes()),
         (b".uname\0\0", text.uname.as_bytes()),
         (b".initrd\0", initrd),
         (b".linux\0\0", kernel),
     ];
-    match append(stub, &sections) {
-        Some(uki) => Ok(uki),
-        None => fail("systemd's EFI stub is not the PE file it should be; run `bakehouse lock --update`"),
+    let Some((mut uki, places)) = append(stub, &sections[usize::from(!bios)..]) else {
+        return fail("systemd's EFI stub is not the PE file it should be; run `bakehouse lock --update`");
+    };
+    if let ([grub, .., initrd, kernel], true) = (&places[..], bios) {
+        let script = bios::script(text.cmdline, kernel, initrd);
+        if grub.start > bios::SCRIPT.start || grub.end != bios::SCRIPT.end || script.len() > bios::SCRIPT.len() {
+            return fail("systemd's EFI stub and the kernel's command line leave no room for GRUB's lines");
+        }
+        uki[bios::SCRIPT.start..][..script.len()].copy_from_slice(script.as_bytes());
     }
+    Ok(uki)
 }
 
 const SECTION: usize = 40;
 /// Initialised data, readable.
 const FLAGS: u32 = 0x4000_0040;
 
-fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<Vec<u8>> {
+/// The file, and where in it each section's content is.
+fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, Vec<Range<usize>>)> {
     let u16_at = |at: usize| Some(u16::from_le_bytes(stub.get(at..at + 2)?.try_into().ok()?));
     let u32_at = |at: usize| Some(u32::from_le_bytes(stub.get(at..at + 4)?.try_into().ok()?));
     let pe = u32_at(0x3c)? as usize;
@@ -51,10 +68,12 @@ fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<Vec<u8>> {
     let last = table + (count.checked_sub(1)?) * SECTION;
     let mut address = (u32_at(last + 12)?.checked_add(u32_at(last + 8)?)?).next_multiple_of(section_align);
     let mut out = stub.to_vec();
+    let mut places = Vec::new();
     for (i, (name, content)) in sections.iter().enumerate() {
         let size = u32::try_from(content.len()).ok()?;
         out.resize(out.len().next_multiple_of(file_align as usize), 0);
         let offset = u32::try_from(out.len()).ok()?;
+        places.push(out.len()..out.len() + content.len());
         out.extend_from_slice(content);
         out.resize(out.len().next_multiple_of(file_align as usize), 0);
         let raw = u32::try_from(out.len()).ok()? - offset;
@@ -69,7 +88,7 @@ fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<Vec<u8>> {
     let count = u16::try_from(count + sections.len()).ok()?;
     out.get_mut(pe + 6..pe + 8)?.copy_from_slice(&count.to_le_bytes());
     out.get_mut(optional + 56..optional + 60)?.copy_from_slice(&address.to_le_bytes());
-    Some(out)
+    Some((out, places))
 }
 
 #[cfg(test)]
@@ -79,8 +98,8 @@ mod tests {
     #[test]
     fn what_is_no_stub_is_refused() {
         let text = Text { cmdline: "", os_release: "", uname: "" };
-        assert!(build(b"", b"", b"", &text).is_err());
-        assert!(build(b"MZ nothing more", b"", b"", &text).is_err());
+        assert!(build(b"", b"", b"", &text, true).is_err());
+        assert!(build(b"MZ nothing more", b"", b"", &text, false).is_err());
     }
 
     proptest::proptest! {

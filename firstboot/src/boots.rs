@@ -16,6 +16,12 @@ struct Entry {
     left: Option<u32>,
 }
 
+impl Entry {
+    fn of((version, left): (&str, Option<u32>)) -> Self {
+        Self { version: version.to_owned(), left }
+    }
+}
+
 /// Entries of one image id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Boots(Vec<Entry>);
@@ -27,7 +33,7 @@ impl Boots {
         let names = fs::read_dir(dir).map_err(Error::io("read", dir))?;
         let names: std::io::Result<Vec<_>> = names.map(|e| Ok(e?.file_name())).collect();
         let names = names.map_err(Error::io("read", dir))?;
-        Ok(Self(names.iter().filter_map(|n| entry(n.to_str()?, id)).collect()))
+        Ok(Self(names.iter().filter_map(|n| split(n.to_str()?, id)).map(Entry::of).collect()))
     }
 
     /// Whether this version has proven itself.
@@ -60,13 +66,13 @@ impl Boots {
     }
 }
 
-fn entry(name: &str, id: &str) -> Option<Entry> {
+/// Version and tries left by a file's name, if it is an entry of this image.
+pub(crate) fn split<'a>(name: &'a str, id: &str) -> Option<(&'a str, Option<u32>)> {
     let rest = name.strip_prefix(id)?.strip_prefix('_')?.strip_suffix(".efi")?;
     let Some((version, tries)) = rest.split_once('+') else {
-        return Some(Entry { version: rest.to_owned(), left: None });
+        return Some((rest, None));
     };
-    let left = tries.split('-').next()?.parse().ok()?;
-    Some(Entry { version: version.to_owned(), left: Some(left) })
+    Some((version, Some(tries.split('-').next()?.parse().ok()?)))
 }
 
 #[cfg(test)]
@@ -100,8 +106,8 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_name_panics(name: String, rest: String) {
-            let _ = entry(&name, "acme-db");
-            let _ = entry(&format!("acme-db_{rest}.efi"), "acme-db");
+            let _ = split(&name, "acme-db");
+            let _ = split(&format!("acme-db_{rest}.efi"), "acme-db");
         }
     }
 }

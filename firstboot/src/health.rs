@@ -3,7 +3,6 @@
 //! the older image's turn.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -13,8 +12,6 @@ use crate::systemd::{Seen, Systemd};
 const STEADY: Duration = Duration::from_secs(10);
 /// When it is given up. systemd's own limit for the unit is longer.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// systemd-boot sets it while it counts the tries of the image that runs.
-const COUNTING: &str = "/sys/firmware/efi/efivars/LoaderBootCountPath-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
 
 /// Waits until all units run and none was restarted for a while.
 ///
@@ -67,12 +64,6 @@ fn judge(
             unwell.join(", ")
         ))),
     }
-}
-
-/// Whether another boot may choose an older image.
-#[must_use]
-pub fn is_counted() -> bool {
-    Path::new(COUNTING).exists()
 }
 
 async fn look(systemd: &Systemd, units: &[String]) -> Result<BTreeMap<String, Seen>> {

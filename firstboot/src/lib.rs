@@ -9,6 +9,7 @@ pub mod console;
 pub mod database;
 pub mod error;
 pub mod etcd;
+pub mod grub;
 pub mod health;
 pub mod https;
 pub mod hub;

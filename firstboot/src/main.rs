@@ -5,7 +5,8 @@ use firstboot::agent::{ENTRIES, Paths, run};
 use firstboot::boots::Boots;
 use firstboot::console::say;
 use firstboot::error::Result;
-use firstboot::health::{healthy, is_counted};
+use firstboot::grub::{self, keep_in_step};
+use firstboot::health::healthy;
 use firstboot::image::Image;
 use firstboot::journal::Event;
 use firstboot::status::describe;
@@ -16,6 +17,8 @@ usage: firstboot run              make this machine its node, and keep it one (f
        firstboot status [--json]  who this node is, and what it waits for
        firstboot leave            hand over, stop, and give this node's slot back
        firstboot healthy          wait until this boot is a good one (firstboot-healthy.service)
+       firstboot grub [--good]    where a legacy BIOS starts this machine: bring boot entries and GRUB's
+                                  count of tries in step; this boot is a good one (firstboot-grub.service)
 ";
 
 #[tokio::main(flavor = "current_thread")]
@@ -28,6 +31,8 @@ async fn main() -> ExitCode {
         ["status", "--json"] => status(true).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["leave"] => leave().await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["healthy"] => health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {e}"))),
+        ["grub"] => in_step(false).await.inspect_err(|e| eprintln!("{e}")),
+        ["grub", "--good"] => in_step(true).await.inspect_err(|e| eprintln!("{e}")),
         ["--help" | "-h"] => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -57,12 +62,28 @@ async fn health() -> Result<()> {
     let systemd = Systemd::new(&zbus::Connection::system().await?).await?;
     let well = healthy(&systemd, &image.info.health).await;
     // Without a count, or another image, there is nothing to go back to: better half a node than
-    // one that restarts for ever.
-    if well.is_err() && is_counted() {
-        let boots = Boots::read(&Path::new("/").join(ENTRIES), &image.info.id)?;
-        if boots.has_another(&image.info.version) {
-            systemd.reboot().await?;
-        }
+    // one that restarts for ever. One that runs from memory has no entries.
+    let (id, version) = (&image.info.id, &image.info.version);
+    if well.is_err()
+        && let Ok(boots) = Boots::read(&Path::new("/").join(ENTRIES), id)
+        && !boots.is_blessed(version)
+        && boots.has_another(version)
+    {
+        systemd.reboot().await?;
     }
     well
+}
+
+async fn in_step(good: bool) -> Result<()> {
+    let esp = Path::new("/efi");
+    // Under UEFI systemd-boot counts; a disk of an older version has no GRUB.
+    if Path::new("/sys/firmware/efi").exists() || !esp.join(grub::BLOCK).exists() {
+        return Ok(());
+    }
+    let image = Image::read(&Paths::of_node().image)?;
+    if keep_in_step(esp, &image.info.id, &image.info.version, good)? {
+        // As systemd-bless-boot does under UEFI, when this boot is complete.
+        Systemd::new(&zbus::Connection::system().await?).await?.begin("firstboot-good.service").await?;
+    }
+    Ok(())
 }

@@ -91,6 +91,15 @@ impl Systemd {
         self.job(unit, async || self.manager.start_unit(unit, "replace").await).await
     }
 
+    /// Has a unit started, and does not wait for it.
+    ///
+    /// # Errors
+    /// The bus is gone, or there is no such unit.
+    pub async fn begin(&self, unit: &str) -> Result<()> {
+        self.manager.start_unit(unit, "replace").await?;
+        Ok(())
+    }
+
     /// Stops a unit; returns when its job is done.
     ///
     /// # Errors

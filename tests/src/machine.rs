@@ -21,6 +21,7 @@ pub struct Machine {
     tpm: Option<PathBuf>,
     /// It has as many processors as if it ran alone, whatever the fleet.
     alone: bool,
+    bios: bool,
 }
 
 impl Machine {
@@ -28,7 +29,7 @@ impl Machine {
     pub fn of(lab: &Lab, node: &str) -> Self {
         let project = Project::load(&lab.dir).expect("the fleet is right");
         let vm = Vm::of(&project, node).expect("the node is there");
-        Self { vm, project, image: None, tpm: None, alone: false }
+        Self { vm, project, image: None, tpm: None, alone: false, bios: false }
     }
 
     /// The same where few of the fleet's machines run at once.
@@ -47,6 +48,13 @@ impl Machine {
     #[must_use]
     pub fn with_image(mut self, image: &Path) -> Self {
         self.image = Some(image.to_owned());
+        self
+    }
+
+    /// Has a legacy BIOS.
+    #[must_use]
+    pub fn with_bios(mut self) -> Self {
+        self.bios = true;
         self
     }
 
@@ -130,7 +138,9 @@ impl Machine {
     fn start_as(&self, described: &Described) {
         let start = described.as_start();
         let image = self.image.as_deref().unwrap_or(start.image);
-        self.vm.start(&Start { image, tpm: self.tpm.as_deref(), ..start }).unwrap_or_else(|e| panic!("{e}"));
+        self.vm
+            .start(&Start { image, tpm: self.tpm.as_deref(), bios: self.bios, ..start })
+            .unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// Gives it a blank disk.

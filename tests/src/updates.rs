@@ -4,7 +4,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 
-use crate::{Lab, Machine};
+use crate::{ETCDCTL, Lab, Machine};
 
 pub const READY: &str = "bakehouse: ready (hub-1)";
 
@@ -65,4 +65,41 @@ pub fn lab_of_one(name: &str) -> (Lab, Server) {
     lab.ok(&["lock"]);
     let server = Server::of(&lab, port);
     (lab, server)
+}
+
+/// Makes the next version one that builds and does not work.
+pub fn broken(lab: &Lab) {
+    lab.edit(
+        "profiles/roles/hub.toml",
+        "[health]\nunits = [",
+        "[units.wants]\n\"role-hub.target\" = [\"broken.service\"]\n\n[health]\nunits = [\"broken.service\", ",
+    );
+    lab.edit("profiles/roles/hub.toml", "overlays = [", "overlays = [\"broken\", ");
+    lab.write("overlays/broken/overlay.toml", "description = \"What does not work\"\n");
+    lab.write(
+        "overlays/broken/usr/lib/systemd/system/broken.service",
+        "[Unit]\nDescription=It does not work\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/false\n",
+    );
+}
+
+/// And the one after it one that does.
+pub fn mended(lab: &Lab) {
+    lab.edit("overlays/broken/usr/lib/systemd/system/broken.service", "/usr/bin/false", "/usr/bin/true");
+}
+
+/// Waits until the broken version was tried three times and the one before it serves again.
+pub fn goes_back(hub: &Machine) {
+    // The older one's own start is the last.
+    hub.wait_until("three tries, and back", |console| {
+        console.matches("this image is not well: broken.service has failed").count() >= 3
+            && console.rsplit("this image is not well").next().is_some_and(|rest| rest.contains(READY))
+    });
+}
+
+/// Waits until every hub knows that this version is none to try.
+pub fn is_denied(hub: &Machine, version: &str) {
+    let denied = format!("{ETCDCTL} get --prefix --print-value-only /bakehouse/rollout/denied/{version}");
+    let said = hub.ok(&format!("for i in $(seq 60); do {denied} | grep . && exit; sleep 2; done; exit 1"));
+    assert!(said.contains("did not come up on hub-1"), "{said}");
+    assert_eq!(hub.ok(&format!("{ETCDCTL} get /bakehouse/rollout/turn")), "");
 }

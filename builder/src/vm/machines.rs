@@ -111,6 +111,7 @@ impl Described {
             tpm: None,
             netboot: None,
             secure_boot: self.secure_boot,
+            bios: false,
             credentials,
         }
     }

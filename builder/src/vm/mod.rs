@@ -105,6 +105,8 @@ pub enum Netboot {
     Pxe,
     /// DHCP and HTTP.
     Http,
+    /// iPXE's own, as it is on QEMU's network cards.
+    Ipxe,
 }
 
 /// How to start a machine.
@@ -128,6 +130,8 @@ pub struct Start<'a> {
     pub netboot: Option<Netboot>,
     /// Its firmware runs what is signed, and nothing else, once it has the fleet's key.
     pub secure_boot: bool,
+    /// Its firmware is no UEFI but a legacy BIOS, with its screen on the serial console.
+    pub bios: bool,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
 }
@@ -218,6 +222,8 @@ impl Vm {
         if start.secure_boot {
             // Only the firmware itself may write its keys.
             qemu.args(["q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on"]);
+        } else if start.bios {
+            qemu.arg("q35,graphics=off");
         } else {
             qemu.arg("q35");
         }
@@ -231,8 +237,10 @@ impl Vm {
         qemu.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
         qemu.args(["-uuid", &uuid_of(&self.node), "-device", "virtio-rng-pci"]);
         let drive = |unit: &str, options: &str| format!("if=pflash,format=raw,unit={unit},{options}");
-        qemu.arg("-drive").arg(drive("0", &format!("readonly=on,file={}", firmware.code.display())));
-        qemu.arg("-drive").arg(drive("1", &format!("file={}", self.path("vars.fd").display())));
+        if !start.bios {
+            qemu.arg("-drive").arg(drive("0", &format!("readonly=on,file={}", firmware.code.display())));
+            qemu.arg("-drive").arg(drive("1", &format!("file={}", self.path("vars.fd").display())));
+        }
         qemu.arg("-drive").arg(format!("if=none,id=disk,format=qcow2,file={}", self.disk().display()));
         qemu.args(["-device", "virtio-blk-pci,drive=disk,bootindex=1"]);
         if let Some(seed) = start.seed {
@@ -252,8 +260,12 @@ impl Vm {
             qemu.args(["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm"]);
         }
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
-        // The firmware's own PXE, not QEMU's.
-        let boot = if start.netboot.is_some() { ",bootindex=2,romfile=" } else { "" };
+        let boot = match start.netboot {
+            Some(Netboot::Ipxe) => ",bootindex=2",
+            // The firmware's own client, not the card's.
+            Some(Netboot::Pxe | Netboot::Http) => ",bootindex=2,romfile=",
+            None => "",
+        };
         if start.netboot == Some(Netboot::Http) {
             for version in ["4", "6"] {
                 qemu.args(["-fw_cfg", &format!("name=opt/org.tianocore/IPv{version}PXESupport,string=no")]);

@@ -17,6 +17,7 @@ use super::server::Server;
 use crate::error::{Error, Result};
 
 const CHUNK: usize = 1 << 20;
+const SECTOR: usize = 512;
 /// Partition tables, and nothing else, are so near to a disk's beginning and end.
 const EDGE: u64 = 1 << 20;
 
@@ -144,7 +145,11 @@ impl<'a> Target<'a> {
     /// The partition table: from here on the disk is a node's.
     pub(super) fn finish(&self) -> Result<()> {
         let table = decode(&self.install.table).filter(|t| t.len() as u64 <= EDGE);
+        let table = table.filter(|t| t.len() > SECTOR);
         let table = table.ok_or_else(|| Error::Failed("the partition table is none".to_owned()))?;
-        self.file.write_all_at(&table, 0).and_then(|()| self.file.sync_all()).map_err(Error::io("write", &self.path))
+        // The first sector is what both UEFI and a BIOS begin with, and a disk writes it whole or not at all.
+        let (first, rest) = table.split_at(SECTOR);
+        let write = |bytes: &[u8], at| self.file.write_all_at(bytes, at).and_then(|()| self.file.sync_all());
+        write(rest, SECTOR as u64).and_then(|()| write(first, 0)).map_err(Error::io("write", &self.path))
     }
 }

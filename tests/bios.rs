@@ -1,0 +1,53 @@
+//! A machine without UEFI takes newer images by itself, and goes back by itself: GRUB counts the tries.
+
+use bakehouse_tests::Machine;
+use bakehouse_tests::updates::{
+    READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, mended, runs, version,
+};
+
+#[test]
+fn a_legacy_bios_tries_a_newer_image_and_goes_back() {
+    let (lab, _server) = lab_of_one("bios-update");
+    lab.ok(&["build"]);
+    let updates = lab.dir.join("updates");
+    let dir = updates.to_str().expect("a path of letters");
+    let hub = Machine::of(&lab, "hub-1").with_bios();
+    hub.start();
+    comes_up(&hub, 1);
+    hub.ok("! test -e /sys/firmware/efi");
+    is_blessed(&hub);
+    let look = "systemctl start firstboot-check; cat /run/bakehouse/offer";
+
+    version(&lab, "1", "2");
+    lab.ok(&["publish", dir]);
+    assert_eq!(hub.ok(look), "2");
+    comes_up(&hub, 2);
+    assert_eq!(runs(&hub), "2");
+    is_blessed(&hub);
+    // A good one is started again without a count.
+    hub.cut_power();
+    hub.start();
+    comes_up(&hub, 1);
+    assert_eq!(runs(&hub), "2");
+    assert!(hub.ok("cat /efi/grub/grubenv").contains("\ngood=up-hub_2\nnext=\ntries=0\n"));
+
+    version(&lab, "2", "3");
+    broken(&lab);
+    lab.ok(&["publish", dir]);
+    assert_eq!(hub.ok(look), "3");
+    goes_back(&hub);
+    assert_eq!(runs(&hub), "2");
+    is_denied(&hub, "3");
+    assert_eq!(hub.ok("ls /efi/EFI/Linux"), "up-hub_2.efi\nup-hub_3+0-3.efi");
+
+    version(&lab, "3", "4");
+    mended(&lab);
+    lab.ok(&["publish", dir]);
+    let before = hub.console().matches(READY).count();
+    assert_eq!(hub.ok(look), "4");
+    comes_up(&hub, before + 1);
+    assert_eq!(runs(&hub), "4");
+    is_blessed(&hub);
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
+    hub.shut_down();
+}
