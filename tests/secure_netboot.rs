@@ -20,6 +20,12 @@ fn firmware_that_enforces_signatures_starts_the_fleets_installer_and_no_other() 
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
+    // Somebody else's fleet, made before there is no way to an archive.
+    let stranger = Lab::empty("secure-rack-stranger");
+    stranger.write("fleet.toml", &fleet(""));
+    stranger.init();
+    stranger.ok(&["lock"]);
+    stranger.ok(&["build"]);
     let mut hub = Machine::alone(&lab, "hub-1");
     let mut rack = Rack::open(&lab, &hub.wire());
     let ready = "bakehouse: ready (hub-1)";
@@ -46,11 +52,6 @@ fn firmware_that_enforces_signatures_starts_the_fleets_installer_and_no_other() 
     // Somebody else's server on the same wire.
     hub.ok("dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct");
     hub.cut_power();
-    let stranger = Lab::empty("secure-rack-stranger");
-    stranger.write("fleet.toml", &fleet(""));
-    stranger.init();
-    stranger.ok(&["lock"]);
-    stranger.ok(&["build"]);
     rack.serve(&stranger, &[]);
     hub.start_bare(&lab);
     hub.wait_for(&["Access Denied", "Access denied", "Security Violation"]);
