@@ -95,8 +95,7 @@ fn bare_machines_become_what_was_said_of_them() {
 
     // What has to keep something keeps it, on a disk that it makes for that.
     let mut shed = Machine::alone(&lab, "shed-1");
-    shed.start_bare_by(&lab, Netboot::Ipxe);
-    shed.wait_for(&["bakehouse.ipxe... ok"]);
+    shed.start_bare(&lab);
     shed.wait_for(&["bakehouse: ready (shed-1)"]);
     assert_eq!(shed.ok("findmnt -no SOURCE,FSTYPE /var"), "/dev/vda1 ext4");
     assert_eq!(shed.ok("systemctl --failed --no-legend --plain"), "");
