@@ -125,11 +125,19 @@ pub fn files(image: &str) -> Result<[(String, Vec<u8>); 2]> {
 
 /// What GRUB executes in a UKI, which is its disk `uki`: kernel and initrd are at these bytes of it.
 /// The ticket goes where systemd's EFI stub would put it.
-#[must_use]
-pub fn script(cmdline: &str, kernel: &Range<usize>, initrd: &Range<usize>) -> String {
+///
+/// # Errors
+/// A word for the kernel that GRUB would hand on as another one.
+pub fn script(cmdline: &str, kernel: &Range<usize>, initrd: &Range<usize>) -> Result<String> {
+    if let Some(word) = cmdline.split_whitespace().find(|word| word.contains(['\'', '"', '\\'])) {
+        return fail(format!(
+            "`cmdline` of a profile: {word}: GRUB, by which a legacy BIOS starts the image, can't hand on quotes and \
+             backslashes; leave them out"
+        ));
+    }
     let blocks = |range: &Range<usize>| format!("(uki){}+{}", range.start / SECTOR, range.len().div_ceil(SECTOR));
     let words: String = cmdline.split_whitespace().map(|word| format!(" '{word}'")).collect();
-    format!(
+    Ok(format!(
         "set ticket=/loader/credentials/{name}.cred\n\
          if [ -f \"$ticket\" ]; then set ticket=\"newc:.extra/global_credentials/{name}.cred:$ticket\"; else set ticket=; fi\n\
          linux {kernel}{words}\n\
@@ -137,7 +145,7 @@ pub fn script(cmdline: &str, kernel: &Range<usize>, initrd: &Range<usize>) -> St
         name = fleet::Ticket::CREDENTIAL,
         kernel = blocks(kernel),
         initrd = blocks(initrd),
-    )
+    ))
 }
 
 const TEXT: &str = "\r\nbakehouse: this disk needs UEFI firmware. This machine started it by its legacy BIOS: switch its \
@@ -177,9 +185,17 @@ mod tests {
 
     #[test]
     fn the_lines_name_whole_sectors() {
-        let script = script("roothash=12 console=tty0", &(0x4_1000..0x4_1201), &(0x8_0000..0x8_0400));
+        let script = script("roothash=12 console=tty0", &(0x4_1000..0x4_1201), &(0x8_0000..0x8_0400)).unwrap();
         assert!(script.contains("linux (uki)520+2 'roothash=12' 'console=tty0'\n"), "{script}");
         assert!(script.contains("initrd (uki)1024+2 $ticket\n"), "{script}");
+    }
+
+    #[test]
+    fn what_grub_would_change_is_refused() {
+        for word in ["dyndbg=\"file x +p\"", "a='b'", "a\\b"] {
+            let e = script(&format!("roothash=12 {word}"), &(0..1), &(0..1)).unwrap_err().to_string();
+            assert!(e.contains("`cmdline` of a profile"), "{e}");
+        }
     }
 
     #[test]

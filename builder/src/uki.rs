@@ -33,7 +33,7 @@ pub fn build(stub: &[u8], kernel: &[u8], initrd: &[u8], text: &Text, bios: bool)
         return fail("systemd's EFI stub is not the PE file it should be; run `bakehouse lock --update`");
     };
     if let ([grub, .., initrd, kernel], true) = (&places[..], bios) {
-        let script = bios::script(text.cmdline, kernel, initrd);
+        let script = bios::script(text.cmdline, kernel, initrd)?;
         if grub.start > bios::SCRIPT.start || grub.end != bios::SCRIPT.end || script.len() > bios::SCRIPT.len() {
             return fail("systemd's EFI stub and the kernel's command line leave no room for GRUB's lines");
         }
