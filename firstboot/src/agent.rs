@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use fleet::{Node, NodeContext, Tls};
 use futures_util::future::try_join_all;
 
+use crate::boots::ENTRIES;
 use crate::console::say;
 use crate::database::Patroni;
 use crate::error::{Error, Result};
@@ -27,9 +28,6 @@ use crate::update::Updates;
 
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.
 const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";
-
-/// Where the boot loader's entries are, below the root.
-pub const ENTRIES: &str = "efi/EFI/Linux";
 
 /// Where things are on a node; another root in tests.
 pub struct Paths {
@@ -97,7 +95,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
         topology: &image.topology,
         node,
         patroni: Patroni::of(node, who.client()?),
-        entries: paths.root.join(ENTRIES),
+        entries: paths.root.join("efi").join(ENTRIES),
         offer: paths.root.join("run/bakehouse/offer"),
     };
     let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);

@@ -8,6 +8,9 @@ use fleet::compare_versions;
 
 use crate::error::{Error, Result};
 
+/// Where they are, below the EFI partition.
+pub const ENTRIES: &str = "EFI/Linux";
+
 /// One image's entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {

@@ -6,15 +6,11 @@ use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::path::Path;
 
-use nix::unistd::syncfs;
-
-use crate::boots::{Boots, split};
+use crate::boots::{Boots, ENTRIES, split};
 use crate::error::{Error, Result};
 
 /// GRUB's environment block, below the EFI partition.
 pub const BLOCK: &str = "grub/grubenv";
-/// Boot entries, below the EFI partition.
-pub const ENTRIES: &str = "EFI/Linux";
 /// How often a new image is tried.
 pub const TRIES: u32 = 3;
 
@@ -106,10 +102,8 @@ fn rename(entries: &Path, id: &str, version: &str, tries: &str) -> Result<()> {
             .and_then(|n| split(n.to_str()?, id))
             .is_some_and(|(v, left)| v == version && left.is_some());
         if counted && from != to {
-            fs::rename(&from, &to).map_err(Error::io("rename", &from))?;
-            let dir = fs::File::open(entries).map_err(Error::io("open", entries))?;
-            // All of it: until then FAT has the new name with nothing behind it.
-            return syncfs(&dir).map_err(|e| Error::io("write", entries)(e.into()));
+            // On the disk in this order, as the partition is mounted (`dirsync`).
+            return fs::rename(&from, &to).map_err(Error::io("rename", &from));
         }
     }
     Ok(())

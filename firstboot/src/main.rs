@@ -1,8 +1,8 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use firstboot::agent::{ENTRIES, Paths, run};
-use firstboot::boots::Boots;
+use firstboot::agent::{Paths, run};
+use firstboot::boots::{Boots, ENTRIES};
 use firstboot::console::say;
 use firstboot::error::Result;
 use firstboot::grub::{self, keep_in_step};
@@ -11,6 +11,9 @@ use firstboot::image::Image;
 use firstboot::journal::Event;
 use firstboot::status::describe;
 use firstboot::systemd::Systemd;
+
+/// Where the EFI partition is mounted.
+const ESP: &str = "/efi";
 
 const USAGE: &str = "\
 usage: firstboot run              make this machine its node, and keep it one (firstboot.service)
@@ -65,7 +68,7 @@ async fn health() -> Result<()> {
     // one that restarts for ever. One that runs from memory has no entries.
     let (id, version) = (&image.info.id, &image.info.version);
     if well.is_err()
-        && let Ok(boots) = Boots::read(&Path::new("/").join(ENTRIES), id)
+        && let Ok(boots) = Boots::read(&Path::new(ESP).join(ENTRIES), id)
         && !boots.is_blessed(version)
         && boots.has_another(version)
     {
@@ -75,7 +78,7 @@ async fn health() -> Result<()> {
 }
 
 async fn in_step(good: bool) -> Result<()> {
-    let esp = Path::new("/efi");
+    let esp = Path::new(ESP);
     // Under UEFI systemd-boot counts; a disk of an older version has no GRUB.
     if Path::new("/sys/firmware/efi").exists() || !esp.join(grub::BLOCK).exists() {
         return Ok(());
