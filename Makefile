@@ -71,7 +71,7 @@ roles: deps build
 	builder/host-deps.sh iproute2 dnsmasq-base xorriso
 	# The object store of the restore test; it wants Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
-	cargo test --release --locked --workspace --test roles --test restore --test bios --test seed --test secure_netboot --test cuts -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test cuts -- --test-threads=1 --nocapture
 
 lint:
 	cargo fmt --all --check

@@ -2,25 +2,21 @@
 
 use bakehouse_tests::Machine;
 use bakehouse_tests::updates::{
-    READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, mended, runs, version,
+    LOOK, READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, mended, publish, runs, version,
 };
 
 #[test]
 fn a_legacy_bios_tries_a_newer_image_and_goes_back() {
     let (lab, _server) = lab_of_one("bios-update");
-    lab.ok(&["build"]);
-    let updates = lab.dir.join("updates");
-    let dir = updates.to_str().expect("a path of letters");
     let hub = Machine::of(&lab, "hub-1").with_bios();
     hub.start();
     comes_up(&hub, 1);
     hub.ok("! test -e /sys/firmware/efi");
     is_blessed(&hub);
-    let look = "systemctl start firstboot-check; cat /run/bakehouse/offer";
 
     version(&lab, "1", "2");
-    lab.ok(&["publish", dir]);
-    assert_eq!(hub.ok(look), "2");
+    publish(&lab);
+    assert_eq!(hub.ok(LOOK), "2");
     comes_up(&hub, 2);
     assert_eq!(runs(&hub), "2");
     is_blessed(&hub);
@@ -33,8 +29,8 @@ fn a_legacy_bios_tries_a_newer_image_and_goes_back() {
 
     version(&lab, "2", "3");
     broken(&lab);
-    lab.ok(&["publish", dir]);
-    assert_eq!(hub.ok(look), "3");
+    publish(&lab);
+    assert_eq!(hub.ok(LOOK), "3");
     goes_back(&hub);
     assert_eq!(runs(&hub), "2");
     is_denied(&hub, "3");
@@ -42,9 +38,9 @@ fn a_legacy_bios_tries_a_newer_image_and_goes_back() {
 
     version(&lab, "3", "4");
     mended(&lab);
-    lab.ok(&["publish", dir]);
+    publish(&lab);
     let before = hub.console().matches(READY).count();
-    assert_eq!(hub.ok(look), "4");
+    assert_eq!(hub.ok(LOOK), "4");
     comes_up(&hub, before + 1);
     assert_eq!(runs(&hub), "4");
     is_blessed(&hub);

@@ -5,7 +5,7 @@
 use std::thread::sleep;
 use std::time::Instant;
 
-use bakehouse_tests::updates::{comes_up, is_blessed, lab_of_one, runs, version};
+use bakehouse_tests::updates::{LOOK, comes_up, is_blessed, lab_of_one, publish, runs, version};
 use bakehouse_tests::{ETCDCTL, Lab, Machine};
 
 const CUTS: u32 = 20;
@@ -61,22 +61,18 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
 #[test]
 fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
     let (lab, _server) = lab_of_one("cuts");
-    lab.ok(&["build"]);
-    let updates = lab.dir.join("updates");
-    let dir = updates.to_str().expect("a path of letters");
     let hub = Machine::of(&lab, "hub-1");
     hub.start();
     comes_up(&hub, 1);
     is_blessed(&hub);
     let kept = "sha256sum /var/lib/bakehouse/*.json /etc/machine-id";
     let identity = hub.ok(kept);
-    let look = "systemctl start firstboot-check; cat /run/bakehouse/offer";
 
     // With nothing in its way: what there is to interrupt.
     version(&lab, "1", "2");
-    lab.ok(&["publish", dir]);
+    publish(&lab);
     let begun = Instant::now();
-    assert_eq!(hub.ok(look), "2");
+    assert_eq!(hub.ok(LOOK), "2");
     comes_up(&hub, 2);
     is_blessed(&hub);
     let whole = begun.elapsed();
@@ -88,9 +84,9 @@ fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
         if before == newest.to_string() {
             newest += 1;
             version(&lab, &before, &newest.to_string());
-            lab.ok(&["publish", dir]);
+            publish(&lab);
         }
-        hub.ok(look);
+        hub.ok(LOOK);
         // Every twentieth once, in no order: 7 and 20 have no common divisor.
         let when = whole * (cut * 7 % CUTS) / CUTS + whole / (2 * CUTS);
         sleep(when);
@@ -107,7 +103,7 @@ fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
         hub.ok("dd if=/dev/mapper/root of=/dev/null bs=1M status=none");
     }
     if runs(&hub) != newest.to_string() {
-        assert_eq!(hub.ok(look), newest.to_string());
+        assert_eq!(hub.ok(LOOK), newest.to_string());
         let last = hub.console().matches(bakehouse_tests::updates::READY).count() + 1;
         comes_up(&hub, last);
     }

@@ -147,11 +147,10 @@ fn every_service_works_with_the_others() {
         prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter prometheus-postgres-exporter";
     let mut exposed = Vec::new();
     for unit in ours.split_whitespace() {
-        let said = node.ok(&format!("systemd-analyze security --no-pager {unit}.service | tail -1"));
-        let level = said.split("service:").nth(1).and_then(|s| s.split_whitespace().next()?.parse::<f64>().ok());
-        println!("{unit}: {}", level.unwrap_or(10.0));
-        if level.is_none_or(|l| l >= 5.0) && !ROOT_BY_TRADE.contains(&unit) {
-            exposed.push(said);
+        let level = node.exposure(&format!("{unit}.service"));
+        println!("{unit}: {level}");
+        if level >= 5.0 && !ROOT_BY_TRADE.contains(&unit) {
+            exposed.push((unit, level));
         }
     }
     assert!(exposed.is_empty(), "{exposed:#?}");

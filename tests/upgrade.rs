@@ -5,14 +5,13 @@ use std::fs;
 use std::time::Duration;
 
 use bakehouse_tests::updates::{
-    READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, mended, runs, version,
+    LOOK, READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, mended, publish, runs, version,
 };
 use bakehouse_tests::{Lab, Machine};
 
 #[test]
 fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     let (lab, _server) = lab_of_one("upgrade");
-    lab.ok(&["build"]);
     let updates = lab.dir.join("updates/hub");
     let updates_dir = lab.dir.join("updates");
     let dir = updates_dir.to_str().expect("a path of letters");
@@ -22,16 +21,13 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     is_blessed(&hub);
     let kept = "sha256sum /var/lib/bakehouse/*.json /etc/machine-id";
     let identity = hub.ok(kept);
-    let look = "systemctl start firstboot-check; cat /run/bakehouse/offer";
 
     for unit in ["firstboot-check.service", "firstboot-install.service", "firstboot-seed@vdb.service"] {
-        let said = hub.ok(&format!("systemd-analyze security --no-pager {unit} | tail -1"));
-        let level = said.split("service:").nth(1).and_then(|s| s.split_whitespace().next()?.parse::<f64>().ok());
-        assert!(level.is_some_and(|l| l < 5.0), "{said}");
+        assert!(hub.exposure(unit) < 5.0, "{unit}");
     }
 
     // What is published is what the plan said.
-    lab.ok(&["publish", dir]);
+    publish(&lab);
     version(&lab, "1", "2");
     lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
     let plan = lab.ok(&["plan", dir]).out;
@@ -40,7 +36,7 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
         "{plan}"
     );
     assert!(plan.contains("order: hub-1 (") && plan.contains("time:  about 2 min"), "{plan}");
-    assert_eq!(hub.ok(look), "", "the version that runs is no news");
+    assert_eq!(hub.ok(LOOK), "", "the version that runs is no news");
 
     // Whoever has the server has not the fleet: another key's signature, and none.
     let thief = Lab::empty("upgrade-thief");
@@ -48,21 +44,21 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     fs::copy(lab.dir.join("bakehouse.lock"), thief.dir.join("bakehouse.lock")).expect("a copy");
     thief.init();
     thief.ok(&["publish", dir]);
-    assert_eq!(hub.ok(look), "", "a foreign signature was believed");
+    assert_eq!(hub.ok(LOOK), "", "a foreign signature was believed");
     assert!(hub.ok("journalctl -b -u firstboot-check --no-pager").contains("ignature"));
     fs::remove_file(updates.join("SHA256SUMS.gpg")).expect("it was there");
-    assert_eq!(hub.ok(look), "", "no signature was believed");
+    assert_eq!(hub.ok(LOOK), "", "no signature was believed");
     fs::remove_dir_all(&updates).expect("it was there");
 
     // A file that is not what was signed.
-    lab.ok(&["publish", dir]);
+    publish(&lab);
     let root = fs::read_dir(&updates).expect("a folder").filter_map(Result::ok).map(|e| e.path());
     let root =
         root.into_iter().find(|p| p.to_string_lossy().contains("_2_") && p.to_string_lossy().ends_with(".root.raw"));
     let root = root.expect("it was published");
     let whole = fs::read(&root).expect("a file");
     fs::write(&root, &whole[..whole.len() / 2]).expect("a file");
-    assert_eq!(hub.ok(look), "2");
+    assert_eq!(hub.ok(LOOK), "2");
     hub.wait_for(&["version 2 was not loaded"]);
     assert_eq!(hub.ok("ls /efi/EFI/Linux"), "up-hub_1.efi");
     fs::write(&root, &whole).expect("a file");
@@ -70,7 +66,7 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     // The power goes while it is loaded; then it is taken.
     let changes = |console: &str| console.matches("changing from version 1 to 2").count();
     let before = changes(&hub.console());
-    hub.exec(look);
+    hub.exec(LOOK);
     hub.wait_until("it begins to change", |console| changes(console) > before);
     std::thread::sleep(Duration::from_secs(5));
     hub.cut_power();
@@ -78,7 +74,7 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     comes_up(&hub, 1);
     if runs(&hub) == "1" {
         is_blessed(&hub);
-        hub.exec(look);
+        hub.exec(LOOK);
         comes_up(&hub, 2);
     }
     assert_eq!(runs(&hub), "2");
@@ -90,20 +86,20 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     // An image that builds and does not work: three tries, and it is back, and nobody else tries.
     version(&lab, "2", "3");
     broken(&lab);
-    lab.ok(&["publish", dir]);
-    assert_eq!(hub.ok(look), "3");
+    publish(&lab);
+    assert_eq!(hub.ok(LOOK), "3");
     hub.wait_for(&["restarting with version 3"]);
     goes_back(&hub);
     assert_eq!(runs(&hub), "2");
     is_denied(&hub, "3");
-    assert_eq!(hub.ok(look), "", "a version that failed is tried again");
+    assert_eq!(hub.ok(LOOK), "", "a version that failed is tried again");
 
     // A version that mends it goes on from there.
     version(&lab, "3", "4");
     mended(&lab);
-    lab.ok(&["publish", dir]);
+    publish(&lab);
     let before = hub.console().matches(READY).count();
-    assert_eq!(hub.ok(look), "4");
+    assert_eq!(hub.ok(LOOK), "4");
     comes_up(&hub, before + 1);
     assert_eq!(runs(&hub), "4");
     // Nothing was killed: whoever has the VIP says that it goes.

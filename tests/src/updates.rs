@@ -6,6 +6,9 @@ use std::process::{Child, Command, Stdio};
 
 use crate::{ETCDCTL, Lab, Machine};
 
+/// Has a node look for a newer version, and says which it was offered.
+pub const LOOK: &str = "systemctl start firstboot-check; cat /run/bakehouse/offer";
+
 pub const READY: &str = "bakehouse: ready (hub-1)";
 
 /// The folder that was published, on loopback.
@@ -50,7 +53,12 @@ pub fn is_blessed(hub: &Machine) {
     ));
 }
 
-/// The fleet, of the name `up`, which looks for updates when it is told to; and the server.
+/// Publishes what fleet.toml says.
+pub fn publish(lab: &Lab) {
+    lab.ok(&["publish", lab.dir.join("updates").to_str().expect("a path of letters")]);
+}
+
+/// The fleet, of the name `up`, built, which looks for updates when it is told to; and the server.
 pub fn lab_of_one(name: &str) -> (Lab, Server) {
     let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
     let lab = Lab::empty(name);
@@ -63,6 +71,7 @@ pub fn lab_of_one(name: &str) -> (Lab, Server) {
     );
     lab.init();
     lab.ok(&["lock"]);
+    lab.ok(&["build"]);
     let server = Server::of(&lab, port);
     (lab, server)
 }

@@ -1,0 +1,26 @@
+//! A machine whose network card has iPXE becomes a node, as by its firmware's own clients.
+
+use bakehouse_tests::rack::Rack;
+use bakehouse_tests::{Lab, Machine};
+use builder::vm::Netboot;
+
+#[test]
+fn ipxe_starts_the_installer() {
+    let lab = Lab::empty("ipxe");
+    lab.write(
+        "fleet.toml",
+        "name = \"ipxe\"\nversion = \"1\"\n[netboot.machines]\n\"52:54:00:12:00:01\" = \"hub-1\"\n\
+         [groups.hub]\ncount = 1\nendpoints = [\"198.18.0.1\"]\n",
+    );
+    lab.init();
+    lab.ok(&["lock"]);
+    lab.ok(&["build"]);
+    let mut hub = Machine::alone(&lab, "hub-1");
+    let mut rack = Rack::open(&lab, &hub.wire());
+    rack.serve(&lab, &[]);
+    hub.start_bare_by(&lab, Netboot::Ipxe);
+    hub.wait_for(&["bakehouse.ipxe... ok"]);
+    hub.wait_for(&["bakehouse: hub-1 is on /dev/vda; restarting from there"]);
+    hub.wait_for(&["bakehouse: ready (hub-1)"]);
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
+}
