@@ -24,8 +24,8 @@ demo: deps build
 
 test: deps lint build
 	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones; one
-	# machine has a TPM.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm
+	# machine has a TPM; updates come from busybox.
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join -- --test-threads=1
@@ -68,7 +68,7 @@ quick-ha: deps build
 # Every service for real, a restore, rarer machines, an update cut short at every stage: three hours
 # where processors are emulated.
 roles: deps build
-	builder/host-deps.sh iproute2 dnsmasq-base xorriso
+	builder/host-deps.sh iproute2 dnsmasq-base xorriso busybox
 	# The object store of the restore test; it wants Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
 	cargo test --release --locked --workspace --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test cuts -- --test-threads=1 --nocapture

@@ -1,11 +1,12 @@
 //! The power fails at every step of joining: a machine becomes the node it was becoming, once. And at
 //! every stage of an update: the node always boots, always is one version or the other, whole, and in
-//! the end the newer one.
+//! the end the newer one. What can't be started does not keep it from that.
 
+use std::fs;
 use std::thread::sleep;
 use std::time::Instant;
 
-use bakehouse_tests::updates::{LOOK, comes_up, is_blessed, lab_of_one, publish, runs, version};
+use bakehouse_tests::updates::{LOOK, comes_up, is_blessed, is_denied, lab_of_one, publish, runs, version};
 use bakehouse_tests::{ETCDCTL, Lab, Machine};
 
 const CUTS: u32 = 20;
@@ -15,7 +16,7 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     let lab = Lab::empty("joins");
     lab.write(
         "fleet.toml",
-        "name = \"cut\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n[groups.edge]\ncount = 2\n",
+        "name = \"cut\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n[groups.edge]\ncount = 1\n",
     );
     lab.has_idle_role("edge", false);
     lab.init();
@@ -26,13 +27,14 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     // A founder: its keys, who it is, and the first member of a new etcd.
     let hub = Machine::of(&lab, "hub-1");
     let ticket = lab.ok(&["ticket", "hub-1"]).out;
-    for step in [kept("keys"), kept("state"), "/var/lib/etcd/member".to_owned()] {
+    for step in [kept("keys"), kept("state"), "/var/lib/etcd/cut/member".to_owned()] {
         hub.start_cut_at(&ticket, &step);
         println!("hub-1 was cut at {step}");
     }
     hub.start_with(&ticket);
     hub.wait_for(&["bakehouse: ready (hub-1)"]);
-    assert_eq!(hub.ok(&format!("{ETCDCTL} member list | grep -c started")), "1");
+    // etcd serves a little later than it runs.
+    assert_eq!(hub.ok(&format!("{ETCDCTL} --command-timeout=120s member list | grep -c started")), "1");
     let ask = |what: &str| hub.ok(&format!("{ETCDCTL} get --print-value-only {what}"));
 
     // A worker: its keys, the hubs' answer, who it is; with one ticket, good for one machine.
@@ -51,7 +53,6 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     assert!(granted.contains(&format!("\"{key}\"")), "{key} is not the key of {granted}");
     assert!(edge.ok("firstboot status --json").contains(r#""epoch":1"#));
     assert_eq!(ask("--prefix /bakehouse/tokens/"), "1", "the ticket was used more than once");
-    assert_eq!(ask("/bakehouse/slots/edge-2"), "");
     assert_eq!(hub.ok(&format!("{ETCDCTL} get --prefix --keys-only /bakehouse/audit/edge-1/ | grep -c /")), "1");
     for node in [&hub, &edge] {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
@@ -108,5 +109,40 @@ fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
         comes_up(&hub, last);
     }
     assert_eq!(runs(&hub), newest.to_string());
+    hub.shut_down();
+}
+
+#[test]
+fn an_entry_that_the_boot_loader_passes_over_is_loaded_again_and_then_given_up() {
+    let (lab, _server) = lab_of_one("passed-over");
+    let hub = Machine::of(&lab, "hub-1");
+    hub.start();
+    comes_up(&hub, 1);
+    is_blessed(&hub);
+    version(&lab, "1", "2");
+    publish(&lab);
+    // As a power cut leaves it on FAT: the name, and less than the file.
+    hub.ok("head -c 200000 /efi/EFI/Linux/up-hub_1.efi > /efi/EFI/Linux/up-hub_2+3-0.efi; sync");
+    hub.cut_power();
+    hub.start();
+    comes_up(&hub, 1);
+    assert_eq!(runs(&hub), "1");
+    hub.wait_for(&["restarting with version 2"]);
+    comes_up(&hub, 2);
+    assert_eq!(runs(&hub), "2");
+    is_blessed(&hub);
+
+    // What is whole, and is no program for this boot loader.
+    version(&lab, "2", "3");
+    lab.ok(&["build"]);
+    let uki = lab.dir.join("build/hub/up-hub_3.efi");
+    fs::write(&uki, &fs::read(&uki).expect("it was built")[..200_000]).expect("the lab is writable");
+    publish(&lab);
+    assert_eq!(hub.ok(LOOK), "3");
+    hub.wait_until("it is given up", |console| console.matches("restarting with version 3").count() == 3);
+    comes_up(&hub, 5);
+    assert_eq!(runs(&hub), "2");
+    is_denied(&hub, "3");
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
     hub.shut_down();
 }

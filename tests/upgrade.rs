@@ -35,7 +35,7 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
         plan.contains("version 1 → 2") && plan.contains("~ /usr/lib/bakehouse/templates/run/bakehouse/haproxy.cfg"),
         "{plan}"
     );
-    assert!(plan.contains("order: hub-1 (") && plan.contains("time:  about 2 min"), "{plan}");
+    assert!(plan.contains("order: hub-1 (") && plan.contains("time:  about 1 min"), "{plan}");
     assert_eq!(hub.ok(LOOK), "", "the version that runs is no news");
 
     // Whoever has the server has not the fleet: another key's signature, and none.
@@ -104,6 +104,13 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     assert_eq!(runs(&hub), "4");
     // Nothing was killed: whoever has the VIP says that it goes.
     assert!(hub.ok("journalctl -b -1 -o cat -u keepalived --no-pager").contains("Stopped keepalived.service"));
+    // Of version 4 that was loaded which version 2 has not.
+    let loaded =
+        "journalctl -b -1 -o cat -u firstboot-install --no-pager | sed -n 's/_.*: \\([0-9.]*\\) of .* loaded$/ \\1/p'";
+    let loaded = hub.ok(loaded);
+    let megabytes = loaded.lines().map(|line| line.rsplit(' ').next().and_then(|n| n.parse::<f64>().ok()));
+    let megabytes: Vec<f64> = megabytes.map(|n| n.expect("a number")).collect();
+    assert!(megabytes.len() == 2 && megabytes.iter().sum::<f64>() < 8.0, "root and kernel: {loaded}");
     is_blessed(&hub);
     assert_eq!(hub.ok(kept), identity);
     hub.shut_down();

@@ -111,6 +111,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_agent_finds_the_blocks_hashes_in_it() {
+        // One level, two, three.
+        for blocks in [2, 128, 129, 16_384, 16_385] {
+            let known: Vec<u8> = (0..blocks * DIGEST).map(|i| (i % 255) as u8).collect();
+            let (tree, _) = tree(&known);
+            assert_eq!(tree.len() as u64, tree_size((blocks * BLOCK) as u64));
+            let found = firstboot::load::blocks::Blocks::of_tree(&tree).unwrap();
+            assert_eq!(found.size, (blocks * BLOCK) as u64);
+            assert_eq!(found.list()[8..], known);
+        }
+    }
+
+    #[test]
     fn unchanged_blocks_keep_their_hashes() {
         let base: Vec<u8> = (0..BLOCK * 5).map(|i| (i / 7) as u8).collect();
         let mut data = base.clone();

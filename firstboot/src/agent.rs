@@ -97,6 +97,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
         patroni: Patroni::of(node, who.client()?),
         entries: paths.root.join("efi").join(ENTRIES),
         offer: paths.root.join("run/bakehouse/offer"),
+        state: &paths.state,
     };
     let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
     let member = Member::new(who, node, &image)?;

@@ -57,6 +57,30 @@ impl Boots {
         self.newer(running, |left| left != Some(0))
     }
 
+    /// A newer version whose tries are counted, and are not used up.
+    #[must_use]
+    pub fn waiting(&self, running: &str) -> Option<&str> {
+        self.newer(running, |left| left.is_some_and(|left| left > 0))
+    }
+
+    /// Takes newer versions' entries away that have tries left: they are loaded again.
+    ///
+    /// # Errors
+    /// The EFI partition can't be written.
+    pub fn forget_pending(dir: &Path, id: &str, running: &str) -> Result<()> {
+        for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+            let path = entry.map_err(Error::io("read", dir))?.path();
+            let name = path.file_name().and_then(|n| n.to_str()).and_then(|name| split(name, id));
+            let pending = name.filter(|(version, left)| {
+                left.is_some_and(|left| left > 0) && compare_versions(version, running).is_gt()
+            });
+            if pending.is_some() {
+                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether there is another version that the boot loader may choose.
     #[must_use]
     pub fn has_another(&self, running: &str) -> bool {
@@ -92,7 +116,9 @@ mod tests {
 
     #[test]
     fn names_tell_what_became_of_each_version() {
+        assert_eq!(boots(&["acme-db_1.efi", "acme-db_2.efi"]).waiting("1"), None);
         let fresh = boots(&["acme-db_1.efi", "acme-db_2+3.efi"]);
+        assert_eq!(fresh.waiting("1"), Some("2"));
         assert_eq!((fresh.pending("1"), fresh.failed("1")), (Some("2"), None));
         let tried = boots(&["acme-db_1.efi", "acme-db_2+1-2.efi"]);
         assert!(tried.is_blessed("1") && !tried.is_blessed("2"));
@@ -104,6 +130,18 @@ mod tests {
         assert_eq!((failed.pending("1"), failed.failed("1")), (None, Some("2")));
         let over = boots(&["acme-db_1.efi", "acme-db_2.efi", "acme-hub_9.efi", "else.efi", "acme-db_3+x.efi"]);
         assert_eq!((over.pending("2"), over.failed("2"), over.is_blessed("2")), (None, None, true));
+    }
+
+    #[test]
+    fn only_what_waits_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["acme-db_1.efi", "acme-db_2.efi", "acme-db_3+0-3.efi", "acme-db_4+3-0.efi", "acme-hub_4+3-0.efi"] {
+            fs::write(dir.path().join(name), b"").unwrap();
+        }
+        Boots::forget_pending(dir.path(), "acme-db", "2").unwrap();
+        let boots = Boots::read(dir.path(), "acme-db").unwrap();
+        assert_eq!((boots.waiting("2"), boots.failed("2"), boots.0.len()), (None, Some("3"), 3));
+        assert!(dir.path().join("acme-hub_4+3-0.efi").exists());
     }
 
     proptest::proptest! {

@@ -1,5 +1,5 @@
 //! HTTP over TLS between nodes. Everybody believes the fleet's root and nobody else, and
-//! everybody is called by his slot's name, wherever he is reached.
+//! everybody is called by his slot's name, wherever he is reached. Updates come from elsewhere.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -83,7 +84,26 @@ impl Connection {
             TlsConnector::from(config.clone()).connect(expected, tcp).await
         });
         let stream = connected.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?;
-        let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|e| failed(e.to_string()))?;
+        Self::over(stream, to).await
+    }
+
+    /// Connects to whoever answers at `host:port`, without TLS.
+    ///
+    /// # Errors
+    /// Nobody answers.
+    pub async fn plain(host: &str, port: u16) -> Result<Self> {
+        let to = format!("{host}:{port}");
+        let failed = |e: String| Error::Network { to: to.clone(), why: e };
+        let connected = timeout(PATIENCE, TcpStream::connect((host, port))).await;
+        let stream = connected.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?;
+        Self::over(stream, to).await
+    }
+
+    async fn over(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, to: String) -> Result<Self> {
+        let (sender, connection) = match handshake(TokioIo::new(stream)).await {
+            Ok(made) => made,
+            Err(e) => return Err(Error::Network { to, why: e.to_string() }),
+        };
         // Its end is seen by whoever asks next.
         tokio::spawn(async move {
             let _ = connection.await;

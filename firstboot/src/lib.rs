@@ -19,6 +19,7 @@ pub mod install;
 pub mod join;
 pub mod journal;
 pub mod keys;
+pub mod load;
 pub mod machine;
 pub mod member;
 pub mod mesh;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use firstboot::agent::{Paths, run};
 use firstboot::boots::{Boots, ENTRIES};
 use firstboot::console::say;
-use firstboot::error::Result;
+use firstboot::error::{Error, Result};
 use firstboot::grub::{self, keep_in_step};
 use firstboot::health::healthy;
 use firstboot::image::Image;
@@ -20,6 +20,7 @@ usage: firstboot run              make this machine its node, and keep it one (f
        firstboot status [--json]  who this node is, and what it waits for
        firstboot leave            hand over, stop, and give this node's slot back
        firstboot healthy          wait until this boot is a good one (firstboot-healthy.service)
+       firstboot load             load a newer image into the other slot (firstboot-install.service)
        firstboot grub [--good]    where a legacy BIOS starts this machine: bring boot entries and GRUB's
                                   count of tries in step; this boot is a good one (firstboot-grub.service)
 ";
@@ -34,6 +35,7 @@ async fn main() -> ExitCode {
         ["status", "--json"] => status(true).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["leave"] => leave().await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["healthy"] => health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {e}"))),
+        ["load"] => load().await.inspect_err(|e| eprintln!("{e}")),
         ["grub"] => in_step(false).await.inspect_err(|e| eprintln!("{e}")),
         ["grub", "--good"] => in_step(true).await.inspect_err(|e| eprintln!("{e}")),
         ["--help" | "-h"] => {
@@ -75,6 +77,13 @@ async fn health() -> Result<()> {
         systemd.reboot().await?;
     }
     well
+}
+
+async fn load() -> Result<()> {
+    let scratch = std::env::var_os("RUNTIME_DIRECTORY");
+    let scratch = scratch.ok_or_else(|| Error::Failed("it is firstboot-install.service that loads".to_owned()))?;
+    let image = Image::read(&Paths::of_node().image)?;
+    firstboot::load::load(&image.info, Path::new(ESP), Path::new(&scratch)).await
 }
 
 async fn in_step(good: bool) -> Result<()> {

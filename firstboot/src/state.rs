@@ -127,6 +127,50 @@ impl Neighbours {
     }
 }
 
+/// A newer image that the boot loader passed over, as it does where the entry is damaged: it counts
+/// no try then.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassedOver {
+    version: u16,
+    pub image: String,
+    pub boots: u32,
+    /// The last of them.
+    boot_id: String,
+}
+
+impl PassedOver {
+    const VERSION: u16 = 1;
+    const FILE: &str = "passed-over.json";
+
+    /// Counts this boot, once, where `pending` was there when it began.
+    ///
+    /// # Errors
+    /// The disk says no; what was there before still is.
+    pub fn count(dir: &StateDir, pending: Option<&str>, boot_id: &str) -> Result<Self> {
+        let path = dir.path.join(Self::FILE);
+        // What can't be read is of no more use than nothing.
+        let before: Option<Self> = read_json(&path, &(Self::VERSION..=Self::VERSION), None).unwrap_or_default();
+        let Some(image) = pending else {
+            if before.is_some() {
+                dir.remove(Self::FILE)?;
+            }
+            return Ok(Self::default());
+        };
+        let before = before.filter(|b| b.image == image).unwrap_or_default();
+        if before.boot_id == boot_id {
+            return Ok(before);
+        }
+        let now = Self {
+            version: Self::VERSION,
+            image: image.to_owned(),
+            boots: before.boots + 1,
+            boot_id: boot_id.to_owned(),
+        };
+        write_json(&path, &now)?;
+        Ok(now)
+    }
+}
+
 impl StateDir {
     /// A folder; what is secret is sealed from now on, if there is something to seal it with.
     #[must_use]
@@ -250,6 +294,20 @@ mod tests {
         assert_eq!(State::load(&StateDir::new(dir.path(), None)).unwrap(), Some(state()));
         let mode = fs::metadata(dir.path().join("state.json")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_boot_that_passed_an_image_over_counts_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let states = StateDir::new(dir.path(), None);
+        let boots = |pending, boot_id| PassedOver::count(&states, pending, boot_id).unwrap().boots;
+        assert_eq!(boots(None, "a"), 0);
+        // The agent may start twice in a boot.
+        assert_eq!([boots(Some("2"), "b"), boots(Some("2"), "b"), boots(Some("2"), "c")], [1, 1, 2]);
+        assert_eq!(boots(Some("3"), "d"), 1, "another image");
+        assert_eq!([boots(None, "e"), boots(Some("3"), "f")], [0, 1]);
+        fs::write(dir.path().join(PassedOver::FILE), "{").unwrap();
+        assert_eq!(boots(Some("3"), "g"), 1, "a damaged file");
     }
 
     #[test]

@@ -6,14 +6,16 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology};
+use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology, compare_versions};
 
 use crate::boots::Boots;
 use crate::console::say;
 use crate::database::Patroni;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::grub::TRIES;
 use crate::image::ImageInfo;
 use crate::journal::Event;
+use crate::state::{PassedOver, StateDir};
 use crate::systemd::Systemd;
 
 /// How often it is told.
@@ -34,6 +36,7 @@ pub struct Updates<'a> {
     pub entries: PathBuf,
     /// What `firstboot-check.service` writes.
     pub offer: PathBuf,
+    pub state: &'a StateDir,
 }
 
 impl Updates<'_> {
@@ -45,12 +48,16 @@ impl Updates<'_> {
         if !self.node.has_role(fleet::UPDATE) {
             return std::future::pending().await;
         }
+        let given_up = self.given_up().unwrap_or_else(|e| {
+            println!("{e}");
+            None
+        });
         let mut told = String::new();
         // The hubs know of a version that failed here once they were told.
         let mut confessed = None;
         loop {
             let mut pause = ROUND;
-            match self.doing(confessed.as_deref()).await {
+            match self.doing(given_up.as_deref(), confessed.as_deref()).await {
                 Ok(doing) => {
                     if !matches!(doing, Doing::Serving | Doing::WentBack { .. }) {
                         pause = SHORT_ROUND;
@@ -78,10 +85,22 @@ impl Updates<'_> {
         }
     }
 
-    async fn doing(&self, confessed: Option<&str>) -> Result<Doing> {
+    /// The version that the boot loader has passed over too often: nobody loops.
+    fn given_up(&self) -> Result<Option<String>> {
+        let boots = Boots::read(&self.entries, &self.image.id)?;
+        let path = "/proc/sys/kernel/random/boot_id";
+        let boot_id = fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let found = PassedOver::count(self.state, boots.waiting(&self.image.version), boot_id.trim())?;
+        if found.boots > 0 {
+            println!("the boot loader passed over version {} ({} times)", found.image, found.boots);
+        }
+        Ok((found.boots >= TRIES).then_some(found.image))
+    }
+
+    async fn doing(&self, given_up: Option<&str>, confessed: Option<&str>) -> Result<Doing> {
         let running = &self.image.version;
         let boots = Boots::read(&self.entries, &self.image.id)?;
-        if let Some(from) = boots.failed(running).filter(|from| confessed != Some(from)) {
+        if let Some(from) = boots.failed(running).or(given_up).filter(|from| confessed != Some(from)) {
             return Ok(Doing::WentBack { from: from.to_owned() });
         }
         if !boots.is_blessed(running) {
@@ -92,8 +111,9 @@ impl Updates<'_> {
                 return Ok(Doing::Starting);
             }
         }
-        // One that was loaded before a power cut is not offered again.
-        let wanted = boots.pending(running).map(str::to_owned).or_else(|| self.offered());
+        // One that is there, and was passed over, is not offered again.
+        let pending = boots.pending(running).filter(|v| given_up != Some(v)).map(str::to_owned);
+        let wanted = pending.into_iter().chain(self.offered()).max_by(|a, b| compare_versions(a, b));
         Ok(match wanted {
             Some(image) => Doing::Wants { image, leads: self.leads().await },
             None => Doing::Serving,
@@ -118,14 +138,17 @@ impl Updates<'_> {
         }
     }
 
-    /// Loads the image, hands the work over, and restarts. Done again after a power cut, it goes
-    /// on from where it was.
+    /// Loads the image, hands the work over, and restarts.
     async fn change(&self, image: &str) -> Result<()> {
         let running = &self.image.version;
         say(Event::Changing, &format!("{}: changing from version {running} to {image}", self.node.name));
-        if Boots::read(&self.entries, &self.image.id)?.pending(running).is_none()
-            && let Err(e) = self.systemd.start("firstboot-install.service").await
-        {
+        let loaded = match self.systemd.start("firstboot-install.service").await {
+            Ok(()) if Boots::read(&self.entries, &self.image.id)?.waiting(running) != Some(image) => {
+                Err(Error::Failed("the update folder does not have it now".to_owned()))
+            }
+            loaded => loaded,
+        };
+        if let Err(e) = loaded {
             // The world's fault, or the image's: in either case this node stays as it is.
             say(Event::NotLoaded, &format!("{}: version {image} was not loaded: {e}", self.node.name));
             let _ = fs::remove_file(&self.offer);

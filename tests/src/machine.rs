@@ -104,7 +104,9 @@ impl Machine {
         self.image = Some(disk.to_owned());
         let described = self.described().without_ticket();
         let start = described.as_start();
-        self.vm.start(&Start { image: disk, seed: Some(seed), ..start }).unwrap_or_else(|e| panic!("{e}"));
+        self.vm
+            .start(&Start { image: disk, seed: Some(seed), bios: self.bios, ..start })
+            .unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// Starts it bare, with nothing of its own, but for a hub's address, which is where others look

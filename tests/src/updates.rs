@@ -17,10 +17,9 @@ pub struct Server(Child);
 impl Server {
     fn of(lab: &Lab, port: u16) -> Self {
         fs::create_dir_all(lab.dir.join("updates")).expect("the lab is writable");
-        let mut python = Command::new("python3");
-        python.args(["-m", "http.server", "--bind", "127.0.0.1", &port.to_string(), "--directory"]);
-        python.arg(lab.dir.join("updates")).stdout(Stdio::null()).stderr(Stdio::null());
-        Self(python.spawn().expect("python3"))
+        let mut httpd = Command::new("busybox");
+        httpd.args(["httpd", "-f", "-p", &format!("127.0.0.1:{port}"), "-h"]).arg(lab.dir.join("updates"));
+        Self(httpd.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("busybox"))
     }
 }
 

@@ -51,7 +51,7 @@ pub struct Comparison {
     /// None where nothing was published yet.
     pub from: Option<String>,
     pub to: String,
-    /// Bytes that a node loads.
+    /// Bytes that a node loads; all of it, where what is published does not tell what nodes have.
     pub load: u64,
     /// `name version`, `name old → new`.
     pub added: Vec<String>,

@@ -5,6 +5,7 @@
 //! DIR/GROUP/ID_VERSION_UUID.root.raw     root file system, as it lies in its partition
 //! DIR/GROUP/ID_VERSION_UUID.verity.raw   its hash tree
 //! DIR/GROUP/ID_VERSION.efi               kernel, initrd and root hash
+//! DIR/GROUP/ID_VERSION.blocks            hashes of its blocks: nodes load those that they have not
 //! DIR/GROUP/ID_VERSION.manifest.json     what is in it
 //! DIR/GROUP/SHA256SUMS, SHA256SUMS.gpg   what systemd-sysupdate reads first
 //! ```
@@ -18,6 +19,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use firstboot::load::blocks::{Blocks, missing, pieces};
 use fleet::compare_versions;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
@@ -47,7 +49,7 @@ pub struct Published {
     pub version: String,
     /// It was there before.
     pub unchanged: bool,
-    /// Bytes that a node loads.
+    /// Bytes that a node loads which runs the version before; where there was none, of the whole.
     pub bytes: u64,
 }
 
@@ -57,8 +59,13 @@ pub struct Published {
 /// A manifest can't be read.
 pub fn compare(image: &Image, dir: &Path) -> Result<Comparison> {
     let new = Contents::read(&image.manifest)?;
-    let old = newest(&dir.join(&image.group))?;
-    Ok(Comparison::of(old.as_ref(), &new))
+    let out = dir.join(&image.group);
+    let old = newest(&out)?;
+    let mut found = Comparison::of(old.as_ref(), &new);
+    if let Some(old) = &old {
+        found.load = differing(image, &new, &out, old)?.unwrap_or(found.load);
+    }
+    Ok(found)
 }
 
 /// Puts an image into the folder, signed as of `time` (seconds since 1970).
@@ -96,32 +103,32 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
     published.unchanged = false;
     fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
     let slots = Slots::of(new.sizes.root_slot);
-    let name = format!("{}_{}", new.id, new.version);
-    let uuid = |half: &str| {
-        let part = |range: std::ops::Range<usize>| half.get(range).unwrap_or_default().to_owned();
-        [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
-    };
-    let (data, tree) = new.roothash.split_at(new.roothash.len() / 2);
+    let name = stem(&new);
     let size = new.sizes.root;
-    let partitions = [
-        (format!("{name}_{}.root.raw", uuid(data)), ROOT_START, size),
-        (format!("{name}_{}.verity.raw", uuid(tree)), slots.verity_start(), verity::tree_size(size)),
-    ];
+    let [root, tree] = partitions(&new);
+    let partitions = [(root, ROOT_START, size), (tree, slots.verity_start(), verity::tree_size(size))];
+    let differing = old.as_ref().map(|old| differing(image, &new, &out, old)).transpose()?.flatten();
     let step = progress.bytes("publish", partitions.iter().map(|p| p.2).sum());
     let mut sums = Vec::new();
+    let mut whole = 0;
     for (name, start, size) in &partitions {
         sums.push((part(&image.disk, *start, *size, &out.join(name), |n| step.advance(n))?, name.clone()));
-        published.bytes += size;
+        whole += size;
     }
-    for (suffix, path) in [(".efi", &image.uki), (".manifest.json", &image.manifest)] {
-        let bytes = fs::read(path).map_err(Error::io("read", path))?;
+    let read = |path: &Path| fs::read(path).map_err(Error::io("read", path));
+    let uki = read(&image.uki)?;
+    let list = Blocks::of_bytes(&uki).list();
+    whole += uki.len() as u64;
+    // systemd-sysupdate takes what begins like `ID_VERSION.efi` for it.
+    let files = [(".efi", uki), (".blocks", list), (".manifest.json", read(&image.manifest)?)];
+    for (suffix, bytes) in files {
         let name = format!("{name}{suffix}");
         write_atomic(&out.join(&name), &bytes)?;
-        published.bytes += bytes.len() as u64;
         sums.push((sha256(&bytes), name));
     }
+    published.bytes = differing.unwrap_or(whole);
     // The version before stays, for who is loading it now.
-    let kept = old.map(|old| format!("{}_{}", old.id, old.version));
+    let kept = old.as_ref().map(stem);
     let before = fs::read_to_string(out.join(SUMS)).unwrap_or_default();
     let of_kept = |name: &str| {
         let of = |kept: &String| name.strip_prefix(kept.as_str()).is_some_and(|rest| rest.starts_with(['.', '_']));
@@ -138,8 +145,45 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
     write_atomic(&out.join(NEWEST), &manifest)?;
     let listed: BTreeSet<&str> = sums.iter().map(|(_, name)| name.as_str()).collect();
     sweep(&out, &listed)?;
-    step.done(&format!("{}: version {} ({:.1} MB)", image.group, new.version, published.bytes as f64 / 1e6));
+    let mb = |bytes| format!("{:.1} MB", bytes as f64 / 1e6);
+    let loads = old.map(|old| format!("; nodes of version {} load {}", old.version, mb(published.bytes)));
+    step.done(&format!("{}: version {} ({}{})", image.group, new.version, mb(whole), loads.unwrap_or_default()));
     Ok(published)
+}
+
+/// Bytes that a node loads which runs the published version: only what it has not. `None` if what
+/// is published does not tell.
+fn differing(image: &Image, new: &Contents, out: &Path, old: &Contents) -> Result<Option<u64>> {
+    use std::os::unix::fs::FileExt as _;
+    let [_, tree] = partitions(old);
+    let old_root = fs::read(out.join(tree)).ok().and_then(|tree| Blocks::of_tree(&tree));
+    let old_uki = fs::read(out.join(format!("{}.blocks", stem(old)))).ok().and_then(|list| Blocks::of_list(&list));
+    let mut tree = vec![0; verity::tree_size(new.sizes.root) as usize];
+    let disk = File::open(&image.disk).map_err(Error::io("open", &image.disk))?;
+    let at = Slots::of(new.sizes.root_slot).verity_start();
+    disk.read_exact_at(&mut tree, at).map_err(Error::io("read", &image.disk))?;
+    let uki = Blocks::of_bytes(&fs::read(&image.uki).map_err(Error::io("read", &image.uki))?);
+    let (Some(old_root), Some(old_uki), Some(root)) = (old_root, old_uki, Blocks::of_tree(&tree)) else {
+        return Ok(None);
+    };
+    let beside = tree.len() + uki.list().len();
+    Ok(Some(beside as u64 + missing(&pieces(&old_root, &root)) + missing(&pieces(&old_uki, &uki))))
+}
+
+/// What names of a version's files begin with.
+fn stem(contents: &Contents) -> String {
+    format!("{}_{}", contents.id, contents.version)
+}
+
+/// Names of its root and its hash tree: partitions have the halves of the root hash for their UUIDs.
+fn partitions(contents: &Contents) -> [String; 2] {
+    let uuid = |half: &str| {
+        let part = |range: std::ops::Range<usize>| half.get(range).unwrap_or_default().to_owned();
+        [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
+    };
+    let (data, tree) = contents.roothash.split_at(contents.roothash.len() / 2);
+    let stem = stem(contents);
+    [format!("{stem}_{}.root.raw", uuid(data)), format!("{stem}_{}.verity.raw", uuid(tree))]
 }
 
 fn newest(out: &Path) -> Result<Option<Contents>> {
@@ -185,7 +229,9 @@ fn sweep(out: &Path, listed: &BTreeSet<&str>) -> Result<()> {
     let paths: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
     for path in paths {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let ours = [".root.raw", ".verity.raw", ".efi", ".manifest.json"].iter().any(|suffix| name.ends_with(suffix));
+        let ours = [".root.raw", ".verity.raw", ".efi", ".blocks", ".manifest.json"]
+            .iter()
+            .any(|suffix| name.ends_with(suffix));
         if ours && !listed.contains(name.as_str()) {
             fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
@@ -250,7 +296,7 @@ mod tests {
         assert!(lab.publish(&lab.image("3", &json!({}))).unwrap().unchanged);
         let out = lab.0.path().join("out/db");
         let sums = fs::read_to_string(out.join(SUMS)).unwrap();
-        assert_eq!(sums.lines().count(), 8);
+        assert_eq!(sums.lines().count(), 10);
         for line in sums.lines() {
             let (sum, name) = line.split_once("  ").unwrap();
             assert_eq!(sha256(&fs::read(out.join(name)).unwrap()), sum, "{name}");
@@ -259,7 +305,7 @@ mod tests {
         assert_eq!(fs::read(out.join(root)).unwrap(), [7; 8192]);
         let names = lab.files();
         assert!(names.iter().all(|n| !n.contains("_1_") && !n.contains("_1.")), "{names:?}");
-        assert_eq!(names.len(), 8 + 3);
+        assert_eq!(names.len(), 10 + 3);
     }
 
     #[test]
@@ -280,6 +326,6 @@ mod tests {
         let mut larger = postgres(17);
         larger["sizes"] = json!({ "root_slot": 2 << 20, "root": 8192, "uki": 4096 });
         refused(&lab.image("3", &larger), "slot");
-        assert_eq!(lab.files().len(), 4 + 3, "a refused image left something");
+        assert_eq!(lab.files().len(), 5 + 3, "a refused image left something");
     }
 }

@@ -299,8 +299,9 @@ impl Hub {
     fn peers(&self, member: &Member) -> Peers {
         let fenced = self.desk.fenced(&member.slot, &member.tls_key);
         let leaving = fenced.is_none() && self.desk.is_leaving(&member.slot);
-        let vacant = self.desk.owners().into_iter().filter(|(_, r)| r.vacant).map(|(slot, _)| slot);
-        Peers { keys: self.founders(), fenced, leaving, vacant: vacant.collect() }
+        let owners = self.desk.owners();
+        let vacant = owners.iter().filter(|(_, r)| r.vacant).map(|(slot, _)| slot.clone()).collect();
+        Peers { keys: self.founders(), fenced, leaving, vacant }
     }
 
     /// Keys of those that everybody has to know.

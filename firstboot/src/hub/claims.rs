@@ -10,7 +10,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Tokens, Topology};
@@ -41,7 +41,8 @@ pub struct ClaimsDesk {
     pub(super) topology: Topology,
     /// This hub.
     pub(super) by: String,
-    owners: RwLock<Owners>,
+    /// Shared, not copied: it is looked at for every question of every node.
+    owners: RwLock<Arc<Owners>>,
     waiting: Mutex<VecDeque<Waiting>>,
     /// One batch of this hub's is under way at a time: two would only get into each other's way
     /// in etcd.
@@ -316,7 +317,7 @@ impl ClaimsDesk {
 
     /// What this hub has heard of every slot.
     #[must_use]
-    pub fn owners(&self) -> Owners {
+    pub fn owners(&self) -> Arc<Owners> {
         self.owners.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -359,6 +360,7 @@ impl ClaimsDesk {
 
     fn heard(&self, changes: Vec<Change>, all: bool) {
         let mut owners = self.owners.write().unwrap_or_else(PoisonError::into_inner);
+        let owners = Arc::make_mut(&mut owners);
         if all {
             owners.clear();
         }
