@@ -93,6 +93,14 @@ impl Machine {
         }
     }
 
+    /// Starts it with a drop-in for one of its units.
+    pub fn start_changed(&self, unit: &str, text: &str) {
+        let described = self.described();
+        let mut start = described.as_start();
+        start.credentials.push((format!("systemd.unit-dropin.{unit}~test"), text.into()));
+        self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
+    }
+
     /// Starts it from a disk that was flashed, with what is on it and nothing else.
     pub fn start_flashed(&mut self, disk: &Path) {
         self.image = Some(disk.to_owned());
