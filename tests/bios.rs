@@ -29,6 +29,7 @@ fn a_legacy_bios_tries_a_newer_image_and_goes_back() {
     hub.start();
     comes_up(&hub, 1);
     assert_eq!(runs(&hub), "2");
+    assert!(hub.ok("journalctl -b -u firstboot -o cat").contains("hub-1 since an earlier boot"));
     assert!(hub.ok("cat /efi/grub/grubenv").contains("\ngood=up-hub_2\nnext=\ntries=0\n"));
 
     version(&lab, "2", "3");

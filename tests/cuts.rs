@@ -52,6 +52,7 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     assert!(granted.contains(&format!("\"{key}\"")), "{key} is not the key of {granted}");
     assert!(edge.ok("firstboot status --json").contains(r#""epoch":1"#));
     assert_eq!(ask("--prefix /bakehouse/tokens/"), "1", "the ticket was used more than once");
+    assert_eq!(hub.ok(&format!("{ETCDCTL} get --prefix --keys-only /bakehouse/slots/edge- | grep -c /")), "1");
     assert_eq!(hub.ok(&format!("{ETCDCTL} get --prefix --keys-only /bakehouse/audit/edge-1/ | grep -c /")), "1");
     for node in [&hub, &edge] {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");

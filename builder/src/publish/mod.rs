@@ -24,6 +24,7 @@ use fleet::compare_versions;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
+use uuid::Uuid;
 
 pub use compare::Comparison;
 use compare::Contents;
@@ -63,7 +64,8 @@ pub fn compare(image: &Image, dir: &Path) -> Result<Comparison> {
     let old = newest(&out)?;
     let mut found = Comparison::of(old.as_ref(), &new);
     if let Some(old) = &old {
-        found.load = differing(image, &new, &out, old)?.unwrap_or(found.load);
+        let uki = Blocks::of_bytes(&fs::read(&image.uki).map_err(Error::io("read", &image.uki))?);
+        found.load = differing(image, &new, &uki, &out, old)?.unwrap_or(found.load);
     }
     Ok(found)
 }
@@ -105,9 +107,12 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
     let slots = Slots::of(new.sizes.root_slot);
     let name = stem(&new);
     let size = new.sizes.root;
-    let [root, tree] = partitions(&new);
+    let [root, tree] = partitions(&new)?;
     let partitions = [(root, ROOT_START, size), (tree, slots.verity_start(), verity::tree_size(size))];
-    let differing = old.as_ref().map(|old| differing(image, &new, &out, old)).transpose()?.flatten();
+    let read = |path: &Path| fs::read(path).map_err(Error::io("read", path));
+    let (uki, manifest) = (read(&image.uki)?, read(&image.manifest)?);
+    let blocks = Blocks::of_bytes(&uki);
+    let differing = old.as_ref().map(|old| differing(image, &new, &blocks, &out, old)).transpose()?.flatten();
     let step = progress.bytes("publish", partitions.iter().map(|p| p.2).sum());
     let mut sums = Vec::new();
     let mut whole = 0;
@@ -115,16 +120,13 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
         sums.push((part(&image.disk, *start, *size, &out.join(name), |n| step.advance(n))?, name.clone()));
         whole += size;
     }
-    let read = |path: &Path| fs::read(path).map_err(Error::io("read", path));
-    let uki = read(&image.uki)?;
-    let list = Blocks::of_bytes(&uki).list();
     whole += uki.len() as u64;
-    // systemd-sysupdate takes what begins like `ID_VERSION.efi` for it.
-    let files = [(".efi", uki), (".blocks", list), (".manifest.json", read(&image.manifest)?)];
+    // Not `.efi.blocks`: systemd-sysupdate 257 takes what begins with a pattern for what it looks for.
+    let files = [(".efi", &uki), (".blocks", &blocks.list()), (".manifest.json", &manifest)];
     for (suffix, bytes) in files {
         let name = format!("{name}{suffix}");
-        write_atomic(&out.join(&name), &bytes)?;
-        sums.push((sha256(&bytes), name));
+        write_atomic(&out.join(&name), bytes)?;
+        sums.push((sha256(bytes), name));
     }
     published.bytes = differing.unwrap_or(whole);
     // The version before stays, for who is loading it now.
@@ -141,7 +143,6 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
     // A node that reads between these two finds that they don't match, and looks again later.
     write_atomic(&out.join(SUMS), text.as_bytes())?;
     write_atomic(&out.join(format!("{SUMS}.gpg")), &key.sign(text.as_bytes(), time))?;
-    let manifest = fs::read(&image.manifest).map_err(Error::io("read", &image.manifest))?;
     write_atomic(&out.join(NEWEST), &manifest)?;
     let listed: BTreeSet<&str> = sums.iter().map(|(_, name)| name.as_str()).collect();
     sweep(&out, &listed)?;
@@ -153,21 +154,20 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
 
 /// Bytes that a node loads which runs the published version: only what it has not. `None` if what
 /// is published does not tell.
-fn differing(image: &Image, new: &Contents, out: &Path, old: &Contents) -> Result<Option<u64>> {
+fn differing(image: &Image, new: &Contents, uki: &Blocks, out: &Path, old: &Contents) -> Result<Option<u64>> {
     use std::os::unix::fs::FileExt as _;
-    let [_, tree] = partitions(old);
+    let [_, tree] = partitions(old)?;
     let old_root = fs::read(out.join(tree)).ok().and_then(|tree| Blocks::of_tree(&tree));
     let old_uki = fs::read(out.join(format!("{}.blocks", stem(old)))).ok().and_then(|list| Blocks::of_list(&list));
     let mut tree = vec![0; verity::tree_size(new.sizes.root) as usize];
     let disk = File::open(&image.disk).map_err(Error::io("open", &image.disk))?;
     let at = Slots::of(new.sizes.root_slot).verity_start();
     disk.read_exact_at(&mut tree, at).map_err(Error::io("read", &image.disk))?;
-    let uki = Blocks::of_bytes(&fs::read(&image.uki).map_err(Error::io("read", &image.uki))?);
     let (Some(old_root), Some(old_uki), Some(root)) = (old_root, old_uki, Blocks::of_tree(&tree)) else {
         return Ok(None);
     };
     let beside = tree.len() + uki.list().len();
-    Ok(Some(beside as u64 + missing(&pieces(&old_root, &root)) + missing(&pieces(&old_uki, &uki))))
+    Ok(Some(beside as u64 + missing(&pieces(&old_root, &root)) + missing(&pieces(&old_uki, uki))))
 }
 
 /// What names of a version's files begin with.
@@ -176,14 +176,14 @@ fn stem(contents: &Contents) -> String {
 }
 
 /// Names of its root and its hash tree: partitions have the halves of the root hash for their UUIDs.
-fn partitions(contents: &Contents) -> [String; 2] {
-    let uuid = |half: &str| {
-        let part = |range: std::ops::Range<usize>| half.get(range).unwrap_or_default().to_owned();
-        [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
-    };
-    let (data, tree) = contents.roothash.split_at(contents.roothash.len() / 2);
+fn partitions(contents: &Contents) -> Result<[String; 2]> {
     let stem = stem(contents);
-    [format!("{stem}_{}.root.raw", uuid(data)), format!("{stem}_{}.verity.raw", uuid(tree))]
+    let hash = &contents.roothash;
+    let half = |range: std::ops::Range<usize>| hash.get(range).and_then(|half| Uuid::parse_str(half).ok());
+    let (Some(data), Some(tree)) = (half(0..32), half(32..64)) else {
+        return fail(format!("the manifest of {stem} has no root hash; build it again"));
+    };
+    Ok([format!("{stem}_{data}.root.raw"), format!("{stem}_{tree}.verity.raw")])
 }
 
 fn newest(out: &Path) -> Result<Option<Contents>> {

@@ -17,13 +17,12 @@ use tokio::net::TcpListener;
 use crate::boots::{self, Boots, ENTRIES};
 use crate::error::{Error, Result};
 use crate::image::ImageInfo;
-use server::Server;
-
-pub use server::Here;
+use server::{Here, Server};
 
 const SYSUPDATE: &str = "/usr/lib/systemd/systemd-sysupdate";
 /// What systemd-sysupdate is to load, and from where; baked.
 const TRANSFERS: &str = "/usr/lib/sysupdate.d";
+const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
 /// Has systemd-sysupdate load what is offered. `scratch` is a folder for this alone.
 ///
@@ -100,6 +99,7 @@ impl Here {
         Ok(Self {
             root: PathBuf::from("/dev/mapper/root"),
             tree: Path::new("/dev/disk/by-partuuid").join(tree),
+            authorities: AUTHORITIES.into(),
             uki: uki.ok_or_else(|| Error::Failed("what runs has no boot entry".to_owned()))?,
         })
     }

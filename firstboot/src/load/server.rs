@@ -31,13 +31,14 @@ const LONGEST_LIST: usize = 16 << 20;
 type Body = UnsyncBoxBody<Bytes, Error>;
 
 /// What this node has.
-#[derive(Clone, Debug)]
-pub struct Here {
+pub(super) struct Here {
     /// The root that runs, as dm-verity lets it be read.
     pub root: PathBuf,
     pub tree: PathBuf,
     /// The boot entry of what runs.
     pub uki: PathBuf,
+    /// By whom TLS servers of the world are believed.
+    pub authorities: PathBuf,
 }
 
 pub(super) struct Server {
@@ -49,7 +50,7 @@ pub(super) struct Server {
 
 impl Server {
     pub(super) fn of(url: &str, here: Here) -> Result<Self> {
-        Ok(Self { upstream: Arc::new(Upstream::of(url)?), here, tree: Mutex::default() })
+        Ok(Self { upstream: Arc::new(Upstream::of(url, &here.authorities)?), here, tree: Mutex::default() })
     }
 
     /// Serves until it is dropped.
@@ -176,8 +177,11 @@ fn passed_on(answer: Response<Incoming>) -> Response<Body> {
 mod tests {
     use super::super::blocks::BLOCK;
     use super::*;
+    use crate::https::{self, Identity};
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use tokio_rustls::TlsAcceptor;
+    use tokio_rustls::rustls::ServerConfig;
 
     /// A server of files, as an operator might have.
     struct Folder {
@@ -223,9 +227,10 @@ mod tests {
         }
 
         /// Its address.
-        async fn open(self: Arc<Self>) -> String {
+        async fn open(self: Arc<Self>, tls: Option<Arc<ServerConfig>>) -> String {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let at = listener.local_addr().unwrap();
+            let scheme = if tls.is_some() { "https" } else { "http" };
             tokio::spawn(async move {
                 while let Ok((tcp, _)) = listener.accept().await {
                     let folder = self.clone();
@@ -234,24 +239,37 @@ mod tests {
                         async move { Ok::<_, Error>(answer) }
                     });
                     let http = hyper::server::conn::http1::Builder::new();
-                    tokio::spawn(http.serve_connection(TokioIo::new(tcp), service));
+                    let Some(tls) = tls.clone() else {
+                        tokio::spawn(http.serve_connection(TokioIo::new(tcp), service));
+                        continue;
+                    };
+                    // Who does not believe it hangs up.
+                    if let Ok(stream) = TlsAcceptor::from(tls).accept(tcp).await {
+                        tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
+                    }
                 }
             });
-            format!("http://{at}/db/")
+            format!("{scheme}://{at}/db/")
         }
     }
 
     /// What a node with the entry `own` gets.
     async fn loaded(folder: &Arc<Folder>, own: &[u8], name: &str) -> (StatusCode, Vec<u8>) {
+        loaded_from(&folder.clone().open(None).await, "", own, name).await
+    }
+
+    /// The same where TLS servers are believed by `authorities` (PEM).
+    async fn loaded_from(url: &str, authorities: &str, own: &[u8], name: &str) -> (StatusCode, Vec<u8>) {
         let dir = tempfile::tempdir().unwrap();
-        let uki = dir.path().join("own.efi");
+        let (uki, pem) = (dir.path().join("own.efi"), dir.path().join("authorities.pem"));
         fs::write(&uki, own).unwrap();
-        let here = Here { root: "/nowhere".into(), tree: "/nowhere".into(), uki };
-        let server = Server::of(&folder.clone().open().await, here).unwrap();
+        fs::write(&pem, authorities).unwrap();
+        let here = Here { root: "/nowhere".into(), tree: "/nowhere".into(), uki, authorities: pem.clone() };
+        let server = Server::of(url, here).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let serving = tokio::spawn(server.serve(listener));
-        let upstream = Upstream::of(&format!("http://{at}/")).unwrap();
+        let upstream = Upstream::of(&format!("http://{at}/"), &pem).unwrap();
         let mut connection = upstream.connect().await.unwrap();
         let answer = upstream.get(&mut connection, name, None).await.unwrap();
         let status = answer.status();
@@ -277,6 +295,26 @@ mod tests {
         assert!(status == StatusCode::OK && bytes == new);
         let list = folder.files["/db/a_2.blocks"].len() as u64;
         assert_eq!(folder.sent.load(Ordering::Relaxed), list + 1 + BLOCK as u64);
+    }
+
+    #[tokio::test]
+    async fn over_tls_only_from_whom_the_world_believes() {
+        let (old, new) = versions();
+        let folder = Arc::new(Folder::of(&new));
+        let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 1\n").unwrap();
+        let topology = fleet::Topology::of(&fleet);
+        let (authority, other) = (fleet::Issuer::root("world").unwrap(), fleet::Issuer::root("world").unwrap());
+        let key = fleet::PrivateKey::generate().unwrap();
+        let cert = authority.node(&topology, &topology.nodes[0], &key.public().unwrap()).unwrap();
+        let own = Identity { cert: &cert, key: key.pem() };
+        let url = folder.clone().open(Some(https::server(authority.certificate(), own).unwrap())).await;
+        let (status, bytes) = loaded_from(&url, authority.certificate(), &old, "a_2.efi").await;
+        assert!(status == StatusCode::OK && bytes == new);
+        let list = folder.files["/db/a_2.blocks"].len() as u64;
+        assert_eq!(folder.sent.load(Ordering::Relaxed), list + 1 + BLOCK as u64);
+        // A Debian's own list of them, of more than a hundred.
+        https::client(&fs::read_to_string(super::super::AUTHORITIES).unwrap(), None).unwrap();
+        assert_ne!(loaded_from(&url, other.certificate(), &old, "a_2.efi").await.0, StatusCode::OK);
     }
 
     #[tokio::test]

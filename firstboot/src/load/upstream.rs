@@ -1,6 +1,7 @@
 //! The update folder, as any HTTP server serves it.
 
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,8 +15,6 @@ use tokio_rustls::rustls::ClientConfig;
 use crate::error::{Error, Result};
 use crate::https::{self, Connection};
 
-/// Whom TLS servers of the world are believed by.
-const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 /// For a small file.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -30,15 +29,15 @@ pub(super) struct Upstream {
 }
 
 impl Upstream {
-    /// By the folder's URL.
-    pub(super) fn of(url: &str) -> Result<Self> {
+    /// By the folder's URL; TLS servers are believed by `authorities`, a file of certificates.
+    pub(super) fn of(url: &str, authorities: &Path) -> Result<Self> {
         let unusable = || Error::Failed(format!("{url} is no address that the agent loads from"));
         let uri: Uri = url.parse().map_err(|_| unusable())?;
         let authority = uri.authority().filter(|a| !a.as_str().contains('@')).ok_or_else(unusable)?;
         let (tls, port) = match uri.scheme_str() {
             Some("http") => (None, 80),
             Some("https") => {
-                let roots = fs::read_to_string(AUTHORITIES).map_err(Error::io("read", AUTHORITIES))?;
+                let roots = fs::read_to_string(authorities).map_err(Error::io("read", authorities))?;
                 (Some(https::client(&roots, None)?), 443)
             }
             _ => return Err(unusable()),
