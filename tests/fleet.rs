@@ -147,9 +147,11 @@ fn reaches_three_hubs(node: &Machine) {
     assert_eq!(node.ok(&until(sessions, "3")), "3");
 }
 
-/// Repeats a command until it prints `wanted`, for three minutes or so.
+/// Repeats a command until it prints `wanted`, for three minutes or so; its last errors are shown.
 fn until(command: &str, wanted: &str) -> String {
-    format!("for i in $(seq 50); do [ \"$({command})\" = {wanted} ] && break; sleep 2; done; {command}")
+    format!(
+        "for i in $(seq 50); do [ \"$(exec 2>/dev/null; {command})\" = {wanted} ] && break; sleep 2; done; {command}"
+    )
 }
 
 /// A write through the VIP, as a client does it: again, until it succeeds.

@@ -58,11 +58,11 @@ impl Paths {
 /// What is wrong; see [`Error::exit_code`] for whether trying again can help.
 pub async fn run(paths: &Paths) -> Result<()> {
     let image = Image::read(&paths.image)?;
-    // Units may be ordered after the agent's start, never after its end: hubs may not answer
-    // for hours.
-    notify("READY=1");
     let bus = zbus::Connection::system().await?;
     let status = Status::publish(&bus, &image.topology.name).await?;
+    // Whoever started the agent can ask it now. Units may be ordered after this, never after its
+    // end: hubs may not answer for hours.
+    notify("READY=1");
     let units = Systemd::new(&bus).await?;
     let who = identity(&paths.state, paths.credentials.as_ref(), &image).await?;
     let (who, renewed) = renew(&paths.state, who, &image).await?;
