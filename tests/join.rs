@@ -281,8 +281,8 @@ async fn who_shows_no_certificate_is_told_nothing() {
 }
 
 /// Nodes that ask hubs of chance, break off half-way, ask again; hubs that forget everything;
-/// members of etcd that are killed. Nobody gets two slots, no slot two owners, and what was
-/// acknowledged once stays.
+/// members of etcd that are killed, or cut off for a while. Nobody gets two slots, no slot two
+/// owners, and what was acknowledged once stays.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn crashes_give_no_slot_twice_and_lose_no_grant() {
     let mut site = Site::open(22_000, "app.count = 40\n");
@@ -301,6 +301,7 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
     let askers: Vec<Asker> = (0..60).map(|_| Site::asker(&token, "app")).collect();
     let mut acknowledged: BTreeMap<usize, (String, u64)> = BTreeMap::new();
     for round in 0..12 {
+        let cut_off = (round % 4 == 3).then(|| roll(3) as usize);
         match round % 4 {
             1 => {
                 let victim = roll(3) as usize;
@@ -316,6 +317,11 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
                 site.hubs[victim] = site.hub(victim);
             }
             _ => {}
+        }
+        if let Some(victim) = cut_off {
+            // For less than the others need to notice, or more: a leader then believes that it is one.
+            site.cluster.freeze(victim);
+            tokio::time::sleep(Duration::from_millis(roll(3000))).await;
         }
         let mut asked = JoinSet::new();
         for _ in 0..25 {
@@ -333,6 +339,9 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
                 let before = acknowledged.insert(who, got.clone());
                 assert!(before.is_none_or(|b| b == got), "{who} got another slot");
             }
+        }
+        if let Some(victim) = cut_off {
+            site.cluster.thaw(victim);
         }
     }
     for (who, got) in &acknowledged {

@@ -7,6 +7,8 @@ use std::process::{Child, Command, Stdio};
 use builder::lock::Lock;
 use builder::project::Project;
 use fleet::{Issuer, PrivateKey, Topology};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::{Lab, shared_store};
 
@@ -53,6 +55,21 @@ impl Cluster {
         if let Some(mut child) = self.members[i].take() {
             child.kill().and_then(|()| child.wait()).expect("a child");
         }
+    }
+
+    /// Cuts a member off: it does nothing and its connections stand, until it goes on with what it
+    /// believed.
+    pub fn freeze(&self, i: usize) {
+        self.signal(i, Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&self, i: usize) {
+        self.signal(i, Signal::SIGCONT);
+    }
+
+    fn signal(&self, i: usize, signal: Signal) {
+        let child = self.members[i].as_ref().expect("it runs");
+        kill(Pid::from_raw(i32::try_from(child.id()).expect("a pid")), signal).expect("a child");
     }
 
     pub fn start_member(&mut self, topology: &Topology, i: usize) {

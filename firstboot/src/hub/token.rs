@@ -58,7 +58,9 @@ pub(crate) fn no(reason: Reason, text: &str) -> Refusal {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use fleet::{Issuer, Joiner, MeshKey, PROTOCOL};
+    use fleet::{Issuer, Joiner, MeshKey, PROTOCOL, Token};
+    use proptest::prelude::*;
+    use std::sync::LazyLock;
 
     pub(crate) fn claims(group: &str) -> Claims {
         Claims {
@@ -118,5 +120,58 @@ pub(crate) mod tests {
         let body = serde_json::to_vec(&changed).unwrap();
         let e = verify(root.certificate(), "acme", &changed, &body, &signature).unwrap_err();
         assert_eq!(e.reason, Reason::Forged);
+    }
+
+    /// One request as its owner sent it: the root, the body, its signature.
+    fn sent() -> &'static (Issuer, Vec<u8>, String) {
+        static SENT: LazyLock<(Issuer, Vec<u8>, String)> = LazyLock::new(|| {
+            let root = Issuer::root("acme").unwrap();
+            let joiner = Joiner::mint(&root, claims("db")).unwrap();
+            let body = serde_json::to_vec(&asks(&joiner, "db", 1)).unwrap();
+            let signature = encoding::encode(&joiner.key.sign(&body).unwrap());
+            (root, body, signature)
+        });
+        &SENT
+    }
+
+    fn believes(body: &[u8], signature: &str) -> bool {
+        let root = sent().0.certificate();
+        serde_json::from_slice(body).is_ok_and(|r: JoinRequest| verify(root, "acme", &r, body, signature).is_ok())
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_byte_of_a_request_can_be_another(at: prop::sample::Index, change in 1u8..) {
+            let (_, body, signature) = sent();
+            prop_assert!(believes(body, signature));
+            let mut changed = body.clone();
+            changed[at.index(body.len())] ^= change;
+            prop_assert!(!believes(&changed, signature));
+        }
+
+        #[test]
+        fn nothing_that_is_read_makes_it_fall(body: Vec<u8>, texts: [String; 5]) {
+            let (root, whole, _) = sent();
+            let [text, signature, group, image, tls_key] = texts;
+            prop_assert!(!believes(&body, &signature));
+            prop_assert!(!believes(whole, &signature));
+            let known: JoinRequest = serde_json::from_slice(whole).unwrap();
+            // What nobody signed, and what the root did: a text that is no claims, a key that is none.
+            let sign = |claims: String| {
+                let signature = encoding::encode(&root.sign(claims.as_bytes()).unwrap());
+                Token { claims, signature }
+            };
+            let no_key = Claims { key: text.clone(), ..known.token.read().unwrap() };
+            let tokens = [
+                Token { claims: text.clone(), signature: signature.clone() },
+                sign(text),
+                sign(serde_json::to_string(&no_key).unwrap()),
+            ];
+            for token in tokens {
+                let (group, image, tls_key) = (group.clone(), image.clone(), tls_key.clone());
+                let request = JoinRequest { token, group, image, tls_key, ..known.clone() };
+                prop_assert!(!believes(&serde_json::to_vec(&request).unwrap(), &signature));
+            }
+        }
     }
 }
