@@ -65,13 +65,13 @@ rehearse: deps build
 quick-ha: deps build
 	cargo test --release --locked --workspace --test quick_ha -- --nocapture
 
-# Every service for real, a restore, rarer machines, an update cut short at every stage: three hours
+# Every service for real, a restore, rarer machines, an update cut short at every stage: four hours
 # where processors are emulated.
 roles: deps build
-	builder/host-deps.sh iproute2 dnsmasq-base xorriso busybox
+	builder/host-deps.sh iproute2 dnsmasq-base xorriso busybox swtpm
 	# The object store of the restore test; it wants Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
-	cargo test --release --locked --workspace --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test cuts -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test founders --test cuts -- --test-threads=1 --nocapture
 
 lint:
 	cargo fmt --all --check
