@@ -386,7 +386,8 @@ pub fn page(project: &Project, outcomes: &[Outcome], factor: u32, revision: Opti
     };
     Ok(format!(
         "# Rehearsal of `{}`\n\nMade by `bakehouse rehearse`, {}, revision {}, on {count} × {model}; {speed}. Seconds are the \
-         clients' longest silence after the fault; \"lost\" counts acknowledged writes that were not there afterwards.\n\n{}",
+         clients' longest silence after the fault (an upgrade's writers: all of more than a second together); \"lost\" \
+         counts acknowledged writes that were not there afterwards.\n\n{}",
         project.topology.name,
         date.trim(),
         revision.unwrap_or("unknown"),

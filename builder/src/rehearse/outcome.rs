@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::scenario::Limits;
 
+/// What somebody who writes notices, in milliseconds.
+const PAUSE: u64 = 1000;
+
 /// What the probe wrote down; times in milliseconds of its machine's clock.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,7 +37,9 @@ pub struct Outcome {
     /// Writes that were acknowledged in this run, and of them those that are not there.
     pub acknowledged: usize,
     pub lost: usize,
+    /// Odoo's answers since the fault that were none, and those that were good.
     pub errors: usize,
+    pub pages: usize,
     pub logouts: usize,
     /// Most database servers that took writes at the same time.
     pub primaries: usize,
@@ -58,6 +63,7 @@ impl Seen {
             acknowledged: self.writes.len(),
             lost: self.lost.len(),
             errors: self.errors.iter().filter(|t| **t >= t0).count(),
+            pages: self.http.iter().filter(|t| **t >= t0).count(),
             logouts: self.logouts.len(),
             primaries: at_once(&self.primaries),
             alert: None,
@@ -65,17 +71,24 @@ impl Seen {
             broken: Vec::new(),
         }
     }
+
+    /// The same where it was not one blow: what writers waited in all.
+    pub(super) fn outcome_in_all(&self, scenario: &'static str, t0: u64) -> Outcome {
+        Outcome { writes: waited(&self.writes, t0), ..self.outcome(scenario, Vec::new(), t0) }
+    }
 }
 
 impl Outcome {
     /// What was seen after this, as if it were one time.
     pub(super) fn add(&mut self, later: &Self) {
-        let sum = |a: Option<f64>, b: Option<f64>| Some(a? + b?);
-        (self.vip, self.writes, self.http) =
-            (sum(self.vip, later.vip), sum(self.writes, later.writes), sum(self.http, later.http));
+        let of_both = |a: Option<f64>, b: Option<f64>, both: fn(f64, f64) -> f64| Some(both(a?, b?));
+        self.vip = of_both(self.vip, later.vip, f64::max);
+        self.writes = of_both(self.writes, later.writes, |a, b| a + b);
+        self.http = of_both(self.http, later.http, f64::max);
         self.acknowledged += later.acknowledged;
         self.lost += later.lost;
         self.errors += later.errors;
+        self.pages += later.pages;
         self.logouts += later.logouts;
         self.primaries = self.primaries.max(later.primaries);
     }
@@ -95,6 +108,12 @@ impl Outcome {
                 self.broken.push(format!("{kind}: {took:.1} s, promised {:.1}", limit * factor));
             }
         }
+        let share = self.errors as f64 / (self.errors + self.pages).max(1) as f64;
+        if let Some(limit) = limits.errors
+            && share > limit
+        {
+            self.broken.push(format!("errors: {:.1} % of pages, promised {:.1} %", share * 100.0, limit * 100.0));
+        }
         for (what, count, most) in
             [("writes lost", self.lost, 0), ("logouts", self.logouts, 0), ("primaries at once", self.primaries, 1)]
         {
@@ -108,10 +127,20 @@ impl Outcome {
 /// The longest time between two successes that ended after `t0`, in seconds; none where there
 /// was no client of the kind.
 fn outage(successes: &[u64], t0: u64) -> Option<f64> {
+    (!successes.is_empty()).then(|| gaps(successes, t0).into_iter().max().unwrap_or(0) as f64 / 1e3)
+}
+
+/// All such times that were longer than [`PAUSE`].
+fn waited(successes: &[u64], t0: u64) -> Option<f64> {
+    let pauses = || gaps(successes, t0).into_iter().filter(|gap| *gap > PAUSE);
+    (!successes.is_empty()).then(|| pauses().sum::<u64>() as f64 / 1e3)
+}
+
+/// Milliseconds between each two successes, as far as they are after `t0`.
+fn gaps(successes: &[u64], t0: u64) -> Vec<u64> {
     let mut sorted = successes.to_vec();
     sorted.sort_unstable();
-    let gaps = sorted.windows(2).filter(|w| w[1] >= t0).map(|w| w[1] - w[0].max(t0.min(w[1])));
-    (!sorted.is_empty()).then(|| gaps.max().unwrap_or(0) as f64 / 1e3)
+    sorted.windows(2).filter(|w| w[1] >= t0).map(|w| w[1] - w[0].max(t0.min(w[1]))).collect()
 }
 
 /// How many took writes at the same time: a span is certain where it and the one before
@@ -163,7 +192,7 @@ mod tests {
 
     #[test]
     fn what_was_promised_is_held_against_it() {
-        let limits = Limits { vip: Some(0.5), writes: Some(3.0), http: None };
+        let limits = Limits { vip: Some(0.5), writes: Some(3.0), ..Limits::default() };
         let mut slow = seen().outcome("hub", Vec::new(), 200);
         slow.judge(&limits, None, 1.0);
         assert_eq!(slow.broken, ["VIP: 0.7 s, promised 0.5"]);
@@ -173,6 +202,23 @@ mod tests {
         let mut unheard = seen().outcome("hub", Vec::new(), 200);
         unheard.judge(&limits, Some(30.0), 10.0);
         assert!(unheard.broken[0].starts_with("alert"), "{:?}", unheard.broken);
+    }
+
+    #[test]
+    fn what_comes_in_several_blows_is_added_up() {
+        let seen = Seen {
+            vip: vec![0, 500, 3000],
+            writes: vec![0, 1500, 1600, 4000, 4900],
+            http: (0..999).map(|t| 5 * t).collect(),
+            errors: vec![600, 700],
+            ..Seen::default()
+        };
+        let mut o = seen.outcome_in_all("upgrade", 0);
+        assert_eq!((o.vip, o.writes, o.pages), (Some(2.5), Some(3.9), 999));
+        o.add(&seen.outcome_in_all("upgrade", 500));
+        assert_eq!((o.vip, o.writes, o.pages, o.errors), (Some(2.5), Some(6.3), 1898, 4));
+        o.judge(&Limits { errors: Some(0.001), ..Limits::default() }, None, 10.0);
+        assert_eq!(o.broken, ["errors: 0.2 % of pages, promised 0.1 %"]);
     }
 
     #[test]

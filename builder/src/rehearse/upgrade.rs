@@ -86,7 +86,7 @@ impl Rehearsal<'_> {
         }
         whole(self.project, step, EACH)?;
         let seen = probe.end(self.factor)?;
-        Ok(seen.outcome(scenario.name, Vec::new(), t0))
+        Ok(seen.outcome_in_all(scenario.name, t0))
     }
 
     /// Versions that run; who restarts has none.
