@@ -61,9 +61,11 @@ rehearse: deps build
 	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(basename $(notdir $(FLEET))).md --revision "$$(git rev-parse HEAD)"
 	$(BAKEHOUSE) -C $(REHEARSAL) down
 
-# Quick HA from blank disks, and three of its machines' deaths: an hour where two processors are emulated.
+# Quick HA from blank disks, three of its machines' deaths, a change of its images under load: two hours where
+# two processors are emulated.
 quick-ha: deps build
-	cargo test --release --locked --workspace --test quick_ha -- --nocapture
+	builder/host-deps.sh busybox
+	cargo test --release --locked --workspace --test quick_ha --test rolling -- --test-threads=1 --nocapture
 
 # Every service for real, a restore, rarer machines, an update cut short at every stage: four hours
 # where processors are emulated.

@@ -45,10 +45,10 @@ pub fn runs(hub: &Machine) -> String {
 }
 
 /// Waits until the image that runs has proven itself; until then no other is taken.
-pub fn is_blessed(hub: &Machine) {
-    let version = runs(hub);
-    hub.ok(&format!(
-        "for i in $(seq 120); do [ -e /efi/EFI/Linux/up-hub_{version}.efi ] && exit; sleep 2; done; exit 1"
+pub fn is_blessed(node: &Machine) {
+    let version = runs(node);
+    node.ok(&format!(
+        "for i in $(seq 120); do ls /efi/EFI/Linux | grep -q '_{version}.efi$' && exit; sleep 2; done; exit 1"
     ));
 }
 
@@ -59,20 +59,25 @@ pub fn publish(lab: &Lab) {
 
 /// The fleet, of the name `up`, built, which looks for updates when it is told to; and the server.
 pub fn lab_of_one(name: &str) -> (Lab, Server) {
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
     let lab = Lab::empty(name);
     lab.write(
         "fleet.toml",
-        &format!(
-            "name = \"up\"\nversion = \"1\"\n[update]\nurl = \"http://192.0.2.100:{port}/\"\nwhen = \"2099-01-01\"\n\
-             [groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n"
-        ),
+        "name = \"up\"\nversion = \"1\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n",
     );
+    let server = serve_updates(&lab);
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let server = Server::of(&lab, port);
     (lab, server)
+}
+
+/// Has a fleet's nodes look here for updates, when they are told to.
+pub fn serve_updates(lab: &Lab) -> Server {
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+    let fleet = lab.read("fleet.toml");
+    let update = format!("[update]\nurl = \"http://192.0.2.100:{port}/\"\nwhen = \"2099-01-01\"\n");
+    lab.write("fleet.toml", &format!("{fleet}\n{update}"));
+    Server::of(lab, port)
 }
 
 /// Makes the next version one that builds and does not work.
@@ -104,10 +109,11 @@ pub fn goes_back(hub: &Machine) {
     });
 }
 
-/// Waits until every hub knows that this version is none to try.
-pub fn is_denied(hub: &Machine, version: &str) {
+/// Waits until every hub knows that this version is none to try; says why.
+pub fn is_denied(hub: &Machine, version: &str) -> String {
     let denied = format!("{ETCDCTL} get --prefix --print-value-only /bakehouse/rollout/denied/{version}");
     let said = hub.ok(&format!("for i in $(seq 60); do {denied} | grep . && exit; sleep 2; done; exit 1"));
-    assert!(said.contains("did not come up on hub-1"), "{said}");
+    assert!(said.contains("did not come up on "), "{said}");
     assert_eq!(hub.ok(&format!("{ETCDCTL} get /bakehouse/rollout/turn")), "");
+    said
 }
