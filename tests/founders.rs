@@ -73,8 +73,22 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     two.wipe();
     two.start_with(&ticket("hub-2"));
     two.wait_for(&["another machine is hub-2 since epoch 1: this one has stopped", "--replace"]);
-    two.ok("for i in $(seq 60); do systemctl is-active -q etcd keepalived || exit 0; sleep 1; done; exit 1");
+    is_stopped(&two);
     agree(&[&one, &monitor], "without");
+
+    // Nor is it taken where etcd can't be asked: of three, one knows that it had another owner.
+    for node in [&one, &two, &monitor] {
+        node.cut_power();
+    }
+    two.wipe();
+    two.start_with(&ticket("hub-2"));
+    one.start();
+    two.wait_for(&["another machine is hub-2 since epoch 1: this one has stopped"]);
+    is_stopped(&two);
+    let forgotten = one.exec(&format!("{ETCDCTL} put /test/forgotten x"));
+    assert_ne!(forgotten.status, 0, "a quorum with one that has forgotten everything: {}", forgotten.output);
+    monitor.start();
+    agree(&[&one, &monitor], "remembered");
 
     // With the right one it is taken in, as the next owner, though it loses its power on the way.
     two.cut_power();
@@ -105,13 +119,18 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
         node.wait_for(&[&format!("bakehouse: ready ({name})")]);
     }
     agree(&[&one, &two, &monitor], "powered");
-    for what in ["two", "three", "back", "without", "meanwhile", "again", "monitored"] {
+    for what in ["two", "three", "back", "without", "remembered", "meanwhile", "again", "monitored"] {
         assert_eq!(two.ok(&format!("{ETCDCTL} get --print-value-only /test/{what}")), "written", "{what}");
     }
     assert_eq!(two.ok(&slots()), "hub-1\nhub-2\nmonitor-1");
     for node in [&one, &two, &monitor] {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
     }
+}
+
+#[track_caller]
+fn is_stopped(node: &Machine) {
+    node.ok("for i in $(seq 60); do systemctl is-active -q etcd keepalived || exit 0; sleep 1; done; exit 1");
 }
 
 /// A machine with a replacement's ticket becomes the second owner of its slot, with a vote of its own.

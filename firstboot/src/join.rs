@@ -150,12 +150,13 @@ impl Hubs {
         last
     }
 
-    /// Tells every hub whose key is not known who this founder is; gives what they know.
-    pub async fn introduce(&self, own: &Introduction, known: impl Fn(&str) -> bool) -> Vec<Peers> {
+    /// Tells every hub whose key is not known who this founder is; gives what they know, by hub.
+    pub async fn introduce(&self, own: &Introduction, known: impl Fn(&str) -> bool) -> Vec<(String, Peers)> {
         let body = serde_json::to_vec(own).unwrap_or_default();
         let asked = self.hosts.iter().filter(|(slot, _)| !known(slot)).map(async |(slot, host)| {
             let answer = self.ask(slot, host, "POST", "/v1/introduce", &[], &body).await;
-            answer.and_then(|b| read::<Peers>(slot, &b)).inspect_err(|e| println!("{e}")).ok()
+            let peers = answer.and_then(|b| read::<Peers>(slot, &b)).inspect_err(|e| println!("{e}")).ok();
+            peers.map(|peers| (slot.clone(), peers))
         });
         futures_util::future::join_all(asked).await.into_iter().flatten().collect()
     }

@@ -109,6 +109,7 @@ impl Member {
                 root: who.state.root.clone(),
                 issuer,
                 secrets: who.state.secrets.clone(),
+                epoch: own_epoch,
                 desk: desk.clone(),
                 neighbourhood: neighbourhood.clone(),
             };
@@ -117,7 +118,7 @@ impl Member {
         };
         // Founders find each other before there is an etcd.
         let introduced = async {
-            let own = Introduction { version: PROTOCOL, mesh_key };
+            let own = Introduction { version: PROTOCOL, mesh_key, epoch: own_epoch };
             let mut pause = Pause::default();
             loop {
                 let owners = desk.owners();
@@ -126,9 +127,13 @@ impl Member {
                 // Where all are known, one is still asked: a founder that was cut off while another
                 // machine took its place hears of it from nobody else.
                 if answers.is_empty() {
-                    answers.extend(hubs.peers().await);
+                    answers.extend(hubs.peers().await.map(|peers| (String::new(), peers)));
                 }
-                for peers in answers {
+                for (hub, peers) in answers {
+                    // It is to be stopped, and knows nothing.
+                    if peers.keys.get(&hub).is_some_and(|key| neighbourhood.is_stranger(&hub, peers.epoch, *key)) {
+                        continue;
+                    }
                     if let Some(why) = sent_away(&hubs, &node.name, own_epoch, &peers).await {
                         return Err(why);
                     }
@@ -164,7 +169,7 @@ impl Member {
                     let keys = held.map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
                     // Founders that etcd does not know yet have introduced themselves.
                     let founder = |slot: &str| topology.node(slot).is_some_and(|n| topology.is_founder(n));
-                    neighbourhood.replace(&keys, |slot| founder(slot) && !owners.contains_key(slot));
+                    neighbourhood.are_granted(&keys, |slot| founder(slot) && !owners.contains_key(slot));
                 });
                 if let Err(e) = followed.await {
                     println!("{e}");

@@ -14,6 +14,8 @@ use crate::state::Neighbours;
 pub struct Neighbourhood {
     dir: PathBuf,
     keys: watch::Sender<BTreeMap<String, MeshKey>>,
+    /// Slots whose keys are etcd's word.
+    granted: Mutex<BTreeSet<String>>,
     /// Those whom nothing is let through from for now, and those of them whom the kernel does not know any more.
     shut: Mutex<BTreeSet<String>>,
     out: watch::Sender<BTreeSet<String>>,
@@ -23,11 +25,12 @@ impl Neighbourhood {
     /// What is on the disk, and `first` in addition.
     #[must_use]
     pub fn load(dir: &Path, first: BTreeMap<String, MeshKey>) -> Self {
-        let mut keys = Neighbours::load(dir).keys;
+        let Neighbours { mut keys, granted, .. } = Neighbours::load(dir);
         keys.extend(first);
         Self {
             dir: dir.to_owned(),
             keys: watch::Sender::new(keys),
+            granted: Mutex::new(granted),
             shut: Mutex::default(),
             out: watch::Sender::default(),
         }
@@ -81,31 +84,57 @@ impl Neighbourhood {
 
     /// One more, or another key for one.
     pub fn learn(&self, slot: &str, key: MeshKey) {
-        self.change(|keys| keys.insert(slot.to_owned(), key) != Some(key));
+        self.change(|keys, _| keys.insert(slot.to_owned(), key) != Some(key));
+    }
+
+    /// Whether somebody who says that it has founded its slot is not who etcd has let in there: a blank
+    /// machine with an ordinary ticket. It must not get a vote, which has forgotten what it voted for.
+    #[must_use]
+    pub fn is_stranger(&self, slot: &str, epoch: u64, key: MeshKey) -> bool {
+        epoch == 1 && self.granted().contains(slot) && self.keys.borrow().get(slot).is_some_and(|known| *known != key)
+    }
+
+    /// What etcd says: these are known now; of the others, those that `keep` says stay.
+    pub fn are_granted(&self, new: &BTreeMap<String, MeshKey>, keep: impl Fn(&str) -> bool) {
+        self.change(|keys, granted| {
+            let before = std::mem::replace(granted, new.keys().cloned().collect());
+            replaced(keys, new, keep) || before != *granted
+        });
     }
 
     /// These are known now; of the others, those that `keep` says stay.
     pub fn replace(&self, new: &BTreeMap<String, MeshKey>, keep: impl Fn(&str) -> bool) {
-        self.change(|keys| {
-            let mut next = keys.clone();
-            next.retain(|slot, _| keep(slot));
-            next.extend(new.iter().map(|(slot, key)| (slot.clone(), *key)));
-            let changed = next != *keys;
-            *keys = next;
-            changed
-        });
+        self.change(|keys, _| replaced(keys, new, keep));
     }
 
-    fn change(&self, change: impl FnOnce(&mut BTreeMap<String, MeshKey>) -> bool) {
+    fn granted(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.granted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<String, MeshKey>, &mut BTreeSet<String>) -> bool) {
         self.keys.send_if_modified(|keys| {
-            let changed = change(keys);
+            let mut granted = self.granted();
+            let changed = change(keys, &mut granted);
             // A disk that is full must not cost the mesh: it is asked for again after a boot.
-            if changed && let Err(e) = Neighbours::of(keys.clone()).store(&self.dir) {
+            if changed && let Err(e) = Neighbours::of(keys.clone(), granted.clone()).store(&self.dir) {
                 eprintln!("{e}");
             }
             changed
         });
     }
+}
+
+fn replaced(
+    keys: &mut BTreeMap<String, MeshKey>,
+    new: &BTreeMap<String, MeshKey>,
+    keep: impl Fn(&str) -> bool,
+) -> bool {
+    let mut next = keys.clone();
+    next.retain(|slot, _| keep(slot));
+    next.extend(new.iter().map(|(slot, key)| (slot.clone(), *key)));
+    let changed = next != *keys;
+    *keys = next;
+    changed
 }
 
 #[cfg(test)]
@@ -126,5 +155,22 @@ mod tests {
         assert_eq!(Neighbourhood::load(dir.path(), BTreeMap::new()).keys(), all.keys());
         all.replace(&BTreeMap::from([("hub-3".to_owned(), one)]), |slot| slot == "hub-1");
         assert_eq!(all.keys().into_keys().collect::<Vec<_>>(), ["hub-1", "hub-3"]);
+    }
+
+    #[test]
+    fn who_founds_a_slot_that_etcd_gave_to_another_is_a_stranger() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (MeshKey([1; 32]), MeshKey([2; 32]));
+        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        // Before there is an etcd, a founder may lose its disk and come again.
+        all.learn("hub-1", old);
+        assert!(!all.is_stranger("hub-1", 1, new));
+        all.learn("hub-2", old);
+        all.are_granted(&BTreeMap::from([("hub-1".to_owned(), old)]), |_| true);
+        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        assert!(all.is_stranger("hub-1", 1, new));
+        assert!(!all.is_stranger("hub-1", 1, old) && !all.is_stranger("hub-2", 1, new));
+        // Keys that were renewed, or a replacement, while this node was off.
+        assert!(!all.is_stranger("hub-1", 2, new));
     }
 }

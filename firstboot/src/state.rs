@@ -5,7 +5,7 @@
 //! `bakehouse plan` says that there is no way back. `fixtures/` keeps what was ever written.
 //! What is there stays as it is, for that reason also unsealed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::ops::RangeInclusive;
@@ -57,6 +57,9 @@ pub struct State {
 pub struct Neighbours {
     version: u16,
     pub keys: BTreeMap<String, MeshKey>,
+    /// Slots whose keys are etcd's word, on a founder.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub granted: BTreeSet<String>,
 }
 
 impl State {
@@ -104,8 +107,8 @@ impl Neighbours {
     const VERSION: u16 = 1;
 
     #[must_use]
-    pub fn of(keys: BTreeMap<String, MeshKey>) -> Self {
-        Self { version: Self::VERSION, keys }
+    pub fn of(keys: BTreeMap<String, MeshKey>, granted: BTreeSet<String>) -> Self {
+        Self { version: Self::VERSION, keys, granted }
     }
 
     /// Empty where there is nothing to read: they can be asked for again.
@@ -123,7 +126,7 @@ impl Neighbours {
     /// # Errors
     /// The disk says no; what was there before still is.
     pub fn store(&self, dir: &Path) -> Result<()> {
-        write_json(&dir.join("neighbours.json"), &Self::of(self.keys.clone()))
+        write_json(&dir.join("neighbours.json"), &Self::of(self.keys.clone(), self.granted.clone()))
     }
 }
 
@@ -386,7 +389,7 @@ mod tests {
     fn damaged_neighbours_are_asked_for_again() {
         let dir = tempfile::tempdir().unwrap();
         let keys = BTreeMap::from([("hub-1".to_owned(), MeshKey([7; 32]))]);
-        Neighbours::of(keys.clone()).store(dir.path()).unwrap();
+        Neighbours::of(keys.clone(), BTreeSet::new()).store(dir.path()).unwrap();
         assert_eq!(Neighbours::load(dir.path()).keys, keys);
         fs::write(dir.path().join("neighbours.json"), "{").unwrap();
         assert_eq!(Neighbours::load(dir.path()).keys, BTreeMap::new());

@@ -114,6 +114,13 @@ impl Reason {
 pub struct Introduction {
     pub version: u16,
     pub mesh_key: MeshKey,
+    /// How many owners the slot has had, with this one, as far as it knows.
+    #[serde(default = "first")]
+    pub epoch: u64,
+}
+
+fn first() -> u64 {
+    1
 }
 
 /// `POST /v1/revoke`, signed by the fleet's root: a token is of no use any more.
@@ -156,6 +163,9 @@ pub struct Departure {
 pub struct Peers {
     /// Keys of the hubs and the other founders, by slot.
     pub keys: BTreeMap<String, MeshKey>,
+    /// Of the hub that answers, as in [`Introduction`].
+    #[serde(default = "first")]
+    pub epoch: u64,
     /// Another node has the asker's slot, since this epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fenced: Option<u64>,

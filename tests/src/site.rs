@@ -86,6 +86,7 @@ impl Site {
             topology: self.topology.clone(),
             root: self.root.certificate().to_owned(),
             issuer,
+            epoch: 1,
             secrets: Secrets::sample(),
             desk: desk.clone(),
             neighbourhood: Arc::new(Neighbourhood::load(&dir, BTreeMap::new())),

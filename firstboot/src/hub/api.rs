@@ -47,6 +47,8 @@ pub struct Hub {
     pub root: String,
     pub issuer: Issuer,
     pub secrets: Secrets,
+    /// Of this hub's own grant.
+    pub epoch: u64,
     pub desk: Arc<ClaimsDesk>,
     pub neighbourhood: Arc<Neighbourhood>,
 }
@@ -289,7 +291,11 @@ impl Hub {
         if self.topology.node(&member.slot).is_none_or(|n| !self.topology.is_founder(n)) {
             return Err(no(Reason::Malformed, &format!("{} is no founder", member.slot)));
         }
-        let peers = self.peers(member);
+        let mut peers = self.peers(member);
+        // Where etcd can't be asked, what it said is still true.
+        if self.neighbourhood.is_stranger(&member.slot, said.epoch, said.mesh_key) {
+            peers.fenced.get_or_insert(1);
+        }
         if peers.fenced.is_none() {
             self.neighbourhood.learn(&member.slot, said.mesh_key);
         }
@@ -301,7 +307,7 @@ impl Hub {
         let leaving = fenced.is_none() && self.desk.is_leaving(&member.slot);
         let owners = self.desk.owners();
         let vacant = owners.iter().filter(|(_, r)| r.vacant).map(|(slot, _)| slot.clone()).collect();
-        Peers { keys: self.founders(), fenced, leaving, vacant }
+        Peers { keys: self.founders(), epoch: self.epoch, fenced, leaving, vacant }
     }
 
     /// Keys of those that everybody has to know.
