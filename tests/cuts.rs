@@ -59,6 +59,31 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     }
 }
 
+/// A TPM counts what ends without a word, as it does wrong passwords; a virtual one is silent after three.
+#[test]
+fn a_machine_with_a_tpm_outlives_any_number_of_power_cuts() {
+    let lab = Lab::empty("tpm");
+    lab.write("fleet.toml", "name = \"sealed\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n");
+    lab.init();
+    lab.ok(&["lock"]);
+    lab.ok(&["build"]);
+    let mut hub = Machine::of(&lab, "hub-1");
+    let tpm = lab.dir.join("tpm");
+    hub.has_tpm(Some(&tpm));
+    for _ in 0..6 {
+        hub.start();
+        hub.wait_for(&["bakehouse: ready (hub-1)"]);
+        assert!(hub.ok("cat /var/lib/bakehouse/state.json").contains("\"sealed\""));
+        hub.cut_power();
+    }
+    hub.start();
+    hub.wait_for(&["bakehouse: ready (hub-1)"]);
+    let said = hub.ok("journalctl -b -o cat -u firstboot-tpm --no-pager");
+    assert!(said.contains("Finished firstboot-tpm.service") && !said.contains("keeps its count"), "{said}");
+    assert!(hub.exposure("firstboot-tpm.service") < 3.0);
+    assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
+}
+
 #[test]
 fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
     let (lab, _server) = lab_of_one("cuts");

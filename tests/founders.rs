@@ -23,8 +23,7 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let mut one = Machine::alone(&lab, "hub-1");
-    let [two, monitor] = ["hub-2", "monitor-1"].map(|name| Machine::alone(&lab, name));
+    let [mut one, two, monitor] = ["hub-1", "hub-2", "monitor-1"].map(|name| Machine::of(&lab, name));
     let ticket = |name: &str| lab.ok(&["ticket", name]).out;
     let heir = |name: &str| lab.ok(&["ticket", name, "--replace"]).out;
 

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fleet::encoding;
+use nix::errno::Errno;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -76,6 +77,14 @@ impl Sealer {
         let broken = |e: &dyn Display| Error::Failed(format!("{}: {e}", self.0.display()));
         let whole = reply.strip_suffix(&[0]).ok_or_else(|| broken(&"no answer"))?;
         let reply: Reply = serde_json::from_slice(whole).map_err(|e| broken(&e))?;
+        // What systemd makes of TPM_RC_LOCKOUT.
+        if reply.parameters.get("errno").and_then(Value::as_i64) == Some(Errno::ENOLCK as i64) {
+            return Err(Error::Failed(
+                "this machine's TPM is locked: it takes power cuts for attempts to guess a password, and somebody gave \
+                 it an owner's password; it opens by itself, in minutes or a day, and is asked until then"
+                    .to_owned(),
+            ));
+        }
         Ok(match (reply.error, reply.parameters.get(field).and_then(Value::as_str)) {
             (None, Some(bytes)) => Ok(bytes.to_owned()),
             (error, _) => Err(error.unwrap_or_else(|| "an empty answer".to_owned())),
@@ -140,6 +149,25 @@ pub mod tests {
             // It may be the TPM's mood: it is asked again.
             assert_eq!(e.exit_code(), 1);
         }
+    }
+
+    #[test]
+    fn a_tpm_that_is_locked_is_not_another_machines() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("locked");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let answers = thread::spawn(move || {
+            for stream in listener.incoming().take(2).flatten() {
+                BufReader::new(&stream).read_until(0, &mut Vec::new()).unwrap();
+                let reply = json!({ "error": "io.systemd.System", "parameters": { "errno": 37 } });
+                (&stream).write_all(format!("{reply}\0").as_bytes()).unwrap();
+            }
+        });
+        let locked = Sealer(socket);
+        for e in [locked.open("keys.json", "").unwrap_err(), locked.seal("keys.json", b"").map(drop).unwrap_err()] {
+            assert!(e.to_string().contains("TPM is locked") && e.exit_code() == 1, "{e}");
+        }
+        answers.join().unwrap();
     }
 
     #[test]
