@@ -187,6 +187,22 @@ fn a_program_of_the_image_makes_a_file_once() {
     lab.run(&["build", "hub"]).fails(2, &["usr/share/mine/users:1: holds a private key"]);
 }
 
+/// Odoo and PostgreSQL of the image, for real, in its tree.
+#[test]
+fn people_on_odoo_do_not_notice_that_the_primary_changes() {
+    let lab = Lab::of_fleet("switchover", "ha");
+    lab.edit("fleet.toml", "[groups.app]", "[groups.app]\noverlays = [\"people\"]");
+    let people = "usr/share/people";
+    lab.write(
+        "overlays/people/overlay.toml",
+        &format!("[[check]]\nof = [\"{people}/\"]\ncommand = [\"python3\", \"/{people}/look\"]\n"),
+    );
+    // What a run before this one saw is no answer.
+    let now = UNIX_EPOCH.elapsed().expect("a clock").as_nanos();
+    lab.write(&format!("overlays/people/{people}/look"), &format!("{}# {now}\n", include_str!("src/switchover.py")));
+    lab.ok(&["build", "app"]);
+}
+
 #[test]
 fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
     let lab = Lab::of_fleet("overlays", "ha");

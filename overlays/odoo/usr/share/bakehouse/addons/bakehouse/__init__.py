@@ -1,4 +1,5 @@
-from . import processes, sessions
+from . import database, processes, sessions
 
+database.patch()
 processes.patch()
 sessions.patch()

@@ -1,0 +1,162 @@
+"""People look at Odoo while its database's primary ends and another begins; in the image's tree, where
+one PostgreSQL that stops and starts plays both. Ends with 1, and what they saw, when they noticed."""
+import fcntl
+import gzip
+import http.cookiejar
+import json
+import os
+import pwd
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+BIN = "/usr/lib/postgresql/17/bin"
+PLACE = "/tmp/switchover"
+# Seconds: as odoo.env has it on a node, with room for a busy machine.
+WAIT = 10
+SECRETS = """
+UPDATE public.res_users SET password = 'admin' WHERE login = 'admin';
+INSERT INTO public.ir_config_parameter (key, value)
+VALUES ('database.secret', 'x'), ('database.uuid', 'x'), ('database.create_date', '2026-01-01 00:00:00');
+"""
+CONFIG = f"""[options]
+db_host = 127.0.0.1
+db_port = 5000
+db_user = odoo
+db_name = odoo
+dbfilter = ^odoo$
+list_db = False
+http_interface = 127.0.0.1
+workers = 2
+max_cron_threads = 0
+data_dir = {PLACE}/files
+addons_path = /usr/lib/python3/dist-packages/odoo/addons,/usr/share/bakehouse/addons
+server_wide_modules = base,rpc,web,bakehouse
+log_level = warn
+"""
+
+good, bad, logouts = [], [], []
+
+
+def loopback():
+    """The sandbox's is down."""
+    with socket.socket() as line:
+        fcntl.ioctl(line, 0x8914, struct.pack("16sH14s", b"lo", 0x41, b""))
+
+
+def start(*command, **more):
+    user = pwd.getpwnam("odoo")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": PLACE, "DATABASE_WAIT": str(WAIT)}
+    return subprocess.Popen(command, user=user.pw_uid, group=user.pw_gid, extra_groups=[], env=environment, **more)
+
+
+def run(*command, stdin=None):
+    process = start(*command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process.communicate(stdin)
+    if process.returncode:
+        sys.exit(f"{command[0]} ended with {process.returncode}")
+
+
+def control(*words):
+    run(f"{BIN}/pg_ctl", "-D", f"{PLACE}/data", "-s", "-w", "-t", "60", "-l", f"{PLACE}/log", *words)
+
+
+def database():
+    options = ["-U", "odoo", "-E", "UTF8", "--locale=C", "--no-sync", "--auth=trust", "--no-instructions"]
+    run(f"{BIN}/initdb", "-D", f"{PLACE}/data", *options)
+    with open(f"{PLACE}/data/postgresql.conf", "a") as file:
+        file.write(f"listen_addresses = '127.0.0.1'\nport = 5000\nunix_socket_directories = '{PLACE}'\nfsync = off\n")
+    control("start")
+    here = ["-h", PLACE, "-p", "5000", "-U", "odoo"]
+    run(f"{BIN}/createdb", *here, "-T", "template0", "odoo")
+    # The image's own is made at the same time as this runs.
+    subprocess.run(["/usr/lib/bakehouse/odoo-make", f"{PLACE}/seed"], check=True)
+    with gzip.open(f"{PLACE}/seed") as seed:
+        run(f"{BIN}/psql", "-q", *here, "odoo", stdin=seed.read() + SECRETS.encode())
+
+
+class User:
+    """Somebody who is logged in, and asks all the time."""
+
+    def __init__(self):
+        jar = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
+        self.web = urllib.request.build_opener(jar)
+
+    def call(self, path, **params):
+        body = json.dumps({"jsonrpc": "2.0", "method": "call", "params": params}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:8069{path}", body, {"Content-Type": "application/json"})
+        with self.web.open(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def ask(self):
+        while True:
+            try:
+                self.call("/web/session/authenticate", db="odoo", login="admin", password="admin")["result"]["uid"]
+                break
+            except (OSError, KeyError):
+                time.sleep(0.5)
+        while True:
+            try:
+                answer = self.call(
+                    "/web/dataset/call_kw/res.users/search_read",
+                    model="res.users", method="search_read", args=[[], ["name"]], kwargs={},
+                )
+                if "result" in answer:
+                    good.append(time.monotonic())
+                else:
+                    (logouts if answer["error"]["code"] == 100 else bad).append(answer["error"]["data"]["message"])
+            except (OSError, ValueError) as error:
+                bad.append(repr(error))
+            time.sleep(0.02)
+
+
+def answers(odoo, more):
+    """Waits for as many good answers."""
+    enough, until = len(good) + more, time.monotonic() + 180
+    while len(good) < enough:
+        if odoo.poll() is not None or time.monotonic() > until:
+            with open(f"{PLACE}/odoo.log") as log:
+                sys.exit(f"Odoo does not answer; it ended with {odoo.poll()}:\n{log.read()[-3000:]}")
+        time.sleep(0.2)
+
+
+def main():
+    loopback()
+    os.makedirs(PLACE)
+    os.chown(PLACE, pwd.getpwnam("odoo").pw_uid, -1)
+    database()
+    config = f"{PLACE}/odoo.conf"
+    with open(config, "w") as file:
+        file.write(CONFIG)
+    with open(f"{PLACE}/odoo.log", "w") as log:
+        odoo = start("/usr/bin/odoo", "server", "-c", config, stdout=log, stderr=log)
+    for _ in range(3):
+        threading.Thread(target=User().ask, daemon=True).start()
+    answers(odoo, 30)
+
+    for pause in [0, 3]:
+        control("stop", "-m", "fast")
+        time.sleep(pause)
+        control("start")
+        answers(odoo, 30)
+        if bad or logouts:
+            sys.exit(f"{pause} s without a primary: {len(bad)} errors ({bad[:3]}), {len(logouts)} logouts")
+
+    # Nobody is kept waiting for ever, and Odoo outlives it.
+    control("stop", "-m", "fast")
+    time.sleep(WAIT + 4)
+    if not bad:
+        sys.exit("nobody was told that there is no database")
+    control("start")
+    answers(odoo, 30)
+    if logouts:
+        sys.exit(f"{len(logouts)} logouts")
+    # With the sandbox all of it ends.
+    os._exit(0)
+
+
+main()
