@@ -5,15 +5,16 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fleet::{Node, Topology};
+use serde_json::Value;
 use tokio_rustls::rustls::ClientConfig;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::https::{Connection, request};
 
 const PORT: u16 = 8008;
 /// Longest answer that is read.
 const LONGEST: usize = 1 << 20;
-/// How long a primary is waited for to become a standby.
+/// How long a standby is waited for to become the primary.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where Patroni keeps what it knows in etcd.
@@ -24,6 +25,13 @@ pub fn scope(topology: &Topology) -> String {
         None => topology.name.clone(),
     };
     format!("/bakehouse/{of}/")
+}
+
+/// Whether one of the members, as Patroni lists them, takes writes.
+fn has_primary(members: &[u8]) -> bool {
+    let known: Value = serde_json::from_slice(members).unwrap_or_default();
+    let members = known["members"].as_array().map(Vec::as_slice).unwrap_or_default();
+    members.iter().any(|m| m["role"] == "leader" && m["state"] == "running")
 }
 
 /// Patroni on this node.
@@ -60,6 +68,13 @@ impl Patroni {
             last = self.ask("POST", "/switchover", &format!("{{\"leader\":\"{}\"}}", self.slot)).await.map(drop);
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
+        // Whoever is told to end in the middle of it leaves the fleet without a primary for longer.
+        while !self.ask("GET", "/cluster", "").await.is_ok_and(|members| has_primary(&members)) {
+            if Instant::now() > until {
+                return Err(Error::Failed("no other node has become the primary yet".to_owned()));
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         Ok(())
     }
 
@@ -67,5 +82,27 @@ impl Patroni {
         let mut connection = Connection::open(&self.address, PORT, &self.address, &self.tls).await?;
         let headers = [("content-type", "application/json")];
         connection.ask(request(method, &self.address, path, &headers, body.to_owned().into())?, LONGEST).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As Patroni 4 answers.
+    #[test]
+    fn a_primary_is_one_that_runs() {
+        let members = |role: &str, state: &str| {
+            format!(
+                "{{\"members\": [{{\"name\": \"db-1\", \"role\": \"replica\", \"state\": \"stopped\"}}, \
+                 {{\"name\": \"db-2\", \"role\": \"{role}\", \"state\": \"{state}\", \"timeline\": 2}}], \
+                 \"scope\": \"ha\"}}"
+            )
+        };
+        assert!(has_primary(members("leader", "running").as_bytes()));
+        for (role, state) in [("leader", "stopped"), ("leader", "starting"), ("sync_standby", "streaming")] {
+            assert!(!has_primary(members(role, state).as_bytes()), "{role} {state}");
+        }
+        assert!(!has_primary(b"502"));
     }
 }
