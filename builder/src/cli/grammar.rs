@@ -270,7 +270,7 @@ pub(super) enum Command {
         /// How often each
         #[arg(long, default_value_t = 1)]
         repeat: u32,
-        /// Write the table to a Markdown file too
+        /// Write the table to a Markdown file too; what it has of other scenarios stays
         #[arg(long, value_name = "FILE")]
         page: Option<PathBuf>,
         /// Revision of your sources, for the page

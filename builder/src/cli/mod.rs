@@ -225,13 +225,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Rehearse { scenarios, repeat, page, revision } => {
             let chosen = rehearse::chosen(scenarios)?;
             let rehearsal = rehearse::Rehearsal::new(&project, &progress)?;
+            let page =
+                page.as_deref().map(|path| rehearse::Page::open(&project, path, rehearsal.factor, revision.as_deref()));
+            let page = page.transpose()?;
             let mut outcomes = Vec::new();
             // What was seen is told and kept, whatever comes after.
             let played = rehearsal.play(&chosen, *repeat, |seen| {
                 outcomes = seen.to_vec();
-                let Some(path) = page else { return Ok(()) };
-                let text = rehearse::page(&project, seen, rehearsal.factor, revision.as_deref())?;
-                std::fs::write(path, text).map_err(Error::io("write", path))
+                page.as_ref().map_or(Ok(()), |page| page.write(seen))
             });
             print_json(cli.json, &outcomes)?;
             if !cli.json {

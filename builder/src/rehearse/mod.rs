@@ -5,14 +5,13 @@
 //! is the outage; only their machine's clock is read.
 
 mod outcome;
+mod page;
 mod scenario;
 mod table;
 mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::net::Ipv4Addr;
-use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
@@ -22,6 +21,7 @@ use serde_json::{Value, json};
 
 pub use outcome::Outcome;
 use outcome::Seen;
+pub use page::Page;
 use scenario::{Fault, Path, Victim};
 pub use scenario::{SCENARIOS, Scenario, chosen};
 pub use table::table;
@@ -130,7 +130,7 @@ impl<'a> Rehearsal<'a> {
         step.message(&format!("{}: {}", scenario.about, victims.join(", ")));
         let t0 = probe.clock()?;
         for vm in &vms {
-            scenario.fault.strike(vm, &filter)?;
+            scenario.fault.strike(vm, &filter, self.factor)?;
         }
         let (recovered, alert) = self.watch(scenario, &probe, &victims, before.as_ref(), &step)?;
 
@@ -362,35 +362,4 @@ fn told(step: Step, outcome: &Outcome) {
     let kept =
         if outcome.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN {}", outcome.broken.join("; ")) };
     step.done(&format!("{} ({}): {kept}", outcome.scenario, outcome.victims.join(", ")));
-}
-
-/// The table with where and when it was made, for docs.
-///
-/// # Errors
-/// The host can't be described.
-pub fn page(project: &Project, outcomes: &[Outcome], factor: u32, revision: Option<&str>) -> Result<String> {
-    let uptime = std::path::Path::new("/proc/cpuinfo");
-    let cpus = fs::read_to_string(uptime).map_err(Error::io("read", uptime))?;
-    let model =
-        cpus.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|(_, m)| m)).unwrap_or("?");
-    let count = cpus.lines().filter(|l| l.starts_with("processor")).count();
-    let date = Command::new("date").args(["-u", "+%F"]).output().map_err(Error::io("run", "date"))?.stdout;
-    let date = String::from_utf8_lossy(&date);
-    let speed = if factor == 1 {
-        "virtual machines with KVM; promises as they are".to_owned()
-    } else {
-        format!(
-            "processors emulated by QEMU (no KVM): every time-out of failure detection is {factor} times as long \
-             there (`machine.patience`), and so is what is promised"
-        )
-    };
-    Ok(format!(
-        "# Rehearsal of `{}`\n\nMade by `bakehouse rehearse`, {}, revision {}, on {count} × {model}; {speed}. Seconds are the \
-         clients' longest silence after the fault (an upgrade's writers: all of more than a second together); \"lost\" \
-         counts acknowledged writes that were not there afterwards.\n\n{}",
-        project.topology.name,
-        date.trim(),
-        revision.unwrap_or("unknown"),
-        table(outcomes)
-    ))
 }

@@ -1,6 +1,8 @@
 //! What can be broken, and what the fleet promises when it is.
 
 use std::net::Ipv4Addr;
+use std::thread::sleep;
+use std::time::Duration;
 
 use fleet::{Node, Topology};
 
@@ -52,6 +54,8 @@ pub enum Fault {
     Wipe,
     /// The network cable is pulled.
     Unplug,
+    /// It is pulled and put back again and again.
+    Flap,
     /// Processes of a unit stop running, and go on later.
     Freeze(&'static str),
     /// The path to one hub, or to etcd, is cut.
@@ -149,6 +153,14 @@ pub const SCENARIOS: &[Scenario] = &[
         about: "the hub that holds the VIP loses its cable",
         victim: Victim::Holder,
         fault: Fault::Unplug,
+        lasts: 20,
+        promise: limits(1.5, 25.0, 25.0),
+    },
+    Scenario {
+        name: "hub-flaps",
+        about: "the cable of the hub that holds the VIP comes and goes",
+        victim: Victim::Holder,
+        fault: Fault::Flap,
         lasts: 20,
         promise: limits(1.5, 25.0, 25.0),
     },
@@ -324,8 +336,9 @@ impl Victim {
 }
 
 impl Fault {
-    /// Breaks a machine; `cut` is the packet filter that cuts a path.
-    pub(super) fn strike(self, vm: &Vm, cut: &str) -> Result<()> {
+    /// Breaks a machine; `cut` is the packet filter that cuts a path, `factor` how much slower it is than a
+    /// real one.
+    pub(super) fn strike(self, vm: &Vm, cut: &str, factor: u32) -> Result<()> {
         match self {
             Self::PowerOff => vm.cut_power(),
             Self::Wipe => {
@@ -333,6 +346,15 @@ impl Fault {
                 std::fs::remove_file(vm.disk()).map_err(Error::io("remove", vm.disk()))
             }
             Self::Unplug => vm.plug(false),
+            Self::Flap => {
+                // As long as it takes to notice, and to come back.
+                let pause = Duration::from_secs(2) * factor;
+                for plugged in [false, true, false, true, false, true] {
+                    vm.plug(plugged)?;
+                    sleep(pause);
+                }
+                Ok(())
+            }
             Self::Freeze(unit) => done(vm, &format!("systemctl freeze {unit}")),
             Self::Run(command) | Self::RunThen(command, _) => done(vm, command),
             Self::Cut(_) => done(vm, &format!("nft '{cut}'")),
@@ -344,7 +366,7 @@ impl Fault {
     /// Mends it; machines that are off are not started here.
     pub(super) fn mend(self, vm: &Vm) -> Result<()> {
         match self {
-            Self::PowerOff | Self::Wipe | Self::Run(_) | Self::Upgrade => Ok(()),
+            Self::PowerOff | Self::Wipe | Self::Flap | Self::Run(_) | Self::Upgrade => Ok(()),
             Self::Unplug => vm.plug(true),
             Self::Freeze(unit) => done(vm, &format!("systemctl thaw {unit}")),
             // Its watchdog may have restarted it in the meantime.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::outcome::Outcome;
 
-const HEAD: [&str; 11] = [
+pub(super) const HEAD: [&str; 11] = [
     "scenario",
     "victim",
     "VIP s",
@@ -21,70 +21,63 @@ const HEAD: [&str; 11] = [
 /// A table that is readable on a terminal and is Markdown too.
 #[must_use]
 pub fn table(outcomes: &[Outcome]) -> String {
-    let mut rows: Vec<[String; 11]> = vec![HEAD.map(str::to_owned)];
-    for o in outcomes {
-        let kept = if o.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN: {}", o.broken.join("; ")) };
-        let victims = if o.victims.len() > 2 { format!("{} machines", o.victims.len()) } else { o.victims.join(", ") };
-        rows.push([
-            o.scenario.to_owned(),
-            victims,
-            seconds(o.vip),
-            seconds(o.writes),
-            seconds(o.http),
-            format!("{}/{}", o.errors, o.errors + o.pages),
-            format!("{}/{}", o.lost, o.acknowledged),
-            o.logouts.to_string(),
-            o.primaries.to_string(),
-            seconds(o.alert),
-            kept,
-        ]);
-    }
-    let mut text = lay_out(&rows);
-    let summary = summary(outcomes);
-    if summary.len() > 1 {
+    let rows: Vec<Row> = outcomes.iter().map(row).collect();
+    with_summary(lay_out(&HEAD, &rows), &rows)
+}
+
+/// A scenario's run as a line: name, victim, seconds of the VIP, of writes and of Odoo, …
+pub(super) type Row = [String; 11];
+
+pub(super) fn row(o: &Outcome) -> Row {
+    let kept = if o.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN: {}", o.broken.join("; ")) };
+    let victims = if o.victims.len() > 2 { format!("{} machines", o.victims.len()) } else { o.victims.join(", ") };
+    [
+        o.scenario.to_owned(),
+        victims,
+        seconds(o.vip),
+        seconds(o.writes),
+        seconds(o.http),
+        format!("{}/{}", o.errors, o.errors + o.pages),
+        format!("{}/{}", o.lost, o.acknowledged),
+        o.logouts.to_string(),
+        o.primaries.to_string(),
+        seconds(o.alert),
+        kept,
+    ]
+}
+
+/// Adds least, median and most of what ran more than once.
+pub(super) fn with_summary(mut text: String, rows: &[Row]) -> String {
+    let mut names: Vec<&str> = rows.iter().map(|r| r[0].as_str()).collect();
+    names.dedup();
+    let often = |name: &&str| rows.iter().filter(|r| r[0] == **name).count() > 1;
+    let summary: Vec<[String; 5]> = names.into_iter().filter(often).map(|name| summary(name, rows)).collect();
+    if !summary.is_empty() {
         text += "\n";
-        text += &lay_out(&summary);
+        text += &lay_out(&["scenario", "runs", "VIP s", "writes s", "HTTP s"], &summary);
     }
     text
 }
 
-/// Least, median and most of what ran more than once.
-fn summary(outcomes: &[Outcome]) -> Vec<[String; 5]> {
-    let mut rows = vec![["scenario", "runs", "VIP s", "writes s", "HTTP s"].map(str::to_owned)];
-    let mut names: Vec<&str> = Vec::new();
-    for o in outcomes {
-        if !names.contains(&o.scenario) {
-            names.push(o.scenario);
+fn summary(name: &str, rows: &[Row]) -> [String; 5] {
+    let runs: Vec<&Row> = rows.iter().filter(|r| r[0] == name).collect();
+    let spread = |column: usize| {
+        let mut all: Vec<f64> = runs.iter().filter_map(|r| r[column].parse().ok()).collect();
+        all.sort_unstable_by(f64::total_cmp);
+        match all[..] {
+            [] => "-".to_owned(),
+            _ => format!("{:.1} / {:.1} / {:.1}", all[0], all[all.len() / 2], all[all.len() - 1]),
         }
-    }
-    for name in names {
-        let runs: Vec<&Outcome> = outcomes.iter().filter(|o| o.scenario == name).collect();
-        if runs.len() < 2 {
-            continue;
-        }
-        let spread = |of: fn(&Outcome) -> Option<f64>| {
-            let mut all: Vec<f64> = runs.iter().filter_map(|o| of(o)).collect();
-            all.sort_unstable_by(f64::total_cmp);
-            match all[..] {
-                [] => "-".to_owned(),
-                _ => format!("{:.1} / {:.1} / {:.1}", all[0], all[all.len() / 2], all[all.len() - 1]),
-            }
-        };
-        rows.push([
-            name.to_owned(),
-            runs.len().to_string(),
-            spread(|o| o.vip),
-            spread(|o| o.writes),
-            spread(|o| o.http),
-        ]);
-    }
-    rows
+    };
+    [name.to_owned(), runs.len().to_string(), spread(2), spread(3), spread(4)]
 }
 
-fn lay_out<const N: usize>(rows: &[[String; N]]) -> String {
+pub(super) fn lay_out<const N: usize>(head: &[&str; N], rows: &[[String; N]]) -> String {
+    let head = head.map(str::to_owned);
+    let rows: Vec<&[String; N]> = std::iter::once(&head).chain(rows).collect();
     let widths: [usize; N] = std::array::from_fn(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0));
     let mut text = String::new();
-    for (n, row) in rows.iter().enumerate() {
+    for (n, row) in rows.into_iter().enumerate() {
         for (cell, width) in row.iter().zip(widths) {
             let _ = write!(text, "| {cell:<width$} ");
         }
@@ -104,10 +97,10 @@ fn seconds(of: Option<f64>) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn outcome(scenario: &'static str, vip: f64, broken: &[&str]) -> Outcome {
+    pub fn outcome(scenario: &'static str, vip: f64, broken: &[&str]) -> Outcome {
         Outcome {
             scenario,
             victims: vec!["hub-1".into()],
