@@ -218,6 +218,16 @@ fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
     lab.write("overlays/mine/run/x.conf.j2", "fine\n");
     lab.write("overlays/mine/etc/y", "y\n");
     lab.run(&["build", "hub"]).fails(1, &["overlays/mine/overlay.toml: etc/y belongs to the user `nobody-knows`"]);
+    fs::remove_file(lab.dir.join("overlays/mine/etc/y")).expect("the file");
+    // A migration that nobody would run, or that nobody would wait for.
+    let program = "usr/lib/bakehouse/migrations/move";
+    let migration = "[[migration]]\nname = \"move\"\nbefore = \"nobody.service\"\n";
+    lab.write("overlays/mine/overlay.toml", migration);
+    lab.run(&["build", "hub"])
+        .fails(1, &["migration `move` needs the program overlays/mine/usr/lib/bakehouse/migrations"]);
+    lab.write("overlays/mine/overlay.toml", &format!("{migration}[files.\"{program}\"]\nmode = \"0755\"\n"));
+    lab.write(&format!("overlays/mine/{program}"), "#!/bin/sh\n");
+    lab.run(&["build", "hub"]).fails(1, &["the image has no unit nobody.service"]);
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::fs;
 use std::time::Duration;
 
 use bakehouse_tests::updates::{
-    LOOK, READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, mended, publish, runs, version,
+    LOOK, READY, broken, comes_up, converting, goes_back, is_blessed, is_denied, lab_of_one, mended, publish, runs,
+    version,
 };
 use bakehouse_tests::{Lab, Machine};
 
@@ -30,7 +31,9 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     publish(&lab);
     version(&lab, "1", "2");
     lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
+    converting(&lab);
     let plan = lab.ok(&["plan", dir]).out;
+    assert!(plan.contains("one way  the migration `lines` converts what nodes keep"), "{plan}");
     assert!(
         plan.contains("version 1 → 2") && plan.contains("~ /usr/lib/bakehouse/templates/run/bakehouse/haproxy.cfg"),
         "{plan}"
@@ -82,6 +85,7 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     assert_eq!(hub.ok(kept), identity);
     assert!(hub.ok("cat /run/bakehouse/haproxy.cfg").starts_with("# Changed."));
     assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
+    assert_eq!(hub.ok("cat /var/lib/converted"), "converted");
 
     // An image that builds and does not work: three tries, and it is back, and nobody else tries.
     version(&lab, "2", "3");
@@ -113,5 +117,7 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     assert!(megabytes.len() == 2 && megabytes.iter().sum::<f64>() < 8.0, "root and kernel: {loaded}");
     is_blessed(&hub);
     assert_eq!(hub.ok(kept), identity);
+    // Once, however many starts and versions came after.
+    assert_eq!(hub.ok("cat /var/lib/converted"), "converted");
     hub.shut_down();
 }

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::path::Path;
 
-use fleet::{Check, Diagnostic, Make, Membership, Severity, is_of, parse_size};
+use fleet::{Check, Diagnostic, MIGRATIONS, Make, Membership, Migration, Severity, is_of, parse_size};
 use serde::Serialize;
 use tar::{Builder, EntryType, Header};
 
@@ -25,6 +25,8 @@ pub struct Baked {
     pub templates: BTreeMap<String, Template>,
     pub checks: Vec<OverlayCheck>,
     pub makes: Vec<OverlayMake>,
+    /// In the order in which a node runs them.
+    pub migrations: Vec<Migration>,
     pub os_release: String,
 }
 
@@ -143,6 +145,7 @@ pub fn bake(project: &Project, recipe: &Recipe, tree: &Tree, agent: &[u8]) -> Re
         templates: BTreeMap::new(),
         checks: Vec::new(),
         makes: Vec::new(),
+        migrations: Vec::new(),
         os_release: os_release(tree, &context.image)?,
     };
     for name in &recipe.overlays {
@@ -150,6 +153,7 @@ pub fn bake(project: &Project, recipe: &Recipe, tree: &Tree, agent: &[u8]) -> Re
     }
     baked.own(project, recipe, &context, agent)?;
     baked.units(recipe, tree)?;
+    baked.migrations(tree)?;
     let member = Membership::sample();
     for template in baked.templates.values() {
         for node in project.topology.nodes.iter().filter(|n| &n.group == group) {
@@ -212,6 +216,17 @@ impl Baked {
         self.checks.extend(checks.map(|check| OverlayCheck { overlay: name.to_owned(), check }));
         let makes = overlay.manifest.make.into_iter();
         self.makes.extend(makes.map(|make| OverlayMake { overlay: name.to_owned(), make }));
+        for migration in overlay.manifest.migration {
+            let program = format!("{MIGRATIONS}/{}", migration.name);
+            if self.entries.get(&program).is_none_or(|entry| entry.mode & 0o111 == 0) {
+                return fail(format!(
+                    "overlays/{name}/overlay.toml: the migration `{}` needs the program overlays/{name}/{program}, with \
+                     `mode = \"0755\"` in [files.\"{program}\"]",
+                    migration.name
+                ));
+            }
+            self.migrations.push(migration);
+        }
         Ok(())
     }
 
@@ -320,6 +335,32 @@ impl Baked {
         }
         for (path, target) in links {
             self.link(&path, &target, "profiles")?;
+        }
+        Ok(())
+    }
+
+    /// Drop-ins by which services wait for their migrations, and these for each other.
+    fn migrations(&mut self, tree: &Tree) -> Result<()> {
+        let dir = "usr/lib/systemd/system";
+        let mut before = None;
+        for migration in self.migrations.clone() {
+            let waiting = format!("{dir}/{}", migration.before);
+            if tree.get(&waiting).is_none() && !self.entries.contains_key(&waiting) {
+                return fail(format!(
+                    "the image has no unit {}, which the migration `{}` is to come before",
+                    migration.before, migration.name
+                ));
+            }
+            let own = format!("firstboot-migrate@{}.service", migration.name);
+            let waits = format!("[Unit]\nRequires={own}\nAfter={own}\n");
+            self.file(&format!("{dir}/{}.d/{}.conf", migration.before, migration.name), 0o644, waits.into_bytes())?;
+            if let Some(before) = before.replace(own.clone()) {
+                self.file(
+                    &format!("{dir}/{own}.d/order.conf"),
+                    0o644,
+                    format!("[Unit]\nAfter={before}\n").into_bytes(),
+                )?;
+            }
         }
         Ok(())
     }

@@ -193,6 +193,7 @@ impl Build<'_> {
                 .collect(),
             state: firstboot::state::State::VERSION,
             mesh: self.project.topology.mesh.subnet.to_string(),
+            migrations: baked.migrations.iter().map(|m| m.name.as_str()).collect(),
             restore: self.project.topology.backup.restore.as_deref().filter(|_| recipe.roles.iter().any(|r| r == "db")),
         };
         let manifest = pretty_json(&manifest)?;

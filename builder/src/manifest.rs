@@ -40,6 +40,8 @@ pub struct Manifest<'a> {
     /// Format of what the agent keeps on a node.
     pub state: u16,
     pub mesh: String,
+    /// Names of what converts a node's data.
+    pub migrations: Vec<&'a str>,
     /// Where the database came from, if not made empty: `[backup] restore`.
     pub restore: Option<&'a str>,
 }

@@ -22,6 +22,8 @@ pub struct OverlayManifest {
     pub check: Vec<Check>,
     /// Files that a program of the image makes when the image is built.
     pub make: Vec<Make>,
+    /// What converts what a node keeps, in this order.
+    pub migration: Vec<Migration>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -60,6 +62,20 @@ pub struct Make {
     pub of: Vec<String>,
     pub command: Vec<String>,
 }
+
+/// A program of the overlay, [`MIGRATIONS`]`/NAME`, that every node runs once, before a unit of it
+/// starts for the first time. A power cut begins it anew.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Migration {
+    /// Letters, digits and dashes; for ever another one for another migration.
+    pub name: String,
+    /// The unit that needs it, such as `patroni.service`.
+    pub before: String,
+}
+
+/// Where migrations are in an image.
+pub const MIGRATIONS: &str = "usr/lib/bakehouse/migrations";
 
 /// Whether `path` is one of these; an entry ending in `/` is a folder.
 #[must_use]
@@ -100,6 +116,20 @@ impl OverlayManifest {
                 )));
             }
         }
+        for Migration { name, before } in &manifest.migration {
+            let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            let (wrong, fix) = if name.is_empty() || !name.chars().all(plain) {
+                (name, "a migration's name is made of lower-case letters, digits and dashes")
+            } else if !before.ends_with(".service") {
+                (before, "name the service that has to wait for the migration, such as \"patroni.service\"")
+            } else {
+                continue;
+            };
+            let quoted = format!("\"{wrong}\"");
+            let at = source.text.find(&quoted).map_or(0..0, |at| at..at + quoted.len());
+            let message = format!("`{wrong}` does not do for a migration");
+            return Err(Box::new(Diagnostic::at(crate::Severity::Error, &source, at, message, Some(fix.to_owned()))));
+        }
         Ok(manifest)
     }
 }
@@ -118,6 +148,19 @@ mod tests {
         for file in ["/etc/shadow", "usr/../../etc/shadow", "./usr/x", "run/x", ""] {
             let words = parsed(file).expect_err(file).to_string();
             assert!(words.contains("overlay.toml:2") && words.contains("is no path"), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_migration_has_a_plain_name_and_a_service_that_waits() {
+        let parsed = |name: &str, before: &str| {
+            let toml = format!("[[migration]]\nname = \"{name}\"\nbefore = \"{before}\"\n");
+            OverlayManifest::parse("overlays/mine/overlay.toml", toml.as_bytes())
+        };
+        assert!(parsed("postgresql-17-to-18", "patroni.service").is_ok());
+        for (name, before, line) in [("../x", "x.service", 2), ("", "x.service", 2), ("x", "role-db.target", 3)] {
+            let words = parsed(name, before).expect_err(name).to_string();
+            assert!(words.contains(&format!("overlay.toml:{line}")) && words.contains("does not do"), "{words}");
         }
     }
 }

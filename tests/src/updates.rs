@@ -65,8 +65,6 @@ pub fn lab_of_one(name: &str) -> (Lab, Server) {
         "name = \"up\"\nversion = \"1\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n",
     );
     let server = serve_updates(&lab);
-    lab.init();
-    lab.ok(&["lock"]);
     lab.ok(&["build"]);
     (lab, server)
 }
@@ -77,7 +75,19 @@ pub fn serve_updates(lab: &Lab) -> Server {
     let fleet = lab.read("fleet.toml");
     let update = format!("[update]\nurl = \"http://192.0.2.100:{port}/\"\nwhen = \"2099-01-01\"\n");
     lab.write("fleet.toml", &format!("{fleet}\n{update}"));
+    // It asks for packages, and has a key.
+    lab.ok(&["lock"]);
+    lab.init();
     Server::of(lab, port)
+}
+
+/// Makes the next version one that converts what a node keeps: a line in `/var/lib/converted` for each time.
+pub fn converting(lab: &Lab) {
+    lab.edit("fleet.toml", "[groups.hub]", "[groups.hub]\noverlays = [\"converting\"]");
+    let program = "usr/lib/bakehouse/migrations/lines";
+    let migration = "[[migration]]\nname = \"lines\"\nbefore = \"haproxy.service\"\n";
+    lab.write("overlays/converting/overlay.toml", &format!("{migration}[files.\"{program}\"]\nmode = \"0755\"\n"));
+    lab.write(&format!("overlays/converting/{program}"), "#!/bin/sh\nexec echo converted >> /var/lib/converted\n");
 }
 
 /// Makes the next version one that builds and does not work.

@@ -28,6 +28,8 @@ pub(super) struct Contents {
     state: u16,
     mesh: String,
     #[serde(default)]
+    migrations: Vec<String>,
+    #[serde(default)]
     restore: Option<String>,
 }
 
@@ -121,11 +123,17 @@ impl Comparison {
         let list = |set: &BTreeSet<u32>| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let (from, to) = (old.postgres(), new.postgres());
         if !from.is_empty() && !from.is_subset(&to) {
-            found.obstacles.push(format!(
-                "PostgreSQL {} to {}: the data would have to be converted; set up a new fleet from the backups",
-                list(&from),
-                if to.is_empty() { "none".to_owned() } else { list(&to) }
-            ));
+            let to = if to.is_empty() { "none".to_owned() } else { list(&to) };
+            let migration = format!("postgresql-{}-to-{to}", list(&from));
+            if !new.migrations.contains(&migration) {
+                found.obstacles.push(format!(
+                    "PostgreSQL {} to {to}: the data has to be converted; write the migration `{migration}` (docs/updates.md)",
+                    list(&from)
+                ));
+            }
+        }
+        for name in new.migrations.iter().filter(|name| !old.migrations.contains(name)) {
+            found.one_way.push(format!("the migration `{name}` converts what nodes keep"));
         }
         if old.sizes.root_slot != new.sizes.root_slot {
             found.obstacles.push(format!(

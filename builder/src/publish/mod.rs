@@ -327,5 +327,15 @@ mod tests {
         larger["sizes"] = json!({ "root_slot": 2 << 20, "root": 8192, "uki": 4096 });
         refused(&lab.image("3", &larger), "slot");
         assert_eq!(lab.files().len(), 5 + 3, "a refused image left something");
+
+        // Unless it brings what converts the data.
+        let mut converted = postgres(18);
+        converted["migrations"] = json!(["postgresql-16-to-18"]);
+        refused(&lab.image("3", &converted), "write the migration `postgresql-17-to-18`");
+        converted["migrations"] = json!(["postgresql-17-to-18"]);
+        let image = lab.image("3", &converted);
+        let comparison = compare(&image, &lab.0.path().join("out")).unwrap();
+        assert_eq!(comparison.one_way, ["the migration `postgresql-17-to-18` converts what nodes keep"]);
+        assert!(!lab.publish(&image).unwrap().unchanged);
     }
 }
