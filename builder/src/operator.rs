@@ -141,7 +141,7 @@ mod tests {
             denied: BTreeMap::from([("3".into(), "it did not come up on app-1".into())]),
             nodes: BTreeMap::from([
                 ("app-1".into(), says("2", Doing::Serving)),
-                ("hub-1".into(), says("1", Doing::Wants { image: "2".into(), leads: false })),
+                ("hub-1".into(), says("1", Doing::Wants { image: "2".into(), leads: false, primary: false })),
             ]),
             members: ["app-1", "db-1", "hub-1"].map(String::from).into(),
         };

@@ -115,7 +115,10 @@ impl Updates<'_> {
         let pending = boots.pending(running).filter(|v| given_up != Some(v)).map(str::to_owned);
         let wanted = pending.into_iter().chain(self.offered()).max_by(|a, b| compare_versions(a, b));
         Ok(match wanted {
-            Some(image) => Doing::Wants { image, leads: self.leads().await },
+            Some(image) => {
+                let primary = self.has_primary().await;
+                Doing::Wants { image, leads: primary || self.holds_vip().await, primary }
+            }
             None => Doing::Serving,
         })
     }
@@ -127,11 +130,11 @@ impl Updates<'_> {
         (!version.is_empty()).then(|| version.to_owned())
     }
 
-    /// Whether others would notice most if this node went: it holds the VIP, or has the primary.
-    async fn leads(&self) -> bool {
-        if self.node.hub > 0 && crate::mesh::has_address(self.topology.vip).await.unwrap_or(false) {
-            return true;
-        }
+    async fn holds_vip(&self) -> bool {
+        self.node.hub > 0 && crate::mesh::has_address(self.topology.vip).await.unwrap_or(false)
+    }
+
+    async fn has_primary(&self) -> bool {
         match &self.patroni {
             Some(patroni) => patroni.is_primary().await,
             None => false,

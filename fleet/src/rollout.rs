@@ -30,9 +30,23 @@ pub enum Doing {
         image: String,
         /// It holds the VIP or has the primary: the others of its kind go first.
         leads: bool,
+        /// It has the primary, whose change is noticed most. Agents before it said nothing of that.
+        #[serde(default)]
+        primary: bool,
     },
     /// This newer image was tried, and did not come up.
     WentBack { from: String },
+}
+
+impl Doing {
+    /// Of two of a kind, the heavier goes later.
+    fn weight(&self) -> u8 {
+        match self {
+            Self::Wants { primary: true, .. } => 2,
+            Self::Wants { leads: true, .. } => 1,
+            _ => 0,
+        }
+    }
 }
 
 /// The answer to a report.
@@ -123,15 +137,15 @@ impl Rollout {
         if let Some(turn) = self.turn.as_ref().filter(|_| !self.held) {
             return lost(turn);
         }
-        let Doing::Wants { image, leads } = &report.doing else { return Verdict::Wait(String::new()) };
-        match self.obstacle(topology, slot, image, *leads) {
+        let Doing::Wants { image, .. } = &report.doing else { return Verdict::Wait(String::new()) };
+        match self.obstacle(topology, slot, image, &report.doing) {
             Some(why) => Verdict::Wait(why),
             None => Verdict::Take(Turn { slot: slot.to_owned(), from: report.image.clone(), to: image.clone() }),
         }
     }
 
     /// Why a node has to wait, if it has to.
-    fn obstacle(&self, topology: &Topology, slot: &str, image: &str, leads: bool) -> Option<String> {
+    fn obstacle(&self, topology: &Topology, slot: &str, image: &str, doing: &Doing) -> Option<String> {
         if let Some(why) = &self.paused {
             return Some(format!("the rollout is paused: {why}"));
         }
@@ -154,8 +168,7 @@ impl Rollout {
         let first = reports().find(|(other, report)| {
             let rank = topology.node(other).map_or(0, rank);
             let older = compare_versions(&report.image, image).is_lt();
-            let leads_too = matches!(report.doing, Doing::Wants { leads: true, .. });
-            older && (rank < own || rank == own && leads && !leads_too)
+            older && (rank < own || rank == own && report.doing.weight() < doing.weight())
         });
         first.map(|(other, _)| format!("{other} goes first"))
     }
@@ -193,7 +206,7 @@ mod tests {
     }
 
     fn wants(leads: bool) -> Report {
-        says("1", Doing::Wants { image: "2".to_owned(), leads })
+        says("1", Doing::Wants { image: "2".to_owned(), leads, primary: false })
     }
 
     /// Everybody is up on version 1 and is offered version 2.
@@ -235,6 +248,26 @@ mod tests {
         assert_eq!(order, ["monitor-1", "app-1", "app-2", "db-2", "db-1", "hub-1", "hub-3", "hub-2"]);
     }
 
+    /// In quick-ha one machine may hold the VIP and another have the primary.
+    #[test]
+    fn the_primary_changes_hands_once() {
+        let toml = b"name=\"x\"\n[groups]\nhub.count=3\nhub.roles=[\"hub\",\"db\"]\n";
+        let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
+        let mut fleet = all_want(&topology);
+        let primary = says("1", Doing::Wants { image: "2".into(), leads: true, primary: true });
+        fleet.nodes.insert("hub-1".into(), primary.clone());
+        let holder = wants(true);
+        assert_eq!(fleet.decide(&topology, "hub-1", &primary), Verdict::Wait("hub-2 goes first".into()));
+        assert_eq!(fleet.decide(&topology, "hub-2", &holder), Verdict::Wait("hub-3 goes first".into()));
+        fleet.nodes.insert("hub-3".into(), says("2", Doing::Serving));
+        assert!(matches!(fleet.decide(&topology, "hub-2", &holder), Verdict::Take(_)));
+        fleet.nodes.insert("hub-2".into(), says("2", Doing::Serving));
+        assert!(matches!(fleet.decide(&topology, "hub-1", &primary), Verdict::Take(_)));
+        // Of an agent before it, it is known that it leads.
+        let older: Doing = serde_json::from_str(r#"{"wants":{"image":"2","leads":true}}"#).unwrap();
+        assert_eq!(older, holder.doing);
+    }
+
     #[test]
     fn the_first_failure_stops_everybody() {
         let topology = topology();
@@ -256,7 +289,7 @@ mod tests {
             assert!(matches!(fleet.decide(&topology, slot, report), Verdict::Wait(_)), "{slot}");
         }
         // A version after it is another matter.
-        let next = says("1", Doing::Wants { image: "3".into(), leads: false });
+        let next = says("1", Doing::Wants { image: "3".into(), leads: false, primary: false });
         assert!(matches!(fleet.decide(&topology, "monitor-1", &next), Verdict::Take(_)));
     }
 

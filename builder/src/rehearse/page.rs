@@ -43,7 +43,7 @@ impl<'a> Page<'a> {
         };
         let intro = format!(
             "# Rehearsal of `{}`\n\nMade by `bakehouse rehearse`; {speed}. Seconds are the clients' \
-             longest silence after the fault (an upgrade's writers: all of more than a second together); errors are of all \
+             longest silence after the fault (an upgrade's writers: all of more than {factor} s together); errors are of all \
              of Odoo's answers; \"lost\" counts acknowledged writes that were not there afterwards.\n\n",
             project.topology.name
         );

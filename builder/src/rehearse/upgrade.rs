@@ -9,7 +9,7 @@ use fleet::Node;
 use super::{Outcome, Rehearsal, Scenario, WARM_UP, told, whole};
 use crate::error::{Error, Result, fail};
 use crate::progress::Step;
-use crate::vm::{Board, Vm};
+use crate::vm::Vm;
 
 /// For one node: load, restart, prove itself.
 const EACH: Duration = Duration::from_secs(900);
@@ -26,7 +26,7 @@ impl Rehearsal<'_> {
         let before = self.versions()?;
         // The clients are first where the primary is: of all that carry clients it restarts last.
         let Some(first) = board.primary().and_then(|name| topology.node(name)) else { return Ok(None) };
-        let earlier: Vec<&Node> = nodes.iter().copied().filter(|n| goes_before(n, first, &board)).collect();
+        let earlier: Vec<&Node> = nodes.iter().copied().filter(|n| goes_before(n, first)).collect();
         let mut outcome = self.phase(scenario, first, &earlier, &before, &step)?;
         let rest: Vec<&Node> = nodes.iter().copied().filter(|n| !earlier.iter().any(|e| e.name == n.name)).collect();
         let second = earlier.iter().find(|n| n.has_role("app")).or_else(|| earlier.iter().find(|n| n.has_role("db")));
@@ -86,7 +86,7 @@ impl Rehearsal<'_> {
         }
         whole(self.project, step, EACH)?;
         let seen = probe.end(self.factor)?;
-        Ok(seen.outcome_in_all(scenario.name, t0))
+        Ok(seen.outcome_in_all(scenario.name, t0, u64::from(self.factor)))
     }
 
     /// Versions that run; who restarts has none.
@@ -104,7 +104,7 @@ impl Rehearsal<'_> {
 }
 
 /// Whether a node's turn comes before that of the primary's.
-fn goes_before(node: &Node, primary: &Node, board: &Board) -> bool {
+fn goes_before(node: &Node, primary: &Node) -> bool {
     let (own, its) = (fleet::rank(node), fleet::rank(primary));
-    own < its || own == its && node.name != primary.name && board.holder() != Some(&node.name)
+    own < its || own == its && node.name != primary.name
 }
