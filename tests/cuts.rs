@@ -36,8 +36,23 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     assert_eq!(hub.ok(&format!("{ETCDCTL} --command-timeout=120s member list | grep -c started")), "1");
     let ask = |what: &str| hub.ok(&format!("{ETCDCTL} get --print-value-only {what}"));
 
-    // A worker: its keys, the hubs' answer, who it is; with one ticket, good for one machine.
+    // Tickets that are no good any more: it says so, and nobody has a slot.
     let edge = Machine::of(&lab, "edge-1");
+    let expired = lab.ok(&["ticket", "edge", "--days", "0"]).out;
+    let revoked = lab.ok(&["ticket", "edge"]).out;
+    let noted = lab.read("tickets.jsonl");
+    let claims: serde_json::Value = serde_json::from_str(noted.lines().last().expect("a line")).expect("JSON");
+    // As a hub does when the operator asks for it.
+    hub.ok(&format!("{ETCDCTL} put /bakehouse/revoked/{} ''", claims["id"].as_str().expect("a number")));
+    for (ticket, why) in [(expired, "the token has expired"), (revoked, "the token was revoked")] {
+        edge.start_with(&ticket);
+        edge.wait_for(&[why]);
+        assert_eq!(edge.ok("ls /var/lib/bakehouse"), "keys.json");
+        edge.cut_power();
+    }
+    edge.wipe();
+
+    // A worker: its keys, the hubs' answer, who it is; with one ticket, good for one machine.
     let ticket = lab.ok(&["ticket", "edge"]).out;
     edge.start_cut_at(&ticket, &kept("keys"));
     assert_eq!(ask("/bakehouse/slots/edge-1"), "", "a slot without a question");
@@ -57,6 +72,11 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     for node in [&hub, &edge] {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
     }
+    edge.cut_power();
+    edge.wipe();
+    edge.start_with(&ticket);
+    edge.wait_for(&["the token was used 1 times, as often as it may be"]);
+    assert_eq!(ask("/bakehouse/slots/edge-1"), granted);
 }
 
 /// A TPM counts what ends without a word, as it does wrong passwords; a virtual one is silent after three.
