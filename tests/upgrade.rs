@@ -44,6 +44,7 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     // Whoever has the server has not the fleet: another key's signature, and none.
     let thief = Lab::empty("upgrade-thief");
     fs::copy(lab.dir.join("fleet.toml"), thief.dir.join("fleet.toml")).expect("a copy");
+    thief.edit("fleet.toml", "overlays = [\"converting\"]\n", "");
     fs::copy(lab.dir.join("bakehouse.lock"), thief.dir.join("bakehouse.lock")).expect("a copy");
     thief.init();
     thief.ok(&["publish", dir]);

@@ -30,8 +30,8 @@ pub enum Doing {
         image: String,
         /// It holds the VIP or has the primary: the others of its kind go first.
         leads: bool,
-        /// It has the primary, whose change is noticed most. Agents before it said nothing of that.
-        #[serde(default)]
+        /// It has the primary, whose change is noticed most. Older agents say nothing of it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         primary: bool,
     },
     /// This newer image was tried, and did not come up.
