@@ -27,11 +27,12 @@ pub fn scope(topology: &Topology) -> String {
     format!("/bakehouse/{of}/")
 }
 
-/// Whether one of the members, as Patroni lists them, takes writes.
-fn has_primary(members: &[u8]) -> bool {
+/// Whether one of the members, as Patroni lists them, takes writes, and is not `slot`: that one is listed as
+/// the leader for as long as it has the key, though its PostgreSQL ends.
+fn another_leads(members: &[u8], slot: &str) -> bool {
     let known: Value = serde_json::from_slice(members).unwrap_or_default();
     let members = known["members"].as_array().map(Vec::as_slice).unwrap_or_default();
-    members.iter().any(|m| m["role"] == "leader" && m["state"] == "running")
+    members.iter().any(|m| m["name"] != slot && m["role"] == "leader" && m["state"] == "running")
 }
 
 /// Patroni on this node.
@@ -69,7 +70,7 @@ impl Patroni {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         // Whoever is told to end in the middle of it leaves the fleet without a primary for longer.
-        while !self.ask("GET", "/cluster", "").await.is_ok_and(|members| has_primary(&members)) {
+        while !self.ask("GET", "/cluster", "").await.is_ok_and(|members| another_leads(&members, &self.slot)) {
             if Instant::now() > until {
                 return Err(Error::Failed("no other node has become the primary yet".to_owned()));
             }
@@ -91,7 +92,7 @@ mod tests {
 
     /// As Patroni 4 answers.
     #[test]
-    fn a_primary_is_one_that_runs() {
+    fn the_next_primary_is_another_one_that_runs() {
         let members = |role: &str, state: &str| {
             format!(
                 "{{\"members\": [{{\"name\": \"db-1\", \"role\": \"replica\", \"state\": \"stopped\"}}, \
@@ -99,10 +100,11 @@ mod tests {
                  \"scope\": \"ha\"}}"
             )
         };
-        assert!(has_primary(members("leader", "running").as_bytes()));
+        assert!(another_leads(members("leader", "running").as_bytes(), "db-1"));
+        assert!(!another_leads(members("leader", "running").as_bytes(), "db-2"));
         for (role, state) in [("leader", "stopped"), ("leader", "starting"), ("sync_standby", "streaming")] {
-            assert!(!has_primary(members(role, state).as_bytes()), "{role} {state}");
+            assert!(!another_leads(members(role, state).as_bytes(), "db-1"), "{role} {state}");
         }
-        assert!(!has_primary(b"502"));
+        assert!(!another_leads(b"502", "db-1"));
     }
 }
