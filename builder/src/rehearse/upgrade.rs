@@ -9,7 +9,7 @@ use fleet::Node;
 use super::{Outcome, Rehearsal, Scenario, WARM_UP, told, whole};
 use crate::error::{Error, Result, fail};
 use crate::progress::Step;
-use crate::vm::Vm;
+use crate::vm::{Board, Vm};
 
 /// For one node: load, restart, prove itself.
 const EACH: Duration = Duration::from_secs(900);
@@ -26,7 +26,7 @@ impl Rehearsal<'_> {
         let before = self.versions()?;
         // The clients are first where the primary is: of all that carry clients it restarts last.
         let Some(first) = board.primary().and_then(|name| topology.node(name)) else { return Ok(None) };
-        let earlier: Vec<&Node> = nodes.iter().copied().filter(|n| goes_before(n, first)).collect();
+        let earlier: Vec<&Node> = nodes.iter().copied().filter(|n| goes_before(n, first, &board)).collect();
         let mut outcome = self.phase(scenario, first, &earlier, &before, &step)?;
         let rest: Vec<&Node> = nodes.iter().copied().filter(|n| !earlier.iter().any(|e| e.name == n.name)).collect();
         let second = earlier.iter().find(|n| n.has_role("app")).or_else(|| earlier.iter().find(|n| n.has_role("db")));
@@ -103,8 +103,9 @@ impl Rehearsal<'_> {
     }
 }
 
-/// Whether a node's turn comes before that of the primary's.
-fn goes_before(node: &Node, primary: &Node) -> bool {
+/// Whether a node's turn comes before that of the primary's. Who holds the VIP waits until all of its kind
+/// are offered the version, the primary among them.
+fn goes_before(node: &Node, primary: &Node, board: &Board) -> bool {
     let (own, its) = (fleet::rank(node), fleet::rank(primary));
-    own < its || own == its && node.name != primary.name
+    own < its || own == its && node.name != primary.name && board.holder() != Some(&node.name)
 }
