@@ -7,8 +7,9 @@ use std::process::Command;
 
 use super::table::{HEAD, Row, lay_out, row, with_summary};
 use super::{Outcome, SCENARIOS};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, fail};
 use crate::project::Project;
+use crate::store::write_atomic;
 
 const MORE: usize = HEAD.len() + 3;
 
@@ -26,7 +27,7 @@ impl<'a> Page<'a> {
     /// `factor` is how much slower the fleet's machines are than real ones.
     ///
     /// # Errors
-    /// The host can't be described, or the file not read.
+    /// The host can't be described, or the file is not such a page.
     pub fn open(project: &Project, path: &'a Path, factor: u32, revision: Option<&str>) -> Result<Self> {
         let cpuinfo = Path::new("/proc/cpuinfo");
         let cpus = fs::read_to_string(cpuinfo).map_err(Error::io("read", cpuinfo))?;
@@ -42,16 +43,24 @@ impl<'a> Page<'a> {
             )
         };
         let intro = format!(
-            "# Rehearsal of `{}`\n\nMade by `bakehouse rehearse`; {speed}. Seconds are the clients' \
-             longest silence after the fault (an upgrade's writers: all of more than {factor} s together); errors are of all \
-             of Odoo's answers; \"lost\" counts acknowledged writes that were not there afterwards.\n\n",
-            project.topology.name
+            "# Rehearsal of `{}`\n\nMade by `bakehouse rehearse`; {speed}. Seconds are the clients' longest silence after \
+             the fault; errors are of all of Odoo's answers; \"lost\" counts acknowledged writes that were not there \
+             afterwards. Of an upgrade, writers' seconds are all silences of more than {factor} s together, and {:.1} % of \
+             answers may be errors (who is cut off is one, however fast answers come).\n\n",
+            project.topology.name,
+            0.1 * f64::from(factor),
         );
         let there =
             if path.exists() { fs::read_to_string(path).map_err(Error::io("read", path))? } else { String::new() };
+        let Some(table) = there.strip_prefix(&intro).or(there.is_empty().then_some("")) else {
+            return fail(format!(
+                "{} is no page of this fleet at this speed, and would be written over; name another file",
+                path.display()
+            ));
+        };
         Ok(Self {
             path,
-            earlier: there.strip_prefix(&intro).map(rows).unwrap_or_default(),
+            earlier: rows(table),
             intro,
             made: [
                 String::from_utf8_lossy(&date).trim().to_owned(),
@@ -66,7 +75,7 @@ impl<'a> Page<'a> {
     /// # Errors
     /// The file can't be written.
     pub fn write(&self, outcomes: &[Outcome]) -> Result<()> {
-        fs::write(self.path, self.text(outcomes)).map_err(Error::io("write", self.path))
+        write_atomic(self.path, self.text(outcomes).as_bytes())
     }
 
     fn text(&self, outcomes: &[Outcome]) -> String {
@@ -109,16 +118,31 @@ mod tests {
     fn what_is_played_again_takes_the_place_of_what_was_seen_before() {
         let before = [outcome("power", 9.0, &[]), outcome("hub", 8.0, &[])];
         let one = page("", ["2026-11-26", "aa", "4 × A"], &before);
-        let after = [outcome("hub", 1.0, &[]), outcome("hub", 2.0, &["VIP: 2.0 s"])];
+        let after = [outcome("hub", 1.0, &[]), outcome("hub", 2.0, &["VIP: 2.0 s", "not whole:\n| hub-1 | off |"])];
         let two = page(&one, ["2026-11-27", "bb", "2 × B"], &after);
         let lines: Vec<&str> = two.lines().filter(|l| l.contains("| 2026-11-")).collect();
         let [first, second, power] = lines[..] else { panic!("{two}") };
         assert!(first.starts_with("| hub ") && first.contains("| 1.0 "), "{first}");
         assert!(first.ends_with("| 2026-11-27 | bb       | 2 × B   |"), "{first}");
-        assert!(second.contains("BROKEN: VIP: 2.0 s"), "{second}");
+        assert!(second.contains("BROKEN: VIP: 2.0 s; not whole: / hub-1 / off /"), "{second}");
         assert!(power.contains("| 9.0 ") && power.ends_with("| 2026-11-26 | aa       | 4 × A   |"), "{power}");
         assert!(two.contains("| hub      | 2    | 1.0 / 2.0 / 2.0 |"), "{two}");
         // It is the same however often it is read.
         assert_eq!(page(&two, ["2026-11-27", "bb", "2 × B"], &after), two);
+    }
+
+    /// The page that is kept is one that the next rehearsal goes on with; another file is not written over.
+    #[test]
+    fn a_page_is_gone_on_with_and_nothing_else_is() {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let kept = sources.join("docs/rehearsal-core.md");
+        let dir = tempfile::tempdir().unwrap();
+        fs::copy(sources.join("tests/fleets/core.toml"), dir.path().join("fleet.toml")).unwrap();
+        let project = Project::load(dir.path()).unwrap();
+        let page = Page::open(&project, &kept, 10, None).unwrap();
+        assert_eq!(page.text(&[]), fs::read_to_string(&kept).unwrap());
+        let e = Page::open(&project, &kept, 1, None).map(drop).unwrap_err().to_string();
+        assert!(e.contains("rehearsal-core.md is no page of this fleet"), "{e}");
+        assert!(Page::open(&project, &dir.path().join("new.md"), 1, None).unwrap().earlier.is_empty());
     }
 }

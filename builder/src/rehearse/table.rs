@@ -29,7 +29,9 @@ pub fn table(outcomes: &[Outcome]) -> String {
 pub(super) type Row = [String; 11];
 
 pub(super) fn row(o: &Outcome) -> Row {
-    let kept = if o.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN: {}", o.broken.join("; ")) };
+    // A cell of a Markdown table is on one line.
+    let broken = || o.broken.join("; ").replace('\n', " ").replace('|', "/");
+    let kept = if o.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN: {}", broken()) };
     let victims = if o.victims.len() > 2 { format!("{} machines", o.victims.len()) } else { o.victims.join(", ") };
     [
         o.scenario.to_owned(),
