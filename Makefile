@@ -28,7 +28,7 @@ test: deps lint build
 	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox
 	cargo test --release --locked --workspace --lib --bins --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
-	cargo test --release --locked --workspace --test join -- --test-threads=1
+	cargo test --release --locked --workspace --test join --test rollout --test fence -- --test-threads=1
 	# Two machines at once have a processor each.
 	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture & boot=$$!; \
 		cargo test --release --locked --workspace --test netboot -- --test-threads=1 --nocapture; netboot=$$?; \

@@ -4,22 +4,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
-use firstboot::etcd::{Etcd, Then};
 use firstboot::https::{self, Connection, Identity, request};
-use firstboot::hub::fence::Fence;
 use firstboot::identity::identity;
 use firstboot::image::{Image, ImageInfo};
 use firstboot::join::Hubs;
-use firstboot::neighbours::Neighbourhood;
 use firstboot::renewal::{is_pending, renew};
 use firstboot::state::StateDir;
-use fleet::{
-    Answer, Doing, Issuer, JoinReply, Joiner, MeshKey, PROTOCOL, Reason, Report, Right, RolloutOrder, Ticket, encoding,
-};
+use fleet::{Issuer, JoinReply, Joiner, PROTOCOL, Reason, Right, Ticket, encoding};
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -208,57 +202,6 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
     let lonely = Site::open_with(23_200, "db.count = 1\n", |topology| topology.voters = vec!["hub-1".to_owned()]);
     let e = lonely.leave("hub-1", false, &lonely.root).await.expect_err("the only one");
     assert!(e.contains("the fleet's only vote"), "{e}");
-}
-
-/// Members ask for their turn of every hub at once: one has it, until it gives it back.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_node_at_a_time_changes_its_image() {
-    let site = Site::open(22_300, "app.count = 3\n");
-    let members = site.members("app", 3).await;
-    let says = async |i: usize, hub: usize, image: &str, doing: Doing| -> Result<Answer, String> {
-        let report = Report { version: PROTOCOL, image: image.to_owned(), doing };
-        let (asker, grant) = &members[i];
-        let body = serde_json::to_vec(&report).expect("JSON");
-        let answer = site.member(hub, (asker, grant), ("POST", "/v1/turn"), body).await?;
-        Ok(serde_json::from_slice(&answer).expect("an answer"))
-    };
-    let wants = |image: &str| Doing::Wants { image: image.to_owned(), leads: false, primary: false };
-    // Nobody, as long as not everybody has spoken.
-    assert!(says(0, 0, "1", wants("2")).await.expect("an answer").why.ends_with("is silent"));
-    for (i, hub) in [(1, 1), (2, 2)] {
-        says(i, hub, "1", Doing::Serving).await.expect("an answer");
-    }
-    // Only who has the root gives orders.
-    let other = Issuer::root("acme").expect("randomness");
-    let pause = RolloutOrder::Pause { why: "month's end".to_owned() };
-    assert!(site.rollout(pause.clone(), &other).await.is_err());
-    assert_eq!(site.rollout(pause, &site.root).await.expect("an answer").paused.as_deref(), Some("month's end"));
-    assert!(says(0, 0, "1", wants("2")).await.expect("an answer").why.contains("month's end"));
-    site.rollout(RolloutOrder::Resume, &site.root).await.expect("an answer");
-
-    let mut done = BTreeSet::new();
-    while done.len() < 2 {
-        let waiting: Vec<usize> = (0..3).filter(|i| !done.contains(i)).collect();
-        let asked = waiting.iter().flat_map(|i| (0..3).map(move |hub| (*i, hub)));
-        let answers = asked.map(async |(i, hub)| (i, says(i, hub, "1", wants("2")).await.expect("an answer").go));
-        let answers = futures_util::future::join_all(answers).await;
-        let may: BTreeSet<usize> = answers.into_iter().filter(|(_, go)| *go).map(|(i, _)| i).collect();
-        assert_eq!(may.len(), 1, "{may:?} change at the same time");
-        let turn = *may.first().expect("one");
-        says(turn, 0, "2", Doing::Starting).await.expect("an answer");
-        let left = *waiting.iter().find(|i| **i != turn).expect("another");
-        assert!(!says(left, 1, "1", wants("2")).await.expect("an answer").go, "its turn is not over");
-        says(turn, 2, "2", Doing::Serving).await.expect("an answer");
-        done.insert(turn);
-    }
-    // The last one fails: nobody tries that version again, and the turn is free for the next.
-    let last = (0..3).find(|i| !done.contains(i)).expect("one");
-    assert!(says(last, 0, "1", wants("2")).await.expect("an answer").go);
-    says(last, 1, "1", Doing::WentBack { from: "2".to_owned() }).await.expect("an answer");
-    assert!(says(last, 2, "1", wants("2")).await.expect("an answer").why.contains("nobody takes version 2"));
-    let seen = site.rollout(RolloutOrder::Tell, &site.root).await.expect("an answer");
-    assert_eq!((seen.turn, seen.held), (None, false));
-    assert!(says(last, 0, "1", wants("3")).await.expect("an answer").go);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -483,86 +426,6 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
     write("renewal.json", &granted(false));
     let (last, renewed) = start().await;
     assert!(!renewed && !is_pending(&states) && last.keys.mesh_public().is_ok());
-}
-
-/// The hubs depose a primary together: most of them, or nobody; and only where another can follow it.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
-    let site = Site::open(24_100, "db.count = 3\n");
-    let dir = tempfile::tempdir().expect("a folder");
-    let etcds: Vec<Etcd> = (0..3).map(|i| site.etcd(i)).collect();
-    let neighbourhoods: Vec<Arc<Neighbourhood>> = (0..3)
-        .map(|i| {
-            let own = dir.path().join(i.to_string());
-            fs::create_dir(&own).expect("a folder");
-            let keys = BTreeMap::from([("db-1".to_owned(), MeshKey([1; 32])), ("db-2".to_owned(), MeshKey([2; 32]))]);
-            let all = Arc::new(Neighbourhood::load(&own, keys));
-            // The kernel's part: it does what it is told at once.
-            let (mesh, mut changes) = (all.clone(), all.follow());
-            tokio::spawn(async move {
-                loop {
-                    mesh.are_out(mesh.out());
-                    changes.changed().await.expect("it lives as long");
-                }
-            });
-            all
-        })
-        .collect();
-    let hub = |i: usize| Fence {
-        etcd: &etcds[i],
-        topology: &site.topology,
-        own: &site.topology.hubs[i],
-        neighbourhood: &neighbourhoods[i],
-        slow: 1,
-    };
-    let mut shut: [BTreeMap<String, Instant>; 3] = Default::default();
-    let put = async |what: &str, value: &str| {
-        let key = format!("/bakehouse/acme/{what}");
-        // It has only just started.
-        while etcds[0].transact(&[], &[Then::Put(&key, value.as_bytes())]).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
-    let leader = async || {
-        let found = etcds[2].get(&["/bakehouse/acme/leader"]).await.expect("etcd");
-        String::from_utf8(found[0].value.clone()).expect("text")
-    };
-    let reached = BTreeSet::from(["db-2".to_owned()]);
-    let nobody = BTreeSet::new();
-
-    // A standby that is lost is Patroni's business; a primary without an heir keeps its place, and its key.
-    put("leader", "db-3").await;
-    put("sync", r#"{"leader":"db-3","sync_standby":"db-2"}"#).await;
-    assert!(hub(0).depose("db-1", &reached, &mut shut[0]).await.expect("etcd"));
-    put("leader", "db-1").await;
-    assert!(!hub(0).depose("db-1", &reached, &mut shut[0]).await.expect("etcd"));
-    put("sync", r#"{"leader":"db-1","sync_standby":"db-2"}"#).await;
-    assert!(!hub(0).depose("db-1", &nobody, &mut shut[0]).await.expect("etcd"));
-    assert!(neighbourhoods[0].out().is_empty() && shut[0].is_empty());
-
-    // One hub alone shuts it out and changes nothing, however often it looks.
-    for _ in 0..3 {
-        assert!(!hub(0).depose("db-1", &reached, &mut shut[0]).await.expect("etcd"));
-    }
-    let out = neighbourhoods[0].out();
-    assert_eq!(neighbourhoods[0].keys_without(&out).into_keys().collect::<Vec<_>>(), ["db-2"]);
-    assert_eq!(neighbourhoods[0].keys().len(), 2, "others are told of its key as before");
-    // What it said has ended, and what a stranger says does not count.
-    let said = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-3"];
-    let then = [Then::Delete(said[0]), Then::Put(said[1], b""), Then::Put(said[2], b"")];
-    etcds[0].transact(&[], &then).await.expect("etcd");
-    assert!(!hub(1).depose("db-1", &reached, &mut shut[1]).await.expect("etcd"));
-    assert_eq!(leader().await, "db-1");
-    // Two of three: its place is free, and whoever takes it stays.
-    assert!(hub(2).depose("db-1", &reached, &mut shut[2]).await.expect("etcd"));
-    assert_eq!(leader().await, "");
-    put("leader", "db-2").await;
-    for (i, shut) in shut.iter_mut().enumerate() {
-        assert!(hub(i).depose("db-1", &reached, shut).await.expect("etcd"));
-    }
-    assert_eq!(leader().await, "db-2");
-    neighbourhoods[2].let_in("db-1");
-    assert_eq!(neighbourhoods[2].keys_without(&neighbourhoods[2].out()).len(), 2);
 }
 
 /// A machine with a ticket for a db, that nobody knows yet.
