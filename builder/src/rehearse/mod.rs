@@ -30,7 +30,7 @@ use crate::authority::Authority;
 use crate::error::{Error, Result, fail};
 use crate::progress::{Progress, Step};
 use crate::project::Project;
-use crate::vm::{Board, Vm, Wire, start_of};
+use crate::vm::{Board, Database, Vm, Wire, start_of};
 
 const PROBE: &str = include_str!("probe.py");
 /// Where the probe lives on its machine.
@@ -245,11 +245,10 @@ impl<'a> Rehearsal<'a> {
         }
     }
 
-    /// The power fails everywhere: what was acknowledged before must be there after.
+    /// The power fails everywhere, in the middle of a write: what was acknowledged before must be there after.
     fn black_out(&self, scenario: &'static Scenario, vms: &[Vm], probe: &Probe, step: &Step) -> Result<Outcome> {
-        let names: Vec<String> = vms.iter().map(|vm| vm.node.clone()).collect();
-        let t0 = probe.clock()?;
-        let mut outcome = probe.end(self.factor)?.outcome(scenario.name, names, t0);
+        // The clients' machine fails too: what they have told by now is what is known.
+        let acknowledged = probe.acknowledged()?;
         for vm in vms {
             vm.cut_power()?;
         }
@@ -258,21 +257,21 @@ impl<'a> Rehearsal<'a> {
             vm.start(&start_of(self.project, &vm.node)?.as_start())?;
         }
         let board = whole(self.project, step, MENDED);
-        (outcome.vip, outcome.writes, outcome.http) = (None, None, None);
+        let names = vms.iter().map(|vm| vm.node.clone()).collect();
+        let mut outcome = Seen::default().outcome(scenario.name, names, 0);
+        outcome.acknowledged = acknowledged;
         outcome.whole = if board.is_ok() { since.elapsed().as_secs_f64() } else { f64::INFINITY };
-        outcome.judge(&scenario.promise, None, f64::from(self.factor));
         match board {
             Ok(board) => {
+                outcome.primaries =
+                    board.nodes.iter().filter(|n| matches!(n.database, Some(Database::Primary(_)))).count();
                 let primary = Vm::of(self.project, board.primary().unwrap_or_default())?;
                 let count = format!("SELECT count(*) FROM ledger WHERE run = '{}'", probe.run);
                 let asked =
                     "cd /; setpriv --reuid=postgres --regid=postgres --clear-groups psql -h /run/postgresql -AtX";
                 let there = primary.exec(&format!("{asked} rehearsal -c \"{count}\""))?.output;
-                let there: usize = there.trim().parse().unwrap_or(0);
-                outcome.lost = outcome.acknowledged.saturating_sub(there);
-                if outcome.lost > 0 {
-                    outcome.broken.push(format!("{} writes lost", outcome.lost));
-                }
+                outcome.lost = acknowledged.saturating_sub(there.trim().parse().unwrap_or(0));
+                outcome.judge(&scenario.promise, None, f64::from(self.factor));
                 self.progress.say("power", &format!("all of it serves again after {:.0} s, by itself", outcome.whole));
             }
             Err(e) => outcome.broken.push(e.to_string()),
@@ -323,6 +322,13 @@ impl Probe {
     fn ages(&self) -> Result<Option<BTreeMap<String, f64>>> {
         let said = self.vm.exec(&format!("cat {DIR}/state"))?;
         Ok((said.status == 0).then(|| serde_json::from_str(&said.output).unwrap_or_default()))
+    }
+
+    /// How many writes were acknowledged, a second ago at most.
+    fn acknowledged(&self) -> Result<usize> {
+        let said = self.ask(&format!("cat {DIR}/acknowledged"))?;
+        let unreadable = |_| Error::Failed(format!("the clients have not said how much they wrote: {said}"));
+        said.trim().parse().map_err(unreadable)
     }
 
     /// Ends the clients; what they saw.

@@ -1,8 +1,8 @@
 """What the fleet's clients see: run on one of its nodes while something is broken.
 
 Reads its configuration as JSON from the file it is given, keeps `state` beside it up to date
-(how long ago each kind of client last succeeded, in seconds), and writes `result` when it is
-told to end. Times are milliseconds of the clock that /proc/uptime shows.
+(how long ago each kind of client last succeeded, in seconds) and `acknowledged` (how many writes
+were), and writes `result` when it is told to end. Times are milliseconds of the clock that /proc/uptime shows.
 """
 import http.cookiejar
 import json
@@ -222,6 +222,7 @@ def main():
     for thread in threads:
         thread.start()
     while not ended.wait(1):
+        put("acknowledged", len(acknowledged))
         put("state", {kind: age(kind) for kind in kinds})
     seen["lost"] = lost()
     put("result", seen)
