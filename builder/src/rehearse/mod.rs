@@ -111,6 +111,7 @@ impl<'a> Rehearsal<'a> {
         let board = whole(self.project, &step, MENDED)?;
         let machine = |name: &str| Vm::at(name, self.project.dir.join("build/vm").join(name));
         let victims = scenario.victim.find(topology, &board, &machine)?;
+        let promise = scenario.promised(&victims, &board);
         let Some(stage) = self.stage(scenario, &victims) else { return Ok(None) };
         if victims.is_empty() {
             return Ok(None);
@@ -146,7 +147,7 @@ impl<'a> Rehearsal<'a> {
         let mut outcome = probe.end(self.factor)?.outcome(scenario.name, victims, t0);
         outcome.alert = alert;
         outcome.whole = if mended.is_ok() { mending.elapsed().as_secs_f64() } else { f64::INFINITY };
-        outcome.judge(&scenario.promise, before.is_some().then_some(ALERT), f64::from(self.factor));
+        outcome.judge(&promise, before.is_some().then_some(ALERT), f64::from(self.factor));
         if !recovered {
             outcome.broken.push("the clients did not recover before it was mended".to_owned());
         }

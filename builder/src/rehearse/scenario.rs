@@ -17,6 +17,7 @@ pub struct Scenario {
     pub fault: Fault,
     /// Seconds that it lasts at least.
     pub lasts: u64,
+    /// Where the victim is nothing else.
     pub promise: Limits,
 }
 
@@ -105,6 +106,44 @@ const fn limits(vip: f64, writes: f64, http: f64) -> Limits {
     Limits { vip: Some(vip), writes: Some(writes), http: Some(http), errors: None }
 }
 
+/// When a machine is gone. The hubs free a dead primary's place; Patroni alone takes 25.
+const PRIMARY: Limits = limits(1.5, 8.0, 12.0);
+const STANDBY: Limits = limits(1.5, 15.0, 15.0);
+const HOLDER: Limits = limits(1.5, 5.0, 5.0);
+const APP: Limits = limits(1.5, 1.0, 3.0);
+
+impl Limits {
+    fn or_longer(self, other: Self) -> Self {
+        let longer = |a: Option<f64>, b: Option<f64>| Some(a?.max(b?));
+        Self {
+            vip: longer(self.vip, other.vip),
+            writes: longer(self.writes, other.writes),
+            http: longer(self.http, other.http),
+            errors: self.errors,
+        }
+    }
+}
+
+impl Scenario {
+    /// What is promised when these nodes of a fleet that stands like this are hit: who loses a whole machine
+    /// loses all that was on it.
+    pub(super) fn promised(&self, victims: &[String], board: &Board) -> Limits {
+        if !matches!(self.fault, Fault::PowerOff | Fault::Wipe | Fault::Unplug | Fault::Flap) {
+            return self.promise;
+        }
+        let hit = board.nodes.iter().filter(|row| victims.contains(&row.node));
+        hit.fold(self.promise, |promise, row| {
+            let carries = [
+                (row.vip, HOLDER),
+                (matches!(row.database, Some(Database::Primary(_))), PRIMARY),
+                (row.database == Some(Database::Standby), STANDBY),
+                (row.roles.iter().any(|r| r == "app"), APP),
+            ];
+            carries.into_iter().filter(|(it, _)| *it).fold(promise, |promise, (_, of_it)| promise.or_longer(of_it))
+        })
+    }
+}
+
 /// What there is, in the order it is rehearsed in.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -113,7 +152,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::Holder,
         fault: Fault::PowerOff,
         lasts: 20,
-        promise: limits(1.5, 25.0, 25.0),
+        promise: HOLDER,
     },
     Scenario {
         name: "db",
@@ -121,8 +160,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::Primary,
         fault: Fault::PowerOff,
         lasts: 20,
-        // The hubs free its place; Patroni alone takes 25.
-        promise: limits(1.5, 8.0, 12.0),
+        promise: PRIMARY,
     },
     Scenario {
         name: "app",
@@ -130,7 +168,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::App,
         fault: Fault::PowerOff,
         lasts: 20,
-        promise: limits(1.5, 25.0, 25.0),
+        promise: APP,
     },
     Scenario {
         name: "etcd-leader",
@@ -138,7 +176,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::EtcdLeader,
         fault: Fault::PowerOff,
         lasts: 20,
-        promise: limits(1.5, 25.0, 25.0),
+        promise: limits(1.5, 5.0, 5.0),
     },
     Scenario {
         name: "standby",
@@ -146,7 +184,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::Standby,
         fault: Fault::PowerOff,
         lasts: 20,
-        promise: limits(1.5, 15.0, 15.0),
+        promise: STANDBY,
     },
     Scenario {
         name: "hub-cable",
@@ -154,7 +192,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::Holder,
         fault: Fault::Unplug,
         lasts: 20,
-        promise: limits(1.5, 25.0, 25.0),
+        promise: HOLDER,
     },
     Scenario {
         name: "hub-flaps",
@@ -162,7 +200,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::Holder,
         fault: Fault::Flap,
         lasts: 20,
-        promise: limits(1.5, 25.0, 25.0),
+        promise: HOLDER,
     },
     Scenario {
         name: "path",
@@ -197,7 +235,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::Primary,
         fault: Fault::Unplug,
         lasts: 20,
-        promise: limits(1.5, 8.0, 12.0),
+        promise: PRIMARY,
     },
     Scenario {
         name: "db-etcd",
@@ -249,7 +287,7 @@ pub const SCENARIOS: &[Scenario] = &[
         victim: Victim::Spare,
         fault: Fault::Wipe,
         lasts: 20,
-        promise: limits(1.5, 25.0, 25.0),
+        promise: limits(1.5, 1.0, 3.0),
     },
     Scenario {
         name: "upgrade",
@@ -386,7 +424,47 @@ fn done(vm: &Vm, command: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+    use crate::vm::{Row, State};
+
+    fn row(node: &str, roles: &[&str], vip: bool, database: Option<Database>) -> Row {
+        let roles = roles.iter().map(|r| (*r).to_owned()).collect();
+        Row {
+            node: node.into(),
+            group: String::new(),
+            roles,
+            address: String::new(),
+            state: State::Ready,
+            message: String::new(),
+            vip,
+            database,
+        }
+    }
+
+    #[test]
+    fn a_machine_with_several_roles_is_all_of_them() {
+        let rows = vec![
+            row("hub-1", &["hub"], true, None),
+            row("app-1", &["app"], false, None),
+            row("work-1", &["hub", "db", "app"], false, Some(Database::Standby)),
+            row("data-1", &["hub", "db"], true, Some(Database::Primary(vec![]))),
+        ];
+        let board = Board { nodes: rows, odoo: BTreeMap::new(), urls: vec![] };
+        let promised = |name: &str, victim: &str| {
+            let scenario = chosen(&[name.to_owned()]).unwrap()[0];
+            scenario.promised(&[victim.to_owned()], &board)
+        };
+        assert_eq!(promised("hub", "hub-1"), HOLDER);
+        assert_eq!(promised("app", "app-1"), limits(1.5, 1.0, 3.0));
+        assert_eq!(promised("app", "work-1"), STANDBY);
+        assert_eq!(promised("hub", "data-1"), limits(1.5, 8.0, 12.0));
+        // Only one service of it is hit.
+        assert_eq!(promised("odoo", "work-1"), limits(0.5, 1.0, 10.0));
+        // Nothing is promised of whom nothing can be asked.
+        assert_eq!(promised("power", "data-1"), Limits::default());
+    }
 
     #[test]
     fn names_are_names() {
