@@ -98,6 +98,9 @@ fn a_node_takes_what_is_good_and_leaves_what_is_not() {
     assert_eq!(runs(&hub), "2");
     assert!(is_denied(&hub, "3").contains("did not come up on hub-1"));
     assert_eq!(hub.ok(LOOK), "", "a version that failed is tried again");
+    let told = lab.ok(&["rollout", "--endpoint", "local"]).out;
+    assert!(told.contains("hub-1          version 2, serving"), "{told}");
+    assert!(told.contains("nobody takes version 3: it did not come up on hub-1"), "{told}");
 
     // A version that mends it goes on from there.
     version(&lab, "3", "4");

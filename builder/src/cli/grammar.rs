@@ -80,7 +80,7 @@ pub(super) enum Command {
         /// Write it to a file that only you can read, instead of standard output
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
-        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
+        /// Where a hub is reached, if not at its endpoint in fleet.toml; `local` to ask those that `up` started
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
     },
@@ -96,7 +96,7 @@ pub(super) enum Command {
         /// Shut it out at once
         #[arg(long)]
         now: bool,
-        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
+        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml; `local` for those that `up` started
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
     },
@@ -226,7 +226,7 @@ pub(super) enum Command {
         /// Go on
         #[arg(long)]
         resume: bool,
-        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml
+        /// Where this machine reaches a hub, if not at its endpoint in fleet.toml; `local` for those that `up` started
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
     },

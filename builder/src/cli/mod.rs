@@ -89,7 +89,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             }
         }
         Command::Ticket { list: true, endpoint, .. } => {
-            let (authority, endpoints) = (Authority::of(&project)?, endpoints(&project, endpoint)?);
+            let (authority, endpoints) = (Authority::of(&project)?, asked_at(&project, endpoint)?);
             let known = Hubs { authority: &authority, topology: &project.topology, endpoints }.tokens();
             if let Err(e) = &known {
                 progress.say("ticket", &format!("nobody says how often each was used: {e}"));
@@ -102,14 +102,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Ticket { revoke: Some(number), endpoint, .. } => {
             let authority = Authority::of(&project)?;
-            let endpoints = endpoints(&project, endpoint)?;
+            let endpoints = asked_at(&project, endpoint)?;
             let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.revoke(number)?;
             progress.say("ticket", &format!("{number} is revoked, says {hub}"));
         }
         Command::Leave { node, now, endpoint } => {
             project.node(node)?;
             let authority = Authority::of(&project)?;
-            let endpoints = endpoints(&project, endpoint)?;
+            let endpoints = asked_at(&project, endpoint)?;
             let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.leave(node, *now)?;
             let what = if *now { "is shut out" } else { "is told to leave" };
             progress.say("leave", &format!("{node} {what}, says {hub}"));
@@ -203,7 +203,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Rollout { pause, resume, endpoint } => {
             let authority = Authority::of(&project)?;
-            let endpoints = endpoints(&project, endpoint)?;
+            let endpoints = asked_at(&project, endpoint)?;
             let order = match pause {
                 Some(why) => RolloutOrder::Pause { why: why.clone() },
                 None if *resume => RolloutOrder::Resume,
@@ -371,6 +371,11 @@ fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, progress: &
         progress.say("init", &format!("{}: what nodes verify updates with; public", keyring.display()));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where this machine asks the hubs: `local` are those that `up` started.
+fn asked_at(project: &Project, given: &[String]) -> Result<BTreeMap<String, String>> {
+    if given == ["local"] { Ok(vm::doors(project)) } else { endpoints(project, given) }
 }
 
 /// `hub-1=192.0.2.1`, for hubs that there are.

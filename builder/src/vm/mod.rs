@@ -36,7 +36,7 @@ use board::last_word;
 pub use board::{Board, Database, Row, Standby, State};
 use firmware::{Firmware, accelerator};
 pub use machines::{Described, down, groups_of, start_of, up};
-pub use wire::{Door, Wire};
+pub use wire::{Door, Wire, doors};
 
 /// What the agent says on the console when its node serves.
 const READY: &str = "bakehouse: ready";

@@ -1,5 +1,6 @@
 //! The wire between a fleet's machines, and the door through which this host's browser comes in.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use fleet::{Node, Topology};
@@ -18,12 +19,14 @@ pub struct Wire {
     pub(super) door: Option<Door>,
 }
 
-/// A second network card, by which this host reaches a hub's HTTPS port, and a machine an update
-/// server on this host's loopback. Nothing else gets in or out by it.
+/// A second network card, by which this host reaches a hub's ports for browsers and operators, and a
+/// machine an update server on this host's loopback. Nothing else gets in or out by it.
 #[derive(Clone, Debug)]
 pub struct Door {
     /// On this host's loopback; every hub of every fleet has its own.
     pub address: Option<Ipv4Addr>,
+    /// Where a hub takes the operator's requests.
+    requests: u16,
     /// Port of the update server.
     updates: Option<u16>,
     pub(super) mac: String,
@@ -31,6 +34,13 @@ pub struct Door {
 
 /// Network of the wires, reserved for tests of network devices (RFC 2544).
 const WIRE: [u8; 2] = [198, 18];
+
+/// Where this host reaches the hubs of a fleet's local machines.
+#[must_use]
+pub fn doors(project: &Project) -> BTreeMap<String, String> {
+    let door = |hub: &Node| Some((hub.name.clone(), Wire::of(project, hub).door?.address?.to_string()));
+    project.topology.hubs.iter().filter_map(door).collect()
+}
 
 impl Wire {
     pub(super) fn of(project: &Project, node: &Node) -> Self {
@@ -45,6 +55,7 @@ impl Wire {
         let door = Door {
             // Browsers go to hubs.
             address: (node.hub > 0).then(|| Ipv4Addr::new(127, byte(0).max(1), byte(1) ^ c, d)),
+            requests: project.topology.mesh.port,
             updates,
             mac: format!("52:54:00:13:{c:02x}:{d:02x}"),
         };
@@ -95,7 +106,9 @@ impl Door {
     pub(super) fn netdev(&self) -> String {
         let mut text = format!("user,id=door,restrict=on,net={}", Self::NET);
         if let Some(address) = self.address {
-            text.push_str(&format!(",hostfwd=tcp:{address}:{}-{}:443", Self::PORT, Self::INSIDE));
+            for (outside, inside) in [(Self::PORT, 443), (self.requests, self.requests)] {
+                text.push_str(&format!(",hostfwd=tcp:{address}:{outside}-{}:{inside}", Self::INSIDE));
+            }
         }
         if let Some(port) = self.updates {
             // A program for each connection: QEMU itself would keep a single one.
