@@ -336,10 +336,12 @@ fn complain(e: &Error, json: bool) {
 
 /// A folder with a fleet.toml of the folder's name, and a key. What is there already stays.
 fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, progress: &Progress) -> Result<ExitCode> {
-    let missing = || Error::Usage(format!("`{}` has no name to give the fleet", dir.display()));
-    let name = dir.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
     let text = project::built_in_fleet(from)?;
     std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    // `.` has a name too.
+    let real = dir.canonicalize().map_err(Error::io("find", dir))?;
+    let missing = || Error::Usage(format!("`{}` has no name to give the fleet", real.display()));
+    let name = real.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
     let path = dir.join("fleet.toml");
     if !path.exists() {
         let named = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
