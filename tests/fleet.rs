@@ -52,7 +52,11 @@ fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
     // One cluster of three, one holder of the VIP, and a database that is reached through it.
     let everybody: Vec<&Machine> = hubs.iter().collect();
     assert_eq!(hubs[0].ok(&until(&format!("{ETCDCTL} member list | grep -c started"), "3")), "3");
+    let first = holder(&everybody);
+    db.ok(&write(&lab));
+    vip_goes(&lab, &db, &hubs[first]);
     let lost = holder(&everybody);
+    assert_ne!(lost, first, "it came back to where it had been");
     for node in everybody.iter().chain([&&db]) {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
     }
@@ -124,6 +128,22 @@ fn holder(hubs: &[&Machine]) -> usize {
     panic!("the VIP is nowhere, or in two places");
 }
 
+/// Has a hub give the VIP away: who asks a moment before is answered, and who waits for longer is told that
+/// nothing comes.
+#[track_caller]
+fn vip_goes(lab: &Lab, client: &Machine, holder: &Machine) {
+    let sleeps = sql(lab, "SELECT pg_sleep(3000)");
+    client.ok(&format!("({sleeps}; echo told) >/tmp/waits 2>&1 & sleep 1"));
+    client.ok(&until("ss -Htn state established dst 10.10.0.100:5000 | wc -l", "1"));
+    client.ok("(exec 7<>/dev/tcp/10.10.0.100/80; printf 'GET / HTTP/1.1\\r\\nHost: x\\r\\n' >&7; \
+               sleep 5; printf '\\r\\n' >&7; head -n 1 <&7) >/tmp/asks 2>&1 & sleep 1");
+    holder.ok("systemctl stop keepalived");
+    // No application runs yet.
+    assert_eq!(client.ok(&until("grep -c '503 Service Unavailable' /tmp/asks", "1")), "1");
+    assert_eq!(client.ok(&until("grep -c told /tmp/waits", "1")), "1");
+    holder.ok("systemctl start keepalived");
+}
+
 /// Has a node's agent find its keys old: gives the new mesh key. No service is started again.
 #[track_caller]
 fn renews(node: &Machine) -> String {
@@ -156,11 +176,15 @@ fn until(command: &str, wanted: &str) -> String {
 
 /// A write through the VIP, as a client does it: again, until it succeeds.
 fn write(lab: &Lab) -> String {
+    format!("for i in $(seq 20); do {} && exit; sleep 2; done; exit 1", sql(lab, "CREATE TEMP TABLE t (x int)"))
+}
+
+/// Asks the primary through the VIP.
+fn sql(lab: &Lab, statement: &str) -> String {
     let key: serde_json::Value = serde_json::from_str(&lab.read("fleet.key")).expect("JSON");
     let password = key["secrets"]["odoo"].as_str().expect("a password");
     format!(
-        "for i in $(seq 20); do PGPASSWORD={password} psql -AtXq 'host=10.10.0.100 port=5000 user=odoo dbname=postgres \
-         sslmode=verify-ca sslrootcert=/run/bakehouse/tls/ca.crt connect_timeout=10' -c 'CREATE TEMP TABLE t (x int)' \
-         && exit; sleep 2; done; exit 1"
+        "PGPASSWORD={password} psql -AtXq 'host=10.10.0.100 port=5000 user=odoo dbname=postgres sslmode=verify-ca \
+         sslrootcert=/run/bakehouse/tls/ca.crt connect_timeout=10' -c '{statement}'"
     )
 }

@@ -2,7 +2,8 @@
 
 Reads its configuration as JSON from the file it is given, keeps `state` beside it up to date
 (how long ago each kind of client last succeeded, in seconds) and `acknowledged` (how many writes
-were), and writes `result` when it is told to end. Times are milliseconds of the clock that /proc/uptime shows.
+were), and writes `result` when it is told to end. The journal has what clients were told instead of an
+answer. Times are milliseconds of the clock that /proc/uptime shows.
 """
 import http.cookiejar
 import json
@@ -114,7 +115,8 @@ def write():
             acknowledged.append(number)
             seen["writes"].append(now())
             time.sleep(0.05)
-        except psycopg2.Error:
+        except psycopg2.Error as e:
+            print("write:", e, flush=True)
             if line is not None:
                 line.close()
                 line = None
@@ -190,8 +192,10 @@ class User:
                     # "Odoo Session Expired": logged out.
                     seen["logouts"].append(now())
                 else:
+                    print("page:", answer, flush=True)
                     seen["errors"].append(now())
-            except (OSError, ValueError):
+            except (OSError, ValueError) as e:
+                print("page:", e, flush=True)
                 seen["errors"].append(now())
             time.sleep(0.2)
 
