@@ -14,8 +14,8 @@ use crate::https::{Connection, request};
 const PORT: u16 = 8008;
 /// Longest answer that is read.
 const LONGEST: usize = 1 << 20;
-/// How long a standby is waited for to become the primary.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a standby is waited for to become the primary, and this node to follow it.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Where Patroni keeps what it knows in etcd.
 #[must_use]
@@ -54,7 +54,8 @@ impl Patroni {
         self.ask("GET", "/primary", "").await.is_ok()
     }
 
-    /// Makes a standby the primary, where this node has it and there is one; waits until it is.
+    /// Makes a standby the primary, where this node has it and there is one; waits until it is, and this node
+    /// its standby.
     ///
     /// # Errors
     /// Patroni says no, as it does where there is no standby that could.
@@ -69,14 +70,21 @@ impl Patroni {
             last = self.ask("POST", "/switchover", &format!("{{\"leader\":\"{}\"}}", self.slot)).await.map(drop);
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
-        // Whoever is told to end in the middle of it leaves the fleet without a primary for longer.
-        while !self.ask("GET", "/cluster", "").await.is_ok_and(|members| another_leads(&members, &self.slot)) {
+        // Whoever is told to end in the middle of it leaves the fleet without a primary for longer; and who
+        // ends right afterwards, perhaps with the VIP, breaks off what clients have just begun again.
+        while !self.follows().await {
             if Instant::now() > until {
-                return Err(Error::Failed("no other node has become the primary yet".to_owned()));
+                return Err(Error::Failed("this node does not follow another primary yet".to_owned()));
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         Ok(())
+    }
+
+    /// Whether another node has the primary, and this one is its standby.
+    async fn follows(&self) -> bool {
+        let another = self.ask("GET", "/cluster", "").await.is_ok_and(|members| another_leads(&members, &self.slot));
+        another && self.ask("GET", "/replica", "").await.is_ok()
     }
 
     async fn ask(&self, method: &str, path: &str, body: &str) -> Result<Bytes> {
