@@ -14,8 +14,8 @@ use crate::https::{Connection, request};
 const PORT: u16 = 8008;
 /// Longest answer that is read.
 const LONGEST: usize = 1 << 20;
-/// How long a standby is waited for to become the primary, and this node to follow it.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a standby is waited for to become the primary, and then this node to follow it.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where Patroni keeps what it knows in etcd.
 #[must_use]
@@ -72,6 +72,7 @@ impl Patroni {
         }
         // Whoever is told to end in the middle of it leaves the fleet without a primary for longer; and who
         // ends right afterwards, perhaps with the VIP, breaks off what clients have just begun again.
+        let until = Instant::now() + PATIENCE;
         while !self.follows().await {
             if Instant::now() > until {
                 return Err(Error::Failed("this node does not follow another primary yet".to_owned()));
