@@ -338,16 +338,17 @@ fn complain(e: &Error, json: bool) {
 fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, progress: &Progress) -> Result<ExitCode> {
     let text = project::built_in_fleet(from)?;
     std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    // `.` has a name too.
-    let real = dir.canonicalize().map_err(Error::io("find", dir))?;
-    let missing = || Error::Usage(format!("`{}` has no name to give the fleet", real.display()));
-    let name = real.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
+    // `.` has a name too; a symbolic link keeps its own.
+    let named =
+        if dir.file_name().is_some() { dir.to_owned() } else { dir.canonicalize().map_err(Error::io("find", dir))? };
+    let missing = || Error::Usage(format!("`{}` has no name to give the fleet", dir.display()));
+    let name = named.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
     let path = dir.join("fleet.toml");
     if !path.exists() {
-        let named = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
+        let text = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
         let section =
             if secure_boot { "\n# What firmware runs is signed (docs/secure-boot.md).\n[secure_boot]\n" } else { "" };
-        std::fs::write(&path, named + section).map_err(Error::io("write", &path))?;
+        write_atomic(&path, (text + section).as_bytes())?;
         progress.say("init", &format!("{}: change it to what you want", path.display()));
     }
     let project = Project::load(dir)?;
