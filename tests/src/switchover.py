@@ -14,6 +14,8 @@ import threading
 import time
 import urllib.request
 
+import psycopg2
+
 BIN = "/usr/lib/postgresql/17/bin"
 PLACE = "/tmp/switchover"
 # Seconds: as odoo.env has it on a node, with room for a busy machine.
@@ -79,6 +81,26 @@ def database():
         run(f"{BIN}/psql", "-q", *here, "odoo", stdin=seed.read() + SECRETS.encode())
 
 
+def what_was_written_is_known():
+    """Else a write whose answer got lost could be asked for again."""
+    sys.path.append("/usr/share/bakehouse/addons/bakehouse")
+    os.environ["DATABASE_WAIT"] = str(WAIT)
+    from database import has_written
+
+    line = psycopg2.connect(host=PLACE, port=5000, user="odoo", dbname="odoo")
+    said = [has_written(line)]
+    with line.cursor() as cursor:
+        for statement in ["SELECT 1", "UPDATE res_users SET active = active", "SELECT 1 / 0"]:
+            try:
+                cursor.execute(statement)
+            except psycopg2.DataError:
+                pass
+            said.append(has_written(line))
+    line.close()
+    if said != [False, False, True, True]:
+        sys.exit(f"nothing, a look, a write, a failure: has written says {said}")
+
+
 class User:
     """Somebody who is logged in, and asks all the time."""
 
@@ -129,6 +151,7 @@ def main():
     os.makedirs(PLACE)
     os.chown(PLACE, pwd.getpwnam("odoo").pw_uid, -1)
     database()
+    what_was_written_is_known()
     config = f"{PLACE}/odoo.conf"
     with open(config, "w") as file:
         file.write(CONFIG)
@@ -145,6 +168,15 @@ def main():
         answers(odoo, 30)
         if bad or logouts:
             sys.exit(f"{pause} s without a primary: {len(bad)} errors ({bad[:3]}), {len(logouts)} logouts")
+
+    # Connections that end at any moment, COMMIT's too.
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'odoo' AND pid <> pg_backend_pid();\n"
+    for _ in range(150):
+        run(f"{BIN}/psql", "-q", "-h", PLACE, "-p", "5000", "-U", "odoo", "odoo", stdin=end.encode())
+        time.sleep(0.1)
+    answers(odoo, 30)
+    if bad or logouts:
+        sys.exit(f"connections ended: {len(bad)} errors ({bad[:3]}), {len(logouts)} logouts")
 
     # Nobody is kept waiting for ever, and Odoo outlives it.
     control("stop", "-m", "fast")

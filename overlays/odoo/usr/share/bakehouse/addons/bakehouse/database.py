@@ -7,6 +7,7 @@ import threading
 import time
 
 import psycopg2
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS
 
 from odoo import http, sql_db
 from odoo.http import RegistryError
@@ -24,6 +25,16 @@ def is_gone(error):
     if isinstance(error, RegistryError):
         error = error.__cause__
     return isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError)) and error.pgcode in GONE
+
+
+def has_written(connection):
+    """Whether a transaction that is about to be committed has changed anything; it may have if it has failed."""
+    state = connection.info.transaction_status
+    if state != TRANSACTION_STATUS_INTRANS:
+        return state != TRANSACTION_STATUS_IDLE
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_current_xact_id_if_assigned()")
+        return cursor.fetchone() != (None,)
 
 
 class Connections:
@@ -54,8 +65,10 @@ def patch():
     commit = sql_db.Cursor.commit
 
     def commit_noted(self):
+        self.flush()
         # The server may have done it, and its answer is what gets lost.
-        threading.current_thread().may_have_committed = True
+        if has_written(self._cnx):
+            threading.current_thread().may_have_committed = True
         return commit(self)
 
     serve = http.Request._serve_db
