@@ -17,7 +17,7 @@ async fn one_node_at_a_time_changes_its_image() {
         let answer = site.member(hub, (asker, grant), ("POST", "/v1/turn"), body).await?;
         Ok(serde_json::from_slice(&answer).expect("an answer"))
     };
-    let wants = |image: &str| Doing::Wants { image: image.to_owned(), leads: false, primary: false };
+    let wants = |image: &str| Doing::Wants { image: image.to_owned(), leads: false, primary: false, unwell: false };
     // Nobody, as long as not everybody has spoken.
     assert!(says(0, 0, "1", wants("2")).await.expect("an answer").why.ends_with("is silent"));
     for (i, hub) in [(1, 1), (2, 2)] {

@@ -105,6 +105,7 @@ pub fn describe(rollout: &Rollout) -> String {
                 let doing = match &report.doing {
                     fleet::Doing::Starting => "starting".to_owned(),
                     fleet::Doing::Serving => "serving".to_owned(),
+                    fleet::Doing::Wants { image, unwell: true, .. } => format!("not well, would take version {image}"),
                     fleet::Doing::Wants { image, .. } => format!("serving, would take version {image}"),
                     fleet::Doing::WentBack { from } => format!("serving, went back from version {from}"),
                 };
@@ -141,7 +142,10 @@ mod tests {
             denied: BTreeMap::from([("3".into(), "it did not come up on app-1".into())]),
             nodes: BTreeMap::from([
                 ("app-1".into(), says("2", Doing::Serving)),
-                ("hub-1".into(), says("1", Doing::Wants { image: "2".into(), leads: false, primary: false })),
+                (
+                    "hub-1".into(),
+                    says("1", Doing::Wants { image: "2".into(), leads: false, primary: false, unwell: false }),
+                ),
             ]),
             members: ["app-1", "db-1", "hub-1"].map(String::from).into(),
         };

@@ -11,7 +11,7 @@ use crate::systemd::{Seen, Systemd};
 /// How long everything has to run without a restart.
 const STEADY: Duration = Duration::from_secs(10);
 /// When it is given up. systemd's own limit for the unit is longer.
-const PATIENCE: Duration = Duration::from_secs(600);
+pub const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Waits until all units run and none was restarted for a while.
 ///

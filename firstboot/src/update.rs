@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology, compare_versions};
 
@@ -13,6 +13,7 @@ use crate::console::say;
 use crate::database::Patroni;
 use crate::error::{Error, Result};
 use crate::grub::TRIES;
+use crate::health;
 use crate::image::ImageInfo;
 use crate::journal::Event;
 use crate::state::{PassedOver, StateDir};
@@ -53,11 +54,12 @@ impl Updates<'_> {
             None
         });
         let mut told = String::new();
+        let begun = Instant::now();
         // The hubs know of a version that failed here once they were told.
         let mut confessed = None;
         loop {
             let mut pause = ROUND;
-            match self.doing(given_up.as_deref(), confessed.as_deref()).await {
+            match self.doing(given_up.as_deref(), confessed.as_deref(), begun.elapsed()).await {
                 Ok(doing) => {
                     if !matches!(doing, Doing::Serving | Doing::WentBack { .. }) {
                         pause = SHORT_ROUND;
@@ -97,7 +99,7 @@ impl Updates<'_> {
         Ok((found.boots >= TRIES).then_some(found.image))
     }
 
-    async fn doing(&self, given_up: Option<&str>, confessed: Option<&str>) -> Result<Doing> {
+    async fn doing(&self, given_up: Option<&str>, confessed: Option<&str>, runs: Duration) -> Result<Doing> {
         let running = &self.image.version;
         let boots = Boots::read(&self.entries, &self.image.id)?;
         if let Some(from) = boots.failed(running).or(given_up).filter(|from| confessed != Some(from)) {
@@ -106,10 +108,10 @@ impl Updates<'_> {
         if !boots.is_blessed(running) {
             return Ok(Doing::Starting);
         }
-        for role in &self.node.roles {
-            if !self.systemd.is_active(&format!("role-{role}.target")).await? {
-                return Ok(Doing::Starting);
-            }
+        let unwell = !self.is_whole().await?;
+        // Its turn for a newer image would interrupt a start.
+        if unwell && runs < health::PATIENCE {
+            return Ok(Doing::Starting);
         }
         // One that is there, and was passed over, is not offered again.
         let pending = boots.pending(running).filter(|v| given_up != Some(v)).map(str::to_owned);
@@ -117,10 +119,21 @@ impl Updates<'_> {
         Ok(match wanted {
             Some(image) => {
                 let primary = self.has_primary().await;
-                Doing::Wants { image, leads: primary || self.holds_vip().await, primary }
+                Doing::Wants { image, leads: primary || self.holds_vip().await, primary, unwell }
             }
+            None if unwell => Doing::Starting,
             None => Doing::Serving,
         })
+    }
+
+    /// Whether all roles have come up.
+    async fn is_whole(&self) -> Result<bool> {
+        for role in &self.node.roles {
+            if !self.systemd.is_active(&format!("role-{role}.target")).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn offered(&self) -> Option<String> {

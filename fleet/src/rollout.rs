@@ -33,12 +33,21 @@ pub enum Doing {
         /// It has the primary, whose change is noticed most. Older agents say nothing of it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         primary: bool,
+        /// Its boot was taken for a good one, and a role of it has not come up for a long time: others wait
+        /// for it, and it for the newer image.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        unwell: bool,
     },
     /// This newer image was tried, and did not come up.
     WentBack { from: String },
 }
 
 impl Doing {
+    /// It may be what the newer image mends.
+    fn is_unwell(&self) -> bool {
+        matches!(self, Self::Wants { unwell: true, .. })
+    }
+
     /// Of two of a kind, the heavier goes later.
     fn weight(&self) -> u8 {
         match self {
@@ -129,6 +138,10 @@ impl Rollout {
                     Verdict::Deny { image: from.clone(), why }
                 }
                 Doing::Wants { image, .. } if *image == turn.to && self.held => Verdict::Go,
+                // It came up, and so was not tried again; but it does not do what it is for.
+                Doing::Wants { unwell: true, .. } if report.image == turn.to => {
+                    Verdict::Deny { image: turn.to.clone(), why: format!("with it {slot} is not well") }
+                }
                 Doing::Starting if self.held => Verdict::Wait("this boot has to prove itself".to_owned()),
                 Doing::Starting => lost(turn),
                 _ => Verdict::Release,
@@ -163,6 +176,13 @@ impl Rollout {
         let reports = || others().filter_map(|m| Some((m, self.nodes.get(m)?)));
         if let Some((starting, _)) = reports().find(|(_, r)| r.doing == Doing::Starting) {
             return Some(format!("{starting} is starting"));
+        }
+        // There may be several, and each would wait for the others.
+        if doing.is_unwell() {
+            return None;
+        }
+        if let Some((unwell, _)) = reports().find(|(_, r)| r.doing.is_unwell()) {
+            return Some(format!("{unwell} is not well"));
         }
         let own = topology.node(slot).map_or(0, rank);
         let first = reports().find(|(other, report)| {
@@ -206,7 +226,7 @@ mod tests {
     }
 
     fn wants(leads: bool) -> Report {
-        says("1", Doing::Wants { image: "2".to_owned(), leads, primary: false })
+        says("1", Doing::Wants { image: "2".to_owned(), leads, primary: false, unwell: false })
     }
 
     /// Everybody is up on version 1 and is offered version 2.
@@ -254,7 +274,7 @@ mod tests {
         let toml = b"name=\"x\"\n[groups]\nhub.count=3\nhub.roles=[\"hub\",\"db\"]\n";
         let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
         let mut fleet = all_want(&topology);
-        let primary = says("1", Doing::Wants { image: "2".into(), leads: true, primary: true });
+        let primary = says("1", Doing::Wants { image: "2".into(), leads: true, primary: true, unwell: false });
         fleet.nodes.insert("hub-1".into(), primary.clone());
         let holder = wants(true);
         assert_eq!(fleet.decide(&topology, "hub-1", &primary), Verdict::Wait("hub-2 goes first".into()));
@@ -289,7 +309,7 @@ mod tests {
             assert!(matches!(fleet.decide(&topology, slot, report), Verdict::Wait(_)), "{slot}");
         }
         // A version after it is another matter.
-        let next = says("1", Doing::Wants { image: "3".into(), leads: false, primary: false });
+        let next = says("1", Doing::Wants { image: "3".into(), leads: false, primary: false, unwell: false });
         assert!(matches!(fleet.decide(&topology, "monitor-1", &next), Verdict::Take(_)));
     }
 
@@ -303,6 +323,33 @@ mod tests {
         assert!(matches!(verdict, Verdict::Deny { ref image, .. } if image == "2"), "{verdict:?}");
         // If it has come back after all, it is none.
         assert_eq!(fleet.decide(&topology, "app-1", &says("2", Doing::Serving)), Verdict::Release);
+    }
+
+    /// Version 2 came up on app-1 and was taken for a good one, without doing its work; 3 mends that.
+    #[test]
+    fn who_is_not_well_takes_what_may_mend_it_and_goes_first() {
+        let topology = topology();
+        let mut fleet = all_want(&topology);
+        fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
+        fleet.held = true;
+        let unwell = |image: &str| Doing::Wants { image: image.into(), leads: false, primary: false, unwell: true };
+        let report = says("2", unwell("3"));
+        fleet.nodes.insert("app-1".into(), report.clone());
+        let Verdict::Deny { image, why } = fleet.decide(&topology, "app-1", &report) else { panic!() };
+        assert_eq!((image.as_str(), why.as_str()), ("2", "with it app-1 is not well"));
+        fleet.denied.insert(image, why);
+        fleet.turn = None;
+        let of_three = Doing::Wants { image: "3".into(), leads: false, primary: false, unwell: false };
+        let monitor = says("1", of_three);
+        assert_eq!(fleet.decide(&topology, "monitor-1", &monitor), Verdict::Wait("app-1 is not well".into()));
+        // Another one like it is nothing to wait for; one that starts is.
+        fleet.nodes.insert("hub-1".into(), says("1", unwell("3")));
+        assert!(matches!(fleet.decide(&topology, "app-1", &report), Verdict::Take(turn) if turn.to == "3"));
+        fleet.nodes.insert("db-1".into(), says("1", Doing::Starting));
+        assert_eq!(fleet.decide(&topology, "app-1", &report), Verdict::Wait("db-1 is starting".into()));
+        // To an older hub it is one that wants.
+        let said = serde_json::to_string(&unwell("3")).unwrap();
+        assert_eq!(said, r#"{"wants":{"image":"3","leads":false,"unwell":true}}"#);
     }
 
     #[test]

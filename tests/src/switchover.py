@@ -101,6 +101,35 @@ def what_was_written_is_known():
         sys.exit(f"nothing, a look, a write, a failure: has written says {said}")
 
 
+def a_refusal_is_not_waited_out():
+    """Where there is a primary; where there is none it is. Five minutes are three seconds here."""
+    fast = (
+        "import runpy, time; clock = time.monotonic; time.monotonic = lambda: 100 * clock(); "
+        "runpy.run_path('/usr/lib/bakehouse/odoo-init', run_name='__main__')"
+    )
+    user = pwd.getpwnam("odoo")
+    waiting = {}
+    for port in [5000, 5001]:
+        place = f"{PLACE}/{port}"
+        os.makedirs(place)
+        with open(f"{place}/odoo.conf", "w") as file:
+            file.write(
+                f"[options]\ndb_host = 127.0.0.1\ndb_port = {port}\ndb_user = yesterday\ndb_password = x\n"
+                f"db_sslmode = disable\ndb_name = odoo\ndata_dir = {place}\n"
+            )
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": "/usr/lib/bakehouse", "CREDENTIALS_DIRECTORY": place}
+        waiting[port] = subprocess.Popen(
+            [sys.executable, "-c", fast], user=user.pw_uid, group=user.pw_gid, extra_groups=[], env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+    said = waiting[5000].communicate(timeout=60)[1]
+    if waiting[5000].returncode != 1 or 'role "yesterday" does not exist' not in said:
+        sys.exit(f"refused, odoo-init ended with {waiting[5000].returncode}: {said}")
+    if waiting[5001].poll() is not None:
+        sys.exit(f"without a primary odoo-init ended: {waiting[5001].communicate()[1]}")
+    waiting[5001].kill()
+
+
 class User:
     """Somebody who is logged in, and asks all the time."""
 
@@ -152,6 +181,7 @@ def main():
     os.chown(PLACE, pwd.getpwnam("odoo").pw_uid, -1)
     database()
     what_was_written_is_known()
+    a_refusal_is_not_waited_out()
     config = f"{PLACE}/odoo.conf"
     with open(config, "w") as file:
         file.write(CONFIG)

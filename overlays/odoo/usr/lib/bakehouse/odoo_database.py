@@ -16,6 +16,12 @@ def run(*command, **more):
     subprocess.run(command, text=True, check=True, **more)
 
 
+def has_primary(given):
+    """Whether there is a primary; not whether it takes this node's password."""
+    asked = ["pg_isready", "-q", "-t", "10", "-h", given["db_host"], "-p", given["db_port"]]
+    return subprocess.run(asked).returncode == 0
+
+
 @contextlib.contextmanager
 def postgres(data_dir):
     """A PostgreSQL that only this process reaches, and that keeps nothing; its socket's folder."""
