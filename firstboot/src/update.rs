@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology, compare_versions};
 
@@ -54,12 +54,11 @@ impl Updates<'_> {
             None
         });
         let mut told = String::new();
-        let begun = Instant::now();
         // The hubs know of a version that failed here once they were told.
         let mut confessed = None;
         loop {
             let mut pause = ROUND;
-            match self.doing(given_up.as_deref(), confessed.as_deref(), begun.elapsed()).await {
+            match self.doing(given_up.as_deref(), confessed.as_deref()).await {
                 Ok(doing) => {
                     if !matches!(doing, Doing::Serving | Doing::WentBack { .. }) {
                         pause = SHORT_ROUND;
@@ -99,7 +98,7 @@ impl Updates<'_> {
         Ok((found.boots >= TRIES).then_some(found.image))
     }
 
-    async fn doing(&self, given_up: Option<&str>, confessed: Option<&str>, runs: Duration) -> Result<Doing> {
+    async fn doing(&self, given_up: Option<&str>, confessed: Option<&str>) -> Result<Doing> {
         let running = &self.image.version;
         let boots = Boots::read(&self.entries, &self.image.id)?;
         if let Some(from) = boots.failed(running).or(given_up).filter(|from| confessed != Some(from)) {
@@ -110,7 +109,7 @@ impl Updates<'_> {
         }
         let unwell = !self.is_whole().await?;
         // Its turn for a newer image would interrupt a start.
-        if unwell && runs < health::PATIENCE {
+        if unwell && uptime()? < health::PATIENCE {
             return Ok(Doing::Starting);
         }
         // One that is there, and was passed over, is not offered again.
@@ -181,4 +180,12 @@ impl Updates<'_> {
         // systemd ends this service in a moment.
         std::future::pending().await
     }
+}
+
+/// How long the machine runs. (The agent starts again whenever a role does not come up.)
+fn uptime() -> Result<Duration> {
+    let path = "/proc/uptime";
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let seconds = text.split_whitespace().next().and_then(|s| s.parse().ok());
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| Error::Failed(format!("{path}: no number")))
 }
