@@ -54,4 +54,10 @@ async fn one_node_at_a_time_changes_its_image() {
     let seen = site.rollout(RolloutOrder::Tell, &site.root).await.expect("an answer");
     assert_eq!((seen.turn, seen.held), (None, false));
     assert!(says(last, 0, "1", wants("3")).await.expect("an answer").go);
+    // It comes up, is taken for a good one, and does not do its work: what may mend it is for it first.
+    let unwell = Doing::Wants { image: "4".to_owned(), leads: false, primary: false, unwell: true };
+    assert!(says(last, 1, "3", unwell).await.expect("an answer").go);
+    let seen = site.rollout(RolloutOrder::Tell, &site.root).await.expect("an answer");
+    assert_eq!(seen.turn.map(|turn| turn.to).as_deref(), Some("4"));
+    assert!(seen.denied["3"].contains("is not well"), "{:?}", seen.denied);
 }
