@@ -143,15 +143,20 @@ mod tests {
             nodes: BTreeMap::from([
                 ("app-1".into(), says("2", Doing::Serving)),
                 (
+                    "app-2".into(),
+                    says("2", Doing::Wants { image: "4".into(), leads: false, primary: false, unwell: true }),
+                ),
+                (
                     "hub-1".into(),
                     says("1", Doing::Wants { image: "2".into(), leads: false, primary: false, unwell: false }),
                 ),
             ]),
-            members: ["app-1", "db-1", "hub-1"].map(String::from).into(),
+            members: ["app-1", "app-2", "db-1", "hub-1"].map(String::from).into(),
         };
         let text = describe(&rollout);
         for words in [
             "app-1          version 2, serving\n",
+            "app-2          version 2, not well, would take version 4\n",
             "db-1         silent\n",
             "hub-1        < version 1, serving, would take version 2\n",
             "hub-1 changes from version 1 to 2\n",
