@@ -42,8 +42,8 @@ sheets = re.findall(r'href="([^"]+\.css[^"]*)"', page)
 print(len(sheets) > 0, all(get(s)[:2] == (200, 'text/css') and len(get(s)[2]) > 1000 for s in sheets))
 "#;
 
-/// Logs in; the session must outlive the service that made it, and lie in no file. Whoever asked before HAProxy or
-/// Odoo stops is answered, though there are more of them than Odoo has workers.
+/// Logs in; the session must outlive the service that made it, and lie in no file. Whoever asked before HAProxy
+/// stops is answered, or Odoo, though there are more of them than workers.
 const SESSION: &str = r"
 import socket
 def ask(port):

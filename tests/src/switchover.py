@@ -125,6 +125,8 @@ def a_refusal_is_not_waited_out():
     said = waiting[5000].communicate(timeout=60)[1]
     if waiting[5000].returncode != 1 or 'role "yesterday" does not exist' not in said:
         sys.exit(f"refused, odoo-init ended with {waiting[5000].returncode}: {said}")
+    # For longer than the other one was refused.
+    time.sleep(5)
     if waiting[5001].poll() is not None:
         sys.exit(f"without a primary odoo-init ended: {waiting[5001].communicate()[1]}")
     waiting[5001].kill()

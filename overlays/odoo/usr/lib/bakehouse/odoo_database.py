@@ -18,7 +18,7 @@ def run(*command, **more):
 
 def has_primary(given):
     """Whether there is a primary; not whether it takes this node's password."""
-    asked = ["pg_isready", "-q", "-t", "10", "-h", given["db_host"], "-p", given["db_port"]]
+    asked = [f"{POSTGRES}/pg_isready", "-q", "-t", "10", "-h", given["db_host"], "-p", given["db_port"]]
     return subprocess.run(asked).returncode == 0
 
 
