@@ -41,13 +41,10 @@ pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()
         if !vm.is_running() {
             vm.start(&start.as_start())?;
         }
-        started.push((progress.step("boot", &format!("{name}: firmware")), vm, start));
+        started.push((progress.step("boot", &format!("{name}: firmware")), vm));
     }
     std::thread::scope(|scope| {
-        let waited: Vec<_> = started
-            .into_iter()
-            .map(|(step, vm, start)| scope.spawn(move || vm.come_up(&start.as_start(), step)))
-            .collect();
+        let waited: Vec<_> = started.into_iter().map(|(step, vm)| scope.spawn(move || vm.come_up(step))).collect();
         waited.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
     })
 }

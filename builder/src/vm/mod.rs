@@ -9,9 +9,11 @@ mod firmware;
 mod machines;
 mod wire;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +26,9 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
+use nix::unistd::Pid;
 
 use crate::authority::write_private;
 use crate::digest::sha256;
@@ -42,9 +46,10 @@ pub use wire::{Door, Wire, doors};
 const READY: &str = "bakehouse: ready";
 /// Emulated machines take their time.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
-/// What Linux says where QEMU's emulation of several processors lost a timer. A machine that is
-/// silent for so long after it has stopped for good, and only another QEMU helps.
-const LOST_TIMER: (&str, Duration) = ("Possible timer handling issue", Duration::from_secs(60));
+/// What Linux says where QEMU's emulation lost a processor's timer.
+const LOST_TIMER: &str = "Possible timer handling issue";
+/// How much Linux says after it, in lines, and how long a machine is silent that has stopped for good.
+const AFTER_LOST_TIMER: (usize, Duration) = (100, Duration::from_secs(60));
 /// How often a machine that is waited for is looked at, if it says nothing.
 const LOOK: Duration = Duration::from_secs(1);
 /// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
@@ -279,7 +284,8 @@ impl Vm {
         let socket = |id: &str, more: &str| {
             format!("socket,id={id},path={},server=on,wait=off{more}", self.path(&format!("{id}.sock")).display())
         };
-        qemu.arg("-chardev").arg(socket("console", &format!(",logfile={}", self.path("console.log").display())));
+        qemu.arg("-chardev")
+            .arg(socket("console", &format!(",logappend=on,logfile={}", self.path("console.log").display())));
         qemu.args(["-serial", "chardev:console"]);
         // No second serial line: firmware and boot loader take what comes by one for a keyboard.
         qemu.args(["-device", "virtio-serial-pci", "-chardev"]).arg(socket("exec", ""));
@@ -301,7 +307,8 @@ impl Vm {
         run(&mut qemu, "qemu-system-x86_64 (apt install qemu-system-x86)")
     }
 
-    /// Waits until `done` finds what it looks for in the console's text.
+    /// Waits until `done` finds what it looks for in the console's text. A machine whose emulated
+    /// processors have stopped is switched off and on.
     ///
     /// # Errors
     /// The machine ends, or the time does: with the console's last lines.
@@ -313,11 +320,19 @@ impl Vm {
         events.add_watch(&log, AddWatchFlags::IN_MODIFY).map_err(told)?;
         let mut file = File::open(&log).map_err(Error::io("open", &log))?;
         let mut bytes = Vec::new();
+        let mut heard = Instant::now();
         loop {
             file.seek(SeekFrom::Start(bytes.len() as u64)).map_err(Error::io("read", &log))?;
-            file.read_to_end(&mut bytes).map_err(Error::io("read", &log))?;
-            if let Some(found) = done(&plain(&bytes)) {
+            if file.read_to_end(&mut bytes).map_err(Error::io("read", &log))? > 0 {
+                heard = Instant::now();
+            }
+            let text = plain(&bytes);
+            if let Some(found) = done(&text) {
                 return Ok(found);
+            }
+            if heard.elapsed() > AFTER_LOST_TIMER.1 && has_lost_its_timer(&text) {
+                self.start_again()?;
+                heard = Instant::now();
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -334,26 +349,13 @@ impl Vm {
     }
 
     /// Waits until the agent says that its node serves.
-    fn come_up(&self, start: &Start, step: Step) -> Result<()> {
-        let until = Instant::now() + BOOT_TIMEOUT;
-        loop {
-            let mut heard = (0, Instant::now());
-            let serves = self.wait_console(until.saturating_duration_since(Instant::now()), |text| {
-                step.message(&format!("{}: {}", self.node, last_word(text).chars().take(90).collect::<String>()));
-                if heard.0 != text.len() {
-                    heard = (text.len(), Instant::now());
-                }
-                let stopped = text.contains(LOST_TIMER.0) && heard.1.elapsed() > LOST_TIMER.1;
-                text.contains(READY).then_some(true).or(stopped.then_some(false))
-            })?;
-            if serves {
-                step.done(&format!("{} is ready", self.node));
-                return Ok(());
-            }
-            step.message(&format!("{}: its emulated processors have stopped; started again", self.node));
-            self.cut_power()?;
-            self.start(start)?;
-        }
+    fn come_up(&self, step: Step) -> Result<()> {
+        self.wait_console(BOOT_TIMEOUT, |text| {
+            step.message(&format!("{}: {}", self.node, last_word(text).chars().take(90).collect::<String>()));
+            text.contains(READY).then_some(())
+        })?;
+        step.done(&format!("{} is ready", self.node));
+        Ok(())
     }
 
     /// Pulls the machine's network cable, or puts it back.
@@ -423,6 +425,23 @@ impl Vm {
         fail(format!("{} did not shut down in 90 s and was switched off", self.node))
     }
 
+    /// Switches the machine off and on, as it is; what comes on its console follows what was there.
+    fn start_again(&self) -> Result<()> {
+        let command = Path::new("/proc").join(self.pid()?.to_string()).join("cmdline");
+        let words = fs::read(&command).map_err(Error::io("read", &command))?;
+        self.cut_power()?;
+        let words = words.strip_suffix(b"\0").unwrap_or(&words).split(|byte| *byte == 0).map(OsStr::from_bytes);
+        let mut words = words.collect::<Vec<_>>().into_iter();
+        run(Command::new(words.next().unwrap_or_default()).args(words), "qemu-system-x86_64")
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        let path = self.path("pid");
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let number = text.trim().parse().map_err(|e| Error::Failed(format!("{}: {e}", path.display())))?;
+        Ok(Pid::from_raw(number))
+    }
+
     /// Switches the machine off, as a power cut does.
     ///
     /// # Errors
@@ -431,11 +450,8 @@ impl Vm {
         if !self.is_running() {
             return Ok(());
         }
-        let pid = fs::read_to_string(self.path("pid")).map_err(Error::io("read", self.path("pid")))?;
-        if let Ok(pid) = pid.trim().parse() {
-            let killed = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-            killed.map_err(|e| Error::Failed(format!("cannot switch {} off: {e}", self.node)))?;
-        }
+        let told = |e| Error::Failed(format!("cannot switch {} off: {e}", self.node));
+        kill(self.pid()?, Signal::SIGKILL).map_err(told)?;
         if self.is_off_within(Duration::from_secs(30)) {
             return Ok(());
         }
@@ -487,6 +503,11 @@ impl Vm {
     }
 }
 
+/// Whether the last that a machine's Linux said is that a timer did not fire.
+fn has_lost_its_timer(console: &str) -> bool {
+    console.lines().rev().take(AFTER_LOST_TIMER.0).any(|line| line.contains(LOST_TIMER))
+}
+
 /// A command's status and output, if the line is the answer to this one.
 fn answer(line: &str, id: &str) -> Option<Done> {
     let mut words = line.trim_end_matches('\n').splitn(3, ' ');
@@ -529,6 +550,13 @@ mod tests {
     #[test]
     fn escape_sequences_go() {
         assert_eq!(plain(b"\x1b[0;32m  OK  \x1b[0m a\r\nb\x1b]0;t\x07c"), "  OK   a\nbc");
+    }
+
+    #[test]
+    fn a_machine_that_started_again_has_not_lost_its_timer() {
+        let stopped = format!("[  0.1] Linux\n[ 63.1] rcu: {LOST_TIMER} on cpu=0\n[ 63.2]  </TASK>\n");
+        assert!(has_lost_its_timer(&stopped));
+        assert!(!has_lost_its_timer(&format!("{stopped}{}", "[  0.1] Linux\n".repeat(200))));
     }
 
     #[test]
