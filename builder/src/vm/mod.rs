@@ -10,10 +10,11 @@ mod machines;
 mod wire;
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -50,6 +51,9 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
 const LOST_TIMER: &str = "Possible timer handling issue";
 /// How much Linux says after it, in lines, and how long a machine is silent that has stopped for good.
 const AFTER_LOST_TIMER: (usize, Duration) = (100, Duration::from_secs(60));
+const STARTED_AGAIN: &str = "bakehouse: the emulated processors have stopped; switched off and on";
+/// How long a machine that lives needs for an answer, however busy the host is.
+const ANSWER: Duration = Duration::from_secs(30);
 /// How often a machine that is waited for is looked at, if it says nothing.
 const LOOK: Duration = Duration::from_secs(1);
 /// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
@@ -252,16 +256,13 @@ impl Vm {
             qemu.arg("-drive").arg(format!("if=none,id=seed,format=raw,readonly=on,file={}", seed.display()));
             qemu.args(["-device", "virtio-blk-pci,drive=seed"]);
         }
+        let _ = fs::remove_file(self.path("tpm"));
         if let Some(memory) = start.tpm {
             fs::create_dir_all(memory).map_err(Error::io("create", memory))?;
-            let socket = self.path("tpm.sock");
-            // It ends with the machine.
-            let mut tpm = Command::new("swtpm");
-            tpm.args(["socket", "--tpm2", "--terminate", "--daemon"]);
-            tpm.arg("--tpmstate").arg(format!("dir={}", memory.display()));
-            tpm.arg("--ctrl").arg(format!("type=unixio,path={}", socket.display()));
-            run(&mut tpm, "swtpm (apt install swtpm)")?;
-            qemu.arg("-chardev").arg(format!("socket,id=tpm,path={}", socket.display()));
+            let memory = memory.canonicalize().map_err(Error::io("find", memory))?;
+            symlink(&memory, self.path("tpm")).map_err(Error::io("link", self.path("tpm")))?;
+            self.start_tpm()?;
+            qemu.arg("-chardev").arg(format!("socket,id=tpm,path={}", self.path("tpm.sock").display()));
             qemu.args(["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm"]);
         }
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
@@ -307,8 +308,17 @@ impl Vm {
         run(&mut qemu, "qemu-system-x86_64 (apt install qemu-system-x86)")
     }
 
+    /// Starts the TPM that remembers in the folder `tpm`; it ends with the machine.
+    fn start_tpm(&self) -> Result<()> {
+        let mut tpm = Command::new("swtpm");
+        tpm.args(["socket", "--tpm2", "--terminate", "--daemon"]);
+        tpm.arg("--tpmstate").arg(format!("dir={}", self.path("tpm").display()));
+        tpm.arg("--ctrl").arg(format!("type=unixio,path={}", self.path("tpm.sock").display()));
+        run(&mut tpm, "swtpm (apt install swtpm)")
+    }
+
     /// Waits until `done` finds what it looks for in the console's text. A machine whose emulated
-    /// processors have stopped is switched off and on.
+    /// processors have stopped is switched off and on, and its console says so.
     ///
     /// # Errors
     /// The machine ends, or the time does: with the console's last lines.
@@ -331,7 +341,10 @@ impl Vm {
                 return Ok(found);
             }
             if heard.elapsed() > AFTER_LOST_TIMER.1 && has_lost_its_timer(&text) {
-                self.start_again()?;
+                // One that only has nothing to say answers.
+                if self.exec_within("true", ANSWER).is_err() {
+                    self.start_again()?;
+                }
                 heard = Instant::now();
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -430,6 +443,15 @@ impl Vm {
         let command = Path::new("/proc").join(self.pid()?.to_string()).join("cmdline");
         let words = fs::read(&command).map_err(Error::io("read", &command))?;
         self.cut_power()?;
+        let log = self.path("console.log");
+        OpenOptions::new()
+            .append(true)
+            .open(&log)
+            .and_then(|mut log| writeln!(log, "\n{STARTED_AGAIN}"))
+            .map_err(Error::io("write", &log))?;
+        if self.path("tpm").exists() {
+            self.start_tpm()?;
+        }
         let words = words.strip_suffix(b"\0").unwrap_or(&words).split(|byte| *byte == 0).map(OsStr::from_bytes);
         let mut words = words.collect::<Vec<_>>().into_iter();
         run(Command::new(words.next().unwrap_or_default()).args(words), "qemu-system-x86_64")
