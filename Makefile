@@ -61,8 +61,8 @@ rehearse: deps build
 	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(basename $(notdir $(FLEET))).md --revision "$$(git rev-parse HEAD)"
 	$(BAKEHOUSE) -C $(REHEARSAL) down
 
-# Quick HA from blank disks, three of its machines' deaths, a change of its images under load: two hours where
-# two processors are emulated.
+# Quick HA from blank disks, three of its machines' deaths, a change of its images under load, a version that does
+# not work: three hours where two processors are emulated.
 quick-ha: deps build
 	builder/host-deps.sh busybox
 	cargo test --release --locked --workspace --test quick_ha --test rolling -- --test-threads=1 --nocapture

@@ -121,7 +121,7 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
     let cases = [
         ("hub", run("etcd", "etcd.yml"), "election-timeout: {{ 1000", "election-timeout: {{ 10", "election-timeout"),
         ("db", run("patroni", "patroni.yml"), "verify_client: optional", "verify_client: maybe", "verify_client"),
-        ("db", run("patroni", "patroni.yml"), "bin_dir: /usr/lib/postgresql/17/bin", "bin_dir: /nowhere", "bin_dir"),
+        ("db", run("patroni", "patroni.yml"), "bin_dir: {{ programs }}", "bin_dir: /nowhere", "bin_dir"),
         ("db", run("pgbackrest", "pgbackrest.conf"), "start-fast=y", "start-fats=y", "start-fats"),
         ("app", run("odoo", "odoo.conf"), "list_db = False", "list_dbs = False", "unknown option 'list_dbs'"),
         (
@@ -190,17 +190,29 @@ fn a_program_of_the_image_makes_a_file_once() {
 /// Odoo and PostgreSQL of the image, for real, in its tree.
 #[test]
 fn people_on_odoo_do_not_notice_that_the_primary_changes() {
-    let lab = Lab::of_fleet("switchover", "ha");
-    lab.edit("fleet.toml", "[groups.app]", "[groups.app]\noverlays = [\"people\"]");
-    let people = "usr/share/people";
+    plays_in_the_image_of("app", "switchover", include_str!("src/switchover.py"));
+}
+
+#[test]
+fn a_standby_that_stands_still_for_a_while_ends_its_copy() {
+    plays_in_the_image_of("db", "copy", include_str!("src/copy.py"));
+}
+
+/// Builds a group's image with a check of its own: a program that runs in the image's tree.
+#[track_caller]
+fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
+    let lab = Lab::of_fleet(name, "ha");
+    let table = format!("[groups.{group}]");
+    lab.edit("fleet.toml", &table, &format!("{table}\noverlays = [\"{name}\"]"));
+    let folder = format!("usr/share/{name}");
     lab.write(
-        "overlays/people/overlay.toml",
-        &format!("[[check]]\nof = [\"{people}/\"]\ncommand = [\"python3\", \"/{people}/look\"]\n"),
+        &format!("overlays/{name}/overlay.toml"),
+        &format!("[[check]]\nof = [\"{folder}/\"]\ncommand = [\"python3\", \"/{folder}/play\"]\n"),
     );
     // What a run before this one saw is no answer.
     let now = UNIX_EPOCH.elapsed().expect("a clock").as_nanos();
-    lab.write(&format!("overlays/people/{people}/look"), &format!("{}# {now}\n", include_str!("src/switchover.py")));
-    lab.ok(&["build", "app"]);
+    lab.write(&format!("overlays/{name}/{folder}/play"), &format!("{program}# {now}\n"));
+    lab.ok(&["build", group]);
 }
 
 #[test]
