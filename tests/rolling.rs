@@ -4,7 +4,7 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::updates::{is_blessed, is_denied, publish, runs, serve_updates, version};
+use bakehouse_tests::updates::{LOOK, is_blessed, is_denied, offer, prepare, runs, serve_updates};
 use bakehouse_tests::{Lab, Machine};
 
 const NODES: [&str; 3] = ["front-1", "data-1", "work-1"];
@@ -15,11 +15,10 @@ fn three_machines_change_under_load() {
     let _server = serve_updates(&lab);
     // Switched off when the test ends, however it does.
     let machines = NODES.map(|name| Machine::of(&lab, name));
+    prepare(&lab, "overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
     lab.ok(&["up"]);
 
-    version(&lab, "1", "2");
-    lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
-    publish(&lab);
+    offer(&lab);
     let begun = Instant::now();
     let played = lab.run(&["rehearse", "upgrade", "--json"]);
     println!("{}{}after {:.0} s", played.err, played.out, begun.elapsed().as_secs_f64());
@@ -37,15 +36,14 @@ fn three_machines_stop_at_what_does_not_work() {
     let lab = Lab::of_fleet("broken", "quick-ha");
     let _server = serve_updates(&lab);
     let machines = NODES.map(|name| Machine::of(&lab, name));
+    // Odoo's configuration is one it reads, and with it nobody gets into the database.
+    let password = "db_password = {{ secrets.odoo }}";
+    prepare(&lab, "overlays/odoo/run/bakehouse/odoo.conf.j2", password, &format!("{password}-of-yesterday"));
     lab.ok(&["up"]);
 
-    // Odoo's configuration is one it reads, and with it nobody gets into the database.
-    version(&lab, "1", "2");
-    let password = "db_password = {{ secrets.odoo }}";
-    lab.edit("overlays/odoo/run/bakehouse/odoo.conf.j2", password, &format!("{password}-of-yesterday"));
-    publish(&lab);
+    offer(&lab);
     for machine in &machines {
-        assert_eq!(machine.ok("systemctl start firstboot-check; cat /run/bakehouse/offer"), "2");
+        assert_eq!(machine.ok(LOOK), "2");
     }
     // One without Odoo may have changed before; each of the three tries may take the ten minutes that a boot has
     // to prove itself.
