@@ -3,16 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
 
 use fleet::{Node, Topology};
 use serde::{Deserialize, Serialize};
 
+use super::exec::ANSWER;
 use super::{Door, Vm, Wire};
 use crate::project::Project;
-
-/// How long a machine may take to say how it is; one that is busy starting is not waited for.
-const ANSWER: Duration = Duration::from_secs(30);
 
 /// What `bakehouse status` prints.
 #[derive(Clone, Debug, Serialize)]

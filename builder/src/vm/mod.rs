@@ -5,28 +5,27 @@
 //! is handed in as a credential, runs commands. The image has no part in that.
 
 mod board;
+mod console;
+mod exec;
 mod firmware;
 mod machines;
 mod wire;
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
 use nix::unistd::Pid;
@@ -39,6 +38,8 @@ use crate::project::Project;
 use crate::tools::run;
 use board::last_word;
 pub use board::{Board, Database, Row, Standby, State};
+pub use exec::{Done, command_line};
+use exec::{EXEC_UNIT, EXEC_WANTED};
 use firmware::{Firmware, accelerator};
 pub use machines::{Described, down, groups_of, start_of, up};
 pub use wire::{Door, Wire, doors};
@@ -47,64 +48,14 @@ pub use wire::{Door, Wire, doors};
 const READY: &str = "bakehouse: ready";
 /// Emulated machines take their time.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
-/// What Linux says where QEMU's emulation lost a processor's timer.
-const LOST_TIMER: &str = "Possible timer handling issue";
-/// How much Linux says after it, in lines, and how long a machine is silent that has stopped for good.
-const AFTER_LOST_TIMER: (usize, Duration) = (100, Duration::from_secs(60));
 const STARTED_AGAIN: &str = "bakehouse: the emulated processors have stopped; switched off and on";
-/// How long a machine that lives needs for an answer, however busy the host is.
-const ANSWER: Duration = Duration::from_secs(30);
-/// How often a machine that is waited for is looked at, if it says nothing.
-const LOOK: Duration = Duration::from_secs(1);
 /// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
 const SPARE_DISK: u64 = 4 << 30;
-
-/// Serves commands on a port of the machine's own: a number and base64 in; the number, status and
-/// base64 out. One that hangs holds nobody up. Where nobody is connected, reading ends at once.
-const EXEC_UNIT: &str = "\
-[Unit]
-Description=Run the host's commands
-After=dbus.service
-[Service]
-ExecStart=/usr/bin/bash -c 'port=/dev/virtio-ports/bakehouse.exec; exec 5<> <(:); \
-until [ -e $$port ]; do read -rt 0.5 -u 5; done; exec 3<>$$port; \
-while true; do if read -r id line <&3; then [ -n \"$$line\" ] && { \
-out=$$(bash -c \"$$(printf %%s \"$$line\" | base64 -d)\" 2>&1 </dev/null 3>&- 5>&- | base64 -w0; exit $${PIPESTATUS[0]}); \
-status=$$?; (flock 4; printf \"%%s %%s %%s\\n\" \"$$id\" \"$$status\" \"$$out\" >&3) 4>/run/bakehouse-exec.lock; } & \
-else read -rt 0.3 -u 5; fi; done'
-Restart=always
-";
-const EXEC_WANTED: &str = "[Unit]\nWants=bakehouse-exec.service\n";
-
-/// What a shell runs for these words: one alone is a command line, several are a command and its
-/// arguments, which reach it as they are.
-#[must_use]
-pub fn command_line(words: &[String]) -> String {
-    let quoted = |word: &String| {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+,".contains(c);
-        if !word.is_empty() && word.chars().all(plain) {
-            word.clone()
-        } else {
-            format!("'{}'", word.replace('\'', r"'\''"))
-        }
-    };
-    match words {
-        [line] => line.clone(),
-        words => words.iter().map(quoted).collect::<Vec<_>>().join(" "),
-    }
-}
 
 /// A node's machine, running or not.
 pub struct Vm {
     pub node: String,
     dir: PathBuf,
-}
-
-/// What a command in a machine gave.
-#[derive(Clone, Debug)]
-pub struct Done {
-    pub status: i32,
-    pub output: String,
 }
 
 /// By what its firmware asks the network for something to boot.
@@ -196,12 +147,6 @@ impl Vm {
         };
         let asked = fcntl(&file, FcntlArg::F_GETLK(&mut lock));
         asked.is_ok() && lock.l_type != libc::F_UNLCK as libc::c_short
-    }
-
-    /// Everything on the serial console since the last start.
-    #[must_use]
-    pub fn console(&self) -> String {
-        plain(&fs::read(self.path("console.log")).unwrap_or_default())
     }
 
     /// Starts the machine; its disk is made when there is none, or when the image is another.
@@ -317,50 +262,6 @@ impl Vm {
         run(&mut tpm, "swtpm (apt install swtpm)")
     }
 
-    /// Waits until `done` finds what it looks for in the console's text. A machine whose emulated
-    /// processors have stopped is switched off and on, and its console says so.
-    ///
-    /// # Errors
-    /// The machine ends, or the time does: with the console's last lines.
-    pub fn wait_console<T>(&self, timeout: Duration, mut done: impl FnMut(&str) -> Option<T>) -> Result<T> {
-        let until = Instant::now() + timeout;
-        let log = self.path("console.log");
-        let told = |e: nix::Error| Error::Failed(format!("cannot watch {}: {e}", log.display()));
-        let events = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).map_err(told)?;
-        events.add_watch(&log, AddWatchFlags::IN_MODIFY).map_err(told)?;
-        let mut file = File::open(&log).map_err(Error::io("open", &log))?;
-        let mut bytes = Vec::new();
-        let mut heard = Instant::now();
-        loop {
-            file.seek(SeekFrom::Start(bytes.len() as u64)).map_err(Error::io("read", &log))?;
-            if file.read_to_end(&mut bytes).map_err(Error::io("read", &log))? > 0 {
-                heard = Instant::now();
-            }
-            let text = plain(&bytes);
-            if let Some(found) = done(&text) {
-                return Ok(found);
-            }
-            if heard.elapsed() > AFTER_LOST_TIMER.1 && has_lost_its_timer(&text) {
-                // One that only has nothing to say answers.
-                if self.exec_within("true", ANSWER).is_err() {
-                    self.start_again()?;
-                }
-                heard = Instant::now();
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(self.ended(&format!("did not come so far in {} s", timeout.as_secs())));
-            }
-            if !self.is_running() {
-                return Err(self.ended("ended"));
-            }
-            // Its end is no event: it is looked for now and then.
-            let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLIN)];
-            poll(&mut fds, PollTimeout::try_from(left.min(LOOK)).unwrap_or(PollTimeout::MAX)).map_err(told)?;
-            let _ = events.read_events();
-        }
-    }
-
     /// Waits until the agent says that its node serves.
     fn come_up(&self, step: Step) -> Result<()> {
         self.wait_console(BOOT_TIMEOUT, |text| {
@@ -377,49 +278,6 @@ impl Vm {
     /// It does not run.
     pub fn plug(&self, plugged: bool) -> Result<()> {
         self.order(&format!("set_link wire-card {}", if plugged { "on" } else { "off" }))
-    }
-
-    fn ended(&self, how: &str) -> Error {
-        let console = self.console();
-        let lines: Vec<&str> = console.lines().collect();
-        let tail = lines[lines.len().saturating_sub(30)..].join("\n");
-        Error::Failed(format!("{} {how}; the end of its console:\n{tail}", self.node))
-    }
-
-    /// Runs a shell command as root inside.
-    ///
-    /// # Errors
-    /// The machine does not run, or does not answer for five minutes.
-    pub fn exec(&self, command: &str) -> Result<Done> {
-        self.exec_within(command, Duration::from_secs(300))
-    }
-
-    /// Runs a shell command as root inside. One that takes longer than `patience` goes on, and
-    /// its answer is lost.
-    ///
-    /// # Errors
-    /// The machine does not run, or does not answer in time.
-    pub fn exec_within(&self, command: &str, patience: Duration) -> Result<Done> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let told = |e: std::io::Error| Error::Failed(format!("{} does not answer: {e}", self.node));
-        let until = Instant::now() + patience;
-        let mut port = self.knock("exec.sock", until).map_err(told)?;
-        // Answers to questions that others gave up are on the same line.
-        let id = format!("{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        // The first line's end ends what somebody who was cut off may have begun.
-        port.write_all(format!("\n{id} {}\n", BASE64.encode(command)).as_bytes()).map_err(told)?;
-        let mut answers = BufReader::new(&port);
-        loop {
-            let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            port.set_read_timeout(Some(left)).map_err(told)?;
-            let mut line = String::new();
-            if answers.read_line(&mut line).map_err(told)? == 0 {
-                return fail(format!("{} was switched off", self.node));
-            }
-            if let Some(done) = answer(&line, &id) {
-                return Ok(done);
-            }
-        }
     }
 
     /// Presses the power button and waits until the machine is off.
@@ -525,61 +383,15 @@ impl Vm {
     }
 }
 
-/// Whether the last that a machine's Linux said is that a timer did not fire.
-fn has_lost_its_timer(console: &str) -> bool {
-    console.lines().rev().take(AFTER_LOST_TIMER.0).any(|line| line.contains(LOST_TIMER))
-}
-
-/// A command's status and output, if the line is the answer to this one.
-fn answer(line: &str, id: &str) -> Option<Done> {
-    let mut words = line.trim_end_matches('\n').splitn(3, ' ');
-    let (of, status, output) = (words.next()?, words.next()?, words.next()?);
-    let output = BASE64.decode(output).ok()?;
-    let status = status.parse().ok()?;
-    (of == id).then(|| Done { status, output: String::from_utf8_lossy(&output).into_owned() })
-}
-
 /// The same node has the same machine id after its disk is wiped.
 pub(crate) fn uuid_of(node: &str) -> String {
     let h = sha256(node.as_bytes());
     format!("{}-{}-4{}-8{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
 }
 
-/// Text without the terminal's escape sequences.
-fn plain(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
-    let mut out = String::with_capacity(text.len());
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match c {
-            '\u{1b}' => match chars.next() {
-                Some('[') => while chars.next().is_some_and(|c| !('@'..='~').contains(&c)) {},
-                Some(']' | 'P') => while chars.next().is_some_and(|c| c != '\u{7}' && c != '\\') {},
-                Some('(' | ')') => drop(chars.next()),
-                _ => {}
-            },
-            '\r' => {}
-            c => out.push(c),
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn escape_sequences_go() {
-        assert_eq!(plain(b"\x1b[0;32m  OK  \x1b[0m a\r\nb\x1b]0;t\x07c"), "  OK   a\nbc");
-    }
-
-    #[test]
-    fn a_machine_that_started_again_has_not_lost_its_timer() {
-        let stopped = format!("[  0.1] Linux\n[ 63.1] rcu: {LOST_TIMER} on cpu=0\n[ 63.2]  </TASK>\n");
-        assert!(has_lost_its_timer(&stopped));
-        assert!(!has_lost_its_timer(&format!("{stopped}{}", "[  0.1] Linux\n".repeat(200))));
-    }
 
     #[test]
     fn no_more_processors_are_emulated_than_the_host_has() {
@@ -590,24 +402,9 @@ mod tests {
     }
 
     #[test]
-    fn words_reach_the_command_as_they_are() {
-        let words = ["printf", "%s|", "a b", "it's", "", "$HOME;x", "K=v"].map(str::to_owned);
-        let told = Command::new("sh").args(["-c", &command_line(&words)]).output().expect("a shell");
-        assert_eq!(String::from_utf8_lossy(&told.stdout), "a b|it's||$HOME;x|K=v|");
-        assert_eq!(command_line(&["echo a | cat".to_owned()]), "echo a | cat");
-    }
-
-    #[test]
     fn machine_ids_are_uuids() {
         let id = uuid_of("hub-1");
         assert_eq!(id.len(), 36);
         assert_ne!(id, uuid_of("hub-2"));
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn no_console_panics(bytes: Vec<u8>) {
-            plain(&bytes);
-        }
     }
 }
