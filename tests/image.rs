@@ -212,6 +212,7 @@ fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
     // What a run before this one saw is no answer.
     let now = UNIX_EPOCH.elapsed().expect("a clock").as_nanos();
     lab.write(&format!("overlays/{name}/{folder}/play"), &format!("{program}# {now}\n"));
+    lab.write(&format!("overlays/{name}/{folder}/sandbox.py"), include_str!("src/sandbox.py"));
     lab.ok(&["build", group]);
 }
 

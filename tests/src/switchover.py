@@ -1,13 +1,9 @@
 """People look at Odoo while its database's primary ends and another begins; in the image's tree, where
 one PostgreSQL that stops and starts plays both. Ends with 1, and what they saw, when they noticed."""
-import fcntl
 import gzip
 import http.cookiejar
 import json
 import os
-import pwd
-import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -15,6 +11,7 @@ import time
 import urllib.request
 
 import psycopg2
+from sandbox import Account, loopback
 
 BIN = "/usr/lib/postgresql/17/bin"
 PLACE = "/tmp/switchover"
@@ -41,44 +38,27 @@ server_wide_modules = base,rpc,web,bakehouse
 log_level = warn
 """
 
+ODOO = Account("odoo", PLACE, DATABASE_WAIT=str(WAIT))
+
 good, bad, logouts = [], [], []
 
 
-def loopback():
-    """The sandbox's is down."""
-    with socket.socket() as line:
-        fcntl.ioctl(line, 0x8914, struct.pack("16sH14s", b"lo", 0x41, b""))
-
-
-def start(*command, **more):
-    user = pwd.getpwnam("odoo")
-    environment = {"PATH": "/usr/bin:/bin", "HOME": PLACE, "DATABASE_WAIT": str(WAIT)}
-    return subprocess.Popen(command, user=user.pw_uid, group=user.pw_gid, extra_groups=[], env=environment, **more)
-
-
-def run(*command, stdin=None):
-    process = start(*command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    process.communicate(stdin)
-    if process.returncode:
-        sys.exit(f"{command[0]} ended with {process.returncode}")
-
-
 def control(*words):
-    run(f"{BIN}/pg_ctl", "-D", f"{PLACE}/data", "-s", "-w", "-t", "60", "-l", f"{PLACE}/log", *words)
+    ODOO.run(f"{BIN}/pg_ctl", "-D", f"{PLACE}/data", "-s", "-w", "-t", "60", "-l", f"{PLACE}/log", *words)
 
 
 def database():
     options = ["-U", "odoo", "-E", "UTF8", "--locale=C", "--no-sync", "--auth=trust", "--no-instructions"]
-    run(f"{BIN}/initdb", "-D", f"{PLACE}/data", *options)
+    ODOO.run(f"{BIN}/initdb", "-D", f"{PLACE}/data", *options)
     with open(f"{PLACE}/data/postgresql.conf", "a") as file:
         file.write(f"listen_addresses = '127.0.0.1'\nport = 5000\nunix_socket_directories = '{PLACE}'\nfsync = off\n")
     control("start")
     here = ["-h", PLACE, "-p", "5000", "-U", "odoo"]
-    run(f"{BIN}/createdb", *here, "-T", "template0", "odoo")
+    ODOO.run(f"{BIN}/createdb", *here, "-T", "template0", "odoo")
     # The image's own is made at the same time as this runs.
     subprocess.run(["/usr/lib/bakehouse/odoo-make", f"{PLACE}/seed"], check=True)
     with gzip.open(f"{PLACE}/seed") as seed:
-        run(f"{BIN}/psql", "-q", *here, "odoo", stdin=seed.read() + SECRETS.encode())
+        ODOO.run(f"{BIN}/psql", "-q", *here, "odoo", stdin=seed.read() + SECRETS.encode())
 
 
 def what_was_written_is_known():
@@ -107,7 +87,6 @@ def a_refusal_is_not_waited_out():
         "import runpy, time; clock = time.monotonic; time.monotonic = lambda: 100 * clock(); "
         "runpy.run_path('/usr/lib/bakehouse/odoo-init', run_name='__main__')"
     )
-    user = pwd.getpwnam("odoo")
     waiting = {}
     for port in [5000, 5001]:
         place = f"{PLACE}/{port}"
@@ -118,8 +97,8 @@ def a_refusal_is_not_waited_out():
                 f"db_sslmode = disable\ndb_name = odoo\ndata_dir = {place}\n"
             )
         environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": "/usr/lib/bakehouse", "CREDENTIALS_DIRECTORY": place}
-        waiting[port] = subprocess.Popen(
-            [sys.executable, "-c", fast], user=user.pw_uid, group=user.pw_gid, extra_groups=[], env=environment,
+        waiting[port] = ODOO.start(
+            sys.executable, "-c", fast, env=environment,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
     said = waiting[5000].communicate(timeout=60)[1]
@@ -179,8 +158,6 @@ def answers(odoo, more):
 
 def main():
     loopback()
-    os.makedirs(PLACE)
-    os.chown(PLACE, pwd.getpwnam("odoo").pw_uid, -1)
     database()
     what_was_written_is_known()
     a_refusal_is_not_waited_out()
@@ -188,7 +165,7 @@ def main():
     with open(config, "w") as file:
         file.write(CONFIG)
     with open(f"{PLACE}/odoo.log", "w") as log:
-        odoo = start("/usr/bin/odoo", "server", "-c", config, stdout=log, stderr=log)
+        odoo = ODOO.start("/usr/bin/odoo", "server", "-c", config, stdout=log, stderr=log)
     for _ in range(3):
         threading.Thread(target=User().ask, daemon=True).start()
     answers(odoo, 30)
@@ -204,7 +181,7 @@ def main():
     # Connections that end at any moment, COMMIT's too.
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'odoo' AND pid <> pg_backend_pid();\n"
     for _ in range(150):
-        run(f"{BIN}/psql", "-q", "-h", PLACE, "-p", "5000", "-U", "odoo", "odoo", stdin=end.encode())
+        ODOO.run(f"{BIN}/psql", "-q", "-h", PLACE, "-p", "5000", "-U", "odoo", "odoo", stdin=end.encode())
         time.sleep(0.1)
     answers(odoo, 30)
     if bad or logouts:
