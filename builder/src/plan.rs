@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use fleet::{Membership, ha_table};
+use fleet::{HaRow, Membership, ha_table};
 
 use crate::bake::secret;
 use crate::error::Result;
@@ -39,13 +39,8 @@ pub fn dry_bake(project: &Project) -> Result<()> {
 pub fn table(project: &Project) -> String {
     let mut text = String::from("role      nodes  minimum  recommended\n");
     for row in ha_table(&project.topology) {
-        let verdict = match (row.survives_a_failure(), row.have >= row.recommended) {
-            (_, true) => "as recommended",
-            (true, _) => "survives one failure",
-            _ => "one failure stops it",
-        };
-        let _ =
-            writeln!(text, "{:<9} {:>5}  {:>7}  {:>11}  {verdict}", row.role, row.have, row.minimum, row.recommended);
+        let HaRow { role, have, minimum, recommended } = row;
+        let _ = writeln!(text, "{role:<9} {have:>5}  {minimum:>7}  {recommended:>11}  {}", row.verdict());
     }
     let _ = write!(text, "etcd votes: {}", project.topology.voters.join(", "));
     text

@@ -24,9 +24,16 @@ pub struct HaRow {
 }
 
 impl HaRow {
+    /// What the loss of one means, for a person.
     #[must_use]
-    pub fn survives_a_failure(&self) -> bool {
-        self.have >= self.minimum
+    pub fn verdict(&self) -> &'static str {
+        match self.have {
+            0 => "there is none",
+            have if have >= self.recommended => "as recommended",
+            1 => "one failure stops it",
+            have if have >= self.minimum => "survives one failure",
+            _ => "too few",
+        }
     }
 }
 
@@ -316,12 +323,12 @@ impl Lint<'_> {
 
     fn high_availability(&mut self) {
         for row in ha_table(&self.topology) {
-            if !row.survives_a_failure() {
-                self.warning(
-                    0..0,
-                    format!("{} of role `{}`: a failure of one stops the service", row.have, row.role),
-                    format!("have at least {}, better {}", row.minimum, row.recommended),
-                );
+            if row.have < row.minimum {
+                let lack = match row.have {
+                    0 => format!("no node has the role `{}`", row.role),
+                    have => format!("{have} of role `{}`: {}", row.role, row.verdict()),
+                };
+                self.warning(0..0, lack, format!("have at least {}, better {}", row.minimum, row.recommended));
             }
         }
     }
@@ -373,6 +380,17 @@ mod tests {
         let found = lint(&Fleet::parse("fleet.toml", text.as_bytes()).unwrap(), &profiles());
         assert!(found.iter().any(|d| d.severity == Severity::Warning && d.message.contains("only vote on hub-1")));
         assert!(errors(text).is_empty());
+    }
+
+    #[test]
+    fn a_role_nobody_has_is_not_one_whose_failure_hurts() {
+        let text = format!("{HUBS}[groups.db]\ncount = 1\n[groups.monitor]\ncount = 1\n");
+        let fleet = Fleet::parse("fleet.toml", text.as_bytes()).unwrap();
+        let found = lint(&fleet, &profiles()).into_iter().map(|d| d.message);
+        let found: Vec<String> = found.filter(|m| m.contains("role")).collect();
+        assert_eq!(found, ["1 of role `db`: one failure stops it", "no node has the role `app`"]);
+        let verdicts: Vec<&str> = ha_table(&Topology::of(&fleet)).iter().map(HaRow::verdict).collect();
+        assert_eq!(verdicts, ["as recommended", "one failure stops it", "there is none", "one failure stops it"]);
     }
 
     #[track_caller]
