@@ -96,7 +96,8 @@ def prepare():
                 cursor.execute("CREATE TABLE IF NOT EXISTS ledger (run text, id bigint, PRIMARY KEY (run, id))")
             line.close()
             return
-        except psycopg2.Error:
+        except psycopg2.Error as e:
+            print("prepare:", e, flush=True)
             time.sleep(1)
 
 
@@ -168,24 +169,26 @@ class User:
         self.web = urllib.request.build_opener(urllib.request.HTTPSHandler(context=tls), jar)
         self.who = None
 
-    def call(self, path, **params):
+    def call(self, path, seconds, **params):
         body = json.dumps({"jsonrpc": "2.0", "method": "call", "params": params}).encode()
         request = urllib.request.Request(f"https://{VIP}{path}", body, {"Content-Type": "application/json"})
-        with self.web.open(request, timeout=5 * PATIENCE) as answer:
+        with self.web.open(request, timeout=seconds * PATIENCE) as answer:
             return json.load(answer)
 
     def enter(self):
         while self.who is None:
             try:
-                answer = self.call("/web/session/authenticate", db="odoo", login="admin", password=CONFIG["admin"])
+                # It is not measured, and long: a password is hashed 600,000 times.
+                answer = self.call("/web/session/authenticate", 25, db="odoo", login="admin", password=CONFIG["admin"])
                 self.who = answer["result"]["uid"]
-            except (OSError, KeyError, ValueError):
+            except (OSError, KeyError, ValueError) as e:
+                print("login:", repr(e), flush=True)
                 time.sleep(1)
 
     def look(self):
         while not ended.is_set():
             try:
-                answer = self.call("/web/session/get_session_info")
+                answer = self.call("/web/session/get_session_info", 5)
                 if answer.get("result", {}).get("uid") == self.who:
                     seen["http"].append(now())
                 elif answer.get("error", {}).get("code") == 100:
