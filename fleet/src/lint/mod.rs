@@ -31,8 +31,7 @@ impl HaRow {
             0 => "there is none",
             have if have >= self.recommended => "as recommended",
             1 => "one failure stops it",
-            have if have >= self.minimum => "survives one failure",
-            _ => "too few",
+            _ => "survives one failure",
         }
     }
 }
