@@ -214,7 +214,6 @@ def put(name, value):
 
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
     prepare()
     jobs = [ping, write]
     kinds = ["vip", "writes"]
@@ -225,6 +224,8 @@ def main():
             user.enter()
         jobs += [user.look for user in users]
         kinds.append("http")
+    # Before there is anything to tell, the signal ends it at once.
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
     for thread in threads:
         thread.start()
