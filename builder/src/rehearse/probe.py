@@ -25,7 +25,8 @@ with open(sys.argv[1]) as file:
 HERE = os.path.dirname(sys.argv[1])
 VIP = CONFIG["vip"]
 CA = "/run/bakehouse/tls/ca.crt"
-# How long a client waits before it tries again.
+# How much slower the machines are than real ones: clients wait that much longer for an answer, and before they
+# ask again, so that the load is a real one's.
 PATIENCE = CONFIG["patience"]
 
 seen = {"vip": [], "writes": [], "http": [], "errors": [], "logouts": [], "primaries": {}}
@@ -115,7 +116,7 @@ def write():
                 cursor.execute("INSERT INTO ledger VALUES (%s, %s)", (CONFIG["run"], number))
             acknowledged.append(number)
             seen["writes"].append(now())
-            time.sleep(0.05)
+            time.sleep(0.05 * PATIENCE)
         except psycopg2.Error as e:
             print("write:", e, flush=True)
             if line is not None:
@@ -200,7 +201,7 @@ class User:
             except (OSError, ValueError) as e:
                 print("page:", e, flush=True)
                 seen["errors"].append(now())
-            time.sleep(0.2)
+            time.sleep(0.2 * PATIENCE)
 
 
 def age(kind):
