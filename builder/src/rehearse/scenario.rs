@@ -228,7 +228,8 @@ pub const SCENARIOS: &[Scenario] = &[
             "kill -STOP $(systemctl show -P MainPID patroni)",
             "kill -CONT $(systemctl show -P MainPID patroni)",
         ),
-        lasts: 20,
+        // Three leases: what becomes of a primary without one is seen when it has ended.
+        lasts: 60,
         promise: limits(1.5, 40.0, 45.0),
     },
     Scenario {
@@ -244,7 +245,8 @@ pub const SCENARIOS: &[Scenario] = &[
         about: "the primary is cut from etcd only",
         victim: Victim::Primary,
         fault: Fault::Cut(Path::Etcd),
-        lasts: 20,
+        // Three leases: what becomes of a primary without one is seen when it has ended.
+        lasts: 60,
         promise: limits(0.5, 25.0, 30.0),
     },
     Scenario {
