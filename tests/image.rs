@@ -1,6 +1,7 @@
 //! The builder as its users meet it: the real binary, real packages, the real hub image.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -241,6 +242,19 @@ fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
     lab.write("overlays/mine/overlay.toml", &format!("{migration}[files.\"{program}\"]\nmode = \"0755\"\n"));
     lab.write(&format!("overlays/mine/{program}"), "#!/bin/sh\n");
     lab.run(&["build", "hub"]).fails(1, &["the image has no unit nobody.service"]);
+}
+
+#[test]
+fn an_answer_that_nobody_reads_ends_the_command_without_a_word() {
+    let lab = Lab::of_fleet("unread", "ha");
+    let (reader, writer) = io::pipe().expect("a pipe");
+    drop(reader);
+    let answer = Answer::of(&lab.command(&["check", "--json"]).stdout(writer).output().expect("bakehouse starts"));
+    assert_eq!((answer.status, answer.err.as_str()), (141, ""));
+    // What is printed can't be kept.
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("a device");
+    let answer = Answer::of(&lab.command(&["check", "--json"]).stdout(full).output().expect("bakehouse starts"));
+    answer.fails(1, &["cannot write standard output: No space left on device"]);
 }
 
 #[test]

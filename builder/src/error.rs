@@ -23,6 +23,9 @@ pub enum Error {
     Failed(String),
     #[error("interrupted")]
     Interrupted,
+    /// Whoever read standard output has gone, as `head` does when it has enough.
+    #[error("nobody reads the answer")]
+    Unread,
 }
 
 impl Error {
@@ -31,12 +34,14 @@ impl Error {
         move |source| Self::Io { action, path, source }
     }
 
-    /// 2: the command line or the TOML is wrong; 130: Ctrl-C; 1: anything else.
+    /// 2: the command line or the TOML is wrong; 130 and 141, as shells tell of signals: Ctrl-C, and an answer that
+    /// is not read; 1: anything else.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Config(_) | Self::Usage(_) => ExitCode::from(2),
             Self::Interrupted => ExitCode::from(130),
+            Self::Unread => ExitCode::from(141),
             Self::Io { .. } | Self::Failed(_) => ExitCode::FAILURE,
         }
     }

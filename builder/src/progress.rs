@@ -1,7 +1,7 @@
 //! What a person sees while work goes on: bars on a terminal, a line per finished step
 //! when piped.
 
-use std::io::IsTerminal as _;
+use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ pub struct Step {
 impl Progress {
     #[must_use]
     pub fn new(quiet: bool, verbose: bool) -> Self {
-        let terminal = std::io::stderr().is_terminal() && !quiet;
+        let terminal = io::stderr().is_terminal() && !quiet;
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         Self { bars: Arc::new(MultiProgress::with_draw_target(target)), terminal, quiet, verbose }
     }
@@ -73,7 +73,7 @@ impl Progress {
 
     pub fn say(&self, name: &str, text: &str) {
         if !self.quiet {
-            self.bars.suspend(|| eprintln!("{name:>12} {text}"));
+            self.bars.suspend(|| line(&format!("{name:>12} {text}")));
         }
     }
 }
@@ -90,12 +90,12 @@ impl Step {
     /// Ends the step; what was done stays on the screen.
     pub fn done(self, text: &str) {
         let seconds = self.started.elapsed().as_secs_f64();
-        let line = format!("{:>12} {text} ({seconds:.1} s)", self.name);
+        let text = format!("{:>12} {text} ({seconds:.1} s)", self.name);
         if self.terminal {
             self.bar.set_style(style("{msg}"));
-            self.bar.finish_with_message(line);
+            self.bar.finish_with_message(text);
         } else if !self.quiet {
-            eprintln!("{line}");
+            line(&text);
         }
     }
 }
@@ -106,6 +106,16 @@ impl Drop for Step {
             self.bar.finish_and_clear();
         }
     }
+}
+
+/// The work goes on, whether it is read or not.
+fn line(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// The same on standard output, for scripts.
+pub fn tell(event: &serde_json::Value) {
+    let _ = writeln!(io::stdout(), "{event}");
 }
 
 fn style(template: &str) -> ProgressStyle {

@@ -13,7 +13,7 @@ use crate::rehearse;
     name = "bakehouse",
     version,
     about,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or TOML, 130 interrupted."
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or TOML, 130 interrupted, 141 answer not read."
 )]
 pub(super) struct Cli {
     /// fleet.toml or its folder

@@ -1,7 +1,8 @@
 //! What the commands do.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal as _;
+use std::fmt::Display;
+use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -61,7 +62,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Exec { node, command } => {
             let project = Project::load(&cli.fleet)?;
             let done = vm::Vm::of(&project, node)?.exec(&vm::command_line(command))?;
-            print!("{}", done.output);
+            print(done.output)?;
             return Ok(ExitCode::from(u8::try_from(done.status).unwrap_or(1)));
         }
         _ => {}
@@ -85,7 +86,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 &serde_json::json!({ "warnings": project.warnings, "nodes": table, "voters": project.topology.voters }),
             )?;
             if !cli.json {
-                println!("{}", plan::table(&project));
+                print(format_args!("{}\n", plan::table(&project)))?;
             }
         }
         Command::Ticket { list: true, endpoint, .. } => {
@@ -97,7 +98,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let rows = ledger::rows(&project.dir, known.ok().as_ref())?;
             print_json(cli.json, &rows)?;
             if !cli.json {
-                print!("{}", ledger::table(&rows));
+                print(ledger::table(&rows))?;
             }
         }
         Command::Ticket { revoke: Some(number), endpoint, .. } => {
@@ -127,7 +128,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let text = serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
             match output {
                 Some(path) => write_private(path, text.as_bytes())?,
-                None => println!("{text}"),
+                None => print(format_args!("{text}\n"))?,
             }
         }
         Command::Flash { to, target, yes, force, replace, no_ticket, mirror } => {
@@ -184,9 +185,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             print_json(cli.json, &serde_json::json!({ "groups": plans, "course": course }))?;
             if !cli.json {
                 for plan in &plans {
-                    print!("{plan}");
+                    print(plan)?;
                 }
-                print!("{course}");
+                print(course)?;
             }
             if plans.iter().any(|plan| !plan.obstacles.is_empty()) {
                 return Ok(ExitCode::FAILURE);
@@ -212,7 +213,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let rollout = Hubs { authority: &authority, topology: &project.topology, endpoints }.rollout(order)?;
             print_json(cli.json, &rollout)?;
             if !cli.json {
-                print!("{}", describe(&rollout));
+                print(describe(&rollout))?;
             }
         }
         Command::Up { nodes, mirror } => {
@@ -236,7 +237,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             });
             print_json(cli.json, &outcomes)?;
             if !cli.json {
-                print!("{}", rehearse::table(&outcomes));
+                print(rehearse::table(&outcomes))?;
             }
             played?;
             if outcomes.iter().any(|o| !o.broken.is_empty()) {
@@ -254,10 +255,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let explanation = explain(&project, group, path)?;
             print_json(cli.json, &explanation)?;
             if !cli.json {
-                println!("{explanation}");
+                print(format_args!("{explanation}\n"))?;
             }
         }
-        Command::Console { node } => print!("{}", vm::Vm::of(&project, node)?.console()),
+        Command::Console { node } => print(vm::Vm::of(&project, node)?.console())?,
         Command::Init { .. } | Command::Store(_) | Command::Exec { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
@@ -267,16 +268,25 @@ fn board(project: &Project, json: bool) -> Result<()> {
     let board = vm::Board::read(project);
     print_json(json, &board)?;
     if !json {
-        print!("{board}");
+        print(board)?;
     }
     Ok(())
 }
 
 fn print_json(wanted: bool, value: &impl serde::Serialize) -> Result<()> {
     if wanted {
-        print!("{}", String::from_utf8_lossy(&pretty_json(value)?));
+        print(String::from_utf8_lossy(&pretty_json(value)?))?;
     }
     Ok(())
+}
+
+/// Gives the answer: on standard output.
+fn print(answer: impl Display) -> Result<()> {
+    let mut out = io::stdout().lock();
+    write!(out, "{answer}").and_then(|()| out.flush()).map_err(|e| match e.kind() {
+        io::ErrorKind::BrokenPipe => Error::Unread,
+        _ => Error::io("write", "standard output")(e),
+    })
 }
 
 fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress, update: bool) -> Result<()> {
@@ -288,7 +298,7 @@ fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress, 
     let old = Lock::read(&path).unwrap_or(None);
     let new = resolve(project, mirror, store, progress)?;
     if let Some(old) = old {
-        new.changes_from(&old).iter().for_each(|line| println!("{line}"));
+        new.changes_from(&old).iter().try_for_each(|line| print(format_args!("{line}\n")))?;
     }
     new.write(&path)
 }
@@ -322,10 +332,10 @@ fn build(
 fn complain(e: &Error, json: bool) {
     match e {
         Error::Config(Diagnostics(all)) if json => {
-            if let Ok(text) = pretty_json(&all).map(|b| String::from_utf8_lossy(&b).into_owned()) {
-                print!("{text}");
-            }
+            // It has failed already.
+            let _ = print_json(true, &all);
         }
+        Error::Unread => {}
         Error::Config(Diagnostics(all)) => all.iter().for_each(|d| eprintln!("{}\n", d.render(colour()))),
         e => {
             let word = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };

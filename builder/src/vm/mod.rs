@@ -283,17 +283,18 @@ impl Vm {
     /// Presses the power button and waits until the machine is off.
     ///
     /// # Errors
-    /// It is still on after a minute; then it is switched off.
+    /// It is still on after three minutes; then it is switched off.
     pub fn power_down(&self) -> Result<()> {
         if !self.is_running() {
             return Ok(());
         }
         self.order("system_powerdown")?;
-        if self.is_off_within(Duration::from_secs(90)) {
+        // systemd gives each service 90 seconds to end, and some wait for others.
+        if self.is_off_within(Duration::from_secs(180)) {
             return Ok(());
         }
         self.cut_power()?;
-        fail(format!("{} did not shut down in 90 s and was switched off", self.node))
+        fail(format!("{} did not shut down in 180 s and was switched off", self.node))
     }
 
     /// Switches the machine off and on, as it is; what comes on its console follows what was there.
