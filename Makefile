@@ -26,7 +26,7 @@ test: deps lint build
 	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones; one
 	# machine has a TPM; updates come from busybox.
 	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox
-	cargo test --release --locked --workspace --lib --bins --test golden
+	cargo test --release --locked --workspace --lib --test golden
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join --test rollout --test fence -- --test-threads=1
 	# Two machines at once have a processor each.
