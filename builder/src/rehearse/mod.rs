@@ -122,7 +122,7 @@ impl<'a> Rehearsal<'a> {
 
         let vms: Vec<Vm> = victims.iter().map(|name| machine(name)).collect();
         if scenario.victim == Victim::All {
-            return self.black_out(scenario, &vms, &probe, &step).map(Some);
+            return self.black_out(scenario, &vms, &probe, step).map(Some);
         }
         let holder = board.holder().and_then(|name| topology.node(name));
         let hub = holder.map_or(Ipv4Addr::UNSPECIFIED, |hub| Wire::address(topology, hub));
@@ -247,7 +247,7 @@ impl<'a> Rehearsal<'a> {
     }
 
     /// The power fails everywhere, in the middle of a write: what was acknowledged before must be there after.
-    fn black_out(&self, scenario: &'static Scenario, vms: &[Vm], probe: &Probe, step: &Step) -> Result<Outcome> {
+    fn black_out(&self, scenario: &'static Scenario, vms: &[Vm], probe: &Probe, step: Step) -> Result<Outcome> {
         // The clients' machine fails too: what they have told by now is what is known.
         let acknowledged = probe.acknowledged()?;
         for vm in vms {
@@ -257,7 +257,7 @@ impl<'a> Rehearsal<'a> {
         for vm in vms {
             vm.start(&start_of(self.project, &vm.node)?.as_start())?;
         }
-        let board = whole(self.project, step, MENDED);
+        let board = whole(self.project, &step, MENDED);
         let names = vms.iter().map(|vm| vm.node.clone()).collect();
         let mut outcome = Seen::default().outcome(scenario.name, names, 0);
         outcome.acknowledged = acknowledged;
@@ -277,6 +277,7 @@ impl<'a> Rehearsal<'a> {
             }
             Err(e) => outcome.broken.push(e.to_string()),
         }
+        told(step, &outcome);
         Ok(outcome)
     }
 
