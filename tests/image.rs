@@ -245,16 +245,29 @@ fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
 }
 
 #[test]
-fn an_answer_that_nobody_reads_ends_the_command_without_a_word() {
+fn what_nobody_reads_ends_a_command_without_a_word_and_its_work_is_done() {
     let lab = Lab::of_fleet("unread", "ha");
-    let (reader, writer) = io::pipe().expect("a pipe");
-    drop(reader);
-    let answer = Answer::of(&lab.command(&["check", "--json"]).stdout(writer).output().expect("bakehouse starts"));
+    let run = |command: &mut Command| Answer::of(&command.output().expect("bakehouse starts"));
+    let unread = || {
+        let (reader, writer) = io::pipe().expect("a pipe");
+        drop(reader);
+        writer
+    };
+    let answer = run(lab.command(&["check", "--json"]).stdout(unread()));
     assert_eq!((answer.status, answer.err.as_str()), (141, ""));
     // What is printed can't be kept.
     let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("a device");
-    let answer = Answer::of(&lab.command(&["check", "--json"]).stdout(full).output().expect("bakehouse starts"));
-    answer.fails(1, &["cannot write standard output: No space left on device"]);
+    run(lab.command(&["check", "--json"]).stdout(full))
+        .fails(1, &["cannot write standard output: No space left on device"]);
+
+    lab.edit("fleet.toml", "[groups.db]", "packages = [\"jq\"]\n\n[groups.db]");
+    assert_eq!(run(lab.command(&["lock", "--update"]).stdout(unread())).status, 141);
+    assert!(lab.read("bakehouse.lock").contains("/jq_"), "found, told, and not written");
+
+    // Warnings and errors, in the same way.
+    assert_eq!(run(lab.command(&["check"]).stderr(unread())).status, 0);
+    lab.edit("fleet.toml", "packages =", "pakcages =");
+    assert_eq!(run(lab.command(&["check"]).stderr(unread())).status, 2);
 }
 
 #[test]

@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::credential::seal;
 use crate::disk::ESP_START;
 use crate::error::{Error, Result, fail};
-use crate::progress::{Progress, tell};
+use crate::progress::{Progress, event};
 use crate::tools::{Tools, run};
 
 const CHUNK: usize = 4 << 20;
@@ -83,7 +83,7 @@ pub fn flash(image: &Path, ticket: Option<&Carried>, order: &Order, progress: &P
         put_ticket(order.target, ticket)?;
     }
     if order.json {
-        tell(&json!({ "done": order.target, "bytes": size }));
+        event(&json!({ "done": order.target, "bytes": size }));
     }
     Ok(())
 }
@@ -156,7 +156,7 @@ impl Pass<'_> {
             each(at, &chunk[..want])?;
             step.advance(want as u64);
             if self.json && (at + want as u64) / TOLD != at / TOLD {
-                tell(&json!({ "step": name, "bytes": at + want as u64, "of": self.size }));
+                event(&json!({ "step": name, "bytes": at + want as u64, "of": self.size }));
             }
             at += want as u64;
         }

@@ -108,13 +108,13 @@ impl Drop for Step {
     }
 }
 
-/// The work goes on, whether it is read or not.
-fn line(text: &str) {
+/// A line on standard error. The work goes on, whether it is read or not.
+pub fn line(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// The same on standard output, for scripts.
-pub fn tell(event: &serde_json::Value) {
+pub fn event(event: &serde_json::Value) {
     let _ = writeln!(io::stdout(), "{event}");
 }
 

@@ -21,7 +21,7 @@ use crate::ledger;
 use crate::lock::{Lock, TOOLS};
 use crate::mirror::Mirror;
 use crate::operator::{Hubs, describe};
-use crate::progress::Progress;
+use crate::progress::{Progress, line};
 use crate::project::{Project, Recipe};
 use crate::resolve::resolve;
 use crate::secure_boot::Signer;
@@ -72,7 +72,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         let shown = project.warnings.iter().map(|w| w.render(colour()));
         shown.for_each(|w| {
             if !cli.quiet && !cli.json {
-                eprintln!("{w}");
+                line(&w);
             }
         });
     };
@@ -235,11 +235,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 outcomes = seen.to_vec();
                 page.as_ref().map_or(Ok(()), |page| page.write(seen))
             });
-            print_json(cli.json, &outcomes)?;
-            if !cli.json {
-                print(rehearse::table(&outcomes))?;
-            }
-            played?;
+            let told = if cli.json { print_json(true, &outcomes) } else { print(rehearse::table(&outcomes)) };
+            played.and(told)?;
             if outcomes.iter().any(|o| !o.broken.is_empty()) {
                 return Ok(ExitCode::FAILURE);
             }
@@ -297,10 +294,9 @@ fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress, 
     }
     let old = Lock::read(&path).unwrap_or(None);
     let new = resolve(project, mirror, store, progress)?;
-    if let Some(old) = old {
-        new.changes_from(&old).iter().try_for_each(|line| print(format_args!("{line}\n")))?;
-    }
-    new.write(&path)
+    new.write(&path)?;
+    let changes = old.map(|old| new.changes_from(&old)).unwrap_or_default();
+    changes.iter().try_for_each(|change| print(format_args!("{change}\n")))
 }
 
 fn build(
@@ -336,10 +332,10 @@ fn complain(e: &Error, json: bool) {
             let _ = print_json(true, &all);
         }
         Error::Unread => {}
-        Error::Config(Diagnostics(all)) => all.iter().for_each(|d| eprintln!("{}\n", d.render(colour()))),
+        Error::Config(Diagnostics(all)) => all.iter().for_each(|d| line(&format!("{}\n", d.render(colour())))),
         e => {
             let word = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
-            eprintln!("{word}: {e}");
+            line(&format!("{word}: {e}"));
         }
     }
 }
@@ -416,7 +412,7 @@ fn interruptible() {
     if let Ok(mut signals) = signals {
         std::thread::spawn(move || {
             if signals.forever().next().is_some() {
-                eprintln!("\ninterrupted; nothing half-made was kept, the same command goes on from here");
+                line("\ninterrupted; nothing half-made was kept, the same command goes on from here");
                 std::process::exit(130);
             }
         });

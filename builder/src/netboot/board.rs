@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::json;
 
-use crate::progress::{Progress, Step, tell};
+use crate::progress::{Progress, Step, event};
 
 pub struct Board {
     progress: Progress,
@@ -39,7 +39,7 @@ impl Board {
         row.step.message(&line);
         row.said.clone_from(&line);
         if self.json {
-            tell(&json!({ "machine": mac, "node": node, "state": state }));
+            event(&json!({ "machine": mac, "node": node, "state": state }));
         } else if !self.progress.is_live() {
             self.progress.say("machine", &line);
         }

@@ -106,6 +106,10 @@ const fn limits(vip: f64, writes: f64, http: f64) -> Limits {
     Limits { vip: Some(vip), writes: Some(writes), http: Some(http), errors: None }
 }
 
+/// Seconds of three leases, as long as they are by default: what becomes of a primary without one is seen when
+/// it has ended.
+const LEASES: u64 = 60;
+
 /// When a machine is gone. The hubs free a dead primary's place; Patroni alone takes 25.
 const PRIMARY: Limits = limits(1.5, 8.0, 12.0);
 const STANDBY: Limits = limits(1.5, 15.0, 15.0);
@@ -228,8 +232,7 @@ pub const SCENARIOS: &[Scenario] = &[
             "kill -STOP $(systemctl show -P MainPID patroni)",
             "kill -CONT $(systemctl show -P MainPID patroni)",
         ),
-        // Three leases: what becomes of a primary without one is seen when it has ended.
-        lasts: 60,
+        lasts: LEASES,
         promise: limits(1.5, 40.0, 45.0),
     },
     Scenario {
@@ -245,20 +248,20 @@ pub const SCENARIOS: &[Scenario] = &[
         about: "the primary is cut from etcd only",
         victim: Victim::Primary,
         fault: Fault::Cut(Path::Etcd),
-        // Three leases: what becomes of a primary without one is seen when it has ended.
-        lasts: 60,
+        lasts: LEASES,
         promise: limits(0.5, 25.0, 30.0),
     },
     Scenario {
         name: "switchover",
         about: "the primary hands over on request",
         victim: Victim::Primary,
-        // It says with 0 that it did not; and where its answer is slow, whoever asks again would have it back.
+        // It says with 0 that it did not. Where its answer was slow it has, and whoever asks without a name has
+        // it back; but who is not the leader at first has not handed over.
         fault: Fault::Run(
             "for i in $(seq 20); do \
              said=$(patronictl -c /run/bakehouse/patroni.yml switchover --leader $(hostname) --force 2>&1); \
-             case $said in *'uccessfully switched over'* | *'is not the leader'*) exit 0;; esac; sleep 1; done; \
-             echo \"$said\"; exit 1",
+             case $said in *'uccessfully switched over'*) exit 0;; \
+             *'is not the leader'*) [ $i != 1 ] && exit 0; break;; esac; sleep 1; done; echo \"$said\"; exit 1",
         ),
         lasts: 20,
         promise: limits(0.5, 8.0, 10.0),
