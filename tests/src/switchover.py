@@ -33,9 +33,23 @@ http_interface = 127.0.0.1
 workers = 2
 max_cron_threads = 0
 data_dir = {PLACE}/files
-addons_path = /usr/lib/python3/dist-packages/odoo/addons,/usr/share/bakehouse/addons
-server_wide_modules = base,rpc,web,bakehouse
+addons_path = /usr/lib/python3/dist-packages/odoo/addons,/usr/share/bakehouse/addons,{PLACE}/addons
+server_wide_modules = base,rpc,web,bakehouse,cut
 log_level = warn
+"""
+
+# Ends its connection while it looks who asks, where it is asked to; once, for what is asked again has no header.
+CUT = """
+from odoo.service import security
+
+check = security.check_session
+
+def check_cut(session, env, request=None):
+    if request and request.httprequest.environ.pop("HTTP_X_CUT", None):
+        env.cr.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    return check(session, env, request)
+
+security.check_session = check_cut
 """
 
 ODOO = Account("odoo", PLACE, DATABASE_WAIT=str(WAIT))
@@ -111,6 +125,18 @@ def a_refusal_is_not_waited_out():
     waiting[5001].kill()
 
 
+def cut_while_it_looks_who_asks():
+    """He is told nothing of it; Odoo itself would tell him that he may not."""
+    user = User()
+    user.enter()
+    answer = user.look({"X-Cut": "now"})
+    with open(f"{PLACE}/log") as log:
+        if "terminating connection due to administrator command" not in log.read():
+            sys.exit("no connection was cut")
+    if "result" not in answer:
+        sys.exit(f"cut off while it looked who asks: {answer['error']['data']['message']}")
+
+
 class User:
     """Somebody who is logged in, and asks all the time."""
 
@@ -118,25 +144,32 @@ class User:
         jar = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
         self.web = urllib.request.build_opener(jar)
 
-    def call(self, path, **params):
+    def call(self, path, headers=None, **params):
         body = json.dumps({"jsonrpc": "2.0", "method": "call", "params": params}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:8069{path}", body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        request = urllib.request.Request(f"http://127.0.0.1:8069{path}", body, headers)
         with self.web.open(request, timeout=60) as answer:
             return json.load(answer)
 
-    def ask(self):
+    def enter(self):
         while True:
             try:
                 self.call("/web/session/authenticate", db="odoo", login="admin", password="admin")["result"]["uid"]
                 break
             except (OSError, KeyError):
                 time.sleep(0.5)
+
+    def look(self, headers=None):
+        return self.call(
+            "/web/dataset/call_kw/res.users/search_read", headers,
+            model="res.users", method="search_read", args=[[], ["name"]], kwargs={},
+        )
+
+    def ask(self):
+        self.enter()
         while True:
             try:
-                answer = self.call(
-                    "/web/dataset/call_kw/res.users/search_read",
-                    model="res.users", method="search_read", args=[[], ["name"]], kwargs={},
-                )
+                answer = self.look()
                 if "result" in answer:
                     good.append(time.monotonic())
                 else:
@@ -161,6 +194,11 @@ def main():
     database()
     what_was_written_is_known()
     a_refusal_is_not_waited_out()
+    os.makedirs(f"{PLACE}/addons/cut")
+    with open(f"{PLACE}/addons/cut/__init__.py", "w") as file:
+        file.write(CUT)
+    with open(f"{PLACE}/addons/cut/__manifest__.py", "w") as file:
+        file.write("{'name': 'Cut', 'license': 'LGPL-3', 'author': 'Bakehouse'}")
     config = f"{PLACE}/odoo.conf"
     with open(config, "w") as file:
         file.write(CONFIG)
@@ -169,6 +207,7 @@ def main():
     for _ in range(3):
         threading.Thread(target=User().ask, daemon=True).start()
     answers(odoo, 30)
+    cut_while_it_looks_who_asks()
 
     for pause in [0, 3]:
         control("stop", "-m", "fast")

@@ -10,6 +10,7 @@ import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS
 
 from odoo import http, sql_db
+from odoo.exceptions import AccessDenied
 from odoo.http import RegistryError
 
 _logger = logging.getLogger(__name__)
@@ -71,6 +72,17 @@ def patch():
             threading.current_thread().may_have_committed = True
         return commit(self)
 
+    answer = http.Request._serve_ir_http
+
+    def answer_or_say_why_not(self, rule, args):
+        try:
+            return answer(self, rule, args)
+        except AccessDenied as error:
+            # Odoo says that of whatever went wrong while it looked who asks.
+            if is_gone(error.__context__):
+                raise error.__context__ from None
+            raise
+
     serve = http.Request._serve_db
 
     def serve_again(self):
@@ -89,4 +101,5 @@ def patch():
                 file.seek(0)
 
     sql_db.Cursor.commit = commit_noted
+    http.Request._serve_ir_http = answer_or_say_why_not
     http.Request._serve_db = serve_again
