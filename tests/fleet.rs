@@ -149,11 +149,15 @@ fn vip_goes(lab: &Lab, client: &Machine, holder: &Machine) {
 fn renews(node: &Machine) -> String {
     let services = "systemctl show --property=MainPID --value etcd patroni haproxy bird prometheus-node-exporter";
     let before = node.ok(services);
+    let key = "wg show all public-key | head -n 1 | cut -f 2";
+    let old = node.ok(key);
     node.ok(r#"sed -i 's/"made": [0-9]*/"made": 1/' /var/lib/bakehouse/keys.json && systemctl restart firstboot"#);
     assert_eq!(node.ok(&until(r#"firstboot status --json | grep -c '"epoch":2'"#, "1")), "1");
     assert_eq!(node.ok("ls /var/lib/bakehouse"), "keys.json\nneighbours.json\nstate.json");
     assert_eq!(node.ok(services), before);
-    node.ok("wg show all public-key | head -n 1 | cut -f 2")
+    // The status names the epoch before the kernel has the key.
+    assert_eq!(node.ok(&until(&format!("{key} | grep -vc '{old}'"), "1")), "1");
+    node.ok(key)
 }
 
 /// A command that counts the peers with this key that have been heard of.
