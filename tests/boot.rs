@@ -89,7 +89,13 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     hub.ok("journalctl --sync");
     hub.cut_power();
     hub.start_flashed(&disk);
+    // Its host has no time for it when the disk is to show itself: it is waited for.
+    hub.wait_for(&["Starting systemd-udevd.service"]);
+    kill(qemu(&lab), Signal::SIGSTOP).expect("it runs");
+    thread::sleep(Duration::from_secs(100));
+    kill(qemu(&lab), Signal::SIGCONT).expect("it runs");
     hub.wait_for(&[READY]);
+    assert!(!hub.console().contains(FAILED_CLOSED), "{}", hub.console());
     assert_eq!(hub.ok("cat /etc/machine-id"), machine_id);
     assert_eq!(
         hub.ok("stat -c '%a %Y %i' /var/lib/bakehouse/state.json; sha256sum /var/lib/bakehouse/state.json"),
@@ -105,8 +111,7 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     let lost = "Possible timer handling issue";
     hub.ok(&format!("echo 'rcu: {lost} on cpu=0' >/dev/console"));
     hub.wait_for(&[lost]);
-    let qemu = lab.read("build/vm/hub-1/pid").trim().parse().expect("a number");
-    kill(Pid::from_raw(qemu), Signal::SIGSTOP).expect("it runs");
+    kill(qemu(&lab), Signal::SIGSTOP).expect("it runs");
     hub.wait_until("it serves again", |console| {
         console.split_once("have stopped; switched off and on").is_some_and(|(_, rest)| rest.contains(READY))
     });
@@ -124,6 +129,11 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     hub.start_flashed(&disk);
     hub.wait_for(&["bakehouse: this machine cannot start, see above; restarting in 30 s"]);
     hub.wait_until("it starts again", |console| console.matches("Linux version").count() > 1);
+}
+
+/// The process that is hub-1.
+fn qemu(lab: &Lab) -> Pid {
+    Pid::from_raw(lab.read("build/vm/hub-1/pid").trim().parse().expect("a number"))
 }
 
 /// What a legacy BIOS shows of a disk.
