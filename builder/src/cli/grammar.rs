@@ -232,8 +232,9 @@ pub(super) enum Command {
     },
     /// Boot the fleet as local virtual machines, on a network of their own
     #[command(after_help = "Examples:\n  bakehouse up\n  bakehouse up hub-1\n\n\
-        Builds what is missing, mints the tickets, waits until all is ready. Ctrl-C leaves the machines\n\
-        on: `bakehouse up` waits again, `bakehouse down` switches them off.")]
+        Builds what is missing, mints the tickets, waits until all is ready. Emulated machines boot in turns,\n\
+        hubs first. Ctrl-C leaves those that are on as they are: `bakehouse up` goes on, `bakehouse down`\n\
+        switches them off.")]
     Up {
         /// Nodes; all when none is named
         nodes: Vec<String>,

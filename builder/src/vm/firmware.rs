@@ -86,6 +86,11 @@ pub(super) fn accelerator(firmware: &Firmware, dir: &Path) -> Result<[&'static s
     Ok(if works { kvm } else { tcg })
 }
 
+/// Whether these are emulation's.
+pub(super) fn is_emulated(accelerator: [&str; 4]) -> bool {
+    accelerator == EMULATION
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,11 +1,15 @@
 //! A fleet's machines: how each is started, and all of them at once.
 
+use std::fs;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
-use fleet::Ticket;
+use fleet::{Node, Ticket};
 
-use super::{SPARE_DISK, Start, Vm, Wire};
+use super::firmware::{Firmware, accelerator, is_emulated};
+use super::{AGENT, READY, SPARE_DISK, Start, Vm, Wire, host_cpus};
 use crate::authority::Authority;
 use crate::bake::{image_id, slots, var_size};
 use crate::error::{Error, Result, fail};
@@ -33,20 +37,46 @@ pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
 /// # Errors
 /// A machine does not start or does not come up.
 pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
-    let mut started = Vec::new();
-    let all = project.topology.nodes.iter().map(|n| &n.name);
+    // Where they take turns, who waits for others comes after them.
+    let topology = &project.topology;
+    let (founders, others): (Vec<&Node>, Vec<&Node>) = topology.nodes.iter().partition(|n| topology.is_founder(n));
+    let all = founders.into_iter().chain(others).map(|n| &n.name);
     let chosen: Vec<&String> = all.filter(|n| nodes.is_empty() || nodes.contains(n)).collect();
-    for name in &chosen {
-        let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?.of_machines(chosen.len()));
-        if !vm.is_running() {
-            vm.start(&start.as_start())?;
-        }
-        started.push((progress.step("boot", &format!("{name}: firmware")), vm));
-    }
+    let at_once = boot_at_once(project, chosen.len())?;
+    let machines = chosen.len();
+    let queue: Vec<_> = chosen.into_iter().map(|n| (n, progress.step("boot", &format!("{n}: off")))).collect();
+    let queue = Mutex::new(queue.into_iter());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     std::thread::scope(|scope| {
-        let waited: Vec<_> = started.into_iter().map(|(step, vm)| scope.spawn(move || vm.come_up(step))).collect();
-        waited.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+        let turns = || -> Result<()> {
+            let mut booted = Vec::new();
+            while let Some((name, step)) = next() {
+                let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?.of_machines(machines));
+                if !vm.is_running() {
+                    vm.start(&start.as_start())?;
+                }
+                vm.comes_so_far(AGENT, &step)?;
+                booted.push(
+                    scope.spawn(move || vm.comes_so_far(READY, &step).map(|()| step.done(&format!("{name} is ready")))),
+                );
+            }
+            joined(booted)
+        };
+        joined((0..at_once).map(|_| scope.spawn(turns)).collect())
     })
+}
+
+fn joined(threads: Vec<ScopedJoinHandle<Result<()>>>) -> Result<()> {
+    threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+}
+
+/// How many of so many machines boot at once. One that is emulated takes a processor for itself, and where more
+/// boot than there are, all of them wait for all the others.
+fn boot_at_once(project: &Project, machines: usize) -> Result<usize> {
+    let dir = project.dir.join("build/vm");
+    fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+    let emulated = is_emulated(accelerator(&Firmware::find(false)?, &dir)?);
+    Ok(if emulated { host_cpus().min(machines) } else { machines })
 }
 
 /// A node's machine as the profiles describe it, with a ticket minted for it.
@@ -164,6 +194,6 @@ pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<
                 scope.spawn(move || vm.power_down().map(|()| step.done(&vm.node)))
             })
             .collect();
-        asked.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+        joined(asked)
     })
 }

@@ -40,11 +40,13 @@ use board::last_word;
 pub use board::{Board, Database, Row, Standby, State};
 pub use exec::{Done, command_line};
 use exec::{EXEC_UNIT, EXEC_WANTED};
-use firmware::{Firmware, accelerator};
+use firmware::{Firmware, accelerator, is_emulated};
 pub use machines::{Described, down, groups_of, start_of, up};
 pub use wire::{Door, Wire, doors};
 
-/// What the agent says on the console when its node serves.
+/// Before what the agent says on the console.
+const AGENT: &str = "bakehouse: ";
+/// What it says when its node serves.
 const READY: &str = "bakehouse: ready";
 /// Emulated machines take their time.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
@@ -182,11 +184,8 @@ impl Vm {
             qemu.arg("q35");
         }
         let accelerator = accelerator(&Firmware::find(false)?, self.dir.parent().unwrap_or(&self.dir))?;
-        let cpus = if accelerator[1].starts_with("tcg") {
-            emulated(start.cpus, start.machines, host_cpus())
-        } else {
-            start.cpus
-        };
+        let cpus =
+            if is_emulated(accelerator) { emulated(start.cpus, start.machines, host_cpus()) } else { start.cpus };
         qemu.args(accelerator);
         qemu.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
         qemu.args(["-uuid", &uuid_of(&self.node), "-device", "virtio-rng-pci"]);
@@ -262,14 +261,12 @@ impl Vm {
         run(&mut tpm, "swtpm (apt install swtpm)")
     }
 
-    /// Waits until the agent says that its node serves.
-    fn come_up(&self, step: Step) -> Result<()> {
+    /// Waits until this is said on the console.
+    fn comes_so_far(&self, word: &str, step: &Step) -> Result<()> {
         self.wait_console(BOOT_TIMEOUT, |text| {
             step.message(&format!("{}: {}", self.node, last_word(text).chars().take(90).collect::<String>()));
-            text.contains(READY).then_some(())
-        })?;
-        step.done(&format!("{} is ready", self.node));
-        Ok(())
+            text.contains(word).then_some(())
+        })
     }
 
     /// Pulls the machine's network cable, or puts it back.
