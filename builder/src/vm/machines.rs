@@ -1,4 +1,4 @@
-//! A fleet's machines: how each is started, and all of them at once.
+//! A fleet's machines: how each is started, and all that a command names.
 
 use std::fs;
 use std::path::PathBuf;
