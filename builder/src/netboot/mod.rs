@@ -4,7 +4,7 @@
 mod board;
 mod desk;
 mod dnsmasq;
-mod server;
+pub(crate) mod server;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};

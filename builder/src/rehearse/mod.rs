@@ -8,6 +8,7 @@ mod outcome;
 mod page;
 mod scenario;
 mod table;
+mod told;
 mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,7 @@ pub use page::Page;
 use scenario::{Fault, Path, Victim};
 pub use scenario::{SCENARIOS, Scenario, chosen};
 pub use table::table;
+use told::Told;
 
 use crate::authority::Authority;
 use crate::error::{Error, Result, fail};
@@ -39,6 +41,8 @@ const DIR: &str = "/run/rehearsal";
 const WARM_UP: u64 = 10;
 /// An alert that names the victim is promised within these seconds.
 const ALERT: f64 = 30.0;
+/// Whoever is called by the dead man's switch every minute raises the alarm after so many seconds without a call.
+const SILENCE: f64 = 90.0;
 /// A fleet that is not whole again by then is given up.
 const MENDED: Duration = Duration::from_secs(1500);
 
@@ -48,8 +52,17 @@ pub struct Rehearsal<'a> {
     progress: &'a Progress,
     password: String,
     admin: String,
+    told: Option<Told>,
     /// How much slower its machines are than real ones: their time-outs are that much longer.
     pub factor: u32,
+}
+
+/// Who notices that the victims failed.
+enum Alarm {
+    /// A monitor; with what it says already, by name and node.
+    Monitor(BTreeSet<(String, String)>),
+    /// Whoever is called by the only monitors, which are hit.
+    DeadMan,
 }
 
 /// The clients, running.
@@ -70,7 +83,8 @@ impl<'a> Rehearsal<'a> {
         let any = board.nodes.first().map(|r| r.node.clone()).unwrap_or_default();
         let emulated = Vm::of(project, &any)?.exec("systemd-detect-virt")?.output.trim() == "qemu";
         let factor = if emulated { EMULATED as u32 } else { 1 };
-        Ok(Self { project, progress, password: secrets.odoo, admin: secrets.odoo_admin, factor })
+        let told = Told::listen(&project.topology.alerts)?;
+        Ok(Self { project, progress, password: secrets.odoo, admin: secrets.odoo_admin, told, factor })
     }
 
     /// Plays the scenarios one after the other, each `repeat` times; after each, `kept` is given
@@ -127,13 +141,13 @@ impl<'a> Rehearsal<'a> {
         let holder = board.holder().and_then(|name| topology.node(name));
         let hub = holder.map_or(Ipv4Addr::UNSPECIFIED, |hub| Wire::address(topology, hub));
         let filter = if let Fault::Cut(path) = scenario.fault { path.filter(hub) } else { String::new() };
-        let before = self.alerts(&victims);
+        let alarm = self.alarm(scenario, &victims, &step)?;
         step.message(&format!("{}: {}", scenario.about, victims.join(", ")));
         let t0 = probe.clock()?;
         for vm in &vms {
             scenario.fault.strike(vm, &filter, self.factor)?;
         }
-        let (recovered, alert) = self.watch(scenario, &probe, &victims, before.as_ref(), &step)?;
+        let (recovered, alert) = self.watch(scenario, &probe, &victims, alarm.as_ref(), &step)?;
 
         // What was broken is mended while the clients go on: coming back may hurt too.
         let mending = Instant::now();
@@ -147,7 +161,7 @@ impl<'a> Rehearsal<'a> {
         let mut outcome = probe.end(self.factor)?.outcome(scenario.name, victims, t0);
         outcome.alert = alert;
         outcome.whole = if mended.is_ok() { mending.elapsed().as_secs_f64() } else { f64::INFINITY };
-        outcome.judge(&promise, before.is_some().then_some(ALERT), f64::from(self.factor));
+        outcome.judge(&promise, alarm.map(|alarm| alarm.limit()), f64::from(self.factor));
         if !recovered {
             outcome.broken.push("the clients did not recover before it was mended".to_owned());
         }
@@ -217,7 +231,7 @@ impl<'a> Rehearsal<'a> {
         scenario: &Scenario,
         probe: &Probe,
         victims: &[String],
-        before: Option<&BTreeSet<String>>,
+        alarm: Option<&Alarm>,
         step: &Step,
     ) -> Result<(bool, Option<f64>)> {
         let since = Instant::now();
@@ -227,14 +241,13 @@ impl<'a> Rehearsal<'a> {
         let mut alert = None;
         loop {
             std::thread::sleep(Duration::from_secs(2));
-            if let (Some(before), None) = (before, alert) {
-                let now = self.alerts(victims).unwrap_or_default();
-                alert = now.iter().any(|a| !before.contains(a)).then(|| since.elapsed().as_secs_f64());
+            if let (Some(alarm), None) = (alarm, alert) {
+                alert = self.raised(alarm, scenario, victims).then(|| since.elapsed().as_secs_f64());
             }
             let ages = probe.ages()?.unwrap_or_default();
             let calm = !ages.is_empty() && ages.values().all(|age| *age < 4.0 * f64::from(slow));
-            let heard =
-                before.is_none() || alert.is_some() || since.elapsed().as_secs_f64() > ALERT * f64::from(self.factor);
+            let late = |alarm: &Alarm| since.elapsed().as_secs_f64() > alarm.limit() * f64::from(self.factor);
+            let heard = alert.is_some() || alarm.is_none_or(late);
             let told: Vec<String> = ages.iter().map(|(kind, age)| format!("{kind} {age:.0} s ago")).collect();
             step.message(&format!("{}: {}", scenario.about, told.join(", ")));
             if since.elapsed() > least && calm && heard {
@@ -281,25 +294,73 @@ impl<'a> Rehearsal<'a> {
         Ok(outcome)
     }
 
-    /// Alerts that fire and name a victim, or a change of the primary, or etcd as a whole; none
-    /// where there is no monitor to ask.
-    fn alerts(&self, victims: &[String]) -> Option<BTreeSet<String>> {
-        let monitors = || self.project.topology.nodes.iter().filter(|n| n.has_role("monitor"));
-        let monitor = monitors().find(|n| !victims.contains(&n.name)).or_else(|| {
-            // Asked all the same where only its etcd is hit.
-            monitors().next()
-        })?;
+    /// Who would notice; none where there is no monitor, or nobody here is called by it.
+    fn alarm(&self, scenario: &Scenario, victims: &[String], step: &Step) -> Result<Option<Alarm>> {
+        let topology = &self.project.topology;
+        let mut monitors = topology.nodes.iter().filter(|n| n.has_role("monitor")).peekable();
+        if monitors.peek().is_none() {
+            return Ok(None);
+        }
+        if !scenario.fault.silences() || monitors.any(|n| !victims.contains(&n.name)) {
+            return Ok(Some(Alarm::Monitor(self.alerts(scenario, victims).unwrap_or_default())));
+        }
+        let Some(told) = self.told.as_ref().filter(|told| told.dead_man) else { return Ok(None) };
+        let until = Instant::now() + Duration::from_secs(180) * self.factor.min(3);
+        step.message("waiting for a call of the dead man's switch");
+        while !told.called().is_some_and(|call| call.elapsed().as_secs_f64() < SILENCE) {
+            if Instant::now() > until {
+                return fail("the dead man's switch does not call where `[alerts] dead_man` leads");
+            }
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        Ok(Some(Alarm::DeadMan))
+    }
+
+    fn raised(&self, alarm: &Alarm, scenario: &Scenario, victims: &[String]) -> bool {
+        match alarm {
+            Alarm::Monitor(before) => {
+                self.alerts(scenario, victims).is_some_and(|now| now.iter().any(|alert| !before.contains(alert)))
+            }
+            Alarm::DeadMan => {
+                let called = self.told.as_ref().and_then(Told::called);
+                called.is_some_and(|call| call.elapsed().as_secs_f64() > SILENCE)
+            }
+        }
+    }
+
+    /// Alerts that fire and name a victim, or a change of the primary, or etcd as a whole: as people are told, where
+    /// that is here, else as a monitor says; none where it does not answer.
+    fn alerts(&self, scenario: &Scenario, victims: &[String]) -> Option<BTreeSet<(String, String)>> {
+        let firing = match &self.told {
+            Some(told) if told.people => told.firing(),
+            _ => self.asked(scenario, victims)?,
+        };
+        let fits = |(name, node): &(String, String)| {
+            victims.contains(node) || matches!(name.as_str(), "FailoverHappened" | "EtcdNoQuorum")
+        };
+        Some(firing.into_iter().filter(fits).collect())
+    }
+
+    /// What fires, as a monitor says that is not silenced.
+    fn asked(&self, scenario: &Scenario, victims: &[String]) -> Option<BTreeSet<(String, String)>> {
+        let lives = |n: &&Node| n.has_role("monitor") && !(scenario.fault.silences() && victims.contains(&n.name));
+        let monitor = self.project.topology.nodes.iter().find(lives)?;
         let ask =
             format!("promtool query instant -o json http://{}:9090 'ALERTS{{alertstate=\"firing\"}}'", monitor.address);
         let answer = Vm::of(self.project, &monitor.name).ok()?.exec_within(&ask, Duration::from_secs(60)).ok()?;
         let found: Vec<Value> = serde_json::from_str(&answer.output).unwrap_or_default();
-        let of = |alert: &Value| {
-            let label = |name: &str| alert["metric"][name].as_str().unwrap_or_default().to_owned();
-            let (name, node) = (label("alertname"), label("node"));
-            let fits = victims.contains(&node) || matches!(name.as_str(), "FailoverHappened" | "EtcdNoQuorum");
-            fits.then(|| format!("{name} {node}"))
-        };
-        Some(found.iter().filter_map(of).collect())
+        let label = |alert: &Value, name: &str| alert["metric"][name].as_str().unwrap_or_default().to_owned();
+        Some(found.iter().map(|alert| (label(alert, "alertname"), label(alert, "node"))).collect())
+    }
+}
+
+impl Alarm {
+    /// Promised seconds until it is raised.
+    const fn limit(&self) -> f64 {
+        match self {
+            Self::Monitor(_) => ALERT,
+            Self::DeadMan => SILENCE,
+        }
     }
 }
 

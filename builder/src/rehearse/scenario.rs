@@ -410,6 +410,11 @@ impl Fault {
         }
     }
 
+    /// Whether nobody hears of who is hit.
+    pub(super) const fn silences(self) -> bool {
+        matches!(self, Self::PowerOff | Self::Wipe | Self::Unplug)
+    }
+
     /// Mends it; machines that are off are not started here.
     pub(super) fn mend(self, vm: &Vm) -> Result<()> {
         match self {

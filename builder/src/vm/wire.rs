@@ -1,9 +1,9 @@
 //! The wire between a fleet's machines, and the door through which this host's browser comes in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-use fleet::{Node, Topology};
+use fleet::{Alerts, Node, Topology};
 
 use crate::digest::sha256;
 use crate::project::Project;
@@ -19,16 +19,16 @@ pub struct Wire {
     pub(super) door: Option<Door>,
 }
 
-/// A second network card, by which this host reaches a hub's ports for browsers and operators, and a
-/// machine an update server on this host's loopback. Nothing else gets in or out by it.
+/// A second network card, by which this host reaches a hub's ports for browsers and operators, and a machine this
+/// host's loopback, where updates come from or failures are told. Nothing else gets in or out by it.
 #[derive(Clone, Debug)]
 pub struct Door {
     /// On this host's loopback; every hub of every fleet has its own.
     pub address: Option<Ipv4Addr>,
     /// Where a hub takes the operator's requests.
     requests: u16,
-    /// Port of the update server.
-    updates: Option<u16>,
+    /// Ports of this host's loopback that its machine reaches.
+    outside: BTreeSet<u16>,
     pub(super) mac: String,
 }
 
@@ -51,19 +51,20 @@ impl Wire {
         let port = 20_000 + u16::from_be_bytes([byte(2), byte(3)]) % 10_000;
         let address = Self::address(&project.topology, node);
         let [_, _, c, d] = address.octets();
-        let updates = project.topology.update.url.as_deref().and_then(Door::updates);
+        let updates = project.topology.update.url.as_deref().and_then(Door::port);
+        let told = if node.has_role("monitor") { Door::told(&project.topology.alerts) } else { BTreeSet::new() };
         let door = Door {
             // Browsers go to hubs.
             address: (node.hub > 0).then(|| Ipv4Addr::new(127, byte(0).max(1), byte(1) ^ c, d)),
             requests: project.topology.mesh.port,
-            updates,
+            outside: told.into_iter().chain(updates).collect(),
             mac: format!("52:54:00:13:{c:02x}:{d:02x}"),
         };
         Self {
             group: format!("239.255.{}.{}:{port}", byte(0), byte(1)),
             mac: format!("52:54:00:12:{c:02x}:{d:02x}"),
             address,
-            door: (door.address.is_some() || updates.is_some()).then_some(door),
+            door: (door.address.is_some() || !door.outside.is_empty()).then_some(door),
         }
     }
 
@@ -87,7 +88,7 @@ impl Door {
     const NET: &str = "192.0.2.0/24";
     const INSIDE: &str = "192.0.2.15";
 
-    /// Where machines find this host's loopback, if `[update] url` has this address.
+    /// Where machines find this host's loopback, if `[update]` or `[alerts]` has this address.
     const HOST: &str = "192.0.2.100";
 
     /// What a browser on this host opens.
@@ -96,8 +97,15 @@ impl Door {
         Some(format!("https://{}:{}/", self.address?, Self::PORT))
     }
 
-    /// The update server's port, if it is on this host.
-    fn updates(url: &str) -> Option<u16> {
+    /// Ports where this host's loopback is told of failures.
+    #[must_use]
+    pub fn told(alerts: &Alerts) -> BTreeSet<u16> {
+        alerts.webhooks.iter().chain(&alerts.dead_man).filter_map(|url| Self::port(url)).collect()
+    }
+
+    /// A server's port, if it is on this host.
+    #[must_use]
+    pub fn port(url: &str) -> Option<u16> {
         let rest = url.strip_prefix("http://")?.strip_prefix(Self::HOST)?;
         rest.strip_prefix(':')?.split('/').next()?.parse().ok()
     }
@@ -110,7 +118,7 @@ impl Door {
                 text.push_str(&format!(",hostfwd=tcp:{address}:{outside}-{}:{inside}", Self::INSIDE));
             }
         }
-        if let Some(port) = self.updates {
+        for port in &self.outside {
             // A program for each connection: QEMU itself would keep a single one.
             text.push_str(&format!(",guestfwd=tcp:{}:{port}-cmd:socat STDIO TCP:127.0.0.1:{port}", Self::HOST));
         }
@@ -145,10 +153,10 @@ mod tests {
 
     #[test]
     fn only_an_address_that_means_this_host_is_served_from_it() {
-        assert_eq!(Door::updates("http://192.0.2.100:8000/acme"), Some(8000));
-        assert_eq!(Door::updates("http://192.0.2.100:8000"), Some(8000));
+        assert_eq!(Door::port("http://192.0.2.100:8000/acme"), Some(8000));
+        assert_eq!(Door::port("http://192.0.2.100:8000"), Some(8000));
         for url in ["http://updates.example.net:8000/", "https://192.0.2.100:8000", "http://192.0.2.1001:80", ""] {
-            assert_eq!(Door::updates(url), None, "{url}");
+            assert_eq!(Door::port(url), None, "{url}");
         }
     }
 }
