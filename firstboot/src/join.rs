@@ -182,8 +182,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
     let mut pause = Pause::default();
     let mut told = String::new();
     loop {
-        // By hub, so that the same trouble reads the same whoever was asked first.
-        let mut why = BTreeMap::new();
+        let mut answers = Vec::new();
         for (slot, host) in hubs.shuffled() {
             let answer = hubs.ask(slot, host, "POST", "/v1/join", &[(SIGNATURE_HEADER, &signature)], &body).await;
             match answer.and_then(|b| read(slot, &b)) {
@@ -191,18 +190,38 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
                 Ok(JoinReply::Refused(no)) if !no.reason.passes() => {
                     return Err(Error::Configuration(format!("{slot} refuses this node: {}", no.text)));
                 }
-                Ok(JoinReply::Refused(no)) => why.insert(slot, format!("{slot}: {}", no.text)),
-                Err(e) => why.insert(slot, e.to_string()),
-            };
+                Ok(JoinReply::Refused(no)) => answers.push((slot.as_str(), Ok(no.text))),
+                Err(e) => answers.push((slot.as_str(), Err(e.to_string()))),
+            }
         }
         // On the console once, not once a second.
-        let why = why.into_values().collect::<Vec<_>>().join("; ");
+        let why = summed_up(answers);
         if why != told {
             say(Event::Waiting, &format!("still without a slot: {why}"));
             told = why;
         }
         tokio::time::sleep(pause.longer()).await;
     }
+}
+
+/// What hubs answered, or why one did not: the same answer once, and in the same order whoever was asked first.
+fn summed_up(mut answers: Vec<(&str, std::result::Result<String, String>)>) -> String {
+    answers.sort_unstable();
+    let mut lines: Vec<(Vec<&str>, String)> = Vec::new();
+    for (hub, answer) in answers {
+        match answer {
+            Ok(text) => match lines.iter_mut().find(|(_, there)| *there == text) {
+                Some((hubs, _)) => hubs.push(hub),
+                None => lines.push((vec![hub], text)),
+            },
+            // It names the hub.
+            Err(why) => lines.push((vec![], why)),
+        }
+    }
+    let line = |(hubs, text): (Vec<&str>, String)| {
+        if hubs.is_empty() { text } else { format!("{}: {text}", hubs.join(", ")) }
+    };
+    lines.into_iter().map(line).collect::<Vec<_>>().join("; ")
 }
 
 /// Where a hub is reached.
@@ -238,6 +257,17 @@ fn read<T: for<'de> serde::Deserialize<'de>>(slot: &str, bytes: &[u8]) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_same_answer_is_told_once() {
+        let no = |text: &str| Ok(text.to_owned());
+        let cut = Err("hub-2 does not answer".to_owned());
+        let one = vec![("hub-3", no("taken")), ("hub-2", cut.clone()), ("hub-1", no("taken")), ("hub-4", no("later"))];
+        let mut other = one.clone();
+        other.reverse();
+        assert_eq!(summed_up(one), "hub-1, hub-3: taken; hub-2 does not answer; hub-4: later");
+        assert_eq!(summed_up(other), "hub-1, hub-3: taken; hub-2 does not answer; hub-4: later");
+    }
 
     #[test]
     fn pauses_grow_and_differ() {
