@@ -28,7 +28,9 @@ impl Firmware {
 
     /// Whether this firmware, with these options, gets as far as looking for something to boot.
     fn comes_up(&self, options: [&str; 4], timeout: Duration) -> bool {
-        let mut qemu = Command::new("qemu-system-x86_64");
+        // Where KVM hangs it would stay for ever, if nobody were there to end it.
+        let mut qemu = Command::new("setpriv");
+        qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         qemu.args(options).args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none"]);
         qemu.args(["-m", "256M", "-no-reboot", "-serial", "stdio"]);
         let drive = |unit: u8, file: &Path, how: &str| {
