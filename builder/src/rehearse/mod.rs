@@ -242,7 +242,8 @@ impl<'a> Rehearsal<'a> {
         loop {
             std::thread::sleep(Duration::from_secs(2));
             if let (Some(alarm), None) = (alarm, alert) {
-                alert = self.raised(alarm, scenario, victims).then(|| since.elapsed().as_secs_f64());
+                let raised = self.raised(alarm, scenario, victims);
+                alert = raised.map(|at| at.saturating_duration_since(since).as_secs_f64());
             }
             let ages = probe.ages()?.unwrap_or_default();
             let calm = !ages.is_empty() && ages.values().all(|age| *age < 4.0 * f64::from(slow));
@@ -316,14 +317,15 @@ impl<'a> Rehearsal<'a> {
         Ok(Some(Alarm::DeadMan))
     }
 
-    fn raised(&self, alarm: &Alarm, scenario: &Scenario, victims: &[String]) -> bool {
+    /// When the alarm was raised.
+    fn raised(&self, alarm: &Alarm, scenario: &Scenario, victims: &[String]) -> Option<Instant> {
         match alarm {
             Alarm::Monitor(before) => {
-                self.alerts(scenario, victims).is_some_and(|now| now.iter().any(|alert| !before.contains(alert)))
+                self.alerts(scenario, victims)?.iter().any(|alert| !before.contains(alert)).then(Instant::now)
             }
             Alarm::DeadMan => {
-                let called = self.told.as_ref().and_then(Told::called);
-                called.is_some_and(|call| call.elapsed().as_secs_f64() > SILENCE)
+                let due = self.told.as_ref()?.called()? + Duration::from_secs_f64(SILENCE);
+                (Instant::now() >= due).then_some(due)
             }
         }
     }
