@@ -303,7 +303,9 @@ impl<'a> Rehearsal<'a> {
             return Ok(None);
         }
         if !scenario.fault.silences() || monitors.any(|n| !victims.contains(&n.name)) {
-            return Ok(Some(Alarm::Monitor(self.alerts(scenario, victims).unwrap_or_default())));
+            // What fires already is no answer to what is broken now.
+            let Some(before) = self.alerts(scenario, victims) else { return fail("no monitor says which alerts fire") };
+            return Ok(Some(Alarm::Monitor(before)));
         }
         let Some(told) = self.told.as_ref().filter(|told| told.dead_man) else { return Ok(None) };
         let until = Instant::now() + Duration::from_secs(180) * self.factor.min(3);
@@ -350,7 +352,7 @@ impl<'a> Rehearsal<'a> {
         let ask =
             format!("promtool query instant -o json http://{}:9090 'ALERTS{{alertstate=\"firing\"}}'", monitor.address);
         let answer = Vm::of(self.project, &monitor.name).ok()?.exec_within(&ask, Duration::from_secs(60)).ok()?;
-        let found: Vec<Value> = serde_json::from_str(&answer.output).unwrap_or_default();
+        let found: Vec<Value> = serde_json::from_str(&answer.output).ok()?;
         let label = |alert: &Value, name: &str| alert["metric"][name].as_str().unwrap_or_default().to_owned();
         Some(found.iter().map(|alert| (label(alert, "alertname"), label(alert, "node"))).collect())
     }

@@ -46,8 +46,8 @@ impl<'a> Page<'a> {
             "# Rehearsal of `{}`\n\nMade by `bakehouse rehearse`; {speed}. Seconds are the clients' longest silence after \
              the fault; errors are of all of Odoo's answers; \"lost\" counts acknowledged writes that were not there \
              afterwards; \"alert\" is when people were told, or the monitor's own silence was noticed (90 s without a \
-             call of the dead man's switch). Of an upgrade, writers' seconds are all silences of more than {factor} s together, and {:.1} % of \
-             answers may be errors (who is cut off is one, however fast answers come).\n\n",
+             call of the dead man's switch). Of an upgrade, writers' seconds are all silences of more than {factor} s \
+             together, and {:.1} % of answers may be errors (who is cut off is one, however fast answers come).\n\n",
             project.topology.name,
             0.1 * f64::from(factor),
         );
