@@ -46,13 +46,20 @@ fn configurations_are_the_reviewed_ones() {
     assert!(wrong.is_empty(), "look at the change, then UPDATE_GOLDEN=1:\n{}", wrong.join("\n"));
 }
 
-/// The first node of each group of each fleet: the others differ in their addresses only.
+/// The first node of each group of each fleet: the others differ in their addresses only. Of one that tells
+/// of failures, who tells.
 fn rendered() -> BTreeMap<PathBuf, String> {
     let member = Membership::sample();
     let mut rendered = BTreeMap::new();
-    for fleet in ["ha", "minimal-ha", "quick-ha"] {
-        let project = Project::load(&root().join(format!("profiles/fleets/{fleet}.toml"))).expect("it is right");
-        for node in project.topology.nodes.iter().filter(|n| n.number == 1) {
+    for (dir, fleet, role) in [
+        ("profiles/fleets", "ha", None),
+        ("profiles/fleets", "minimal-ha", None),
+        ("profiles/fleets", "quick-ha", None),
+        ("tests/fleets", "watched", Some("monitor")),
+    ] {
+        let project = Project::load(&root().join(dir).join(format!("{fleet}.toml"))).expect("it is right");
+        let shown = |n: &&fleet::Node| n.number == 1 && role.is_none_or(|role| n.has_role(role));
+        for node in project.topology.nodes.iter().filter(shown) {
             let context = project.context(node, &member);
             for overlay in project.recipe(&node.group).overlays {
                 for (inner, bytes) in project.overlay(&overlay).expect("it is there").files {
