@@ -91,6 +91,14 @@ fn first_host(role: &str) -> u32 {
 }
 
 impl Topology {
+    /// Names of a node's WireGuard interfaces: of a hub that which workers come to, and one to each other hub.
+    #[must_use]
+    pub fn wireguard(&self, node: &Node) -> Vec<String> {
+        let own = (node.hub > 0).then(|| "wg0".to_owned());
+        let others = self.hubs.iter().filter(|hub| hub.name != node.name).map(|hub| format!("wg-hub{}", hub.hub));
+        own.into_iter().chain(others).collect()
+    }
+
     /// Lays the fleet out. Total: a fleet that makes no sense gives a topology that makes
     /// none, and [`crate::lint`] says why.
     #[must_use]

@@ -155,7 +155,7 @@ impl Machine {
 
     /// Gives it a blank disk.
     pub fn wipe(&self) {
-        std::fs::remove_file(self.vm.disk()).expect("it had a disk");
+        self.vm.wipe().expect("it had a disk");
     }
 
     /// Waits until one of the texts is on the console; returns which.

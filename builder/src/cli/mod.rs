@@ -216,9 +216,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 print(describe(&rollout))?;
             }
         }
-        Command::Up { nodes, mirror } => {
+        Command::Up { nodes, containers, mirror } => {
             warn();
             let groups = vm::groups_of(&project, nodes)?;
+            vm::are_containers(&project, *containers)?;
             build(&project, &groups, None, mirror, &progress)?;
             vm::up(&project, nodes, &progress)?;
             board(&project, cli.json)?;
@@ -226,8 +227,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Rehearse { scenarios, repeat, page, revision } => {
             let chosen = rehearse::chosen(scenarios)?;
             let rehearsal = rehearse::Rehearsal::new(&project, &progress)?;
-            let page =
-                page.as_deref().map(|path| rehearse::Page::open(&project, path, rehearsal.factor, revision.as_deref()));
+            let page = page
+                .as_deref()
+                .map(|path| rehearse::Page::open(&project, path, rehearsal.machines, revision.as_deref()));
             let page = page.transpose()?;
             let mut outcomes = Vec::new();
             // What was seen is told and kept, whatever comes after.

@@ -53,8 +53,17 @@ pub struct Rehearsal<'a> {
     password: String,
     admin: String,
     told: Option<Told>,
-    /// How much slower its machines are than real ones: their time-outs are that much longer.
-    pub factor: u32,
+    pub machines: Machines,
+    /// How much slower they are than real ones: their time-outs are that much longer.
+    factor: u32,
+}
+
+/// What a fleet's machines are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machines {
+    Kvm,
+    Emulated,
+    Containers,
 }
 
 /// Who notices that the victims failed.
@@ -81,10 +90,14 @@ impl<'a> Rehearsal<'a> {
         drop(step);
         let secrets = Authority::of_vms(project)?.secrets;
         let any = board.nodes.first().map(|r| r.node.clone()).unwrap_or_default();
-        let emulated = Vm::of(project, &any)?.exec("systemd-detect-virt")?.output.trim() == "qemu";
-        let factor = if emulated { EMULATED as u32 } else { 1 };
+        let machines = match Vm::of(project, &any)?.exec("systemd-detect-virt")?.output.trim() {
+            "qemu" => Machines::Emulated,
+            "container-other" => Machines::Containers,
+            _ => Machines::Kvm,
+        };
         let told = Told::listen(&project.topology.alerts)?;
-        Ok(Self { project, progress, password: secrets.odoo, admin: secrets.odoo_admin, told, factor })
+        let factor = machines.factor();
+        Ok(Self { project, progress, password: secrets.odoo, admin: secrets.odoo_admin, told, machines, factor })
     }
 
     /// Plays the scenarios one after the other, each `repeat` times; after each, `kept` is given
@@ -118,6 +131,9 @@ impl<'a> Rehearsal<'a> {
 
     fn play_one(&self, scenario: &'static Scenario) -> Result<Option<Outcome>> {
         let topology = &self.project.topology;
+        if self.machines == Machines::Containers && scenario.needs_machines() {
+            return Ok(None);
+        }
         let step = self.progress.step(scenario.name, scenario.about);
         if scenario.fault == Fault::Upgrade {
             return self.upgrade(scenario, step);
@@ -303,8 +319,10 @@ impl<'a> Rehearsal<'a> {
             return Ok(None);
         }
         if !scenario.fault.silences() || monitors.any(|n| !victims.contains(&n.name)) {
-            // What fires already is no answer to what is broken now.
-            let Some(before) = self.alerts(scenario, victims) else { return fail("no monitor says which alerts fire") };
+            // What fires already, or is about to, is no answer to what is broken now.
+            let Some(before) = self.alerts(scenario, victims, true) else {
+                return fail("no monitor says which alerts fire");
+            };
             return Ok(Some(Alarm::Monitor(before)));
         }
         let Some(told) = self.told.as_ref().filter(|told| told.dead_man) else { return Ok(None) };
@@ -323,7 +341,7 @@ impl<'a> Rehearsal<'a> {
     fn raised(&self, alarm: &Alarm, scenario: &Scenario, victims: &[String]) -> Option<Instant> {
         match alarm {
             Alarm::Monitor(before) => {
-                self.alerts(scenario, victims)?.iter().any(|alert| !before.contains(alert)).then(Instant::now)
+                self.alerts(scenario, victims, false)?.iter().any(|alert| !before.contains(alert)).then(Instant::now)
             }
             Alarm::DeadMan => {
                 let due = self.told.as_ref()?.called()? + Duration::from_secs_f64(SILENCE);
@@ -332,12 +350,16 @@ impl<'a> Rehearsal<'a> {
         }
     }
 
-    /// Alerts that fire and name a victim, or a change of the primary, or etcd as a whole: as people are told, where
-    /// that is here, else as a monitor says; none where it does not answer.
-    fn alerts(&self, scenario: &Scenario, victims: &[String]) -> Option<BTreeSet<(String, String)>> {
-        let firing = match &self.told {
-            Some(told) if told.people => told.firing(),
-            _ => self.asked(scenario, victims)?,
+    /// Alerts that fire, or will if nothing changes, and name a victim, or a change of the primary, or etcd as a whole:
+    /// as people are told, where that is here, else as a monitor says; none where it does not answer.
+    fn alerts(&self, scenario: &Scenario, victims: &[String], pending: bool) -> Option<BTreeSet<(String, String)>> {
+        let people = self.told.as_ref().filter(|told| told.people).map(Told::firing);
+        let firing = match people {
+            Some(firing) if !pending => firing,
+            people => {
+                let asked = self.asked(scenario, victims, if pending { "pending|firing" } else { "firing" })?;
+                people.into_iter().flatten().chain(asked).collect()
+            }
         };
         let fits = |(name, node): &(String, String)| {
             victims.contains(node) || matches!(name.as_str(), "FailoverHappened" | "EtcdNoQuorum")
@@ -345,16 +367,29 @@ impl<'a> Rehearsal<'a> {
         Some(firing.into_iter().filter(fits).collect())
     }
 
-    /// What fires, as a monitor says that is not silenced.
-    fn asked(&self, scenario: &Scenario, victims: &[String]) -> Option<BTreeSet<(String, String)>> {
+    /// Alerts in these states, as a monitor says that is not silenced.
+    fn asked(&self, scenario: &Scenario, victims: &[String], states: &str) -> Option<BTreeSet<(String, String)>> {
         let lives = |n: &&Node| n.has_role("monitor") && !(scenario.fault.silences() && victims.contains(&n.name));
         let monitor = self.project.topology.nodes.iter().find(lives)?;
-        let ask =
-            format!("promtool query instant -o json http://{}:9090 'ALERTS{{alertstate=\"firing\"}}'", monitor.address);
+        let ask = format!(
+            "promtool query instant -o json http://{}:9090 'ALERTS{{alertstate=~\"{states}\"}}'",
+            monitor.address
+        );
         let answer = Vm::of(self.project, &monitor.name).ok()?.exec_within(&ask, Duration::from_secs(60)).ok()?;
         let found: Vec<Value> = serde_json::from_str(&answer.output).ok()?;
         let label = |alert: &Value, name: &str| alert["metric"][name].as_str().unwrap_or_default().to_owned();
         Some(found.iter().map(|alert| (label(alert, "alertname"), label(alert, "node"))).collect())
+    }
+}
+
+impl Machines {
+    /// How much slower they are than real ones.
+    #[must_use]
+    pub const fn factor(self) -> u32 {
+        match self {
+            Self::Emulated => EMULATED as u32,
+            Self::Kvm | Self::Containers => 1,
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::table::{HEAD, Row, lay_out, row, with_summary};
-use super::{Outcome, SCENARIOS};
+use super::{Machines, Outcome, SCENARIOS};
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
 use crate::store::write_atomic;
@@ -24,23 +24,26 @@ pub struct Page<'a> {
 }
 
 impl<'a> Page<'a> {
-    /// `factor` is how much slower the fleet's machines are than real ones.
+    /// Of a fleet whose machines are these.
     ///
     /// # Errors
     /// The host can't be described, or the file is not such a page.
-    pub fn open(project: &Project, path: &'a Path, factor: u32, revision: Option<&str>) -> Result<Self> {
+    pub fn open(project: &Project, path: &'a Path, machines: Machines, revision: Option<&str>) -> Result<Self> {
         let cpuinfo = Path::new("/proc/cpuinfo");
         let cpus = fs::read_to_string(cpuinfo).map_err(Error::io("read", cpuinfo))?;
         let model = cpus.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ")).map_or("?", |(_, m)| m);
         let count = cpus.lines().filter(|l| l.starts_with("processor")).count();
         let date = Command::new("date").args(["-u", "+%F"]).output().map_err(Error::io("run", "date"))?.stdout;
-        let speed = if factor == 1 {
-            "virtual machines with KVM; promises as they are".to_owned()
-        } else {
-            format!(
+        let factor = machines.factor();
+        let speed = match machines {
+            Machines::Kvm => "virtual machines with KVM; promises as they are".to_owned(),
+            Machines::Containers => "the images' own services in containers (`bakehouse up --containers`), as fast as \
+                 the host is, on its kernel, with WireGuard as a program and no watchdog; promises as they are"
+                .to_owned(),
+            Machines::Emulated => format!(
                 "processors emulated by QEMU (no KVM): every time-out of failure detection is {factor} times as long \
                  there (`machine.patience`), and so is what is promised"
-            )
+            ),
         };
         let intro = format!(
             "# Rehearsal of `{}`\n\nMade by `bakehouse rehearse`; {speed}. Seconds are the clients' longest silence after \
@@ -140,10 +143,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::copy(sources.join("tests/fleets/core.toml"), dir.path().join("fleet.toml")).unwrap();
         let project = Project::load(dir.path()).unwrap();
-        let page = Page::open(&project, &kept, 10, None).unwrap();
+        let page = Page::open(&project, &kept, Machines::Emulated, None).unwrap();
         assert_eq!(page.text(&[]), fs::read_to_string(&kept).unwrap());
-        let e = Page::open(&project, &kept, 1, None).map(drop).unwrap_err().to_string();
+        let e = Page::open(&project, &kept, Machines::Containers, None).map(drop).unwrap_err().to_string();
         assert!(e.contains("rehearsal-core.md is no page of this fleet"), "{e}");
-        assert!(Page::open(&project, &dir.path().join("new.md"), 1, None).unwrap().earlier.is_empty());
+        assert!(Page::open(&project, &dir.path().join("new.md"), Machines::Kvm, None).unwrap().earlier.is_empty());
     }
 }

@@ -131,6 +131,11 @@ impl Limits {
 }
 
 impl Scenario {
+    /// Whether it is about what containers don't have: the watchdog that resets a machine whose Patroni hangs, and slots.
+    pub(super) const fn needs_machines(&self) -> bool {
+        matches!(self.fault, Fault::RunThen(..) | Fault::Upgrade)
+    }
+
     /// What is promised when these nodes of a fleet that stands like this are hit: who loses a whole machine
     /// loses all that was on it.
     pub(super) fn promised(&self, victims: &[String], board: &Board) -> Limits {
@@ -390,7 +395,7 @@ impl Fault {
             Self::PowerOff => vm.cut_power(),
             Self::Wipe => {
                 vm.cut_power()?;
-                std::fs::remove_file(vm.disk()).map_err(Error::io("remove", vm.disk()))
+                vm.wipe()
             }
             Self::Unplug => vm.plug(false),
             Self::Flap => {

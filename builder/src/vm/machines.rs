@@ -32,6 +32,31 @@ pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
     Ok(groups)
 }
 
+/// The fleet's machines are containers while this is in their folder.
+const CONTAINERS: &str = "build/vm/containers";
+
+/// Says whether the fleet's machines are containers from now on.
+///
+/// # Errors
+/// Some run, and are not.
+pub fn are_containers(project: &Project, containers: bool) -> Result<()> {
+    let mark = project.dir.join(CONTAINERS);
+    if mark.exists() == containers {
+        return Ok(());
+    }
+    let vms = project.topology.nodes.iter().map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)));
+    if let Some(runs) = vms.into_iter().find(Vm::is_running) {
+        let (is, wanted) = if containers { ("machine", "container") } else { ("container", "machine") };
+        return fail(format!("{} runs as a {is}; to have it as a {wanted}, `bakehouse down` first", runs.node));
+    }
+    if containers {
+        let dir = project.dir.join("build/vm");
+        fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+        return fs::write(&mark, "").map_err(Error::io("write", &mark));
+    }
+    fs::remove_file(&mark).map_err(Error::io("remove", &mark))
+}
+
 /// Starts nodes with a ticket each, all when none is named, and waits until they serve.
 ///
 /// # Errors
@@ -73,6 +98,9 @@ fn joined(threads: Vec<ScopedJoinHandle<Result<()>>>) -> Result<()> {
 /// How many of so many machines boot at once. One that is emulated takes a processor for itself, and where more
 /// boot than there are, all of them wait for all the others.
 fn boot_at_once(project: &Project, machines: usize) -> Result<usize> {
+    if project.dir.join(CONTAINERS).exists() {
+        return Ok(machines);
+    }
     let dir = project.dir.join("build/vm");
     fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
     let emulated = is_emulated(accelerator(&Firmware::find(false)?, &dir)?);
@@ -90,6 +118,7 @@ pub struct Described {
     secure_boot: bool,
     wire: Wire,
     ticket: Vec<u8>,
+    container: Option<Vec<String>>,
 }
 
 impl Described {
@@ -140,6 +169,7 @@ impl Described {
             secure_boot: self.secure_boot,
             bios: false,
             credentials,
+            container: self.container.clone(),
         }
     }
 }
@@ -172,6 +202,7 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
         secure_boot: project.fleet.secure_boot.is_some(),
         wire: Wire::of(project, node),
         ticket,
+        container: project.dir.join(CONTAINERS).exists().then(|| topology.wireguard(node)),
     })
 }
 

@@ -2,10 +2,12 @@
 //!
 //! A machine has no way out: its network card is on a wire that only the fleet's other machines
 //! are on. What it says comes over its serial console into `console.log`; a port of its own, served by a unit that
-//! is handed in as a credential, runs commands. The image has no part in that.
+//! is handed in as a credential, runs commands. The image has no part in that. Where asked, containers stand in for
+//! machines (`container.rs`).
 
 mod board;
 mod console;
+mod container;
 mod exec;
 mod firmware;
 mod machines;
@@ -38,10 +40,11 @@ use crate::project::Project;
 use crate::tools::run;
 use board::last_word;
 pub use board::{Board, Database, Row, Standby, State};
+use container::Container;
 pub use exec::{Done, command_line};
 use exec::{EXEC_UNIT, EXEC_WANTED};
 use firmware::{Firmware, accelerator, is_emulated};
-pub use machines::{Described, down, groups_of, start_of, up};
+pub use machines::{Described, are_containers, down, groups_of, start_of, up};
 pub use wire::{Door, Wire, doors};
 
 /// Before what the agent says on the console.
@@ -96,6 +99,8 @@ pub struct Start<'a> {
     pub bios: bool,
     /// systemd credentials: name → content.
     pub credentials: Vec<(String, Vec<u8>)>,
+    /// It is no machine but a container, with these WireGuard interfaces.
+    pub container: Option<Vec<String>>,
 }
 
 fn host_cpus() -> usize {
@@ -130,6 +135,22 @@ impl Vm {
         self.dir.join(name)
     }
 
+    /// Where it is no machine.
+    fn container(&self) -> Option<Container<'_>> {
+        Container::is_one(&self.dir).then_some(Container { node: &self.node, dir: &self.dir })
+    }
+
+    /// Takes all that the machine keeps.
+    ///
+    /// # Errors
+    /// It has nothing, or that can't be removed.
+    pub fn wipe(&self) -> Result<()> {
+        match self.container() {
+            Some(container) => fs::remove_dir_all(container.kept()).map_err(Error::io("remove", container.kept())),
+            None => fs::remove_file(self.disk()).map_err(Error::io("remove", self.disk())),
+        }
+    }
+
     /// The machine's disk: a qcow2 over the image.
     #[must_use]
     pub fn disk(&self) -> PathBuf {
@@ -139,6 +160,9 @@ impl Vm {
     /// Whether QEMU lives: it holds a lock on its pid's file, whatever became of the number.
     #[must_use]
     pub fn is_running(&self) -> bool {
+        if let Some(container) = self.container() {
+            return container.pid().is_some();
+        }
         let Ok(file) = File::open(self.path("pid")) else { return false };
         let mut lock = libc::flock {
             l_type: libc::F_RDLCK as libc::c_short,
@@ -158,11 +182,22 @@ impl Vm {
     pub fn start(&self, start: &Start) -> Result<()> {
         fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
         let image = start.image.canonicalize().map_err(Error::io("find", start.image))?;
-        let firmware = Firmware::find(start.secure_boot)?;
         let meta = fs::metadata(&image).map_err(Error::io("read", &image))?;
         let changed = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
         let from = format!("{} {}", image.display(), changed.as_nanos());
-        let other = fs::read_to_string(self.path("image")).ok().as_deref() != Some(&from);
+        let of = self.path(if start.container.is_some() { "var.image" } else { "image" });
+        let other = fs::read_to_string(&of).ok().as_deref() != Some(&from);
+        if let Some(interfaces) = &start.container {
+            let container = Container { node: &self.node, dir: &self.dir };
+            if other && !start.keep && container.kept().exists() {
+                fs::remove_dir_all(container.kept()).map_err(Error::io("remove", container.kept()))?;
+            }
+            fs::write(&of, &from).map_err(Error::io("write", &of))?;
+            let _ = fs::remove_file(self.path("console.log"));
+            return container.start(start, interfaces);
+        }
+        Container::was_one(&self.dir);
+        let firmware = Firmware::find(start.secure_boot)?;
         if !self.disk().exists() || other && !start.keep {
             let _ = fs::remove_file(self.disk());
             let mut create = Command::new("qemu-img");
@@ -170,7 +205,7 @@ impl Vm {
             create.arg(start.disk.to_string());
             run(&mut create, "qemu-img (apt install qemu-utils)")?;
             fs::copy(&firmware.vars, self.path("vars.fd")).map_err(Error::io("copy", &firmware.vars))?;
-            fs::write(self.path("image"), &from).map_err(Error::io("write", &self.dir))?;
+            fs::write(&of, &from).map_err(Error::io("write", &of))?;
         }
         let _ = fs::remove_file(self.path("console.log"));
         let mut qemu = Command::new("qemu-system-x86_64");
@@ -274,6 +309,9 @@ impl Vm {
     /// # Errors
     /// It does not run.
     pub fn plug(&self, plugged: bool) -> Result<()> {
+        if let Some(container) = self.container() {
+            return container.plug(plugged);
+        }
         self.order(&format!("set_link wire-card {}", if plugged { "on" } else { "off" }))
     }
 
@@ -285,7 +323,11 @@ impl Vm {
         if !self.is_running() {
             return Ok(());
         }
-        self.order("system_powerdown")?;
+        match self.container() {
+            // It may be gone before it has answered.
+            Some(container) => drop(container.exec("systemctl --no-block poweroff", Duration::from_secs(30))),
+            None => self.order("system_powerdown")?,
+        }
         // systemd gives each service 90 seconds to end, and some wait for others.
         if self.is_off_within(Duration::from_secs(180)) {
             return Ok(());
@@ -314,6 +356,9 @@ impl Vm {
     }
 
     fn pid(&self) -> Result<Pid> {
+        if let Some(container) = self.container() {
+            return container.pid().ok_or_else(|| Error::Failed(format!("{} does not run", self.node)));
+        }
         let path = self.path("pid");
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let number = text.trim().parse().map_err(|e| Error::Failed(format!("{}: {e}", path.display())))?;

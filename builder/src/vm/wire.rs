@@ -28,7 +28,7 @@ pub struct Door {
     /// Where a hub takes the operator's requests.
     requests: u16,
     /// Ports of this host's loopback that its machine reaches.
-    outside: BTreeSet<u16>,
+    pub(super) outside: BTreeSet<u16>,
     pub(super) mac: String,
 }
 
@@ -89,7 +89,7 @@ impl Door {
     const INSIDE: &str = "192.0.2.15";
 
     /// Where machines find this host's loopback, if `[update]` or `[alerts]` has this address.
-    const HOST: &str = "192.0.2.100";
+    pub(super) const HOST: &str = "192.0.2.100";
 
     /// What a browser on this host opens.
     #[must_use]
@@ -110,11 +110,16 @@ impl Door {
         rest.strip_prefix(':')?.split('/').next()?.parse().ok()
     }
 
+    /// Ports of this host's loopback, and what answers there inside.
+    pub(super) const fn inwards(&self) -> [(u16, u16); 2] {
+        [(Self::PORT, 443), (self.requests, self.requests)]
+    }
+
     /// QEMU's option.
     pub(super) fn netdev(&self) -> String {
         let mut text = format!("user,id=door,restrict=on,net={}", Self::NET);
         if let Some(address) = self.address {
-            for (outside, inside) in [(Self::PORT, 443), (self.requests, self.requests)] {
+            for (outside, inside) in self.inwards() {
                 text.push_str(&format!(",hostfwd=tcp:{address}:{outside}-{}:{inside}", Self::INSIDE));
             }
         }

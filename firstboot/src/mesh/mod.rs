@@ -3,6 +3,7 @@
 mod address;
 pub mod plan;
 mod routes;
+mod userspace;
 mod wireguard;
 
 use std::collections::BTreeMap;

@@ -110,6 +110,15 @@ mod tests {
     }
 
     #[test]
+    fn who_serves_the_interfaces_knows_their_names() {
+        let topology = topology();
+        for node in &topology.nodes {
+            let names: Vec<String> = of(&node.name).into_iter().map(|i| i.name).collect();
+            assert_eq!(topology.wireguard(node), names, "{}", node.name);
+        }
+    }
+
+    #[test]
     fn a_hub_lets_each_worker_speak_for_itself_only() {
         let all = of("hub-1");
         assert_eq!(

@@ -1,5 +1,5 @@
-//! WireGuard interfaces by netlink. systemd-networkd is not asked: its reload drops peers it
-//! does not know (systemd issue 38196).
+//! WireGuard interfaces: of the kernel, by netlink, or of a program that serves them. systemd-networkd is not asked:
+//! its reload drops peers it does not know (systemd issue 38196).
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -17,6 +17,7 @@ use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::{Handle, LinkUnspec, LinkWireguard};
 
 use super::plan::{Interface, Peer};
+use super::userspace::Program;
 use crate::error::{Error, Result};
 
 /// Peers in one message: a message has to fit into a page or two.
@@ -45,30 +46,39 @@ impl Wireguard {
         private: &[u8; 32],
         mtu: u16,
     ) -> Result<()> {
+        let program = Program::of(&wanted.name);
         if before.is_none() {
             self.make(wanted, mtu).await?;
-            let mut device = vec![WireguardAttribute::PrivateKey(*private)];
-            device.extend(wanted.port.map(WireguardAttribute::ListenPort));
-            self.set(&wanted.name, device).await?;
+            if let Some(program) = &program {
+                program.set_device(private, wanted.port).await?;
+            } else {
+                let mut device = vec![WireguardAttribute::PrivateKey(*private)];
+                device.extend(wanted.port.map(WireguardAttribute::ListenPort));
+                self.set(&wanted.name, device).await?;
+            }
         }
         let had: &[Peer<SocketAddr>] = before.map_or(&[], |b| &b.peers);
-        let known = match before {
-            Some(before) => before.peers.iter().map(|p| p.key).collect(),
+        let known = match (before, &program) {
+            (Some(before), _) => before.peers.iter().map(|p| p.key).collect(),
             // What an earlier start of the agent left.
-            None => self.peers(&wanted.name).await?,
+            (None, Some(program)) => program.peers().await?,
+            (None, None) => self.peers(&wanted.name).await?,
         };
         // Those that are gone first: an address belongs to one peer, and may have another's now.
-        let gone = known.into_iter().filter(|key| wanted.peers.iter().all(|w| w.key != *key)).map(removed);
-        let new = wanted.peers.iter().filter(|p| !had.contains(p)).map(present);
-        let changes: Vec<WireguardPeer> = gone.chain(new).collect();
+        let gone: Vec<MeshKey> = known.into_iter().filter(|key| wanted.peers.iter().all(|w| w.key != *key)).collect();
+        let new: Vec<&Peer<SocketAddr>> = wanted.peers.iter().filter(|p| !had.contains(p)).collect();
+        if let Some(program) = program {
+            return program.set_peers(&gone, &new).await;
+        }
+        let changes: Vec<WireguardPeer> = gone.into_iter().map(removed).chain(new.into_iter().map(present)).collect();
         for batch in changes.chunks(BATCH) {
             self.set(&wanted.name, vec![WireguardAttribute::Peers(batch.to_vec())]).await?;
         }
         Ok(())
     }
 
-    /// The interface itself, with its address, up. One that an earlier start of the agent made
-    /// stays, and its sessions with it.
+    /// The interface itself, with its address, up. One that an earlier start of the agent made, or a program, stays,
+    /// and its sessions with it.
     async fn make(&self, wanted: &Interface<SocketAddr>, mtu: u16) -> Result<()> {
         let refused = |e: rtnetlink::Error| Error::Failed(format!("the kernel does not make {}: {e}", wanted.name));
         if self.index(&wanted.name).await.is_none() {
@@ -85,7 +95,7 @@ impl Wireguard {
             message.attributes.push(AddressAttribute::Address(IpAddr::V4(partner)));
         }
         address.execute().await.map_err(refused)?;
-        let up = LinkUnspec::new_with_index(index).up().build();
+        let up = LinkUnspec::new_with_index(index).mtu(mtu.into()).up().build();
         self.route.link().change(up).execute().await.map_err(refused)
     }
 

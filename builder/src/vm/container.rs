@@ -1,0 +1,225 @@
+//! Nodes as containers: the image's own systemd and services, in namespaces, as fast as this host is. For machines
+//! without KVM, where emulated ones show what happens, but not how long it takes.
+//!
+//! What is not the image's: this host's kernel, so no verified root, no slots, no watchdog, and WireGuard as a program
+//! (`wireguard-go`). Who cuts the power of one loses processes, not what the kernel has yet to write.
+
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::unistd::{Pid, Uid};
+
+use super::exec::Done;
+use super::{Start, Wire, uuid_of};
+use crate::authority::write_private;
+use crate::disk::ROOT_START;
+use crate::error::{Error, Result, fail};
+use crate::tools::run;
+
+const SCRIPT: &str = include_str!("container.sh");
+/// How long laying the file systems may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the program serves one WireGuard interface with.
+const WIREGUARD: &str = "\
+[Unit]
+Description=WireGuard interface %i
+[Service]
+ExecStart=/run/host/wireguard-go -f %i
+ExecStartPost=/bin/sh -c 'until [ -S /run/wireguard/%i.sock ]; do sleep 0.05; done'
+Restart=always
+";
+/// There is no watchdog that could reset the machine; Patroni's configuration insists on one.
+const NO_WATCHDOG: &str = "[Service]\nExecStart=\nExecStart=/bin/true\n";
+const PATRONI: &str = "\
+[Service]
+ExecStart=
+ExecStart=/bin/sh -c 'sed \"s/^  mode: required/  mode: off/\" $CREDENTIALS_DIRECTORY/patroni.yml >/run/postgresql/patroni.yml && \
+exec /usr/lib/bakehouse/patroni /run/postgresql/patroni.yml'
+";
+/// This host's kernel may have no dummies: the mesh's own address is on one end of a pair.
+const MESH: &str = "[NetDev]\nName=mesh0\nKind=veth\n[Peer]\nName=mesh0-end\n";
+const MESH_END: &str = "[Match]\nName=mesh0-end\n[Link]\nRequiredForOnline=no\n[Network]\nLinkLocalAddressing=no\n";
+
+/// A node's container.
+pub(super) struct Container<'a> {
+    pub(super) node: &'a str,
+    pub(super) dir: &'a Path,
+}
+
+impl Container<'_> {
+    /// Whether the node was a container when it was last started.
+    pub(super) fn is_one(dir: &Path) -> bool {
+        dir.join("container.sh").exists()
+    }
+
+    /// It is a machine from now on.
+    pub(super) fn was_one(dir: &Path) {
+        let _ = fs::remove_file(dir.join("container.sh"));
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// What the node keeps.
+    pub(super) fn kept(&self) -> PathBuf {
+        self.path("var")
+    }
+
+    /// The pid of its systemd, if it lives.
+    pub(super) fn pid(&self) -> Option<Pid> {
+        let said = fs::read_to_string(self.path("init")).ok()?;
+        let (pid, began) = said.trim().split_once(' ')?;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name may have spaces; after it, the state is the third field and the start the 22nd.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let lives = fields.first() != Some(&"Z") && fields.get(19) == Some(&began);
+        pid.parse().ok().filter(|_| lives).map(Pid::from_raw)
+    }
+
+    /// # Errors
+    /// Something of this host's is missing; the image can't be mounted.
+    pub(super) fn start(&self, start: &Start, interfaces: &[String]) -> Result<()> {
+        if !Uid::effective().is_root() {
+            return fail("containers are started by root; machines (`bakehouse up`) are not");
+        }
+        for (program, package) in [("wireguard-go", "wireguard-go"), ("ip", "iproute2"), ("socat", "socat")] {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            if !std::env::split_paths(&path).any(|dir| dir.join(program).exists()) {
+                return fail(format!("{program} is missing: apt install {package}"));
+            }
+        }
+        let image = start.image.canonicalize().map_err(Error::io("find", start.image))?;
+        for dir in ["var", "root", "credentials"] {
+            fs::create_dir_all(self.path(dir)).map_err(Error::io("create", self.path(dir)))?;
+        }
+        self.hand_in(start, interfaces)?;
+        let wire = wire_of(&start.wire)?;
+        let door = start.wire.door.as_ref();
+        let inwards = door.filter(|door| door.address.is_some()).map_or(Vec::new(), |door| door.inwards().to_vec());
+        let settings = [
+            ("IMAGE", image.display().to_string()),
+            ("OFFSET", ROOT_START.to_string()),
+            ("UUID", uuid_of(self.node)),
+            ("CGROUP", control_groups()?.join(&wire).join(self.node).display().to_string()),
+            ("WIRE", wire),
+            ("MAC", start.wire.mac.clone()),
+            ("PORT", start.wire.mac[start.wire.mac.len() - 5..].replace(':', "-")),
+            ("HOST", super::Door::HOST.to_owned()),
+            ("OUTWARDS", door.map_or(String::new(), |door| words(door.outside.iter()))),
+            ("DOOR", door.and_then(|door| door.address).map_or(String::new(), |address| address.to_string())),
+            ("INWARDS", words(inwards.iter().map(|(outside, inside)| format!("{outside}:{inside}")))),
+        ];
+        let text: String =
+            settings.iter().map(|(name, value)| format!("{name}='{}'\n", value.replace('\'', r"'\''"))).collect();
+        fs::write(self.path("settings"), text).map_err(Error::io("write", self.path("settings")))?;
+        fs::write(self.path("container.sh"), SCRIPT).map_err(Error::io("write", self.path("container.sh")))?;
+        let log = self.path("console.log");
+        let console = OpenOptions::new().create(true).append(true).open(&log).map_err(Error::io("open", &log))?;
+        let dir = self.dir.canonicalize().map_err(Error::io("find", self.dir))?;
+        // In a session of its own: it outlives this command, and Ctrl-C.
+        let mut script = Command::new("setsid");
+        script.arg("sh").arg(dir.join("container.sh")).arg("outside").arg(&dir);
+        script.stdin(Stdio::null()).stdout(Stdio::null()).stderr(console);
+        let mut child = script.spawn().map_err(|e| Error::Failed(format!("setsid does not start: {e}")))?;
+        let until = Instant::now() + PATIENCE;
+        while self.pid().is_none() {
+            if child.try_wait().is_ok_and(|ended| ended.is_some()) || Instant::now() > until {
+                return fail(format!("{} does not start: see {}", self.node, log.display()));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// Its credentials, and what its units need to know of where they are.
+    fn hand_in(&self, start: &Start, interfaces: &[String]) -> Result<()> {
+        let units: Vec<String> = interfaces.iter().map(|name| format!("wireguard-go@{name}.service")).collect();
+        let wanted = format!("[Unit]\nWants={0}\nAfter={0}\n", units.join(" "));
+        let ours = [
+            ("systemd.extra-unit.wireguard-go@.service", WIREGUARD),
+            // After the image's own, which are sorted by name.
+            ("systemd.unit-dropin.firstboot.service~container", &wanted),
+            ("systemd.unit-dropin.softdog.service~container", NO_WATCHDOG),
+            ("systemd.unit-dropin.patroni.service~container", PATRONI),
+            ("network.netdev.10-mesh0", MESH),
+            ("network.network.04-mesh0-end", MESH_END),
+        ];
+        let dir = self.path("credentials");
+        fs::remove_dir_all(&dir).and_then(|()| fs::create_dir(&dir)).map_err(Error::io("empty", &dir))?;
+        for (name, content) in ours {
+            write_private(&dir.join(name), content.as_bytes())?;
+        }
+        for (name, content) in &start.credentials {
+            write_private(&dir.join(name), content)?;
+        }
+        Ok(())
+    }
+
+    /// Pulls the cable, or puts it back.
+    pub(super) fn plug(&self, plugged: bool) -> Result<()> {
+        let setting = |name: &str| -> Result<String> {
+            let path = self.path("settings");
+            let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix("='")?.strip_suffix('\''));
+            value.map(str::to_owned).ok_or_else(|| Error::Failed(format!("{}: no {name}", path.display())))
+        };
+        let mut ip = Command::new("ip");
+        ip.args(["-n", &setting("WIRE")?, "link", "set", &setting("PORT")?, if plugged { "up" } else { "down" }]);
+        run(&mut ip, "ip")
+    }
+
+    /// Runs a shell command as root inside.
+    pub(super) fn exec(&self, command: &str, patience: Duration) -> Result<Done> {
+        let Some(pid) = self.pid() else { return fail(format!("{} was switched off", self.node)) };
+        let mut enter = Command::new("nsenter");
+        enter.args(["--target", &pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"]);
+        enter.args(["env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "bash", "-c"]);
+        enter.arg(format!("exec 2>&1\n{command}")).stdin(Stdio::null());
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::spawn(move || send.send(enter.output()));
+        let told = |e: &dyn std::fmt::Display| Error::Failed(format!("{} does not answer: {e}", self.node));
+        let output = receive.recv_timeout(patience).map_err(|e| told(&e))?.map_err(|e| told(&e))?;
+        if self.pid() != Some(pid) {
+            return fail(format!("{} was switched off", self.node));
+        }
+        let output = (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned());
+        Ok(Done { status: output.0.unwrap_or(-1), output: output.1 })
+    }
+}
+
+/// The network namespace with the bridge that is the fleet's wire.
+fn wire_of(wire: &Wire) -> Result<String> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let name = format!("bakehouse-{}", wire.group.replace([':', '.'], "-"));
+    if !Path::new("/run/netns").join(&name).exists() {
+        let ip = |words: &[&str]| run(Command::new("ip").args(words), "ip (apt install iproute2)");
+        ip(&["netns", "add", &name])?;
+        ip(&["-n", &name, "link", "add", "wire", "type", "bridge"])?;
+        ip(&["-n", &name, "link", "set", "wire", "up"])?;
+    }
+    Ok(name)
+}
+
+/// Where the second version of control groups is mounted.
+fn control_groups() -> Result<PathBuf> {
+    let path = Path::new("/proc/self/mounts");
+    let mounts = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let place = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let place = fields.next()?;
+        (fields.next()? == "cgroup2").then(|| PathBuf::from(place))
+    });
+    place.ok_or_else(|| {
+        Error::Failed("containers need control groups, version 2; this host has none mounted".to_owned())
+    })
+}
+
+fn words<T: ToString>(of: impl Iterator<Item = T>) -> String {
+    of.map(|word| word.to_string()).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,122 @@
+//! WireGuard that is a program, as in a container on a host whose kernel has none: it is told through its socket, as
+//! wg(8) does it (wireguard.com/xplatform).
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use fleet::MeshKey;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+
+use super::plan::Peer;
+use crate::error::{Error, Result};
+
+/// The socket of the program that serves an interface, if one does.
+pub(super) struct Program {
+    socket: PathBuf,
+}
+
+impl Program {
+    pub(super) fn of(interface: &str) -> Option<Self> {
+        let socket = PathBuf::from(format!("/run/wireguard/{interface}.sock"));
+        socket.exists().then_some(Self { socket })
+    }
+
+    pub(super) async fn set_device(&self, private: &[u8; 32], port: Option<u16>) -> Result<()> {
+        let port = port.map_or(String::new(), |port| format!("listen_port={port}\n"));
+        self.ask(&format!("set=1\nprivate_key={}\n{port}\n", hex(private))).await.map(drop)
+    }
+
+    pub(super) async fn set_peers(&self, gone: &[MeshKey], new: &[&Peer<SocketAddr>]) -> Result<()> {
+        self.ask(&peers(gone, new)).await.map(drop)
+    }
+
+    /// Keys of the peers that it has.
+    pub(super) async fn peers(&self) -> Result<Vec<MeshKey>> {
+        let said = self.ask("get=1\n\n").await?;
+        Ok(said.lines().filter_map(|line| key(line.strip_prefix("public_key=")?)).collect())
+    }
+
+    /// One question; its answer ends with an empty line.
+    async fn ask(&self, question: &str) -> Result<String> {
+        let talk = async {
+            let mut program = UnixStream::connect(&self.socket).await?;
+            program.write_all(question.as_bytes()).await?;
+            let mut said = Vec::new();
+            while !said.ends_with(b"\n\n") && program.read_buf(&mut said).await? > 0 {}
+            Ok(String::from_utf8_lossy(&said).into_owned())
+        };
+        let said = talk.await.map_err(Error::io("ask", &self.socket))?;
+        if said.lines().any(|line| line == "errno=0") {
+            return Ok(said);
+        }
+        Err(Error::Failed(format!("{} says no: {}", self.socket.display(), said.trim())))
+    }
+}
+
+fn hex(bytes: &[u8; 32]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn key(hex: &str) -> Option<MeshKey> {
+    let mut bytes = [0; 32];
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(hex.get(2 * i..2 * i + 2)?, 16).ok()?;
+    }
+    (hex.len() == 64).then_some(MeshKey(bytes))
+}
+
+fn peers(gone: &[MeshKey], new: &[&Peer<SocketAddr>]) -> String {
+    let mut text = "set=1\n".to_owned();
+    for key in gone {
+        let _ = writeln!(text, "public_key={}\nremove=true", hex(&key.0));
+    }
+    for peer in new {
+        let _ = writeln!(text, "public_key={}\nreplace_allowed_ips=true", hex(&peer.key.0));
+        if let Some(endpoint) = peer.endpoint {
+            let _ = writeln!(text, "endpoint={endpoint}");
+        }
+        if let Some(seconds) = peer.keepalive {
+            let _ = writeln!(text, "persistent_keepalive_interval={seconds}");
+        }
+        for net in &peer.allowed {
+            let _ = writeln!(text, "allowed_ip={net}");
+        }
+    }
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_read_as_they_are_written() {
+        let bytes: [u8; 32] = std::array::from_fn(|i| 7 * i as u8);
+        assert_eq!(key(&hex(&bytes)), Some(MeshKey(bytes)));
+        for wrong in ["", "ab", &"ab".repeat(33), &"gg".repeat(32), &"ü".repeat(32)] {
+            assert_eq!(key(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn peers_in_the_words_of_the_protocol() {
+        let peer = Peer {
+            key: MeshKey([0xab; 32]),
+            endpoint: Some("198.18.0.1:51820".parse().unwrap()),
+            allowed: vec!["10.10.0.0/16".parse().unwrap(), "10.11.0.2/32".parse().unwrap()],
+            keepalive: Some(25),
+        };
+        let (old, new) = ("01".repeat(32), "ab".repeat(32));
+        assert_eq!(
+            peers(&[MeshKey([1; 32])], &[&peer]),
+            format!(
+                "set=1\npublic_key={old}\nremove=true\npublic_key={new}\nreplace_allowed_ips=true\n\
+                 endpoint=198.18.0.1:51820\npersistent_keepalive_interval=25\nallowed_ip=10.10.0.0/16\n\
+                 allowed_ip=10.11.0.2/32\n\n"
+            )
+        );
+    }
+}
