@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test quick-ha roles rehearse bench bench-join bench-netboot lint clean
+.PHONY: all deps build demo test quick-ha roles rehearse rehearse-containers bench bench-join bench-netboot lint clean
 
 all: build
 
@@ -24,16 +24,18 @@ demo: deps build
 
 test: deps lint build
 	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones; one
-	# machine has a TPM; updates come from busybox.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox
+	# machine has a TPM; updates come from busybox; containers have their WireGuard from a program.
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go
 	cargo test --release --locked --workspace --lib --test golden
+	# At native speed, as root: a fleet that loses what may die.
+	cargo test --release --locked --workspace --test fleet --test containers -- --test-threads=1 --nocapture containers
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join --test rollout --test fence -- --test-threads=1
 	# Two machines at once have a processor each.
 	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture & boot=$$!; \
 		cargo test --release --locked --workspace --test netboot -- --test-threads=1 --nocapture; netboot=$$?; \
 		wait $$boot && exit $$netboot
-	cargo test --release --locked --workspace --test fleet --test upgrade -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test upgrade -- --test-threads=1 --nocapture
 
 # Beside mkosi and mmdebstrap; as root, on an otherwise idle machine.
 bench: deps build
@@ -61,6 +63,16 @@ rehearse: deps build
 	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(basename $(notdir $(FLEET))).md --revision "$$(git rev-parse HEAD)"
 	$(BAKEHOUSE) -C $(REHEARSAL) down
 
+# The same in containers, as root: at the speed of this host.
+rehearse-containers: deps build
+	builder/host-deps.sh iproute2 wireguard-go
+	mkdir -p $(REHEARSAL)
+	cp $(FLEET) $(REHEARSAL)/fleet.toml
+	$(BAKEHOUSE) -C $(REHEARSAL) lock
+	$(BAKEHOUSE) -C $(REHEARSAL) up --containers
+	$(BAKEHOUSE) -C $(REHEARSAL) rehearse $(SCENARIOS) --page docs/rehearsal-$(basename $(notdir $(FLEET)))-containers.md --revision "$$(git rev-parse HEAD)"
+	$(BAKEHOUSE) -C $(REHEARSAL) down
+
 # Quick HA from blank disks, three of its machines' deaths, a change of its images under load, a version that does
 # not work: three hours where two processors are emulated.
 quick-ha: deps build
@@ -70,10 +82,10 @@ quick-ha: deps build
 # Every service for real, a restore, rarer machines, an update cut short at every stage: four hours
 # where processors are emulated.
 roles: deps build
-	builder/host-deps.sh iproute2 dnsmasq-base xorriso busybox swtpm
+	builder/host-deps.sh iproute2 dnsmasq-base xorriso busybox swtpm wireguard-go
 	# The object store of the restore test; it wants Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
-	cargo test --release --locked --workspace --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test founders --test cuts -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test fleet --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test founders --test cuts -- --test-threads=1 --nocapture
 
 lint:
 	cargo fmt --all --check

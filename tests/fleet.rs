@@ -7,11 +7,22 @@ use bakehouse_tests::{ETCDCTL, Lab, Machine};
 
 #[test]
 fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
-    let lab = Lab::of_fleet("fleet", "ha");
+    come_up_and_outlive_a_hub(&Lab::of_fleet("fleet", "ha"));
+}
+
+/// As fast as this host is, on its kernel, with WireGuard as a program.
+#[test]
+fn hubs_and_a_worker_in_containers_do_the_same() {
+    let lab = Lab::of_fleet("fleet-containers", "ha");
+    lab.is_of_containers();
+    come_up_and_outlive_a_hub(&lab);
+}
+
+fn come_up_and_outlive_a_hub(lab: &Lab) {
     lab.init();
     lab.ok(&["build", "hub", "db"]);
-    let hubs = ["hub-1", "hub-2", "hub-3"].map(|name| Machine::of(&lab, name));
-    let db = Machine::of(&lab, "db-1");
+    let hubs = ["hub-1", "hub-2", "hub-3"].map(|name| Machine::of(lab, name));
+    let db = Machine::of(lab, "db-1");
 
     // A ticket that is no good: said on the console, with what to do, and nothing is kept.
     let wrong = lab.ok(&["ticket", "app"]).out;
@@ -53,14 +64,14 @@ fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
     let everybody: Vec<&Machine> = hubs.iter().collect();
     assert_eq!(hubs[0].ok(&until(&format!("{ETCDCTL} member list | grep -c started"), "3")), "3");
     let first = holder(&everybody);
-    db.ok(&write(&lab));
-    vip_goes(&lab, &db, &hubs[first]);
+    db.ok(&write(lab));
+    vip_goes(lab, &db, &hubs[first]);
     let lost = holder(&everybody);
     assert_ne!(lost, first, "it came back to where it had been");
     for node in everybody.iter().chain([&&db]) {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
     }
-    db.ok(&write(&lab));
+    db.ok(&write(lab));
 
     // Patroni can ask the others, as the user it runs as: standbys are asked before one is promoted.
     let key = "sed -n '/^ctl:/,/^[a-z]/s/ *keyfile: //p' /run/bakehouse/patroni.yml";
@@ -77,13 +88,13 @@ fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
         assert_eq!(node.ok(&until(&handshakes("all", &of_hub), "1")), "1");
     }
     reaches_three_hubs(&db);
-    db.ok(&write(&lab));
+    db.ok(&write(lab));
 
     // The hub that holds the VIP is lost: another has it, and writes go on.
     hubs[lost].cut_power();
     let left: Vec<&Machine> = everybody.iter().enumerate().filter(|(i, _)| *i != lost).map(|(_, h)| *h).collect();
     holder(&left);
-    db.ok(&write(&lab));
+    db.ok(&write(lab));
 
     // A new machine in its place, from a blank disk: etcd takes it in, as the second owner.
     let name = format!("hub-{}", lost + 1);
@@ -95,7 +106,7 @@ fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
     let voting = format!("{ETCDCTL} member list | grep started | grep -c 'false$'");
     assert_eq!(left[0].ok(&until(&voting, "3")), "3");
     reaches_three_hubs(&db);
-    db.ok(&write(&lab));
+    db.ok(&write(lab));
 
     // It leaves by itself: its vote goes before it does, and the others go on.
     hubs[lost].ok("firstboot leave");
@@ -106,7 +117,7 @@ fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
     }
     assert_eq!(left[0].ok(&until(&format!("{ETCDCTL} member list | grep -c started"), "2")), "2");
     holder(&left);
-    db.ok(&write(&lab));
+    db.ok(&write(lab));
     // Switched on again, it is told, and does nothing.
     hubs[lost].cut_power();
     hubs[lost].start_with(&replacement);

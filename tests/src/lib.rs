@@ -60,6 +60,12 @@ impl Lab {
         self.ok(&["init", self.dir.to_str().expect("a path of letters")]);
     }
 
+    /// Its nodes are containers, and no machines.
+    pub fn is_of_containers(&self) {
+        let project = builder::project::Project::load(&self.dir).expect("the fleet is right");
+        builder::vm::are_containers(&project, true).expect("nothing runs");
+    }
+
     /// A fresh, empty folder.
     pub fn empty(name: &str) -> Self {
         let dir = root().join("target/lab").join(name);

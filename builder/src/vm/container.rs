@@ -192,11 +192,25 @@ impl Container<'_> {
     }
 }
 
-/// The network namespace with the bridge that is the fleet's wire.
+/// Name of the network namespace with the bridge that is the fleet's wire.
+fn name_of(wire: &Wire) -> String {
+    format!("bakehouse-{}", wire.group.replace([':', '.'], "-"))
+}
+
+/// Takes the wire away, if it is there; nobody is on it any more.
+pub(super) fn take_away(wire: &Wire) -> Result<()> {
+    let name = name_of(wire);
+    if !Path::new("/run/netns").join(&name).exists() {
+        return Ok(());
+    }
+    run(Command::new("ip").args(["netns", "delete", &name]), "ip")
+}
+
+/// The fleet's wire.
 fn wire_of(wire: &Wire) -> Result<String> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let name = format!("bakehouse-{}", wire.group.replace([':', '.'], "-"));
+    let name = name_of(wire);
     if !Path::new("/run/netns").join(&name).exists() {
         let ip = |words: &[&str]| run(Command::new("ip").args(words), "ip (apt install iproute2)");
         ip(&["netns", "add", &name])?;

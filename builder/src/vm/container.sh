@@ -45,6 +45,7 @@ outside() {
         # SIGHUP is what a restart in a namespace of processes comes to.
         [ "$status" = 129 ] || break
     done
+    find "$CGROUP" -depth -type d -exec rmdir {} + 2>/dev/null || :
     trap '' TERM
     kill -TERM 0
 }

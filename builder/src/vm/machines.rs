@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use fleet::{Node, Ticket};
 
+use super::container::take_away;
 use super::firmware::{Firmware, accelerator, is_emulated};
 use super::{AGENT, READY, SPARE_DISK, Start, Vm, Wire, host_cpus};
 use crate::authority::Authority;
@@ -226,5 +227,11 @@ pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<
             })
             .collect();
         joined(asked)
-    })
+    })?;
+    let vms = project.topology.nodes.iter().map(|n| (n, Vm::at(&n.name, project.dir.join("build/vm").join(&n.name))));
+    let (off, on): (Vec<_>, Vec<_>) = vms.partition(|(_, vm)| !vm.is_running());
+    match off.first() {
+        Some((node, _)) if on.is_empty() => take_away(&Wire::of(project, node)),
+        _ => Ok(()),
+    }
 }

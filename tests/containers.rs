@@ -1,0 +1,41 @@
+//! Quick HA as its user meets it, in containers: the images' own services as fast as this host is, without a factor
+//! on any promise. Three nodes from nothing to ready, and then each thing that may die does, under clients that write
+//! and look at Odoo.
+
+use std::time::Instant;
+
+use bakehouse_tests::{Lab, Machine};
+use serde_json::Value;
+
+#[test]
+fn three_containers_from_nothing_outlive_what_may_die() {
+    let lab = Lab::of_fleet("containers", "quick-ha");
+    // Switched off when the test ends, however it does.
+    let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::of(&lab, name));
+    let begun = Instant::now();
+    lab.ok(&["up", "--containers"]);
+    println!("from nothing to ready: {:.0} s", begun.elapsed().as_secs_f64());
+    for machine in &machines {
+        assert_eq!(machine.ok("systemd-detect-virt"), "container-other");
+        assert_eq!(machine.ok("systemctl --failed --no-legend --plain"), "");
+    }
+    // They are no machines by mistake.
+    let refused = lab.run(&["up"]);
+    assert_ne!(refused.status, 0);
+    assert!(refused.err.contains("runs as a container; to have it as a machine, `bakehouse down` first"), "{}", refused.err);
+
+    let played = lab.run(&["rehearse", "hub", "db", "app", "--json"]);
+    println!("{}{}", played.err, played.out);
+    assert_eq!(played.status, 0, "a promise was not kept");
+    let outcomes: Vec<Value> = serde_json::from_str(&played.out).expect("JSON");
+    assert_eq!(outcomes.len(), 3, "{outcomes:?}");
+    for outcome in &outcomes {
+        let count = |of: &str| outcome[of].as_u64().expect("a number");
+        assert!(count("acknowledged") > 100, "nobody wrote: {outcome}");
+        assert_eq!((count("lost"), count("logouts"), count("primaries")), (0, 0, 1), "{outcome}");
+        assert!(outcome["http"].is_f64(), "nobody looked at Odoo: {outcome}");
+    }
+
+    lab.ok(&["down"]);
+    assert!(lab.ok(&["status"]).out.lines().all(|line| line.contains(" off")), "{}", lab.ok(&["status"]).out);
+}
