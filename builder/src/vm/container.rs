@@ -4,7 +4,8 @@
 //! What is not the image's: this host's kernel, so no verified root, no slots, no watchdog, and WireGuard as a program
 //! (`wireguard-go`). Who cuts the power of one loses processes, not what the kernel has yet to write.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, OpenOptions, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -97,6 +98,8 @@ impl Container<'_> {
         for dir in ["var", "root", "credentials"] {
             fs::create_dir_all(self.path(dir)).map_err(Error::io("create", self.path(dir)))?;
         }
+        // What the node keeps belongs to its own users, whose numbers others may have on this host.
+        fs::set_permissions(self.dir, Permissions::from_mode(0o700)).map_err(Error::io("close", self.dir))?;
         self.hand_in(start, interfaces)?;
         let wire = wire_of(&start.wire)?;
         let door = start.wire.door.as_ref();
