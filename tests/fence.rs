@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::Site;
 use firstboot::etcd::{Etcd, Then};
-use firstboot::hub::fence::Fence;
+use firstboot::https;
+use firstboot::hub::fence::{self, Fence, Shut};
 use firstboot::neighbours::Neighbourhood;
 use fleet::MeshKey;
 
@@ -41,7 +42,7 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
         neighbourhood: &neighbourhoods[i],
         slow: 1,
     };
-    let mut shut: [BTreeMap<String, Instant>; 3] = Default::default();
+    let mut shut: [BTreeMap<String, Shut>; 3] = Default::default();
     let put = async |what: &str, value: &str| {
         let key = format!("/bakehouse/acme/{what}");
         // It has only just started.
@@ -89,4 +90,22 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
     assert_eq!(leader().await, "db-2");
     neighbourhoods[2].let_in("db-1");
     assert_eq!(neighbourhoods[2].keys_without(&neighbourhoods[2].out()).len(), 2);
+}
+
+/// The member of etcd that a hub asks may be on the machine that is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_does_not_answer_is_given_up_for_the_next() {
+    let site = Site::open(24_300, "db.count = 2\n");
+    let etcd = site.etcd(0).with_patience(fence::ANSWER);
+    while etcd.get(&["/bakehouse/acme/leader"]).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // Its connections stand.
+    site.cluster.freeze(0);
+    let asked = Instant::now();
+    while etcd.get(&["/bakehouse/acme/leader"]).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // Others may have to choose a leader; whoever waits for the frozen one does for ten seconds.
+    assert!(asked.elapsed() < https::PATIENCE, "{:?}", asked.elapsed());
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use fleet::encoding::{decode, encode};
@@ -10,10 +11,11 @@ use hyper::body::Incoming;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
+use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
 use crate::error::{Error, Result};
-use crate::https::{Connection, request};
+use crate::https::{Connection, PATIENCE, request};
 
 /// Longest answer: every slot of the largest fleet, several times over.
 const LONGEST: usize = 64 << 20;
@@ -27,6 +29,7 @@ pub struct Etcd {
     /// Where to begin: another member after each failure. One that answers may still be of no
     /// use, as a learner is, or a member that has lost the others.
     first: AtomicUsize,
+    patience: Duration,
 }
 
 /// One key.
@@ -146,7 +149,13 @@ struct Event {
 impl Etcd {
     #[must_use]
     pub fn new(members: Vec<(String, u16)>, tls: Arc<ClientConfig>) -> Self {
-        Self { members, tls, connection: Mutex::new(None), first: AtomicUsize::new(0) }
+        Self { members, tls, connection: Mutex::new(None), first: AtomicUsize::new(0), patience: PATIENCE }
+    }
+
+    /// Gives a member up, and asks the next, when it has not answered for so long.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// Every key below a prefix, and the revision they are of.
@@ -276,7 +285,7 @@ impl Etcd {
         let mut kept = self.connection.lock().await;
         // The one that was kept may have ended meanwhile: then a new one, once.
         if let Some((host, connection)) = kept.as_mut() {
-            match connection.ask(request("POST", host, path, &[], body.clone())?, LONGEST).await {
+            match self.in_time(host, connection.ask(request("POST", host, path, &[], body.clone())?, LONGEST)).await {
                 Ok(answer) => return read(&answer),
                 Err(e) => {
                     *kept = None;
@@ -289,7 +298,7 @@ impl Etcd {
             }
         }
         let (host, mut connection) = self.connect().await?;
-        let asked = connection.ask(request("POST", &host, path, &[], body)?, LONGEST).await;
+        let asked = self.in_time(&host, connection.ask(request("POST", &host, path, &[], body)?, LONGEST)).await;
         let answer = asked.inspect_err(|_| {
             self.first.fetch_add(1, Ordering::Relaxed);
         })?;
@@ -301,12 +310,17 @@ impl Etcd {
         let mut last = Error::Failed("etcd has no members".to_owned());
         let first = self.first.load(Ordering::Relaxed) % self.members.len().max(1);
         for (host, port) in self.members[first..].iter().chain(&self.members[..first]) {
-            match Connection::open(host, *port, host, &self.tls).await {
+            match self.in_time(host, Connection::open(host, *port, host, &self.tls)).await {
                 Ok(connection) => return Ok((format!("{host}:{port}"), connection)),
                 Err(e) => last = e,
             }
         }
         Err(last)
+    }
+
+    async fn in_time<T>(&self, member: &str, answer: impl Future<Output = Result<T>>) -> Result<T> {
+        let late = |_| Err(Error::Network { to: member.to_owned(), why: "no answer".to_owned() });
+        timeout(self.patience, answer).await.unwrap_or_else(late)
     }
 }
 

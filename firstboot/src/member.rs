@@ -13,7 +13,7 @@ use crate::etcd::Etcd;
 use crate::https;
 use crate::hub::api::{Hub, serve};
 use crate::hub::claims::ClaimsDesk;
-use crate::hub::fence::Fence;
+use crate::hub::fence::{self, Fence};
 use crate::hub::rollout;
 use crate::identity::Identity;
 use crate::image::Image;
@@ -97,6 +97,7 @@ impl Member {
         }
         let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
         let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
+        let fencing = Etcd::new(members(&topology, &node), tls.clone()).with_patience(fence::ANSWER * slow);
         let etcd = Etcd::new(members(&topology, &node), tls);
         let desk = Arc::new(ClaimsDesk::new(etcd, topology.clone(), &node.name));
         neighbourhood.learn(&node.name, mesh_key);
@@ -185,7 +186,7 @@ impl Member {
             if node.hub == 0 {
                 return std::future::pending().await;
             }
-            let (etcd, neighbourhood) = (desk.etcd(), neighbourhood.as_ref());
+            let (etcd, neighbourhood) = (&fencing, neighbourhood.as_ref());
             Fence { etcd, topology: &topology, own: &node, neighbourhood, slow }.keep().await
         };
         let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);

@@ -29,6 +29,8 @@ const SHUT: &str = "/bakehouse/shut/";
 const LOOK: Duration = Duration::from_millis(250);
 /// Out of reach for so long, after BFD has given up: not a moment's trouble.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long one member of etcd may take: it may be on the very machine that is gone.
+pub const ANSWER: Duration = Duration::from_secs(1);
 /// How long the door stays shut after what is said in etcd has ended.
 const MARGIN: Duration = Duration::from_secs(10);
 
@@ -48,6 +50,14 @@ pub struct Fence<'a> {
 struct Absent {
     reached: BTreeSet<String>,
     since: BTreeMap<String, Instant>,
+}
+
+/// A node that this hub has shut out.
+#[derive(Clone, Copy, Debug)]
+pub struct Shut {
+    until: Instant,
+    /// etcd has it.
+    said: bool,
 }
 
 /// What Patroni keeps of who follows.
@@ -78,7 +88,7 @@ impl Fence<'_> {
         }
         let routes = Routes::open()?;
         let mut absent = Absent::default();
-        let mut shut: BTreeMap<String, Instant> = BTreeMap::new();
+        let mut shut: BTreeMap<String, Shut> = BTreeMap::new();
         loop {
             tokio::time::sleep(LOOK * self.slow.min(3)).await;
             let ways = routes.hosts().await?;
@@ -91,8 +101,8 @@ impl Fence<'_> {
                     Err(e) => println!("{slot} is out of reach: {e}"),
                 }
             }
-            shut.retain(|slot, until| {
-                let stays = now < *until;
+            shut.retain(|slot, shut| {
+                let stays = now < shut.until;
                 if !stays {
                     println!("{slot} may come back");
                     self.neighbourhood.let_in(slot);
@@ -111,7 +121,7 @@ impl Fence<'_> {
         &self,
         slot: &str,
         reached: &BTreeSet<String>,
-        shut: &mut BTreeMap<String, Instant>,
+        shut: &mut BTreeMap<String, Shut>,
     ) -> Result<bool> {
         let scope = scope(self.topology);
         let (leader, sync) = (format!("{scope}leader"), format!("{scope}sync"));
@@ -127,12 +137,14 @@ impl Fence<'_> {
         }
         let lasts = self.topology.database.ttl * u16::try_from(self.slow.min(3)).unwrap_or(3);
         let key = self.key(slot);
-        if !shut.contains_key(slot) {
+        if !shut.get(slot).is_some_and(|shut| shut.said) {
             self.neighbourhood.shut_out(slot).await;
-            shut.insert(slot.to_owned(), Instant::now() + MARGIN);
+            // Whoever is not told that it was said may have said it, and stands by that.
+            let stays = |said| Shut { until: Instant::now() + Duration::from_secs(lasts.into()) + MARGIN, said };
+            shut.insert(slot.to_owned(), stays(false));
             let lease = self.etcd.lease(lasts.into()).await?;
             self.etcd.transact(&[], &[Then::PutFor(&key, b"", &lease)]).await?;
-            shut.insert(slot.to_owned(), Instant::now() + Duration::from_secs(lasts.into()) + MARGIN);
+            shut.insert(slot.to_owned(), stays(true));
             println!("{slot}, the primary, is out of reach: it is shut out");
         }
         let (_, said) = self.etcd.list(&format!("{SHUT}{slot}/")).await?;
