@@ -72,10 +72,18 @@ impl Seen {
         }
     }
 
+    /// When writers waited, in seconds after `t0` (milliseconds), and for how many.
+    pub(super) fn pauses(&self, t0: u64, factor: u64) -> Vec<(f64, f64)> {
+        let long = gaps(&self.writes, t0).into_iter().filter(|(_, gap)| *gap > PAUSE * factor);
+        long.map(|(begun, gap)| ((begun - t0) as f64 / 1e3, gap as f64 / 1e3)).collect()
+    }
+
     /// The same where it was not one blow: what writers waited in all. `factor` is how much slower this
     /// machine is.
     pub(super) fn outcome_in_all(&self, scenario: &'static str, t0: u64, factor: u64) -> Outcome {
-        Outcome { writes: waited(&self.writes, t0, PAUSE * factor), ..self.outcome(scenario, Vec::new(), t0) }
+        let waited = self.pauses(t0, factor).iter().map(|(_, pause)| pause).sum();
+        let writes = (!self.writes.is_empty()).then_some(waited);
+        Outcome { writes, ..self.outcome(scenario, Vec::new(), t0) }
     }
 }
 
@@ -129,20 +137,16 @@ impl Outcome {
 /// The longest time between two successes that ended after `t0`, in seconds; none where there
 /// was no client of the kind.
 fn outage(successes: &[u64], t0: u64) -> Option<f64> {
-    (!successes.is_empty()).then(|| gaps(successes, t0).into_iter().max().unwrap_or(0) as f64 / 1e3)
+    let longest = || gaps(successes, t0).into_iter().map(|(_, gap)| gap).max().unwrap_or(0);
+    (!successes.is_empty()).then(|| longest() as f64 / 1e3)
 }
 
-/// All such times that were longer than `pause` milliseconds.
-fn waited(successes: &[u64], t0: u64, pause: u64) -> Option<f64> {
-    let pauses = || gaps(successes, t0).into_iter().filter(|gap| *gap > pause);
-    (!successes.is_empty()).then(|| pauses().sum::<u64>() as f64 / 1e3)
-}
-
-/// Milliseconds between each two successes, as far as they are after `t0`.
-fn gaps(successes: &[u64], t0: u64) -> Vec<u64> {
+/// Between each two successes, as far as it is after `t0`: from when, and for how many milliseconds.
+fn gaps(successes: &[u64], t0: u64) -> Vec<(u64, u64)> {
     let mut sorted = successes.to_vec();
     sorted.sort_unstable();
-    sorted.windows(2).filter(|w| w[1] >= t0).map(|w| w[1] - w[0].max(t0.min(w[1]))).collect()
+    let after = sorted.windows(2).filter(|w| w[1] >= t0);
+    after.map(|w| (w[0].max(t0), w[1] - w[0].max(t0))).collect()
 }
 
 /// How many took writes at the same time: a span is certain where it and the one before
@@ -217,6 +221,7 @@ mod tests {
         };
         let mut o = seen.outcome_in_all("upgrade", 0, 1);
         assert_eq!((o.vip, o.writes, o.pages), (Some(2.5), Some(3.9), 999));
+        assert_eq!(seen.pauses(100, 1), [(0.0, 1.4), (1.5, 2.4)]);
         o.add(&seen.outcome_in_all("upgrade", 500, 1));
         assert_eq!((o.vip, o.writes, o.pages, o.errors), (Some(2.5), Some(6.3), 1898, 4));
         assert_eq!(seen.outcome_in_all("upgrade", 0, 2).writes, Some(2.4));

@@ -131,9 +131,9 @@ impl Limits {
 }
 
 impl Scenario {
-    /// Whether it is about what containers don't have: the watchdog that resets a machine whose Patroni hangs, and slots.
+    /// Whether it is about what containers don't have: the watchdog that resets a machine whose Patroni hangs.
     pub(super) const fn needs_machines(&self) -> bool {
-        matches!(self.fault, Fault::RunThen(..) | Fault::Upgrade)
+        matches!(self.fault, Fault::RunThen(..))
     }
 
     /// What is promised when these nodes of a fleet that stands like this are hit: who loses a whole machine

@@ -2,7 +2,7 @@
 //! restart too: so they run in two places, one after the other, and what they see is added up.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fleet::Node;
 
@@ -57,7 +57,7 @@ impl Rehearsal<'_> {
     ) -> Result<Outcome> {
         let probe = self.start_probe(stage, step)?;
         std::thread::sleep(Duration::from_secs(WARM_UP));
-        let t0 = probe.clock()?;
+        let (t0, began) = (probe.clock()?, SystemTime::now());
         for node in changing {
             let vm = Vm::of(self.project, &node.name)?;
             let offered = vm.exec("systemctl start firstboot-check; cat /run/bakehouse/offer")?.output;
@@ -86,6 +86,10 @@ impl Rehearsal<'_> {
         }
         whole(self.project, step, EACH)?;
         let seen = probe.end(self.factor)?;
+        for (after, pause) in seen.pauses(t0, u64::from(self.factor)) {
+            let when = clock(began + Duration::from_secs_f64(after));
+            self.progress.say(scenario.name, &format!("at {when} writers waited for {pause:.1} s"));
+        }
         Ok(seen.outcome_in_all(scenario.name, t0, u64::from(self.factor)))
     }
 
@@ -108,4 +112,20 @@ impl Rehearsal<'_> {
 fn goes_before(node: &Node, primary: &Node, board: &Board) -> bool {
     let (own, its) = (fleet::rank(node), fleet::rank(primary));
     own < its || own == its && node.name != primary.name && board.holder() != Some(&node.name)
+}
+
+/// Time of day (UTC), as journals have it.
+fn clock(at: SystemTime) -> String {
+    let seconds = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() % 86_400;
+    format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_one_of_the_day() {
+        assert_eq!(clock(UNIX_EPOCH + Duration::from_secs(86_400 + 3600 + 2 * 60 + 3)), "01:02:03");
+    }
 }

@@ -1,8 +1,10 @@
 //! Nodes as containers: the image's own systemd and services, in namespaces, as fast as this host is. For machines
 //! without KVM, where emulated ones show what happens, but not how long it takes.
 //!
-//! What is not the image's: this host's kernel, so no verified root, no slots, no watchdog, and WireGuard as a program
-//! (`wireguard-go`). Who cuts the power of one loses processes, not what the kernel has yet to write.
+//! What is not the image's: this host's kernel, so no verified root, no watchdog, and WireGuard as a program
+//! (`wireguard-go`). One that updates itself has the image's disk with both slots, and is started by what GRUB's
+//! configuration says (`bios.rs`), in shell. Who cuts the power of one loses processes, not what the kernel has yet
+//! to write.
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -11,24 +13,27 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 
 use super::exec::Done;
 use super::{Start, Wire, uuid_of};
 use crate::authority::write_private;
-use crate::disk::ROOT_START;
+use crate::disk::{ESP_START, ROOT_START};
 use crate::error::{Error, Result, fail};
 use crate::tools::run;
 
 const SCRIPT: &str = include_str!("container.sh");
-/// How long laying the file systems may take.
+/// How long laying the file systems may take, and ending.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the program serves one WireGuard interface with.
+/// What the program serves one WireGuard interface with: as long as the kernel would, to the very end.
 const WIREGUARD: &str = "\
 [Unit]
 Description=WireGuard interface %i
+DefaultDependencies=no
 [Service]
+Slice=system.slice
 ExecStart=/run/host/wireguard-go -f %i
 ExecStartPost=/bin/sh -c 'until [ -S /run/wireguard/%i.sock ]; do sleep 0.05; done'
 Restart=always
@@ -44,6 +49,9 @@ exec /usr/lib/bakehouse/patroni /run/postgresql/patroni.yml'
 /// This host's kernel may have no dummies: the mesh's own address is on one end of a pair.
 const MESH: &str = "[NetDev]\nName=mesh0\nKind=veth\n[Peer]\nName=mesh0-end\n";
 const MESH_END: &str = "[Match]\nName=mesh0-end\n[Link]\nRequiredForOnline=no\n[Network]\nLinkLocalAddressing=no\n";
+
+/// The EFI partition is a folder there: nobody but systemd's own tools asks what it is on.
+const ESP: &str = "[Service]\nEnvironment=SYSTEMD_ESP_PATH=/efi\n";
 
 /// A node's container.
 pub(super) struct Container<'a> {
@@ -66,14 +74,41 @@ impl Container<'_> {
         self.dir.join(name)
     }
 
-    /// What the node keeps.
-    pub(super) fn kept(&self) -> PathBuf {
-        self.path("var")
+    /// Takes what the node keeps, if it keeps something.
+    pub(super) fn wipe(&self) -> Result<()> {
+        let disk = self.path("disk.raw");
+        if disk.exists() {
+            fs::remove_file(&disk).map_err(Error::io("remove", &disk))?;
+        }
+        let kept = self.path("var");
+        if kept.exists() { fs::remove_dir_all(&kept).map_err(Error::io("remove", &kept)) } else { Ok(()) }
     }
 
-    /// The pid of its systemd, if it lives.
+    /// The pid of its systemd, if it lives; when it restarts, there is none for a moment.
     pub(super) fn pid(&self) -> Option<Pid> {
-        let said = fs::read_to_string(self.path("init")).ok()?;
+        self.process("init")
+    }
+
+    /// Whether it is on.
+    pub(super) fn is_running(&self) -> bool {
+        self.process("outside").is_some()
+    }
+
+    /// Kills all that is in it.
+    pub(super) fn cut_power(&self) {
+        let until = Instant::now() + PATIENCE;
+        while self.is_running() && Instant::now() < until {
+            if let Some(pid) = self.pid() {
+                // It may be gone already.
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The process that a file names, if it lives.
+    fn process(&self, file: &str) -> Option<Pid> {
+        let said = fs::read_to_string(self.path(file)).ok()?;
         let (pid, began) = said.trim().split_once(' ')?;
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The name may have spaces; after it, the state is the third field and the start the 22nd.
@@ -88,7 +123,9 @@ impl Container<'_> {
         if !Uid::effective().is_root() {
             return fail("containers are started by root; machines (`bakehouse up`) are not");
         }
-        for (program, package) in [("wireguard-go", "wireguard-go"), ("ip", "iproute2"), ("socat", "socat")] {
+        let mtools = start.keep.then_some(("mcopy", "mtools"));
+        let needed = [("wireguard-go", "wireguard-go"), ("ip", "iproute2"), ("socat", "socat")];
+        for (program, package) in needed.into_iter().chain(mtools) {
             let path = std::env::var_os("PATH").unwrap_or_default();
             if !std::env::split_paths(&path).any(|dir| dir.join(program).exists()) {
                 return fail(format!("{program} is missing: apt install {package}"));
@@ -100,6 +137,9 @@ impl Container<'_> {
         }
         // What the node keeps belongs to its own users, whose numbers others may have on this host.
         fs::set_permissions(self.dir, Permissions::from_mode(0o700)).map_err(Error::io("close", self.dir))?;
+        if start.keep {
+            self.lay_disk(&image, start.disk)?;
+        }
         self.hand_in(start, interfaces)?;
         let wire = wire_of(&start.wire)?;
         let door = start.wire.door.as_ref();
@@ -107,6 +147,7 @@ impl Container<'_> {
         let settings = [
             ("IMAGE", image.display().to_string()),
             ("OFFSET", ROOT_START.to_string()),
+            ("DISK", if start.keep { "disk.raw".to_owned() } else { String::new() }),
             ("UUID", uuid_of(self.node)),
             ("CGROUP", control_groups()?.join(&wire).join(self.node).display().to_string()),
             ("WIRE", wire),
@@ -139,6 +180,24 @@ impl Container<'_> {
         Ok(())
     }
 
+    /// The disk of one that updates itself: the image, and what is on its EFI partition as files, for kernels that
+    /// know no FAT.
+    fn lay_disk(&self, image: &Path, size: u64) -> Result<()> {
+        let (disk, new, esp) = (self.path("disk.raw"), self.path("disk.new"), self.path("esp"));
+        if disk.exists() {
+            return Ok(());
+        }
+        run(Command::new("cp").args(["--reflink=auto", "--sparse=always"]).args([image, &new]), "cp")?;
+        OpenOptions::new().write(true).open(&new).and_then(|f| f.set_len(size)).map_err(Error::io("size", &new))?;
+        if esp.exists() {
+            fs::remove_dir_all(&esp).map_err(Error::io("remove", &esp))?;
+        }
+        fs::create_dir(&esp).map_err(Error::io("create", &esp))?;
+        let from = format!("{}@@{ESP_START}", new.display());
+        run(Command::new("mcopy").args(["-s", "-i", &from, "::*"]).arg(&esp), "mcopy")?;
+        fs::rename(&new, &disk).map_err(Error::io("name", &disk))
+    }
+
     /// Its credentials, and what its units need to know of where they are.
     fn hand_in(&self, start: &Start, interfaces: &[String]) -> Result<()> {
         let units: Vec<String> = interfaces.iter().map(|name| format!("wireguard-go@{name}.service")).collect();
@@ -149,6 +208,8 @@ impl Container<'_> {
             ("systemd.unit-dropin.firstboot.service~container", &wanted),
             ("systemd.unit-dropin.softdog.service~container", NO_WATCHDOG),
             ("systemd.unit-dropin.patroni.service~container", PATRONI),
+            ("systemd.unit-dropin.firstboot-check.service~container", ESP),
+            ("systemd.unit-dropin.firstboot-install.service~container", ESP),
             ("network.netdev.10-mesh0", MESH),
             ("network.network.04-mesh0-end", MESH_END),
         ];
@@ -178,7 +239,14 @@ impl Container<'_> {
 
     /// Runs a shell command as root inside.
     pub(super) fn exec(&self, command: &str, patience: Duration) -> Result<Done> {
-        let Some(pid) = self.pid() else { return fail(format!("{} was switched off", self.node)) };
+        let until = Instant::now() + patience;
+        let pid = loop {
+            match self.pid() {
+                Some(pid) => break pid,
+                None if self.is_running() && Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+                None => return fail(format!("{} was switched off", self.node)),
+            }
+        };
         let mut enter = Command::new("nsenter");
         enter.args(["--target", &pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"]);
         enter.args(["env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "bash", "-c"]);

@@ -4,7 +4,8 @@
 #   container.sh inside DIR     in namespaces of its own: enters its control group
 #   container.sh system DIR     in one of control groups too: lays the file systems, becomes systemd
 #
-# DIR has what the start was made of (container.rs): `settings`, `credentials/`; and what the node keeps: `var/`.
+# DIR has what the start was made of (container.rs): `settings`, `credentials/`; and what the node keeps: `var/`, and
+# `disk.raw` and `esp/` if it updates itself.
 set -eu
 stage=$1 dir=$2
 . "$dir/settings"
@@ -23,7 +24,17 @@ inwards() {
     exec socat "TCP-LISTEN:$1,bind=$DOOR,fork,reuseaddr" "SYSTEM:$in"
 }
 
+# By its pid and its start a process is found again, and nobody else is.
+identify() {
+    read -r pid rest </proc/self/stat
+    set -- ${rest##*) }
+    shift 19
+    began=$1
+}
+
 outside() {
+    identify
+    echo "$pid $began" >"$dir/outside"
     # What says something on the console does not wait for who reads it.
     rm -f "$dir/console" "$dir/init"
     mkfifo "$dir/console"
@@ -55,12 +66,65 @@ inside() {
     exec unshare --cgroup sh "$0" system "$dir"
 }
 
+# What GRUB's environment block says.
+block() { sed -n "s/^$1=//p" "$dir/esp/grub/grubenv"; }
+
+# An image's boot entry.
+entry() {
+    for end in .efi +3.efi +3-0.efi +2-1.efi +1-2.efi +0-3.efi; do
+        if [ -n "$1" ] && [ -e "$dir/esp/EFI/Linux/$1$end" ]; then
+            echo "$dir/esp/EFI/Linux/$1$end"
+            break
+        fi
+    done
+}
+
+# Counts and chooses as GRUB does (bios.rs), and mounts what the image's kernel would: the root that its entry names.
+start_disk() {
+    slot= chosen= tries=$(block tries)
+    if [ "$tries" -gt 0 ]; then
+        if [ "$tries" -gt 3 ]; then tries=3; fi
+        sed -i "s/^tries=.*/tries=$((tries - 1))/" "$dir/esp/grub/grubenv"
+        chosen=$(entry "$(block next)")
+    fi
+    for image in good next; do
+        if [ -z "$chosen" ]; then chosen=$(entry "$(block "$image")"); fi
+    done
+    hash=$(grep -ao 'roothash=[0-9a-f]\{64\}' "$chosen" | sed 's/roothash=//; q')
+    disk=$(losetup --find --show --partscan "$dir/$DISK")
+    # By hand: not every kernel reads a GPT.
+    partx --update "$disk"
+    # Its UUID is the hash's first half.
+    half=$(echo "$hash" | sed 's/\(.\{8\}\)\(....\)\(....\)\(....\)\(.\{12\}\).*/\1-\2-\3-\4-\5/')
+    for part in "$disk"p*; do
+        if [ "$(blkid -p -s PART_ENTRY_UUID -o value "$part")" = "$half" ]; then slot=$part; fi
+    done
+    mount -t erofs -o ro "${slot:?$chosen names no partition of $DISK}" "$root"
+}
+
+# What is on the disk, for systemd-sysupdate and the agent; once the rest of it has been cut.
+show_disk() {
+    mount --bind "$dir/esp" "$root/efi"
+    mknod -m 600 "$root$disk" b $(stat -c '0x%t 0x%T' "$disk")
+    chroot "$root" systemd-repart --dry-run=no --exclude-partitions=var "$disk"
+    partx --update "$disk"
+    mkdir -p "$root/dev/block" "$root/dev/mapper" "$root/dev/disk/by-partuuid"
+    for part in "$disk" "$disk"p*; do
+        if [ "$part" != "$disk" ]; then
+            mknod -m 600 "$root$part" b $(stat -c '0x%t 0x%T' "$part")
+            ln -s "$part" "$root/dev/disk/by-partuuid/$(blkid -p -s PART_ENTRY_UUID -o value "$part")"
+        fi
+        ln -s "$part" "$root/dev/block/$(printf '%d:%d' $(stat -c '0x%t 0x%T' "$part"))"
+    done
+    ln -s "$slot" "$root/dev/mapper/root"
+    echo "roothash=$hash" >"$root/run/host/cmdline"
+    mount --bind "$root/run/host/cmdline" "$root/proc/cmdline"
+    # It is gone when nobody has it open any more.
+    losetup --detach "$disk"
+}
+
 system() {
-    read -r pid rest </proc/self/stat
-    # By its pid and its start it is found again, and nobody else is.
-    set -- ${rest##*) }
-    shift 19
-    began=$1
+    identify
     ip link set lo up
     # The one of the last start may be there for a moment.
     ip -n "$WIRE" link delete "$PORT" 2>/dev/null || :
@@ -69,7 +133,11 @@ system() {
     if [ -n "$OUTWARDS" ]; then ip address add "$HOST/32" dev lo; fi
     mount --make-rprivate /
     root=$dir/root
-    mount -t erofs -o "ro,loop,offset=$OFFSET" "$IMAGE" "$root"
+    if [ -n "$DISK" ]; then
+        start_disk
+    else
+        mount -t erofs -o "ro,loop,offset=$OFFSET" "$IMAGE" "$root"
+    fi
     # There before systemd makes it: WireGuard's program looks for its socket there.
     ln -sfn ../run "$dir/var/run"
     mount --bind "$dir/var" "$root/var"
@@ -94,12 +162,18 @@ system() {
     mount -o remount,bind,ro "$root/proc/sys"
     if [ -e "$root/proc/sysrq-trigger" ]; then mount --bind /dev/null "$root/proc/sysrq-trigger"; fi
     mount -t sysfs -o ro,nosuid,nodev,noexec sysfs "$root/sys"
+    # No firmware started it.
+    mount -t tmpfs -o ro,nosuid,nodev,noexec tmpfs "$root/sys/firmware"
     mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 "$root/sys/fs/cgroup"
     mkdir -p "$root/run/host/credentials"
     mount -t tmpfs -o mode=700,nosuid,nodev,noexec tmpfs "$root/run/host/credentials"
     cp "$dir/credentials/"* "$root/run/host/credentials/"
     touch "$root/run/host/wireguard-go"
     mount --bind "$(command -v wireguard-go)" "$root/run/host/wireguard-go"
+    # A boot of its own, for the journal.
+    cat /proc/sys/kernel/random/uuid >"$root/run/host/boot_id"
+    mount --bind "$root/run/host/boot_id" "$root/proc/sys/kernel/random/boot_id"
+    if [ -n "$DISK" ]; then show_disk; fi
     echo "$pid $began" >"$dir/init.new"
     mv "$dir/init.new" "$dir/init"
     cd "$root"
@@ -110,8 +184,8 @@ system() {
     exec </dev/null >/dev/console 2>&1
     exec env -i container=bakehouse "container_uuid=$UUID" CREDENTIALS_DIRECTORY=/run/host/credentials \
         PATH=/usr/sbin:/usr/bin TERM=dumb \
-        setpriv --bounding-set=-sys_module,-sys_rawio,-sys_time /usr/lib/systemd/systemd --log-target=console \
-        systemd.mask=console-getty.service
+        setpriv --bounding-set=-sys_module,-sys_rawio,-sys_time /usr/lib/systemd/systemd \
+        systemd.mask=console-getty.service systemd.mask=systemd-repart.service
 }
 
 "$stage"

@@ -146,7 +146,7 @@ impl Vm {
     /// It has nothing, or that can't be removed.
     pub fn wipe(&self) -> Result<()> {
         match self.container() {
-            Some(container) => fs::remove_dir_all(container.kept()).map_err(Error::io("remove", container.kept())),
+            Some(container) => container.wipe(),
             None => fs::remove_file(self.disk()).map_err(Error::io("remove", self.disk())),
         }
     }
@@ -161,7 +161,7 @@ impl Vm {
     #[must_use]
     pub fn is_running(&self) -> bool {
         if let Some(container) = self.container() {
-            return container.pid().is_some();
+            return container.is_running();
         }
         let Ok(file) = File::open(self.path("pid")) else { return false };
         let mut lock = libc::flock {
@@ -189,8 +189,8 @@ impl Vm {
         let other = fs::read_to_string(&of).ok().as_deref() != Some(&from);
         if let Some(interfaces) = &start.container {
             let container = Container { node: &self.node, dir: &self.dir };
-            if other && !start.keep && container.kept().exists() {
-                fs::remove_dir_all(container.kept()).map_err(Error::io("remove", container.kept()))?;
+            if other && !start.keep {
+                container.wipe()?;
             }
             fs::write(&of, &from).map_err(Error::io("write", &of))?;
             let _ = fs::remove_file(self.path("console.log"));
@@ -356,9 +356,6 @@ impl Vm {
     }
 
     fn pid(&self) -> Result<Pid> {
-        if let Some(container) = self.container() {
-            return container.pid().ok_or_else(|| Error::Failed(format!("{} does not run", self.node)));
-        }
         let path = self.path("pid");
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let number = text.trim().parse().map_err(|e| Error::Failed(format!("{}: {e}", path.display())))?;
@@ -374,7 +371,10 @@ impl Vm {
             return Ok(());
         }
         let told = |e| Error::Failed(format!("cannot switch {} off: {e}", self.node));
-        kill(self.pid()?, Signal::SIGKILL).map_err(told)?;
+        match self.container() {
+            Some(container) => container.cut_power(),
+            None => kill(self.pid()?, Signal::SIGKILL).map_err(told)?,
+        }
         if self.is_off_within(Duration::from_secs(30)) {
             return Ok(());
         }
