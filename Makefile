@@ -73,7 +73,7 @@ rehearse-containers: deps build
 	$(BAKEHOUSE) -C $(REHEARSAL) down
 
 # Quick HA from blank disks, three of its machines' deaths, a change of its images under load, a version that does
-# not work: three hours where two processors are emulated. The two changes of the whole topology too, in containers.
+# not work: four hours where two processors are emulated. The two changes of the whole topology too, in containers.
 quick-ha: deps build
 	builder/host-deps.sh busybox iproute2 wireguard-go mtools
 	cargo test --release --locked --workspace --test quick_ha --test rolling -- --test-threads=1 --nocapture
