@@ -109,3 +109,45 @@ async fn a_member_that_does_not_answer_is_given_up_for_the_next() {
     // Others may have to choose a leader; whoever waits for the frozen one does for ten seconds.
     assert!(asked.elapsed() < https::PATIENCE, "{:?}", asked.elapsed());
 }
+
+/// etcd is gone just when a hub has shut the primary out and is about to say so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_could_not_be_said_is_said_again() {
+    let site = Arc::new(Site::open(24_500, "db.count = 2\n"));
+    let dir = tempfile::tempdir().expect("a folder");
+    let etcd = site.etcd(0).with_patience(fence::ANSWER);
+    let keys = BTreeMap::from([("db-1".to_owned(), MeshKey([1; 32]))]);
+    let neighbourhood = Arc::new(Neighbourhood::load(dir.path(), keys));
+    let (mesh, mut changes, cut) = (neighbourhood.clone(), neighbourhood.follow(), site.clone());
+    tokio::spawn(async move {
+        changes.changed().await.expect("it lives as long");
+        (0..3).for_each(|i| cut.cluster.freeze(i));
+        loop {
+            mesh.are_out(mesh.out());
+            changes.changed().await.expect("it lives as long");
+        }
+    });
+    let hub = Fence {
+        etcd: &etcd,
+        topology: &site.topology,
+        own: &site.topology.hubs[0],
+        neighbourhood: &neighbourhood,
+        slow: 1,
+    };
+    let sync: &[u8] = br#"{"leader":"db-1","sync_standby":"db-2"}"#;
+    let then = [Then::Put("/bakehouse/acme/leader", b"db-1"), Then::Put("/bakehouse/acme/sync", sync)];
+    while etcd.transact(&[], &then).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (reached, mut shut) = (BTreeSet::from(["db-2".to_owned()]), BTreeMap::new());
+    hub.depose("db-1", &reached, &mut shut).await.expect_err("etcd was there");
+    assert!(neighbourhood.out().contains("db-1") && shut.contains_key("db-1"));
+
+    (0..3).for_each(|i| site.cluster.thaw(i));
+    // It is one of three, and deposes nobody.
+    while !matches!(hub.depose("db-1", &reached, &mut shut).await, Ok(false)) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let said = etcd.get(&["/bakehouse/shut/db-1/hub-1"]).await.expect("etcd");
+    assert_ne!(said[0].revision, 0, "nobody was told");
+}

@@ -29,6 +29,7 @@ pub struct Etcd {
     /// Where to begin: another member after each failure. One that answers may still be of no
     /// use, as a learner is, or a member that has lost the others.
     first: AtomicUsize,
+    /// How long a member may take to be reached, or to answer in full: as its connection's own limits, or less.
     patience: Duration,
 }
 
@@ -149,7 +150,7 @@ struct Event {
 impl Etcd {
     #[must_use]
     pub fn new(members: Vec<(String, u16)>, tls: Arc<ClientConfig>) -> Self {
-        Self { members, tls, connection: Mutex::new(None), first: AtomicUsize::new(0), patience: PATIENCE }
+        Self { members, tls, connection: Mutex::new(None), first: AtomicUsize::new(0), patience: 2 * PATIENCE }
     }
 
     /// Gives a member up, and asks the next, when it has not answered for so long.
