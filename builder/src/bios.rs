@@ -43,7 +43,7 @@ const MODULES: [&str; 12] = [
 
 /// `firstboot::grub` writes what is read here, and follows the count. An entry's file has whatever count
 /// it had when it was last seen.
-const CONFIG: &str = r#"load_env good next tries
+pub(crate) const CONFIG: &str = r#"load_env good next tries
 
 function start {
     for end in .efi +3.efi +3-0.efi +2-1.efi +1-2.efi +0-3.efi; do

@@ -8,6 +8,7 @@ use fleet::Node;
 
 use super::{Outcome, Rehearsal, Scenario, WARM_UP, told, whole};
 use crate::error::{Error, Result, fail};
+use crate::manifest::rfc3339;
 use crate::progress::Step;
 use crate::vm::{Board, Vm};
 
@@ -87,7 +88,8 @@ impl Rehearsal<'_> {
         whole(self.project, step, EACH)?;
         let seen = probe.end(self.factor)?;
         for (after, pause) in seen.pauses(t0, u64::from(self.factor)) {
-            let when = clock(began + Duration::from_secs_f64(after));
+            let when = began + Duration::from_secs_f64(after);
+            let when = rfc3339(when.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs());
             self.progress.say(scenario.name, &format!("at {when} writers waited for {pause:.1} s"));
         }
         Ok(seen.outcome_in_all(scenario.name, t0, u64::from(self.factor)))
@@ -112,20 +114,4 @@ impl Rehearsal<'_> {
 fn goes_before(node: &Node, primary: &Node, board: &Board) -> bool {
     let (own, its) = (fleet::rank(node), fleet::rank(primary));
     own < its || own == its && node.name != primary.name && board.holder() != Some(&node.name)
-}
-
-/// Time of day (UTC), as journals have it.
-fn clock(at: SystemTime) -> String {
-    let seconds = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() % 86_400;
-    format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_time_is_one_of_the_day() {
-        assert_eq!(clock(UNIX_EPOCH + Duration::from_secs(86_400 + 3600 + 2 * 60 + 3)), "01:02:03");
-    }
 }

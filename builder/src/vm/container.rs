@@ -308,3 +308,37 @@ fn control_groups() -> Result<PathBuf> {
 fn words<T: ToString>(of: impl Iterator<Item = T>) -> String {
     of.map(|word| word.to_string()).collect::<Vec<_>>().join(" ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The names that an entry may have, tried in this order.
+    #[test]
+    fn a_container_looks_for_entries_where_grub_does() {
+        let names = |text: &str| text.lines().map(str::trim).find(|l| l.starts_with("for end in ")).map(str::to_owned);
+        assert!(names(SCRIPT).is_some());
+        assert_eq!(names(SCRIPT), names(crate::bios::CONFIG));
+    }
+
+    #[test]
+    fn a_process_is_itself_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let container = Container { node: "hub-1", dir: dir.path() };
+        assert!(container.pid().is_none() && !container.is_running());
+        let stat = fs::read_to_string("/proc/self/stat").unwrap();
+        let began: u64 = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse().unwrap();
+        let own = Pid::this();
+        for file in ["init", "outside"] {
+            fs::write(dir.path().join(file), format!("{own} {began}\n")).unwrap();
+        }
+        assert_eq!(container.pid(), Some(own));
+        assert!(container.is_running());
+        // Another has its number by now; who wrote it has not come so far; nobody has it.
+        for said in [format!("{own} {}\n", began - 1), format!("{own}"), String::new(), format!("{} {began}", i32::MAX)]
+        {
+            fs::write(dir.path().join("outside"), &said).unwrap();
+            assert!(!container.is_running(), "{said}");
+        }
+    }
+}

@@ -99,14 +99,18 @@ start_disk() {
     for part in "$disk"p*; do
         if [ "$(blkid -p -s PART_ENTRY_UUID -o value "$part")" = "$half" ]; then slot=$part; fi
     done
-    mount -t erofs -o ro "${slot:?$chosen names no partition of $DISK}" "$root"
+    mounted=0
+    mount -t erofs -o ro "$slot" "$root" || mounted=$?
+    # It is gone when nobody has it open any more.
+    losetup --detach "$disk"
+    return "$mounted"
 }
 
 # What is on the disk, for systemd-sysupdate and the agent; once the rest of it has been cut.
 show_disk() {
     mount --bind "$dir/esp" "$root/efi"
     mknod -m 600 "$root$disk" b $(stat -c '0x%t 0x%T' "$disk")
-    chroot "$root" systemd-repart --dry-run=no --exclude-partitions=var "$disk"
+    chroot "$root" systemd-repart --dry-run=no --seed="$UUID" --exclude-partitions=var "$disk"
     partx --update "$disk"
     mkdir -p "$root/dev/block" "$root/dev/mapper" "$root/dev/disk/by-partuuid"
     for part in "$disk" "$disk"p*; do
@@ -119,8 +123,6 @@ show_disk() {
     ln -s "$slot" "$root/dev/mapper/root"
     echo "roothash=$hash" >"$root/run/host/cmdline"
     mount --bind "$root/run/host/cmdline" "$root/proc/cmdline"
-    # It is gone when nobody has it open any more.
-    losetup --detach "$disk"
 }
 
 system() {

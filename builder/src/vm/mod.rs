@@ -143,7 +143,7 @@ impl Vm {
     /// Takes all that the machine keeps.
     ///
     /// # Errors
-    /// It has nothing, or that can't be removed.
+    /// It can't be removed.
     pub fn wipe(&self) -> Result<()> {
         match self.container() {
             Some(container) => container.wipe(),
