@@ -28,6 +28,14 @@ fn three_containers_from_nothing_outlive_what_may_die() {
         refused.err
     );
 
+    // While the VIP is nowhere, who connects is not told that there is no such host, and tries again.
+    let everywhere = |what: &str| machines.iter().for_each(|m| drop(m.ok(&format!("systemctl {what} keepalived"))));
+    everywhere("stop");
+    let connect = "import socket; s = socket.socket(); s.settimeout(4)\ntry: s.connect(('10.10.0.100', 443))\n\
+        except OSError as e: print(e)";
+    assert_eq!(machines[0].ok(&format!("python3 -c \"{connect}\"")), "timed out");
+    everywhere("start");
+
     let played = lab.run(&["rehearse", "hub", "db", "app", "--json"]);
     println!("{}{}", played.err, played.out);
     assert_eq!(played.status, 0, "a promise was not kept");
