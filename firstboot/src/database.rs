@@ -27,12 +27,14 @@ pub fn scope(topology: &Topology) -> String {
     format!("/bakehouse/{of}/")
 }
 
-/// Whether one of the members, as Patroni lists them, takes writes, and is not `slot`: that one is listed as
-/// the leader for as long as it has the key, though its PostgreSQL ends.
+/// Whether one of the members, as Patroni lists them, takes writes, is not `slot` (that one is listed as the leader
+/// for as long as it has the key, though its PostgreSQL ends), and has chosen which standby its commits wait for. A
+/// standby that ends before that is in etcd is not let go first, and commits wait for it until the primary's next look.
 fn another_leads(members: &[u8], slot: &str) -> bool {
     let known: Value = serde_json::from_slice(members).unwrap_or_default();
     let members = known["members"].as_array().map(Vec::as_slice).unwrap_or_default();
-    members.iter().any(|m| m["name"] != slot && m["role"] == "leader" && m["state"] == "running")
+    let leads = members.iter().any(|m| m["name"] != slot && m["role"] == "leader" && m["state"] == "running");
+    leads && members.iter().any(|m| m["role"] == "sync_standby")
 }
 
 /// Patroni on this node.
@@ -75,14 +77,14 @@ impl Patroni {
         let until = Instant::now() + PATIENCE;
         while !self.follows().await {
             if Instant::now() > until {
-                return Err(Error::Failed("this node does not follow another primary yet".to_owned()));
+                return Err(Error::Failed("no other primary has a synchronous standby yet".to_owned()));
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         Ok(())
     }
 
-    /// Whether another node has the primary, and this one is its standby.
+    /// Whether another node has the primary, with a standby that its commits wait for, and this one is its standby.
     async fn follows(&self) -> bool {
         let another = self.ask("GET", "/cluster", "").await.is_ok_and(|members| another_leads(&members, &self.slot));
         another && self.ask("GET", "/replica", "").await.is_ok()
@@ -102,18 +104,20 @@ mod tests {
     /// As Patroni 4 answers.
     #[test]
     fn the_next_primary_is_another_one_that_runs() {
-        let members = |role: &str, state: &str| {
+        let members = |own: &str, role: &str, state: &str| {
             format!(
-                "{{\"members\": [{{\"name\": \"db-1\", \"role\": \"replica\", \"state\": \"stopped\"}}, \
+                "{{\"members\": [{{\"name\": \"db-1\", \"role\": \"{own}\", \"state\": \"streaming\"}}, \
                  {{\"name\": \"db-2\", \"role\": \"{role}\", \"state\": \"{state}\", \"timeline\": 2}}], \
                  \"scope\": \"ha\"}}"
             )
         };
-        assert!(another_leads(members("leader", "running").as_bytes(), "db-1"));
-        assert!(!another_leads(members("leader", "running").as_bytes(), "db-2"));
+        assert!(another_leads(members("sync_standby", "leader", "running").as_bytes(), "db-1"));
+        assert!(!another_leads(members("sync_standby", "leader", "running").as_bytes(), "db-2"));
         for (role, state) in [("leader", "stopped"), ("leader", "starting"), ("sync_standby", "streaming")] {
-            assert!(!another_leads(members(role, state).as_bytes(), "db-1"), "{role} {state}");
+            assert!(!another_leads(members("sync_standby", role, state).as_bytes(), "db-1"), "{role} {state}");
         }
+        // Its commits do not wait for anybody yet, or do already, and nobody can read that.
+        assert!(!another_leads(members("replica", "leader", "running").as_bytes(), "db-1"));
         assert!(!another_leads(b"502", "db-1"));
     }
 }
