@@ -19,6 +19,8 @@ fn three_containers_from_nothing_outlive_what_may_die() {
         assert_eq!(machine.ok("systemd-detect-virt"), "container-other");
         assert_eq!(machine.ok("systemctl --failed --no-legend --plain"), "");
     }
+    let opened = "journalctl -b -u patroni -o cat | grep -q 'INFO: Watchdog .* activated with 15 second timeout'";
+    assert!(machines.iter().any(|m| m.exec(opened).status == 0), "the primary has no watchdog");
     // They are no machines by mistake.
     let refused = lab.run(&["up"]);
     assert_ne!(refused.status, 0);

@@ -235,7 +235,7 @@ pub(super) enum Command {
         Builds what is missing, mints the tickets, waits until all is ready. Emulated machines boot in turns,\n\
         hubs first. Ctrl-C leaves those that are on as they are: `bakehouse up` goes on, `bakehouse down`\n\
         switches them off.\n\nWhere there is no KVM, containers are as fast as the host: the images' own services, as root, on the\n\
-        host's kernel. They have no verified root and no watchdog.")]
+        host's kernel. They have no verified root.")]
     Up {
         /// Nodes; all when none is named
         nodes: Vec<String>,

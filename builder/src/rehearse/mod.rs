@@ -131,9 +131,6 @@ impl<'a> Rehearsal<'a> {
 
     fn play_one(&self, scenario: &'static Scenario) -> Result<Option<Outcome>> {
         let topology = &self.project.topology;
-        if self.machines == Machines::Containers && scenario.needs_machines() {
-            return Ok(None);
-        }
         let step = self.progress.step(scenario.name, scenario.about);
         if scenario.fault == Fault::Upgrade {
             return self.upgrade(scenario, step);

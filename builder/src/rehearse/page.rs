@@ -38,7 +38,7 @@ impl<'a> Page<'a> {
         let speed = match machines {
             Machines::Kvm => "virtual machines with KVM; promises as they are".to_owned(),
             Machines::Containers => "the images' own services in containers (`bakehouse up --containers`), as fast as \
-                 the host is, on its kernel, with WireGuard as a program and no watchdog; promises as they are"
+                 the host is, on its kernel, with WireGuard and the watchdog as programs; promises as they are"
                 .to_owned(),
             Machines::Emulated => format!(
                 "processors emulated by QEMU (no KVM): every time-out of failure detection is {factor} times as long \

@@ -131,11 +131,6 @@ impl Limits {
 }
 
 impl Scenario {
-    /// Whether it is about what containers don't have: the watchdog that resets a machine whose Patroni hangs.
-    pub(super) const fn needs_machines(&self) -> bool {
-        matches!(self.fault, Fault::RunThen(..))
-    }
-
     /// What is promised when these nodes of a fleet that stands like this are hit: who loses a whole machine
     /// loses all that was on it.
     pub(super) fn promised(&self, victims: &[String], board: &Board) -> Limits {

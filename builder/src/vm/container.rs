@@ -1,7 +1,7 @@
 //! Nodes as containers: the image's own systemd and services, in namespaces, as fast as this host is. For machines
 //! without KVM, where emulated ones show what happens, but not how long it takes.
 //!
-//! What is not the image's: this host's kernel, so no verified root, no watchdog, and WireGuard as a program
+//! What is not the image's: this host's kernel, so no verified root, a watchdog in shell, and WireGuard as a program
 //! (`wireguard-go`). One that updates itself has the image's disk with both slots, and is started by what GRUB's
 //! configuration says (`bios.rs`), in shell. Who cuts the power of one loses processes, not what the kernel has yet
 //! to write.
@@ -38,13 +38,37 @@ ExecStart=/run/host/wireguard-go -f %i
 ExecStartPost=/bin/sh -c 'until [ -S /run/wireguard/%i.sock ]; do sleep 0.05; done'
 Restart=always
 ";
-/// There is no watchdog that could reset the machine; Patroni's configuration insists on one.
-const NO_WATCHDOG: &str = "[Service]\nExecStart=\nExecStart=/bin/true\n";
+/// What the kernel's watchdog would be: it resets who opened it and then says nothing for too long. Patroni speaks to a
+/// pipe as it does in its own tests: `Ctimeout=SECONDS`, a byte each time it lives, `V` when it is done. A reset is
+/// the system call that restarts a machine at once; it ends all of the container's processes, and starts it again.
+const WATCHDOG: &str = "\
+[Unit]
+Description=Watchdog of a container
+DefaultDependencies=no
+[Service]
+Slice=system.slice
+ExecStartPre=/bin/bash -c '[ -p /dev/watchdog ] || mkfifo -m 600 /dev/watchdog; chown postgres /dev/watchdog'
+ExecStart=/bin/bash -c 'exec 3<>/dev/watchdog; limit=; \
+while :; do \
+if read -r -N 1 -u 3 $${limit:+-t $$limit} said; then \
+case $$said in V) limit= ;; C) read -r -u 3 said; limit=$${said#timeout=} ;; esac; \
+else reboot -ffn; fi; \
+done'
+Restart=always
+";
+const SOFTDOG: &str = "\
+[Unit]
+Requires=container-watchdog.service
+After=container-watchdog.service
+[Service]
+ExecStart=
+ExecStart=/bin/true
+";
 const PATRONI: &str = "\
 [Service]
 ExecStart=
-ExecStart=/bin/sh -c 'sed \"s/^  mode: required/  mode: off/\" $CREDENTIALS_DIRECTORY/patroni.yml >/run/postgresql/patroni.yml && \
-exec /usr/lib/bakehouse/patroni /run/postgresql/patroni.yml'
+ExecStart=/bin/sh -c 'sed \"s/^  mode: required/&\\\\n  driver: testing/\" $CREDENTIALS_DIRECTORY/patroni.yml \
+>/run/postgresql/patroni.yml && exec /usr/lib/bakehouse/patroni /run/postgresql/patroni.yml'
 ";
 /// This host's kernel may have no dummies: the mesh's own address is on one end of a pair.
 const MESH: &str = "[NetDev]\nName=mesh0\nKind=veth\n[Peer]\nName=mesh0-end\n";
@@ -206,7 +230,8 @@ impl Container<'_> {
             ("systemd.extra-unit.wireguard-go@.service", WIREGUARD),
             // After the image's own, which are sorted by name.
             ("systemd.unit-dropin.firstboot.service~container", &wanted),
-            ("systemd.unit-dropin.softdog.service~container", NO_WATCHDOG),
+            ("systemd.extra-unit.container-watchdog.service", WATCHDOG),
+            ("systemd.unit-dropin.softdog.service~container", SOFTDOG),
             ("systemd.unit-dropin.patroni.service~container", PATRONI),
             ("systemd.unit-dropin.firstboot-check.service~container", ESP),
             ("systemd.unit-dropin.firstboot-install.service~container", ESP),
