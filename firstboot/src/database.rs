@@ -28,13 +28,16 @@ pub fn scope(topology: &Topology) -> String {
 }
 
 /// Whether one of the members, as Patroni lists them, takes writes, is not `slot` (that one is listed as the leader
-/// for as long as it has the key, though its PostgreSQL ends), and has chosen which standby its commits wait for. A
-/// standby that ends before that is in etcd is not let go first, and commits wait for it until the primary's next look.
-fn another_leads(members: &[u8], slot: &str) -> bool {
-    let known: Value = serde_json::from_slice(members).unwrap_or_default();
-    let members = known["members"].as_array().map(Vec::as_slice).unwrap_or_default();
+/// for as long as it has the key, though its PostgreSQL ends), and has chosen which standby its commits wait for, if
+/// they wait for one. A standby that ends before that is in etcd is not let go first, and commits wait for it until
+/// the primary's next look.
+fn another_leads(members: &[u8], config: &[u8], slot: &str) -> bool {
+    let read = |text: &[u8]| serde_json::from_slice::<Value>(text).unwrap_or_default();
+    let (members, config) = (read(members), read(config));
+    let members = members["members"].as_array().map(Vec::as_slice).unwrap_or_default();
     let leads = members.iter().any(|m| m["name"] != slot && m["role"] == "leader" && m["state"] == "running");
-    leads && members.iter().any(|m| m["role"] == "sync_standby")
+    // A fleet that began with one database has been told so, and never otherwise.
+    leads && (config["synchronous_mode"] == false || members.iter().any(|m| m["role"] == "sync_standby"))
 }
 
 /// Patroni on this node.
@@ -77,17 +80,18 @@ impl Patroni {
         let until = Instant::now() + PATIENCE;
         while !self.follows().await {
             if Instant::now() > until {
-                return Err(Error::Failed("no other primary has a synchronous standby yet".to_owned()));
+                return Err(Error::Failed("no other primary is in step with its standbys yet".to_owned()));
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         Ok(())
     }
 
-    /// Whether another node has the primary, with a standby that its commits wait for, and this one is its standby.
+    /// Whether another node has the primary, knows whom its commits wait for, and this one is its standby.
     async fn follows(&self) -> bool {
-        let another = self.ask("GET", "/cluster", "").await.is_ok_and(|members| another_leads(&members, &self.slot));
-        another && self.ask("GET", "/replica", "").await.is_ok()
+        let Ok(config) = self.ask("GET", "/config", "").await else { return false };
+        let Ok(members) = self.ask("GET", "/cluster", "").await else { return false };
+        another_leads(&members, &config, &self.slot) && self.ask("GET", "/replica", "").await.is_ok()
     }
 
     async fn ask(&self, method: &str, path: &str, body: &str) -> Result<Bytes> {
@@ -111,13 +115,20 @@ mod tests {
                  \"scope\": \"ha\"}}"
             )
         };
-        assert!(another_leads(members("sync_standby", "leader", "running").as_bytes(), "db-1"));
-        assert!(!another_leads(members("sync_standby", "leader", "running").as_bytes(), "db-2"));
+        let leads = |members: String, slot: &str| {
+            another_leads(members.as_bytes(), b"{\"ttl\": 20, \"synchronous_mode\": true}", slot)
+        };
+        assert!(leads(members("sync_standby", "leader", "running"), "db-1"));
+        assert!(!leads(members("sync_standby", "leader", "running"), "db-2"));
         for (role, state) in [("leader", "stopped"), ("leader", "starting"), ("sync_standby", "streaming")] {
-            assert!(!another_leads(members("sync_standby", role, state).as_bytes(), "db-1"), "{role} {state}");
+            assert!(!leads(members("sync_standby", role, state), "db-1"), "{role} {state}");
         }
+        assert!(!leads("502".to_owned(), "db-1"));
         // Its commits do not wait for anybody yet, or do already, and nobody can read that.
-        assert!(!another_leads(members("replica", "leader", "running").as_bytes(), "db-1"));
-        assert!(!another_leads(b"502", "db-1"));
+        let alone = members("replica", "leader", "running");
+        assert!(!leads(alone.clone(), "db-1"));
+        assert!(!another_leads(alone.as_bytes(), b"502", "db-1"));
+        // They never do.
+        assert!(another_leads(alone.as_bytes(), b"{\"synchronous_mode\": false}", "db-1"));
     }
 }
