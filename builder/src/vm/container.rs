@@ -346,6 +346,38 @@ mod tests {
         assert_eq!(names(SCRIPT), names(crate::bios::CONFIG));
     }
 
+    /// What its unit runs, but for what it does then.
+    #[test]
+    fn the_watchdog_bites_who_falls_silent_and_nobody_else() {
+        let (start, end) = ("ExecStart=/bin/bash -c '", "'\nRestart=");
+        let script = WATCHDOG.split_once(start).and_then(|(_, rest)| rest.split_once(end)).unwrap().0;
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("watchdog");
+        run(Command::new("mkfifo").arg(&pipe), "mkfifo").unwrap();
+        let script = script.replace("$$", "$").replace("/dev/watchdog", pipe.to_str().unwrap());
+        let mut bash = Command::new("bash");
+        let mut dog = bash.args(["-c", &format!("reboot() {{ exit 7; }}\n{script}")]).spawn().unwrap();
+        // Both ends, as Patroni has it: it does not wait for who reads.
+        let mut patroni = OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
+        let mut say = |what: &str| std::io::Write::write_all(&mut patroni, what.as_bytes()).unwrap();
+        let wait = || std::thread::sleep(Duration::from_millis(1500));
+        let mut lives = || dog.try_wait().unwrap().is_none();
+        wait();
+        assert!(lives(), "nobody has opened it");
+        say("Ctimeout=2\n");
+        for _ in 0..2 {
+            say("1");
+            wait();
+            assert!(lives(), "it hears of Patroni in time");
+        }
+        say("V");
+        wait();
+        wait();
+        assert!(lives(), "Patroni has closed it");
+        say("Ctimeout=1\n1");
+        assert_eq!(dog.wait().unwrap().code(), Some(7));
+    }
+
     #[test]
     fn a_process_is_itself_and_no_other() {
         let dir = tempfile::tempdir().unwrap();
