@@ -99,6 +99,7 @@ start_disk() {
     for part in "$disk"p*; do
         if [ "$(blkid -p -s PART_ENTRY_UUID -o value "$part")" = "$half" ]; then slot=$part; fi
     done
+    [ -n "$slot" ] || echo "container.sh: $chosen names no partition of $dir/$DISK" >&2
     mounted=0
     mount -t erofs -o ro "$slot" "$root" || mounted=$?
     # It is gone when nobody has it open any more.
