@@ -322,16 +322,24 @@ fn a_mirror_that_is_down_or_lies_is_named_and_the_store_stays_good() {
 #[test]
 fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
     let lab = Lab::of_fleet("full", "ha");
-    // A tmpfs of a few MiB in a mount namespace of the test's own.
-    let script = format!(
-        "mkdir -p {dir}/build && mount -t tmpfs -o size=64M tmpfs {dir}/build && {bin} -C {dir} build hub; code=$?; ls -A {dir}/build/hub; exit $code",
-        dir = lab.dir.display(),
-        bin = root().join("target/release/bakehouse").display()
-    );
-    let output = Command::new("unshare").args(["--map-root-user", "--user", "--mount", "sh", "-c", &script]).output();
-    let answer = Answer::of(&output.expect("unshare"));
+    // A tmpfs in a mount namespace of the test's own.
+    let build_in = |size: &str| {
+        let script = format!(
+            "mkdir -p {dir}/build && mount -t tmpfs -o size={size} tmpfs {dir}/build && {bin} -C {dir} build hub; code=$?; ls -A {dir}/build/hub; exit $code",
+            dir = lab.dir.display(),
+            bin = root().join("target/release/bakehouse").display()
+        );
+        let output =
+            Command::new("unshare").args(["--map-root-user", "--user", "--mount", "sh", "-c", &script]).output();
+        Answer::of(&output.expect("unshare"))
+    };
+    let answer = build_in("64M");
     answer.fails(1, &["hub: the image may take", "are free; make room"]);
     assert_eq!(answer.out, "");
+    // Who has made the layer knows what is needed.
+    lab.ok(&["build", "hub"]);
+    let answer = build_in("300M");
+    assert_eq!(answer.status, 0, "{}", answer.err);
 }
 
 #[test]

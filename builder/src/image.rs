@@ -275,14 +275,23 @@ impl Build<'_> {
                 slots.root >> 20
             ));
         }
-        let installed: u64 = packages.iter().map(|p| p.installed_size * 1024).sum();
+        // Of a layer that is made the tree's size is known, and a third of what its packages say: nobody
+        // is sent away for room that is not needed. The image has its root twice while it is written.
+        let (store, image) = if let Some(layer) = compose::in_store(recipe, self.lock, self.store) {
+            let bytes = layer.info()?.bytes;
+            (bytes, bytes * 3 / 2)
+        } else {
+            let installed: u64 = packages.iter().map(|p| p.installed_size * 1024).sum();
+            (installed * 2, installed)
+        };
         let free = |path: &Path| {
             nix::sys::statvfs::statvfs(path).map_or(u64::MAX, |s| s.blocks_available() * s.fragment_size())
         };
-        for (path, need, what) in [(self.store.root(), installed * 2, "the store"), (out, installed, "the image")] {
+        let store = (self.store.root(), store, "the store", " (`bakehouse store gc`) or set BAKEHOUSE_STORE");
+        for (path, need, what, or) in [store, (out, image, "the image", "")] {
             if free(path) < need {
                 return fail(format!(
-                    "{}: {what} may take {} MiB in {} and {} are free; make room or set BAKEHOUSE_STORE",
+                    "{}: {what} may take {} MiB in {} and {} are free; make room{or}",
                     recipe.group,
                     need >> 20,
                     path.display(),

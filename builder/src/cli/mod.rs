@@ -314,7 +314,7 @@ fn build(
     let recipes: Vec<Recipe> = groups.iter().map(|g| project.recipe(g)).collect();
     let missing: Vec<_> = recipes
         .iter()
-        .filter(|r| !compose::in_store(r, &lock, &store))
+        .filter(|r| compose::in_store(r, &lock, &store).is_none())
         .map(|r| r.group.as_str())
         .chain([TOOLS])
         .flat_map(|image| lock.packages_of(image, false))

@@ -113,10 +113,11 @@ impl Layer {
     }
 }
 
-/// Whether the group's layer is made: then no package of it is needed.
+/// The group's layer, if it is made: then no package of it is needed.
 #[must_use]
-pub fn in_store(recipe: &Recipe, lock: &Lock, store: &Store) -> bool {
-    store.get(Kind::Layer, &plan(recipe, lock).1).is_some()
+pub fn in_store(recipe: &Recipe, lock: &Lock, store: &Store) -> Option<Layer> {
+    let key = plan(recipe, lock).1;
+    store.get(Kind::Layer, &key).map(|dir| Layer { key, dir })
 }
 
 /// The layer of a group; made if it is not in the store.
