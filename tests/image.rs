@@ -323,9 +323,9 @@ fn a_mirror_that_is_down_or_lies_is_named_and_the_store_stays_good() {
 fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
     let lab = Lab::of_fleet("full", "ha");
     // A tmpfs in a mount namespace of the test's own.
-    let build_in = |size: &str| {
+    let build_with = |size: &str, at: &str, then: &str| {
         let script = format!(
-            "mkdir -p {dir}/build && mount -t tmpfs -o size={size} tmpfs {dir}/build && {bin} -C {dir} build hub; code=$?; ls -A {dir}/build/hub; exit $code",
+            "cd {dir}; mkdir -p {at} && mount -t tmpfs -o size={size} tmpfs {at}; {then} {bin} build hub; code=$?; ls -A build/hub; exit $code",
             dir = lab.dir.display(),
             bin = root().join("target/release/bakehouse").display()
         );
@@ -333,13 +333,18 @@ fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
             Command::new("unshare").args(["--map-root-user", "--user", "--mount", "sh", "-c", &script]).output();
         Answer::of(&output.expect("unshare"))
     };
-    let answer = build_in("64M");
+    let answer = build_with("64M", "build", "");
     answer.fails(1, &["hub: the image may take", "are free; make room"]);
     assert_eq!(answer.out, "");
-    // Who has made the layer knows what is needed.
+    // A store that has all but the room that its layers took.
     lab.ok(&["build", "hub"]);
-    let answer = build_in("300M");
+    fs::remove_dir_all(lab.dir.join("build")).expect("the lab");
+    let full = format!("ln -s {}/*/ store/; BAKEHOUSE_STORE=$PWD/store", shared_store().display());
+    let answer = build_with("300M", "store", &full);
     assert_eq!(answer.status, 0, "{}", answer.err);
+    let empty = format!("rm -r build; ln -s {}/debs store/; BAKEHOUSE_STORE=$PWD/store", shared_store().display());
+    let answer = build_with("300M", "store", &empty);
+    answer.fails(1, &["hub: the store may take", "are free; make room (`bakehouse store gc`) or set BAKEHOUSE_STORE"]);
 }
 
 #[test]
