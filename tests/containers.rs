@@ -38,6 +38,12 @@ fn three_containers_from_nothing_outlive_what_may_die() {
     assert_eq!(machines[0].ok(&format!("python3 -c \"{connect}\"")), "timed out");
     everywhere("start");
 
+    // As an earlier version had it: the next primary's image says otherwise.
+    let patronictl = "patronictl -c /run/bakehouse/patroni.yml";
+    machines[1].ok(&format!("{patronictl} edit-config --quiet --force --set ttl=21"));
+    let settings = || machines[1].ok(&format!("{patronictl} show-config"));
+    assert!(settings().contains("ttl: 21"));
+
     let played = lab.run(&["rehearse", "hub", "db", "app", "--json"]);
     println!("{}{}", played.err, played.out);
     assert_eq!(played.status, 0, "a promise was not kept");
@@ -49,6 +55,7 @@ fn three_containers_from_nothing_outlive_what_may_die() {
         assert_eq!((count("lost"), count("logouts"), count("primaries")), (0, 0, 1), "{outcome}");
         assert!(outcome["http"].is_f64(), "nobody looked at Odoo: {outcome}");
     }
+    assert!(settings().contains("ttl: 20"), "{}", settings());
 
     // A database that can't hand over its last WAL, as the backups' host went first, is switched off in the end.
     lab.run(&["down"]);

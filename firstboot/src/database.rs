@@ -36,7 +36,7 @@ fn another_leads(members: &[u8], config: &[u8], slot: &str) -> bool {
     let (members, config) = (read(members), read(config));
     let members = members["members"].as_array().map(Vec::as_slice).unwrap_or_default();
     let leads = members.iter().any(|m| m["name"] != slot && m["role"] == "leader" && m["state"] == "running");
-    // A fleet that began with one database has been told so, and never otherwise.
+    // Where there was one database, nobody says otherwise before the first new primary.
     leads && (config["synchronous_mode"] == false || members.iter().any(|m| m["role"] == "sync_standby"))
 }
 
