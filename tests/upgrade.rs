@@ -2,6 +2,7 @@
 //! container all that is refused and taken; in a machine what its firmware and boot loader have a part in.
 
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use bakehouse_tests::updates::{
@@ -123,6 +124,19 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
     assert_eq!(hub.ok(LOOK), "", "no signature was believed");
     fs::remove_dir_all(&updates).expect("it was there");
 
+    // The fleet's own signature, on another group's image.
+    let (fleet, lock) = (lab.read("fleet.toml"), lab.read("bakehouse.lock"));
+    let group = "[groups.other]\nroles = [\"hub\"]";
+    lab.write("fleet.toml", &fleet.replace("[groups.hub]", group).replace("version = \"2\"", "version = \"9\""));
+    lab.write("bakehouse.lock", &lock.replace("[images.hub]", "[images.other]"));
+    publish(&lab);
+    lab.write("fleet.toml", &fleet);
+    lab.write("bakehouse.lock", &lock);
+    fs::rename(updates_dir.join("other"), &updates).expect("it was published");
+    assert_eq!(hub.ok(LOOK), "", "another group's image was offered");
+    assert!(hub.ok("journalctl -I -o cat -u firstboot-check --no-pager").contains("Good signature"));
+    fs::remove_dir_all(&updates).expect("it was there");
+
     // A file that is not what was signed.
     publish(&lab);
     let root = fs::read_dir(&updates).expect("a folder").filter_map(Result::ok).map(|e| e.path());
@@ -141,6 +155,8 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
     assert!(hub.ok("cat /run/bakehouse/haproxy.cfg").starts_with("# Changed."));
     assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
     assert_eq!(hub.ok("cat /var/lib/converted"), "converted");
+    let second = lab.dir.join("second");
+    assert!(Command::new("cp").arg("-a").args([&updates, &second]).status().expect("cp").success());
 
     // An image that builds and does not work: three tries, and it is back, and nobody else tries.
     version(&lab, "2", "3");
@@ -172,5 +188,14 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
     assert_eq!(hub.ok(KEPT), identity);
     // Once, however many starts and versions came after.
     assert_eq!(hub.ok("cat /var/lib/converted"), "converted");
+
+    // Whoever has the server has what was published before, with its signature.
+    fs::remove_dir_all(&updates).expect("it was there");
+    fs::rename(&second, &updates).expect("it was kept");
+    let entries = hub.ok("ls /efi/EFI/Linux");
+    assert_eq!(hub.ok(LOOK), "", "an older version was offered");
+    hub.exec("systemctl start firstboot-install.service");
+    assert_eq!(hub.ok("ls /efi/EFI/Linux"), entries);
+    assert!(hub.ok("journalctl -I -o cat -u firstboot-check --no-pager").contains("Good signature"));
     hub.shut_down();
 }
