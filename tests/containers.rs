@@ -56,6 +56,13 @@ fn three_containers_from_nothing_outlive_what_may_die() {
         assert!(outcome["http"].is_f64(), "nobody looked at Odoo: {outcome}");
     }
     assert!(settings().contains("ttl: 20"), "{}", settings());
+    // And as a fleet has it that began with one database: the next primary has a synchronous standby again.
+    machines[1].ok(&format!(
+        "{patronictl} edit-config --quiet --force --set synchronous_mode=false && {patronictl} switchover --force"
+    ));
+    for what in ["show-config | grep 'synchronous_mode: true'", "list | grep 'Sync Standby'"] {
+        machines[1].ok(&format!("for i in $(seq 60); do {patronictl} {what} && exit; sleep 1; done; exit 1"));
+    }
 
     // A database that can't hand over its last WAL, as the backups' host went first, is switched off in the end.
     lab.run(&["down"]);
