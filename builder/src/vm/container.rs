@@ -360,19 +360,18 @@ mod tests {
         // Both ends, as Patroni has it: it does not wait for who reads.
         let mut patroni = OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
         let mut say = |what: &str| std::io::Write::write_all(&mut patroni, what.as_bytes()).unwrap();
-        let wait = || std::thread::sleep(Duration::from_millis(1500));
+        let wait = || std::thread::sleep(Duration::from_secs(1));
         let mut lives = || dog.try_wait().unwrap().is_none();
         wait();
         assert!(lives(), "nobody has opened it");
         say("Ctimeout=2\n");
-        for _ in 0..2 {
+        for _ in 0..3 {
             say("1");
             wait();
             assert!(lives(), "it hears of Patroni in time");
         }
         say("V");
-        wait();
-        wait();
+        (0..3).for_each(|_| wait());
         assert!(lives(), "Patroni has closed it");
         say("Ctimeout=1\n1");
         assert_eq!(dog.wait().unwrap().code(), Some(7));
