@@ -336,8 +336,13 @@ fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
     let answer = build_with("64M", "build", "");
     answer.fails(1, &["hub: the image may take", "are free; make room"]);
     assert_eq!(answer.out, "");
-    // A store that has all but the room that its layers took.
+    // What is asked for is enough.
     lab.ok(&["build", "hub"]);
+    let said = build_with("64M", "build", "").err;
+    let asked = said.split_once("may take ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<u32>().ok());
+    let answer = build_with(&format!("{}M", asked.expect("a number") + 1), "build", "");
+    assert_eq!(answer.status, 0, "{}", answer.err);
+    // A store that has all but the room that its layers took.
     fs::remove_dir_all(lab.dir.join("build")).expect("the lab");
     let full = format!("ln -s {}/*/ store/; BAKEHOUSE_STORE=$PWD/store", shared_store().display());
     let answer = build_with("300M", "store", &full);

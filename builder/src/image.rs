@@ -29,6 +29,9 @@ use crate::{bios, checks, initrd, make, uki, verity};
 /// What the installer says of itself.
 const INSTALLER: &str = "NAME=Bakehouse\nID=bakehouse\nPRETTY_NAME=\"Bakehouse installer\"\n";
 
+/// Room that kernels and initrds take while an image is written, bytes.
+const KERNELS: u64 = 128 << 20;
+
 /// What builds of all groups share.
 pub struct Build<'a> {
     pub project: &'a Project,
@@ -275,14 +278,15 @@ impl Build<'_> {
                 slots.root >> 20
             ));
         }
-        // Of a layer that is made the tree's size is known, and a third of what its packages say: nobody
-        // is sent away for room that is not needed. The image has its root twice while it is written.
+        // Of a layer that is made the tree's size is known, which is less than its packages say: nobody
+        // is sent away for room that is not needed. While an image is written, its root (less than two thirds
+        // of the tree) is there twice, and so are kernel and initrd.
         let (store, image) = if let Some(layer) = compose::in_store(recipe, self.lock, self.store) {
             let bytes = layer.info()?.bytes;
-            (bytes, bytes * 3 / 2)
+            (bytes, bytes * 3 / 2 + KERNELS)
         } else {
             let installed: u64 = packages.iter().map(|p| p.installed_size * 1024).sum();
-            (installed * 2, installed)
+            (installed * 2, installed + KERNELS)
         };
         let free = |path: &Path| {
             nix::sys::statvfs::statvfs(path).map_or(u64::MAX, |s| s.blocks_available() * s.fragment_size())
