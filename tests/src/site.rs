@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use firstboot::etcd::Etcd;
 use firstboot::https::{self, Connection, Identity, request};
-use firstboot::hub::api::{Hub, serve};
+use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
+use firstboot::hub::listener::serve;
 use firstboot::neighbours::Neighbourhood;
 use fleet::{
     Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason,

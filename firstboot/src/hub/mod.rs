@@ -4,6 +4,7 @@ pub mod api;
 pub mod claims;
 mod departures;
 pub mod fence;
+pub mod listener;
 mod renewals;
 pub mod rollout;
 pub mod token;
