@@ -25,8 +25,21 @@ usage: firstboot run              make this machine its node, and keep it one (f
                                   count of tries in step; this boot is a good one (firstboot-grub.service)
 ";
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("cannot start the runtime: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(command());
+    // A look-up that waits for a name server must not keep the process.
+    runtime.shutdown_background();
+    code
+}
+
+async fn command() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {

@@ -2,6 +2,7 @@
 
 mod address;
 pub mod plan;
+mod resolver;
 mod routes;
 mod userspace;
 mod wireguard;
@@ -9,22 +10,25 @@ mod wireguard;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use fleet::{Node, Topology};
-use tokio::net::lookup_host;
+use fleet::{MeshKey, Node, Topology};
 
 use crate::error::Result;
 use crate::keys::Keys;
 use crate::neighbours::Neighbourhood;
-use plan::{Interface, interfaces};
+use plan::{Interface, Peer, interfaces};
+use resolver::{Resolver, choose};
 use wireguard::Wireguard;
 
 pub use address::has_address;
 pub use routes::Routes;
 
-/// How often names of endpoints are looked up again.
-const LOOKUP: Duration = Duration::from_secs(60);
+/// How often peers that don't answer at one address of their name are looked for.
+const CHECK: Duration = Duration::from_secs(30);
+/// A peer without a handshake for so long does not answer: WireGuard gives a session up after this time, and a
+/// peer with a keepalive renews it every two minutes.
+const SILENT: Duration = Duration::from_secs(180);
 
 /// Keeps the kernel's interfaces in step with what is known of the others. Sessions of peers
 /// that don't change are not touched.
@@ -36,8 +40,11 @@ pub struct Mesh {
     endpoints: BTreeMap<String, String>,
     /// What the kernel was last told.
     applied: Vec<Interface<SocketAddr>>,
-    /// When names were last looked up.
-    looked: Option<Instant>,
+    resolver: Resolver,
+    /// When each peer was given the address it has.
+    chosen: BTreeMap<MeshKey, Instant>,
+    /// Peers that don't answer at the address they have.
+    silent: BTreeMap<MeshKey, SocketAddr>,
 }
 
 impl Mesh {
@@ -51,26 +58,21 @@ impl Mesh {
             node: node.clone(),
             endpoints: endpoints.clone(),
             applied: Vec::new(),
-            looked: None,
+            resolver: Resolver::new(),
+            chosen: BTreeMap::new(),
+            silent: BTreeMap::new(),
         })
     }
 
-    /// Brings the kernel to what the neighbourhood says now.
+    /// Brings the kernel to what the neighbourhood says now. Does not wait for a name server: a peer whose name
+    /// has no known address gets one when it is found.
     ///
     /// # Errors
-    /// The kernel says no.
+    /// The kernel refuses an interface or a peer.
     pub async fn apply(&mut self, neighbourhood: &Neighbourhood) -> Result<()> {
         let out = neighbourhood.out();
         let planned = interfaces(&self.topology, &self.node, &neighbourhood.keys_without(&out), &self.endpoints);
-        // Between the rounds only names that are new: a change does not wait for a name server.
-        let all = self.looked.is_none_or(|last| last.elapsed() >= LOOKUP);
-        let mut wanted = Vec::new();
-        for interface in planned {
-            wanted.push(self.resolve(interface, all).await);
-        }
-        if all {
-            self.looked = Some(Instant::now());
-        }
+        let wanted: Vec<_> = planned.into_iter().map(|interface| self.resolve(interface)).collect();
         for interface in &wanted {
             let before = self.applied.iter().find(|i| i.name == interface.name);
             if before != Some(interface) {
@@ -82,38 +84,59 @@ impl Mesh {
         Ok(())
     }
 
-    /// Applies each change, for ever.
+    /// Applies each change until the process ends.
     ///
     /// # Errors
-    /// The kernel says no.
+    /// The kernel refuses an interface or a peer.
     pub async fn keep(mut self, neighbourhood: Arc<Neighbourhood>) -> Result<()> {
         let mut changes = neighbourhood.follow();
         loop {
             self.apply(&neighbourhood).await?;
-            let _ = tokio::time::timeout(LOOKUP, changes.changed()).await;
+            tokio::select! {
+                _ = changes.changed() => {}
+                () = self.resolver.changed() => {}
+                () = tokio::time::sleep(CHECK) => self.find_silent().await,
+            }
+        }
+    }
+
+    /// Finds peers that have another address to try, and no session by the one they have.
+    async fn find_silent(&mut self) {
+        self.silent.clear();
+        for interface in &self.applied {
+            let tried = |p: &&Peer<SocketAddr>| self.chosen.get(&p.key).is_some_and(|at| at.elapsed() >= CHECK);
+            let peers: Vec<(MeshKey, SocketAddr)> =
+                interface.peers.iter().filter(tried).filter_map(|p| Some((p.key, p.endpoint?))).collect();
+            if peers.is_empty() {
+                continue;
+            }
+            match self.wireguard.handshakes(&interface.name).await {
+                Ok(handshakes) => {
+                    let now = SystemTime::now();
+                    let answers = |key: &MeshKey| {
+                        handshakes.get(key).is_some_and(|at| now.duration_since(*at).is_ok_and(|age| age < SILENT))
+                    };
+                    self.silent.extend(peers.into_iter().filter(|(key, _)| !answers(key)));
+                }
+                Err(e) => println!("{e}"),
+            }
         }
     }
 
     /// Endpoints' names become addresses; one that can't be found keeps the address it had, or
     /// goes without: the other side may call.
-    async fn resolve(&self, interface: Interface<(String, u16)>, all: bool) -> Interface<SocketAddr> {
+    fn resolve(&mut self, interface: Interface<(String, u16)>) -> Interface<SocketAddr> {
         let mut peers = Vec::new();
         for peer in interface.peers {
             let had = self.applied.iter().flat_map(|i| &i.peers).find(|p| p.key == peer.key).and_then(|p| p.endpoint);
-            let endpoint = match &peer.endpoint {
-                Some(_) if had.is_some() && !all => had,
-                Some((host, port)) => match lookup_host((host.as_str(), *port)).await {
-                    Ok(mut found) => found.next().or(had),
-                    Err(e) => {
-                        if had.is_none() {
-                            println!("{host}: {e}");
-                        }
-                        had
-                    }
-                },
-                None => None,
-            };
-            peers.push(plan::Peer { endpoint, key: peer.key, allowed: peer.allowed, keepalive: peer.keepalive });
+            let endpoint = peer.endpoint.as_ref().and_then(|name| {
+                let silent = self.silent.get(&peer.key).copied();
+                choose(&self.resolver.addresses(name), had, |used| silent == Some(used))
+            });
+            if endpoint != had {
+                self.chosen.insert(peer.key, Instant::now());
+            }
+            peers.push(Peer { endpoint, key: peer.key, allowed: peer.allowed, keepalive: peer.keepalive });
         }
         Interface {
             peers,

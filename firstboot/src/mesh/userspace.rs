@@ -1,9 +1,11 @@
 //! WireGuard that is a program, as in a container on a host whose kernel has none: it is told through its socket, as
 //! wg(8) does it (wireguard.com/xplatform).
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::MeshKey;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -38,6 +40,11 @@ impl Program {
         Ok(said.lines().filter_map(|line| key(line.strip_prefix("public_key=")?)).collect())
     }
 
+    /// When each of them had its last handshake, for those that had one.
+    pub(super) async fn handshakes(&self) -> Result<BTreeMap<MeshKey, SystemTime>> {
+        Ok(handshakes(&self.ask("get=1\n\n").await?))
+    }
+
     /// One question; its answer ends with an empty line.
     async fn ask(&self, question: &str) -> Result<String> {
         let talk = async {
@@ -65,6 +72,22 @@ fn key(hex: &str) -> Option<MeshKey> {
         *byte = u8::from_str_radix(hex.get(2 * i..2 * i + 2)?, 16).ok()?;
     }
     (hex.len() == 64).then_some(MeshKey(bytes))
+}
+
+fn handshakes(said: &str) -> BTreeMap<MeshKey, SystemTime> {
+    let (mut all, mut peer) = (BTreeMap::new(), None);
+    for line in said.lines() {
+        match line.split_once('=') {
+            Some(("public_key", hex)) => peer = key(hex),
+            Some(("last_handshake_time_sec", seconds)) => {
+                if let (Some(peer), Some(seconds @ 1..)) = (peer, seconds.parse().ok()) {
+                    all.insert(peer, UNIX_EPOCH + Duration::from_secs(seconds));
+                }
+            }
+            _ => {}
+        }
+    }
+    all
 }
 
 fn peers(gone: &[MeshKey], new: &[&Peer<SocketAddr>]) -> String {
@@ -99,6 +122,18 @@ mod tests {
         for wrong in ["", "ab", &"ab".repeat(33), &"gg".repeat(32), &"ü".repeat(32)] {
             assert_eq!(key(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn handshakes_are_told_for_peers_that_had_one() {
+        let (one, two) = (MeshKey([1; 32]), MeshKey([2; 32]));
+        let said = format!(
+            "listen_port=1\npublic_key={}\nendpoint=[::1]:2\nlast_handshake_time_sec=0\nlast_handshake_time_nsec=0\n\
+             public_key={}\nlast_handshake_time_sec=1700000000\nlast_handshake_time_nsec=5\nerrno=0\n\n",
+            hex(&one.0),
+            hex(&two.0)
+        );
+        assert_eq!(handshakes(&said), BTreeMap::from([(two, UNIX_EPOCH + Duration::from_secs(1_700_000_000))]));
     }
 
     #[test]

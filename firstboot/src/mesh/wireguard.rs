@@ -1,7 +1,9 @@
 //! WireGuard interfaces: of the kernel, by netlink, or of a program that serves them. systemd-networkd is not asked:
 //! its reload drops peers it does not know (systemd issue 38196).
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::MeshKey;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -117,6 +119,31 @@ impl Wireguard {
             _ => None,
         });
         Ok(keys.collect())
+    }
+
+    /// When each peer of an interface had its last handshake, for those that had one.
+    pub(super) async fn handshakes(&mut self, name: &str) -> Result<BTreeMap<MeshKey, SystemTime>> {
+        if let Some(program) = Program::of(name) {
+            return program.handshakes().await;
+        }
+        let of = vec![WireguardAttribute::IfName(name.to_owned())];
+        let answers = self.talk(name, WireguardCmd::GetDevice, of, NLM_F_REQUEST | NLM_F_DUMP).await?;
+        let peers = answers.into_iter().flat_map(|m| m.attributes).filter_map(|a| match a {
+            WireguardAttribute::Peers(peers) => Some(peers),
+            _ => None,
+        });
+        let handshake = |peer: WireguardPeer| {
+            let (mut key, mut at) = (None, None);
+            for attribute in peer.0 {
+                match attribute {
+                    WireguardPeerAttribute::PublicKey(of) => key = Some(MeshKey(of)),
+                    WireguardPeerAttribute::LastHandshake(time) => at = u64::try_from(time.seconds).ok(),
+                    _ => {}
+                }
+            }
+            Some((key?, UNIX_EPOCH + Duration::from_secs(at.filter(|at| *at > 0)?)))
+        };
+        Ok(peers.flatten().filter_map(handshake).collect())
     }
 
     async fn set(&mut self, name: &str, mut attributes: Vec<WireguardAttribute>) -> Result<()> {
