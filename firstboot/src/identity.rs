@@ -85,6 +85,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
     for (slot, key) in &known {
         neighbourhood.learn(slot, *key);
     }
+    neighbourhood.flush();
     state.store(dir)?;
     say(Event::Joined, &format!("{} of the fleet {}", state.slot, state.fleet));
     Ok(Identity { keys, state, neighbourhood })

@@ -2,8 +2,10 @@
 //! comes back when nobody can be asked.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 
 use fleet::MeshKey;
 use tokio::sync::watch;
@@ -12,7 +14,7 @@ use crate::state::Neighbours;
 
 /// Mesh keys by slot; whoever follows is woken by each change.
 pub struct Neighbourhood {
-    dir: PathBuf,
+    file: Writer,
     keys: watch::Sender<BTreeMap<String, MeshKey>>,
     /// Slots whose keys are etcd's word.
     granted: Mutex<BTreeSet<String>>,
@@ -28,7 +30,7 @@ impl Neighbourhood {
         let Neighbours { mut keys, granted, .. } = Neighbours::load(dir);
         keys.extend(first);
         Self {
-            dir: dir.to_owned(),
+            file: Writer::start(dir),
             keys: watch::Sender::new(keys),
             granted: Mutex::new(granted),
             shut: Mutex::default(),
@@ -107,6 +109,14 @@ impl Neighbourhood {
         self.change(|keys, _| replaced(keys, new, keep));
     }
 
+    /// Waits until all changes so far are on the disk.
+    pub fn flush(&self) {
+        let (done, flushed) = channel();
+        self.file.send(Order::Flush(done));
+        // Without a thread there is nothing to wait for.
+        let _ = flushed.recv();
+    }
+
     fn granted(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.granted.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -115,12 +125,68 @@ impl Neighbourhood {
         self.keys.send_if_modified(|keys| {
             let mut granted = self.granted();
             let changed = change(keys, &mut granted);
-            // A disk that is full must not cost the mesh: it is asked for again after a boot.
-            if changed && let Err(e) = Neighbours::of(keys.clone(), granted.clone()).store(&self.dir) {
-                eprintln!("{e}");
+            if changed {
+                self.file.send(Order::Write(Neighbours::of(keys.clone(), granted.clone())));
             }
             changed
         });
+    }
+}
+
+/// Writes the file on a thread of its own: a slow disk delays neither the mesh nor the fence. Of several changes
+/// that wait, the last one is written. Dropped, it returns when that one is on the disk.
+struct Writer {
+    orders: Option<Sender<Order>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Order {
+    Write(Neighbours),
+    /// Answers when everything before it is on the disk.
+    Flush(Sender<()>),
+}
+
+impl Writer {
+    fn start(dir: &Path) -> Self {
+        let (orders, waiting) = channel();
+        let dir = dir.to_owned();
+        let thread = std::thread::Builder::new().name("neighbours".to_owned()).spawn(move || {
+            while let Ok(first) = waiting.recv() {
+                let (mut last, mut flushed) = (None, Vec::new());
+                for order in std::iter::once(first).chain(waiting.try_iter()) {
+                    match order {
+                        Order::Write(neighbours) => last = Some(neighbours),
+                        Order::Flush(done) => flushed.push(done),
+                    }
+                }
+                // A full disk must not cost the mesh: after a boot, the hubs are asked again.
+                if let Some(Err(e)) = last.map(|last| last.store(&dir)) {
+                    eprintln!("{e}");
+                }
+                // The one that waits may be gone.
+                for done in flushed {
+                    let _ = done.send(());
+                }
+            }
+        });
+        let thread = thread.inspect_err(|e| eprintln!("peers' keys are not kept: no thread can be started: {e}"));
+        Self { orders: Some(orders), thread: thread.ok() }
+    }
+
+    fn send(&self, order: Order) {
+        if let Some(orders) = &self.orders {
+            // Without a thread nothing is kept: that has been logged.
+            let _ = orders.send(order);
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        drop(self.orders.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -152,9 +218,32 @@ mod tests {
         changes.mark_unchanged();
         all.learn("hub-2", two);
         assert!(!changes.has_changed().unwrap(), "nothing new");
-        assert_eq!(Neighbourhood::load(dir.path(), BTreeMap::new()).keys(), all.keys());
         all.replace(&BTreeMap::from([("hub-3".to_owned(), one)]), |slot| slot == "hub-1");
         assert_eq!(all.keys().into_keys().collect::<Vec<_>>(), ["hub-1", "hub-3"]);
+        let known = all.keys();
+        drop(all);
+        assert_eq!(Neighbourhood::load(dir.path(), BTreeMap::new()).keys(), known);
+    }
+
+    /// The file that is written beside is a pipe that nobody reads: opening it takes until somebody does.
+    #[test]
+    fn a_disk_that_hangs_delays_no_change() {
+        use std::time::{Duration, Instant};
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("neighbours.new");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_secs(3));
+            // Each write, until the folder is gone.
+            while std::fs::read(&pipe).is_ok() {}
+        });
+        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        let begun = Instant::now();
+        for i in 0..9 {
+            all.learn(&format!("hub-{i}"), MeshKey([i; 32]));
+        }
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        assert_eq!(all.follow().borrow().len(), 9);
     }
 
     #[test]
@@ -167,6 +256,7 @@ mod tests {
         assert!(!all.is_stranger("hub-1", 1, new));
         all.learn("hub-2", old);
         all.are_granted(&BTreeMap::from([("hub-1".to_owned(), old)]), |_| true);
+        drop(all);
         let all = Neighbourhood::load(dir.path(), BTreeMap::new());
         assert!(all.is_stranger("hub-1", 1, new));
         assert!(!all.is_stranger("hub-1", 1, old) && !all.is_stranger("hub-2", 1, new));
