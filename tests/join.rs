@@ -104,7 +104,8 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
     });
     let first = Site::asker(&site.token("app", |_| {}), "app");
     let owner = granted(site.insist(&first, 0).await);
-    let database = granted(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await);
+    let other = Site::asker(&site.token("db", |_| {}), "db");
+    let database = granted(site.insist(&other, 0).await);
     let blank = |group: &str| Site::asker(&site.token(group, |_| {}), group);
     let bound = Site::asker(&site.token("app", |c| c.slot = Some("app-1".to_owned())), "app");
     // It has only just come; then it asks again and again, of one hub, and another is asked.
@@ -117,8 +118,17 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
     assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
     // It may wait.
     assert_eq!(refused(site.insist(&bound, 0).await), Reason::Full);
-    // It falls silent.
+    // It falls silent; but so do all others, to the hub that is asked: it may be the hub that hears nothing.
     tokio::time::sleep(Duration::from_secs(2 * AFTER)).await;
+    assert_eq!(
+        refused(ask(site.root.certificate().to_owned(), 21_900, bound.clone(), 1).await.expect("a hub")),
+        Reason::Full
+    );
+    assert_eq!(
+        refused(ask(site.root.certificate().to_owned(), 21_900, blank("app"), 1).await.expect("a hub")),
+        Reason::Full
+    );
+    site.member(1, (&other, &database), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
     let heir = granted(site.insist(&bound, 1).await);
     assert_eq!((heir.slot.as_str(), heir.epoch), ("app-1", 2));
     assert_eq!(refused(site.insist(&first, 2).await), Reason::Fenced);

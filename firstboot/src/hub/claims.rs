@@ -11,14 +11,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Tokens, Topology};
 use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
 
 use super::departures::gone;
+use super::silence::{Hearing, seen};
 use super::token::no;
+use super::useless::UselessTokens;
 use crate::error::{Error, Result};
 use crate::etcd::{Change, Etcd, If, Pair, Then};
 
@@ -29,9 +31,6 @@ const REVOKED: &str = "/bakehouse/revoked/";
 const ATTEMPTS: u64 = 16;
 /// Claims in one transaction: etcd takes 128 operations, each claim needs up to four.
 const TOGETHER: usize = 24;
-/// How long hubs have to be up themselves before they take an owner's silence for its own: longer
-/// than the pause between two of its questions.
-const SETTLED: Duration = Duration::from_secs(120);
 
 /// Every slot's owner, as this hub has heard: the truth is etcd's.
 pub type Owners = BTreeMap<String, SlotRecord>;
@@ -42,14 +41,13 @@ pub struct ClaimsDesk {
     /// This hub.
     pub(super) by: String,
     /// Shared, not copied: it is looked at for every question of every node.
-    owners: RwLock<Arc<Owners>>,
+    owners: Arc<RwLock<Arc<Owners>>>,
     waiting: Mutex<VecDeque<Waiting>>,
     /// One batch of this hub's is under way at a time: two would only get into each other's way
     /// in etcd.
     turn: tokio::sync::Mutex<()>,
-    /// When this hub began, and when it last wrote that it saw an owner.
-    began: Instant,
-    seen: Mutex<BTreeMap<String, Instant>>,
+    pub(super) hearing: Hearing,
+    useless: UselessTokens,
 }
 
 /// A slot that was given.
@@ -66,12 +64,20 @@ impl ClaimsDesk {
             etcd,
             topology,
             by: by.to_owned(),
-            owners: RwLock::default(),
+            owners: Arc::default(),
             waiting: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
-            began: Instant::now(),
-            seen: Mutex::default(),
+            hearing: Hearing::default(),
+            useless: UselessTokens::default(),
         }
+    }
+
+    /// A second store of the same fleet that uses connections of its own and shares what [`Self::follow`] has
+    /// read: work of one does not wait for requests of the other.
+    #[must_use]
+    pub fn beside(&self, etcd: Etcd) -> Self {
+        let other = Self::new(etcd, self.topology.clone(), &self.by);
+        Self { owners: self.owners.clone(), ..other }
     }
 
     /// The cluster that decides.
@@ -89,6 +95,11 @@ impl ClaimsDesk {
     /// # Errors
     /// etcd does not answer: nobody knows whether it took place, and asking again tells.
     pub async fn claim(&self, claims: &Claims, request: &JoinRequest) -> Result<Result<Given, Refusal>> {
+        // A token that gives nothing any more may still be of a node that asks again for its grant, which etcd
+        // knows better than this hub. Strangers with such tokens must not keep etcd busy.
+        if self.useless.is_refused(claims) && !self.is_owner(request.mesh_key) {
+            return Ok(Err(no(Reason::Busy, "too many nodes ask with tokens that are expired, spent or revoked")));
+        }
         let (reply, mut answer) = oneshot::channel();
         self.queue().push_back(Waiting { claims: claims.clone(), request: request.clone(), reply });
         let _turn = self.turn.lock().await;
@@ -174,6 +185,7 @@ impl ClaimsDesk {
             let used = std::str::from_utf8(&token.value).ok().and_then(|n| n.parse().ok()).unwrap_or(0);
             let count = tokens.entry(waiting.claims.id.clone()).or_insert(Count { used, revision: token.revision });
             if let Some(refusal) = useless(&waiting.claims, count.used, revoked.revision != 0, now) {
+                self.useless.remember(&waiting.claims.id);
                 waiting.tell(Ok(Err(refusal)));
                 continue;
             }
@@ -295,26 +307,6 @@ impl ClaimsDesk {
         })
     }
 
-    /// The owner of a slot has asked something: it lives. Written where somebody could take its
-    /// slot otherwise, and not each time.
-    ///
-    /// # Errors
-    /// etcd does not answer.
-    pub async fn saw(&self, slot: &str) -> Result<()> {
-        let Some(after) = self.topology.node(slot).and_then(|n| n.reclaim_after) else { return Ok(()) };
-        let now = Instant::now();
-        {
-            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-            let often = Duration::from_secs(u64::from(after) / 4);
-            if seen.get(slot).is_some_and(|last| now - *last < often) {
-                return Ok(());
-            }
-            seen.insert(slot.to_owned(), now);
-        }
-        let lease = self.etcd.lease(after).await?;
-        self.etcd.transact(&[], &[Then::PutFor(&seen(slot), self.by.as_bytes(), &lease)]).await.map(drop)
-    }
-
     /// What this hub has heard of every slot.
     #[must_use]
     pub fn owners(&self) -> Arc<Owners> {
@@ -332,6 +324,11 @@ impl ClaimsDesk {
     #[must_use]
     pub fn is_vacant(&self, slot: &str) -> bool {
         self.owners.read().unwrap_or_else(PoisonError::into_inner).get(slot).is_some_and(|r| r.vacant)
+    }
+
+    /// Whether this hub has heard of a slot that this key has.
+    fn is_owner(&self, mesh_key: MeshKey) -> bool {
+        self.owners.read().unwrap_or_else(PoisonError::into_inner).values().any(|r| r.mesh_key == mesh_key)
     }
 
     /// Whether a slot's owner is to go.
@@ -428,11 +425,11 @@ impl ClaimsDesk {
         let nobodys = |n: &&Node| owners.get(&n.name).is_none_or(|r| r.vacant);
         let free: Vec<&Node> = self.topology.nodes.iter().filter(mine).filter(nobodys).collect();
         if free.is_empty() {
-            for node in &self.topology.nodes {
-                if node.group != claims.group || node.reclaim_after.is_none() || promised(&node.name) {
+            for slot in self.silent(&claims.group, &owners).await? {
+                if promised(&slot) {
                     continue;
                 }
-                if let Ok(place) = self.abandoned(self.place(&node.name).await?).await? {
+                if let Ok(place) = self.abandoned(self.place(&slot).await?).await? {
                     return Ok(Ok(Some(place)));
                 }
             }
@@ -461,25 +458,6 @@ impl ClaimsDesk {
             Some(record.map_err(|e| Error::Failed(format!("etcd's record of {slot} is not readable: {e}")))?)
         };
         Ok(Place { slot: slot.to_owned(), before, revision: pair.revision, silent: false })
-    }
-
-    /// The place, if its owner has been silent for so long that another may have it.
-    async fn abandoned(&self, place: Place) -> Result<Result<Place, Place>> {
-        let after = self.topology.node(&place.slot).and_then(|n| n.reclaim_after);
-        let (Some(after), Some(record)) = (after, &place.before) else { return Ok(Err(place)) };
-        let patience = Duration::from_secs(after.into());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        // One that has just been let in has not asked anything yet.
-        let young = now.saturating_sub(Duration::from_secs(record.at)) < patience;
-        if young || self.began.elapsed() < patience.min(SETTLED) {
-            return Ok(Err(place));
-        }
-        let found = self.etcd.get(&[&seen(&place.slot)]).await?;
-        let silent = found.iter().all(|pair| pair.revision == 0);
-        if silent {
-            println!("{}: its owner (epoch {}) has been silent for {after} s", place.slot, record.epoch);
-        }
-        Ok(if silent { Ok(Place { silent, ..place }) } else { Err(place) })
     }
 
     /// One transaction: the slots are as they were seen, the keys new, the tokens as they were seen.
@@ -561,7 +539,7 @@ pub(super) struct Place {
     pub(super) before: Option<SlotRecord>,
     pub(super) revision: u64,
     /// Its owner says nothing; if it does before the slot is taken, it is not.
-    silent: bool,
+    pub(super) silent: bool,
 }
 
 pub(super) struct Keys {
@@ -578,10 +556,6 @@ impl Keys {
             revoked: format!("{REVOKED}{token}"),
         }
     }
-}
-
-fn seen(slot: &str) -> String {
-    format!("/bakehouse/seen/{slot}")
 }
 
 /// Milliseconds until the next attempt: longer each time, never the same for two hubs.

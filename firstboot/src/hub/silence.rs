@@ -1,0 +1,117 @@
+//! Owners that have fallen silent: a blank machine may take the slot of one that keeps nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::claims::{ClaimsDesk, Owners, Place};
+use crate::error::Result;
+use crate::etcd::Then;
+
+const SEEN: &str = "/bakehouse/seen/";
+/// How long hubs have to be up themselves before they take an owner's silence for its own: longer
+/// than the pause between two of its questions.
+const SETTLED: Duration = Duration::from_secs(120);
+
+/// Which members this hub has answered.
+pub(super) struct Hearing {
+    began: Instant,
+    /// When this hub last answered each slot's owner.
+    heard: Mutex<BTreeMap<String, Instant>>,
+    /// When it last wrote so to etcd.
+    written: Mutex<BTreeMap<String, Instant>>,
+}
+
+impl Default for Hearing {
+    fn default() -> Self {
+        Self { began: Instant::now(), heard: Mutex::default(), written: Mutex::default() }
+    }
+}
+
+impl Hearing {
+    /// Whether this hub can tell an owner's silence from a fault of its own: it has run for long enough, and has
+    /// heard of another member within `patience` where there is one. A hub that no member reaches (its
+    /// endpoint is flooded, or its network is down) would else give the slots of members that live to strangers.
+    fn is_good(&self, owners: &Owners, slot: &str, own: &str, patience: Duration) -> bool {
+        if self.began.elapsed() < patience.min(SETTLED) {
+            return false;
+        }
+        let heard = lock(&self.heard);
+        let mut others = owners.iter().filter(|(name, r)| !r.vacant && *name != slot && *name != own).peekable();
+        others.peek().is_none() || others.any(|(name, _)| heard.get(name).is_some_and(|at| at.elapsed() < patience))
+    }
+}
+
+impl ClaimsDesk {
+    /// Notes that this hub has answered the owner of a slot. Writes it to etcd where another machine could take the
+    /// slot, and not each time.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn saw(&self, slot: &str) -> Result<()> {
+        let now = Instant::now();
+        lock(&self.hearing.heard).insert(slot.to_owned(), now);
+        let Some(after) = self.topology.node(slot).and_then(|n| n.reclaim_after) else { return Ok(()) };
+        {
+            let mut written = lock(&self.hearing.written);
+            let often = Duration::from_secs(u64::from(after) / 4);
+            if written.get(slot).is_some_and(|last| now - *last < often) {
+                return Ok(());
+            }
+            written.insert(slot.to_owned(), now);
+        }
+        let lease = self.etcd.lease(after).await?;
+        self.etcd.transact(&[], &[Then::PutFor(&seen(slot), self.by.as_bytes(), &lease)]).await.map(drop)
+    }
+
+    /// Slots of a group that may be abandoned, by one read of etcd; [`Self::abandoned`] looks at each closely.
+    pub(super) async fn silent(&self, group: &str, owners: &Owners) -> Result<Vec<String>> {
+        let old = |name: &str, after: u32| owners.get(name).is_none_or(|r| !is_young(r.at, after));
+        let mut slots: Vec<String> = Vec::new();
+        for node in self.topology.nodes.iter().filter(|n| n.group == group) {
+            let Some(after) = node.reclaim_after else { continue };
+            let patience = Duration::from_secs(after.into());
+            if old(&node.name, after) && self.hearing.is_good(owners, &node.name, &self.by, patience) {
+                slots.push(node.name.clone());
+            }
+        }
+        if slots.is_empty() {
+            return Ok(slots);
+        }
+        let (_, seen) = self.etcd.list(SEEN).await?;
+        let seen: BTreeSet<&str> = seen.iter().filter_map(|p| p.key.strip_prefix(SEEN)).collect();
+        slots.retain(|slot| !seen.contains(slot.as_str()));
+        Ok(slots)
+    }
+
+    /// The place, if its owner has been silent for so long that another may have it.
+    pub(super) async fn abandoned(&self, place: Place) -> Result<Result<Place, Place>> {
+        let after = self.topology.node(&place.slot).and_then(|n| n.reclaim_after);
+        let (Some(after), Some(record)) = (after, &place.before) else { return Ok(Err(place)) };
+        let patience = Duration::from_secs(after.into());
+        // One that has just been let in has not asked anything yet.
+        if is_young(record.at, after) || !self.hearing.is_good(&self.owners(), &place.slot, &self.by, patience) {
+            return Ok(Err(place));
+        }
+        let found = self.etcd.get(&[&seen(&place.slot)]).await?;
+        let silent = found.iter().all(|pair| pair.revision == 0);
+        if silent {
+            println!("{}: its owner (epoch {}) has been silent for {after} s", place.slot, record.epoch);
+        }
+        Ok(if silent { Ok(Place { silent, ..place }) } else { Err(place) })
+    }
+}
+
+/// Whether a grant of this time (seconds since 1970) is younger than so many seconds.
+fn is_young(at: u64, after: u32) -> bool {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.saturating_sub(Duration::from_secs(at)) < Duration::from_secs(after.into())
+}
+
+pub(super) fn seen(slot: &str) -> String {
+    format!("{SEEN}{slot}")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
