@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test quick-ha roles rehearse rehearse-containers bench bench-join bench-netboot lint clean
+.PHONY: all deps build demo test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot lint clean
 
 all: build
 
@@ -30,7 +30,7 @@ test: deps lint build
 	# At native speed, as root: a fleet that loses what may die, and updates.
 	cargo test --release --locked --workspace --test fleet --test containers --test upgrade -- --test-threads=1 --nocapture containers
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
-	cargo test --release --locked --workspace --test join --test rollout --test fence -- --test-threads=1
+	cargo test --release --locked --workspace --test join --test attack --test mesh --test rollout --test fence -- --test-threads=1
 	# Two machines at once have a processor each.
 	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture & boot=$$!; \
 		cargo test --release --locked --workspace --test netboot --test upgrade -- --test-threads=1 --nocapture --skip containers; \
@@ -44,6 +44,11 @@ bench: deps build
 # How fast nodes join.
 bench-join: deps build
 	target/release/bench-join
+
+# What members notice of strangers who attack the join API; beside HAProxy.
+bench-attack: deps build
+	builder/host-deps.sh haproxy
+	target/release/bench-attack
 
 # How fast bare machines get their images, beside nginx; as root.
 bench-netboot: deps build

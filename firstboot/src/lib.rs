@@ -31,4 +31,5 @@ pub mod seal;
 pub mod state;
 pub mod status;
 pub mod systemd;
+pub mod ticker;
 pub mod update;

@@ -99,7 +99,7 @@ impl Member {
         let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
         let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
         let fencing = Etcd::new(members(&topology, &node), tls.clone()).with_patience(fence::ANSWER * slow);
-        let etcd = Etcd::new(members(&topology, &node), tls);
+        let etcd = Etcd::new(members(&topology, &node), tls.clone());
         let desk = Arc::new(ClaimsDesk::new(etcd, topology.clone(), &node.name));
         neighbourhood.learn(&node.name, mesh_key);
         let served = async {
@@ -112,7 +112,8 @@ impl Member {
                 issuer,
                 secrets: who.state.secrets.clone(),
                 epoch: own_epoch,
-                desk: desk.clone(),
+                // On connections of its own: they belong to the API's thread.
+                desk: Arc::new(desk.beside(Etcd::new(members(&topology, &node), tls.clone()))),
                 neighbourhood: neighbourhood.clone(),
             };
             let at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, topology.mesh.port));

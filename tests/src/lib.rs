@@ -1,5 +1,6 @@
 //! The lab: real fleets, built with the real binary, booted in real machines.
 
+pub mod attack;
 mod compare;
 mod etcd;
 mod machine;

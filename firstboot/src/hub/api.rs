@@ -9,8 +9,7 @@ use fleet::{
     Refusal, Renewal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Tokens,
     TokensRequest, Topology, encoding,
 };
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -21,9 +20,6 @@ use super::rollout;
 use super::token::{no, signed_by_root, verify};
 use crate::error::{Error, Result};
 use crate::neighbours::Neighbourhood;
-
-/// Longest request: a token, two keys, and room to grow.
-const LONGEST: usize = 16 << 10;
 
 /// What the API answers from.
 pub struct Hub {
@@ -38,16 +34,23 @@ pub struct Hub {
     pub neighbourhood: Arc<Neighbourhood>,
 }
 
+/// An extension of the response to a join that was granted.
+#[derive(Clone, Copy)]
+pub(super) struct Admitted;
+
 /// Answers one request of a connection.
-pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Incoming>) -> Response<Full<Bytes>> {
+pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
     let signature = head.headers.get(SIGNATURE_HEADER).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-    let Ok(body) = Limited::new(body, LONGEST).collect().await else {
-        return plain(StatusCode::PAYLOAD_TOO_LARGE, "too long");
-    };
-    let body = body.to_bytes();
     match (head.method, head.uri.path(), peer.member.as_ref()) {
-        (Method::POST, "/v1/join", _) => json(&hub.join(&body, &signature).await),
+        (Method::POST, "/v1/join", _) => {
+            let reply = hub.join(&body, &signature).await;
+            let mut response = json(&reply);
+            if matches!(reply, JoinReply::Granted(_)) {
+                response.extensions_mut().insert(Admitted);
+            }
+            response
+        }
         (Method::POST, "/v1/renew", Some(member)) => json(&hub.renew(member, &body).await),
         (Method::POST, "/v1/introduce", Some(member)) => match hub.introduce(member, &body) {
             Ok(peers) => json(&peers),
@@ -295,7 +298,7 @@ fn json(value: &impl Serialize) -> Response<Full<Bytes>> {
     response
 }
 
-fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+pub(super) fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(text.to_owned())));
     *response.status_mut() = status;
     response

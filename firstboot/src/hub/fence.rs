@@ -23,6 +23,7 @@ use crate::etcd::{Etcd, If, Pair, Then};
 use crate::journal::Event;
 use crate::mesh::Routes;
 use crate::neighbours::Neighbourhood;
+use crate::ticker::Ticker;
 
 const SHUT: &str = "/bakehouse/shut/";
 /// How often hubs look.
@@ -89,8 +90,9 @@ impl Fence<'_> {
         let routes = Routes::open()?;
         let mut absent = Absent::default();
         let mut shut: BTreeMap<String, Shut> = BTreeMap::new();
+        let mut ticker = Ticker::new("the fence", LOOK * self.slow.min(3));
         loop {
-            tokio::time::sleep(LOOK * self.slow.min(3)).await;
+            ticker.tick().await;
             let ways = routes.hosts().await?;
             let reached = databases.iter().filter(|n| ways.contains(&n.address)).map(|n| n.name.clone()).collect();
             let now = Instant::now();

@@ -1,29 +1,63 @@
 //! The join API's connections: HTTPS on the hub's public endpoint, beside WireGuard's own port.
+//!
+//! They are served by a thread of their own: whatever strangers cost there, the mesh, the watches and the fence
+//! of the same process keep their time.
 
-use std::collections::BTreeMap;
+mod admission;
+mod metered;
+
+use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use fleet::{PublicKey, encoding};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderValue};
 use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use nix::sys::resource::{Resource, getrlimit};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
-use super::api::{Hub, answer};
+use super::api::{Admitted, Hub, answer, plain};
 use crate::error::{Error, Result};
+use admission::{Admission, Limits, Place};
+use metered::Metered;
 
-/// Open connections, in all and from one address (a whole site may be behind one).
+/// Open connections: three quarters of them guests', a quarter members'.
 const CONNECTIONS: usize = 1024;
-const CONNECTIONS_OF_ONE: usize = 128;
+/// File descriptors that the rest of the agent may need.
+const DESCRIPTORS: usize = 256;
+/// Connections that the kernel keeps until they are accepted.
+const BACKLOG: u32 = 4096;
 /// Total time a connection may take, so that slow clients cannot exhaust the pool.
-const PATIENCE: Duration = Duration::from_secs(20);
+const LIFETIME: Duration = Duration::from_secs(20);
+/// Time for a TLS handshake; for a request's header, idle time before it included; and for its body.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+const HEADER: Duration = Duration::from_secs(5);
+const BODY: Duration = Duration::from_secs(5);
+/// Longest header of a request, bytes: the least that hyper allows.
+const LONGEST_HEADER: usize = 8 << 10;
+/// Longest body: a token, two keys, and room to grow.
+const LONGEST: usize = 16 << 10;
+/// Bytes that a client may send during the TLS handshake, in a guest's connection, and in a member's.
+const HANDSHAKE_BYTES: usize = 12 << 10;
+const GUEST_BYTES: usize = 64 << 10;
+const MEMBER_BYTES: usize = 1 << 20;
+/// How much lower the API's thread has its priority than the rest of the agent.
+const NICE: i32 = 5;
+/// How often the hub logs that it refused connections.
+const LOG: Duration = Duration::from_secs(60);
 
 /// The other end of a connection.
 pub(super) struct Peer {
@@ -37,43 +71,182 @@ pub(super) struct Member {
     pub(super) tls_key: String,
 }
 
-/// Serves the API until the process ends.
+/// Serves the API on a thread of its own until the process ends, or the returned future is dropped.
 ///
 /// # Errors
-/// The port is in use.
+/// The port is in use; the thread cannot be started.
 pub async fn serve(hub: Arc<Hub>, at: SocketAddr, tls: Arc<ServerConfig>) -> Result<()> {
-    let listener = TcpListener::bind(at).await.map_err(Error::io("listen at", at.to_string()))?;
-    let acceptor = TlsAcceptor::from(tls);
-    let (places, guests) = (Arc::new(Semaphore::new(CONNECTIONS)), Arc::new(Guests::default()));
-    loop {
-        let place = places.clone().acquire_owned().await.map_err(|e| Error::Failed(e.to_string()))?;
-        // Out of file descriptors, or the guest has left already: that passes.
-        let Ok((tcp, from)) = listener.accept().await else {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            continue;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (done, ended) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("join-api".to_owned()).spawn(move || {
+        // Where the kernel refuses it, the API competes with the rest of the agent as before.
+        if let Err(e) = rustix::process::nice(NICE) {
+            eprintln!("the join API runs with the agent's own priority: {e}");
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let served = match runtime.map_err(Error::io("start", "the join API's runtime")) {
+            Ok(runtime) => runtime.block_on(async {
+                tokio::select! {
+                    served = accept(hub, at, TlsAcceptor::from(tls)) => served,
+                    _ = stopped => Ok(()),
+                }
+            }),
+            Err(e) => Err(e),
         };
-        let Some(guest) = Guests::enter(&guests, from.ip()) else { continue };
-        let (hub, acceptor) = (hub.clone(), acceptor.clone());
-        tokio::spawn(async move {
-            let _ = timeout(PATIENCE, connection(hub, tcp, acceptor)).await;
-            drop((place, guest));
-        });
+        // The receiver is gone if the process ends.
+        let _ = done.send(served);
+    });
+    let thread = thread.map_err(Error::io("start", "the join API's thread"))?;
+    let _server = Server { stop: Some(stop), thread: Some(thread) };
+    ended.await.unwrap_or_else(|_| Err(Error::Failed("the join API's thread has failed".to_owned())))
+}
+
+/// The API's thread; dropped, it ends, and the port is free.
+struct Server {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed.
+            let _ = thread.join();
+        }
     }
 }
 
-async fn connection(hub: Arc<Hub>, tcp: TcpStream, acceptor: TlsAcceptor) {
+async fn accept(hub: Arc<Hub>, at: SocketAddr, acceptor: TlsAcceptor) -> Result<()> {
+    let listener = listen(at).map_err(Error::io("listen at", at.to_string()))?;
+    let admission = Admission::new(Limits::of(connections()));
+    let mut logged = Instant::now();
+    loop {
+        let accepted = timeout(LOG, listener.accept()).await;
+        let now = Instant::now();
+        if now.duration_since(logged) >= LOG {
+            logged = now;
+            log(&admission);
+        }
+        let (tcp, from) = match accepted {
+            Ok(Ok(accepted)) => accepted,
+            // Out of file descriptors, or the client has left already: that passes.
+            Ok(Err(_)) => {
+                sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+            Err(_) => continue,
+        };
+        let from = from.ip().to_canonical();
+        let Some((place, delay)) = admission.enter(from, is_of_mesh(&hub, from), now) else {
+            // With a reset: the hub keeps no state of it.
+            let _ = tcp.set_zero_linger();
+            continue;
+        };
+        let id = place.id();
+        let (hub, acceptor) = (hub.clone(), acceptor.clone());
+        let task = tokio::spawn(async move {
+            let _ = timeout(LIFETIME, connection(hub, tcp, acceptor, Arc::new(place), delay)).await;
+        });
+        admission.set_task(id, task.abort_handle());
+    }
+}
+
+fn listen(at: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if at.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A hub that restarts has its port again at once.
+    socket.set_reuseaddr(true)?;
+    socket.bind(at)?;
+    socket.listen(BACKLOG)
+}
+
+/// How many connections this process has file descriptors for.
+fn connections() -> usize {
+    let limit =
+        getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| usize::try_from(soft).unwrap_or(usize::MAX));
+    CONNECTIONS.min(limit.saturating_sub(DESCRIPTORS)).max(64)
+}
+
+/// Whether a source is of the mesh: WireGuard has authenticated it, and other interfaces drop such packets.
+fn is_of_mesh(hub: &Hub, from: IpAddr) -> bool {
+    let mesh = &hub.topology.mesh;
+    matches!(from, IpAddr::V4(from) if mesh.subnet.contains(&from) || mesh.transport.contains(&from))
+}
+
+fn log(admission: &Admission) {
+    let (refused, displaced) = admission.take_counts();
+    if refused + displaced > 0 {
+        println!(
+            "the join API refused {refused} connections, and closed {displaced} for others, within {} s",
+            LOG.as_secs()
+        );
+    }
+}
+
+async fn connection(hub: Arc<Hub>, tcp: TcpStream, acceptor: TlsAcceptor, place: Arc<Place>, delay: Duration) {
     let _ = tcp.set_nodelay(true);
-    // Scanners and broken clients: nothing to tell anybody.
-    let Ok(stream) = acceptor.accept(tcp).await else { return };
+    if !delay.is_zero() {
+        sleep(delay).await;
+    }
+    // Scanners and broken clients get no answer.
+    let handshake = timeout(HANDSHAKE, acceptor.accept(Metered::new(tcp, HANDSHAKE_BYTES)));
+    let Ok(Ok(mut stream)) = handshake.await else { return };
     let certs = stream.get_ref().1.peer_certificates();
     let peer = Arc::new(Peer { member: certs.and_then(<[_]>::first).and_then(Member::of) });
-    let service = service_fn(move |request| {
-        let (hub, peer) = (hub.clone(), peer.clone());
-        async move { Ok::<_, std::convert::Infallible>(answer(&hub, &peer, request).await) }
+    // A node that was evicted still has its certificate: it is a guest.
+    let member = peer.member.as_ref().filter(|m| hub.desk.fenced(&m.slot, &m.tls_key).is_none());
+    if member.is_some_and(|member| !place.is_member(&member.slot, Instant::now())) {
+        return;
+    }
+    let guest = member.is_none();
+    stream.get_mut().0.set_budget(if guest { GUEST_BYTES } else { MEMBER_BYTES });
+    let requests = std::sync::atomic::AtomicUsize::new(0);
+    let service = service_fn(|request| {
+        let further = requests.fetch_add(1, std::sync::atomic::Ordering::Relaxed) > 0;
+        let (hub, peer, place) = (hub.clone(), peer.clone(), place.clone());
+        async move { Ok::<_, Infallible>(respond(&hub, &peer, &place, request, guest && further).await) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_headers(32);
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER).max_headers(32).max_buf_size(LONGEST_HEADER);
     let _ = http.serve_connection(TokioIo::new(stream), service).await;
+}
+
+/// Reads one request and answers it. `charged` requests count as handshakes do.
+async fn respond(
+    hub: &Hub,
+    peer: &Peer,
+    place: &Place,
+    request: Request<Incoming>,
+    charged: bool,
+) -> Response<Full<Bytes>> {
+    if charged {
+        match place.charge(Instant::now()) {
+            Some(delay) => sleep(delay).await,
+            None => {
+                return closing(StatusCode::TOO_MANY_REQUESTS, "too many requests from this address; ask again later");
+            }
+        }
+    }
+    let (head, body) = request.into_parts();
+    let body = match timeout(BODY, Limited::new(body, LONGEST).collect()).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(_)) => return closing(StatusCode::PAYLOAD_TOO_LARGE, "too long"),
+        Err(_) => return closing(StatusCode::REQUEST_TIMEOUT, "the request's body came too slowly"),
+    };
+    // From here on the hub works for the client: others don't interrupt it.
+    place.set_busy(true);
+    let response = answer(hub, peer, Request::from_parts(head, body)).await;
+    place.set_busy(false);
+    if response.extensions().get::<Admitted>().is_some() {
+        place.is_known(Instant::now());
+    }
+    response
+}
+
+fn closing(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+    let mut response = plain(status, text);
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 impl Member {
@@ -89,54 +262,9 @@ impl Member {
     }
 }
 
-/// How many connections each address has.
-#[derive(Default)]
-struct Guests(Mutex<BTreeMap<IpAddr, usize>>);
-
-struct Guest {
-    guests: Arc<Guests>,
-    from: IpAddr,
-}
-
-impl Guests {
-    fn enter(guests: &Arc<Self>, from: IpAddr) -> Option<Guest> {
-        let mut all = guests.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = all.entry(from).or_default();
-        if *count >= CONNECTIONS_OF_ONE {
-            return None;
-        }
-        *count += 1;
-        Some(Guest { guests: guests.clone(), from })
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        let mut all = self.guests.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = all.get_mut(&self.from) {
-            *count -= 1;
-            if *count == 0 {
-                all.remove(&self.from);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_address_does_not_take_every_place() {
-        let guests = Arc::new(Guests::default());
-        let (one, two) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
-        let inside: Vec<_> = std::iter::repeat_with(|| Guests::enter(&guests, one)).take(CONNECTIONS_OF_ONE).collect();
-        assert!(inside.iter().all(Option::is_some));
-        assert!(Guests::enter(&guests, one).is_none());
-        assert!(Guests::enter(&guests, two).is_some());
-        drop(inside);
-        assert!(guests.0.lock().unwrap().is_empty());
-    }
 
     #[test]
     fn a_member_is_who_its_certificate_names() {

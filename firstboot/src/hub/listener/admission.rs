@@ -1,0 +1,440 @@
+//! Which connections to the join API are open, and which of them are closed for the next one.
+//!
+//! Guests (clients that have not authenticated) and members have places of their own. Where the places of
+//! guests are full, in all or those of one source, the oldest guest makes room: a client that connects and does
+//! nothing keeps its place only as long as no other client needs it. A guest whose request is being answered is
+//! never closed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::task::AbortHandle;
+
+use super::super::rate::{Meters, Rate, Rates, network};
+
+/// An address stays known for so long after a member authenticated from it.
+const KNOWN: Duration = Duration::from_secs(900);
+/// Known addresses that are remembered.
+const MOST_KNOWN: usize = 8192;
+
+/// How many connections there may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Open connections of guests.
+    pub(super) guests: usize,
+    /// Open connections of members, beside the guests'.
+    pub(super) members: usize,
+    /// Guests of one address; of one from which a member has authenticated (an office behind one address); of
+    /// one network.
+    pub(super) address: usize,
+    pub(super) known_address: usize,
+    pub(super) network: usize,
+    /// Connections of one member.
+    pub(super) slot: usize,
+}
+
+impl Limits {
+    /// Limits for `connections` open connections in all.
+    pub(super) fn of(connections: usize) -> Self {
+        Self {
+            guests: connections * 3 / 4,
+            members: connections / 4,
+            address: connections / 8,
+            known_address: connections * 3 / 8,
+            network: connections / 4,
+            slot: 8,
+        }
+    }
+}
+
+/// Longest delay of a TLS handshake, or a guest's further request, that exceeds its rate.
+const DELAY: Duration = Duration::from_millis(500);
+
+/// Open connections.
+pub(super) struct Admission {
+    limits: Limits,
+    /// Handshakes and requests a second, of sources without and with a member.
+    unknown: Rates,
+    known: Rates,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    open: BTreeMap<u64, Open>,
+    /// Guests that can be closed; unknown addresses first, then by age.
+    idle: BTreeSet<(bool, u64)>,
+    members: BTreeSet<u64>,
+    addresses: BTreeMap<IpAddr, BTreeSet<u64>>,
+    networks: BTreeMap<IpAddr, BTreeSet<u64>>,
+    slots: BTreeMap<String, BTreeSet<u64>>,
+    unknown_meters: Meters,
+    known_meters: Meters,
+    /// Addresses from which a member authenticated, and when last.
+    known: BTreeMap<IpAddr, Instant>,
+    refused: u64,
+    displaced: u64,
+}
+
+/// One connection.
+struct Open {
+    from: IpAddr,
+    known: bool,
+    /// A request of it is being answered.
+    busy: bool,
+    /// The member it authenticated as.
+    slot: Option<String>,
+    task: Option<AbortHandle>,
+}
+
+/// A connection's place; dropped, it is free.
+pub(super) struct Place {
+    admission: Arc<Admission>,
+    id: u64,
+    from: IpAddr,
+}
+
+impl Admission {
+    pub(super) fn new(limits: Limits) -> Arc<Self> {
+        let rates = |address, network, all| Rates {
+            address: Rate::new(address, 2 * address, DELAY),
+            network: Rate::new(network, 2 * network, DELAY),
+            light: Rate::new(4, 8, Duration::ZERO),
+            all: Rate::new(all, all, DELAY),
+        };
+        Arc::new(Self { limits, unknown: rates(50, 150, 400), known: rates(1000, 1000, 1500), state: Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a connection in, and closes another for it where there is no place left. Returns its place, and how
+    /// long its TLS handshake has to wait; `None` if its source connects too often, or every place is busy.
+    /// A connection over the mesh (`member`) is a member's.
+    pub(super) fn enter(self: &Arc<Self>, from: IpAddr, member: bool, now: Instant) -> Option<(Place, Duration)> {
+        let mut state = self.state();
+        let known = member || state.is_known(from, now);
+        let Some(delay) = self.charge(&mut state, from, known, now) else {
+            state.refused += 1;
+            return None;
+        };
+        let id = state.next;
+        state.next += 1;
+        state.open.insert(id, Open { from, known, busy: false, slot: None, task: None });
+        let place = if member {
+            state.members.insert(id);
+            // An address of the mesh is one member's.
+            state.take_slot(id, format!("{from}"));
+            state.make_room_of_members(id, &self.limits)
+        } else {
+            state.idle.insert((known, id));
+            state.addresses.entry(from).or_default().insert(id);
+            state.networks.entry(network(from)).or_default().insert(id);
+            state.make_room_of_guests(id, from, known, &self.limits)
+        };
+        if !place {
+            state.remove(id);
+            state.refused += 1;
+            return None;
+        }
+        Some((Place { admission: self.clone(), id, from }, delay))
+    }
+
+    fn charge(&self, state: &mut State, from: IpAddr, known: bool, now: Instant) -> Option<Duration> {
+        if known {
+            state.known_meters.take(from, self.known, now)
+        } else {
+            state.unknown_meters.take(from, self.unknown, now)
+        }
+    }
+
+    /// The task that serves a connection: it is aborted when the connection has to make room.
+    pub(super) fn set_task(&self, id: u64, task: AbortHandle) {
+        if let Some(open) = self.state().open.get_mut(&id) {
+            open.task = Some(task);
+        }
+    }
+
+    /// Connections refused, and closed for others, since this was asked last.
+    pub(super) fn take_counts(&self) -> (u64, u64) {
+        let mut state = self.state();
+        (std::mem::take(&mut state.refused), std::mem::take(&mut state.displaced))
+    }
+}
+
+impl Place {
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The client has authenticated as this slot's owner: the connection moves to the places of members. False
+    /// if all of those are busy.
+    pub(super) fn is_member(&self, slot: &str, now: Instant) -> bool {
+        let admission = &self.admission;
+        let mut state = admission.state();
+        state.know(self.from, now);
+        if state.members.contains(&self.id) {
+            return true;
+        }
+        if !state.open.contains_key(&self.id) {
+            return false;
+        }
+        state.leave_guests(self.id);
+        state.members.insert(self.id);
+        state.take_slot(self.id, slot.to_owned());
+        state.make_room_of_members(self.id, &admission.limits)
+    }
+
+    /// A join from this address was granted: others may be behind it.
+    pub(super) fn is_known(&self, now: Instant) {
+        self.admission.state().know(self.from, now);
+    }
+
+    /// Counts a further request of a guest's connection as a handshake is counted. Returns how long it has to
+    /// wait; `None` if it is refused.
+    pub(super) fn charge(&self, now: Instant) -> Option<Duration> {
+        let mut state = self.admission.state();
+        let known = state.is_known(self.from, now);
+        self.admission.charge(&mut state, self.from, known, now)
+    }
+
+    /// Whether a request of this connection is being answered, so that it can't make room.
+    pub(super) fn set_busy(&self, busy: bool) {
+        let mut state = self.admission.state();
+        let State { open, idle, members, .. } = &mut *state;
+        let Some(open) = open.get_mut(&self.id) else { return };
+        open.busy = busy;
+        if members.contains(&self.id) {
+            return;
+        }
+        if busy {
+            idle.remove(&(open.known, self.id));
+        } else {
+            idle.insert((open.known, self.id));
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.admission.state().remove(self.id);
+    }
+}
+
+impl State {
+    fn is_known(&self, from: IpAddr, now: Instant) -> bool {
+        self.known.get(&from).is_some_and(|at| now.saturating_duration_since(*at) < KNOWN)
+    }
+
+    fn know(&mut self, from: IpAddr, now: Instant) {
+        if self.known.len() >= MOST_KNOWN && !self.known.contains_key(&from) {
+            self.known.retain(|_, at| now.saturating_duration_since(*at) < KNOWN);
+            if self.known.len() >= MOST_KNOWN {
+                return;
+            }
+        }
+        self.known.insert(from, now);
+    }
+
+    fn take_slot(&mut self, id: u64, slot: String) {
+        self.slots.entry(slot.clone()).or_default().insert(id);
+        if let Some(open) = self.open.get_mut(&id) {
+            open.slot = Some(slot);
+        }
+    }
+
+    /// Closes older guests until the new one `id` is within every limit; false if there is none to close.
+    fn make_room_of_guests(&mut self, id: u64, from: IpAddr, known: bool, limits: &Limits) -> bool {
+        let of_address = if known { limits.known_address } else { limits.address };
+        let can_close =
+            |open: &BTreeMap<u64, Open>, other: &u64| *other != id && open.get(other).is_some_and(|o| !o.busy);
+        if self.addresses.get(&from).is_some_and(|all| all.len() > of_address) {
+            let oldest = self.addresses[&from].iter().copied().find(|other| can_close(&self.open, other));
+            let Some(oldest) = oldest else { return false };
+            self.displace(oldest);
+        }
+        let network = network(from);
+        // A known address is not limited by its neighbours.
+        if !known && self.networks.get(&network).is_some_and(|all| all.len() > limits.network) {
+            let oldest = self.networks[&network].iter().copied().find(|other| can_close(&self.open, other));
+            let Some(oldest) = oldest else { return false };
+            self.displace(oldest);
+        }
+        if self.open.len() - self.members.len() > limits.guests {
+            let oldest = self.idle.iter().map(|(_, other)| *other).find(|other| *other != id);
+            let Some(oldest) = oldest else { return false };
+            self.displace(oldest);
+        }
+        true
+    }
+
+    /// As above, for members: of the same slot first.
+    fn make_room_of_members(&mut self, id: u64, limits: &Limits) -> bool {
+        let can_close =
+            |open: &BTreeMap<u64, Open>, other: &u64| *other != id && open.get(other).is_some_and(|o| !o.busy);
+        let slot = self.open.get(&id).and_then(|open| open.slot.clone()).unwrap_or_default();
+        if self.slots.get(&slot).is_some_and(|all| all.len() > limits.slot) {
+            let oldest = self.slots[&slot].iter().copied().find(|other| can_close(&self.open, other));
+            let Some(oldest) = oldest else { return false };
+            self.displace(oldest);
+        }
+        if self.members.len() > limits.members {
+            let oldest = self.members.iter().copied().find(|other| can_close(&self.open, other));
+            let Some(oldest) = oldest else { return false };
+            self.displace(oldest);
+        }
+        true
+    }
+
+    fn displace(&mut self, id: u64) {
+        if let Some(task) = self.open.get(&id).and_then(|open| open.task.as_ref()) {
+            task.abort();
+        }
+        self.displaced += 1;
+        self.remove(id);
+    }
+
+    fn leave_guests(&mut self, id: u64) {
+        let Some(open) = self.open.get(&id) else { return };
+        self.idle.remove(&(open.known, id));
+        remove_from(&mut self.addresses, &open.from, id);
+        remove_from(&mut self.networks, &network(open.from), id);
+    }
+
+    fn remove(&mut self, id: u64) {
+        self.leave_guests(id);
+        self.members.remove(&id);
+        if let Some(slot) = self.open.remove(&id).and_then(|open| open.slot) {
+            remove_from(&mut self.slots, &slot, id);
+        }
+    }
+}
+
+fn remove_from<K: Ord>(all: &mut BTreeMap<K, BTreeSet<u64>>, key: &K, id: u64) {
+    if let Some(ids) = all.get_mut(key) {
+        ids.remove(&id);
+        if ids.is_empty() {
+            all.remove(key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { guests: 8, members: 3, address: 2, known_address: 6, network: 4, slot: 2 };
+
+    /// Connections, one a second: no rate limit has a part in it.
+    struct Door {
+        admission: Arc<Admission>,
+        now: Instant,
+    }
+
+    impl Door {
+        fn new() -> Self {
+            Self { admission: Admission::new(LIMITS), now: Instant::now() }
+        }
+
+        fn enter(&mut self, from: &str) -> Option<Place> {
+            self.now += Duration::from_secs(1);
+            self.admission.enter(from.parse().unwrap(), false, self.now).map(|(place, _)| place)
+        }
+
+        fn is_open(&self, place: &Place) -> bool {
+            self.admission.state().open.contains_key(&place.id)
+        }
+
+        fn open(&self, places: &[Place]) -> Vec<bool> {
+            places.iter().map(|p| self.is_open(p)).collect()
+        }
+    }
+
+    #[test]
+    fn the_oldest_guest_of_a_source_makes_room_for_its_next() {
+        let mut door = Door::new();
+        let other = door.enter("192.0.2.9").unwrap();
+        let own: Vec<Place> = (0..3).map(|_| door.enter("192.0.2.1").unwrap()).collect();
+        assert_eq!(door.open(&own), [false, true, true]);
+        // The network has four places: three are taken, and two more come.
+        let more: Vec<Place> = (2..4).map(|i| door.enter(&format!("192.0.2.{i}")).unwrap()).collect();
+        assert!(!door.is_open(&other), "the network's oldest");
+        assert_eq!((door.open(&own), door.open(&more)), (vec![false, true, true], vec![true, true]));
+        drop((own, more, other));
+        let state = door.admission.state();
+        assert!(state.open.is_empty() && state.idle.is_empty() && state.addresses.is_empty());
+        assert!(state.networks.is_empty() && state.members.is_empty() && state.slots.is_empty());
+    }
+
+    #[test]
+    fn a_full_house_of_guests_keeps_out_neither_guests_nor_members() {
+        let mut door = Door::new();
+        let guests: Vec<Place> = (0..9).map(|i| door.enter(&format!("198.51.{i}.1")).unwrap()).collect();
+        assert_eq!(door.open(&guests).iter().filter(|open| !**open).count(), 1);
+        assert!(!door.is_open(&guests[0]));
+        // A request that is being answered is not closed for others, however old it is.
+        guests[1].set_busy(true);
+        let next = door.enter("203.0.113.1").unwrap();
+        assert_eq!(door.open(&guests[1..3]), [true, false]);
+        guests[1].set_busy(false);
+        // A member takes a place of its own: the next guest finds one free.
+        assert!(next.is_member("app-1", door.now));
+        let last = door.enter("203.0.113.7").unwrap();
+        assert_eq!((door.is_open(&guests[1]), door.is_open(&next), door.is_open(&last)), (true, true, true));
+        // Where all are busy there is no place.
+        guests.iter().chain([&last]).for_each(|guest| guest.set_busy(true));
+        assert!(door.enter("203.0.113.8").is_none());
+        assert_eq!(door.admission.take_counts(), (1, 2));
+    }
+
+    #[test]
+    fn one_member_does_not_take_every_place_of_members() {
+        let mut door = Door::new();
+        let member = |door: &mut Door, slot: &str, i: u8| {
+            let place = door.enter(&format!("192.0.{i}.1")).unwrap();
+            assert!(place.is_member(slot, door.now));
+            place
+        };
+        let one: Vec<Place> = (0..3).map(|i| member(&mut door, "app-1", i)).collect();
+        assert_eq!(door.open(&one), [false, true, true]);
+        let others: Vec<Place> = (2..4).map(|i| member(&mut door, &format!("app-{i}"), i)).collect();
+        assert_eq!((door.open(&one), door.open(&others)), (vec![false, false, true], vec![true, true]));
+        // Over the mesh it is a member's at once, whoever fills the guests' places.
+        let now = door.now + Duration::from_secs(1);
+        let (mesh, _) = door.admission.enter("10.10.0.20".parse().unwrap(), true, now).unwrap();
+        assert_eq!((door.is_open(&one[2]), door.is_open(&mesh)), (false, true));
+    }
+
+    #[test]
+    fn an_address_with_members_behind_it_has_more_room() {
+        let mut door = Door::new();
+        let first = door.enter("192.0.2.1").unwrap();
+        assert!(first.is_member("app-1", door.now));
+        let office: Vec<Place> = (0..6).map(|_| door.enter("192.0.2.1").unwrap()).collect();
+        assert_eq!(door.open(&office), [true; 6]);
+        // Elsewhere, it makes room last.
+        let strangers: Vec<Place> = (0..9).map(|i| door.enter(&format!("198.51.{i}.1")).unwrap()).collect();
+        assert_eq!(door.open(&office), [true; 6]);
+        assert_eq!(door.open(&strangers).iter().filter(|open| **open).count(), 2);
+    }
+
+    #[test]
+    fn a_flood_of_one_source_is_refused_and_of_many_leaves_room_for_known_ones() {
+        let admission = Admission::new(LIMITS);
+        let now = Instant::now();
+        let member: IpAddr = "203.0.113.1".parse().unwrap();
+        let (place, _) = admission.enter(member, false, now).unwrap();
+        assert!(place.is_member("app-1", now));
+        let enter = |from: String| admission.enter(from.parse().unwrap(), false, now).is_some();
+        let of_one = (0..1000).filter(|_| enter("192.0.2.1".to_owned())).count();
+        assert!((100..=126).contains(&of_one), "{of_one}");
+        let of_all = (0..5000).filter(|i| enter(format!("198.{}.{}.1", i / 250, i % 250))).count();
+        assert!(of_all <= 2 * 601, "{of_all}");
+        assert!(!enter("192.0.3.1".to_owned()), "an unknown address has its share");
+        assert!(admission.enter(member, false, now).is_some_and(|(_, delay)| delay.is_zero()));
+    }
+}

@@ -1,0 +1,127 @@
+//! The join API under attack by strangers, on loopback and with a real etcd.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bakehouse_tests::attack::{Target, endless, join_request, peers, source};
+use bakehouse_tests::site::{Site, ask, granted, refused};
+use firstboot::https::{self, Connection, Identity, request};
+use fleet::{JoinReply, PrivateKey, Reason};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::task::JoinSet;
+
+/// A stranger's header has a limit, and so has the time to finish it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_header_without_end_is_refused() {
+    let site = Site::open(24_700, "db.count = 1\n");
+    let target = Target::new(site.root.certificate(), "127.0.0.1:24700".parse().expect("an address"), "hub-1");
+    let begun = Instant::now();
+    // It answers, or resets the connection while the rest of the header still comes.
+    if let Ok(answer) = endless(target.handshake(source(0)).await.expect("a hub"), 64 << 10).await {
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(2), "it was read for {:?}", begun.elapsed());
+    // A short one that never ends.
+    let begun = Instant::now();
+    let _ = endless(target.handshake(source(1)).await.expect("a hub"), 0).await;
+    assert!(begun.elapsed() < Duration::from_secs(10), "it was waited for {:?}", begun.elapsed());
+}
+
+/// 1,024 strangers that say nothing, 64 that send headers without end: a member gets its answer within a second,
+/// also one behind an attacker's own address, and a machine can join.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_keep_no_member_out() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
+    setrlimit(Resource::RLIMIT_NOFILE, most.min(16_384), most).expect("a limit");
+    let site = Site::open(25_000, "app.count = 2\n");
+    let members = site.members("app", 1).await;
+    let token = site.token("app", |_| {});
+    let target = Target::new(site.root.certificate(), "127.0.0.1:25000".parse().expect("an address"), "hub-1");
+    let (who, grant) = &members[0];
+    let own = Identity { cert: &grant.cert, key: who.tls.pem() };
+    let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+    let member = Target { tls, ..target.clone() };
+    // It asks from an address that becomes an attacker's too.
+    let (alone, shared) = ("127.0.0.1".parse().expect("an address"), source(3));
+    peers(&member, shared).await.expect("an answer");
+    let mut attackers = JoinSet::new();
+    for i in 0..1024 {
+        attackers.spawn(target.clone().idle(source(i)));
+        if i % 16 == 0 {
+            attackers.spawn(target.clone().endless_header(source(i / 16), 400 << 10));
+        }
+        // They come within two seconds.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    for from in [alone, shared] {
+        let mut took = Vec::new();
+        for _ in 0..7 {
+            let asked = Instant::now();
+            peers(&member, from).await.expect("an answer");
+            took.push(asked.elapsed());
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        took.sort();
+        // This machine may have other work: the slowest get some more time.
+        assert!(took[3] < Duration::from_secs(1) && took[6] < Duration::from_secs(3), "from {from}: {took:?}");
+    }
+    let asked = Instant::now();
+    let asker = Site::asker(&token, "app");
+    let joined = ask(site.root.certificate().to_owned(), 25_000, asker, 0).await.expect("an answer");
+    assert_eq!(granted(joined).slot, "app-2");
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    assert!(target.made.load(std::sync::atomic::Ordering::Relaxed) > 1000, "the attack is none");
+}
+
+/// A token that gives nothing is refused each time, but etcd is not asked each time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn useless_tokens_cost_etcd_little() {
+    let site = Site::open(25_300, "app.count = 3\n");
+    let reads = async || -> u64 {
+        let node = &site.topology.hubs[0];
+        let key = PrivateKey::generate().expect("randomness");
+        let issuer = site.root.issuer("acme", &node.name).expect("a root");
+        let cert = issuer.node(&site.topology, node, &key.public().expect("a key")).expect("an issuer");
+        let own = Identity { cert: &cert, key: key.pem() };
+        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let mut sum = 0;
+        for (host, port) in site.cluster.clients() {
+            let mut etcd = Connection::open(&host, port, &host, &tls).await.expect("etcd");
+            let metrics = etcd.ask(request("GET", &host, "/metrics", &[], "".into()).expect("HTTP"), 1 << 20).await;
+            let metrics = String::from_utf8(metrics.expect("metrics").to_vec()).expect("text");
+            let of =
+                |line: &&str| line.starts_with("grpc_server_handled_total{") && line.contains("\"etcdserverpb.KV\"");
+            let counts = metrics.lines().filter(of).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok());
+            sum += counts.sum::<f64>() as u64;
+        }
+        sum
+    };
+    let spent = site.token("app", |_| {});
+    let owner = Site::asker(&spent, "app");
+    granted(site.insist(&owner, 0).await);
+    let expired = site.token("app", |c| c.expires = 1);
+    for token in [spent, expired] {
+        let before = reads().await;
+        // With other keys each time, over kept connections as fast as they are answered.
+        let target = Target::new(site.root.certificate(), "127.0.0.1:25300".parse().expect("an address"), "hub-1");
+        let mut attackers = JoinSet::new();
+        for i in 0..16 {
+            let join = Arc::new(join_request(&Site::asker(&token, "app")));
+            attackers.spawn(target.clone().joins(source(i), join, Duration::from_millis(20)));
+        }
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        attackers.shutdown().await;
+        let (made, asked) = (target.made.load(std::sync::atomic::Ordering::Relaxed), reads().await - before);
+        assert!(made > 100, "the attack is none: {made}");
+        assert!(asked < 80, "{made} joins took {asked} requests of etcd");
+    }
+    // The owner of a grant still gets it again, whatever became of its token.
+    let JoinReply::Granted(_) = ask(site.root.certificate().to_owned(), 25_300, owner, 0).await.expect("an answer")
+    else {
+        panic!("the owner is refused")
+    };
+    // And a machine with a useless token hears why, when there is no flood of them.
+    let late = Site::asker(&site.token("app", |c| c.expires = 1), "app");
+    assert_eq!(refused(site.insist(&late, 1).await), Reason::Expired);
+}
