@@ -236,7 +236,7 @@ async fn measure() -> Vec<Row> {
         fs::write(format!("{status}/clear_refs"), "5").expect("a child");
         late.store(0, Ordering::Relaxed);
         let mut attackers = Command::new("nice");
-        attackers.args(["-n", "19"]).arg(&this).args(["attack", kind]).arg(dir.path()).stdout(Stdio::piped());
+        attackers.args(["-n", "10"]).arg(&this).args(["attack", kind]).arg(dir.path()).stdout(Stdio::piped());
         let attackers = attackers.spawn().expect("nice");
         // It takes a moment until all of it is there.
         tokio::time::sleep(Duration::from_secs(1)).await;

@@ -79,8 +79,9 @@ impl Site {
         let key = PrivateKey::generate().expect("randomness");
         let cert = issuer.node(&self.topology, &node, &key.public().expect("a key")).expect("an issuer");
         let own = Identity { cert: &cert, key: key.pem() };
-        let etcd = self.etcd_of(i, own);
-        let desk = Arc::new(ClaimsDesk::new(etcd, self.topology.clone(), &node.name));
+        let desk = ClaimsDesk::new(self.etcd_of(i, own), self.topology.clone(), &node.name);
+        // As the agent has it: connections of the API belong to its thread.
+        let served = Arc::new(desk.beside(self.etcd_of(i, own)));
         let dir = self.dir.path().join(&node.name);
         std::fs::create_dir_all(&dir).expect("a folder");
         let hub = Arc::new(Hub {
@@ -89,7 +90,7 @@ impl Site {
             issuer,
             epoch: 1,
             secrets: Secrets::sample(),
-            desk: desk.clone(),
+            desk: served,
             neighbourhood: Arc::new(Neighbourhood::load(&dir, BTreeMap::new())),
         });
         let at: SocketAddr = format!("127.0.0.{}:{}", i + 1, self.topology.mesh.port).parse().expect("an address");

@@ -16,8 +16,8 @@ use serde::de::DeserializeOwned;
 
 use super::claims::ClaimsDesk;
 use super::listener::{Member, Peer};
-use super::rollout;
 use super::token::{no, signed_by_root, verify};
+use super::{refusals, rollout};
 use crate::error::{Error, Result};
 use crate::neighbours::Neighbourhood;
 
@@ -266,8 +266,7 @@ fn reply(granted: Result<Grant, Refusal>) -> JoinReply {
     match granted {
         Ok(grant) => JoinReply::Granted(grant),
         Err(refusal) => {
-            // Part of it may be the stranger's own words: one line, whatever they hold.
-            println!("refused ({:?}): {}", refusal.reason, refusal.text.escape_debug());
+            refusals::log(&refusal);
             JoinReply::Refused(refusal)
         }
     }

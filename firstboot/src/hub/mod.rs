@@ -6,6 +6,7 @@ mod departures;
 pub mod fence;
 pub mod listener;
 mod rate;
+mod refusals;
 mod renewals;
 pub mod rollout;
 mod silence;
