@@ -20,7 +20,7 @@ fn main() {
     let lab = Lab::empty("bench-netboot");
     lab.write(
         "fleet.toml",
-        "name = \"rack\"\n[netboot]\nothers = \"hub-1\"\n[groups.hub]\ncount = 1\nendpoints = [\"198.18.0.1\"]\n",
+        "name = \"rack\"\n[netboot]\ntrust_lan = true\nothers = \"hub-1\"\n[groups.hub]\ncount = 1\nendpoints = [\"198.18.0.1\"]\n",
     );
     lab.init();
     lab.ok(&["lock"]);

@@ -9,7 +9,7 @@ fn ipxe_starts_the_installer() {
     let lab = Lab::empty("ipxe");
     lab.write(
         "fleet.toml",
-        "name = \"ipxe\"\nversion = \"1\"\n[netboot.machines]\n\"52:54:00:12:00:01\" = \"hub-1\"\n\
+        "name = \"ipxe\"\nversion = \"1\"\n[netboot]\ntrust_lan = true\n[netboot.machines]\n\"52:54:00:12:00:01\" = \"hub-1\"\n\
          [groups.hub]\ncount = 1\nendpoints = [\"198.18.0.1\"]\n",
     );
     lab.init();

@@ -14,6 +14,7 @@ version = "1"
 
 [netboot]
 diskless = ["edge", "shed"]
+trust_lan = true
 
 [netboot.machines]
 "52:54:00:00:00:99" = "hub-1"

@@ -9,6 +9,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use fleet::netboot::InstallerTrust;
 use serde::{Deserialize, Serialize};
 
 use crate::bake::{self, pretty_json};
@@ -307,11 +308,11 @@ impl Build<'_> {
     }
 
     /// Kernel and initrd of a group's packages, as one program for firmware, that install what the
-    /// server at this address says.
+    /// server at this address says. `trust` says which images it may enter from memory.
     ///
     /// # Errors
     /// Whatever keeps it from being whole.
-    pub fn installer(&self, group: &str, server: &str) -> Result<Installer> {
+    pub fn installer(&self, group: &str, server: &str, trust: &InstallerTrust) -> Result<Installer> {
         let recipe = self.project.recipe(group);
         let tools = Tools::prepare(self.lock, self.store, self.progress)?;
         let layer = compose::compose(&recipe, self.lock, self.store, self.progress)?;
@@ -321,6 +322,8 @@ impl Build<'_> {
         let program = fs::read(&path).map_err(Error::io("read", &path))?;
         let mut order = self.order(&["profiles/initrd.toml", "profiles/netboot.toml"])?;
         order.programs.push(("usr/bin/firstboot-install", program));
+        let trust = serde_json::to_vec(trust).map_err(|e| Error::Failed(e.to_string()))?;
+        order.files.push((InstallerTrust::PATH, trust));
         let scratch = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
         let initrd = self.initrd(&order, &tree, &layer, &kernel, &tools, scratch.path())?;
         let server = format!("{}={server}", fleet::netboot::Machine::SERVER);
@@ -333,7 +336,7 @@ impl Build<'_> {
 
     fn order(&self, recipes: &[&'static str]) -> Result<initrd::Order<'_>> {
         let recipes = recipes.iter().map(|path| Ok((*path, self.project.file(path)?)));
-        Ok(initrd::Order { recipes: recipes.collect::<Result<_>>()?, programs: Vec::new() })
+        Ok(initrd::Order { recipes: recipes.collect::<Result<_>>()?, programs: Vec::new(), files: Vec::new() })
     }
 
     fn initrd(
@@ -350,7 +353,7 @@ impl Build<'_> {
         for (path, text) in &order.recipes {
             key.add(path, text);
         }
-        for (path, program) in &order.programs {
+        for (path, program) in order.programs.iter().chain(&order.files) {
             key.add(path, sha256(program));
         }
         let key = key.finish();

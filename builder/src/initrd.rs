@@ -36,6 +36,8 @@ pub struct Order<'a> {
     pub recipes: Vec<(&'static str, &'a [u8])>,
     /// Programs that are not the image's: path, and content.
     pub programs: Vec<(&'static str, Vec<u8>)>,
+    /// Other files that are not the image's: path, and content.
+    pub files: Vec<(&'static str, Vec<u8>)>,
 }
 
 /// The initrd as a cpio, not compressed.
@@ -78,6 +80,9 @@ pub fn compose(tree: &Tree, kernel: &str, order: &Order) -> Result<Vec<u8>> {
         if let Some(needs) = needs {
             initrd.libraries(path, &needs)?;
         }
+    }
+    for (path, content) in &order.files {
+        initrd.put(path, File::regular(0o644, content.clone()));
     }
     for (path, target) in &recipe.symlinks {
         initrd.put(path, File::link(target.clone()));

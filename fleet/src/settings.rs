@@ -174,6 +174,9 @@ pub struct Netboot {
     /// Disk that is overwritten, such as `/dev/nvme0n1`. Without it a machine with several disks is
     /// left alone.
     pub disk: Option<String>,
+    /// Hubs and voters get their tickets by MAC address or serial number alone, without a code from
+    /// their console: every host on that network can then take the fleet's passwords.
+    pub trust_lan: bool,
 }
 
 /// `[secure_boot]`: files of the key that signs what firmware runs, relative to `fleet.toml`. Only

@@ -146,20 +146,25 @@ pub(super) enum Command {
     },
     /// Make nodes of machines that boot from the network
     #[command(after_help = "Examples:\n  bakehouse netboot --interface eth1 --dhcp 192.168.77.0/24\n  \
-        bakehouse netboot --interface eth0      beside the network's own DHCP server\n\n\
+        bakehouse netboot --interface eth0      beside the network's own DHCP server\n  \
+        bakehouse netboot --approve 7K3M-...    the code on the console of a machine that is to be a hub\n\n\
         fleet.toml says which machine becomes what ([netboot]). Builds what is missing, mints each machine's\n\
-        ticket when it asks, and answers until Ctrl-C. As root, for the ports of DHCP and TFTP. Whoever is\n\
-        on that network can pretend to be a machine: use one that you trust.")]
+        ticket when it asks, and answers until Ctrl-C. As root, for the ports of DHCP and TFTP. Every host\n\
+        on that network can pretend to be a machine: hubs and voters get their tickets only after you confirm\n\
+        the code that their consoles show.")]
     Netboot {
         /// Network interface that the machines are reached by
-        #[arg(long)]
-        interface: String,
+        #[arg(long, required_unless_present = "approve")]
+        interface: Option<String>,
         /// Give addresses of this network out, where there is no DHCP server
         #[arg(long, value_name = "NETWORK")]
         dhcp: Option<ipnet::Ipv4Net>,
-        /// Install this machine again, though it was installed before
+        /// Install this machine again, though it was installed before (MAC address or serial number)
         #[arg(long, value_name = "MAC")]
         again: Vec<String>,
+        /// Confirm the code on a machine's console, for the server that runs; with --interface, for this one
+        #[arg(long, value_name = "CODE")]
+        approve: Vec<String>,
         #[command(flatten)]
         mirror: MirrorArg,
     },

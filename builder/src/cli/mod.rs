@@ -157,7 +157,18 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 print_json(cli.json, &written)?;
             }
         }
-        Command::Netboot { interface, dhcp, again, mirror } => {
+        Command::Netboot { interface, dhcp, again, approve, mirror } => {
+            for code in netboot::approve(&project, approve)? {
+                progress.say("netboot", &format!("{code} is confirmed; its machine asks again within 15 s"));
+            }
+            let Some(interface) = interface else {
+                if again.is_empty() && dhcp.is_none() {
+                    return Ok(ExitCode::SUCCESS);
+                }
+                return Err(Error::Usage(
+                    "--again and --dhcp need --interface: they are for a server that starts".into(),
+                ));
+            };
             let images = build(&project, &netboot::groups(&project)?, None, mirror, &progress)?;
             let (store, lock) = (Store::open()?, Lock::load(&project)?);
             let build = Build { project: &project, lock: &lock, store: &store, progress: &progress, revision: None };

@@ -4,14 +4,20 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
+use fleet::netboot::printable;
 use serde_json::json;
 
 use crate::progress::{Progress, Step, event};
 
+/// Machines without a node that are shown, at most: every host on the network can make up another one.
+const ROWS: usize = 256;
+/// Characters of a line that are shown.
+const LINE: usize = 400;
+
 pub struct Board {
     progress: Progress,
     json: bool,
-    /// By MAC address: its line, and what was said of it last.
+    /// By MAC address or serial number: its line, and what was said of it last.
     rows: Mutex<BTreeMap<String, Row>>,
 }
 
@@ -26,22 +32,59 @@ impl Board {
         Self { progress, json, rows: Mutex::default() }
     }
 
-    /// What a machine is doing; once, however often it is told.
-    pub fn tell(&self, mac: &str, node: Option<&str>, state: &str) {
+    /// What a machine is doing; once, however often it is told. Its words are foreign: control characters in them
+    /// are escaped.
+    pub fn tell(&self, machine: &str, node: Option<&str>, state: &str) {
         let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those with a node are as many as fleet.toml has places for.
+        if node.is_none() && rows.len() >= ROWS && !rows.contains_key(machine) {
+            return;
+        }
+        let line = shown(machine, node, state);
         let row = rows
-            .entry(mac.to_owned())
-            .or_insert_with(|| Row { step: self.progress.step("machine", mac), said: String::new() });
-        let line = format!("{mac} {}: {state}", node.unwrap_or("-"));
+            .entry(machine.to_owned())
+            .or_insert_with(|| Row { step: self.progress.step("machine", &printable(machine)), said: String::new() });
         if row.said == line {
             return;
         }
         row.step.message(&line);
         row.said.clone_from(&line);
         if self.json {
-            event(&json!({ "machine": mac, "node": node, "state": state }));
+            event(&json!({ "machine": machine, "node": node, "state": state }));
         } else if !self.progress.is_live() {
             self.progress.say("machine", &line);
         }
+    }
+
+    /// A line for the operator.
+    pub fn say(&self, text: &str) {
+        self.progress.say("netboot", &printable(text));
+    }
+}
+
+fn shown(machine: &str, node: Option<&str>, state: &str) -> String {
+    printable(&format!("{machine} {}: {state}", node.unwrap_or("-"))).chars().take(LINE).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_machine_says_moves_no_cursor() {
+        let line = shown("52:54:00:00:00:01", Some("app-1"), "\x1b]0;title\x07\x1b[2Jdisk \"/dev/vda\"\nroot@host:~# ");
+        assert!(!line.chars().any(char::is_control), "{line}");
+        assert!(line.starts_with("52:54:00:00:00:01 app-1: ") && line.contains("disk \"/dev/vda\""), "{line}");
+        assert_eq!(shown("x", None, &"y".repeat(10_000)).len(), LINE);
+    }
+
+    #[test]
+    fn made_up_machines_take_a_bounded_number_of_rows() {
+        let board = Board::new(Progress::new(true, false), false);
+        for i in 0..10_000 {
+            board.tell(&format!("machine {i}"), None, "is unknown");
+        }
+        board.tell("52:54:00:00:00:01", Some("db-1"), "goes to /dev/vda");
+        assert_eq!(board.rows.lock().unwrap().len(), ROWS + 1);
     }
 }

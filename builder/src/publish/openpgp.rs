@@ -2,6 +2,8 @@
 //! One kind of key and one kind of signature (RFC 4880, Ed25519 as GnuPG writes it); everything
 //! is derived, so that the same files are signed with the same bytes.
 
+use fleet::encoding::encode;
+use fleet::netboot::{ImageStatement, SignedImage};
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use ring::hkdf::{HKDF_SHA256, Salt};
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
@@ -62,6 +64,22 @@ impl UpdateKey {
     #[must_use]
     pub fn sign(&self, content: &[u8], time: u64) -> Vec<u8> {
         self.signature(BINARY, content, u32::try_from(time).unwrap_or(u32::MAX).max(MADE), &[])
+    }
+
+    /// The public half as it is, for those who read no OpenPGP: Ed25519, 32 bytes.
+    #[must_use]
+    pub fn public(&self) -> &[u8] {
+        self.pair.public_key().as_ref()
+    }
+
+    /// Signs that machines which boot from the network may run an image from their memory.
+    ///
+    /// # Errors
+    /// The statement can't be written as JSON.
+    pub fn sign_image(&self, statement: &ImageStatement) -> Result<SignedImage> {
+        let statement = serde_json::to_string(statement).map_err(|e| Error::Failed(e.to_string()))?;
+        let signature = encode(self.pair.sign(&SignedImage::message(&statement)).as_ref());
+        Ok(SignedImage { statement, signature })
     }
 
     fn signature(&self, kind: u8, content: &[u8], time: u32, more: &[u8]) -> Vec<u8> {

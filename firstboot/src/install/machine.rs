@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use fleet::netboot::{Machine, MachineDisk};
+use fleet::netboot::{Mac, Machine, MachineDisk};
 
 use crate::error::{Error, Result};
 
@@ -19,7 +19,8 @@ fn look_in(sys: &Path) -> Result<Machine> {
     for card in entries(&sys.join("class/net"))? {
         // Only what is a device, and Ethernet.
         if card.join("device").exists() && read(&card.join("type")) == "1" {
-            macs.push(read(&card.join("address")));
+            // A card that is not up yet may have none.
+            macs.extend(read(&card.join("address")).parse::<Mac>().ok());
         }
     }
     let mut disks = Vec::new();
@@ -73,7 +74,7 @@ mod tests {
         write("class/block/vda1/partition", "1");
         write("class/dmi/id/product_serial", "A1\n");
         let found = look_in(dir.path()).unwrap();
-        assert_eq!(found.macs, ["52:54:00:aa:bb:cc"]);
+        assert_eq!(found.macs, ["52:54:00:aa:bb:cc".parse().unwrap()]);
         assert_eq!(found.serial, "A1");
         assert_eq!(found.disks, [MachineDisk { path: "/dev/vda".into(), size: 1 << 20, removable: false }]);
     }

@@ -1,5 +1,5 @@
-//! A machine that runs an image from its memory. What is there is as good as the root hash: dm-verity
-//! checks each block when it is read, as it does on a disk.
+//! A machine that runs an image from its memory. dm-verity checks each block when it is read, as it does on a
+//! disk, against a root hash that the fleet signed (`trust.rs`).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -11,7 +11,7 @@ use fleet::Ticket;
 use fleet::netboot::Run;
 
 use super::server::Server;
-use super::{output, run};
+use super::{output, run, trust};
 use crate::error::{Error, Result};
 
 /// A file system of its own: /run has no room for it.
@@ -23,12 +23,16 @@ const CREDENTIALS: &str = "/run/credentials/@initrd";
 const CHUNK: usize = 1 << 20;
 
 /// Makes /sysroot of what comes over the network. What a failed attempt left is taken away first.
+///
+/// # Errors
+/// The fleet did not sign the image's root hash; the image can't be loaded or mounted.
 pub(super) fn prepare(server: &Server, errand: &Run, ticket: &[u8]) -> Result<()> {
+    let roothash = trust::signed_root(&trust::load(Path::new("/"))?, errand)?;
     clear();
     fetch(server, errand)?;
     let device = output(Command::new("/usr/sbin/losetup").args(["--find", "--show", "--read-only", IMAGE]), "losetup")?;
     let mut verity = Command::new("/usr/lib/systemd/systemd-veritysetup");
-    verity.args(["attach", "root", &device, &device, &errand.roothash]);
+    verity.args(["attach", "root", &device, &device, &roothash]);
     run(verity.arg(format!("hash-offset={}", errand.root.size)), "systemd-veritysetup")?;
     mount(&["-t", "erofs", "-o", "ro", "/dev/mapper/root", ROOT])?;
     let var = format!("{ROOT}/var");

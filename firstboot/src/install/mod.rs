@@ -10,22 +10,26 @@ mod machine;
 mod memory;
 mod sealed;
 mod server;
+mod trust;
 
 use std::fmt::Display;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use fleet::netboot::{Errand, Install, Machine, Step};
+use fleet::netboot::{Errand, Install, Machine, Step, printable};
 
 use disk::Target;
-pub use sealed::{Key, seal};
+pub use sealed::{Key, ReportKey, code, read_code, seal};
 use server::Server;
+pub use trust::signed_root;
 
 use crate::error::{Error, Result};
 
 /// How often a server that says "nothing" is asked again.
 const PAUSE: Duration = Duration::from_secs(15);
+/// How often the server is told that the machine goes on from its memory.
+const STARTED: u32 = 4;
 
 /// Ends when the machine is to restart from its disk, or to go on from its memory.
 ///
@@ -34,9 +38,11 @@ const PAUSE: Duration = Duration::from_secs(15);
 pub fn install() -> Result<()> {
     let cmdline = std::fs::read_to_string("/proc/cmdline").map_err(Error::io("read", Path::new("/proc/cmdline")))?;
     let mut server = Server::of(&cmdline)?;
+    // One for the whole boot: the code that the operator confirms stays the same.
+    let key = Key::generate()?;
     let mut said = String::new();
     loop {
-        match attempt(&mut server) {
+        match attempt(&mut server, &key) {
             Ok(None) => return Ok(()),
             // Once: a machine may wait for days until somebody says what it is to be.
             Ok(Some(why)) if why != said => {
@@ -58,13 +64,21 @@ pub fn install() -> Result<()> {
 }
 
 /// Why there is nothing to do; none when it was done.
-fn attempt(server: &mut Server) -> Result<Option<String>> {
-    let key = Key::generate()?;
+fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
     let machine = Machine { key: key.public().to_owned(), ..machine::look()? };
     match server.ask(&machine)? {
         Errand::Nothing { why } => return Ok(Some(why)),
+        Errand::Confirm { to } => {
+            let code = code(key.public(), &to);
+            return Ok(Some(format!(
+                "this machine is to be {to}, whose ticket holds the fleet's secrets; confirm it at the server: \
+                 bakehouse netboot --approve {code}"
+            )));
+        }
         Errand::Install(install) => {
-            write(server, &install, &key.open(&install.ticket)?)?;
+            let (ticket, reports) = key.open(&install.ticket)?;
+            server.reports = Some(reports);
+            write(server, &install, &ticket)?;
             // A server that does not know it would have the node overwritten, where firmware asks the network
             // first.
             while let Err(e) = server.report(Step::Installed) {
@@ -76,8 +90,17 @@ fn attempt(server: &mut Server) -> Result<Option<String>> {
         }
         Errand::Run(errand) => {
             tell(format!("{} comes to this machine's memory", errand.to));
-            memory::prepare(server, &errand, &key.open(&errand.ticket)?)?;
-            server.news(Step::Started);
+            let (ticket, reports) = key.open(&errand.ticket)?;
+            server.reports = Some(reports);
+            memory::prepare(server, &errand, &ticket)?;
+            // A server that does not know that this ticket is used would hand it out at the next start, too.
+            for _ in 0..STARTED {
+                match server.report(Step::Started) {
+                    Ok(()) => break,
+                    Err(e) => tell(e),
+                }
+                std::thread::sleep(PAUSE / STARTED);
+            }
             memory::enter()?;
         }
     }
@@ -131,5 +154,5 @@ fn output(command: &mut Command, what: &str) -> Result<String> {
 }
 
 fn tell(what: impl Display) {
-    println!("bakehouse: {what}");
+    println!("bakehouse: {}", printable(&what.to_string()));
 }

@@ -3,9 +3,10 @@
 use std::io::Read;
 use std::time::Duration;
 
-use fleet::netboot::{Errand, Extent, Machine, News, Step};
+use fleet::netboot::{Errand, Extent, Mac, Machine, News, Step};
 use ureq::Agent;
 
+use super::sealed::ReportKey;
 use crate::error::{Error, Result};
 
 /// Without a byte for so long, a connection is dead.
@@ -14,7 +15,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) struct Server {
     base: String,
     agent: Agent,
-    mac: String,
+    mac: Option<Mac>,
+    /// The machine's key, base64.
+    key: String,
+    /// Proves that reports are this machine's; there is none before a ticket came.
+    pub(super) reports: Option<ReportKey>,
 }
 
 impl Server {
@@ -29,13 +34,15 @@ impl Server {
             .timeout_recv_response(Some(PATIENCE))
             .http_status_as_error(false)
             .build();
-        Ok(Self { base: base.trim_end_matches('/').to_owned(), agent: config.into(), mac: String::new() })
+        let base = base.trim_end_matches('/').to_owned();
+        Ok(Self { base, agent: config.into(), mac: None, key: String::new(), reports: None })
     }
 
     /// What this machine is to be. News are this machine's, from now on: its cards come up in their
     /// own time.
     pub(super) fn ask(&mut self, machine: &Machine) -> Result<Errand> {
-        self.mac = machine.macs.first().cloned().unwrap_or_default();
+        self.mac = machine.macs.first().copied();
+        self.key.clone_from(&machine.key);
         let body = serde_json::to_vec(machine).map_err(|e| Error::Failed(e.to_string()))?;
         let mut answer = self.agent.post(self.url("/v1/machine")).send(&body[..]).map_err(|e| self.failed(e))?;
         let text = answer.body_mut().with_config().limit(1 << 22).read_to_string().map_err(|e| self.failed(e))?;
@@ -51,8 +58,15 @@ impl Server {
     }
 
     /// News that the server has written down.
+    ///
+    /// # Errors
+    /// The server does not answer, or does not accept them: it ignores news of a machine that has no ticket.
     pub(super) fn report(&self, step: Step) -> Result<()> {
-        let news = News { version: Machine::VERSION, mac: self.mac.clone(), step };
+        let (Some(mac), Some(reports)) = (self.mac, &self.reports) else {
+            return Err(Error::Failed("this machine has no ticket: it can't prove its news".to_owned()));
+        };
+        let news = News { version: Machine::VERSION, mac, step, key: self.key.clone(), proof: String::new() };
+        let news = reports.prove(news);
         let body = serde_json::to_vec(&news).map_err(|e| Error::Failed(e.to_string()))?;
         let answer = self.agent.post(self.url("/v1/news")).send(&body[..]).map_err(|e| self.failed(e))?;
         if answer.status().is_success() { Ok(()) } else { Err(self.failed(answer.status())) }

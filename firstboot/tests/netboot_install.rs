@@ -1,0 +1,185 @@
+//! The real installer, against a server that lies about the image: as root, in a mount namespace with the files that
+//! its initrd would have.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use firstboot::install::{code, seal};
+use fleet::encoding::encode;
+use fleet::netboot::{Errand, Extent, ImageStatement, InstallerTrust, Machine, Run, SignedImage};
+use ring::signature::{Ed25519KeyPair, KeyPair as _};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn update_key(seed: u8) -> Ed25519KeyPair {
+    Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).expect("32 bytes are a key")
+}
+
+/// What happens: a line of the installer's, or a request for a file.
+#[derive(Debug)]
+enum Event {
+    Said(String),
+    Loads(String),
+}
+
+struct Installer {
+    child: Child,
+    events: Receiver<Event>,
+    _dir: tempfile::TempDir,
+}
+
+impl Installer {
+    /// Starts it; the server gives each machine the answer.
+    fn start(answer: impl Fn(&Machine) -> Errand + Send + 'static) -> Self {
+        let (tell, events) = channel();
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("a port").port();
+        let of_server = tell.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                serve(stream.expect("a connection"), &answer, &of_server);
+            }
+        });
+
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| dir.path().join(name);
+        let trust = InstallerTrust {
+            fleet: "acme".into(),
+            version: "1".into(),
+            key: encode(update_key(1).public_key().as_ref()),
+        };
+        fs::write(path("trust"), serde_json::to_vec(&trust).expect("JSON")).expect("a file");
+        fs::write(path("cmdline"), format!("quiet {}=http://127.0.0.1:{port}\n", Machine::SERVER)).expect("a file");
+        let (etc, name) = InstallerTrust::PATH.rsplit_once('/').expect("a folder and a name");
+        // losetup would detach this host's own devices.
+        let script = format!(
+            "mount --bind {cmdline} /proc/cmdline && mount -t tmpfs none /etc && mount -t tmpfs none /run \
+             && mount --bind /bin/false \"$(command -v losetup)\" && mkdir -p /{etc} && cp {trust} /{etc}/{name} && exec {installer}",
+            cmdline = path("cmdline").display(),
+            trust = path("trust").display(),
+            installer = env!("CARGO_BIN_EXE_firstboot-install"),
+        );
+        let mut child = Command::new("unshare")
+            .args(["--mount", "--", "sh", "-ec", &script])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("unshare, as root");
+        let out = child.stdout.take().expect("a pipe");
+        std::thread::spawn(move || {
+            for line in BufReader::new(out).lines().map_while(Result::ok) {
+                let _ = tell.send(Event::Said(line));
+            }
+        });
+        Self { child, events, _dir: dir }
+    }
+
+    fn next(&self) -> Event {
+        self.events.recv_timeout(PATIENCE).expect("the installer says or does something")
+    }
+}
+
+impl Drop for Installer {
+    fn drop(&mut self) {
+        let _ = self.child.kill().and_then(|()| self.child.wait());
+    }
+}
+
+fn serve(stream: TcpStream, answer: &impl Fn(&Machine) -> Errand, tell: &Sender<Event>) {
+    let mut reader = BufReader::new(stream);
+    let (mut first, mut length) = (String::new(), 0);
+    reader.read_line(&mut first).expect("a request");
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).expect("a header");
+        if line.trim().is_empty() {
+            break;
+        }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().expect("a number");
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).expect("a body");
+    let path = first.split(' ').nth(1).expect("a path").to_owned();
+    let (status, body) = if path == "/v1/machine" {
+        let machine = serde_json::from_slice(&body).expect("a machine");
+        ("200 OK", serde_json::to_vec(&answer(&machine)).expect("JSON"))
+    } else {
+        if !path.starts_with("/v1/") {
+            tell.send(Event::Loads(path)).expect("the test listens");
+        }
+        ("404 Not Found", Vec::new())
+    };
+    let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+    // The installer may have ended.
+    let _ = reader.get_mut().write_all(&[head.as_bytes(), &body].concat());
+}
+
+/// An image to be run from memory, signed by the key of this seed.
+fn run(machine: &Machine, roothash: &str, signed: &str, seed: u8) -> Errand {
+    let statement =
+        ImageStatement { fleet: "acme".into(), group: "app".into(), version: "1".into(), roothash: signed.to_owned() };
+    let statement = serde_json::to_string(&statement).expect("JSON");
+    let signature = encode(update_key(seed).sign(&SignedImage::message(&statement)).as_ref());
+    Errand::Run(Run {
+        to: "app-1".to_owned(),
+        image: "/images/app.raw".to_owned(),
+        root: Extent { start: 0, size: 4096 },
+        verity: Extent { start: 4096, size: 4096 },
+        roothash: roothash.to_owned(),
+        signed: Some(SignedImage { statement, signature }),
+        var: None,
+        ticket: seal(b"a ticket", &machine.key).expect("a key").0,
+    })
+}
+
+/// The attack on Secure Boot: the signed installer starts, and another host answers with a root of its own.
+#[test]
+fn the_installer_loads_no_root_that_the_fleet_did_not_sign() {
+    let (good, evil) = ("ab".repeat(32), "cd".repeat(32));
+    // The fleet's statement over the fleet's root beside another root; another key's statement.
+    for (signed, seed) in [(good.clone(), 1), (evil.clone(), 2)] {
+        let evil = evil.clone();
+        let installer = Installer::start(move |machine| run(machine, &evil, &signed, seed));
+        loop {
+            match installer.next() {
+                Event::Said(line) if line.contains("the server's image for app-1 is refused") => break,
+                Event::Said(_) => {}
+                Event::Loads(path) => panic!("{path} is loaded"),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_installer_loads_what_the_fleet_signed() {
+    let good = "ab".repeat(32);
+    let installer = Installer::start(move |machine| run(machine, &good, &good, 1));
+    loop {
+        match installer.next() {
+            Event::Said(line) => assert!(!line.contains("is refused"), "{line}"),
+            Event::Loads(path) => {
+                assert_eq!(path, "/images/app.raw");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn the_installer_shows_the_code_of_its_key() {
+    let (tell, keys) = channel();
+    let installer = Installer::start(move |machine| {
+        tell.send(machine.key.clone()).expect("the test listens");
+        Errand::Confirm { to: "hub-1".to_owned() }
+    });
+    let key = keys.recv_timeout(PATIENCE).expect("it asks");
+    let Event::Said(line) = installer.next() else { panic!("it loads something") };
+    assert!(line.ends_with(&format!("bakehouse netboot --approve {}", code(&key, "hub-1"))), "{line}");
+    // It asks again with the same key: the code stays.
+    assert_eq!(keys.recv_timeout(PATIENCE).expect("it asks again"), key);
+}
