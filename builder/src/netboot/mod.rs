@@ -5,6 +5,7 @@ mod approvals;
 #[cfg(test)]
 mod attacks;
 mod board;
+mod connections;
 mod desk;
 mod dnsmasq;
 mod front;
@@ -170,7 +171,7 @@ pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
         let listener = TcpListener::bind(at).await.map_err(|e| Error::Failed(format!("cannot listen at {at}: {e}")))?;
         let ended = tokio::task::spawn_blocking(move || dnsmasq.wait());
         tokio::select! {
-            served = server::serve(listener, shelf) => served.map_err(|e| Error::Failed(format!("the server ended: {e}"))),
+            never = server::serve(listener, shelf) => match never {},
             ended = ended => fail(ended.unwrap_or_else(|e| e.to_string())),
         }
     })

@@ -20,15 +20,15 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 
-/// Machines that are served at the same time; more wait.
-const CONNECTIONS: usize = 256;
+use super::connections::{Acceptor, Limits};
+
 /// A machine says no more than this in a request, in bytes.
 const LONGEST: usize = 64 << 10;
 /// Bytes of a file that are in memory for a connection.
 const CHUNK: u64 = 256 << 10;
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Bytes of a connection's buffer: the longest head of a request.
+const BUFFER: usize = 16 << 10;
 
 type Body = BoxBody<Bytes, io::Error>;
 
@@ -43,32 +43,33 @@ pub struct Shelf {
 }
 
 /// Serves until the process ends.
-///
-/// # Errors
-/// No connection can be taken.
-pub async fn serve(listener: TcpListener, shelf: Arc<Shelf>) -> io::Result<()> {
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
+pub async fn serve(listener: TcpListener, shelf: Arc<Shelf>) -> Infallible {
+    serve_within(listener, shelf, Limits::default()).await
+}
+
+async fn serve_within(listener: TcpListener, shelf: Arc<Shelf>, limits: Limits) -> Infallible {
+    let acceptor = Acceptor::new(listener, limits);
     loop {
-        let permit = room.clone().acquire_owned().await.map_err(io::Error::other)?;
-        let (stream, _) = listener.accept().await?;
+        let (stream, place) = acceptor.accept().await;
         let shelf = shelf.clone();
         tokio::spawn(async move {
             let answer = service_fn(|request| {
                 let shelf = shelf.clone();
-                async move { Ok::<_, Infallible>(answer(&shelf, request).await) }
+                async move { Ok::<_, Infallible>(answer(&shelf, request, limits.patience).await) }
             });
-            // Who goes away asks again.
+            // A machine whose connection ends asks again.
             let _ = http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(PATIENCE)
+                .header_read_timeout(limits.patience)
+                .max_buf_size(BUFFER)
                 .serve_connection(TokioIo::new(stream), answer)
                 .await;
-            drop(permit);
+            drop(place);
         });
     }
 }
 
-async fn answer(shelf: &Arc<Shelf>, request: Request<Incoming>) -> Response<Body> {
+async fn answer(shelf: &Arc<Shelf>, request: Request<Incoming>, patience: Duration) -> Response<Body> {
     let path = request.uri().path().to_owned();
     match *request.method() {
         Method::GET | Method::HEAD => match shelf.files.get(&path) {
@@ -78,7 +79,7 @@ async fn answer(shelf: &Arc<Shelf>, request: Request<Incoming>) -> Response<Body
             None => plain(StatusCode::NOT_FOUND, "there is no such file"),
         },
         Method::POST => {
-            let body = tokio::time::timeout(PATIENCE, Limited::new(request.into_body(), LONGEST).collect()).await;
+            let body = tokio::time::timeout(patience, Limited::new(request.into_body(), LONGEST).collect()).await;
             let Ok(Ok(body)) = body else { return plain(StatusCode::BAD_REQUEST, "too long, or cut off") };
             let shelf = shelf.clone();
             let asked = tokio::task::spawn_blocking(move || (shelf.desk)(&path, &body.to_bytes())).await;
@@ -181,6 +182,10 @@ mod tests {
     }
 
     fn served() -> SocketAddr {
+        served_within(Limits::default())
+    }
+
+    fn served_within(limits: Limits) -> SocketAddr {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![7; 3 << 20]).unwrap();
         let shelf = Shelf {
@@ -193,7 +198,7 @@ mod tests {
             runtime.block_on(async {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 tell.send(listener.local_addr().unwrap()).unwrap();
-                serve(listener, Arc::new(shelf)).await
+                serve_within(listener, Arc::new(shelf), limits).await
             })
         });
         told.recv().unwrap()
@@ -234,5 +239,99 @@ mod tests {
         assert!(post("/v1/x", "hello").ends_with("hello"));
         assert!(post("/v1/y", "hello").starts_with("HTTP/1.1 400"));
         assert!(post("/v1/x", &"x".repeat(LONGEST + 1)).starts_with("HTTP/1.1 400"));
+    }
+
+    /// A connection from an address of this host's loopback, which has 2^24.
+    fn from(address: &str, to: SocketAddr) -> TcpStream {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(format!("{address}:0").parse().unwrap()).unwrap();
+        let stream = runtime.block_on(socket.connect(to)).unwrap().into_std().unwrap();
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    }
+
+    /// Whether a small part of the file comes.
+    fn is_served(mut stream: TcpStream) -> bool {
+        let part = b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\nrange: bytes=0-9\r\n\r\n";
+        let mut answer = Vec::new();
+        stream.write_all(part).is_ok() && stream.read_to_end(&mut answer).is_ok() && answer.ends_with(&[7; 10])
+    }
+
+    #[test]
+    fn one_address_does_not_take_all_places() {
+        let to = served_within(Limits { connections: 4, per_address: 2, ..Limits::default() });
+        // They say nothing, for as long as they may.
+        let _idle: Vec<TcpStream> = (0..20).map(|_| from("127.0.0.2", to)).collect();
+        assert!(is_served(from("127.0.0.3", to)));
+    }
+
+    #[test]
+    fn downloads_that_nobody_reads_end() {
+        let patience = Duration::from_secs(1);
+        let to = served_within(Limits { connections: 2, per_address: 2, patience, ..Limits::default() });
+        let stalled: Vec<TcpStream> = (0..2)
+            .map(|_| {
+                let mut stream = from("127.0.0.2", to);
+                // Of many parts: more than the kernel keeps for a reader.
+                for _ in 0..10 {
+                    stream.write_all(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+                }
+                stream
+            })
+            .collect();
+        assert!(is_served(from("127.0.0.3", to)));
+        drop(stalled);
+    }
+
+    /// A machine that reads, slower than the network could, is not sent away.
+    #[test]
+    fn a_slow_reader_gets_it_all() {
+        let patience = Duration::from_millis(300);
+        let to = served_within(Limits { patience, rate: 1 << 20, ..Limits::default() });
+        let mut stream = from("127.0.0.2", to);
+        stream.write_all(b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        let (mut chunk, mut bytes) = (vec![0; 128 << 10], 0);
+        loop {
+            let read = stream.read(&mut chunk).unwrap();
+            if read == 0 {
+                break;
+            }
+            bytes += read;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(bytes > 3 << 20);
+    }
+
+    /// Started by the test below, with a limit of its own on open files.
+    #[test]
+    #[ignore = "serves until it is killed"]
+    fn server_process() {
+        println!("serves at {}", served());
+        std::thread::sleep(Duration::from_secs(60));
+    }
+
+    #[test]
+    fn the_server_lives_when_it_can_open_no_more_files() {
+        use std::io::{BufRead as _, BufReader};
+        let own = std::env::current_exe().unwrap();
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "ulimit -n 24; exec \"$0\" \"$@\""])
+            .arg(own)
+            .args(["--exact", "netboot::server::tests::server_process", "--ignored", "--nocapture"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let to = lines.find_map(|line| line.split_once("serves at ").map(|(_, at)| at.to_owned())).unwrap();
+        let to: SocketAddr = to.trim().parse().unwrap();
+        let many: Vec<TcpStream> = (0..60).map(|_| from("127.0.0.2", to)).collect();
+        std::thread::sleep(Duration::from_millis(500));
+        drop(many);
+        let served = is_served(from("127.0.0.3", to));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(served, "the server ended");
     }
 }
