@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -124,7 +124,8 @@ pub fn export(
             "cp, of the image's disk",
         )?;
         let secure = project.fleet.secure_boot.is_some();
-        put_ticket(&copy, &Carried { ticket: &ticket, secure, tools })?;
+        let disk = OpenOptions::new().read(true).write(true).open(&copy).map_err(Error::io("open", &copy))?;
+        put_ticket(&disk, &copy, &Carried { ticket: &ticket, secure, tools })?;
         from = copy;
     }
     let qemu_img = |args: &[&str], files: &[&Path]| {

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal as _, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
@@ -43,26 +43,28 @@ pub struct Order<'a> {
 pub fn flash(image: &Path, ticket: Option<&Carried>, order: &Order, progress: &Progress) -> Result<()> {
     let source = File::open(image).map_err(Error::io("open", image))?;
     let size = source.metadata().map_err(Error::io("read", image))?.len();
-    let device = device(order.target, order.force, size)?;
-    if device.is_some() || order.target.exists() {
-        ask(order, device.as_deref().unwrap_or("a file"))?;
+    let judged = judge(order.target, order.force, size)?;
+    let device = match &judged {
+        Judged::New => None,
+        Judged::File(_) => Some("a file"),
+        Judged::Disk { shown, .. } => Some(shown.as_str()),
+    };
+    if let Some(device) = device {
+        ask(order, device)?;
     }
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(device.is_none());
-    if device.is_some() {
-        // Somebody may have mounted it since: the kernel then says that it is busy.
-        options.custom_flags(libc::O_EXCL);
-    } else {
-        // It will hold a ticket.
-        options.mode(0o600);
-    }
-    let target = options.open(order.target).map_err(Error::io("open", order.target))?;
-    if device.is_none() {
+    let target = judged.open(order.target)?;
+    let is_disk = matches!(judged, Judged::Disk { .. });
+    if !is_disk {
+        if ticket.is_some() {
+            // A file that was there has a mode of its own.
+            let private = fs::Permissions::from_mode(0o600);
+            target.set_permissions(private).map_err(Error::io("make private", order.target))?;
+        }
         target.set_len(0).and_then(|()| target.set_len(size)).map_err(Error::io("size", order.target))?;
     }
     let told = Error::io("write", order.target);
     let pass = Pass { size, json: order.json, progress };
-    pass.over(&source, "write", |at, bytes| write(&target, at, bytes, device.is_some())).map_err(told)?;
+    pass.over(&source, "write", |at, bytes| write(&target, at, bytes, is_disk)).map_err(told)?;
     target.sync_all().map_err(Error::io("write", order.target))?;
     // From the medium, not from memory.
     posix_fadvise(&target, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
@@ -78,9 +80,8 @@ pub fn flash(image: &Path, ticket: Option<&Carried>, order: &Order, progress: &P
         Err(io::Error::other(format!("byte {} is not what was written: the medium is damaged", at + first)))
     })
     .map_err(Error::io("verify", order.target))?;
-    drop(target);
     if let Some(ticket) = ticket {
-        put_ticket(order.target, ticket)?;
+        put_ticket(&target, order.target, ticket)?;
     }
     if order.json {
         event(&json!({ "done": order.target, "bytes": size }));
@@ -112,24 +113,30 @@ impl Carried<'_> {
     }
 }
 
-/// Puts a ticket on a disk's EFI partition.
-pub(crate) fn put_ticket(disk: &Path, carried: &Carried) -> Result<()> {
+/// Puts a ticket on the EFI partition of a disk that is open; `shown` is its name in messages.
+///
+/// # Errors
+/// mtools does not find the partition, or can't write it.
+pub(crate) fn put_ticket(disk: &File, shown: &Path, carried: &Carried) -> Result<()> {
     let Carried { ticket, secure, tools } = carried;
     let (path, content) = Carried::file(ticket, *secure)?;
     let mut file = tempfile::NamedTempFile::new().map_err(Error::io("create", "a temporary file"))?;
     file.write_all(&content).map_err(Error::io("write", file.path()))?;
-    let image = format!("{}@@{ESP_START}", disk.display());
+    // The disk that is open, whatever has its path by now. Nothing is asked on standard input: -o.
+    let image = format!("/proc/self/fd/0@@{ESP_START}");
     let tool = |program: &str| {
         let mut command = tools.command(program);
         command.env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image]);
-        command
+        let disk = disk.try_clone().map_err(Error::io("open", shown))?;
+        command.stdin(disk);
+        Ok::<_, Error>(command)
     };
     if path.contains('/') {
-        run(tool("usr/bin/mmd").arg("::/loader/credentials"), "mmd")?;
+        run(tool("usr/bin/mmd")?.arg("::/loader/credentials"), "mmd")?;
     }
-    run(tool("usr/bin/mcopy").arg(file.path()).arg(format!("::/{path}")), "mcopy")?;
+    run(tool("usr/bin/mcopy")?.arg("-o").arg(file.path()).arg(format!("::/{path}")), "mcopy")?;
     // A card pulled out now has it.
-    File::open(disk).and_then(|f| f.sync_all()).map_err(Error::io("write", disk))
+    disk.sync_all().map_err(Error::io("write", shown))
 }
 
 /// One walk over the image.
@@ -179,16 +186,63 @@ fn write(target: &File, at: u64, bytes: &[u8], device: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// What the target is, if it is a disk; refuses what should not be overwritten.
-fn device(target: &Path, force: Option<&str>, size: u64) -> Result<Option<String>> {
+/// What is to be overwritten, as it was judged and shown to the operator.
+#[derive(Debug)]
+enum Judged {
+    New,
+    /// Device and inode.
+    File((u64, u64)),
+    Disk {
+        /// Its number.
+        rdev: u64,
+        /// For a person: name, model, size.
+        shown: String,
+    },
+}
+
+impl Judged {
+    /// Opens what was judged, and nothing that took its path since: the kernel gives a disk another name when it is
+    /// plugged in again.
+    ///
+    /// # Errors
+    /// It can't be opened; another file or disk has its path now.
+    fn open(&self, target: &Path) -> Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        match self {
+            // It may hold a ticket.
+            Self::New => options.create_new(true).mode(0o600),
+            Self::File(_) => &mut options,
+            // A program that mounted it since has it for itself: the kernel then says that it is busy.
+            Self::Disk { .. } => options.custom_flags(libc::O_EXCL),
+        };
+        let file = options.open(target).map_err(Error::io("open", target))?;
+        let meta = file.metadata().map_err(Error::io("read", target))?;
+        let is_same = match self {
+            Self::New => true,
+            Self::File(inode) => (meta.dev(), meta.ino()) == *inode,
+            Self::Disk { rdev, .. } => meta.file_type().is_block_device() && meta.rdev() == *rdev,
+        };
+        if is_same {
+            return Ok(file);
+        }
+        fail(format!(
+            "{} is another disk or file than a moment ago; nothing was written, begin again",
+            target.display()
+        ))
+    }
+}
+
+/// What the target is; refuses what should not be overwritten.
+fn judge(target: &Path, force: Option<&str>, size: u64) -> Result<Judged> {
     let meta = match fs::metadata(target) {
         Ok(meta) => meta,
-        Err(e) if e.kind() == io::ErrorKind::NotFound && !target.starts_with("/dev") => return Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && !target.starts_with("/dev") => return Ok(Judged::New),
         Err(e) => return Err(Error::io("find", target)(e)),
     };
     let shown = target.display();
     if meta.is_file() {
-        return Ok(None);
+        return Ok(Judged::File((meta.dev(), meta.ino())));
     }
     if !meta.file_type().is_block_device() {
         return Err(Error::Usage(format!("{shown} is neither a disk nor a file")));
@@ -216,7 +270,8 @@ fn device(target: &Path, force: Option<&str>, size: u64) -> Result<Option<String
     }
     let read = |file: &str| fs::read_to_string(sys.join(file)).unwrap_or_default().trim().to_owned();
     let model = [read("device/vendor"), read("device/model")].join(" ");
-    Ok(Some(format!("{name}, {} {:.1} GB", model.trim(), room as f64 / 1e9)))
+    let shown = format!("{name}, {} {:.1} GB", model.trim(), room as f64 / 1e9);
+    Ok(Judged::Disk { rdev: meta.rdev(), shown })
 }
 
 /// Where a disk or one of its partitions is mounted, swapped to, or part of something else.
@@ -311,10 +366,35 @@ mod tests {
         assert_eq!(fs::read(made).unwrap(), b"image");
     }
 
+    /// A path that leads elsewhere between the question and the writing: a disk that was plugged in again.
+    #[test]
+    fn what_took_the_path_since_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("disk"), dir.path().join("other"));
+        fs::write(&path, b"image").unwrap();
+        fs::write(&other, b"precious").unwrap();
+        let judged = judge(&path, None, 1).unwrap();
+        fs::rename(&other, &path).unwrap();
+        let e = judged.open(&path).unwrap_err().to_string();
+        assert!(e.contains("another disk or file than a moment ago"), "{e}");
+        // A file that is new to the operator is new to the kernel.
+        let judged = judge(&other, None, 1).unwrap();
+        std::os::unix::fs::symlink(&path, &other).unwrap();
+        assert!(judged.open(&other).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        // Two disks of this host, where it has loop devices.
+        let rdev = |name: &str| fs::metadata(name).ok().filter(|m| m.file_type().is_block_device()).map(|m| m.rdev());
+        if let (Some(rdev), Some(_)) = (rdev("/dev/loop0"), rdev("/dev/loop1")) {
+            let judged = Judged::Disk { rdev, shown: "loop0".to_owned() };
+            let opened = judged.open(Path::new("/dev/loop1"));
+            assert!(opened.is_err(), "a disk of another number");
+        }
+    }
+
     #[test]
     fn what_is_no_disk_is_refused() {
         for (target, words) in [("/dev/null", "neither a disk nor a file"), ("/dev/no-such-disk", "No such file")] {
-            let e = device(Path::new(target), None, 1).unwrap_err();
+            let e = judge(Path::new(target), None, 1).unwrap_err();
             assert!(e.to_string().contains(words), "{e}");
         }
     }

@@ -1,6 +1,8 @@
 //! Everything that explains what happened, from all machines, in one archive. Without secrets.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use base64::Engine as _;
@@ -58,7 +60,7 @@ pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<
     files.push(("timeline.txt".to_owned(), timeline(&all)));
     files.extend(all.into_iter().flatten());
 
-    let file = File::create(output).map_err(Error::io("create", output))?;
+    let file = private(output).map_err(Error::io("create", output))?;
     let mut archive = tar::Builder::new(GzEncoder::new(file, flate2::Compression::default()));
     for (path, text) in &files {
         let text = redact(text, &secrets);
@@ -72,6 +74,15 @@ pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<
     archive.into_inner().and_then(GzEncoder::finish).map_err(Error::io("write", output))?;
     step.done(&format!("{}: {} files", output.display(), files.len()));
     Ok(())
+}
+
+/// An empty file that its owner alone reads, whatever the umask and the mode of one that was there: journals may hold
+/// what no pattern finds.
+fn private(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).create(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    file.set_len(0)?;
+    Ok(file)
 }
 
 /// A node's files.
@@ -96,7 +107,7 @@ fn ask(project: &Project, node: &Node) -> Vec<(String, String)> {
         let text = said.and_then(|done| {
             let damaged = |e: &dyn std::fmt::Display| Error::Failed(format!("{} answered nonsense: {e}", node.name));
             let packed = BASE64.decode(done.output.trim()).map_err(|e| damaged(&e))?;
-            std::io::read_to_string(flate2::read::GzDecoder::new(&packed[..])).map_err(|e| damaged(&e))
+            io::read_to_string(flate2::read::GzDecoder::new(&packed[..])).map_err(|e| damaged(&e))
         });
         files.push(file(name, text.unwrap_or_else(|e| format!("{e}\n"))));
     }
@@ -164,6 +175,18 @@ mod tests {
         let told = redact(&text, &secrets);
         assert!(secrets.len() > 5 && secrets.iter().all(|s| !told.contains(s.as_str())), "{told}");
         assert!(!told.contains("MIGH") && told.ends_with("(a private key was taken out)\nafter\n"), "{told}");
+    }
+
+    #[test]
+    fn the_archive_is_its_owners() {
+        let dir = tempfile::tempdir().unwrap();
+        let (new, old) = (dir.path().join("new"), dir.path().join("old"));
+        std::fs::write(&old, "an earlier report").unwrap();
+        std::fs::set_permissions(&old, Permissions::from_mode(0o644)).unwrap();
+        for path in [&new, &old] {
+            let meta = private(path).unwrap().metadata().unwrap();
+            assert_eq!((meta.permissions().mode() & 0o777, meta.len()), (0o600, 0), "{}", path.display());
+        }
     }
 
     #[test]
