@@ -1,8 +1,9 @@
 //! A fleet's root and passwords, on the operator's disk: readable by nobody else, never in an
 //! image.
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use base64::Engine as _;
@@ -182,6 +183,18 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Makes a folder that its owner alone enters, or makes it so, whatever the umask.
+///
+/// # Errors
+/// The folder can't be made, or belongs to another user.
+pub(crate) fn private_dir(dir: &Path) -> Result<()> {
+    if let Some(parent) = dir.parent() {
+        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(Error::io("create", dir))?;
+    fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(Error::io("make private", dir))
+}
+
 /// The bytes on the disk beside `path`, in a file that has no name of its own yet.
 fn private_beside(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -194,7 +207,6 @@ fn private_beside(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn each_node_has_a_key_of_its_own_and_the_fleets_passwords() {
@@ -205,6 +217,18 @@ mod tests {
         let (one, two) = (of("hub-1"), of("hub-2"));
         assert_ne!(one.tls.key, two.tls.key);
         assert_eq!((one.tls.ca, one.secrets), (two.tls.ca, two.secrets));
+    }
+
+    #[test]
+    fn a_private_folder_is_private_also_where_it_was_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (vm, new) = (dir.path().join("build/vm"), dir.path().join("build/vm/hub-1"));
+        fs::create_dir_all(&vm).unwrap();
+        fs::set_permissions(&vm, Permissions::from_mode(0o755)).unwrap();
+        for path in [&vm, &new, &new] {
+            private_dir(path).unwrap();
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700, "{}", path.display());
+        }
     }
 
     #[test]

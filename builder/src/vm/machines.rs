@@ -11,7 +11,7 @@ use fleet::{Node, Ticket};
 use super::container::take_away;
 use super::firmware::{Firmware, accelerator, is_emulated};
 use super::{AGENT, READY, SPARE_DISK, Start, Vm, Wire, host_cpus};
-use crate::authority::Authority;
+use crate::authority::{Authority, private_dir};
 use crate::bake::{image_id, slots, var_size};
 use crate::error::{Error, Result, fail};
 use crate::progress::Progress;
@@ -52,7 +52,7 @@ pub fn are_containers(project: &Project, containers: bool) -> Result<()> {
     }
     if containers {
         let dir = project.dir.join("build/vm");
-        fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+        private_dir(&dir)?;
         return fs::write(&mark, "").map_err(Error::io("write", &mark));
     }
     fs::remove_file(&mark).map_err(Error::io("remove", &mark))
@@ -103,7 +103,7 @@ fn boot_at_once(project: &Project, machines: usize) -> Result<usize> {
         return Ok(machines);
     }
     let dir = project.dir.join("build/vm");
-    fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+    private_dir(&dir)?;
     let emulated = is_emulated(accelerator(&Firmware::find(false)?, &dir)?);
     Ok(if emulated { host_cpus().min(machines) } else { machines })
 }

@@ -14,11 +14,11 @@ mod machines;
 mod wire;
 
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,7 +32,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
 use nix::unistd::Pid;
 
-use crate::authority::write_private;
+use crate::authority::{private_dir, write_private};
 use crate::digest::sha256;
 use crate::error::{Error, Result, fail};
 use crate::progress::Step;
@@ -180,7 +180,11 @@ impl Vm {
     /// # Errors
     /// QEMU or the firmware is missing, or does not start.
     pub fn start(&self, start: &Start) -> Result<()> {
-        fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
+        // Disks, consoles and firmware variables hold what the node holds: its keys and the fleet's passwords.
+        if let Some(all) = self.dir.parent().filter(|dir| dir.ends_with("build/vm")) {
+            private_dir(all)?;
+        }
+        private_dir(&self.dir)?;
         let image = start.image.canonicalize().map_err(Error::io("find", start.image))?;
         let meta = fs::metadata(&image).map_err(Error::io("read", &image))?;
         let changed = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
@@ -205,6 +209,9 @@ impl Vm {
             create.arg(start.disk.to_string());
             run(&mut create, "qemu-img (apt install qemu-utils)")?;
             fs::copy(&firmware.vars, self.path("vars.fd")).map_err(Error::io("copy", &firmware.vars))?;
+            for file in [self.disk(), self.path("vars.fd")] {
+                fs::set_permissions(&file, Permissions::from_mode(0o600)).map_err(Error::io("make private", &file))?;
+            }
             fs::write(&of, &from).map_err(Error::io("write", &of))?;
         }
         let _ = fs::remove_file(self.path("console.log"));
@@ -237,7 +244,7 @@ impl Vm {
         }
         let _ = fs::remove_file(self.path("tpm"));
         if let Some(memory) = start.tpm {
-            fs::create_dir_all(memory).map_err(Error::io("create", memory))?;
+            private_dir(memory)?;
             let memory = memory.canonicalize().map_err(Error::io("find", memory))?;
             symlink(&memory, self.path("tpm")).map_err(Error::io("link", self.path("tpm")))?;
             self.start_tpm()?;
