@@ -16,6 +16,10 @@ use nix::unistd::Pid;
 const READY: &str = "bakehouse: ready (hub-1)";
 const FAILED_CLOSED: &str = "bakehouse: the root file system could not be verified or mounted; restarting";
 
+/// How the base64 of a credential begins that systemd's null key encrypts.
+const SEALED_BY_NULL: &str = "BYRp2vb1QySABUnaD46i";
+const ESP: &str = "/dev/disk/by-partlabel/esp";
+
 fn lab(name: &str) -> Lab {
     let lab = Lab::of_fleet(name, "ha");
     lab.ok(&["build", "hub"]);
@@ -30,6 +34,11 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     let disk = lab.dir.join("hub-1.raw");
     let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters"), "--json"]).out;
     assert!(flashed.lines().any(|l| l.contains("\"step\":\"verify\"")), "{flashed}");
+    let on_disk = |text: &str| {
+        let disk = fs::read(&disk).expect("a disk");
+        disk.windows(text.len()).any(|bytes| bytes == text.as_bytes())
+    };
+    assert!(on_disk(SEALED_BY_NULL), "the flashed disk has no ticket");
     let mut hub = Machine::alone(&lab, "hub-1");
     let tpm = lab.dir.join("tpm");
     let _ = fs::remove_dir_all(&tpm);
@@ -37,7 +46,9 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
     // Whoever takes the disk away later has no ticket, and what is on it is of no use elsewhere.
-    assert_eq!(hub.ok("find /efi/loader -name '*.cred'"), "");
+    assert_eq!(hub.ok("find /efi/loader -name '*.cred*'"), "");
+    // Nor in the clusters that the file had.
+    assert_eq!(hub.ok(&format!("grep -ac {SEALED_BY_NULL} {ESP} || :")), "0");
     assert_eq!(hub.ok("cd /var/lib/bakehouse; grep -l '\"sealed\"' *; ! grep -rl PRIVATE ."), "keys.json\nstate.json");
     // By the TPM alone: systemd's own key would not outlive a visit to another machine.
     hub.ok("! test -e /var/lib/systemd/credential.secret && ! test -e /run/systemd/credential.secret");
@@ -223,6 +234,7 @@ fn with_secure_boot_what_is_not_signed_does_not_run() {
     let status = hub.ok("bootctl status --no-pager 2>/dev/null | sed -n 's/^ *Secure Boot: //p'");
     assert_eq!(status, "enabled (user)");
     assert_eq!(hub.ok("find /efi -name '*ticket*'"), "");
+    assert_eq!(hub.ok(&format!("grep -ac '\"founder\"' {ESP} || :")), "0");
     assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
 
     // One changed byte of what firmware runs.
