@@ -219,14 +219,15 @@ impl Project {
         }
     }
 
-    /// Memory and CPUs that the profiles give a group's virtual machine: what every role asks
-    /// for, added up.
+    /// Memory, CPUs and /var that the profiles give a group's virtual machine: what every role asks for, added up.
     #[must_use]
     pub fn machine(&self, group: &str) -> Machine {
         let recipe = self.recipe(group);
         let sizes = || recipe.profiles.iter().map(|p| &p.vm);
         let memory: u64 = sizes().filter_map(|vm| parse_size(vm.memory.as_deref()?)).sum();
-        Machine { memory: memory >> 20, cpus: sizes().filter_map(|vm| vm.cpus).max().unwrap_or(2).into(), patience: 1 }
+        let var: u64 = recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).sum();
+        let cpus = sizes().filter_map(|vm| vm.cpus).max().unwrap_or(2).into();
+        Machine { memory: memory >> 20, var: var >> 20, cpus, patience: 1 }
     }
 
     /// What a node's templates see, on a machine as large as the profiles say.

@@ -5,13 +5,15 @@ use std::path::Path;
 use std::thread;
 
 use fleet::{EMULATED, Machine};
+use nix::sys::statvfs::statvfs;
 
 use crate::error::{Error, Result};
 
-/// Memory and CPUs of this machine, as the kernel tells; `virtualization` is what systemd calls it.
+/// Memory, CPUs and the size of /var of this machine, as the kernel reports them; `virtualization` is what systemd
+/// calls it.
 ///
 /// # Errors
-/// /proc is not there.
+/// /proc/meminfo cannot be read, or the file system of /var cannot be asked.
 pub fn read(virtualization: &str) -> Result<Machine> {
     let path = Path::new("/proc/meminfo");
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
@@ -20,7 +22,9 @@ pub fn read(virtualization: &str) -> Result<Machine> {
     let cpus = thread::available_parallelism().map_or(1, |n| n.get() as u64);
     // `kvm` is the name of QEMU with real processors.
     let patience = if virtualization == "qemu" { EMULATED } else { 1 };
-    Ok(Machine { memory, cpus, patience })
+    let var = statvfs("/var").map_err(|e| Error::io("look at the size of", "/var")(e.into()))?;
+    let var = var.blocks() * var.fragment_size() >> 20;
+    Ok(Machine { memory, var, cpus, patience })
 }
 
 /// MiB of `MemTotal`.

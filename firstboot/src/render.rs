@@ -77,7 +77,7 @@ mod tests {
         let topology = Topology::of(&Fleet::parse("f", b"name = \"acme\"\ngroups.hub.count = 3\n").unwrap());
         let node = topology.node("hub-2").unwrap();
         let member = Membership::sample();
-        let machine = Machine { memory: 1024, cpus: 2, patience: 1 };
+        let machine = Machine { memory: 1024, var: 1024, cpus: 2, patience: 1 };
         let context = NodeContext {
             fleet: &topology,
             node,

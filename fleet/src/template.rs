@@ -30,6 +30,8 @@ pub struct NodeContext<'a> {
 pub struct Machine {
     /// MiB of memory.
     pub memory: u64,
+    /// MiB that /var can hold.
+    pub var: u64,
     pub cpus: u64,
     /// Multiplies the time-outs of failure detection (BFD, VRRP, etcd's elections, health
     /// checks): 1 on real processors, [`EMULATED`] on one that QEMU emulates.
