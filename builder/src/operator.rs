@@ -1,17 +1,18 @@
-//! What an operator may ask of the hubs: requests that the fleet's root signed.
+//! What an operator may ask of the hubs: orders that the fleet's root signs, each for one hub, one
+//! connection and a few minutes.
 
 use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use firstboot::https::{self, Connection, request};
+use firstboot::https::{self, Connection};
 use firstboot::join::endpoint;
 use fleet::{
-    Departure, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Tokens, TokensRequest,
-    Topology, compare_versions, encoding,
+    Departure, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
+    TokensRequest, Topology, compare_versions, encoding,
 };
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::authority::Authority;
+use crate::authority::{Authority, random};
 use crate::error::{Error, Result, fail};
 
 /// Longest answer that is read: a fleet's life of tokens.
@@ -31,8 +32,9 @@ impl Hubs<'_> {
     /// # Errors
     /// None does: what each of them said.
     pub fn revoke(&self, token: &str) -> Result<String> {
-        let asked = Revocation { version: PROTOCOL, fleet: self.topology.name.clone(), token: token.to_owned() };
-        self.ask("/v1/revoke", &asked).map(|(hub, _)| hub)
+        let asked =
+            Revocation { version: PROTOCOL, fleet: self.topology.name.clone(), token: token.to_owned(), scope: None };
+        self.ask(&asked).map(|(hub, _)| hub)
     }
 
     /// What became of the tokens.
@@ -40,8 +42,8 @@ impl Hubs<'_> {
     /// # Errors
     /// No hub answers: what each of them said.
     pub fn tokens(&self) -> Result<Tokens> {
-        let asked = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone() };
-        let (hub, answer) = self.ask("/v1/tokens", &asked)?;
+        let asked = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone(), scope: None };
+        let (hub, answer) = self.ask(&asked)?;
         readable(&hub, &answer)
     }
 
@@ -50,8 +52,17 @@ impl Hubs<'_> {
     /// # Errors
     /// None does: what each of them said.
     pub fn leave(&self, slot: &str, now: bool) -> Result<String> {
-        let asked = Departure { version: PROTOCOL, fleet: self.topology.name.clone(), slot: slot.to_owned(), now };
-        self.ask("/v1/leave", &asked).map(|(hub, _)| hub)
+        // The owner that the operator means is the one of today.
+        let epoch = self.rollout(RolloutOrder::Tell)?.epochs.get(slot).copied();
+        let asked = Departure {
+            version: PROTOCOL,
+            fleet: self.topology.name.clone(),
+            slot: slot.to_owned(),
+            now,
+            epoch,
+            scope: None,
+        };
+        self.ask(&asked).map(|(hub, _)| hub)
     }
 
     /// Gives an order to the rollout, and tells how far it is.
@@ -59,25 +70,30 @@ impl Hubs<'_> {
     /// # Errors
     /// No hub takes it: what each of them said.
     pub fn rollout(&self, order: RolloutOrder) -> Result<Rollout> {
-        let asked = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order };
-        let (hub, answer) = self.ask("/v1/rollout", &asked)?;
+        let asked = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order, scope: None };
+        let (hub, answer) = self.ask(&asked)?;
         readable(&hub, &answer)
     }
 
     /// The first answer, and the hub that gave it.
-    fn ask(&self, path: &str, asked: &impl Serialize) -> Result<(String, Vec<u8>)> {
-        let body = serde_json::to_vec(asked).map_err(|e| Error::Failed(e.to_string()))?;
-        let signature = encoding::encode(&self.authority.root.sign(&body)?);
-        let tls = https::client(self.authority.root.certificate(), None).map_err(|e| Error::Failed(e.to_string()))?;
+    fn ask<T: SignedOrder + Clone>(&self, order: &T) -> Result<(String, Vec<u8>)> {
+        let root = &self.authority.root;
+        let tls = https::client(root.certificate(), None).map_err(|e| Error::Failed(e.to_string()))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|e| Error::Failed(format!("cannot reach the network: {e}")))?;
         let mut said = Vec::new();
         for hub in &self.topology.hubs {
             let Some(host) = endpoint(hub, &self.endpoints) else { continue };
+            let order = order.clone().with_scope(OrderScope {
+                path: T::PATH.to_owned(),
+                hub: hub.name.clone(),
+                issued_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+                nonce: encoding::encode(&random::<16>()?),
+            });
+            let body = serde_json::to_vec(&order).map_err(|e| Error::Failed(e.to_string()))?;
             let answer = runtime.block_on(async {
                 let mut connection = Connection::open(&host, self.topology.mesh.port, &hub.name, &tls).await?;
-                let headers = [(SIGNATURE_HEADER, signature.as_str())];
-                connection.ask(request("POST", &host, path, &headers, body.clone().into())?, LONGEST).await
+                connection.post_signed(T::PATH, &body, |message| root.sign(message), LONGEST).await
             });
             match answer {
                 Ok(answer) => return Ok((hub.name.clone(), answer.to_vec())),
@@ -152,6 +168,7 @@ mod tests {
                 ),
             ]),
             members: ["app-1", "app-2", "db-1", "hub-1"].map(String::from).into(),
+            ..Rollout::default()
         };
         let text = describe(&rollout);
         for words in [

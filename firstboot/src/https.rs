@@ -5,6 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use fleet::{
+    BOUND_SIGNATURE_HEADER, CertificateError, ChannelBinding, EXPORTER_LABEL, PublicKey, SIGNATURE_HEADER,
+    bound_message, encoding,
+};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
@@ -18,7 +22,9 @@ use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use webpki::EndEntityCert;
 
 use crate::error::{Error, Result};
 
@@ -36,7 +42,7 @@ pub struct Identity<'a> {
 /// PEM that is none.
 pub fn client(root: &str, identity: Option<Identity>) -> Result<Arc<ClientConfig>> {
     let config = ClientConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(&[&TLS13])
         .map_err(tls)?
         .with_root_certificates(roots(root)?);
     Ok(Arc::new(match identity {
@@ -55,7 +61,8 @@ pub fn server(root: &str, own: Identity) -> Result<Arc<ServerConfig>> {
         .build()
         .map_err(|e| Error::Configuration(format!("the fleet root's certificate: {e}")))?;
     let config = ServerConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()
+        // TLS 1.2's exporter identifies a connection only with an extension.
+        .with_protocol_versions(&[&TLS13])
         .map_err(tls)?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain(own.cert)?, key(own.key)?)
@@ -67,6 +74,8 @@ pub fn server(root: &str, own: Identity) -> Result<Arc<ServerConfig>> {
 pub struct Connection {
     to: String,
     sender: SendRequest<Full<Bytes>>,
+    binding: Option<ChannelBinding>,
+    peer_key: Option<String>,
 }
 
 impl Connection {
@@ -84,7 +93,44 @@ impl Connection {
             TlsConnector::from(config.clone()).connect(expected, tcp).await
         });
         let stream = connected.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?;
-        Self::over(stream, to).await
+        let session = stream.get_ref().1;
+        let binding =
+            session.export_keying_material([0; 32], EXPORTER_LABEL, None).map_err(|e| failed(e.to_string()))?;
+        let cert = session.peer_certificates().and_then(<[_]>::first).and_then(|c| EndEntityCert::try_from(c).ok());
+        let peer_key = cert.as_ref().and_then(tls_key);
+        let connection = Self::over(stream, to).await?;
+        Ok(Self { binding: Some(binding), peer_key, ..connection })
+    }
+
+    /// What identifies this TLS connection to both of its ends; `None` without TLS.
+    #[must_use]
+    pub fn binding(&self) -> Option<&ChannelBinding> {
+        self.binding.as_ref()
+    }
+
+    /// Base64 of the public key in the other end's certificate, as in [`fleet::SlotRecord`].
+    #[must_use]
+    pub fn peer_key(&self) -> Option<&str> {
+        self.peer_key.as_deref()
+    }
+
+    /// Posts a body that `sign` signs for this connection and this path, and, for hubs of the version
+    /// before, by itself; reads the whole answer, if it is no longer than `longest` bytes.
+    ///
+    /// # Errors
+    /// The connection has no TLS, the key can't be read; as [`Self::ask`].
+    pub async fn post_signed(
+        &mut self,
+        path: &str,
+        body: &[u8],
+        sign: impl Fn(&[u8]) -> Result<Vec<u8>, CertificateError>,
+        longest: usize,
+    ) -> Result<Bytes> {
+        let unbound = || Error::Failed(format!("cannot sign a request to {}: the connection has no TLS", self.to));
+        let message = bound_message(self.binding.as_ref().ok_or_else(unbound)?, "POST", path, body);
+        let (bound, plain) = (encoding::encode(&sign(&message)?), encoding::encode(&sign(body)?));
+        let headers = [(BOUND_SIGNATURE_HEADER, bound.as_str()), (SIGNATURE_HEADER, plain.as_str())];
+        self.ask(request("POST", "hub", path, &headers, body.to_vec().into())?, longest).await
     }
 
     /// Connects to whoever answers at `host:port`, without TLS.
@@ -108,7 +154,7 @@ impl Connection {
         tokio::spawn(async move {
             let _ = connection.await;
         });
-        Ok(Self { to, sender })
+        Ok(Self { to, sender, binding: None, peer_key: None })
     }
 
     /// Sends one request; the answer's body is still to come.
@@ -159,6 +205,14 @@ pub fn request(
         request = request.header(*name, *value);
     }
     request.body(Full::new(body)).map_err(|e| Error::Failed(format!("a request can't be made: {e}")))
+}
+
+/// Base64 of a certificate's P-256 public key; `None` for a key of another kind.
+pub(crate) fn tls_key(cert: &EndEntityCert) -> Option<String> {
+    let spki = cert.subject_public_key_info();
+    // An uncompressed P-256 point is the end of it.
+    let point = spki.as_ref().get(spki.as_ref().len().checked_sub(65)?..)?;
+    Some(encoding::encode(PublicKey::of(point)?.as_bytes()))
 }
 
 fn provider() -> Arc<CryptoProvider> {

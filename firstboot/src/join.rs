@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fleet::{
     Answer, Grant, Introduction, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, Peers, Renewal, Report,
-    SIGNATURE_HEADER, Topology, encoding,
+    Topology, encoding,
 };
 use tokio_rustls::rustls::ClientConfig;
 
@@ -53,17 +53,9 @@ impl Hubs {
     ///
     /// # Errors
     /// It does not answer.
-    async fn ask(
-        &self,
-        slot: &str,
-        host: &str,
-        method: &str,
-        path: &str,
-        headers: &[(&str, &str)],
-        body: &[u8],
-    ) -> Result<bytes::Bytes> {
+    async fn ask(&self, slot: &str, host: &str, method: &str, path: &str, body: &[u8]) -> Result<bytes::Bytes> {
         let mut connection = Connection::open(host, self.port, slot, &self.tls).await?;
-        connection.ask(request(method, host, path, headers, body.to_vec().into())?, LONGEST).await
+        connection.ask(request(method, host, path, &[], body.to_vec().into())?, LONGEST).await
     }
 
     /// Who is where, from whichever hub answers first.
@@ -73,7 +65,7 @@ impl Hubs {
     pub async fn peers(&self) -> Result<Peers> {
         let mut last = Error::Failed("the fleet has no other hub".to_owned());
         for (slot, host) in self.shuffled() {
-            match self.ask(slot, host, "GET", "/v1/peers", &[], b"").await.and_then(|b| read(slot, &b)) {
+            match self.ask(slot, host, "GET", "/v1/peers", b"").await.and_then(|b| read(slot, &b)) {
                 Ok(peers) => return Ok(peers),
                 Err(e) => last = e,
             }
@@ -89,7 +81,7 @@ impl Hubs {
         let body = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
         let mut last = Error::Failed("the fleet has no other hub".to_owned());
         for (slot, host) in self.shuffled() {
-            match self.ask(slot, host, "POST", "/v1/turn", &[], &body).await.and_then(|b| read(slot, &b)) {
+            match self.ask(slot, host, "POST", "/v1/turn", &body).await.and_then(|b| read(slot, &b)) {
                 Ok(answer) => return Ok(answer),
                 Err(e) => last = e,
             }
@@ -116,7 +108,7 @@ impl Hubs {
     async fn tell(&self, path: &str) -> Result<()> {
         let mut last = Error::Failed("the fleet has no other hub".to_owned());
         for (slot, host) in self.shuffled() {
-            match self.ask(slot, host, "POST", path, &[], b"").await {
+            match self.ask(slot, host, "POST", path, b"").await {
                 Ok(_) => return Ok(()),
                 Err(e) => last = e,
             }
@@ -137,7 +129,7 @@ impl Hubs {
         let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
         let mut last = Err(Error::Failed("the fleet has no other hub".to_owned()));
         for (slot, host) in self.shuffled() {
-            last = self.ask(slot, host, "POST", "/v1/renew", &[], &body).await.and_then(|b| read(slot, &b));
+            last = self.ask(slot, host, "POST", "/v1/renew", &body).await.and_then(|b| read(slot, &b));
             let later = match &last {
                 Ok(JoinReply::Refused(no)) => no.reason.passes(),
                 Ok(JoinReply::Granted(_)) => false,
@@ -154,7 +146,7 @@ impl Hubs {
     pub async fn introduce(&self, own: &Introduction, known: impl Fn(&str) -> bool) -> Vec<(String, Peers)> {
         let body = serde_json::to_vec(own).unwrap_or_default();
         let asked = self.hosts.iter().filter(|(slot, _)| !known(slot)).map(async |(slot, host)| {
-            let answer = self.ask(slot, host, "POST", "/v1/introduce", &[], &body).await;
+            let answer = self.ask(slot, host, "POST", "/v1/introduce", &body).await;
             let peers = answer.and_then(|b| read::<Peers>(slot, &b)).inspect_err(|e| println!("{e}")).ok();
             peers.map(|peers| (slot.clone(), peers))
         });
@@ -176,7 +168,6 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
         tls_key: encoding::encode(keys.tls.public()?.as_bytes()),
     };
     let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
-    let signature = encoding::encode(&joiner.key.sign(&body)?);
     let names: Vec<&str> = hubs.hosts.iter().map(|(slot, _)| slot.as_str()).collect();
     say(Event::Asking, &format!("asking {} for a slot in {}", names.join(", "), asked.group));
     let mut pause = Pause::default();
@@ -184,8 +175,11 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
     loop {
         let mut answers = Vec::new();
         for (slot, host) in hubs.shuffled() {
-            let answer = hubs.ask(slot, host, "POST", "/v1/join", &[(SIGNATURE_HEADER, &signature)], &body).await;
-            match answer.and_then(|b| read(slot, &b)) {
+            let answer = async {
+                let mut connection = Connection::open(host, hubs.port, slot, &hubs.tls).await?;
+                connection.post_signed("/v1/join", &body, |message| joiner.key.sign(message), LONGEST).await
+            };
+            match answer.await.and_then(|b| read(slot, &b)) {
                 Ok(JoinReply::Granted(grant)) => return Ok(grant),
                 Ok(JoinReply::Refused(no)) if !no.reason.passes() => {
                     return Err(Error::Configuration(format!("{slot} refuses this node: {}", no.text)));

@@ -15,6 +15,7 @@ use crate::hub::api::Hub;
 use crate::hub::claims::ClaimsDesk;
 use crate::hub::fence::{self, Fence};
 use crate::hub::listener::serve;
+use crate::hub::orders::OrderLog;
 use crate::hub::rollout;
 use crate::identity::Identity;
 use crate::image::Image;
@@ -115,6 +116,7 @@ impl Member {
                 // On connections of its own: they belong to the API's thread.
                 desk: Arc::new(desk.beside(Etcd::new(members(&topology, &node), tls.clone()))),
                 neighbourhood: neighbourhood.clone(),
+                orders: OrderLog::default(),
             };
             let at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, topology.mesh.port));
             serve(Arc::new(hub), at, https::server(&who.state.root, own)?).await

@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::encoding;
 use crate::membership::Secrets;
+use crate::signed::OrderScope;
 use crate::ticket::Token;
 
 /// Format of these messages.
 pub const PROTOCOL: u16 = 1;
-/// Header with the base64 of the token key's signature over the request's body.
+/// Header with the base64 of a signature over the body alone. Hubs of the version before require it;
+/// hubs of this version require [`crate::BOUND_SIGNATURE_HEADER`] and ignore this one.
 pub const SIGNATURE_HEADER: &str = "bakehouse-signature";
 /// Longest message either side reads, in bytes.
 pub const LONGEST: usize = 1 << 20;
@@ -130,6 +132,9 @@ pub struct Revocation {
     pub fleet: String,
     /// The token's id.
     pub token: String,
+    /// Where and when it holds; hubs of this version require it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<OrderScope>,
 }
 
 /// `POST /v1/tokens`, signed by the fleet's root: what became of the tokens.
@@ -137,6 +142,9 @@ pub struct Revocation {
 pub struct TokensRequest {
     pub version: u16,
     pub fleet: String,
+    /// Where and when it holds; hubs of this version require it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<OrderScope>,
 }
 
 /// The answer to it.
@@ -156,6 +164,12 @@ pub struct Departure {
     pub slot: String,
     /// Its machine is not waited for: it is dead, or not to be trusted.
     pub now: bool,
+    /// Epoch of the slot that the operator saw: an owner since then is not meant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<u64>,
+    /// Where and when it holds; hubs of this version require it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<OrderScope>,
 }
 
 /// The answer to an introduction, and to `GET /v1/peers`, which every node may ask.

@@ -16,6 +16,7 @@ mod profile;
 mod rollout;
 mod schema;
 mod settings;
+mod signed;
 mod template;
 mod ticket;
 mod topology;
@@ -35,6 +36,9 @@ pub use rollout::{Answer, Doing, Report, Rollout, RolloutOrder, RolloutRequest, 
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
 pub use settings::{
     Alerts, Backup, Database, Email, Firewall, Netboot, Odoo, OpenPort, Promise, Proto, S3, SecureBoot, Update,
+};
+pub use signed::{
+    BOUND_SIGNATURE_HEADER, ChannelBinding, EXPORTER_LABEL, ORDER_VALIDITY, OrderScope, SignedOrder, bound_message,
 };
 pub use template::{EMULATED, Machine, NodeContext, RenderError, line_map, render, variables};
 pub use ticket::{Claims, Founder, Joiner, Right, Ticket, TicketError, Token};

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::signed::OrderScope;
 use crate::topology::{Node, Topology};
 use crate::version::compare_versions;
 
@@ -81,6 +82,9 @@ pub struct RolloutRequest {
     pub version: u16,
     pub fleet: String,
     pub order: RolloutOrder,
+    /// Where and when it holds; hubs of this version require it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<OrderScope>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +112,9 @@ pub struct Rollout {
     pub nodes: BTreeMap<String, Report>,
     /// Slots that have an owner.
     pub members: BTreeSet<String>,
+    /// Epoch of each slot's record; hubs of the version before say none.
+    #[serde(default)]
+    pub epochs: BTreeMap<String, u64>,
 }
 
 /// What follows from a report.

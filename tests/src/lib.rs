@@ -5,6 +5,7 @@ mod compare;
 mod etcd;
 mod machine;
 pub mod rack;
+pub mod rogue_hub;
 pub mod site;
 pub mod updates;
 pub mod wire;

@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use firstboot::etcd::Etcd;
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::listener::serve;
+use firstboot::hub::orders::OrderLog;
 use firstboot::neighbours::Neighbourhood;
 use fleet::{
-    Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Reason,
-    Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Tokens, TokensRequest, Topology,
+    Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, OrderScope, PROTOCOL, PrivateKey,
+    Reason, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, SignedOrder, Tokens, TokensRequest, Topology,
     encoding,
 };
 
@@ -92,6 +93,7 @@ impl Site {
             secrets: Secrets::sample(),
             desk: served,
             neighbourhood: Arc::new(Neighbourhood::load(&dir, BTreeMap::new())),
+            orders: OrderLog::default(),
         });
         let at: SocketAddr = format!("127.0.0.{}:{}", i + 1, self.topology.mesh.port).parse().expect("an address");
         let tls = https::server(self.root.certificate(), own).expect("a certificate");
@@ -175,49 +177,62 @@ impl Site {
         asked.await.map_err(|e| e.to_string())
     }
 
-    /// What whoever has this root is answered by hub-2.
-    async fn signed(&self, path: &str, body: Vec<u8>, root: &Issuer) -> Result<bytes::Bytes, String> {
-        let signature = encoding::encode(&root.sign(&body).expect("a root"));
+    /// What the owner of this root is answered by hub-2.
+    async fn signed<T: SignedOrder>(&self, order: T, root: &Issuer) -> Result<bytes::Bytes, String> {
+        self.order(1, T::PATH, &order.with_scope(scope(T::PATH, "hub-2")), root).await
+    }
+
+    /// What a hub answers to an order as it stands, posted to `path`.
+    ///
+    /// # Errors
+    /// The hub's refusal.
+    pub async fn order<T: SignedOrder>(
+        &self,
+        hub: usize,
+        path: &str,
+        order: &T,
+        root: &Issuer,
+    ) -> Result<bytes::Bytes, String> {
+        let body = serde_json::to_vec(order).expect("JSON");
         let tls = https::client(self.root.certificate(), None).expect("a certificate");
         let asked = async {
-            let mut hub = Connection::open("127.0.0.2", self.topology.mesh.port, "hub-2", &tls).await?;
-            hub.ask(request("POST", "hub", path, &[(SIGNATURE_HEADER, &signature)], body.into())?, 1 << 20).await
+            let (host, name) = (format!("127.0.0.{}", hub + 1), format!("hub-{}", hub + 1));
+            let mut hub = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
+            hub.post_signed(path, &body, |message| root.sign(message), 1 << 20).await
         };
         asked.await.map_err(|e| e.to_string())
     }
 
     /// # Errors
-    /// The hub's no.
+    /// The hub's refusal.
     pub async fn rollout(&self, order: RolloutOrder, root: &Issuer) -> Result<Rollout, String> {
-        let asked = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order };
-        let answer = self.signed("/v1/rollout", serde_json::to_vec(&asked).expect("JSON"), root).await?;
+        let order = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order, scope: None };
+        let answer = self.signed(order, root).await?;
         serde_json::from_slice(&answer).map_err(|e| e.to_string())
     }
 
     /// # Errors
-    /// The hub's no.
+    /// The hub's refusal.
     pub async fn tokens(&self, root: &Issuer) -> Result<Tokens, String> {
-        let asked = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone() };
-        let answer = self.signed("/v1/tokens", serde_json::to_vec(&asked).expect("JSON"), root).await?;
-        serde_json::from_slice(&answer).map_err(|e| e.to_string())
+        let order = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone(), scope: None };
+        serde_json::from_slice(&self.signed(order, root).await?).map_err(|e| e.to_string())
     }
 
     /// Has a token revoked.
     ///
     /// # Errors
-    /// The hub's no.
+    /// The hub's refusal.
     pub async fn revoke(&self, token: &str, root: &Issuer) -> Result<(), String> {
-        let asked = Revocation { version: PROTOCOL, fleet: "acme".to_owned(), token: token.to_owned() };
-        self.signed("/v1/revoke", serde_json::to_vec(&asked).expect("JSON"), root).await.map(drop)
+        let order = Revocation { version: PROTOCOL, fleet: "acme".to_owned(), token: token.to_owned(), scope: None };
+        self.signed(order, root).await.map(drop)
     }
 
     /// Has a node told to leave.
     ///
     /// # Errors
-    /// The hub's no.
+    /// The hub's refusal.
     pub async fn leave(&self, slot: &str, now: bool, root: &Issuer) -> Result<(), String> {
-        let asked = Departure { version: PROTOCOL, fleet: "acme".to_owned(), slot: slot.to_owned(), now };
-        self.signed("/v1/leave", serde_json::to_vec(&asked).expect("JSON"), root).await.map(drop)
+        self.signed(departure(slot, now, None), root).await.map(drop)
     }
 
     /// A node with keys of its own.
@@ -234,6 +249,23 @@ impl Site {
     }
 }
 
+/// An order's scope: this path, this hub, now.
+#[must_use]
+pub fn scope(path: &str, hub: &str) -> OrderScope {
+    OrderScope {
+        path: path.to_owned(),
+        hub: hub.to_owned(),
+        issued_at: SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs(),
+        nonce: encoding::encode(PrivateKey::generate().expect("randomness").public().expect("a key").as_bytes()),
+    }
+}
+
+/// The order that a node of the test fleet leaves; `epoch` is the owner that is meant.
+#[must_use]
+pub fn departure(slot: &str, now: bool, epoch: Option<u64>) -> Departure {
+    Departure { version: PROTOCOL, fleet: "acme".to_owned(), slot: slot.to_owned(), now, epoch, scope: None }
+}
+
 /// Asks one hub once.
 ///
 /// # Errors
@@ -248,12 +280,11 @@ pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot
         tls_key: encoding::encode(asker.tls.public().expect("a key").as_bytes()),
     };
     let body = serde_json::to_vec(&asked).expect("JSON");
-    let signature = encoding::encode(&asker.joiner.key.sign(&body).expect("a key"));
     let host = format!("127.0.0.{}", hub + 1);
     let tls = https::client(&root, None).expect("a certificate");
     let mut connection = Connection::open(&host, port, &format!("hub-{}", hub + 1), &tls).await?;
-    let asked = request("POST", &host, "/v1/join", &[(SIGNATURE_HEADER, &signature)], body.into())?;
-    let answer = connection.ask(asked, fleet::LONGEST).await?;
+    let sign = |message: &[u8]| asker.joiner.key.sign(message);
+    let answer = connection.post_signed("/v1/join", &body, sign, fleet::LONGEST).await?;
     Ok(serde_json::from_slice(&answer).expect("an answer"))
 }
 

@@ -6,17 +6,18 @@ use std::sync::Arc;
 use bytes::Bytes;
 use fleet::{
     Answer, Departure, Grant, Introduction, Issuer, JoinReply, JoinRequest, Node, PROTOCOL, Peers, PublicKey, Reason,
-    Refusal, Renewal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, SIGNATURE_HEADER, Secrets, Tokens,
-    TokensRequest, Topology, encoding,
+    Refusal, Renewal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, Tokens, TokensRequest,
+    Topology, encoding,
 };
 use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 
 use super::claims::ClaimsDesk;
+use super::departures::Identified;
 use super::listener::{Member, Peer};
-use super::token::{no, signed_by_root, verify};
+use super::orders::{OrderLog, Signed};
+use super::token::{no, verify};
 use super::{refusals, rollout};
 use crate::error::{Error, Result};
 use crate::neighbours::Neighbourhood;
@@ -32,6 +33,8 @@ pub struct Hub {
     pub epoch: u64,
     pub desk: Arc<ClaimsDesk>,
     pub neighbourhood: Arc<Neighbourhood>,
+    /// The operator's orders that this hub has carried out.
+    pub orders: OrderLog,
 }
 
 /// An extension of the response to a join that was granted.
@@ -41,10 +44,10 @@ pub(super) struct Admitted;
 /// Answers one request of a connection.
 pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
-    let signature = head.headers.get(SIGNATURE_HEADER).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-    match (head.method, head.uri.path(), peer.member.as_ref()) {
+    let signed = Signed::of(peer, &head, &body);
+    match (head.method.clone(), head.uri.path(), peer.member.as_ref()) {
         (Method::POST, "/v1/join", _) => {
-            let reply = hub.join(&body, &signature).await;
+            let reply = hub.join(&signed).await;
             let mut response = json(&reply);
             if matches!(reply, JoinReply::Granted(_)) {
                 response.extensions_mut().insert(Admitted);
@@ -56,17 +59,17 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             Ok(peers) => json(&peers),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
         },
-        (Method::POST, "/v1/revoke", _) => told(hub.revoke(&body, &signature).await),
-        (Method::POST, "/v1/leave", Some(member)) if signature.is_empty() => told(hub.take_leave(member).await),
-        (Method::POST, "/v1/leave", _) => told(hub.leave(&body, &signature).await),
+        (Method::POST, "/v1/revoke", _) => told(hub.revoke(&signed).await),
+        (Method::POST, "/v1/leave", Some(member)) if !signed.is_signed() => told(hub.take_leave(member).await),
+        (Method::POST, "/v1/leave", _) => told(hub.leave(&signed).await),
         (Method::POST, "/v1/left", Some(member)) => {
             told(hub.desk.left(&member.slot, &member.tls_key).await.unwrap_or_else(|e| Err(busy(e))))
         }
-        (Method::POST, "/v1/tokens", _) => match hub.tokens(&body, &signature).await {
+        (Method::POST, "/v1/tokens", _) => match hub.tokens(&signed).await {
             Ok(tokens) => json(&tokens),
             Err(refusal) => told(Err(refusal)),
         },
-        (Method::POST, "/v1/rollout", _) => match hub.rollout(&body, &signature).await {
+        (Method::POST, "/v1/rollout", _) => match hub.rollout(&signed).await {
             Ok(rollout) => json(&rollout),
             Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
@@ -98,9 +101,10 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
 
 impl Hub {
     /// Lets a node in, or says why not.
-    async fn join(&self, body: &[u8], signature: &str) -> JoinReply {
+    async fn join(&self, signed: &Signed<'_>) -> JoinReply {
         let granted = async {
-            let request: JoinRequest = serde_json::from_slice(body)
+            let signature = signed.signature()?;
+            let request: JoinRequest = serde_json::from_slice(signed.body)
                 .map_err(|e| no(Reason::Malformed, &format!("the request is not readable: {e}")))?;
             if request.version != PROTOCOL {
                 let text = format!(
@@ -110,7 +114,7 @@ impl Hub {
                 return Err(no(Reason::Malformed, &text));
             }
             let key = tls_key(&request.tls_key)?;
-            let claims = verify(&self.root, &self.topology.name, &request, body, signature)?;
+            let claims = verify(&self.root, &self.topology.name, &request, &signed.message, signature)?;
             let given = self.desk.claim(&claims, &request).await.map_err(|e| {
                 eprintln!("a claim for {}: {e}", claims.group);
                 no(Reason::Busy, "etcd does not answer")
@@ -157,34 +161,34 @@ impl Hub {
     }
 
     /// The operator takes a token back.
-    async fn revoke(&self, body: &[u8], signature: &str) -> Result<(), Refusal> {
-        let asked: Revocation = self.of_root(body, signature, |r: &Revocation| (r.version, r.fleet.clone()))?;
+    async fn revoke(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
+        let asked: Revocation = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
         println!("token {} is revoked", asked.token.escape_debug());
         self.desk.revoke(&asked.token).await.map_err(busy)
     }
 
     /// The operator asks what became of the tokens.
-    async fn tokens(&self, body: &[u8], signature: &str) -> Result<Tokens, Refusal> {
-        let _: TokensRequest = self.of_root(body, signature, |r: &TokensRequest| (r.version, r.fleet.clone()))?;
+    async fn tokens(&self, signed: &Signed<'_>) -> Result<Tokens, Refusal> {
+        let _: TokensRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
         self.desk.tokens().await.map_err(busy)
     }
 
     /// The operator has a node go.
-    async fn leave(&self, body: &[u8], signature: &str) -> Result<(), Refusal> {
-        let asked: Departure = self.of_root(body, signature, |d: &Departure| (d.version, d.fleet.clone()))?;
+    async fn leave(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
+        let asked: Departure = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
         println!("{} is to leave{}", asked.slot.escape_debug(), if asked.now { " at once" } else { "" });
-        self.desk.leave(&asked.slot, asked.now, None).await.unwrap_or_else(|e| Err(busy(e)))
+        self.desk.leave(&asked.slot, asked.now, Identified::Epoch(asked.epoch)).await.unwrap_or_else(|e| Err(busy(e)))
     }
 
     /// A node goes by itself.
     async fn take_leave(&self, member: &Member) -> Result<(), Refusal> {
         println!("{} leaves", member.slot);
-        self.desk.leave(&member.slot, false, Some(&member.tls_key)).await.unwrap_or_else(|e| Err(busy(e)))
+        self.desk.leave(&member.slot, false, Identified::Key(&member.tls_key)).await.unwrap_or_else(|e| Err(busy(e)))
     }
 
     /// The operator looks at the rollout, pauses it, or lets it go on.
-    async fn rollout(&self, body: &[u8], signature: &str) -> Result<Rollout, Refusal> {
-        let asked: RolloutRequest = self.of_root(body, signature, |r: &RolloutRequest| (r.version, r.fleet.clone()))?;
+    async fn rollout(&self, signed: &Signed<'_>) -> Result<Rollout, Refusal> {
+        let asked: RolloutRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
         if asked.order != RolloutOrder::Tell {
             println!("rollout: {:?}", asked.order);
         }
@@ -203,26 +207,6 @@ impl Hub {
             return Err(no(Reason::Fenced, &text));
         }
         rollout::report(self.desk.etcd(), &self.topology, &member.slot, &said).await.map_err(busy)
-    }
-
-    /// Reads what only the operator may ask: whoever has the fleet's root.
-    fn of_root<T: DeserializeOwned>(
-        &self,
-        body: &[u8],
-        signature: &str,
-        of: impl Fn(&T) -> (u16, String),
-    ) -> Result<T, Refusal> {
-        let signed = encoding::decode(signature).is_some_and(|s| signed_by_root(&self.root, body, &s));
-        if !signed {
-            return Err(no(Reason::Forged, "this was not signed by the fleet's root"));
-        }
-        let asked: T = serde_json::from_slice(body)
-            .map_err(|e| no(Reason::Malformed, &format!("the request is not readable: {e}")))?;
-        if of(&asked) != (PROTOCOL, self.topology.name.clone()) {
-            let text = format!("this is a hub of `{}`, format {PROTOCOL}", self.topology.name);
-            return Err(no(Reason::OtherFleet, &text));
-        }
-        Ok(asked)
     }
 
     /// A founder says who it is, before there is an etcd to read it from.

@@ -9,14 +9,23 @@ use super::token::no;
 use crate::error::{Error, Result};
 use crate::etcd::{If, Then};
 
+/// Which owner of a slot is meant.
+#[derive(Clone, Copy, Debug)]
+pub enum Identified<'a> {
+    /// The one with this TLS key: a node that speaks for itself.
+    Key(&'a str),
+    /// The one of this epoch, as the operator saw it; `None`: whichever it is now.
+    Epoch(Option<u64>),
+}
+
 impl ClaimsDesk {
     /// A node is to go. Its machine hears of it and does so by itself; with `now` it is not
-    /// waited for, and is fenced. `own` is the key of a node that says it of itself. Said again,
-    /// it goes on from where it was.
+    /// waited for, and is fenced. `owner` is who is meant: another owner of the slot stays. Said
+    /// again, it goes on from where it was.
     ///
     /// # Errors
     /// etcd does not answer.
-    pub async fn leave(&self, slot: &str, now: bool, own: Option<&str>) -> Result<Result<(), Refusal>> {
+    pub async fn leave(&self, slot: &str, now: bool, owner: Identified<'_>) -> Result<Result<(), Refusal>> {
         if self.topology.voters == [slot] {
             let text = format!("{slot} has the fleet's only vote: nothing could be decided without it");
             return Ok(Err(no(Reason::Malformed, &text)));
@@ -26,7 +35,11 @@ impl ClaimsDesk {
             return Ok(Err(no(Reason::Malformed, &format!("nobody has the slot `{slot}`"))));
         };
         // What this hub has heard may be late: another machine may have it.
-        if own.is_some_and(|key| key != record.tls_key) {
+        let meant = match owner {
+            Identified::Key(key) => key == record.tls_key,
+            Identified::Epoch(epoch) => epoch.is_none_or(|epoch| epoch == record.epoch),
+        };
+        if !meant {
             let text = format!("{slot} is another machine's since epoch {}", record.epoch);
             return Ok(Err(no(Reason::Fenced, &text)));
         }

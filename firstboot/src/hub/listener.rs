@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fleet::{PublicKey, encoding};
+use fleet::{ChannelBinding, EXPORTER_LABEL};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
@@ -31,6 +31,7 @@ use webpki::EndEntityCert;
 
 use super::api::{Admitted, Hub, answer, plain};
 use crate::error::{Error, Result};
+use crate::https;
 use admission::{Admission, Limits, Place};
 use metered::Metered;
 
@@ -63,6 +64,8 @@ const LOG: Duration = Duration::from_secs(60);
 pub(super) struct Peer {
     /// The node that it authenticated as; `None` without a client certificate.
     pub(super) member: Option<Member>,
+    /// What identifies this TLS connection: a signed request has to be signed for it.
+    pub(super) binding: ChannelBinding,
 }
 
 /// A node that authenticated with a certificate of this fleet.
@@ -191,8 +194,10 @@ async fn connection(hub: Arc<Hub>, tcp: TcpStream, acceptor: TlsAcceptor, place:
     // Scanners and broken clients get no answer.
     let handshake = timeout(HANDSHAKE, acceptor.accept(Metered::new(tcp, HANDSHAKE_BYTES)));
     let Ok(Ok(mut stream)) = handshake.await else { return };
-    let certs = stream.get_ref().1.peer_certificates();
-    let peer = Arc::new(Peer { member: certs.and_then(<[_]>::first).and_then(Member::of) });
+    let session = stream.get_ref().1;
+    let member = session.peer_certificates().and_then(<[_]>::first).and_then(Member::of);
+    let Ok(binding) = session.export_keying_material([0; 32], EXPORTER_LABEL, None) else { return };
+    let peer = Arc::new(Peer { member, binding });
     // A node that was evicted still has its certificate: it is a guest.
     let member = peer.member.as_ref().filter(|m| hub.desk.fenced(&m.slot, &m.tls_key).is_none());
     if member.is_some_and(|member| !place.is_member(&member.slot, Instant::now())) {
@@ -255,10 +260,8 @@ impl Member {
     fn of(cert: &CertificateDer) -> Option<Self> {
         let cert = EndEntityCert::try_from(cert).ok()?;
         let slot = cert.valid_dns_names().next()?.to_owned();
-        let spki = cert.subject_public_key_info();
-        // An uncompressed P-256 point is the end of it.
-        let point = spki.as_ref().get(spki.as_ref().len().checked_sub(65)?..)?;
-        Some(Self { slot, tls_key: encoding::encode(PublicKey::of(point)?.as_bytes()) })
+        let tls_key = https::tls_key(&cert)?;
+        Some(Self { slot, tls_key })
     }
 }
 
@@ -276,6 +279,6 @@ mod tests {
         let pem = issuer.node(&topology, topology.node("hub-2").unwrap(), &key.public().unwrap()).unwrap();
         let member = Member::of(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap();
         assert_eq!(member.slot, "hub-2");
-        assert_eq!(member.tls_key, encoding::encode(key.public().unwrap().as_bytes()));
+        assert_eq!(member.tls_key, fleet::encoding::encode(key.public().unwrap().as_bytes()));
     }
 }

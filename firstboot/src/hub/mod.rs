@@ -2,9 +2,10 @@
 
 pub mod api;
 pub mod claims;
-mod departures;
+pub mod departures;
 pub mod fence;
 pub mod listener;
+pub mod orders;
 mod rate;
 mod refusals;
 mod renewals;

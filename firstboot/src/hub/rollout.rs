@@ -13,7 +13,7 @@ use fleet::{Answer, Report, Rollout, RolloutOrder, SlotRecord, Topology, Verdict
 
 use super::claims::SLOTS;
 use crate::error::{Error, Result};
-use crate::etcd::{Etcd, If, Pair, Then};
+use crate::etcd::{Etcd, If, Then};
 
 const PREFIX: &str = "/bakehouse/rollout/";
 const TURN: &str = "/bakehouse/rollout/turn";
@@ -84,9 +84,18 @@ pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
 /// The rollout, and the revision of the turn's last change (0: nobody has it).
 async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
     let (_, slots) = etcd.list(SLOTS).await?;
-    let owned = |p: &&Pair| serde_json::from_slice(&p.value).is_ok_and(|r: SlotRecord| !r.vacant);
-    let members = slots.iter().filter(owned).filter_map(|p| p.key.strip_prefix(SLOTS)).map(str::to_owned).collect();
-    let mut rollout = Rollout { members, ..Rollout::default() };
+    let mut rollout = Rollout::default();
+    for pair in &slots {
+        let (Some(slot), Ok(record)) =
+            (pair.key.strip_prefix(SLOTS), serde_json::from_slice::<SlotRecord>(&pair.value))
+        else {
+            continue;
+        };
+        rollout.epochs.insert(slot.to_owned(), record.epoch);
+        if !record.vacant {
+            rollout.members.insert(slot.to_owned());
+        }
+    }
     let mut turn = 0;
     for pair in etcd.list(PREFIX).await?.1 {
         let text = || String::from_utf8_lossy(&pair.value).into_owned();

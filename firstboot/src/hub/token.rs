@@ -6,12 +6,18 @@ use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use webpki::{EndEntityCert, ring::ECDSA_P256_SHA256};
 
-/// Verifies both signatures and what does not change: fleet, group, form. Whether the token
-/// has expired or is spent is asked later, because who has its grant may ask again.
+/// Verifies the token's signature, the request's, which covers `message`, and what does not change:
+/// fleet, group, form. The claim looks at expiry and uses later: who has its grant may ask again.
 ///
 /// # Errors
 /// A refusal, with what to do.
-pub fn verify(root: &str, fleet: &str, request: &JoinRequest, body: &[u8], signature: &str) -> Result<Claims, Refusal> {
+pub fn verify(
+    root: &str,
+    fleet: &str,
+    request: &JoinRequest,
+    message: &[u8],
+    signature: &str,
+) -> Result<Claims, Refusal> {
     let claims = request.token.read().ok_or_else(|| no(Reason::Malformed, "the token is not readable"))?;
     let signed = encoding::decode(&request.token.signature)
         .is_some_and(|signature| signed_by_root(root, request.token.claims.as_bytes(), &signature));
@@ -23,7 +29,7 @@ pub fn verify(root: &str, fleet: &str, request: &JoinRequest, body: &[u8], signa
     }
     let owned = match (claims.public_key(), encoding::decode(signature)) {
         (Some(key), Some(signature)) => {
-            UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key.as_bytes()).verify(body, &signature).is_ok()
+            UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key.as_bytes()).verify(message, &signature).is_ok()
         }
         _ => false,
     };

@@ -1,0 +1,135 @@
+//! Signed requests that an attacker has read at its own end of a connection, against real hubs: they
+//! are worthless on another connection, at another hub, under another path and later.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bakehouse_tests::rogue_hub::{Captured, RogueHub};
+use bakehouse_tests::site::{Site, departure, granted, refused, scope};
+use firstboot::https::{self, Connection, request};
+use firstboot::image::{Image, ImageInfo};
+use firstboot::join::{Hubs, join};
+use firstboot::keys::Keys;
+use fleet::{Departure, JoinReply, PrivateKey, Reason, Refusal, SignedOrder, TokensRequest};
+
+fn busy() -> Vec<u8> {
+    let refusal = Refusal { reason: Reason::Busy, text: "later".to_owned() };
+    serde_json::to_vec(&JoinReply::Refused(refusal)).expect("JSON")
+}
+
+/// Sends a request as it was captured to a hub, over a connection of the attacker's own.
+async fn replay(site: &Site, hub: usize, captured: &Captured) -> Result<bytes::Bytes, String> {
+    let tls = https::client(site.root.certificate(), None).expect("a certificate");
+    let (method, path) = captured.target();
+    let names = ["bakehouse-bound-signature", "bakehouse-signature"];
+    let headers: Vec<(&str, String)> = names.into_iter().filter_map(|n| Some((n, captured.header(n)?))).collect();
+    let headers: Vec<(&str, &str)> = headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
+    let (host, name) = (format!("127.0.0.{}", hub + 1), format!("hub-{}", hub + 1));
+    let sent = async {
+        let mut hub = Connection::open(&host, site.topology.mesh.port, &name, &tls).await?;
+        hub.ask(request(&method, "hub", &path, &headers, captured.body.clone().into())?, 1 << 20).await
+    };
+    sent.await.map_err(|e| e.to_string())
+}
+
+/// A joiner asks a hub that was taken over. What that hub reads gives it neither the node's secrets
+/// nor a slot, at no other hub, before and after the joiner has its grant.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_captured_join_request_is_worthless_on_another_connection() {
+    let mut site = Site::open(24_100, "db.count = 2\n");
+    site.hubs.remove(1).abort();
+    let key = PrivateKey::generate().expect("randomness");
+    let at = "127.0.0.2:24100".parse().expect("an address");
+    // The port is free as soon as the task has ended.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let rogue = RogueHub::start(&site.topology, &site.root, ("hub-2", &key), at, |_| busy()).await;
+
+    // The node's own client, which asks only the attacker: the other hubs are out of its reach.
+    let joiner = site.token("db", |_| {});
+    let keys = Keys::make().expect("randomness");
+    let mut reach = site.topology.clone();
+    reach.hubs.retain(|hub| hub.name == "hub-2");
+    let tls = https::client(site.root.certificate(), None).expect("a certificate");
+    let hubs = Hubs::of(&reach, &BTreeMap::new(), "", tls.clone());
+    let info = ImageInfo {
+        id: "acme-db".to_owned(),
+        version: "1".to_owned(),
+        group: "db".to_owned(),
+        roles: vec!["db".to_owned()],
+        health: Vec::new(),
+    };
+    let image = Image { info, topology: site.topology.clone() };
+    let asked = join(&hubs, &joiner, &image, &keys);
+    assert!(tokio::time::timeout(Duration::from_secs(2), asked).await.is_err(), "the attacker grants nothing");
+    let captured = rogue.captured().into_iter().find(|r| r.target().1 == "/v1/join").expect("it was asked");
+    assert!(captured.header("bakehouse-signature").is_some(), "an older hub has to understand the request, too");
+
+    let reply = |answer: bytes::Bytes| serde_json::from_slice::<JoinReply>(&answer).expect("JSON");
+    assert_eq!(refused(reply(replay(&site, 0, &captured).await.expect("an answer"))), Reason::Forged);
+    // Nothing was taken: the joiner itself gets the first slot, and one use is spent.
+    let mut reach = site.topology.clone();
+    reach.hubs.retain(|hub| hub.name != "hub-2");
+    let grant = join(&Hubs::of(&reach, &BTreeMap::new(), "", tls), &joiner, &image, &keys).await.expect("a grant");
+    assert_eq!((grant.slot.as_str(), grant.secrets.postgres.as_str()), ("db-1", "sample-postgres"));
+    for hub in [0, 2] {
+        let JoinReply::Refused(refusal) = reply(replay(&site, hub, &captured).await.expect("an answer")) else {
+            panic!("the attacker has the secrets of db-1");
+        };
+        assert_eq!(refusal.reason, Reason::Forged);
+    }
+    // The same without the header that binds it, as an image of the version before sends it.
+    let old = Captured { head: captured.head.replace("bakehouse-bound-signature", "x-none"), ..captured };
+    let JoinReply::Refused(refusal) = reply(replay(&site, 0, &old).await.expect("an answer")) else {
+        panic!("the attacker has the secrets of db-1");
+    };
+    assert!(refusal.text.contains("build the image again"), "{}", refusal.text);
+}
+
+/// The operator's orders hold at one hub, for one path, for minutes, once, and for the owner that
+/// the operator saw.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_is_carried_out_once_where_and_when_it_was_given() {
+    let site = Site::open(24_400, "db.count = 1\n");
+    let first = site.members("db", 1).await;
+    let order = |scope_of: fn(&mut fleet::OrderScope)| {
+        let mut scope = scope(Departure::PATH, "hub-1");
+        scope_of(&mut scope);
+        departure("db-1", true, Some(1)).with_scope(scope)
+    };
+    let refused = async |hub: usize, path: &str, order: &Departure, words: &[&str]| {
+        let e = site.order(hub, path, order, &site.root).await.expect_err("it is carried out");
+        assert!(words.iter().all(|w| e.contains(w)), "{e}");
+    };
+    // Of a version that names neither hub nor time; at another hub; later; as another order.
+    refused(0, "/v1/leave", &departure("db-1", true, None), &["update bakehouse"]).await;
+    refused(1, "/v1/leave", &order(|_| {}), &["signed for hub-1, this is hub-2"]).await;
+    refused(0, "/v1/leave", &order(|s| s.issued_at -= 360), &["operator's clock", "hub-1's"]).await;
+    refused(0, "/v1/leave", &order(|s| s.issued_at += 360), &["operator's clock", "hub-1's"]).await;
+    refused(0, "/v1/tokens", &order(|_| {}), &["signed for /v1/leave, not for /v1/tokens"]).await;
+    refused(0, "/v1/revoke", &order(|_| {}), &[]).await;
+
+    // An attacker who reads it at its own end of the connection.
+    let key = PrivateKey::generate().expect("randomness");
+    let at = "127.0.0.9:24400".parse().expect("an address");
+    let rogue = RogueHub::start(&site.topology, &site.root, ("hub-1", &key), at, |_| Vec::new()).await;
+    let tls = https::client(site.root.certificate(), None).expect("a certificate");
+    let mut connection = Connection::open("127.0.0.9", 24_400, "hub-1", &tls).await.expect("a connection");
+    let body = serde_json::to_vec(&order(|_| {})).expect("JSON");
+    connection.post_signed(Departure::PATH, &body, |m| site.root.sign(m), 100).await.expect("an answer");
+    let captured = rogue.captured().pop().expect("it was asked");
+    let e = replay(&site, 0, &captured).await.expect_err("the attacker's copy is carried out");
+    assert!(e.contains("did not sign this request for this connection"), "{e}");
+
+    // Given, it is carried out once; the next owner stays, whatever the order said of the one before.
+    let given = order(|_| {});
+    site.order(0, Departure::PATH, &given, &site.root).await.expect("a hub takes it");
+    refused(0, "/v1/leave", &given, &["already"]).await;
+    let next = granted(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await);
+    assert_eq!((next.slot.as_str(), next.epoch), ("db-1", 3));
+    refused(0, "/v1/leave", &order(|_| {}), &["another machine's since epoch 3"]).await;
+    assert_eq!(first[0].1.epoch, 1);
+    // Who has no part in it reads no token either.
+    let asked =
+        TokensRequest { version: 1, fleet: "acme".to_owned(), scope: Some(scope(TokensRequest::PATH, "hub-1")) };
+    site.order(0, TokensRequest::PATH, &asked, &site.root).await.expect("a hub tells");
+}
