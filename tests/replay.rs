@@ -5,12 +5,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
-use bakehouse_tests::site::{Site, departure, granted, refused, scope};
+use bakehouse_tests::site::{Asker, Site, departure, granted, refused, scope};
+use firstboot::etcd::Then;
 use firstboot::https::{self, Connection, request};
 use firstboot::image::{Image, ImageInfo};
 use firstboot::join::{Hubs, join};
 use firstboot::keys::Keys;
-use fleet::{Departure, JoinReply, PrivateKey, Reason, Refusal, SignedOrder, TokensRequest};
+use fleet::{
+    Departure, JoinReply, PROTOCOL, PrivateKey, Reason, Refusal, Renewal, SignedOrder, SlotRecord, TokensRequest,
+    encoding,
+};
 
 fn busy() -> Vec<u8> {
     let refusal = Refusal { reason: Reason::Busy, text: "later".to_owned() };
@@ -132,4 +136,90 @@ async fn an_order_is_carried_out_once_where_and_when_it_was_given() {
     let asked =
         TokensRequest { version: 1, fleet: "acme".to_owned(), scope: Some(scope(TokensRequest::PATH, "hub-1")) };
     site.order(0, TokensRequest::PATH, &asked, &site.root).await.expect("a hub tells");
+}
+
+/// A token that is revoked gives nothing again, and a repeated replacement takes no vote: who asks
+/// again with a founder's token does not remove whichever machine votes in that place by then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repeated_replacement_of_a_founder_takes_no_vote() {
+    let site = Site::open(25_300, "db.count = 1\n");
+    site.register_hubs().await;
+    let etcd = site.etcd(0);
+    let member = async |name: &str| {
+        let members = etcd.members().await.expect("etcd answers");
+        members.into_iter().find(|m| m.name == name).expect("a member")
+    };
+    // In the place of hub-2, as readmission looks for it; etcd goes on over the other address.
+    let place = "https://127.0.0.2:2380";
+    let stands_in = async |name: &str| {
+        let member = member(name).await;
+        let body = serde_json::json!({ "ID": member.id, "peerURLs": [member.peer_urls[0], place] });
+        site.etcd_call("/v3/cluster/member/update", &body).await;
+    };
+    stands_in("hub-2").await;
+    let heir = Site::asker(&site.token("hub", |c| (c.slot, c.replace) = (Some("hub-2".to_owned()), true)), "hub");
+    assert_eq!(granted(site.insist(&heir, 0).await).epoch, 2);
+    let members = etcd.members().await.expect("etcd answers");
+    let learner = members.iter().find(|m| m.peer_urls == [place]).expect("the new machine may listen");
+    assert!(learner.is_learner && members.iter().all(|m| m.name != "hub-2"), "{members:?}");
+    // Its reply was lost: the same, and it may still listen.
+    assert_eq!(granted(site.insist(&heir, 2).await).epoch, 2);
+    assert_eq!(etcd.members().await.expect("etcd answers").len(), 3);
+
+    // Later a member with a vote is in that place, and the same request comes again, by every hub.
+    etcd.remove(learner).await.expect("etcd answers");
+    stands_in("hub-3").await;
+    let before = etcd.members().await.expect("etcd answers");
+    for hub in 0..3 {
+        assert_eq!(granted(site.insist(&heir, hub).await).epoch, 2);
+        assert_eq!(etcd.members().await.expect("etcd answers"), before, "a vote is gone");
+    }
+    let id = heir.joiner.token.read().expect("claims").id;
+    site.revoke(&id, &site.root).await.expect("a hub takes it");
+    assert_eq!(refused(site.insist(&heir, 0).await), Reason::Revoked);
+}
+
+/// A member that was taken over renews its keys without end: once a day is enough, and what it leaves
+/// behind in etcd does not grow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_has_new_keys_once_a_day() {
+    let site = Site::open(25_600, "db.count = 1\n");
+    let (node, grant) = site.members("db", 1).await.remove(0);
+    let renew = async |with: (&Asker, &fleet::Grant), next: &Asker| {
+        let asked = Renewal {
+            version: PROTOCOL,
+            mesh_key: next.mesh_key,
+            tls_key: encoding::encode(next.tls.public().expect("a key").as_bytes()),
+        };
+        let body = serde_json::to_vec(&asked).expect("JSON");
+        let answer = site.member(0, with, ("POST", "/v1/renew"), body).await.expect("an answer");
+        serde_json::from_slice::<JoinReply>(&answer).expect("JSON")
+    };
+    let next = Site::asker(&node.joiner, "db");
+    let second = granted(renew((&node, &grant), &next).await);
+    assert_eq!(second.epoch, 2);
+    // The reply was lost.
+    assert_eq!(granted(renew((&node, &grant), &next).await).epoch, 2);
+    let third = Site::asker(&node.joiner, "db");
+    let JoinReply::Refused(refusal) = renew((&next, &second), &third).await else { panic!("another epoch") };
+    assert!(refusal.text.contains("may have others in 24 h"), "{}", refusal.text);
+    let keys = async |prefix: &str| site.etcd(0).list(prefix).await.expect("etcd answers").1;
+    let owners: Vec<String> = keys("/bakehouse/owners/").await.into_iter().map(|pair| pair.key).collect();
+    assert_eq!(owners, [format!("/bakehouse/owners/{}", next.mesh_key)], "the old key is kept");
+
+    // A slot of many owners keeps the last of its records.
+    let mut record: SlotRecord =
+        serde_json::from_slice(&keys("/bakehouse/slots/db-1").await[0].value).expect("a record");
+    record.epoch = 60;
+    let value = serde_json::to_vec(&record).expect("JSON");
+    let audits: Vec<String> = (29..=60).map(|epoch| format!("/bakehouse/audit/db-1/{epoch:08}")).collect();
+    let mut then = vec![Then::Put("/bakehouse/slots/db-1", &value)];
+    then.extend(audits.iter().map(|key| Then::Put(key, b"{}")));
+    assert!(site.etcd(0).transact(&[], &then).await.expect("etcd answers"));
+    site.leave("db-1", true, &site.root).await.expect("a hub takes it");
+    let heir = Site::asker(&site.token("db", |_| {}), "db");
+    assert_eq!(granted(site.insist(&heir, 0).await).epoch, 62);
+    let kept = keys("/bakehouse/audit/db-1/").await;
+    let numbers: Vec<&str> = kept.iter().filter_map(|pair| pair.key.rsplit('/').next()).collect();
+    assert_eq!((numbers.iter().filter(|n| **n >= "00000029").count(), numbers.last()), (32, Some(&"00000062")));
 }

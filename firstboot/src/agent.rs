@@ -3,6 +3,7 @@
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use fleet::{Node, NodeContext, Tls};
 use futures_util::future::try_join_all;
@@ -100,7 +101,8 @@ pub async fn run(paths: &Paths) -> Result<()> {
         state: &paths.state,
     };
     let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
-    let member = Member::new(who, node, &image)?;
+    let hubs = hubs.known_by(who.neighbourhood.clone()).over_mesh();
+    let member = Member::new(who, node, &image, &paths.state)?.built_at(built(&paths.image));
     let mesh = member.mesh().await?;
     let serve = async {
         if renewed && node.hub > 0 {
@@ -122,6 +124,12 @@ pub async fn run(paths: &Paths) -> Result<()> {
         Err(Error::Fenced { .. } | Error::Left { .. }) => stop(&units, node).await.and(kept),
         _ => kept,
     }
+}
+
+/// When the image was built, in seconds since 1970: all of its files are of that time.
+fn built(image: &Path) -> u64 {
+    let modified = fs::metadata(image.join("image.json")).and_then(|m| m.modified()).ok();
+    modified.and_then(|at| at.duration_since(UNIX_EPOCH).ok()).map_or(0, |at| at.as_secs())
 }
 
 /// Stops what this node does.

@@ -22,7 +22,7 @@ use crate::state::{State, StateDir};
 pub struct Identity {
     pub keys: Keys,
     pub state: State,
-    pub neighbourhood: Neighbourhood,
+    pub neighbourhood: Arc<Neighbourhood>,
 }
 
 impl Identity {
@@ -44,7 +44,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
         node_of(&state, image)?;
         println!("{} since an earlier boot", state.slot);
         let keys = Keys::load_or_make(dir)?;
-        return Ok(Identity { keys, state, neighbourhood: Neighbourhood::load(dir.path(), BTreeMap::new()) });
+        return Ok(Identity { keys, state, neighbourhood: Arc::new(Neighbourhood::load(dir.path(), BTreeMap::new())) });
     }
     let ticket = read_ticket(credentials)?;
     if ticket.fleet != image.topology.name {
@@ -81,7 +81,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
             (keys, state, known)
         }
     };
-    let neighbourhood = Neighbourhood::load(dir.path(), BTreeMap::new());
+    let neighbourhood = Arc::new(Neighbourhood::load(dir.path(), BTreeMap::new()));
     for (slot, key) in &known {
         neighbourhood.learn(slot, *key);
     }

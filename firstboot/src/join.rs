@@ -1,158 +1,20 @@
 //! A node's side of joining: asks the hubs for a slot until one gives it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
-use fleet::{
-    Answer, Grant, Introduction, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, Peers, Renewal, Report,
-    Topology, encoding,
-};
-use tokio_rustls::rustls::ClientConfig;
+use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, encoding};
 
 use crate::console::say;
 use crate::error::{Error, Result};
-use crate::https::{Connection, request};
+pub use crate::hubs::Hubs;
+use crate::hubs::read;
 use crate::image::Image;
 use crate::journal::Event;
 use crate::keys::Keys;
 
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-
-/// The hubs, as this node reaches them.
-pub struct Hubs {
-    /// Slot and public host of each.
-    hosts: Vec<(String, String)>,
-    port: u16,
-    tls: Arc<ClientConfig>,
-}
-
-impl Hubs {
-    /// All hubs but this node itself.
-    #[must_use]
-    pub fn of(topology: &Topology, endpoints: &BTreeMap<String, String>, own: &str, tls: Arc<ClientConfig>) -> Self {
-        let hosts = topology
-            .hubs
-            .iter()
-            .filter(|h| h.name != own)
-            .filter_map(|h| Some((h.name.clone(), endpoint(h, endpoints)?)));
-        Self { hosts: hosts.collect(), port: topology.mesh.port, tls }
-    }
-
-    /// In an order of chance, so that a rack that starts does not ask one of them alone.
-    fn shuffled(&self) -> Vec<&(String, String)> {
-        let mut hosts: Vec<_> = self.hosts.iter().collect();
-        for i in (1..hosts.len()).rev() {
-            hosts.swap(i, chance(i + 1));
-        }
-        hosts
-    }
-
-    /// Asks one hub something that a member may ask.
-    ///
-    /// # Errors
-    /// It does not answer.
-    async fn ask(&self, slot: &str, host: &str, method: &str, path: &str, body: &[u8]) -> Result<bytes::Bytes> {
-        let mut connection = Connection::open(host, self.port, slot, &self.tls).await?;
-        connection.ask(request(method, host, path, &[], body.to_vec().into())?, LONGEST).await
-    }
-
-    /// Who is where, from whichever hub answers first.
-    ///
-    /// # Errors
-    /// None does.
-    pub async fn peers(&self) -> Result<Peers> {
-        let mut last = Error::Failed("the fleet has no other hub".to_owned());
-        for (slot, host) in self.shuffled() {
-            match self.ask(slot, host, "GET", "/v1/peers", b"").await.and_then(|b| read(slot, &b)) {
-                Ok(peers) => return Ok(peers),
-                Err(e) => last = e,
-            }
-        }
-        Err(last)
-    }
-
-    /// Says what this node runs, to whichever hub answers first.
-    ///
-    /// # Errors
-    /// None does, or the one that does says no.
-    pub async fn turn(&self, report: &Report) -> Result<Answer> {
-        let body = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
-        let mut last = Error::Failed("the fleet has no other hub".to_owned());
-        for (slot, host) in self.shuffled() {
-            match self.ask(slot, host, "POST", "/v1/turn", &body).await.and_then(|b| read(slot, &b)) {
-                Ok(answer) => return Ok(answer),
-                Err(e) => last = e,
-            }
-        }
-        Err(last)
-    }
-
-    /// Says that this node is about to leave, to whichever hub answers first.
-    ///
-    /// # Errors
-    /// None does, or etcd can't do without this node now.
-    pub async fn leave(&self) -> Result<()> {
-        self.tell("/v1/leave").await
-    }
-
-    /// Says that this node has stopped for good.
-    ///
-    /// # Errors
-    /// No hub answers.
-    pub async fn left(&self) -> Result<()> {
-        self.tell("/v1/left").await
-    }
-
-    async fn tell(&self, path: &str) -> Result<()> {
-        let mut last = Error::Failed("the fleet has no other hub".to_owned());
-        for (slot, host) in self.shuffled() {
-            match self.ask(slot, host, "POST", path, b"").await {
-                Ok(_) => return Ok(()),
-                Err(e) => last = e,
-            }
-        }
-        Err(last)
-    }
-
-    /// Gives the hubs this node's next keys. A hub that says "later" is not the last one asked.
-    ///
-    /// # Errors
-    /// None answers.
-    pub async fn renew(&self, next: &Keys) -> Result<JoinReply> {
-        let asked = Renewal {
-            version: PROTOCOL,
-            mesh_key: next.mesh_public()?,
-            tls_key: encoding::encode(next.tls.public()?.as_bytes()),
-        };
-        let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
-        let mut last = Err(Error::Failed("the fleet has no other hub".to_owned()));
-        for (slot, host) in self.shuffled() {
-            last = self.ask(slot, host, "POST", "/v1/renew", &body).await.and_then(|b| read(slot, &b));
-            let later = match &last {
-                Ok(JoinReply::Refused(no)) => no.reason.passes(),
-                Ok(JoinReply::Granted(_)) => false,
-                Err(_) => true,
-            };
-            if !later {
-                break;
-            }
-        }
-        last
-    }
-
-    /// Tells every hub whose key is not known who this founder is; gives what they know, by hub.
-    pub async fn introduce(&self, own: &Introduction, known: impl Fn(&str) -> bool) -> Vec<(String, Peers)> {
-        let body = serde_json::to_vec(own).unwrap_or_default();
-        let asked = self.hosts.iter().filter(|(slot, _)| !known(slot)).map(async |(slot, host)| {
-            let answer = self.ask(slot, host, "POST", "/v1/introduce", &body).await;
-            let peers = answer.and_then(|b| read::<Peers>(slot, &b)).inspect_err(|e| println!("{e}")).ok();
-            peers.map(|peers| (slot.clone(), peers))
-        });
-        futures_util::future::join_all(asked).await.into_iter().flatten().collect()
-    }
-}
 
 /// Asks until a hub gives a slot.
 ///
@@ -168,15 +30,15 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
         tls_key: encoding::encode(keys.tls.public()?.as_bytes()),
     };
     let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
-    let names: Vec<&str> = hubs.hosts.iter().map(|(slot, _)| slot.as_str()).collect();
-    say(Event::Asking, &format!("asking {} for a slot in {}", names.join(", "), asked.group));
+    say(Event::Asking, &format!("asking {} for a slot in {}", hubs.slots().join(", "), asked.group));
     let mut pause = Pause::default();
     let mut told = String::new();
     loop {
         let mut answers = Vec::new();
-        for (slot, host) in hubs.shuffled() {
+        for hub in hubs.shuffled() {
+            let slot = &hub.slot;
             let answer = async {
-                let mut connection = Connection::open(host, hubs.port, slot, &hubs.tls).await?;
+                let mut connection = hubs.public(hub).await?;
                 connection.post_signed("/v1/join", &body, |message| joiner.key.sign(message), LONGEST).await
             };
             match answer.await.and_then(|b| read(slot, &b)) {
@@ -237,15 +99,10 @@ impl Pause {
 }
 
 /// A number below `n`.
-fn chance(n: usize) -> usize {
+pub(crate) fn chance(n: usize) -> usize {
     let mut bytes = [0; 8];
     let _ = getrandom::fill(&mut bytes);
     usize::from_le_bytes(bytes) % n.max(1)
-}
-
-fn read<T: for<'de> serde::Deserialize<'de>>(slot: &str, bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes)
-        .map_err(|e| Error::Network { to: slot.to_owned(), why: format!("its answer is not readable: {e}") })
 }
 
 #[cfg(test)]

@@ -2,17 +2,18 @@
 //! others in.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fleet::{Introduction, Node, PROTOCOL, Peers, Topology, encoding};
+use fleet::{Introduction, Node, PROTOCOL, Topology, encoding};
 
 use crate::console::say;
 use crate::error::{Error, Result};
 use crate::etcd::Etcd;
 use crate::https;
 use crate::hub::api::Hub;
-use crate::hub::claims::ClaimsDesk;
+use crate::hub::claims::{ClaimsDesk, Owners};
 use crate::hub::fence::{self, Fence};
 use crate::hub::listener::serve;
 use crate::hub::orders::OrderLog;
@@ -22,10 +23,15 @@ use crate::image::Image;
 use crate::join::{Hubs, Pause};
 use crate::journal::Event;
 use crate::mesh::Mesh;
+use crate::neighbours::Neighbourhood;
+use crate::state::StateDir;
+use crate::trust::{Decision, Heard, Known, Standing, decide};
 use crate::update::Updates;
 
 /// How often a node asks who is where, if nothing has changed.
 const ROUND: Duration = Duration::from_secs(30);
+/// How soon it asks again where the hubs do not agree yet.
+const SOON: Duration = Duration::from_secs(3);
 /// By then every node that is up has asked, and has been answered.
 pub const ALL_HAVE_ASKED: Duration = Duration::from_secs(45);
 /// etcd's port for clients.
@@ -38,20 +44,31 @@ pub struct Member {
     version: String,
     who: Identity,
     hubs: Hubs,
+    /// Where it keeps what it knows.
+    dir: PathBuf,
+    built: u64,
 }
 
 impl Member {
     /// # Errors
     /// What the node keeps does not fit together.
-    pub fn new(who: Identity, node: &Node, image: &Image) -> Result<Self> {
+    pub fn new(who: Identity, node: &Node, image: &Image, dir: &StateDir) -> Result<Self> {
         let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
         Ok(Self {
             topology: image.topology.clone(),
             node: node.clone(),
             version: image.info.version.clone(),
+            hubs: hubs.known_by(who.neighbourhood.clone()).over_mesh(),
             who,
-            hubs,
+            dir: dir.path().to_owned(),
+            built: 0,
         })
+    }
+
+    /// When the image was built, in seconds since 1970.
+    #[must_use]
+    pub fn built_at(self, built: u64) -> Self {
+        Self { built, ..self }
     }
 
     /// Brings the mesh up with what is known, without asking anybody.
@@ -71,29 +88,14 @@ impl Member {
     /// The kernel or this machine says no, or another node has this one's place.
     pub async fn keep(self, mesh: Mesh, updates: &Updates<'_>, slow: u32) -> Result<()> {
         let founder = self.who.state.is_founder();
-        let Self { topology, node, version, who, hubs } = self;
+        let Self { topology, node, version, who, hubs, dir, built } = self;
         let own_epoch = who.state.epoch;
         let tls = who.client()?;
-        let neighbourhood = Arc::new(who.neighbourhood);
+        let neighbourhood = who.neighbourhood.clone();
         let mesh_key = who.keys.mesh_public()?;
         let kept = mesh.keep(neighbourhood.clone());
         if !founder {
-            let asked = async {
-                loop {
-                    match hubs.peers().await {
-                        Ok(peers) => {
-                            if let Some(why) = sent_away(&hubs, &node.name, own_epoch, &peers).await {
-                                return Err(why);
-                            }
-                            // A hub that is new itself may not know the others yet: none is forgotten
-                            // but those that have left.
-                            neighbourhood.replace(&peers.keys, |slot| !peers.vacant.contains(slot));
-                        }
-                        Err(e) => println!("{e}"),
-                    }
-                    tokio::time::sleep(round()).await;
-                }
-            };
+            let asked = follow_hubs(&hubs, &neighbourhood, (&node.name, own_epoch));
             let updated = updates.keep(async |report| hubs.turn(report).await);
             return tokio::try_join!(kept, asked, updated).map(|((), (), ())| ());
         }
@@ -101,7 +103,8 @@ impl Member {
         let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
         let fencing = Etcd::new(members(&topology, &node), tls.clone()).with_patience(fence::ANSWER * slow);
         let etcd = Etcd::new(members(&topology, &node), tls.clone());
-        let desk = Arc::new(ClaimsDesk::new(etcd, topology.clone(), &node.name));
+        let desk = ClaimsDesk::new(etcd, topology.clone(), &node.name).with_records(&dir).built_at(built);
+        let desk = Arc::new(desk);
         neighbourhood.learn(&node.name, mesh_key);
         let served = async {
             let (Some(issuer), true) = (who.state.issuer.clone(), node.hub > 0) else {
@@ -124,28 +127,37 @@ impl Member {
         // Founders find each other before there is an etcd.
         let introduced = async {
             let own = Introduction { version: PROTOCOL, mesh_key, epoch: own_epoch };
+            let plan: Vec<String> = topology.hubs.iter().map(|hub| hub.name.clone()).collect();
             let mut pause = Pause::default();
             loop {
                 let owners = desk.owners();
-                // A key that etcd has is known for good; an introduction may be of an older one.
-                let mut answers = hubs.introduce(&own, |slot| owners.contains_key(slot)).await;
-                // Where all are known, one is still asked: a founder that was cut off while another
-                // machine took its place hears of it from nobody else.
+                // A key that etcd has is known for good; an introduction may be of an older one. What
+                // was on the disk may be old itself.
+                let mut answers = hubs.introduce(&own, |slot| desk.has_heard() && owners.contains_key(slot)).await;
+                // Where all are known, they are still asked: a founder that was cut off while another
+                // machine took its place hears of it from nowhere else.
                 if answers.is_empty() {
-                    answers.extend(hubs.peers().await.map(|peers| (String::new(), peers)));
+                    answers = hubs.answers().await;
                 }
-                for (hub, peers) in answers {
-                    // It is to be stopped, and knows nothing.
-                    if peers.keys.get(&hub).is_some_and(|key| neighbourhood.is_stranger(&hub, peers.epoch, *key)) {
-                        continue;
-                    }
-                    if let Some(why) = sent_away(&hubs, &node.name, own_epoch, &peers).await {
-                        return Err(why);
-                    }
-                    for (slot, key) in peers.keys.iter().filter(|(slot, _)| **slot != node.name) {
-                        if !owners.contains_key(slot) {
-                            neighbourhood.learn(slot, *key);
-                        }
+                let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
+                // Before there are pins: it is to be stopped, and knows nothing.
+                answers.retain(|a| {
+                    let key = a.peers.keys.get(&a.hub);
+                    !pins.is_empty() || !key.is_some_and(|key| neighbourhood.is_stranger(&a.hub, *key))
+                });
+                let own = (node.name.as_str(), own_epoch);
+                let known = Known { own, plan: &plan, pins: &pins, keys: &keys, is_new: owners.is_empty() };
+                let decision = decide(&known, &answers);
+                if let Some(why) = sent_away(&hubs, &node.name, &decision).await {
+                    return Err(why);
+                }
+                // A founder that was off while the others had new keys does not reach etcd without them.
+                if decision.heard == Heard::Confirmed && !desk.has_heard() {
+                    neighbourhood.apply(&decision);
+                }
+                for (slot, key) in answers.iter().flat_map(|a| &a.peers.keys).filter(|(slot, _)| **slot != node.name) {
+                    if !owners.contains_key(slot) {
+                        neighbourhood.learn(slot, *key);
                     }
                 }
                 tokio::time::sleep(pause.longer().min(round())).await;
@@ -169,13 +181,7 @@ impl Member {
         let followed = async {
             let mut pause = Pause::default();
             loop {
-                let followed = desk.follow(async |owners| {
-                    let held = owners.iter().filter(|(_, record)| !record.vacant);
-                    let keys = held.map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
-                    // Founders that etcd does not know yet have introduced themselves.
-                    let founder = |slot: &str| topology.node(slot).is_some_and(|n| topology.is_founder(n));
-                    neighbourhood.are_granted(&keys, |slot| founder(slot) && !owners.contains_key(slot));
-                });
+                let followed = desk.follow(|owners| take_in(&topology, &neighbourhood, owners));
                 if let Err(e) = followed.await {
                     println!("{e}");
                 }
@@ -186,6 +192,10 @@ impl Member {
                 tokio::time::sleep(pause.longer()).await;
             }
         };
+        let recorded = async {
+            desk.keep_records(&dir).await;
+            Ok(())
+        };
         let fenced_off = async {
             if node.hub == 0 {
                 return std::future::pending().await;
@@ -194,8 +204,8 @@ impl Member {
             Fence { etcd, topology: &topology, own: &node, neighbourhood, slow }.keep().await
         };
         let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);
-        tokio::try_join!(kept, served, introduced, registered, followed, fenced_off, updated)
-            .map(|((), (), (), (), (), (), ())| ())
+        tokio::try_join!(kept, served, introduced, registered, followed, recorded, fenced_off, updated)
+            .map(|((), (), (), (), (), (), (), ())| ())
     }
 }
 
@@ -210,21 +220,55 @@ fn members(topology: &Topology, node: &Node) -> Vec<(String, u16)> {
     members
 }
 
+/// Takes etcd's word into what a founder knows of the others.
+pub fn take_in(topology: &Topology, neighbourhood: &Neighbourhood, owners: &Owners) {
+    let held = || owners.iter().filter(|(_, record)| !record.vacant);
+    let keys = held().map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
+    let is_hub = |slot: &str| topology.node(slot).is_some_and(|n| n.hub > 0);
+    let hubs = held().filter(|(slot, _)| is_hub(slot)).map(|(slot, record)| (slot.clone(), record.tls_key.clone()));
+    // Founders that etcd does not know yet have introduced themselves.
+    let founder = |slot: &str| topology.node(slot).is_some_and(|n| topology.is_founder(n));
+    neighbourhood.are_granted(&keys, hubs.collect(), |slot| founder(slot) && !owners.contains_key(slot));
+}
+
+/// Keeps a worker in step with what the hubs agree on, until it is sent away.
+///
+/// # Errors
+/// Another machine has the node's slot, or it is to leave.
+pub async fn follow_hubs(hubs: &Hubs, neighbourhood: &Neighbourhood, own: (&str, u64)) -> Result<()> {
+    // Answers that one hub alone gives are asked again soon, a few times.
+    let mut open = 0;
+    // This node is no hub: these are all of them.
+    let plan = hubs.slots();
+    loop {
+        let decision = hubs.round(|answers| {
+            let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
+            decide(&Known { own, plan: &plan, pins: &pins, keys: &keys, is_new: false }, answers)
+        });
+        let decision = decision.await;
+        if let Some(why) = sent_away(hubs, own.0, &decision).await {
+            return Err(why);
+        }
+        neighbourhood.apply(&decision);
+        open = if decision.is_open { open + 1 } else { 0 };
+        tokio::time::sleep(if (1..=3).contains(&open) { SOON } else { round() }).await;
+    }
+}
+
 /// Why this node can't stay, if it is not the slot's owner any more, or is to leave and the fleet
 /// can do without its vote: until then it is what it was.
-async fn sent_away(hubs: &Hubs, slot: &str, own_epoch: u64, peers: &Peers) -> Option<Error> {
-    // A hub that has not heard of this grant yet still names the owner before.
-    match peers.fenced.filter(|epoch| *epoch >= own_epoch) {
-        Some(_) if peers.vacant.contains(slot) => Some(Error::Left { slot: slot.to_owned() }),
-        Some(epoch) => Some(fenced(slot, epoch)),
-        None if peers.leaving => match hubs.leave().await {
+async fn sent_away(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<Error> {
+    match decision.standing {
+        Standing::Owner => None,
+        Standing::Left => Some(Error::Left { slot: slot.to_owned() }),
+        Standing::Fenced(epoch) => Some(fenced(slot, epoch)),
+        Standing::Leaving => match hubs.leave().await {
             Ok(()) => Some(Error::Leaving),
             Err(e) => {
                 println!("{e}");
                 None
             }
         },
-        None => None,
     }
 }
 

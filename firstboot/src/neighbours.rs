@@ -11,6 +11,7 @@ use fleet::MeshKey;
 use tokio::sync::watch;
 
 use crate::state::Neighbours;
+use crate::trust::Decision;
 
 /// Mesh keys by slot; whoever follows is woken by each change.
 pub struct Neighbourhood {
@@ -18,6 +19,8 @@ pub struct Neighbourhood {
     keys: watch::Sender<BTreeMap<String, MeshKey>>,
     /// Slots whose keys are etcd's word.
     granted: Mutex<BTreeSet<String>>,
+    /// TLS keys of the current hubs, by slot.
+    pins: Mutex<BTreeMap<String, String>>,
     /// Those whom nothing is let through from for now, and those of them whom the kernel does not know any more.
     shut: Mutex<BTreeSet<String>>,
     out: watch::Sender<BTreeSet<String>>,
@@ -27,12 +30,13 @@ impl Neighbourhood {
     /// What is on the disk, and `first` in addition.
     #[must_use]
     pub fn load(dir: &Path, first: BTreeMap<String, MeshKey>) -> Self {
-        let Neighbours { mut keys, granted, .. } = Neighbours::load(dir);
+        let Neighbours { mut keys, granted, hubs, .. } = Neighbours::load(dir);
         keys.extend(first);
         Self {
             file: Writer::start(dir),
             keys: watch::Sender::new(keys),
             granted: Mutex::new(granted),
+            pins: Mutex::new(hubs),
             shut: Mutex::default(),
             out: watch::Sender::default(),
         }
@@ -86,27 +90,46 @@ impl Neighbourhood {
 
     /// One more, or another key for one.
     pub fn learn(&self, slot: &str, key: MeshKey) {
-        self.change(|keys, _| keys.insert(slot.to_owned(), key) != Some(key));
+        self.change(|keys, _, _| keys.insert(slot.to_owned(), key) != Some(key));
     }
 
-    /// Whether somebody who says that it has founded its slot is not who etcd has let in there: a blank
-    /// machine with an ordinary ticket. It must not get a vote, which has forgotten what it voted for.
+    /// Whether a founder that introduces itself is not the one that etcd has let in there: a blank machine
+    /// with an ordinary ticket, or one that was evicted. It must not get a vote: it has forgotten what it
+    /// voted for. The key of a granted slot changes by etcd's word alone, whatever epoch is said.
     #[must_use]
-    pub fn is_stranger(&self, slot: &str, epoch: u64, key: MeshKey) -> bool {
-        epoch == 1 && self.granted().contains(slot) && self.keys.borrow().get(slot).is_some_and(|known| *known != key)
+    pub fn is_stranger(&self, slot: &str, key: MeshKey) -> bool {
+        self.granted().contains(slot) && self.keys.borrow().get(slot).is_some_and(|known| *known != key)
     }
 
-    /// What etcd says: these are known now; of the others, those that `keep` says stay.
-    pub fn are_granted(&self, new: &BTreeMap<String, MeshKey>, keep: impl Fn(&str) -> bool) {
-        self.change(|keys, granted| {
-            let before = std::mem::replace(granted, new.keys().cloned().collect());
-            replaced(keys, new, keep) || before != *granted
+    /// TLS keys of the current hubs, by slot; empty where they are not known yet.
+    #[must_use]
+    pub fn pins(&self) -> BTreeMap<String, String> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes in what enough hubs have agreed on.
+    pub fn apply(&self, decision: &Decision) {
+        self.change(|keys, _, pins| {
+            let before = (keys.clone(), pins.clone());
+            update(keys, &decision.keys);
+            update(pins, &decision.pins);
+            before != (keys.clone(), pins.clone())
         });
     }
 
-    /// These are known now; of the others, those that `keep` says stay.
-    pub fn replace(&self, new: &BTreeMap<String, MeshKey>, keep: impl Fn(&str) -> bool) {
-        self.change(|keys, _| replaced(keys, new, keep));
+    /// What etcd says: these mesh keys are known now, and these hubs' TLS keys; of the other mesh keys,
+    /// those that `keep` says stay.
+    pub fn are_granted(
+        &self,
+        new: &BTreeMap<String, MeshKey>,
+        hubs: BTreeMap<String, String>,
+        keep: impl Fn(&str) -> bool,
+    ) {
+        self.change(|keys, granted, pins| {
+            let before = std::mem::replace(granted, new.keys().cloned().collect());
+            let pinned = std::mem::replace(pins, hubs);
+            replaced(keys, new, keep) || before != *granted || pinned != *pins
+        });
     }
 
     /// Waits until all changes so far are on the disk.
@@ -121,12 +144,16 @@ impl Neighbourhood {
         self.granted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change(&self, change: impl FnOnce(&mut BTreeMap<String, MeshKey>, &mut BTreeSet<String>) -> bool) {
+    fn change(
+        &self,
+        change: impl FnOnce(&mut BTreeMap<String, MeshKey>, &mut BTreeSet<String>, &mut BTreeMap<String, String>) -> bool,
+    ) {
         self.keys.send_if_modified(|keys| {
             let mut granted = self.granted();
-            let changed = change(keys, &mut granted);
+            let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+            let changed = change(keys, &mut granted, &mut pins);
             if changed {
-                self.file.send(Order::Write(Neighbours::of(keys.clone(), granted.clone())));
+                self.file.send(Order::Write(Neighbours::of(keys.clone(), granted.clone(), pins.clone())));
             }
             changed
         });
@@ -190,6 +217,15 @@ impl Drop for Writer {
     }
 }
 
+fn update<T: Clone>(known: &mut BTreeMap<String, T>, changes: &BTreeMap<String, Option<T>>) {
+    for (slot, change) in changes {
+        match change {
+            Some(value) => drop(known.insert(slot.clone(), value.clone())),
+            None => drop(known.remove(slot)),
+        }
+    }
+}
+
 fn replaced(
     keys: &mut BTreeMap<String, MeshKey>,
     new: &BTreeMap<String, MeshKey>,
@@ -218,11 +254,16 @@ mod tests {
         changes.mark_unchanged();
         all.learn("hub-2", two);
         assert!(!changes.has_changed().unwrap(), "nothing new");
-        all.replace(&BTreeMap::from([("hub-3".to_owned(), one)]), |slot| slot == "hub-1");
-        assert_eq!(all.keys().into_keys().collect::<Vec<_>>(), ["hub-1", "hub-3"]);
-        let known = all.keys();
+        let agreed = Decision {
+            keys: BTreeMap::from([("hub-2".to_owned(), None), ("hub-3".to_owned(), Some(one))]),
+            pins: BTreeMap::from([("hub-3".to_owned(), Some("key".to_owned()))]),
+            ..Decision::default()
+        };
+        all.apply(&agreed);
         drop(all);
-        assert_eq!(Neighbourhood::load(dir.path(), BTreeMap::new()).keys(), known);
+        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        assert_eq!(all.keys().into_keys().collect::<Vec<_>>(), ["hub-1", "hub-3"]);
+        assert_eq!(all.pins(), BTreeMap::from([("hub-3".to_owned(), "key".to_owned())]));
     }
 
     /// The file that is written beside is a pipe that nobody reads: opening it takes until somebody does.
@@ -253,14 +294,12 @@ mod tests {
         let all = Neighbourhood::load(dir.path(), BTreeMap::new());
         // Before there is an etcd, a founder may lose its disk and come again.
         all.learn("hub-1", old);
-        assert!(!all.is_stranger("hub-1", 1, new));
+        assert!(!all.is_stranger("hub-1", new));
         all.learn("hub-2", old);
-        all.are_granted(&BTreeMap::from([("hub-1".to_owned(), old)]), |_| true);
+        all.are_granted(&BTreeMap::from([("hub-1".to_owned(), old)]), BTreeMap::new(), |_| true);
         drop(all);
         let all = Neighbourhood::load(dir.path(), BTreeMap::new());
-        assert!(all.is_stranger("hub-1", 1, new));
-        assert!(!all.is_stranger("hub-1", 1, old) && !all.is_stranger("hub-2", 1, new));
-        // Keys that were renewed, or a replacement, while this node was off.
-        assert!(!all.is_stranger("hub-1", 2, new));
+        assert!(all.is_stranger("hub-1", new));
+        assert!(!all.is_stranger("hub-1", old) && !all.is_stranger("hub-2", new));
     }
 }

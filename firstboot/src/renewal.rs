@@ -100,5 +100,7 @@ pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Iden
 }
 
 fn hubs(who: &Identity, node: &Node, image: &Image) -> Result<Hubs> {
-    Ok(Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?))
+    // The mesh is not up yet.
+    let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
+    Ok(hubs.known_by(who.neighbourhood.clone()))
 }

@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use fleet::{Issuer, MeshKey, Secrets, Topology};
+use fleet::{Issuer, MeshKey, Secrets, SlotRecord, Topology};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +60,9 @@ pub struct Neighbours {
     /// Slots whose keys are etcd's word, on a founder.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub granted: BTreeSet<String>,
+    /// TLS keys of the current hubs, by slot: the only hubs that a node believes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub hubs: BTreeMap<String, String>,
 }
 
 impl State {
@@ -107,8 +110,8 @@ impl Neighbours {
     const VERSION: u16 = 1;
 
     #[must_use]
-    pub fn of(keys: BTreeMap<String, MeshKey>, granted: BTreeSet<String>) -> Self {
-        Self { version: Self::VERSION, keys, granted }
+    pub fn of(keys: BTreeMap<String, MeshKey>, granted: BTreeSet<String>, hubs: BTreeMap<String, String>) -> Self {
+        Self { version: Self::VERSION, keys, granted, hubs }
     }
 
     /// Empty where there is nothing to read: they can be asked for again.
@@ -126,7 +129,44 @@ impl Neighbours {
     /// # Errors
     /// The disk says no; what was there before still is.
     pub fn store(&self, dir: &Path) -> Result<()> {
-        write_json(&dir.join("neighbours.json"), &Self::of(self.keys.clone(), self.granted.clone()))
+        write_json(&dir.join("neighbours.json"), self)
+    }
+}
+
+/// Who has each slot, as a founder last heard it from etcd.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotRecords {
+    version: u16,
+    pub slots: BTreeMap<String, SlotRecord>,
+}
+
+impl SlotRecords {
+    const VERSION: u16 = 1;
+    const FILE: &str = "slots.json";
+
+    #[must_use]
+    pub fn of(slots: BTreeMap<String, SlotRecord>) -> Self {
+        Self { version: Self::VERSION, slots }
+    }
+
+    /// Reads `slots.json` below `dir`; empty where there is nothing to read.
+    #[must_use]
+    pub fn load(dir: &Path) -> Self {
+        match read_json(&dir.join(Self::FILE), &(Self::VERSION..=Self::VERSION), None) {
+            Ok(found) => found.unwrap_or_default(),
+            Err(e) => {
+                eprintln!("{e}");
+                Self::default()
+            }
+        }
+    }
+
+    /// Writes `slots.json` below `dir`.
+    ///
+    /// # Errors
+    /// It can't be written; the file of before is still there.
+    pub fn store(&self, dir: &Path) -> Result<()> {
+        write_json(&dir.join(Self::FILE), self)
     }
 }
 
@@ -389,7 +429,7 @@ mod tests {
     fn damaged_neighbours_are_asked_for_again() {
         let dir = tempfile::tempdir().unwrap();
         let keys = BTreeMap::from([("hub-1".to_owned(), MeshKey([7; 32]))]);
-        Neighbours::of(keys.clone(), BTreeSet::new()).store(dir.path()).unwrap();
+        Neighbours::of(keys.clone(), BTreeSet::new(), BTreeMap::new()).store(dir.path()).unwrap();
         assert_eq!(Neighbours::load(dir.path()).keys, keys);
         fs::write(dir.path().join("neighbours.json"), "{").unwrap();
         assert_eq!(Neighbours::load(dir.path()).keys, BTreeMap::new());

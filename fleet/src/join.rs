@@ -177,6 +177,9 @@ pub struct Departure {
 pub struct Peers {
     /// Keys of the hubs and the other founders, by slot.
     pub keys: BTreeMap<String, MeshKey>,
+    /// TLS keys of the current hubs, by slot, as in their [`SlotRecord`]s; of a hub of the version before, empty.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub hubs: BTreeMap<String, String>,
     /// Of the hub that answers, as in [`Introduction`].
     #[serde(default = "first")]
     pub epoch: u64,

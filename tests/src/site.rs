@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,6 +12,7 @@ use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
+use firstboot::member::take_in;
 use firstboot::neighbours::Neighbourhood;
 use fleet::{
     Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, OrderScope, PROTOCOL, PrivateKey,
@@ -27,6 +29,8 @@ pub struct Site {
     pub cluster: Cluster,
     dir: tempfile::TempDir,
     pub hubs: Vec<tokio::task::JoinHandle<()>>,
+    /// The hubs' TLS keys.
+    pub keys: Vec<PrivateKey>,
 }
 
 /// One who asks: its keys, and its right.
@@ -54,11 +58,16 @@ impl Site {
              [groups]\n{groups}\n[groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n"
         );
         let mut topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
+        // What is over the mesh on a node is over loopback here.
+        for node in topology.nodes.iter_mut().chain(&mut topology.hubs).filter(|n| n.hub > 0) {
+            node.address = [127, 0, 0, node.hub as u8].into();
+        }
         change(&mut topology);
         let root = Issuer::root("acme").expect("randomness");
         let cluster = Cluster::start(&topology, &root, port + 100);
         let dir = tempfile::tempdir().expect("a folder");
-        let mut site = Self { topology, root, cluster, dir, hubs: Vec::new() };
+        let keys = (0..3).map(|_| PrivateKey::generate().expect("randomness")).collect();
+        let mut site = Self { topology, root, cluster, dir, hubs: Vec::new(), keys };
         for i in 0..3 {
             let hub = site.hub(i);
             site.hubs.push(hub);
@@ -72,19 +81,51 @@ impl Site {
         site
     }
 
-    /// Starts the API of one hub, as a new process would be: it remembers nothing.
+    /// Where one hub keeps what it knows.
+    #[must_use]
+    pub fn state(&self, i: usize) -> PathBuf {
+        self.dir.path().join(&self.topology.hubs[i].name)
+    }
+
+    /// Enters the hubs into etcd, as founders do by themselves, and waits until each knows of it. Tests
+    /// that begin with no members leave it out.
+    pub async fn register_hubs(&self) {
+        for (i, (node, key)) in self.topology.hubs.iter().zip(&self.keys).enumerate() {
+            let desk = ClaimsDesk::new(self.etcd(i), self.topology.clone(), &node.name);
+            let tls_key = encoding::encode(key.public().expect("a key").as_bytes());
+            let mesh_key = MeshKey([i as u8 + 1; 32]);
+            let mut left = 100;
+            while !matches!(desk.register(&node.name, mesh_key, &tls_key, "1").await, Ok(Ok(_))) {
+                left -= 1;
+                assert!(left > 0, "{} does not get into etcd", node.name);
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+        for i in 0..3 {
+            let mut left = 100;
+            while Neighbourhood::load(&self.state(i), BTreeMap::new()).pins().len() < 3 {
+                left -= 1;
+                assert!(left > 0, "hub-{} does not hear of the others", i + 1);
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+
+    /// Starts the API of one hub, as a new process would be: it remembers what is on its disk.
     #[must_use]
     pub fn hub(&self, i: usize) -> tokio::task::JoinHandle<()> {
         let node = self.topology.hubs[i].clone();
         let issuer = self.root.issuer("acme", &node.name).expect("a root");
-        let key = PrivateKey::generate().expect("randomness");
+        let key = &self.keys[i];
         let cert = issuer.node(&self.topology, &node, &key.public().expect("a key")).expect("an issuer");
         let own = Identity { cert: &cert, key: key.pem() };
-        let desk = ClaimsDesk::new(self.etcd_of(i, own), self.topology.clone(), &node.name);
+        let dir = self.state(i);
+        std::fs::create_dir_all(&dir).expect("a folder");
+        let desk =
+            Arc::new(ClaimsDesk::new(self.etcd_of(i, own), self.topology.clone(), &node.name).with_records(&dir));
         // As the agent has it: connections of the API belong to its thread.
         let served = Arc::new(desk.beside(self.etcd_of(i, own)));
-        let dir = self.dir.path().join(&node.name);
-        std::fs::create_dir_all(&dir).expect("a folder");
+        let neighbourhood = Arc::new(Neighbourhood::load(&dir, BTreeMap::new()));
         let hub = Arc::new(Hub {
             topology: self.topology.clone(),
             root: self.root.certificate().to_owned(),
@@ -92,21 +133,23 @@ impl Site {
             epoch: 1,
             secrets: Secrets::sample(),
             desk: served,
-            neighbourhood: Arc::new(Neighbourhood::load(&dir, BTreeMap::new())),
+            neighbourhood: neighbourhood.clone(),
             orders: OrderLog::default(),
         });
         let at: SocketAddr = format!("127.0.0.{}:{}", i + 1, self.topology.mesh.port).parse().expect("an address");
         let tls = https::server(self.root.certificate(), own).expect("a certificate");
+        let topology = self.topology.clone();
         tokio::spawn(async move {
             let followed = async {
                 loop {
-                    let _ = desk.follow(async |_| {}).await;
+                    let _ = desk.follow(|owners| take_in(&topology, &neighbourhood, owners)).await;
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             };
             tokio::select! {
                 served = serve(hub, at, tls) => served.expect("the port is free"),
                 () = followed => {}
+                () = desk.keep_records(&dir) => {}
             }
         })
     }
@@ -119,6 +162,19 @@ impl Site {
         let key = PrivateKey::generate().expect("randomness");
         let cert = issuer.node(&self.topology, node, &key.public().expect("a key")).expect("an issuer");
         self.etcd_of(i, Identity { cert: &cert, key: key.pem() })
+    }
+
+    /// Calls etcd's gateway with a hub's certificate.
+    pub async fn etcd_call(&self, path: &str, body: &serde_json::Value) {
+        let node = &self.topology.hubs[0];
+        let issuer = self.root.issuer("acme", &node.name).expect("a root");
+        let cert = issuer.node(&self.topology, node, &self.keys[0].public().expect("a key")).expect("an issuer");
+        let own = Identity { cert: &cert, key: self.keys[0].pem() };
+        let tls = https::client(self.root.certificate(), Some(own)).expect("a certificate");
+        let (host, port) = &self.cluster.clients()[0];
+        let mut etcd = Connection::open(host, *port, host, &tls).await.expect("etcd");
+        let body = serde_json::to_vec(body).expect("JSON");
+        etcd.ask(request("POST", host, path, &[], body.into()).expect("HTTP"), 1 << 20).await.expect("etcd takes it");
     }
 
     fn etcd_of(&self, i: usize, own: Identity) -> Etcd {

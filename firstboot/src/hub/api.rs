@@ -123,8 +123,8 @@ impl Hub {
                 return Err(no(Reason::Malformed, &format!("the fleet has no slot `{}` any more", given.slot)));
             };
             if claims.replace && self.topology.is_founder(node) {
-                // It asks because it has no grant yet, so its etcd has not started.
-                self.desk.readmit(&given.slot).await.map_err(|e| {
+                // A node asks until it has its grant, and starts etcd afterwards.
+                self.desk.readmit(&given.slot, given.epoch).await.map_err(|e| {
                     eprintln!("etcd's members: {e}");
                     no(Reason::Busy, "etcd does not let the new machine in yet")
                 })?;
@@ -221,7 +221,7 @@ impl Hub {
         }
         let mut peers = self.peers(member);
         // Where etcd can't be asked, what it said is still true.
-        if self.neighbourhood.is_stranger(&member.slot, said.epoch, said.mesh_key) {
+        if self.neighbourhood.is_stranger(&member.slot, said.mesh_key) {
             peers.fenced.get_or_insert(1);
         }
         if peers.fenced.is_none() {
@@ -235,7 +235,10 @@ impl Hub {
         let leaving = fenced.is_none() && self.desk.is_leaving(&member.slot);
         let owners = self.desk.owners();
         let vacant = owners.iter().filter(|(_, r)| r.vacant).map(|(slot, _)| slot.clone()).collect();
-        Peers { keys: self.founders(), epoch: self.epoch, fenced, leaving, vacant }
+        let is_hub = |slot: &str| self.topology.hubs.iter().any(|hub| hub.name == slot);
+        let hubs = owners.iter().filter(|(slot, r)| is_hub(slot) && !r.vacant);
+        let hubs = hubs.map(|(slot, r)| (slot.clone(), r.tls_key.clone())).collect();
+        Peers { keys: self.founders(), hubs, epoch: self.epoch, fenced, leaving, vacant }
     }
 
     /// Keys of those that everybody has to know.

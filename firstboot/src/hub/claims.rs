@@ -10,15 +10,17 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Tokens, Topology};
-use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
+use tokio::sync::{oneshot, watch};
 
 use super::departures::gone;
 use super::silence::{Hearing, seen};
+use super::terms::TokenState;
 use super::token::no;
 use super::useless::UselessTokens;
 use crate::error::{Error, Result};
@@ -29,8 +31,10 @@ const TOKENS: &str = "/bakehouse/tokens/";
 const REVOKED: &str = "/bakehouse/revoked/";
 /// Others may claim at the same moment: then again, that often.
 const ATTEMPTS: u64 = 16;
-/// Claims in one transaction: etcd takes 128 operations, each claim needs up to four.
+/// Claims in one transaction: etcd takes 128 operations, each claim needs up to five.
 const TOGETHER: usize = 24;
+/// Grants of a slot that stay on record.
+const AUDITED: u64 = 32;
 
 /// Every slot's owner, as this hub has heard: the truth is etcd's.
 pub type Owners = BTreeMap<String, SlotRecord>;
@@ -41,13 +45,17 @@ pub struct ClaimsDesk {
     /// This hub.
     pub(super) by: String,
     /// Shared, not copied: it is looked at for every question of every node.
-    owners: Arc<RwLock<Arc<Owners>>>,
+    pub(super) owners: Arc<watch::Sender<Arc<Owners>>>,
+    /// etcd's word is among them since this start.
+    pub(super) has_heard: Arc<AtomicBool>,
     waiting: Mutex<VecDeque<Waiting>>,
     /// One batch of this hub's is under way at a time: two would only get into each other's way
     /// in etcd.
     turn: tokio::sync::Mutex<()>,
     pub(super) hearing: Hearing,
     useless: UselessTokens,
+    /// When this hub's image was built, in seconds since 1970: it is not earlier, whatever its clock says.
+    pub(super) built: u64,
 }
 
 /// A slot that was given.
@@ -65,10 +73,12 @@ impl ClaimsDesk {
             topology,
             by: by.to_owned(),
             owners: Arc::default(),
+            has_heard: Arc::default(),
             waiting: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             hearing: Hearing::default(),
             useless: UselessTokens::default(),
+            built: 0,
         }
     }
 
@@ -77,7 +87,13 @@ impl ClaimsDesk {
     #[must_use]
     pub fn beside(&self, etcd: Etcd) -> Self {
         let other = Self::new(etcd, self.topology.clone(), &self.by);
-        Self { owners: self.owners.clone(), ..other }
+        Self { owners: self.owners.clone(), has_heard: self.has_heard.clone(), built: self.built, ..other }
+    }
+
+    /// Takes no time before the image's build for the present, in seconds since 1970.
+    #[must_use]
+    pub fn built_at(self, built: u64) -> Self {
+        Self { built, ..self }
     }
 
     /// The cluster that decides.
@@ -147,7 +163,11 @@ impl ClaimsDesk {
 
     /// Answers whom it can; leaves those who have to be looked at again.
     async fn attempt(&self, batch: &mut Vec<Waiting>, attempt: u64) -> Result<()> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = clock.max(self.time_floor());
+        if now > clock {
+            eprintln!("this hub's clock is {} s behind the fleet's: set it", now - clock);
+        }
         // What was heard may be late: then the transaction fails, and etcd itself is asked.
         if attempt > 0 {
             let groups: BTreeSet<&str> = batch.iter().map(|w| w.claims.group.as_str()).collect();
@@ -170,8 +190,10 @@ impl ClaimsDesk {
             let [owner, token, revoked] = found else {
                 break Some((waiting, Error::Failed("etcd lost a key".to_owned())));
             };
+            let state = TokenState::of(token, revoked, now);
             if owner.revision != 0 {
-                match self.again(&String::from_utf8_lossy(&owner.value), &waiting.request).await {
+                let slot = String::from_utf8_lossy(&owner.value);
+                match self.again(&slot, &waiting.claims, &waiting.request, state).await {
                     Ok(answer) => waiting.tell(Ok(answer)),
                     Err(e) => break Some((waiting, e)),
                 }
@@ -182,13 +204,16 @@ impl ClaimsDesk {
                 later.push(waiting);
                 continue;
             }
-            let used = std::str::from_utf8(&token.value).ok().and_then(|n| n.parse().ok()).unwrap_or(0);
-            let count = tokens.entry(waiting.claims.id.clone()).or_insert(Count { used, revision: token.revision });
-            if let Some(refusal) = useless(&waiting.claims, count.used, revoked.revision != 0, now) {
-                self.useless.remember(&waiting.claims.id);
-                waiting.tell(Ok(Err(refusal)));
-                continue;
-            }
+            // Others of this batch may be about to use it, too.
+            let used = tokens.get(&waiting.claims.id).map_or(state.used, |count| Some(count.used));
+            let used = match (TokenState { used, ..state }).uses(&waiting.claims) {
+                Ok(used) => used,
+                Err(refusal) => {
+                    self.useless.remember(&waiting.claims.id);
+                    waiting.tell(Ok(Err(refusal)));
+                    continue;
+                }
+            };
             let place = match self.choose(&waiting.claims, &takings).await {
                 Ok(Ok(Some(place))) => place,
                 Ok(Ok(None)) => {
@@ -201,7 +226,8 @@ impl ClaimsDesk {
                 }
                 Err(e) => break Some((waiting, e)),
             };
-            count.used += 1;
+            let count = Count { used: used + 1, revision: token.revision };
+            tokens.insert(waiting.claims.id.clone(), count);
             let record = SlotRecord {
                 epoch: place.before.as_ref().map_or(1, |r| r.epoch + 1),
                 mesh_key: waiting.request.mesh_key,
@@ -213,7 +239,7 @@ impl ClaimsDesk {
                 leaving: false,
                 vacant: false,
             };
-            takings.push(Taking { place, record, keys });
+            takings.push(Taking { place, record, keys, former: None });
             taking.push(waiting);
         };
         let unanswered = asking.map(|((waiting, _), _)| waiting).collect::<Vec<_>>();
@@ -274,7 +300,7 @@ impl ClaimsDesk {
             leaving: false,
             vacant: false,
         };
-        let taking = Taking { place, record, keys: Keys::of(mesh_key, "") };
+        let taking = Taking { place, record, keys: Keys::of(mesh_key, ""), former: None };
         if self.take(&[taking], &BTreeMap::new()).await? {
             return Ok(Ok(Given { slot: slot.to_owned(), epoch: 1 }));
         }
@@ -304,91 +330,6 @@ impl ClaimsDesk {
         Ok(Tokens {
             used: ids(used, TOKENS).into_iter().map(|(id, value)| (id, count(&value))).collect(),
             revoked: ids(revoked, REVOKED).into_iter().map(|(id, _)| id).collect(),
-        })
-    }
-
-    /// What this hub has heard of every slot.
-    #[must_use]
-    pub fn owners(&self) -> Arc<Owners> {
-        self.owners.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Whether a slot is somebody else's now, or nobody's: then since which epoch.
-    #[must_use]
-    pub fn fenced(&self, slot: &str, tls_key: &str) -> Option<u64> {
-        let owners = self.owners.read().unwrap_or_else(PoisonError::into_inner);
-        owners.get(slot).filter(|r| r.vacant || r.tls_key != tls_key).map(|r| r.epoch)
-    }
-
-    /// Whether nobody has a slot any more that somebody had.
-    #[must_use]
-    pub fn is_vacant(&self, slot: &str) -> bool {
-        self.owners.read().unwrap_or_else(PoisonError::into_inner).get(slot).is_some_and(|r| r.vacant)
-    }
-
-    /// Whether this hub has heard of a slot that this key has.
-    fn is_owner(&self, mesh_key: MeshKey) -> bool {
-        self.owners.read().unwrap_or_else(PoisonError::into_inner).values().any(|r| r.mesh_key == mesh_key)
-    }
-
-    /// Whether a slot's owner is to go.
-    #[must_use]
-    pub fn is_leaving(&self, slot: &str) -> bool {
-        self.owners.read().unwrap_or_else(PoisonError::into_inner).get(slot).is_some_and(|r| r.leaving)
-    }
-
-    /// Follows etcd: calls `changed` with everything first, then with each change; returns
-    /// when etcd has to be asked anew.
-    ///
-    /// # Errors
-    /// etcd does not answer any more.
-    pub async fn follow(&self, mut changed: impl AsyncFnMut(&Owners)) -> Result<()> {
-        let (revision, pairs) = self.etcd.list(SLOTS).await?;
-        let listed: Vec<Change> = pairs.into_iter().map(|p| Change { key: p.key, value: Some(p.value) }).collect();
-        self.heard(listed, true);
-        changed(&self.owners()).await;
-        let mut watch = self.etcd.watch(SLOTS, revision + 1).await?;
-        while let Some(changes) = watch.next().await? {
-            self.heard(changes, false);
-            changed(&self.owners()).await;
-        }
-        Ok(())
-    }
-
-    fn heard(&self, changes: Vec<Change>, all: bool) {
-        let mut owners = self.owners.write().unwrap_or_else(PoisonError::into_inner);
-        let owners = Arc::make_mut(&mut owners);
-        if all {
-            owners.clear();
-        }
-        for change in changes {
-            let Some(slot) = change.key.strip_prefix(SLOTS) else { continue };
-            match change.value.map(|v| serde_json::from_slice(&v)) {
-                Some(Ok(record)) => drop(owners.insert(slot.to_owned(), record)),
-                Some(Err(e)) => eprintln!("etcd's record of {slot} is not readable: {e}"),
-                None => drop(owners.remove(slot)),
-            }
-        }
-    }
-
-    /// This key has a slot, or had one.
-    async fn again(&self, slot: &str, request: &JoinRequest) -> Result<Result<Given, Refusal>> {
-        Ok(match self.place(slot).await?.before {
-            Some(record) if record.mesh_key == request.mesh_key && record.vacant => {
-                Err(no(Reason::Fenced, &gone(slot)))
-            }
-            Some(record) if record.mesh_key == request.mesh_key && record.tls_key == request.tls_key => {
-                Ok(Given { slot: slot.to_owned(), epoch: record.epoch })
-            }
-            Some(record) if record.mesh_key == request.mesh_key => {
-                Err(no(Reason::Forged, "this mesh key is of a node with another TLS key"))
-            }
-            record => {
-                let epoch = record.map_or(0, |r| r.epoch);
-                let text =
-                    format!("{slot} is another machine's since epoch {epoch}; wipe this one to make it a new node");
-                Err(no(Reason::Fenced, &text))
-            }
         })
     }
 
@@ -468,7 +409,7 @@ impl ClaimsDesk {
             .iter()
             .map(|t| {
                 let slot = format!("{SLOTS}{}", t.place.slot);
-                let audit = format!("/bakehouse/audit/{}/{:08}", t.place.slot, t.record.epoch);
+                let audit = audit(&t.place.slot, t.record.epoch);
                 let value = serde_json::to_vec(&t.record).map_err(|e| Error::Failed(e.to_string()))?;
                 Ok((slot, audit, t.place.silent.then(|| seen(&t.place.slot)), value))
             })
@@ -481,7 +422,13 @@ impl ClaimsDesk {
             then.push(Then::Put(slot, value));
             then.push(Then::Put(&taking.keys.owner, taking.place.slot.as_bytes()));
             then.push(Then::Put(audit, value));
+            if let Some(former) = &taking.former {
+                then.push(Then::Delete(former));
+            }
         }
+        let forgotten: Vec<String> =
+            takings.iter().filter_map(|t| forgotten_audit(&t.place.slot, t.record.epoch)).collect();
+        then.extend(forgotten.iter().map(|audit| Then::Delete(audit)));
         let counts: Vec<(Keys, String, u64)> = tokens
             .iter()
             .filter(|(id, _)| takings.iter().any(|t| t.record.token.as_ref() == Some(id)))
@@ -493,18 +440,6 @@ impl ClaimsDesk {
         }
         self.etcd.transact(&when, &then).await
     }
-}
-
-/// Why a token gives nothing, if it does not.
-fn useless(claims: &Claims, used: u32, revoked: bool, now: u64) -> Option<Refusal> {
-    if revoked {
-        return Some(no(Reason::Revoked, "the token was revoked; mint another with `bakehouse ticket`"));
-    }
-    if now > claims.expires {
-        return Some(no(Reason::Expired, "the token has expired; mint another with `bakehouse ticket`"));
-    }
-    let text = format!("the token was used {used} times, as often as it may be; mint another with `bakehouse ticket`");
-    (used >= claims.uses).then(|| no(Reason::Spent, &text))
 }
 
 /// Somebody who asked, and is not answered yet.
@@ -526,6 +461,8 @@ pub(super) struct Taking {
     pub(super) place: Place,
     pub(super) record: SlotRecord,
     pub(super) keys: Keys,
+    /// Key in etcd of the owner that it replaces by itself: of a renewal.
+    pub(super) former: Option<String>,
 }
 
 /// How often a token was used, as of a revision.
@@ -543,7 +480,7 @@ pub(super) struct Place {
 }
 
 pub(super) struct Keys {
-    owner: String,
+    pub(super) owner: String,
     token: String,
     revoked: String,
 }
@@ -556,6 +493,16 @@ impl Keys {
             revoked: format!("{REVOKED}{token}"),
         }
     }
+}
+
+/// Where a grant of a slot is recorded.
+pub(super) fn audit(slot: &str, epoch: u64) -> String {
+    format!("/bakehouse/audit/{slot}/{epoch:08}")
+}
+
+/// The record of a slot's grants that is dropped with a new one: etcd's space has an end.
+pub(super) fn forgotten_audit(slot: &str, epoch: u64) -> Option<String> {
+    epoch.checked_sub(AUDITED).filter(|epoch| *epoch > 0).map(|epoch| audit(slot, epoch))
 }
 
 /// Milliseconds until the next attempt: longer each time, never the same for two hubs.

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{Reason, Refusal, SlotRecord};
 
-use super::claims::{ClaimsDesk, Place, SLOTS};
+use super::claims::{ClaimsDesk, Place, SLOTS, audit, forgotten_audit};
 use super::token::no;
 use crate::error::{Error, Result};
 use crate::etcd::{If, Then};
@@ -88,8 +88,10 @@ impl ClaimsDesk {
             ..record.clone()
         };
         let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
-        let (key, audit) = (format!("{SLOTS}{slot}"), format!("/bakehouse/audit/{slot}/{:08}", record.epoch));
-        let then = [Then::Put(&key, &value), Then::Put(&audit, &value)];
+        let (key, audit) = (format!("{SLOTS}{slot}"), audit(slot, record.epoch));
+        let mut then = vec![Then::Put(&key, &value), Then::Put(&audit, &value)];
+        let forgotten = forgotten_audit(slot, record.epoch);
+        then.extend(forgotten.iter().map(|audit| Then::Delete(audit)));
         let done = self.etcd.transact(&[If::Unchanged(&key, place.revision)], &then).await?;
         println!("{slot} has no owner any more (epoch {})", record.epoch);
         Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })

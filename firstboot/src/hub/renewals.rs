@@ -9,6 +9,12 @@ use super::claims::{ClaimsDesk, Given, Keys, Taking};
 use super::departures::gone;
 use super::token::no;
 use crate::error::Result;
+use crate::etcd::Then;
+
+/// Seconds between two renewals of a slot: each is a write in etcd and on every hub's disk, and a
+/// node that was taken over must not fill them.
+const RENEWAL_INTERVAL: u64 = 24 * 3600;
+const RENEWED: &str = "/bakehouse/renewed/";
 
 impl ClaimsDesk {
     /// The owner of a slot, whose TLS key is `own`, has other keys from the next epoch on. Asked
@@ -31,17 +37,33 @@ impl ClaimsDesk {
             let text = format!("{slot} is another machine's since epoch {}", before.epoch);
             return Ok(Err(no(Reason::Fenced, &text)));
         }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let renewed = format!("{RENEWED}{slot}");
+        let found = self.etcd.get(&[&renewed]).await?;
+        let last = found.first().and_then(|pair| std::str::from_utf8(&pair.value).ok()?.parse::<u64>().ok());
+        let next = last.map_or(0, |last| last.min(now) + RENEWAL_INTERVAL);
+        if next > now {
+            let text = format!(
+                "{slot} had new keys {} h ago, and may have others in {} h",
+                (RENEWAL_INTERVAL - (next - now)) / 3600,
+                (next - now).div_ceil(3600)
+            );
+            return Ok(Err(no(Reason::Busy, &text)));
+        }
+        let former = Keys::of(before.mesh_key, "").owner;
         let record = SlotRecord {
             epoch: before.epoch + 1,
             mesh_key: asked.mesh_key,
             tls_key: asked.tls_key.clone(),
             by: self.by.clone(),
-            at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            at: now,
             ..before
         };
         let epoch = record.epoch;
-        let taking = Taking { place, record, keys: Keys::of(asked.mesh_key, "") };
+        let taking = Taking { place, record, keys: Keys::of(asked.mesh_key, ""), former: Some(former) };
         if self.take(&[taking], &BTreeMap::new()).await? {
+            // Cut before this, the slot may renew once more.
+            self.etcd.transact(&[], &[Then::Put(&renewed, now.to_string().as_bytes())]).await?;
             return Ok(Ok(Given { slot: slot.to_owned(), epoch }));
         }
         Ok(Err(no(Reason::Busy, "somebody else wrote at the same time, or the mesh key is in use")))

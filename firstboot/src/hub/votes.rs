@@ -1,26 +1,47 @@
 //! Votes in etcd: a voter's place has one as long as a machine is in it.
 
 use super::claims::ClaimsDesk;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::etcd::{If, Then};
+
+/// Epoch of the machine that etcd made room for, by slot.
+const READMITTED: &str = "/bakehouse/readmitted/";
 
 impl ClaimsDesk {
-    /// Makes room in etcd for the machine that has a voter's slot now, and has not started etcd
-    /// yet: its predecessor goes, it may listen. Done again, it changes nothing.
+    /// Makes room in etcd for the machine that has a voter's slot since `epoch`, and has not started
+    /// etcd yet: its predecessor goes, it may listen. etcd keeps for which epoch that was done: done
+    /// again, by a request that was repeated, it changes nothing.
     ///
     /// # Errors
-    /// The cluster says no.
-    pub async fn readmit(&self, slot: &str) -> Result<()> {
+    /// The cluster refuses, or another hub does the same at this moment.
+    pub async fn readmit(&self, slot: &str, epoch: u64) -> Result<()> {
         let Some(url) = self.peer_url(slot) else { return Ok(()) };
+        let key = format!("{READMITTED}{slot}");
+        let found = self.etcd.get(&[&key]).await?;
+        let done = found.first().ok_or_else(|| Error::Failed("etcd lost a key".to_owned()))?;
+        if done.revision != 0 {
+            let last = std::str::from_utf8(&done.value).ok().and_then(|text| text.parse::<u64>().ok());
+            let last = last.ok_or_else(|| Error::Failed(format!("etcd's {key} is not a number; delete it")))?;
+            if last >= epoch {
+                return Ok(());
+            }
+        }
         let members = self.etcd.members().await?;
         let before = members.iter().find(|m| m.peer_urls.contains(&url));
         // One that was added has no name until it starts.
-        if let Some(predecessor) = before.filter(|m| !m.name.is_empty()) {
+        let listens = before.is_some_and(|m| m.name.is_empty());
+        if let Some(predecessor) = before.filter(|_| !listens) {
             println!("etcd: {slot}'s predecessor goes");
             self.etcd.remove(predecessor).await?;
-        } else if before.is_some() {
+        }
+        if !listens {
+            self.etcd.add_learner(&url).await?;
+        }
+        let epoch = epoch.to_string();
+        if self.etcd.transact(&[If::Unchanged(&key, done.revision)], &[Then::Put(&key, epoch.as_bytes())]).await? {
             return Ok(());
         }
-        self.etcd.add_learner(&url).await
+        Err(Error::Failed(format!("another hub makes room for {slot} in etcd at this moment")))
     }
 
     /// Gives this voter its vote, if it has none.

@@ -1,0 +1,178 @@
+//! Who was evicted neither asks nor is believed, by any path, also while etcd has no quorum.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bakehouse_tests::rogue_hub::{Captured, RogueHub};
+use bakehouse_tests::site::{Asker, Site, departure, scope};
+use firstboot::https::{self, Connection, Identity, request};
+use firstboot::hubs::Hubs;
+use firstboot::member::follow_hubs;
+use firstboot::neighbours::Neighbourhood;
+use fleet::{
+    Answer, Departure, Doing, Grant, Introduction, JoinReply, MeshKey, PROTOCOL, Peers, PrivateKey, Report, SignedOrder,
+};
+
+const ATTACKER: MeshKey = MeshKey([66; 32]);
+
+/// What a hub that was taken over says to whoever asks: you are fenced, and these are the hubs.
+fn lies(request: &Captured) -> Vec<u8> {
+    let mut hubs: BTreeMap<String, String> = BTreeMap::new();
+    let mut keys: BTreeMap<String, MeshKey> = BTreeMap::new();
+    for hub in ["hub-1", "hub-2", "hub-3"] {
+        hubs.insert(hub.to_owned(), "the attacker's".to_owned());
+        keys.insert(hub.to_owned(), ATTACKER);
+    }
+    let vacant = ["hub-1", "hub-3", "db-1"].map(String::from).into();
+    let said = match request.target().1.as_str() {
+        "/v1/peers" => serde_json::to_vec(&Peers { keys, hubs, epoch: 9, fenced: Some(99_999), leaving: true, vacant }),
+        "/v1/turn" => serde_json::to_vec(&Answer { go: true, why: String::new() }),
+        "/v1/renew" => serde_json::to_vec(&JoinReply::Granted(Grant {
+            slot: "db-1".to_owned(),
+            epoch: 99_999,
+            cert: String::new(),
+            secrets: fleet::Secrets::default(),
+            hubs: keys,
+        })),
+        _ => Ok(Vec::new()),
+    };
+    said.expect("JSON")
+}
+
+/// A hub's machine is taken over, and the operator has it leave. It keeps its address, its key and its
+/// issuer, and goes on answering.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_evicted_hub_is_forgotten_within_a_minute_and_changes_nothing() {
+    let mut site = Site::open(24_700, "db.count = 1\n");
+    site.register_hubs().await;
+    let (node, grant) = site.members("db", 1).await.remove(0);
+    // Each of them asks two hubs of chance.
+    let workers: Vec<Worker> = (0..8).map(|_| Worker::start(&site, &node, &grant)).collect();
+    until(30, "they do not learn who the hubs are", || workers.iter().all(|w| w.known.pins().len() == 3)).await;
+    let before = workers[0].known.keys();
+
+    // Taken over, and not evicted yet: it is a hub, and alone nonetheless.
+    let key = site.keys[1].clone();
+    site.hubs.remove(1).abort();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let at = "127.0.0.2:24700".parse().expect("an address");
+    let rogue = RogueHub::start(&site.topology, &site.root, ("hub-2", &key), at, lies).await;
+    until(60, "the attacker is not asked", || rogue.captured().iter().any(|r| r.target().1 == "/v1/peers")).await;
+    let order = departure("hub-2", true, None).with_scope(scope(Departure::PATH, "hub-1"));
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    let evicted = Instant::now();
+    let has_forgotten = |w: &Worker| !w.known.pins().contains_key("hub-2") && !w.known.keys().contains_key("hub-2");
+    until(60, "the evicted hub is still one", || workers.iter().all(has_forgotten)).await;
+    println!("the last of 8 has forgotten it after {:.1} s", evicted.elapsed().as_secs_f64());
+
+    // Nothing that it says has changed anything, and it is not asked any more.
+    let are_unharmed = |what: &str| {
+        for worker in &workers {
+            assert!(!worker.task.is_finished(), "{what}: a worker was stopped by the attacker");
+            for hub in ["hub-1", "hub-3"] {
+                assert_eq!(worker.known.keys().get(hub), before.get(hub), "{what}: {hub}");
+                assert_ne!(worker.known.pins()[hub], "the attacker's", "{what}");
+            }
+        }
+    };
+    are_unharmed("as the hub that it was");
+    let hubs = &workers[0].hubs;
+    let asked = rogue.captured().len();
+    let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: Doing::Serving };
+    for _ in 0..12 {
+        assert!(!hubs.turn(&report).await.expect("a hub answers").go, "the attacker gives turns");
+    }
+    assert_eq!(rogue.captured().len(), asked, "an evicted hub is still asked");
+    // With certificates of its own issuer it is no other hub either.
+    drop(rogue);
+    for (i, name) in [(0, "hub-1"), (1, "hub-3")] {
+        site.hubs[i].abort();
+        let key = PrivateKey::generate().expect("randomness");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let at = format!("127.0.0.{}:24700", if i == 0 { 1 } else { 3 }).parse().expect("an address");
+        std::mem::forget(RogueHub::start(&site.topology, &site.root, (name, &key), at, lies).await);
+    }
+    let e = hubs.turn(&report).await.expect_err("the attacker gives turns as another hub");
+    assert!(e.to_string().contains("another key"), "{e}");
+    tokio::time::sleep(Duration::from_secs(40)).await;
+    are_unharmed("as every other hub");
+}
+
+/// A worker's agent, as far as it asks hubs.
+struct Worker {
+    known: Arc<Neighbourhood>,
+    hubs: Arc<Hubs>,
+    task: tokio::task::JoinHandle<firstboot::error::Result<()>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Worker {
+    fn start(site: &Site, node: &Asker, grant: &Grant) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let known = Arc::new(Neighbourhood::load(dir.path(), grant.hubs.clone()));
+        let own = Identity { cert: &grant.cert, key: node.tls.pem() };
+        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let hubs = Hubs::of(&site.topology, &BTreeMap::new(), &grant.slot, tls).known_by(known.clone()).over_mesh();
+        let hubs = Arc::new(hubs);
+        let (asked, told, slot, epoch) = (hubs.clone(), known.clone(), grant.slot.clone(), grant.epoch);
+        let task = tokio::spawn(async move { follow_hubs(&asked, &told, (&slot, epoch)).await });
+        Self { known, hubs, task, _dir: dir }
+    }
+}
+
+/// etcd has no quorum, and a hub's agent has just started: a founder that was evicted says that it is
+/// the 99th owner of its slot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_evicted_founder_is_refused_by_a_hub_that_has_just_started_without_etcd() {
+    let mut site = Site::open(25_000, "db.count = 1\n");
+    site.register_hubs().await;
+    let order = departure("hub-2", true, None).with_scope(scope(Departure::PATH, "hub-1"));
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    let records = site.state(0).join("slots.json");
+    until(10, "the eviction is not on the hub's disk", || {
+        let text = std::fs::read_to_string(&records).unwrap_or_default();
+        let slots: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        slots["slots"]["hub-2"]["vacant"] == true && slots["slots"]["hub-3"]["epoch"] == 1
+    })
+    .await;
+    (0..3).for_each(|i| site.cluster.freeze(i));
+    site.hubs[0].abort();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    site.hubs[0] = site.hub(0);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+
+    // The one that was evicted, and a blank machine with a founder's ticket in place of another.
+    for (i, slot, key) in
+        [(1, "hub-2", site.keys[1].clone()), (2, "hub-3", PrivateKey::generate().expect("randomness"))]
+    {
+        let issuer = site.root.issuer("acme", slot).expect("a root");
+        let cert = issuer.node(&site.topology, &site.topology.hubs[i], &key.public().expect("a key")).expect("a key");
+        let own = Identity { cert: &cert, key: key.pem() };
+        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let ask = async |method: &str, path: &str, body: Vec<u8>| {
+            let mut hub = Connection::open("127.0.0.1", 25_000, "hub-1", &tls).await.expect("a hub");
+            hub.ask(request(method, "hub", path, &[], body.into()).expect("HTTP"), 1 << 16).await
+        };
+        let read = |answer: bytes::Bytes| serde_json::from_slice::<Peers>(&answer).expect("JSON");
+        let said = Introduction { version: PROTOCOL, mesh_key: ATTACKER, epoch: 99 };
+        let peers =
+            read(ask("POST", "/v1/introduce", serde_json::to_vec(&said).expect("JSON")).await.expect("an answer"));
+        assert!(peers.fenced.is_some(), "{slot}: {peers:?}");
+        assert!(!peers.keys.values().any(|key| *key == ATTACKER), "{slot} has its key in the mesh: {peers:?}");
+        let peers = read(ask("GET", "/v1/peers", Vec::new()).await.expect("an answer"));
+        assert!(peers.fenced.is_some() && !peers.keys.values().any(|key| *key == ATTACKER), "{slot}: {peers:?}");
+        let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: Doing::Serving };
+        let e = ask("POST", "/v1/turn", serde_json::to_vec(&report).expect("JSON")).await.expect_err("it has a turn");
+        assert!(e.to_string().contains("another machine's"), "{e}");
+    }
+    (0..3).for_each(|i| site.cluster.thaw(i));
+}
+
+async fn until(seconds: u64, what: &str, is: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    while !is() {
+        assert!(Instant::now() < end, "{what} after {seconds} s");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
