@@ -23,7 +23,7 @@ pub fn read(virtualization: &str) -> Result<Machine> {
     // `kvm` is the name of QEMU with real processors.
     let patience = if virtualization == "qemu" { EMULATED } else { 1 };
     let var = statvfs("/var").map_err(|e| Error::io("look at the size of", "/var")(e.into()))?;
-    let var = var.blocks() * var.fragment_size() >> 20;
+    let var = (var.blocks() * var.fragment_size()) >> 20;
     Ok(Machine { memory, var, cpus, patience })
 }
 
