@@ -21,10 +21,9 @@ pub struct Limits {
     pub connections: usize,
     /// Of one address; more are closed.
     pub per_address: usize,
-    /// A request comes within this time. A machine may keep the server waiting for so long in all, and longer as
-    /// it reads.
+    /// A request comes within this time, and a machine reads something within this time.
     pub patience: Duration,
-    /// Bytes in a second that a waiting machine has to read at least.
+    /// Bytes in a second that a machine has to read on average while the server waits for it.
     pub rate: u64,
 }
 
@@ -105,8 +104,8 @@ fn is_of_one_connection(e: &io::Error) -> bool {
     matches!(e.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
 }
 
-/// A connection whose other end has to read: it may keep the server waiting for `patience`, and for a second more for
-/// each `rate` bytes that it has read.
+/// A connection whose other end has to read: it may keep the server waiting for `patience` at a time; and in all for
+/// `patience`, and a second more for each `rate` bytes that it has taken.
 pub struct Stream {
     stream: TcpStream,
     limits: Limits,
@@ -134,8 +133,9 @@ impl Stream {
             Poll::Ready(Err(_)) => poll,
             Poll::Pending => {
                 self.since.get_or_insert_with(Instant::now);
+                // What is in the kernel's buffers counts as read: so this alone would bear megabytes of it.
                 let earned = Duration::from_secs_f64(self.written as f64 / self.limits.rate.max(1) as f64);
-                let left = (self.limits.patience + earned).saturating_sub(self.waited);
+                let left = (self.limits.patience + earned).saturating_sub(self.waited).min(self.limits.patience);
                 let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(left)));
                 match timer.as_mut().poll(context) {
                     Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
