@@ -46,6 +46,16 @@ fn configurations_are_the_reviewed_ones() {
     assert!(wrong.is_empty(), "look at the change, then UPDATE_GOLDEN=1:\n{}", wrong.join("\n"));
 }
 
+#[test]
+fn the_page_of_ports_is_what_the_table_says() {
+    let page = root().join("docs/ports.md");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(&page, fleet::ports::page()).expect("docs/");
+    }
+    let written = fs::read_to_string(&page).unwrap_or_default();
+    assert!(written == fleet::ports::page(), "docs/ports.md differs from fleet/src/ports: UPDATE_GOLDEN=1 writes it");
+}
+
 /// The first node of each group of each fleet: the others differ in their addresses only. Of one that tells
 /// of failures, who tells.
 fn rendered() -> BTreeMap<PathBuf, String> {

@@ -106,6 +106,7 @@ impl Project {
         }
         let mut topology = Topology::of(&fleet);
         topology.reclaim(&profiles);
+        topology.open_ports(&profiles);
         Ok(Self { dir, fleet, topology, profiles, warnings, files })
     }
 

@@ -12,6 +12,7 @@ mod lint;
 mod membership;
 pub mod netboot;
 mod overlay;
+pub mod ports;
 mod profile;
 mod rollout;
 mod schema;
@@ -35,7 +36,7 @@ pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSi
 pub use rollout::{Answer, Doing, Report, Rollout, RolloutOrder, RolloutRequest, Turn, Verdict, rank};
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
 pub use settings::{
-    Alerts, Backup, Database, Email, Firewall, Netboot, Odoo, OpenPort, Promise, Proto, S3, SecureBoot, Update,
+    Alerts, Backup, Database, Email, Firewall, Netboot, Odoo, OpenPort, Promise, Proto, S3, SecureBoot, Update, Web,
 };
 pub use signed::{
     BOUND_SIGNATURE_HEADER, ChannelBinding, EXPORTER_LABEL, ORDER_VALIDITY, OrderScope, SignedOrder, bound_message,

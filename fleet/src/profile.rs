@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::diagnostic::{Diagnostic, parse};
 use crate::schema::ExtraSource;
+use crate::settings::Proto;
 
 /// What a role brings to an image. `base` is one too; every image has it.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -43,9 +44,13 @@ pub struct Profile {
 #[serde(deny_unknown_fields)]
 pub struct Port {
     pub port: u16,
-    pub proto: String,
+    pub proto: Proto,
     /// What listens.
     pub service: String,
+    /// Roles whose nodes may reach it, beside those of [`crate::ports::rows`]; `every` stands for all nodes.
+    /// Without it, and without a built-in rule, every node may.
+    #[serde(default)]
+    pub from: Option<Vec<String>>,
 }
 
 /// Which units an image starts by itself. Role services are not here: the agent starts those.

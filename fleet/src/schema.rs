@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::diagnostic::{Diagnostic, Source, parse};
-use crate::settings::{Alerts, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update};
+use crate::settings::{Alerts, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update, Web};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -38,6 +38,8 @@ pub struct Fleet {
     pub alerts: Spanned<Alerts>,
     #[serde(default = "default_section")]
     pub firewall: Spanned<Firewall>,
+    #[serde(default = "default_section")]
+    pub web: Spanned<Web>,
     #[serde(default = "default_section")]
     pub promise: Spanned<Promise>,
     #[serde(default = "default_section")]

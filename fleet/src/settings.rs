@@ -115,6 +115,22 @@ pub struct Email {
     pub smarthost: String,
 }
 
+/// `[web]`: how hubs take browsers' connections.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Web {
+    /// Whether hubs answer requests without TLS with a redirect to HTTPS.
+    pub redirect: bool,
+    /// Connections that one address may have at once; four times as many may be opened in ten seconds.
+    pub connections: u16,
+}
+
+impl Default for Web {
+    fn default() -> Self {
+        Self { redirect: false, connections: 150 }
+    }
+}
+
 /// `[firewall]`: what else faces outside.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -134,11 +150,20 @@ pub struct OpenPort {
     pub role: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Proto {
     Tcp,
     Udp,
+}
+
+impl std::fmt::Display for Proto {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
 }
 
 /// `[update]`: where nodes find newer images of themselves.
@@ -151,11 +176,13 @@ pub struct Update {
     /// When nodes look, as systemd writes times; a maintenance window is a time of the week, such
     /// as `"Sun *-*-* 02..04:0/5"`.
     pub when: String,
+    /// Days after which a folder that was not signed again raises an alert: who serves it may hold newer images back.
+    pub stale_after: u16,
 }
 
 impl Default for Update {
     fn default() -> Self {
-        Self { url: None, when: "*:0/5".to_owned() }
+        Self { url: None, when: "*:0/5".to_owned(), stale_after: 30 }
     }
 }
 

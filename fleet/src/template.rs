@@ -5,14 +5,15 @@ use std::collections::BTreeSet;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::membership::{Secrets, Tls};
+use crate::ports::Filter;
 use crate::topology::{Node, Topology};
 
 /// Variables of the templates that are rendered on the node: the same there as in the
 /// build's checks.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug)]
 pub struct NodeContext<'a> {
     pub fleet: &'a Topology,
     pub node: &'a Node,
@@ -23,6 +24,26 @@ pub struct NodeContext<'a> {
     pub secrets: &'a Secrets,
     /// Certificate and key for browsers, PEM; the node's own where the user gave none.
     pub web: &'a str,
+}
+
+impl Serialize for NodeContext<'_> {
+    /// The fields, and `filter`: what the node's packet filter is made of.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Variables<'a> {
+            fleet: &'a Topology,
+            node: &'a Node,
+            epoch: u64,
+            machine: Machine,
+            tls: &'a Tls,
+            secrets: &'a Secrets,
+            web: &'a str,
+            filter: Filter,
+        }
+        let Self { fleet, node, epoch, machine, tls, secrets, web } = *self;
+        let filter = Filter::of(fleet, node);
+        Variables { fleet, node, epoch, machine, tls, secrets, web, filter }.serialize(serializer)
+    }
 }
 
 /// The machine a node runs on.

@@ -6,9 +6,10 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use crate::ports::{ServicePort, services};
 use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
-use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Update};
+use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Update, Web};
 
 /// The whole fleet, derived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +31,11 @@ pub struct Topology {
     pub alerts: Alerts,
     pub firewall: Firewall,
     pub update: Update,
+    #[serde(default)]
+    pub web: Web,
+    /// Ports of the roles' profiles that the built-in table (`ports.rs`) does not have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<ServicePort>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,7 +168,14 @@ impl Topology {
             alerts: fleet.alerts.get_ref().clone(),
             firewall: fleet.firewall.get_ref().clone(),
             update,
+            web: fleet.web.get_ref().clone(),
+            services: Vec::new(),
         }
+    }
+
+    /// Enters the ports of the roles' profiles that the packet filter has to know.
+    pub fn open_ports(&mut self, profiles: &Profiles) {
+        self.services = services(&self.nodes, profiles);
     }
 
     /// Enters which slots may be taken from silent owners: those where every role's profile says

@@ -1,5 +1,6 @@
 //! What `bakehouse check` knows of the domain, beyond the shape of the TOML.
 
+mod ports;
 mod services;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +14,7 @@ use crate::diagnostic::{Diagnostic, Severity, nearest};
 use crate::profile::{Profiles, parse_size};
 use crate::schema::{Fleet, Group};
 use crate::topology::{GIVEN, Topology};
+use ports::Listeners;
 
 /// A line of the table of minimum and recommended node counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -62,6 +64,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.database();
     lint.backup();
     lint.services();
+    lint.ports();
     lint.netboot();
     lint.promises();
     lint.high_availability();
@@ -148,7 +151,7 @@ impl Lint<'_> {
         let profiles = self.profiles;
         let roles = group.role_names(name);
         let span_of = |i: usize| group.roles.get(i).map_or_else(|| group.count.span(), Spanned::span);
-        let mut ports: BTreeMap<(u16, &str), (&str, &str)> = BTreeMap::new();
+        let mut ports = Listeners::new();
         let mut seen = BTreeSet::new();
         for (i, role) in roles.iter().enumerate() {
             let Some(profile) = profiles.get(*role).filter(|_| !GIVEN.contains(role)) else {
@@ -176,22 +179,7 @@ impl Lint<'_> {
                     );
                 }
             }
-            for port in &profile.ports {
-                let key = (port.port, port.proto.as_str());
-                if let Some((other, service)) = ports.insert(key, (role, &port.service))
-                    // The same service in two roles is one listener.
-                    && service != port.service
-                {
-                    self.error(
-                        span_of(i),
-                        format!(
-                            "group `{name}`: {} of `{role}` and {service} of `{other}` both want {} port {}",
-                            port.service, port.proto, port.port
-                        ),
-                        "put the roles in two groups".to_owned(),
-                    );
-                }
-            }
+            self.listeners(name, role, &span_of(i), &mut ports);
         }
     }
 

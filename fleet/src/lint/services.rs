@@ -173,6 +173,14 @@ impl Lint<'_> {
                 self.error(fleet.firewall.span(), format!("[firewall] there is no role `{role}`"), help);
             }
         }
+        // Browsers open several at once.
+        if fleet.web.get_ref().connections < 10 || fleet.web.get_ref().connections > 3000 {
+            self.error(
+                fleet.web.span(),
+                format!("[web] connections is {}", fleet.web.get_ref().connections),
+                "one address may have 10 to 3000 connections; 150 by default".to_owned(),
+            );
+        }
         let alerts = fleet.alerts.get_ref();
         for url in alerts.webhooks.iter().chain(&alerts.dead_man) {
             if !(url.starts_with("http://") || url.starts_with("https://")) || url.contains(char::is_whitespace) {

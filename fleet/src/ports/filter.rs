@@ -1,0 +1,123 @@
+//! The packet filter of one node, as its template sees it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::ops::RangeInclusive;
+
+use serde::Serialize;
+
+use super::{HUB, Network, Party, Protocol, Rule, rules};
+use crate::topology::{Node, Topology};
+
+/// First and last port of the kernel's range for clients' sockets: where answers to UDP go.
+const CLIENT_PORTS: RangeInclusive<u16> = 32768..=60999;
+
+/// What the packet filter of one node is made of. Equal fleets give equal texts, whose length grows with the
+/// number of groups and not of nodes: successive addresses are one element of a set.
+#[derive(Clone, Debug, Serialize)]
+pub struct Filter {
+    sets: Vec<AddressSet>,
+    /// Connections that other nodes may open to this one.
+    input: Vec<Match>,
+    /// Answers to connections that this node may open.
+    replies: Vec<Match>,
+    /// Connections between other nodes that cross this one.
+    forward: Vec<Match>,
+    /// What is open to addresses outside the fleet.
+    public: Vec<Match>,
+    /// Ports of this node's clients, as nftables writes a range.
+    client_ports: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct AddressSet {
+    name: String,
+    elements: Vec<String>,
+}
+
+/// One line of the filter: sets of addresses, and ports as nftables writes them.
+#[derive(Clone, Debug, Serialize)]
+struct Match {
+    from: String,
+    to: String,
+    protocol: Protocol,
+    ports: Vec<String>,
+}
+
+impl Filter {
+    /// The filter of `node`.
+    #[must_use]
+    pub fn of(topology: &Topology, node: &Node) -> Self {
+        let mut lines = Lines { topology, sets: BTreeMap::new() };
+        let others = |party: Party| topology.nodes.iter().any(|n| n.name != node.name && party.has(n));
+        let rules: Vec<Rule> = rules(topology).into_iter().filter(|r| r.from != Party::Itself).collect();
+        let with =
+            |wanted: &dyn Fn(&Rule) -> bool| -> Vec<Rule> { rules.iter().copied().filter(|r| wanted(r)).collect() };
+        // ICMP has a line of its own.
+        let numbered = |r: &Rule| r.protocol != Protocol::Icmp;
+        let mesh = |r: &Rule| numbered(r) && r.is_inside();
+        let input = lines.of(&with(&|r| mesh(r) && r.to.has(node) && others(r.from)), true, false);
+        // BFD has no answers: both ends send to its port.
+        let asks =
+            |r: &Rule| mesh(r) && r.from.has(node) && others(r.to) && r.protocol != Protocol::Vrrp && !r.is_bfd();
+        let replies = lines.of(&with(&asks), false, true);
+        let crosses = |r: &Rule| mesh(r) && r.network == Network::Mesh && r.is_between(topology, node);
+        let forward = if node.hub > 0 { lines.of(&with(&crosses), true, true) } else { Vec::new() };
+        let public = lines.of(&with(&|r| numbered(r) && r.from == Party::Public && r.to.has(node)), false, false);
+        if node.hub > 0 {
+            lines.set(HUB, Network::Mesh);
+        }
+        let sets = lines.sets.into_iter().map(|(name, elements)| AddressSet { name, elements }).collect();
+        let client_ports = format!("{}-{}", CLIENT_PORTS.start(), CLIENT_PORTS.end());
+        Self { sets, input, replies, forward, public, client_ports }
+    }
+}
+
+/// Gathers rules to lines, and remembers which sets they name.
+struct Lines<'a> {
+    topology: &'a Topology,
+    sets: BTreeMap<String, Vec<String>>,
+}
+
+impl Lines<'_> {
+    /// One line for all ports with the same ends; an end that the line does not name is empty.
+    fn of(&mut self, rules: &[Rule], from: bool, to: bool) -> Vec<Match> {
+        let mut gathered: BTreeMap<(Network, String, String, Protocol), BTreeSet<(u16, u16)>> = BTreeMap::new();
+        for rule in rules {
+            let mut set = |party, named| if named { self.set(party, rule.network) } else { String::new() };
+            let ends = (rule.network, set(rule.from, from), set(rule.to, to), rule.protocol);
+            let ports = gathered.entry(ends).or_default();
+            ports.extend(rule.ports.range(self.topology).map(|r| (*r.start(), *r.end())));
+        }
+        let text =
+            |(first, last): (u16, u16)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+        let lines = gathered.into_iter().map(|((_, from, to, protocol), ports)| {
+            let ports = ports.into_iter().map(text).collect();
+            Match { from, to, protocol, ports }
+        });
+        lines.collect()
+    }
+
+    fn set(&mut self, party: Party, network: Network) -> String {
+        let name = party.set(network);
+        let elements = || ranges(&party.addresses(self.topology, network));
+        self.sets.entry(name.clone()).or_insert_with(elements);
+        name
+    }
+}
+
+/// Successive addresses as `first-last`.
+fn ranges(addresses: &BTreeSet<Ipv4Addr>) -> Vec<String> {
+    let mut ranges: Vec<(u32, u32)> = Vec::new();
+    for address in addresses.iter().map(|a| u32::from(*a)) {
+        match ranges.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(address) => *last = address,
+            _ => ranges.push((address, address)),
+        }
+    }
+    let text = |(first, last): (u32, u32)| {
+        let (first, last) = (Ipv4Addr::from(first), Ipv4Addr::from(last));
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
+    };
+    ranges.into_iter().map(text).collect()
+}
