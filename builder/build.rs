@@ -27,7 +27,7 @@ fn main() {
     table.push_str("];\n");
     // Steps are keyed by their code, too: what another program made is not reused.
     for (name, dirs) in [
-        ("CODE_COMPOSE", ["src/compose", "src/sandbox.rs"].as_slice()),
+        ("CODE_COMPOSE", ["src/compose", "src/sandbox"].as_slice()),
         ("CODE_INITRD", &["src/initrd.rs", "src/elf.rs", "src/tree.rs"]),
         ("CODE_ALL", &["src", "../fleet/src", "../Cargo.lock"]),
     ] {

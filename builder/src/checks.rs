@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::authority::Authority;
 use crate::bake::{Baked, OverlayCheck};
-use crate::compose::{ImageTree, Layer, Said, Work, in_root_with};
+use crate::compose::{Commands, ImageTree, Layer, Runner, Said, Work};
 use crate::digest::Key;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::project::{Project, Recipe};
-use crate::sandbox;
+use crate::sandbox::{self, Files, Limits};
 use crate::store::{Kind, Store, write_atomic};
 
 /// What the sandbox is to check.
@@ -74,14 +74,15 @@ pub fn check(
     let work = store.scratch(Kind::Check, &recipe.group);
     fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
     let job = Job {
-        tree: ImageTree::of(&work, layer, baked_tar)?,
+        tree: ImageTree::of(layer, baked_tar)?,
         mesh: project.topology.mesh.subnet.to_string(),
         cases: open
             .iter()
             .map(|(check, _, _, files)| Case { files: files.clone(), command: check.check.command.clone() })
             .collect(),
     };
-    let said: Result<Vec<Said>> = sandbox::run(&Work::Check(job));
+    let files = job.tree.host_files();
+    let said: Result<Vec<Said>> = sandbox::run(&Work::Check(job), &files, &work, &Limits::for_folder(&work));
     let _ = fs::remove_dir_all(&work);
     let mut wrong = Vec::new();
     for ((check, node, key, _), said) in open.iter().zip(said?) {
@@ -99,11 +100,11 @@ pub fn check(
 }
 
 /// The sandbox's part: the tree once, the cases side by side.
-pub fn work(job: &Job) -> Result<Vec<Said>, String> {
-    job.tree.with(|root| ask(job, root))
+pub fn work(job: &Job, files: &Files) -> Result<Vec<Said>, String> {
+    job.tree.with(files, |_, runner| Ok(ask(job, runner)))
 }
 
-fn ask(job: &Job, root: &Path) -> Vec<Said> {
+fn ask(job: &Job, runner: &Runner) -> Vec<Said> {
     let next = AtomicUsize::new(0);
     let answers = Mutex::new(BTreeMap::new());
     std::thread::scope(|scope| {
@@ -120,7 +121,9 @@ fn ask(job: &Job, root: &Path) -> Vec<Said> {
                     ]
                     .map(|line| line.split(' ').map(str::to_owned).collect());
                     let commands = network.into_iter().chain([case.command.clone()]).collect();
-                    let answer = match in_root_with(root, commands, case.files.clone()) {
+                    let commands =
+                        Commands { commands, stand_ins: false, files: case.files.clone(), own_network: true };
+                    let answer = match runner.run(commands) {
                         Ok(()) => Said { ok: true, text: String::new() },
                         Err(text) => Said { ok: false, text },
                     };

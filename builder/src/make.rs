@@ -1,18 +1,19 @@
 //! Files that a program of the image itself makes when the image is built: what would take long on
 //! a node, and is the same on every one. Each is made once, and kept in the store.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::bake::Baked;
-use crate::compose::{ImageTree, Layer, Work, in_root_with};
+use crate::compose::{Commands, ImageTree, Layer, Work};
 use crate::digest::Key;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::project::Recipe;
-use crate::sandbox;
+use crate::sandbox::{self, Files, HostFile, Limits};
 use crate::store::{Kind, Store, write_atomic};
 
 /// What the sandbox is to make.
@@ -20,9 +21,8 @@ use crate::store::{Kind, Store, write_atomic};
 pub struct Job {
     tree: ImageTree,
     command: Vec<String>,
-    /// Where it is in the tree then, and where it is to go.
+    /// Where it is in the tree then.
     file: String,
-    out: PathBuf,
 }
 
 /// A file that was made.
@@ -62,12 +62,13 @@ pub fn make(
             fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
             let out = work.with_extension("file");
             let job = Job {
-                tree: ImageTree::of(&work, layer, baked_tar)?,
+                tree: ImageTree::of(layer, baked_tar)?,
                 command: wanted.make.command.clone(),
                 file: wanted.make.file.clone(),
-                out: out.clone(),
             };
-            let made: Result<()> = sandbox::run(&Work::Make(job));
+            let mut files = job.tree.host_files();
+            files.push(HostFile::Create(out.clone()));
+            let made: Result<()> = sandbox::run(&Work::Make(job), &files, &work, &Limits::for_folder(&work));
             let _ = fs::remove_dir_all(&work);
             let bytes = made.and_then(|()| fs::read(&out).map_err(Error::io("read", &out)));
             let _ = fs::remove_file(&out);
@@ -83,15 +84,17 @@ pub fn make(
 }
 
 /// The sandbox's part.
-pub fn work(job: &Job) -> Result<(), String> {
-    job.tree.with(|root| {
-        in_root_with(root, vec![job.command.clone()], Vec::new())?;
-        // A link that leads out of the tree would bring a file of this machine into the image.
+pub fn work(job: &Job, files: &Files) -> Result<(), String> {
+    job.tree.with(files, |root, runner| {
+        let commands = vec![job.command.clone()];
+        runner.run(Commands { commands, stand_ins: false, files: Vec::new(), own_network: true })?;
         let told = |e| format!("{}: {e}", job.file);
-        let made = root.join(&job.file).canonicalize().map_err(told)?;
-        if !made.starts_with(root.canonicalize().map_err(told)?) || !made.is_file() {
+        // A link leads nowhere but into the tree: it is this thread's `/`.
+        let made = root.join(&job.file);
+        if !made.is_file() {
             return Err(format!("{} is no file of the image", job.file));
         }
-        fs::copy(made, &job.out).map(drop).map_err(told)
-    })?
+        let mut out = files.next().map_err(told)?;
+        io::copy(&mut File::open(made).map_err(told)?, &mut out).map(drop).map_err(told)
+    })
 }

@@ -16,8 +16,8 @@ const CAPABILITY: &str = "security.capability";
 const PAX_CAPABILITY: &str = "SCHILY.xattr.security.capability";
 
 /// Writes the tree; returns bytes and number of regular files.
-pub fn write(root: &Path, out: &Path) -> io::Result<(u64, u64)> {
-    let mut tar = Builder::new(BufWriter::with_capacity(1 << 20, File::create(out)?));
+pub fn write(root: &Path, out: File) -> io::Result<(u64, u64)> {
+    let mut tar = Builder::new(BufWriter::with_capacity(1 << 20, out));
     let mut links: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
     let (mut bytes, mut files) = (0, 0);
     for entry in WalkDir::new(root).sort_by_file_name() {
@@ -76,17 +76,17 @@ fn append_link(tar: &mut Builder<impl io::Write>, header: &mut Header, path: &Pa
 }
 
 /// Lays a tar written by [`write`] out below an empty `root`.
-pub fn read(tar: &Path, root: &Path) -> io::Result<()> {
+pub fn read(tar: File, root: &Path) -> io::Result<()> {
     lay_out(tar, root, false)
 }
 
 /// Lays a tar out over a tree: its files replace those that are there.
-pub fn read_onto(tar: &Path, root: &Path) -> io::Result<()> {
+pub fn read_onto(tar: File, root: &Path) -> io::Result<()> {
     lay_out(tar, root, true)
 }
 
-fn lay_out(tar: &Path, root: &Path, replace: bool) -> io::Result<()> {
-    let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, File::open(tar)?));
+fn lay_out(tar: File, root: &Path, replace: bool) -> io::Result<()> {
+    let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, tar));
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
@@ -167,9 +167,9 @@ mod tests {
         symlink("./x//y", a.join("soft")).unwrap();
         symlink("t".repeat(150), a.join("far")).unwrap();
         let (one, two) = (dir.path().join("1.tar"), dir.path().join("2.tar"));
-        write(&a, &one).unwrap();
-        read(&one, &b).unwrap();
-        write(&b, &two).unwrap();
+        write(&a, File::create(&one).unwrap()).unwrap();
+        read(File::open(&one).unwrap(), &b).unwrap();
+        write(&b, File::create(&two).unwrap()).unwrap();
         assert_eq!(fs::read(&one).unwrap(), fs::read(&two).unwrap());
         assert_eq!(fs::read_link(b.join("soft")).unwrap(), Path::new("./x//y"));
         assert_eq!(fs::metadata(b.join("hard")).unwrap().mode() & 0o7777, 0o4711);

@@ -36,6 +36,19 @@ impl Deb {
         Self::parse(bytes).map_err(|e| Error::Failed(format!("{} is not a Debian package: {e}", path.display())))
     }
 
+    /// Reads an open .deb and holds it against its digest.
+    ///
+    /// # Errors
+    /// Unreadable, changed since it was stored, or not a .deb.
+    pub fn read(mut file: impl Read, name: &str, digest: &str) -> Result<Self, String> {
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(|e| format!("cannot read {name}: {e}"))?;
+        if sha256(&bytes) != digest {
+            return Err(format!("{name} does not have the digest {digest}"));
+        }
+        Self::parse(bytes).map_err(|e| format!("{name} is not a Debian package: {e}"))
+    }
+
     /// # Errors
     /// Why the bytes are not a .deb.
     pub fn parse(bytes: Vec<u8>) -> Result<Self, String> {

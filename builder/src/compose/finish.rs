@@ -2,14 +2,15 @@
 //! lies in /var becomes a recipe for making it on the node.
 
 use std::fmt::Write as _;
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use walkdir::WalkDir;
 
-use super::configure::in_root;
+use super::enter::Commands;
+use super::tree_root::Runner;
 
 /// Paths that go, relative to the root; a trailing `/*` empties a folder.
 const DROPPED: [&str; 34] = [
@@ -53,13 +54,13 @@ const DROPPED: [&str; 34] = [
 const IN_VAR: [(&str, &str); 4] =
     [("root", "var/roothome"), ("home", "var/home"), ("srv", "var/srv"), ("usr/local", "../var/usrlocal")];
 
-/// Makes the tree an image's; the kernel goes to `out/vmlinuz`. Returns the kernel's version.
-pub fn finish(root: &Path, out: &Path) -> Result<String, String> {
+/// Makes the tree an image's; the kernel goes to `vmlinuz`. Returns the kernel's version.
+pub fn finish(root: &Path, runner: &Runner, vmlinuz: &mut File) -> Result<String, String> {
     let told = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     if root.join("usr/bin/python3").exists() {
-        compile_python(root)?;
+        compile_python(root, runner)?;
     }
-    let kernel = take_kernel(root, out).map_err(told("cannot take the kernel"))?;
+    let kernel = take_kernel(root, vmlinuz).map_err(told("cannot take the kernel"))?;
     for path in DROPPED {
         drop_path(root, path).map_err(|e| format!("cannot remove {path}: {e}"))?;
     }
@@ -80,7 +81,7 @@ pub fn finish(root: &Path, out: &Path) -> Result<String, String> {
 }
 
 /// `.pyc` that hold a hash, not a time, of their source: times are rewritten later.
-fn compile_python(root: &Path) -> Result<(), String> {
+fn compile_python(root: &Path, runner: &Runner) -> Result<(), String> {
     let mut args: Vec<String> =
         ["python3", "-m", "compileall", "-q", "-j0", "--invalidation-mode", "unchecked-hash"].map(str::to_owned).into();
     let dirs = fs::read_dir(root.join("usr/lib")).map_err(|e| e.to_string())?.flatten();
@@ -88,10 +89,10 @@ fn compile_python(root: &Path) -> Result<(), String> {
         dirs.filter_map(|d| d.file_name().into_string().ok()).filter(|n| n.starts_with("python3")).collect();
     names.sort();
     args.extend(names.into_iter().map(|n| format!("/usr/lib/{n}")));
-    in_root(root, &[args], false)
+    runner.run(Commands::new(vec![args], false))
 }
 
-fn take_kernel(root: &Path, out: &Path) -> io::Result<String> {
+fn take_kernel(root: &Path, vmlinuz: &mut File) -> io::Result<String> {
     let mut versions: Vec<String> = match fs::read_dir(root.join("usr/lib/modules")) {
         Ok(dir) => dir.flatten().filter_map(|d| d.file_name().into_string().ok()).collect(),
         Err(_) => Vec::new(),
@@ -100,7 +101,7 @@ fn take_kernel(root: &Path, out: &Path) -> io::Result<String> {
     let [version] = &versions[..] else {
         return Err(io::Error::other(format!("the image must have exactly one kernel, it has {}", versions.len())));
     };
-    fs::copy(root.join(format!("boot/vmlinuz-{version}")), out.join("vmlinuz"))?;
+    io::copy(&mut File::open(root.join(format!("boot/vmlinuz-{version}")))?, vmlinuz)?;
     Ok(version.clone())
 }
 

@@ -1,20 +1,17 @@
 //! The tree of an image, in a sandbox: a layer, with what is baked laid over it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::work::fresh_root;
-use super::{Layer, archive, fits_in_memory};
+use super::tree_root::{Room, Runner, with_tree};
+use super::{Layer, archive};
 use crate::error;
+use crate::sandbox::{Files, HostFile};
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ImageTree {
-    /// A folder of ours to work in.
-    work: PathBuf,
-    /// Work in memory.
-    ram: bool,
+    room: Room,
     layer: PathBuf,
     /// A tar.
     baked: PathBuf,
@@ -23,25 +20,33 @@ pub struct ImageTree {
 impl ImageTree {
     /// # Errors
     /// The layer in the store is damaged.
-    pub fn of(work: &Path, layer: &Layer, baked: &Path) -> error::Result<Self> {
-        let ram = fits_in_memory(layer.info()?.bytes);
-        Ok(Self { work: work.to_owned(), ram, layer: layer.tar(), baked: baked.to_owned() })
+    pub fn of(layer: &Layer, baked: &Path) -> error::Result<Self> {
+        Ok(Self { room: Room::for_tree(layer.info()?.bytes), layer: layer.tar(), baked: baked.to_owned() })
     }
 
-    /// The sandbox's part: lays it out, and has something done below its root.
+    /// The files that a sandbox with this tree needs first.
+    #[must_use]
+    pub fn host_files(&self) -> Vec<HostFile> {
+        vec![HostFile::Read(self.layer.clone()), HostFile::Read(self.baked.clone())]
+    }
+
+    /// The sandbox's part: lays it out, and calls `then` in a thread whose `/` is the tree.
     ///
     /// # Errors
-    /// It can't be laid out.
-    pub fn with<T>(&self, then: impl FnOnce(&Path) -> T) -> Result<T, String> {
-        let root = fresh_root(&self.work, self.ram)?;
-        for tar in [&self.layer, &self.baked] {
-            archive::read_onto(tar, &root).map_err(|e| format!("{}: {e}", tar.display()))?;
-        }
-        let done = then(&root);
-        if !self.ram {
-            // The files belong to mapped ids: from outside they could not be removed.
-            let _ = fs::remove_dir_all(&root);
-        }
-        Ok(done)
+    /// It can't be laid out, or `then`'s own.
+    pub fn with<T: Send>(
+        &self,
+        files: &Files,
+        then: impl FnOnce(&Path, &Runner) -> Result<T, String> + Send,
+    ) -> Result<T, String> {
+        with_tree(self.room, |root, runner| {
+            for tar in [&self.layer, &self.baked] {
+                files
+                    .next()
+                    .and_then(|file| archive::read_onto(file, root))
+                    .map_err(|e| format!("{}: {e}", tar.display()))?;
+            }
+            then(root, runner)
+        })
     }
 }

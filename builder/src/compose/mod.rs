@@ -9,8 +9,10 @@ mod archive;
 mod configure;
 mod deb;
 mod dpkgdb;
+mod enter;
 mod finish;
 mod image_tree;
+mod tree_root;
 mod unpack;
 mod work;
 
@@ -21,9 +23,10 @@ use std::path::{Path, PathBuf};
 use fleet::{Trim, User};
 use serde::{Deserialize, Serialize};
 
-pub use configure::{IN_ROOT, Said, enter, in_root_with};
 pub use deb::{Deb, data_entries};
+pub use enter::{Commands, IN_ROOT, Said, enter};
 pub use image_tree::ImageTree;
+pub use tree_root::{Room, Runner};
 pub use work::{Work, inner};
 
 use crate::digest::Key;
@@ -31,40 +34,55 @@ use crate::error::{Error, Result};
 use crate::lock::{Lock, Package};
 use crate::progress::Progress;
 use crate::project::Recipe;
-use crate::sandbox;
+use crate::sandbox::{self, HostFile, Limits};
 use crate::store::{Kind, Store};
 
 /// Digest of compose's own code: another program's layers are not reused.
 const CODE: &str = env!("CODE_COMPOSE");
 
-/// What the sandbox is to do.
+/// What the sandbox is to do. Its files come in this order: the tree to start from; then for each
+/// stage its packages, the kernel if it is the last, and the tree's tar.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Job {
-    /// A folder of ours to work in.
-    work: PathBuf,
-    /// Work in memory.
-    ram: bool,
-    /// Tree to start from.
-    start: Option<PathBuf>,
+    room: Room,
+    /// Whether there is a tree to start from.
+    start: bool,
     stages: Vec<Stage>,
     trim: Vec<Rule>,
     users: BTreeMap<String, (u32, String, bool)>,
 }
 
-/// Packages to add, and where the tree goes after.
+/// Packages to add.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stage {
     debs: Vec<DebFile>,
-    out: PathBuf,
     /// Take out what belongs to the build; nothing can be installed after.
     finish: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct DebFile {
-    path: PathBuf,
+    name: String,
     sha256: String,
     essential: bool,
+}
+
+/// A package in a file, for [`compose_stages`].
+#[derive(Clone, Debug)]
+pub struct PackageFile {
+    pub path: PathBuf,
+    pub sha256: String,
+    /// Configured first.
+    pub essential: bool,
+}
+
+/// Packages to add to a tree, and the folder that its `root.tar` goes to.
+#[derive(Clone, Debug)]
+pub struct PackageSet {
+    pub packages: Vec<PackageFile>,
+    pub out: PathBuf,
+    /// Makes the tree an image's: needs a kernel, whose `vmlinuz` goes to `out`, too.
+    pub finish: bool,
 }
 
 /// A path pattern in dpkg's language; the last that matches decides.
@@ -146,38 +164,40 @@ pub fn compose(recipe: &Recipe, lock: &Lock, store: &Store, progress: &Progress)
     let work = scratch.join("work");
     fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
     let _cleanup = Cleanup(&scratch);
-    let debs = |packages: &[&Package]| -> Vec<DebFile> {
-        packages
+    let set = |packages: &[&Package], out: &str, finish: bool| PackageSet {
+        packages: packages
             .iter()
-            .map(|p| DebFile {
+            .map(|p| PackageFile {
                 path: store.path(Kind::Deb, &p.sha256),
                 sha256: p.sha256.clone(),
                 essential: p.essential,
             })
-            .collect()
+            .collect(),
+        out: scratch.join(out),
+        finish,
     };
     let all = lock.packages_of(name, false);
     let base = lock.packages_of(name, true);
     let rest: Vec<&Package> = all.iter().copied().filter(|p| !base.contains(p)).collect();
-    let mut stages = Vec::new();
-    let base_out = scratch.join("base");
-    match (&base_key, &start) {
-        (Some(_), None) => {
-            stages.push(Stage { debs: debs(&base), out: base_out.clone(), finish: false });
-            stages.push(Stage { debs: debs(&rest), out: scratch.join("layer"), finish: true });
-        }
-        (Some(_), Some(_)) => stages.push(Stage { debs: debs(&rest), out: scratch.join("layer"), finish: true }),
-        (None, _) => stages.push(Stage { debs: debs(&all), out: scratch.join("layer"), finish: true }),
-    }
-    for stage in &stages {
-        fs::create_dir_all(&stage.out).map_err(Error::io("create", &stage.out))?;
-    }
+    let sets = match (&base_key, &start) {
+        (Some(_), None) => vec![set(&base, "base", false), set(&rest, "layer", true)],
+        (Some(_), Some(_)) => vec![set(&rest, "layer", true)],
+        (None, _) => vec![set(&all, "layer", true)],
+    };
     let bytes: u64 = all.iter().map(|p| p.installed_size * 1024).sum();
-    let job = Job { work, ram: fits_in_memory(bytes), start, stages, trim: rules(recipe), users: users(recipe) };
-    let info: LayerInfo = sandbox::run(&Work::Compose(job)).map_err(|e| match e {
+    let order = TreeOrder {
+        room: Room::for_tree(bytes),
+        start,
+        sets,
+        trim: rules(recipe),
+        users: users(recipe),
+        limits: Limits::for_folder(&work),
+    };
+    let info = order.compose(&work).map_err(|e| match e {
         Error::Failed(words) => Error::Failed(format!("{name}: the packages could not be put together:\n{words}")),
         e => e,
     })?;
+    let base_out = scratch.join("base");
     if let (Some(base_key), Some(_)) = (&base_key, &base_guard) {
         store.put(Kind::Layer, base_key, &base_out)?;
     }
@@ -187,6 +207,62 @@ pub fn compose(recipe: &Recipe, lock: &Lock, store: &Store, progress: &Progress)
     let dir = store.put(Kind::Layer, &key, &layer)?;
     step.done(&format!("{name}: {} packages, {:.0} MB in {} files", all.len(), info.bytes as f64 / 1e6, info.files));
     Ok(Layer { key, dir })
+}
+
+/// Everything that decides what a tree of packages comes to.
+#[derive(Debug)]
+pub struct TreeOrder {
+    room: Room,
+    /// Tar of the tree to start from.
+    start: Option<PathBuf>,
+    sets: Vec<PackageSet>,
+    trim: Vec<Rule>,
+    users: BTreeMap<String, (u32, String, bool)>,
+    limits: Limits,
+}
+
+impl TreeOrder {
+    /// Sets of packages, one after the other, into an empty tree.
+    #[must_use]
+    pub fn new(sets: Vec<PackageSet>, room: Room, limits: Limits) -> Self {
+        Self { room, start: None, sets, trim: Vec::new(), users: BTreeMap::new(), limits }
+    }
+
+    /// Composes the tree in a sandbox; `work` is an empty folder for it alone.
+    ///
+    /// # Errors
+    /// A package can't be unpacked or configured, or its scripts exceed a limit.
+    pub fn compose(self, work: &Path) -> Result<LayerInfo> {
+        let mut files: Vec<HostFile> = self.start.iter().cloned().map(HostFile::Read).collect();
+        let mut stages = Vec::new();
+        let mut packages = Vec::new();
+        for mut set in self.sets {
+            fs::create_dir_all(&set.out).map_err(Error::io("create", &set.out))?;
+            // The largest first, so that no thread is left with one at the end.
+            let size = |p: &PackageFile| fs::metadata(&p.path).map_or(0, |m| m.len());
+            set.packages.sort_by_cached_key(|p| std::cmp::Reverse(size(p)));
+            files.extend(set.packages.iter().map(|p| HostFile::Read(p.path.clone())));
+            let outputs = [set.finish.then_some("vmlinuz"), Some("root.tar")];
+            files.extend(outputs.into_iter().flatten().map(|name| HostFile::Create(set.out.join(name))));
+            let debs = set.packages.iter().map(|p| DebFile {
+                name: p.path.display().to_string(),
+                sha256: p.sha256.clone(),
+                essential: p.essential,
+            });
+            stages.push(Stage { debs: debs.collect(), finish: set.finish });
+            packages.extend(set.packages);
+        }
+        let start = self.start.is_some();
+        let job = Job { room: self.room, start, stages, trim: self.trim, users: self.users };
+        sandbox::run(&Work::Compose(job), &files, work, &self.limits)
+            .map_err(|e| removed_damage(&packages).unwrap_or(e))
+    }
+}
+
+/// Removes packages that changed in the store since they were fetched, and tells of the first.
+fn removed_damage(packages: &[PackageFile]) -> Option<Error> {
+    // `Deb::open` removes what it refuses.
+    packages.iter().find_map(|p| Deb::open(&p.path, &p.sha256).err())
 }
 
 /// Keys of the shared base, if this image has one, and of the layer itself.
@@ -229,14 +305,6 @@ fn rules(recipe: &Recipe) -> Vec<Rule> {
 fn users(recipe: &Recipe) -> BTreeMap<String, (u32, String, bool)> {
     let of = |u: &User| (u.id, u.home.clone(), u.group_only);
     recipe.profiles.iter().flat_map(|p| &p.users).map(|(name, u)| (name.clone(), of(u))).collect()
-}
-
-/// Whether a tree of this size, and the compressed files beside it, fit in free memory.
-fn fits_in_memory(bytes: u64) -> bool {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib =
-        text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kib.is_some_and(|kib| kib * 1024 > bytes + bytes / 2 + (512 << 20))
 }
 
 struct Cleanup<'a>(&'a Path);

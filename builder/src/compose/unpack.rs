@@ -14,6 +14,7 @@ use md5::{Digest as _, Md5};
 use super::deb::{Deb, data_entries};
 use super::{DebFile, Rule};
 use crate::digest::hex;
+use crate::sandbox::Files;
 
 /// What the dpkg database has to know of an unpacked package.
 pub struct Unpacked {
@@ -46,24 +47,26 @@ impl Trimmer {
     }
 }
 
-/// Unpacks all packages below `root`; the result is sorted by package name.
-pub fn unpack(files: &[DebFile], root: &Path, trim: &Trimmer) -> Result<Vec<Unpacked>, String> {
+/// Unpacks all packages below `root`, each from the next of `files`; the result is sorted by
+/// package name.
+pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> Result<Vec<Unpacked>, String> {
     skeleton(root).map_err(|e| format!("cannot start the tree: {e}"))?;
-    let size = |f: &DebFile| fs::metadata(&f.path).map_or(0, |m| m.len());
-    // The largest first, so that no thread is left with one at the end.
-    let mut order: Vec<&DebFile> = files.iter().collect();
-    order.sort_by_key(|f| std::cmp::Reverse(size(f)));
     let next = AtomicUsize::new(0);
     let results = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         let threads = std::thread::available_parallelism().map_or(2, usize::from).min(8);
         for _ in 0..threads {
             scope.spawn(|| {
-                while let Some(file) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let done = Deb::open(&file.path, &file.sha256).map_err(|e| e.to_string()).and_then(|deb| {
-                        let name = deb.name.clone();
-                        one(deb, file.essential, root, trim).map_err(|e| format!("{name}: {e}"))
-                    });
+                loop {
+                    let taken = files.next_for(|| debs.get(next.fetch_add(1, Ordering::Relaxed)));
+                    let done = match taken {
+                        Ok(Some((info, file))) => Deb::read(file, &info.name, &info.sha256).and_then(|deb| {
+                            let name = deb.name.clone();
+                            one(deb, info.essential, root, trim).map_err(|e| format!("{name}: {e}"))
+                        }),
+                        Ok(None) => break,
+                        Err(e) => Err(format!("cannot get a package's file: {e}")),
+                    };
                     results.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(done);
                 }
             });
