@@ -27,6 +27,8 @@ test: deps lint build
 	# machine has a TPM; updates come from busybox; containers have their WireGuard from a program.
 	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools
 	cargo test --release --locked --workspace --lib --test golden
+	# Packages that attack the host which builds an image.
+	cargo test --release --locked --workspace --test hostile
 	# At native speed, as root: a fleet that loses what may die, and updates.
 	cargo test --release --locked --workspace --test fleet --test containers --test upgrade -- --test-threads=1 --nocapture containers
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
