@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::Site;
-use firstboot::etcd::{Etcd, Then};
+use firstboot::etcd::{Etcd, If, Then};
 use firstboot::https;
-use firstboot::hub::fence::{self, Fence, Shut};
+use firstboot::hub::fence::{self, Fence, FenceState};
 use firstboot::neighbours::Neighbourhood;
 use fleet::MeshKey;
 
 /// The hubs depose a primary together: most of them, or nobody; and only where another can follow it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
-    let site = Site::open(24_100, "db.count = 3\n");
+    let site = Site::open_with(24_100, "db.count = 3\n", |topology| topology.database.ttl = TTL);
     let dir = tempfile::tempdir().expect("a folder");
     let etcds: Vec<Etcd> = (0..3).map(|i| site.etcd(i)).collect();
     let neighbourhoods: Vec<Arc<Neighbourhood>> = (0..3)
@@ -42,7 +42,7 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
         neighbourhood: &neighbourhoods[i],
         slow: 1,
     };
-    let mut shut: [BTreeMap<String, Shut>; 3] = Default::default();
+    let shut: [FenceState; 3] = Default::default();
     let put = async |what: &str, value: &str| {
         let key = format!("/bakehouse/acme/{what}");
         // It has only just started.
@@ -60,16 +60,21 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
     // A standby that is lost is Patroni's business; a primary without an heir keeps its place, and its key.
     put("leader", "db-3").await;
     put("sync", r#"{"leader":"db-3","sync_standby":"db-2"}"#).await;
-    assert!(hub(0).depose("db-1", &reached, &mut shut[0]).await.expect("etcd"));
+    assert!(hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
     put("leader", "db-1").await;
-    assert!(!hub(0).depose("db-1", &reached, &mut shut[0]).await.expect("etcd"));
+    assert!(!hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
     put("sync", r#"{"leader":"db-1","sync_standby":"db-2"}"#).await;
-    assert!(!hub(0).depose("db-1", &nobody, &mut shut[0]).await.expect("etcd"));
-    assert!(neighbourhoods[0].out().is_empty() && shut[0].is_empty());
+    assert!(!hub(0).depose("db-1", &nobody, &shut[0]).await.expect("etcd"));
+    for (i, shut) in shut.iter().enumerate() {
+        assert!(!hub(i).depose("db-1", &reached, shut).await.expect("etcd"), "its leader key is young");
+    }
+    tokio::time::sleep(AGE).await;
+    assert!(!hub(0).depose("db-1", &nobody, &shut[0]).await.expect("etcd"));
+    assert!(neighbourhoods[0].out().is_empty() && !shut[0].contains("db-1"));
 
     // One hub alone shuts it out and changes nothing, however often it looks.
     for _ in 0..3 {
-        assert!(!hub(0).depose("db-1", &reached, &mut shut[0]).await.expect("etcd"));
+        assert!(!hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
     }
     let out = neighbourhoods[0].out();
     assert_eq!(neighbourhoods[0].keys_without(&out).into_keys().collect::<Vec<_>>(), ["db-2"]);
@@ -78,13 +83,13 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
     let said = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-3"];
     let then = [Then::Delete(said[0]), Then::Put(said[1], b""), Then::Put(said[2], b"")];
     etcds[0].transact(&[], &then).await.expect("etcd");
-    assert!(!hub(1).depose("db-1", &reached, &mut shut[1]).await.expect("etcd"));
+    assert!(!hub(1).depose("db-1", &reached, &shut[1]).await.expect("etcd"));
     assert_eq!(leader().await, "db-1");
     // Two of three: its place is free, and whoever takes it stays.
-    assert!(hub(2).depose("db-1", &reached, &mut shut[2]).await.expect("etcd"));
+    assert!(hub(2).depose("db-1", &reached, &shut[2]).await.expect("etcd"));
     assert_eq!(leader().await, "");
     put("leader", "db-2").await;
-    for (i, shut) in shut.iter_mut().enumerate() {
+    for (i, shut) in shut.iter().enumerate() {
         assert!(hub(i).depose("db-1", &reached, shut).await.expect("etcd"));
     }
     assert_eq!(leader().await, "db-2");
@@ -113,7 +118,7 @@ async fn a_member_that_does_not_answer_is_given_up_for_the_next() {
 /// etcd is gone just when a hub has shut the primary out and is about to say so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_could_not_be_said_is_said_again() {
-    let site = Arc::new(Site::open(24_500, "db.count = 2\n"));
+    let site = Arc::new(Site::open_with(24_500, "db.count = 2\n", |topology| topology.database.ttl = TTL));
     let dir = tempfile::tempdir().expect("a folder");
     let etcd = site.etcd(0).with_patience(fence::ANSWER);
     let keys = BTreeMap::from([("db-1".to_owned(), MeshKey([1; 32]))]);
@@ -139,15 +144,205 @@ async fn what_could_not_be_said_is_said_again() {
     while etcd.transact(&[], &then).await.is_err() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let (reached, mut shut) = (BTreeSet::from(["db-2".to_owned()]), BTreeMap::new());
-    hub.depose("db-1", &reached, &mut shut).await.expect_err("etcd was there");
-    assert!(neighbourhood.out().contains("db-1") && shut.contains_key("db-1"));
+    let (reached, shut) = (BTreeSet::from(["db-2".to_owned()]), FenceState::default());
+    assert!(!hub.depose("db-1", &reached, &shut).await.expect("etcd"));
+    tokio::time::sleep(AGE).await;
+    hub.depose("db-1", &reached, &shut).await.expect_err("etcd was there");
+    assert!(neighbourhood.out().contains("db-1") && shut.contains("db-1"));
 
     (0..3).for_each(|i| site.cluster.thaw(i));
     // It is one of three, and deposes nobody.
-    while !matches!(hub.depose("db-1", &reached, &mut shut).await, Ok(false)) {
+    while !matches!(hub.depose("db-1", &reached, &shut).await, Ok(false)) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let said = etcd.get(&["/bakehouse/shut/db-1/hub-1"]).await.expect("etcd");
     assert_ne!(said[0].revision, 0, "nobody was told");
+}
+
+/// Seconds: the lease of what hubs record, and the least age of a leader key that they delete.
+const TTL: u16 = 5;
+const AGE: Duration = Duration::from_millis(5100);
+const LEADER: &str = "/bakehouse/acme/leader";
+const SYNC: &str = "/bakehouse/acme/sync";
+const FOLLOWED: &[u8] = br#"{"leader":"db-1","sync_standby":"db-2"}"#;
+const ALONE: &[u8] = br#"{"leader":"db-1","sync_standby":null}"#;
+
+/// One hub of the site, with an etcd client and a mesh of its own.
+struct TestHub {
+    site: Arc<Site>,
+    number: usize,
+    etcd: Etcd,
+    neighbourhood: Arc<Neighbourhood>,
+    exclusions: FenceState,
+    _dir: tempfile::TempDir,
+}
+
+impl TestHub {
+    /// Runs `first` each time before its mesh drops or takes a peer.
+    fn with<F: Future<Output = ()> + Send>(
+        site: &Arc<Site>,
+        number: usize,
+        first: impl Fn(Etcd) -> F + Send + 'static,
+    ) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let keys = BTreeMap::from([("db-1".to_owned(), MeshKey([1; 32])), ("db-2".to_owned(), MeshKey([2; 32]))]);
+        let neighbourhood = Arc::new(Neighbourhood::load(dir.path(), keys));
+        let (mesh, mut changes, of) = (neighbourhood.clone(), neighbourhood.follow(), site.clone());
+        tokio::spawn(async move {
+            while changes.changed().await.is_ok() {
+                first(of.etcd(number)).await;
+                mesh.are_out(mesh.out());
+            }
+        });
+        let etcd = site.etcd(number).with_patience(fence::ANSWER);
+        Self { site: site.clone(), number, etcd, neighbourhood, exclusions: FenceState::default(), _dir: dir }
+    }
+
+    fn new(site: &Arc<Site>, number: usize) -> Self {
+        Self::with(site, number, |_| std::future::ready(()))
+    }
+
+    fn fence(&self) -> Fence<'_> {
+        let topology = &self.site.topology;
+        let (own, neighbourhood) = (&topology.hubs[self.number], self.neighbourhood.as_ref());
+        Fence { etcd: &self.etcd, topology, own, neighbourhood, slow: 1 }
+    }
+
+    /// Reads the leader key until it is old enough to be deleted.
+    async fn wait(hubs: &[&Self]) {
+        for hub in hubs {
+            assert!(!hub.depose().await && !hub.excludes("db-1"), "the leader key is young");
+        }
+        tokio::time::sleep(AGE).await;
+    }
+
+    async fn depose(&self) -> bool {
+        let reached = BTreeSet::from(["db-2".to_owned()]);
+        self.fence().depose("db-1", &reached, &self.exclusions).await.expect("etcd answers")
+    }
+
+    fn excludes(&self, slot: &str) -> bool {
+        self.neighbourhood.out().contains(slot)
+    }
+
+    /// Runs the agent's task for so long, or until the hub excludes db-1: whether it does.
+    async fn keep(&self, long: Duration) -> bool {
+        let excluded = async {
+            while !self.excludes("db-1") {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            ended = self.fence().keep() => panic!("the task ended: {ended:?}"),
+            () = excluded => true,
+            () = tokio::time::sleep(long) => false,
+        }
+    }
+}
+
+/// A site on which db-1 leads and db-2 follows synchronously.
+async fn led_by_db_1(port: u16) -> (Arc<Site>, Etcd) {
+    let site = Arc::new(Site::open_with(port, "db.count = 2\n", |topology| topology.database.ttl = TTL));
+    let etcd = site.etcd(0);
+    let then = [Then::Put(LEADER, b"db-1"), Then::Put(SYNC, FOLLOWED)];
+    while etcd.transact(&[], &then).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    (site, etcd)
+}
+
+/// Attack: a cycle of the old primary's Patroni loads all keys, the hubs depose the primary, and the cycle then
+/// removes its standby from `sync`, as a path that came back lets it. Its write must lose the comparison.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cycle_that_began_before_the_deposition_cannot_write_sync() {
+    let (site, etcd) = led_by_db_1(24_700).await;
+    let loaded = etcd.get(&[SYNC]).await.expect("etcd answers")[0].clone();
+    let mut events = etcd.watch("/bakehouse/acme/", loaded.revision + 1).await.expect("etcd answers");
+    let (one, two) = (TestHub::new(&site, 0), TestHub::new(&site, 1));
+    TestHub::wait(&[&one, &two]).await;
+    assert!(!one.depose().await && two.depose().await);
+
+    let found = etcd.get(&[LEADER, SYNC]).await.expect("etcd answers");
+    assert_eq!(found[0].revision, 0, "the leader key is deleted");
+    assert_eq!(found[1].value, FOLLOWED, "the standby stays eligible");
+    assert!(found[1].revision > loaded.revision, "sync keeps its revision");
+    let stale = [If::Unchanged(SYNC, loaded.revision)];
+    assert!(!etcd.transact(&stale, &[Then::Put(SYNC, ALONE)]).await.expect("etcd answers"));
+    // Patroni's cache takes event by event, and a cycle may read it between two: the old primary must not see
+    // the new revision while its cache has the leader key.
+    let mut keys = Vec::new();
+    while keys.len() < 2 {
+        keys.extend(events.next().await.expect("etcd answers").expect("the watch goes on"));
+    }
+    assert_eq!([&keys[0].key[..], &keys[1].key[..]], [LEADER, SYNC]);
+    assert!(keys[0].value.is_none() && keys[1].value.is_some());
+    let heir = [If::Unchanged(SYNC, found[1].revision), If::Unchanged(LEADER, 0)];
+    assert!(etcd.transact(&heir, &[Then::Put(LEADER, b"db-2")]).await.expect("etcd answers"));
+}
+
+/// Attack: the standby leaves `sync` while the hubs exclude the primary. Deleting the leader key then would
+/// leave the fleet without a database until the exclusion ends, though the primary lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_whose_standby_left_meanwhile_keeps_its_place_and_is_readmitted() {
+    let (site, etcd) = led_by_db_1(24_900).await;
+    let one = TestHub::new(&site, 0);
+    let two = TestHub::with(&site, 1, async |etcd| {
+        etcd.transact(&[], &[Then::Put(SYNC, ALONE)]).await.expect("etcd answers");
+    });
+    TestHub::wait(&[&one, &two]).await;
+    assert!(!one.depose().await && !two.depose().await);
+    let found = etcd.get(&[LEADER, SYNC]).await.expect("etcd answers");
+    assert_eq!((&found[0].value[..], &found[1].value[..]), (&b"db-1"[..], ALONE));
+    assert!(one.excludes("db-1") && two.excludes("db-1"));
+
+    for hub in [&one, &two] {
+        assert!(!hub.depose().await);
+        assert!(!hub.excludes("db-1") && !hub.exclusions.contains("db-1"));
+    }
+    assert!(etcd.list("/bakehouse/shut/").await.expect("etcd answers").1.is_empty());
+    // It is a primary like any other again.
+    etcd.transact(&[], &[Then::Put(SYNC, FOLLOWED)]).await.expect("etcd answers");
+    let two = TestHub::new(&site, 1);
+    TestHub::wait(&[&two]).await;
+    assert!(!one.depose().await && two.depose().await);
+    assert_eq!(etcd.get(&[LEADER]).await.expect("etcd answers")[0].revision, 0);
+}
+
+/// Attack: the old primary comes back through the third hub, which reached it all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_hub_excludes_whom_a_majority_excludes() {
+    let (site, etcd) = led_by_db_1(25_100).await;
+    let third = TestHub::new(&site, 2);
+    // One hub, a node that is no hub, and a hub for another slot: no majority.
+    let others = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-2"];
+    etcd.transact(&[], &others.map(|key| Then::Put(key, b""))).await.expect("etcd answers");
+    assert!(!third.keep(Duration::from_millis(1500)).await);
+    // By then another leads.
+    let then = [Then::Put("/bakehouse/shut/db-1/hub-2", b""), Then::Put(LEADER, b"db-2")];
+    etcd.transact(&[], &then).await.expect("etcd answers");
+    assert!(third.keep(Duration::from_secs(2)).await);
+    assert!(!third.excludes("db-2"));
+    assert_eq!(third.neighbourhood.keys_without(&third.neighbourhood.out()).into_keys().collect::<Vec<_>>(), ["db-2"]);
+    let own = etcd.get(&["/bakehouse/shut/db-1/hub-3"]).await.expect("etcd answers");
+    assert_eq!(own[0].revision, 0, "it has not missed the node itself");
+}
+
+/// Attack: the agent of a hub that excludes the old primary restarts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_restarts_still_excludes_the_old_primary() {
+    let (site, etcd) = led_by_db_1(25_300).await;
+    let (one, two) = (TestHub::new(&site, 0), TestHub::new(&site, 1));
+    TestHub::wait(&[&one, &two]).await;
+    assert!(!one.depose().await && two.depose().await);
+    drop(one);
+    let restarted = TestHub::new(&site, 0);
+    assert!(!restarted.excludes("db-1"));
+    assert!(restarted.keep(Duration::from_secs(2)).await);
+    let recorded = etcd.list("/bakehouse/shut/db-1/").await.expect("etcd answers").1;
+    assert_eq!(recorded.len(), 2, "what other hubs count stays recorded");
+
+    // Also where it is the only one that excludes it.
+    etcd.transact(&[], &[Then::Delete("/bakehouse/shut/db-1/hub-2")]).await.expect("etcd answers");
+    assert!(TestHub::new(&site, 0).keep(Duration::from_secs(2)).await);
+    assert!(!TestHub::new(&site, 2).keep(Duration::from_secs(1)).await);
 }

@@ -1,16 +1,28 @@
-//! A primary that no hub reaches is shut out of the mesh, and its place is free at once: Patroni
-//! alone would wait for its lease to end.
+//! Frees the place of a primary that the hubs don't reach, before Patroni's lease on it ends.
 //!
-//! Each hub that has had no way to it for a while takes its key out of the kernel, and says so in
-//! etcd, for as long as it does not let it in again. Once most hubs have, Patroni's leader key goes, in one
-//! transaction with what they said: a standby with every acknowledged write takes it. The primary, should
-//! it still run, reaches neither clients nor etcd until it has lost its lease by itself.
+//! A hub that has had no route to the primary for a while removes the primary's key from its WireGuard
+//! interface and records that in etcd. When a majority of the hubs has recorded it, one hub deletes Patroni's
+//! leader key, and a synchronous standby takes the lead. A hub that reads such a majority excludes the node as
+//! well, whoever leads by then, and so does an agent that restarts.
+//!
+//! Safety does not rest on the exclusion: the old primary may come back through a hub that has not read the
+//! majority yet. It rests on one transaction, which compares what the hubs recorded, the leader key and `sync`,
+//! deletes the leader key, and writes `sync` again with the same value and thereby a new revision. Patroni loads
+//! all keys at the start of a cycle and compares the revision of `sync` in each write to it. So a cycle of the
+//! old primary that began before the transaction can't remove its standby from `sync`, and without that it does
+//! not acknowledge a write that the standby lacks; a cycle that begins later finds no leader key of its own.
+//!
+//! It also rests on the age of the leader key. A node checks whether it may lead by what it loaded first, creates
+//! the leader key, and loads again before it writes `sync`. No such cycle lasts for `ttl`, so a hub does not
+//! depose a node whose leader key it has not read for `ttl`: no cycle that began before that key is left.
+//! `tests/model` checks all of this against every interleaving.
 //!
 //! ```text
-//! /bakehouse/shut/SLOT/HUB    empty    the hub lets nothing through from it (a lease)
+//! /bakehouse/shut/SLOT/HUB    empty    HUB forwards nothing from or to SLOT (with a lease)
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use fleet::{Node, Topology};
@@ -53,12 +65,21 @@ struct Absent {
     since: BTreeMap<String, Instant>,
 }
 
-/// A node that this hub has shut out.
+/// One node that this hub excludes from the mesh.
 #[derive(Clone, Copy, Debug)]
-pub struct Shut {
+struct Shut {
     until: Instant,
-    /// etcd has it.
+    /// This process has recorded it in etcd.
     said: bool,
+}
+
+/// What one hub's fence remembers from one look to the next.
+#[derive(Debug, Default)]
+pub struct FenceState {
+    /// The nodes that this hub excludes from the mesh.
+    excluded: Mutex<BTreeMap<String, Shut>>,
+    /// Revision of Patroni's leader key, and when this hub first read it.
+    leader: Mutex<Option<(u64, Instant)>>,
 }
 
 /// What Patroni keeps of who follows.
@@ -70,26 +91,39 @@ struct Sync {
 }
 
 impl Fence<'_> {
-    /// Looks, for ever.
+    /// Watches the database nodes and what other hubs record, without end.
     ///
     /// # Errors
-    /// The kernel says no.
+    /// Reading the kernel's routes fails.
     pub async fn keep(&self) -> Result<()> {
         let databases: Vec<&Node> =
             self.topology.nodes.iter().filter(|n| n.has_role("db") && n.name != self.own.name).collect();
         if databases.is_empty() || self.topology.hubs.len() < 2 {
             return std::future::pending().await;
         }
-        // An agent that starts lets everybody in.
-        let own: Vec<String> = databases.iter().map(|n| self.key(&n.name)).collect();
-        let gone: Vec<Then> = own.iter().map(|key| Then::Delete(key)).collect();
-        while let Err(e) = self.etcd.transact(&[], &gone).await {
-            println!("{e}");
-            tokio::time::sleep(Duration::from_secs(5)).await;
+        let state = FenceState::default();
+        tokio::select! {
+            joined = self.follow_majority(&databases, &state) => joined,
+            watched = self.watch(&databases, &state) => watched,
         }
+    }
+
+    async fn follow_majority(&self, databases: &[&Node], state: &FenceState) -> Result<()> {
+        // With a connection of its own: a late answer here does not delay a failover.
+        let (etcd, mut failed) = (self.etcd.reconnected(), false);
+        loop {
+            let joined = self.join_majority(&etcd, databases, state).await;
+            if let (Err(e), false) = (&joined, failed) {
+                println!("reading which nodes the other hubs exclude: {e}");
+            }
+            failed = joined.is_err();
+            tokio::time::sleep(LOOK * self.slow.min(3)).await;
+        }
+    }
+
+    async fn watch(&self, databases: &[&Node], state: &FenceState) -> Result<()> {
         let routes = Routes::open()?;
         let mut absent = Absent::default();
-        let mut shut: BTreeMap<String, Shut> = BTreeMap::new();
         let mut ticker = Ticker::new("the fence", LOOK * self.slow.min(3));
         loop {
             ticker.tick().await;
@@ -97,34 +131,47 @@ impl Fence<'_> {
             let reached = databases.iter().filter(|n| ways.contains(&n.address)).map(|n| n.name.clone()).collect();
             let now = Instant::now();
             for slot in absent.for_long(reached, now, PATIENCE * self.slow) {
-                match self.depose(&slot, &absent.reached, &mut shut).await {
+                match self.depose(&slot, &absent.reached, state).await {
                     Ok(true) => absent.forget(&slot),
                     Ok(false) => {}
                     Err(e) => println!("{slot} is out of reach: {e}"),
                 }
             }
-            shut.retain(|slot, shut| {
-                let stays = now < shut.until;
-                if !stays {
-                    println!("{slot} may come back");
-                    self.neighbourhood.let_in(slot);
-                }
-                stays
-            });
+            for slot in state.take_ended(now) {
+                println!("{slot} may come back");
+                self.neighbourhood.let_in(&slot);
+            }
         }
     }
 
-    /// Frees the primary's place, if that is what the slot has, and most hubs have shut it out.
-    /// True if there is nothing left to do.
+    /// Excludes those of `databases` that a majority of the hubs excludes, or that this hub excluded before its
+    /// agent restarted. It records nothing: this hub has not missed the node itself.
     ///
     /// # Errors
-    /// etcd does not answer: asked again, it goes on.
-    pub async fn depose(
-        &self,
-        slot: &str,
-        reached: &BTreeSet<String>,
-        shut: &mut BTreeMap<String, Shut>,
-    ) -> Result<bool> {
+    /// etcd does not answer.
+    pub async fn join_majority(&self, etcd: &Etcd, databases: &[&Node], state: &FenceState) -> Result<()> {
+        let leader = etcd.get(&[&format!("{}leader", scope(self.topology))]).await?;
+        leader.iter().for_each(|key| _ = state.leader_age(key.revision));
+        let (_, recorded) = etcd.list(SHUT).await?;
+        for slot in databases.iter().map(|n| &n.name).filter(|slot| !state.contains(slot)) {
+            let by = recorded.iter().filter(|p| self.is_hubs(slot, &p.key)).count();
+            let own = self.key(slot);
+            if self.is_majority(by) || recorded.iter().any(|p| p.key == own) {
+                state.insert(slot, self.excluded(false));
+                self.neighbourhood.shut_out(slot).await;
+                println!("{slot} is shut out: the hubs have decided so");
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes Patroni's leader key if `slot` has held it for `ttl`, a synchronous standby can take it, and a
+    /// majority of the hubs excludes `slot`; first excludes it here. `reached` are the nodes that this hub has a
+    /// route to. True if nothing is left to do.
+    ///
+    /// # Errors
+    /// etcd does not answer: the next call goes on where this one stopped.
+    pub async fn depose(&self, slot: &str, reached: &BTreeSet<String>, state: &FenceState) -> Result<bool> {
         let scope = scope(self.topology);
         let (leader, sync) = (format!("{scope}leader"), format!("{scope}sync"));
         let found = self.etcd.get(&[&leader, &sync]).await?;
@@ -132,36 +179,71 @@ impl Fence<'_> {
         if holds.value != slot.as_bytes() {
             return Ok(true);
         }
-        // Nobody could take its place.
+        let unchanged = [If::Unchanged(&leader, holds.revision), If::Unchanged(&sync, follows.revision)];
         let heirs = heirs(slot, follows);
+        if heirs.is_empty() {
+            self.readmit(slot, &unchanged, state).await?;
+            return Ok(false);
+        }
         if !heirs.iter().any(|heir| *heir == self.own.name || reached.contains(heir)) {
             return Ok(false);
         }
-        let lasts = self.topology.database.ttl * u16::try_from(self.slow.min(3)).unwrap_or(3);
+        if state.leader_age(holds.revision) < Duration::from_secs(self.lasts().into()) {
+            return Ok(false);
+        }
         let key = self.key(slot);
-        if !shut.get(slot).is_some_and(|shut| shut.said) {
+        if !state.is_recorded(slot) {
+            // A transaction whose answer is lost may have been carried out: the exclusion stands.
+            state.insert(slot, self.excluded(false));
             self.neighbourhood.shut_out(slot).await;
-            // Whoever is not told that it was said may have said it, and stands by that.
-            let stays = |said| Shut { until: Instant::now() + Duration::from_secs(lasts.into()) + MARGIN, said };
-            shut.insert(slot.to_owned(), stays(false));
-            let lease = self.etcd.lease(lasts.into()).await?;
+            let lease = self.etcd.lease(self.lasts()).await?;
             self.etcd.transact(&[], &[Then::PutFor(&key, b"", &lease)]).await?;
-            shut.insert(slot.to_owned(), stays(true));
+            state.insert(slot, self.excluded(true));
             println!("{slot}, the primary, is out of reach: it is shut out");
         }
         let (_, said) = self.etcd.list(&format!("{SHUT}{slot}/")).await?;
         let said: Vec<&Pair> = said.iter().filter(|p| self.is_hubs(slot, &p.key)).collect();
-        if 2 * said.len() <= self.topology.hubs.len() {
+        if !self.is_majority(said.len()) {
             return Ok(false);
         }
         let mut when: Vec<If> = said.iter().map(|p| If::Unchanged(&p.key, p.revision)).collect();
-        when.push(If::Unchanged(&leader, holds.revision));
-        if !self.etcd.transact(&when, &[Then::Delete(&leader)]).await? {
+        when.extend(unchanged);
+        // Patroni's cache takes the events one by one in this order, and a cycle may read it between them: the old
+        // primary must not see the new revision of `sync` beside its leader key.
+        let then = [Then::Delete(&leader), Then::Put(&sync, &follows.value)];
+        if !self.etcd.transact(&when, &then).await? {
             return Ok(false);
         }
         let text = format!("{slot} is out of reach of {} hubs: {} may take its place", said.len(), heirs.join(" or "));
         say(Event::Deposed, &text);
         Ok(true)
+    }
+
+    /// Ends the exclusion of a primary that no standby can follow any more: its place can't be given away.
+    async fn readmit(&self, slot: &str, unchanged: &[If<'_>], state: &FenceState) -> Result<()> {
+        if !state.contains(slot) {
+            return Ok(());
+        }
+        // After this no other hub counts this one, unless it has deleted the leader key already.
+        if self.etcd.transact(unchanged, &[Then::Delete(&self.key(slot))]).await? {
+            state.remove(slot);
+            self.neighbourhood.let_in(slot);
+            println!("{slot}, the primary, is let in again: it has no synchronous standby");
+        }
+        Ok(())
+    }
+
+    /// Seconds for which etcd keeps what a hub records.
+    fn lasts(&self) -> u32 {
+        u32::from(self.topology.database.ttl) * self.slow.min(3)
+    }
+
+    fn excluded(&self, said: bool) -> Shut {
+        Shut { until: Instant::now() + Duration::from_secs(self.lasts().into()) + MARGIN, said }
+    }
+
+    fn is_majority(&self, hubs: usize) -> bool {
+        2 * hubs > self.topology.hubs.len()
     }
 
     fn key(&self, slot: &str) -> String {
@@ -182,6 +264,46 @@ fn heirs(primary: &str, sync: &Pair) -> Vec<String> {
     }
     let names = sync.sync_standby.unwrap_or_default();
     names.split(',').map(|n| n.trim().to_owned()).filter(|n| !n.is_empty() && n != primary).collect()
+}
+
+impl FenceState {
+    /// Whether this hub excludes the node now.
+    #[must_use]
+    pub fn contains(&self, slot: &str) -> bool {
+        self.map().contains_key(slot)
+    }
+
+    fn is_recorded(&self, slot: &str) -> bool {
+        self.map().get(slot).is_some_and(|shut| shut.said)
+    }
+
+    fn insert(&self, slot: &str, shut: Shut) {
+        self.map().insert(slot.to_owned(), shut);
+    }
+
+    fn remove(&self, slot: &str) {
+        self.map().remove(slot);
+    }
+
+    /// How long ago this hub first read the leader key with this revision.
+    fn leader_age(&self, revision: u64) -> Duration {
+        let mut leader = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, since) = leader.take_if(|(read, _)| *read == revision).unwrap_or((revision, Instant::now()));
+        *leader = Some((revision, since));
+        since.elapsed()
+    }
+
+    /// Removes the exclusions that have ended, and returns their slots.
+    fn take_ended(&self, now: Instant) -> Vec<String> {
+        let mut map = self.map();
+        let ended: Vec<String> = map.iter().filter(|(_, s)| now >= s.until).map(|(slot, _)| slot.clone()).collect();
+        map.retain(|slot, _| !ended.contains(slot));
+        ended
+    }
+
+    fn map(&self) -> MutexGuard<'_, BTreeMap<String, Shut>> {
+        self.excluded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Absent {

@@ -1,0 +1,143 @@
+//! Checks the fence against the interleavings of hubs, Patroni, PostgreSQL and the network: never two primaries that
+//! acknowledge writes, and never an acknowledged write lost.
+//!
+//! Any step of one part may come between two steps of another; a network path may be cut and come back, a node may
+//! crash, an agent may restart, and the answer of etcd may be lost. Time is ordered by four assumptions only:
+//!
+//! 1. A primary that has not refreshed its lease for `ttl` is none any more (Patroni steps down, or the watchdog
+//!    resets the machine), and no cycle of Patroni lasts for `ttl`.
+//! 2. A hub reads within `ttl` what a majority of the hubs excludes.
+//! 3. An exclusion (`ttl` and 10 s) outlasts the watchdog of the primary that it excludes.
+//! 4. Patroni loads all keys as of one moment, or, between the two events of a deposition, the first without the
+//!    second: its cache takes events one by one.
+//!
+//! Not modelled: failsafe mode (a primary that goes on without etcd needs every standby's consent, and its
+//! `synchronous_standby_names` stays as it is), switchovers by an operator, more than one synchronous standby, and
+//! failures of etcd as a whole.
+//!
+//! `MODEL_SECONDS` is how long the search of the current protocol takes (30 if not set). Counterexamples of the
+//! protocols that lack a part are printed (`--nocapture`).
+
+mod hub;
+mod patroni;
+mod protocol;
+mod state;
+
+use std::env;
+use std::time::{Duration, Instant};
+
+use stateright::{Checker, HasDiscoveries, Model};
+
+use protocol::{DEPOSED, FAILED_OVER, Fleet, NONE_LOST, ONE_PRIMARY, Protocol, SyncPut};
+use state::Budget;
+
+/// One primary, one standby and three hubs; the primary's uplink is cut once, and may come back by any hub.
+const CUT_OFF: Fleet = Fleet {
+    protocol: Protocol::FIRST,
+    nodes: 2,
+    hubs: 3,
+    budget: Budget { cuts: 1, crashes: 0, restarts: 0, lost_answers: 0, depositions: 1, writes: 0 },
+    suspects_anyone: false,
+    forgets: false,
+};
+
+/// The hubs are one, which misses any node at any time, and lets it come back.
+const HASTY: Fleet = Fleet {
+    hubs: 1,
+    budget: Budget { cuts: 1, crashes: 0, restarts: 0, lost_answers: 0, depositions: 2, writes: 0 },
+    suspects_anyone: true,
+    forgets: true,
+    ..CUT_OFF
+};
+
+/// What a search has found.
+struct Found {
+    properties: Vec<&'static str>,
+    /// It visited every state within the budget.
+    complete: bool,
+}
+
+/// Searches breadth-first, for at most so long, and prints how far it came.
+fn search(name: &str, fleet: Fleet, limit: Duration) -> Found {
+    let start = Instant::now();
+    let builder = fleet.checker().threads(2).timeout(limit).finish_when(HasDiscoveries::AnyFailures);
+    let checker = builder.spawn_bfs().join();
+    let complete = start.elapsed() < limit;
+    println!(
+        "{name}: {} unique states, depth {}, {:.0?}, {}",
+        checker.unique_state_count(),
+        checker.max_depth(),
+        start.elapsed(),
+        if complete { "complete" } else { "not complete" },
+    );
+    for property in [ONE_PRIMARY, NONE_LOST] {
+        if let Some(path) = checker.discovery(property) {
+            println!("\"{property}\" does not hold:");
+            path.into_actions().iter().for_each(|action| println!("  {action:?}"));
+        }
+    }
+    Found { properties: checker.discoveries().into_keys().collect(), complete }
+}
+
+impl Found {
+    fn is_unsafe(&self) -> bool {
+        self.properties.iter().any(|p| [ONE_PRIMARY, NONE_LOST].contains(p))
+    }
+}
+
+const MINUTES: Duration = Duration::from_secs(600);
+
+/// Attack: the hubs delete the leader key while a cycle of the primary is under way, and the primary's path comes
+/// back by the third hub, before the cycle ends.
+#[test]
+fn first_protocol_lets_two_primaries_acknowledge() {
+    assert!(search("first", CUT_OFF, MINUTES).is_unsafe());
+}
+
+/// The first protocol with the exclusion by every hub: the third one may read the majority too late.
+#[test]
+fn exclusion_alone_lets_two_primaries_acknowledge() {
+    let protocol = Protocol { sync_put: SyncPut::Never, ..Protocol::CURRENT };
+    assert!(search("without a put of sync", Fleet { protocol, ..CUT_OFF }, MINUTES).is_unsafe());
+}
+
+/// Attack: a cycle of the old primary reads its cache when that has the new `/sync` and still the leader key.
+#[test]
+fn put_of_sync_before_the_deletion_lets_two_primaries_acknowledge() {
+    let protocol = Protocol { sync_put: SyncPut::BeforeDeletion, ..Protocol::CURRENT };
+    assert!(search("put before deletion", Fleet { protocol, ..HASTY }, MINUTES).is_unsafe());
+}
+
+/// Attack: hubs depose a node that has just created the leader key, while it, or another that checked before
+/// whether it may lead, is still in its cycle.
+#[test]
+fn deposition_of_a_young_leader_lets_two_primaries_acknowledge() {
+    let protocol = Protocol { least_age: false, ..Protocol::CURRENT };
+    assert!(search("without a least age", Fleet { protocol, ..HASTY }, MINUTES).is_unsafe());
+}
+
+#[test]
+fn current_protocol_is_safe_as_far_as_the_search_comes() {
+    let seconds = env::var("MODEL_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(30);
+    let protocol = Protocol::CURRENT;
+    let budget = Budget { cuts: 1, crashes: 1, restarts: 1, lost_answers: 1, depositions: 1, writes: 1 };
+    let hasty = Budget { restarts: 0, depositions: 2, ..budget.clone() };
+    // The interleavings in which the first protocol and each lesser one fail, to the end.
+    for (name, fleet) in [("cut off", CUT_OFF), ("hasty", HASTY)] {
+        let found = search(name, Fleet { protocol, ..fleet }, MINUTES);
+        assert!(found.complete && !found.is_unsafe());
+        assert!(found.properties.contains(&DEPOSED));
+    }
+    let fleets = [
+        ("three hubs", Fleet { protocol, budget, ..CUT_OFF }),
+        ("one hasty hub", Fleet { protocol, budget: hasty.clone(), ..HASTY }),
+        ("three databases", Fleet { protocol, nodes: 3, budget: hasty, ..HASTY }),
+    ];
+    let mut sometimes = Vec::new();
+    for (name, fleet) in fleets {
+        let found = search(name, fleet, Duration::from_secs(seconds) / 3);
+        assert!(!found.is_unsafe(), "{name}");
+        sometimes.extend(found.properties);
+    }
+    assert!(sometimes.contains(&FAILED_OVER), "no search came as far as a failover");
+}
