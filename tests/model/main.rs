@@ -50,25 +50,20 @@ const HASTY: Fleet = Fleet {
     ..CUT_OFF
 };
 
-/// What a search has found.
-struct Found {
-    properties: Vec<&'static str>,
-    /// It visited every state within the budget.
-    complete: bool,
-}
+/// Names of the properties that a search has found an example or a counterexample of.
+struct Found(Vec<&'static str>);
 
 /// Searches breadth-first, for at most so long, and prints how far it came.
 fn search(name: &str, fleet: Fleet, limit: Duration) -> Found {
     let start = Instant::now();
     let builder = fleet.checker().threads(2).timeout(limit).finish_when(HasDiscoveries::AnyFailures);
     let checker = builder.spawn_bfs().join();
-    let complete = start.elapsed() < limit;
     println!(
         "{name}: {} unique states, depth {}, {:.0?}, {}",
         checker.unique_state_count(),
         checker.max_depth(),
         start.elapsed(),
-        if complete { "complete" } else { "not complete" },
+        if start.elapsed() < limit { "complete" } else { "stopped" },
     );
     for property in [ONE_PRIMARY, NONE_LOST] {
         if let Some(path) = checker.discovery(property) {
@@ -76,12 +71,12 @@ fn search(name: &str, fleet: Fleet, limit: Duration) -> Found {
             path.into_actions().iter().for_each(|action| println!("  {action:?}"));
         }
     }
-    Found { properties: checker.discoveries().into_keys().collect(), complete }
+    Found(checker.discoveries().into_keys().collect())
 }
 
 impl Found {
     fn is_unsafe(&self) -> bool {
-        self.properties.iter().any(|p| [ONE_PRIMARY, NONE_LOST].contains(p))
+        self.0.iter().any(|p| [ONE_PRIMARY, NONE_LOST].contains(p))
     }
 }
 
@@ -122,22 +117,21 @@ fn current_protocol_is_safe_as_far_as_the_search_comes() {
     let protocol = Protocol::CURRENT;
     let budget = Budget { cuts: 1, crashes: 1, restarts: 1, lost_answers: 1, depositions: 1, writes: 1 };
     let hasty = Budget { restarts: 0, depositions: 2, ..budget.clone() };
-    // The interleavings in which the first protocol and each lesser one fail, to the end.
-    for (name, fleet) in [("cut off", CUT_OFF), ("hasty", HASTY)] {
-        let found = search(name, Fleet { protocol, ..fleet }, MINUTES);
-        assert!(found.complete && !found.is_unsafe());
-        assert!(found.properties.contains(&DEPOSED));
-    }
     let fleets = [
-        ("three hubs", Fleet { protocol, budget, ..CUT_OFF }),
-        ("one hasty hub", Fleet { protocol, budget: hasty.clone(), ..HASTY }),
-        ("three databases", Fleet { protocol, nodes: 3, budget: hasty, ..HASTY }),
+        // Those in which the protocols above fail.
+        ("cut off", Fleet { protocol, ..CUT_OFF }),
+        ("hasty", Fleet { protocol, ..HASTY }),
+        ("three hubs, all faults", Fleet { protocol, budget, ..CUT_OFF }),
+        ("one hasty hub, all faults", Fleet { protocol, budget: hasty.clone(), ..HASTY }),
+        ("three databases, all faults", Fleet { protocol, nodes: 3, budget: hasty, ..HASTY }),
     ];
     let mut sometimes = Vec::new();
     for (name, fleet) in fleets {
-        let found = search(name, fleet, Duration::from_secs(seconds) / 3);
+        let found = search(name, fleet, Duration::from_secs(seconds) / 5);
         assert!(!found.is_unsafe(), "{name}");
-        sometimes.extend(found.properties);
+        sometimes.extend(found.0);
     }
-    assert!(sometimes.contains(&FAILED_OVER), "no search came as far as a failover");
+    for property in [DEPOSED, FAILED_OVER] {
+        assert!(sometimes.contains(&property), "no search came as far as this: {property}");
+    }
 }
