@@ -53,11 +53,66 @@ async fn one_node_at_a_time_changes_its_image() {
     assert!(says(last, 2, "1", wants("2")).await.expect("an answer").why.contains("nobody takes version 2"));
     let seen = site.rollout(RolloutOrder::Tell, &site.root).await.expect("an answer");
     assert_eq!((seen.turn, seen.held), (None, false));
+    // Offered to one node alone, it is nobody's.
+    let why = says(last, 0, "1", wants("3")).await.expect("an answer").why;
+    assert!(why.contains("no other node is offered version 3"), "{why}");
+    let other = *done.first().expect("one");
+    says(other, 1, "3", Doing::Serving).await.expect("an answer");
     assert!(says(last, 0, "1", wants("3")).await.expect("an answer").go);
+    says(other, 1, "3", wants("4")).await.expect("an answer");
     // It comes up, is taken for a good one, and does not do its work: what may mend it is for it first.
     let unwell = Doing::Wants { image: "4".to_owned(), leads: false, primary: false, unwell: true };
     assert!(says(last, 1, "3", unwell).await.expect("an answer").go);
     let seen = site.rollout(RolloutOrder::Tell, &site.root).await.expect("an answer");
     assert_eq!(seen.turn.map(|turn| turn.to).as_deref(), Some("4"));
     assert!(seen.denied["3"].contains("is not well"), "{:?}", seen.denied);
+}
+
+/// A member that was taken over wants to keep every version from the fleet: it asks for turns of
+/// versions that exist nowhere, denies what it had a turn for, and holds the others up. The operator has
+/// the last word.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_alone_keeps_no_version_from_the_fleet() {
+    let site = Site::open(25_900, "app.count = 3\n");
+    let members = site.members("app", 3).await;
+    let says = async |i: usize, image: &str, doing: Doing| -> Answer {
+        let report = Report { version: PROTOCOL, image: image.to_owned(), doing };
+        let (asker, grant) = &members[i];
+        let body = serde_json::to_vec(&report).expect("JSON");
+        let answer = site.member(0, (asker, grant), ("POST", "/v1/turn"), body).await.expect("an answer");
+        serde_json::from_slice(&answer).expect("an answer")
+    };
+    let wants = |image: &str, unwell| Doing::Wants { image: image.to_owned(), leads: false, primary: false, unwell };
+    let order = async |order: RolloutOrder| site.rollout(order, &site.root).await.expect("a hub takes it");
+    for i in [1, 2] {
+        says(i, "1", Doing::Serving).await;
+    }
+    for version in ["7", "8"] {
+        for unwell in [true, false] {
+            assert!(!says(0, "1", wants(version, unwell)).await.go, "a turn for a version that is nowhere");
+        }
+        says(0, "1", Doing::WentBack { from: version.to_owned() }).await;
+    }
+    let seen = order(RolloutOrder::Tell).await;
+    assert_eq!((seen.denied.len(), seen.turn), (0, None));
+
+    // The version is published. It takes its turn, as it may, and denies it: the operator allows it.
+    says(1, "1", wants("7", false)).await;
+    assert!(says(0, "1", wants("7", false)).await.go);
+    says(0, "1", Doing::WentBack { from: "7".to_owned() }).await;
+    assert!(says(1, "1", wants("7", false)).await.why.contains("nobody takes version 7"));
+    let seen = order(RolloutOrder::Allow { version: "7".to_owned() }).await;
+    assert!(seen.denied.is_empty() && seen.allowed.contains("7"));
+    // It starts, without end; skipped, it holds nobody up, and has no turn.
+    says(0, "1", Doing::Starting).await;
+    assert!(says(1, "1", wants("7", false)).await.why.contains("app-1 is starting"));
+    let seen = order(RolloutOrder::Skip { node: "app-1".to_owned() }).await;
+    assert!(seen.skipped["app-1"] > 1_700_000_000, "{seen:?}");
+    assert!(says(1, "1", wants("7", false)).await.go);
+    says(1, "7", Doing::Serving).await;
+    assert!(says(0, "1", wants("7", true)).await.why.contains("skips app-1"));
+    assert!(says(0, "1", wants("7", false)).await.go, "it is well again");
+    assert!(order(RolloutOrder::Tell).await.skipped.is_empty());
+    let nobody = RolloutOrder::Skip { node: "app-9".to_owned() };
+    assert!(site.rollout(nobody, &site.root).await.expect_err("there is none").contains("no node `app-9`"));
 }

@@ -115,8 +115,9 @@ pub fn describe(rollout: &Rollout) -> String {
     let newest = rollout.nodes.values().map(|r| r.image.as_str()).max_by(|a, b| compare_versions(a, b));
     let mut text = String::new();
     for slot in &rollout.members {
+        let skipped = if rollout.skipped.contains_key(slot) { ", skipped until it is well" } else { "" };
         let line = match rollout.nodes.get(slot) {
-            None => "silent".to_owned(),
+            None => format!("silent{skipped}"),
             Some(report) => {
                 let doing = match &report.doing {
                     fleet::Doing::Starting => "starting".to_owned(),
@@ -126,7 +127,7 @@ pub fn describe(rollout: &Rollout) -> String {
                     fleet::Doing::WentBack { from } => format!("serving, went back from version {from}"),
                 };
                 let mark = if Some(report.image.as_str()) == newest { " " } else { "<" };
-                format!("{mark} version {}, {doing}", report.image)
+                format!("{mark} version {}, {doing}{skipped}", report.image)
             }
         };
         text.push_str(&format!("{slot:<12} {line}\n"));
@@ -138,7 +139,8 @@ pub fn describe(rollout: &Rollout) -> String {
         text.push_str(&format!("paused: {why}; go on with `bakehouse rollout --resume`\n"));
     }
     for (version, why) in &rollout.denied {
-        text.push_str(&format!("nobody takes version {version}: {why}; mend it and publish a newer one\n"));
+        text.push_str(&format!("nobody takes version {version}: {why}; publish a newer one, or try it again with `bakehouse rollout --allow \
+             {version}`\n"));
     }
     text
 }
@@ -168,17 +170,19 @@ mod tests {
                 ),
             ]),
             members: ["app-1", "app-2", "db-1", "hub-1"].map(String::from).into(),
+            skipped: BTreeMap::from([("db-1".into(), 1)]),
             ..Rollout::default()
         };
         let text = describe(&rollout);
         for words in [
             "app-1          version 2, serving\n",
             "app-2          version 2, not well, would take version 4\n",
-            "db-1         silent\n",
+            "db-1         silent, skipped until it is well\n",
             "hub-1        < version 1, serving, would take version 2\n",
             "hub-1 changes from version 1 to 2\n",
             "paused: month's end",
             "nobody takes version 3",
+            "--allow 3`",
         ] {
             assert!(text.contains(words), "`{words}` is not in\n{text}");
         }

@@ -235,6 +235,14 @@ impl Etcd {
         Ok(granted.id)
     }
 
+    /// Ends a lease, and what was put for it.
+    ///
+    /// # Errors
+    /// No member answers.
+    pub async fn revoke(&self, lease: &str) -> Result<()> {
+        self.call("/v3/lease/revoke", &json!({ "ID": lease })).await.map(|_: Value| ())
+    }
+
     /// Every change below a prefix from a revision on.
     ///
     /// # Errors

@@ -34,6 +34,8 @@ const ROUND: Duration = Duration::from_secs(30);
 const SOON: Duration = Duration::from_secs(3);
 /// By then every node that is up has asked, and has been answered.
 pub const ALL_HAVE_ASKED: Duration = Duration::from_secs(45);
+/// What node_exporter reads of the rollout.
+const METRICS: &str = "/run/bakehouse/metrics/rollout.prom";
 /// etcd's port for clients.
 const ETCD: u16 = 2379;
 
@@ -196,6 +198,12 @@ impl Member {
             desk.keep_records(&dir).await;
             Ok(())
         };
+        let exported = async {
+            if node.hub > 0 && node.has_role(fleet::UPDATE) {
+                rollout::export(desk.etcd(), Path::new(METRICS)).await;
+            }
+            Ok(())
+        };
         let fenced_off = async {
             if node.hub == 0 {
                 return std::future::pending().await;
@@ -204,8 +212,8 @@ impl Member {
             Fence { etcd, topology: &topology, own: &node, neighbourhood, slow }.keep().await
         };
         let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);
-        tokio::try_join!(kept, served, introduced, registered, followed, recorded, fenced_off, updated)
-            .map(|((), (), (), (), (), (), (), ())| ())
+        tokio::try_join!(kept, served, introduced, registered, followed, recorded, exported, fenced_off, updated)
+            .map(|((), (), (), (), (), (), (), (), ())| ())
     }
 }
 

@@ -49,6 +49,12 @@ impl Doing {
         matches!(self, Self::Wants { unwell: true, .. })
     }
 
+    /// The node serves, whatever it runs.
+    #[must_use]
+    pub fn is_well(&self) -> bool {
+        !self.is_unwell() && *self != Self::Starting
+    }
+
     /// Of two of a kind, the heavier goes later.
     fn weight(&self) -> u8 {
         match self {
@@ -97,6 +103,14 @@ pub enum RolloutOrder {
         why: String,
     },
     Resume,
+    /// A denied version may be tried again; a version that only one node is offered may be tried.
+    Allow {
+        version: String,
+    },
+    /// Nobody waits for this node, and it gets no turn, until it reports that it is well.
+    Skip {
+        node: String,
+    },
 }
 
 /// How far the fleet is, as etcd has it.
@@ -112,6 +126,12 @@ pub struct Rollout {
     pub nodes: BTreeMap<String, Report>,
     /// Slots that have an owner.
     pub members: BTreeSet<String>,
+    /// Versions that the operator named: one node's offer of them is enough.
+    #[serde(default)]
+    pub allowed: BTreeSet<String>,
+    /// Slots that the operator took out of the order, and since when, in seconds since 1970.
+    #[serde(default)]
+    pub skipped: BTreeMap<String, u64>,
     /// Epoch of each slot's record; hubs of the version before say none.
     #[serde(default)]
     pub epochs: BTreeMap<String, u64>,
@@ -175,7 +195,10 @@ impl Rollout {
         if let Some(turn) = &self.turn {
             return Some(format!("{} changes to version {} now", turn.slot, turn.to));
         }
-        let others = || self.members.iter().filter(|m| *m != slot);
+        if self.skipped.contains_key(slot) {
+            return Some(format!("the operator skips {slot} until it is well"));
+        }
+        let others = || self.members.iter().filter(|m| *m != slot && !self.skipped.contains_key(*m));
         // While one is missing, another must not go.
         if let Some(silent) = others().find(|m| !self.nodes.contains_key(*m)) {
             return Some(format!("{silent} is silent"));
@@ -183,6 +206,11 @@ impl Rollout {
         let reports = || others().filter_map(|m| Some((m, self.nodes.get(m)?)));
         if let Some((starting, _)) = reports().find(|(_, r)| r.doing == Doing::Starting) {
             return Some(format!("{starting} is starting"));
+        }
+        if !self.is_offered(slot, image) {
+            return Some(format!(
+                "no other node is offered version {image}, or runs it; if that is right: `bakehouse rollout --allow {image}`"
+            ));
         }
         // There may be several, and each would wait for the others.
         if doing.is_unwell() {
@@ -198,6 +226,26 @@ impl Rollout {
             older && (rank < own || rank == own && report.doing.weight() < doing.weight())
         });
         first.map(|(other, _)| format!("{other} goes first"))
+    }
+}
+
+impl Rollout {
+    /// Whether another member is offered this version, or runs it, or the operator named it. One node
+    /// alone could ask for any version, and then deny it to the fleet.
+    fn is_offered(&self, slot: &str, image: &str) -> bool {
+        let wanted = |doing: &Doing| matches!(doing, Doing::Wants { image: wanted, .. } if wanted == image);
+        let others = || self.nodes.iter().filter(|(other, _)| *other != slot && self.members.contains(*other));
+        self.allowed.contains(image)
+            || self.members.iter().all(|member| member == slot)
+            || others().any(|(_, report)| report.image == image || wanted(&report.doing))
+    }
+
+    /// Whether nodes wait for a newer version and none of them changes, though the operator has not
+    /// paused the rollout.
+    #[must_use]
+    pub fn is_blocked(&self) -> bool {
+        let wants = |report: &Report| matches!(report.doing, Doing::Wants { .. });
+        self.turn.is_none() && self.paused.is_none() && self.nodes.values().any(wants)
     }
 }
 
@@ -317,7 +365,66 @@ mod tests {
         }
         // A version after it is another matter.
         let next = says("1", Doing::Wants { image: "3".into(), leads: false, primary: false, unwell: false });
+        fleet.nodes.insert("app-2".into(), next.clone());
         assert!(matches!(fleet.decide(&topology, "monitor-1", &next), Verdict::Take(_)));
+    }
+
+    /// A node that was taken over asks for a version that was never published, to deny it.
+    #[test]
+    fn one_node_alone_has_no_turn_for_a_version() {
+        let topology = topology();
+        let mut fleet = all_want(&topology);
+        for unwell in [false, true] {
+            let made_up = says("1", Doing::Wants { image: "999".into(), leads: false, primary: false, unwell });
+            let verdict = fleet.decide(&topology, "monitor-1", &made_up);
+            assert!(matches!(&verdict, Verdict::Wait(why) if why.contains("--allow 999")), "{verdict:?}");
+        }
+        let made_up = says("1", Doing::Wants { image: "999".into(), leads: false, primary: false, unwell: false });
+        // One that is no member says it, too.
+        fleet.nodes.insert("stranger-1".into(), made_up.clone());
+        assert!(matches!(fleet.decide(&topology, "monitor-1", &made_up), Verdict::Wait(_)));
+        fleet.allowed.insert("999".into());
+        assert!(matches!(fleet.decide(&topology, "monitor-1", &made_up), Verdict::Take(_)));
+        // A fleet of one node has no other.
+        let alone = Rollout { members: ["hub-1".to_owned()].into(), ..Rollout::default() };
+        assert!(matches!(alone.decide(&topology, "hub-1", &made_up), Verdict::Take(_)));
+    }
+
+    #[test]
+    fn a_skipped_node_holds_nobody_up_and_has_no_turn() {
+        let topology = topology();
+        for doing in [None, Some(Doing::Starting)] {
+            let mut fleet = all_want(&topology);
+            let unwell = Doing::Wants { image: "2".into(), leads: false, primary: false, unwell: true };
+            for doing in [doing.clone(), Some(unwell)] {
+                match &doing {
+                    Some(doing) => drop(fleet.nodes.insert("db-2".into(), says("1", doing.clone()))),
+                    None => drop(fleet.nodes.remove("db-2")),
+                }
+                fleet.skipped.clear();
+                assert!(matches!(fleet.decide(&topology, "monitor-1", &wants(false)), Verdict::Wait(_)), "{doing:?}");
+                fleet.skipped.insert("db-2".into(), 1);
+                assert!(matches!(fleet.decide(&topology, "monitor-1", &wants(false)), Verdict::Take(_)), "{doing:?}");
+            }
+            assert!(
+                matches!(fleet.decide(&topology, "db-2", &wants(false)), Verdict::Wait(why) if why.contains("skips"))
+            );
+        }
+    }
+
+    #[test]
+    fn a_rollout_is_blocked_where_nodes_wait_and_none_changes() {
+        let topology = topology();
+        let mut fleet = all_want(&topology);
+        assert!(fleet.is_blocked());
+        fleet.paused = Some("month's end".into());
+        assert!(!fleet.is_blocked());
+        fleet.paused = None;
+        fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
+        assert!(!fleet.is_blocked() && !Rollout::default().is_blocked());
+        // Hubs of the version before say nothing of what is new.
+        let old = r#"{"turn":null,"held":false,"paused":null,"denied":{},"nodes":{},"members":["hub-1"]}"#;
+        assert!(serde_json::from_str::<Rollout>(old).unwrap().skipped.is_empty());
     }
 
     #[test]

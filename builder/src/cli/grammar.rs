@@ -220,9 +220,10 @@ pub(super) enum Command {
         #[command(flatten)]
         mirror: MirrorArg,
     },
-    /// Say how far the nodes are with a new version; pause and resume
+    /// Say how far the nodes are with a new version; pause and resume, allow a version, skip a node
     #[command(
-        after_help = "Examples:\n  bakehouse rollout\n  bakehouse rollout --pause \"month's end\"\n  bakehouse rollout --resume"
+        after_help = "Examples:\n  bakehouse rollout\n  bakehouse rollout --pause \"month's end\"\n  bakehouse rollout --resume\n  \
+            bakehouse rollout --allow 7\n  bakehouse rollout --skip app-2"
     )]
     Rollout {
         /// No node begins to change; one that has begun ends it
@@ -231,6 +232,12 @@ pub(super) enum Command {
         /// Go on
         #[arg(long)]
         resume: bool,
+        /// Lift the denial of a version; let one node try a version that no other node is offered
+        #[arg(long, value_name = "VERSION", conflicts_with_all = ["pause", "resume"])]
+        allow: Option<String>,
+        /// Wait for a silent, starting or unwell node no longer; it has no turn until it is well
+        #[arg(long, value_name = "NODE", conflicts_with_all = ["pause", "resume", "allow"])]
+        skip: Option<String>,
         /// Where this machine reaches a hub, if not at its endpoint in fleet.toml; `local` for those that `up` started
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,

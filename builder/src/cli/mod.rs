@@ -213,13 +213,16 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 images.iter().map(|i| publish::publish(i, dir, &key, time, &progress)).collect::<Result<Vec<_>>>()?;
             print_json(cli.json, &published)?;
         }
-        Command::Rollout { pause, resume, endpoint } => {
+        Command::Rollout { pause, resume, allow, skip, endpoint } => {
+            skip.as_deref().map_or(Ok(()), |node| project.node(node).map(drop))?;
             let authority = Authority::of(&project)?;
             let endpoints = asked_at(&project, endpoint)?;
-            let order = match pause {
-                Some(why) => RolloutOrder::Pause { why: why.clone() },
-                None if *resume => RolloutOrder::Resume,
-                None => RolloutOrder::Tell,
+            let order = match (pause, allow, skip) {
+                (Some(why), ..) => RolloutOrder::Pause { why: why.clone() },
+                (_, Some(version), _) => RolloutOrder::Allow { version: version.clone() },
+                (.., Some(node)) => RolloutOrder::Skip { node: node.clone() },
+                _ if *resume => RolloutOrder::Resume,
+                _ => RolloutOrder::Tell,
             };
             let rollout = Hubs { authority: &authority, topology: &project.topology, endpoints }.rollout(order)?;
             print_json(cli.json, &rollout)?;

@@ -189,6 +189,11 @@ impl Hub {
     /// The operator looks at the rollout, pauses it, or lets it go on.
     async fn rollout(&self, signed: &Signed<'_>) -> Result<Rollout, Refusal> {
         let asked: RolloutRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
+        if let RolloutOrder::Skip { node } = &asked.order
+            && self.topology.node(node).is_none()
+        {
+            return Err(no(Reason::Malformed, &format!("the fleet has no node `{}`", node.escape_debug())));
+        }
         if asked.order != RolloutOrder::Tell {
             println!("rollout: {:?}", asked.order);
         }

@@ -7,7 +7,14 @@
 //! /bakehouse/rollout/held            slot     as long as its turn may last (a lease)
 //! /bakehouse/rollout/denied/VERSION  why      nobody tries it any more
 //! /bakehouse/rollout/paused          why      nobody begins
+//! /bakehouse/rollout/allowed/VERSION when     the operator named it: one node's offer is enough
+//! /bakehouse/rollout/skipped/SLOT    when     the operator took it out of the order
 //! ```
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::{Answer, Report, Rollout, RolloutOrder, SlotRecord, Topology, Verdict};
 
@@ -23,6 +30,8 @@ const PAUSED: &str = "/bakehouse/rollout/paused";
 const SILENCE: u32 = 90;
 /// Seconds a turn may last: loading an image over a slow line, and three boots that fail.
 const LONGEST_TURN: u32 = 3600;
+/// Time between two writes of the metrics.
+const EXPORT_INTERVAL: Duration = Duration::from_secs(30);
 /// Others may write at the same moment: then again, that often.
 const ATTEMPTS: u32 = 8;
 
@@ -35,7 +44,11 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
     let lease = etcd.lease(SILENCE).await?;
     etcd.transact(&[], &[Then::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
     for _ in 0..ATTEMPTS {
-        let (rollout, turn) = read(etcd).await?;
+        let (mut rollout, turn) = read(etcd).await?;
+        if report.doing.is_well() && rollout.skipped.remove(slot).is_some() {
+            println!("{slot} is well, and is not skipped any more");
+            etcd.transact(&[], &[Then::Delete(&skipped(slot))]).await?;
+        }
         let verdict = rollout.decide(topology, slot, report);
         let done = match &verdict {
             Verdict::Wait(why) => return Ok(Answer { go: false, why: why.clone() }),
@@ -46,7 +59,12 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
                 let lease = etcd.lease(LONGEST_TURN).await?;
                 let when = [If::Unchanged(TURN, 0), If::Unchanged(PAUSED, 0), If::Unchanged(&denied, 0)];
                 let then = [Then::Put(TURN, &text), Then::PutFor(HELD, slot.as_bytes(), &lease)];
-                etcd.transact(&when, &then).await?
+                let done = etcd.transact(&when, &then).await?;
+                if !done {
+                    // Another was faster: nothing is left behind.
+                    etcd.revoke(&lease).await?;
+                }
+                done
             }
             Verdict::Release => {
                 etcd.transact(&[If::Unchanged(TURN, turn)], &[Then::Delete(TURN), Then::Delete(HELD)]).await?
@@ -77,6 +95,14 @@ pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
         RolloutOrder::Tell => {}
         RolloutOrder::Pause { why } => drop(etcd.transact(&[], &[Then::Put(PAUSED, why.as_bytes())]).await?),
         RolloutOrder::Resume => drop(etcd.transact(&[], &[Then::Delete(PAUSED)]).await?),
+        RolloutOrder::Allow { version } => {
+            let (allowed, now) = (format!("{PREFIX}allowed/{version}"), now().to_string());
+            let then = [Then::Delete(&denied(version)), Then::Put(&allowed, now.as_bytes())];
+            etcd.transact(&[], &then).await?;
+        }
+        RolloutOrder::Skip { node } => {
+            etcd.transact(&[], &[Then::Put(&skipped(node), now().to_string().as_bytes())]).await?;
+        }
     }
     read(etcd).await.map(|(rollout, _)| rollout)
 }
@@ -109,6 +135,10 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
             key => {
                 if let Some(version) = key.strip_prefix("denied/") {
                     rollout.denied.insert(version.to_owned(), text());
+                } else if let Some(version) = key.strip_prefix("allowed/") {
+                    rollout.allowed.insert(version.to_owned());
+                } else if let Some(slot) = key.strip_prefix("skipped/") {
+                    rollout.skipped.insert(slot.to_owned(), text().parse().unwrap_or_default());
                 } else if let Some((slot, Ok(said))) =
                     key.strip_prefix("nodes/").map(|slot| (slot, serde_json::from_slice(&pair.value)))
                 {
@@ -120,6 +150,75 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
     Ok((rollout, turn))
 }
 
+/// Writes how the rollout is to `metrics`, as node_exporter reads it, twice a minute until the process ends.
+pub async fn export(etcd: &Etcd, metrics: &Path) {
+    loop {
+        match read(etcd).await {
+            Ok((rollout, _)) => {
+                if let Err(e) = write_metrics(metrics, &rollout) {
+                    eprintln!("{e}");
+                }
+            }
+            // An old value would look like a true one.
+            Err(_) => drop(fs::remove_file(metrics)),
+        }
+        tokio::time::sleep(EXPORT_INTERVAL).await;
+    }
+}
+
+fn write_metrics(path: &Path, rollout: &Rollout) -> Result<()> {
+    let text = format!(
+        "# HELP bakehouse_rollout_blocked Nodes wait for a newer version, none changes, and the rollout is not paused.\n\
+         # TYPE bakehouse_rollout_blocked gauge\n\
+         bakehouse_rollout_blocked {}\n\
+         # HELP bakehouse_rollout_denied Versions that no node tries any more.\n\
+         # TYPE bakehouse_rollout_denied gauge\n\
+         bakehouse_rollout_denied {}\n\
+         # HELP bakehouse_rollout_skipped Nodes that the operator took out of the order.\n\
+         # TYPE bakehouse_rollout_skipped gauge\n\
+         bakehouse_rollout_skipped {}\n",
+        u8::from(rollout.is_blocked()),
+        rollout.denied.len(),
+        rollout.skipped.len()
+    );
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    fs::set_permissions(dir, Permissions::from_mode(0o755)).map_err(Error::io("set the mode of", dir))?;
+    let beside = path.with_extension("new");
+    fs::write(&beside, text).map_err(Error::io("write", &beside))?;
+    // node_exporter has a user of its own.
+    fs::set_permissions(&beside, Permissions::from_mode(0o644)).map_err(Error::io("set the mode of", &beside))?;
+    fs::rename(&beside, path).map_err(Error::io("rename", &beside))
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn skipped(slot: &str) -> String {
+    format!("{PREFIX}skipped/{slot}")
+}
+
 fn denied(version: &str) -> String {
     format!("{PREFIX}denied/{version}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_are_there_for_node_exporter() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics/rollout.prom");
+        let rollout = Rollout { denied: [("2".to_owned(), "why".to_owned())].into(), ..Rollout::default() };
+        write_metrics(&path, &rollout).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(
+            text.contains("\nbakehouse_rollout_blocked 0\n") && text.contains("\nbakehouse_rollout_denied 1\n"),
+            "{text}"
+        );
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
+        assert_eq!(fs::read_dir(dir.path().join("metrics")).unwrap().count(), 1);
+    }
 }
