@@ -2,7 +2,7 @@
 //! others in.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -209,7 +209,7 @@ impl Member {
                 return std::future::pending().await;
             }
             let (etcd, neighbourhood) = (&fencing, neighbourhood.as_ref());
-            Fence { etcd, topology: &topology, own: &node, neighbourhood, slow }.keep().await
+            Box::pin(Fence { etcd, topology: &topology, own: &node, neighbourhood, slow }.keep()).await
         };
         let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);
         tokio::try_join!(kept, served, introduced, registered, followed, recorded, exported, fenced_off, updated)

@@ -151,7 +151,9 @@ impl Fence<'_> {
     /// etcd does not answer.
     pub async fn join_majority(&self, etcd: &Etcd, databases: &[&Node], state: &FenceState) -> Result<()> {
         let leader = etcd.get(&[&format!("{}leader", scope(self.topology))]).await?;
-        leader.iter().for_each(|key| _ = state.leader_age(key.revision));
+        for key in &leader {
+            let _ = state.leader_age(key.revision);
+        }
         let (_, recorded) = etcd.list(SHUT).await?;
         for slot in databases.iter().map(|n| &n.name).filter(|slot| !state.contains(slot)) {
             let by = recorded.iter().filter(|p| self.is_hubs(slot, &p.key)).count();

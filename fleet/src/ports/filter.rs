@@ -73,6 +73,9 @@ impl Filter {
     }
 }
 
+/// Both ends of a line, as names of sets, and what it lets through between them.
+type Ends = (Network, String, String, Protocol);
+
 /// Gathers rules to lines, and remembers which sets they name.
 struct Lines<'a> {
     topology: &'a Topology,
@@ -82,7 +85,7 @@ struct Lines<'a> {
 impl Lines<'_> {
     /// One line for all ports with the same ends; an end that the line does not name is empty.
     fn of(&mut self, rules: &[Rule], from: bool, to: bool) -> Vec<Match> {
-        let mut gathered: BTreeMap<(Network, String, String, Protocol), BTreeSet<(u16, u16)>> = BTreeMap::new();
+        let mut gathered: BTreeMap<Ends, BTreeSet<(u16, u16)>> = BTreeMap::new();
         for rule in rules {
             let mut set = |party, named| if named { self.set(party, rule.network) } else { String::new() };
             let ends = (rule.network, set(rule.from, from), set(rule.to, to), rule.protocol);
