@@ -79,9 +79,8 @@ pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<
 /// An empty file that its owner alone reads, whatever the umask and the mode of one that was there: journals may hold
 /// what no pattern finds.
 fn private(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new().write(true).create(true).mode(0o600).open(path)?;
+    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.set_permissions(Permissions::from_mode(0o600))?;
-    file.set_len(0)?;
     Ok(file)
 }
 

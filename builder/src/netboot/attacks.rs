@@ -301,3 +301,43 @@ fn records_of_the_version_before_are_read() {
     attacked.is_assigned(&[KNOWN], &key);
     assert_eq!(attacked.records(), 3);
 }
+
+/// The attack as it came: two requests over HTTP.
+#[test]
+fn two_requests_over_http_write_no_file() {
+    use std::io::{Read as _, Write as _};
+    let Attacked { front, project, served, .. } = attacked(&format!("[netboot.machines]\n\"{KNOWN}\" = \"db-1\"\n"));
+    let victim = project.path().join("fleet.key");
+    fs::write(&victim, "root of the fleet").unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            tell.send(listener.local_addr().unwrap()).unwrap();
+            let desk = Box::new(move |path: &str, body: &[u8]| front.answer(path, body));
+            server::serve(listener, Arc::new(Shelf { files: BTreeMap::new(), desk })).await
+        })
+    });
+    let to = told.recv().unwrap();
+    let post = |path: &str, body: &Value| {
+        let body = body.to_string();
+        let mut stream = std::net::TcpStream::connect(to).unwrap();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}", body.len());
+        stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let key = Key::generate().unwrap();
+    let name = victim.to_str().unwrap();
+    let answer = post("/v1/machine", &machine(&[name, KNOWN], "", key.public()));
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+    let answer = post("/v1/news", &json!({ "version": 2, "mac": name, "step": "installed" }));
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "root of the fleet");
+    assert_eq!(walkdir::WalkDir::new(served.path().join(HOSTS)).into_iter().count(), 1);
+    // The machine itself is answered.
+    let answer = post("/v1/machine", &machine(&[KNOWN], "", key.public()));
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"install\""), "{answer}");
+}

@@ -195,18 +195,17 @@ impl Desk {
             return Ok(Answer::Refused(format!("{to} got a ticket {age} s ago; it gets another after {BETWEEN} s")));
         }
         let is_new = reused.is_none();
-        let ticket = match reused {
-            Some(ticket) => ticket,
-            None => {
-                // Which of a group's places it had is not known here.
-                let heir = (record.heir || forgets && record.ticket.is_some()) && plan.group_of(&to) != to;
-                match plan.mint(&to, heir) {
-                    Ok(ticket) => {
-                        record = Record { minted: now(), started: false, heir, ..record };
-                        record.ticket.insert(ticket).clone()
-                    }
-                    Err(e) => return Ok(Answer::Refused(e.to_string())),
+        let ticket = if let Some(ticket) = reused {
+            ticket
+        } else {
+            // Which of a group's places it had is not known here.
+            let heir = (record.heir || forgets && record.ticket.is_some()) && plan.group_of(&to) != to;
+            match plan.mint(&to, heir) {
+                Ok(ticket) => {
+                    record = Record { minted: now(), started: false, heir, ..record };
+                    record.ticket.insert(ticket).clone()
                 }
+                Err(e) => return Ok(Answer::Refused(e.to_string())),
             }
         };
         if is_new || code_used.is_some() {

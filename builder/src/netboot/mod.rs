@@ -155,7 +155,7 @@ pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
         // It ends with the process.
         let front = front.clone();
         std::thread::spawn(move || {
-            std::io::stdin().lines().map_while(Result::ok).for_each(|line| front.approve(&line))
+            std::io::stdin().lines().map_while(Result::ok).for_each(|line| front.approve(&line));
         });
     }
     let shelf = Arc::new(Shelf { files, desk: Box::new(move |path, body| front.answer(path, body)) });
