@@ -34,6 +34,8 @@ const AT: &str = "127.0.0.4";
 const PAGE: u16 = 25_790;
 /// How long each attack lasts.
 const LASTS: Duration = Duration::from_secs(12);
+/// How long it is measured, from a second after its beginning.
+const MEASURED: Duration = Duration::from_secs(10);
 /// Members that ask each second; the last of them share the attackers' addresses.
 const MEMBERS: usize = 20;
 const BEHIND_ATTACKERS: usize = 4;
@@ -253,10 +255,13 @@ async fn measure() -> Vec<Row> {
     rows
 }
 
+/// Whether a member shares an attacker's address, and how long its answer took, if it had one.
+type Answer = (bool, Option<Duration>);
+
 /// Members ask each second, and HAProxy's page is fetched twenty times a second, until shortly before the attack ends.
 async fn ask_all(site: &Site, members: &[(bakehouse_tests::site::Asker, fleet::Grant)], target: &Target) -> Row {
-    let until = Instant::now() + LASTS - Duration::from_secs(2);
-    let answers: Arc<Mutex<Vec<(bool, Option<Duration>)>>> = Arc::default();
+    let until = Instant::now() + MEASURED;
+    let answers: Arc<Mutex<Vec<Answer>>> = Arc::default();
     let mut asking = JoinSet::new();
     for (i, (who, grant)) in members.iter().enumerate() {
         let behind = i >= MEMBERS - BEHIND_ATTACKERS;
