@@ -92,8 +92,8 @@ async fn useless_tokens_cost_etcd_little() {
             let metrics = String::from_utf8(metrics.expect("metrics").to_vec()).expect("text");
             let of =
                 |line: &&str| line.starts_with("grpc_server_handled_total{") && line.contains("\"etcdserverpb.KV\"");
-            let counts = metrics.lines().filter(of).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok());
-            sum += counts.sum::<f64>() as u64;
+            let counts = metrics.lines().filter(of).filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok());
+            sum += counts.sum::<u64>();
         }
         sum
     };
