@@ -21,6 +21,7 @@ usage: firstboot run              make this machine its node, and keep it one (f
        firstboot leave            hand over, stop, and give this node's slot back
        firstboot healthy          wait until this boot is a good one (firstboot-healthy.service)
        firstboot load             load a newer image into the other slot (firstboot-install.service)
+       firstboot signed           write when the update folder was signed as a metric (firstboot-check.service)
        firstboot grub [--good]    where a legacy BIOS starts this machine: bring boot entries and GRUB's
                                   count of tries in step; this boot is a good one (firstboot-grub.service)
 ";
@@ -49,6 +50,7 @@ async fn command() -> ExitCode {
         ["leave"] => leave().await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
         ["healthy"] => health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {e}"))),
         ["load"] => load().await.inspect_err(|e| eprintln!("{e}")),
+        ["signed"] => signed().await.inspect_err(|e| eprintln!("{e}")),
         ["grub"] => in_step(false).await.inspect_err(|e| eprintln!("{e}")),
         ["grub", "--good"] => in_step(true).await.inspect_err(|e| eprintln!("{e}")),
         ["--help" | "-h"] => {
@@ -97,6 +99,12 @@ async fn load() -> Result<()> {
     let scratch = scratch.ok_or_else(|| Error::Failed("it is firstboot-install.service that loads".to_owned()))?;
     let image = Image::read(&Paths::of_node().image)?;
     firstboot::load::load(&image.info, Path::new(ESP), Path::new(&scratch)).await
+}
+
+async fn signed() -> Result<()> {
+    let scratch = std::env::var_os("RUNTIME_DIRECTORY");
+    let scratch = scratch.ok_or_else(|| Error::Failed("only firstboot-check.service runs this".to_owned()))?;
+    firstboot::load::date::record(Path::new("/run/bakehouse/metrics"), Path::new(&scratch)).await
 }
 
 async fn in_step(good: bool) -> Result<()> {

@@ -82,7 +82,11 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
         Published { group: image.group.clone(), version: new.version.clone(), unchanged: true, bytes: 0 };
     if let Some(old) = &old {
         if old.version == new.version && old.roothash == new.roothash {
-            progress.say("publish", &format!("{}: version {} is there", image.group, new.version));
+            // Nodes alert when the signature is old: a folder that is current is signed again.
+            let sums = out.join(SUMS);
+            let text = fs::read(&sums).map_err(Error::io("read", &sums))?;
+            write_atomic(&out.join(format!("{SUMS}.gpg")), &key.sign(&text, time))?;
+            progress.say("publish", &format!("{}: version {} is there; signed again", image.group, new.version));
             return Ok(published);
         }
         if compare_versions(&new.version, &old.version).is_le() {
@@ -275,8 +279,21 @@ mod tests {
         }
 
         fn publish(&self, image: &Image) -> Result<Published> {
+            self.publish_at(image, 1_760_000_000)
+        }
+
+        fn publish_at(&self, image: &Image, time: u64) -> Result<Published> {
             let key = UpdateKey::of("acme", "root").unwrap();
-            publish(image, &self.0.path().join("out"), &key, 1_760_000_000, &Progress::new(true, false))
+            publish(image, &self.0.path().join("out"), &key, time, &Progress::new(true, false))
+        }
+
+        /// The date that a node finds, with the keyring of a fleet.
+        fn date(&self, keyring: &[u8]) -> firstboot::error::Result<u64> {
+            let scratch = tempfile::tempdir().unwrap();
+            let (out, ring) = (self.0.path().join("out/db"), scratch.path().join("ring.gpg"));
+            fs::write(&ring, keyring).unwrap();
+            let read = |name: &str| fs::read(out.join(name)).unwrap();
+            firstboot::load::date::signed_at(&ring, &read(SUMS), &read("SHA256SUMS.gpg"), scratch.path())
         }
 
         fn files(&self) -> Vec<String> {
@@ -306,6 +323,24 @@ mod tests {
         let names = lab.files();
         assert!(names.iter().all(|n| !n.contains("_1_") && !n.contains("_1.")), "{names:?}");
         assert_eq!(names.len(), 10 + 3);
+    }
+
+    /// A server that holds updates back serves an old date: it can't make a younger one.
+    #[test]
+    fn the_date_of_a_folder_is_signed_and_new_each_time() {
+        let lab = Lab(tempfile::tempdir().unwrap());
+        let image = lab.image("1", &json!({}));
+        let own = UpdateKey::of("acme", "root").unwrap().keyring();
+        lab.publish_at(&image, 1_760_000_000).unwrap();
+        assert_eq!(lab.date(&own).unwrap(), 1_760_000_000);
+        assert!(lab.publish_at(&image, 1_770_000_000).unwrap().unchanged);
+        assert_eq!(lab.date(&own).unwrap(), 1_770_000_000);
+        let other = lab.date(&UpdateKey::of("acme", "another root").unwrap().keyring()).unwrap_err().to_string();
+        assert!(other.contains("no valid signature"), "{other}");
+        // Another list with this signature.
+        let sums = lab.0.path().join("out/db").join(SUMS);
+        fs::write(&sums, fs::read_to_string(&sums).unwrap() + "0  more\n").unwrap();
+        assert!(lab.date(&own).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod assembly;
 pub mod blocks;
+pub mod date;
 mod server;
 mod upstream;
 
