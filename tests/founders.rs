@@ -144,15 +144,16 @@ fn is_taken_in(node: &Machine, ticket: &str, name: &str, other: &Machine) {
     ));
 }
 
-/// What one of them writes all of them read, and they name the same members.
+/// What the first one, a hub, writes it reads from each one's member of etcd, and they name the same members.
 #[track_caller]
 fn agree(nodes: &[&Machine], what: &str) {
-    let ask = |node: &Machine, command: &str| node.ok(&format!("{ETCDCTL} --command-timeout=120s {command}"));
-    ask(nodes[0], &format!("put /test/{what} written"));
-    let members = ask(nodes[0], "member list | sort");
+    let ask = |command: &str| nodes[0].ok(&format!("{ETCDCTL} --command-timeout=120s {command}"));
+    ask(&format!("put /test/{what} written"));
+    let members = ask("member list | sort");
     for node in nodes {
-        assert_eq!(ask(node, &format!("get --print-value-only /test/{what}")), "written");
-        assert_eq!(ask(node, "member list | sort"), members);
+        let at = node.ok("ip -o -4 addr show mesh0 | sed 's,.*inet \\([0-9.]*\\)/.*,--endpoints=https://\\1:2379,'");
+        assert_eq!(ask(&format!("{at} get --print-value-only /test/{what}")), "written");
+        assert_eq!(ask(&format!("{at} member list | sort")), members);
     }
 }
 

@@ -8,7 +8,8 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use fleet::{CertificateError, Issuer, Membership, Node, PrivateKey, Secrets, Tls, Topology};
+use fleet::{CertificateError, Issuer, Membership, Node, PrivateKey, Secrets, Tls, Topology, etcd_client_anchor};
+use ring::hkdf::{HKDF_SHA256, Salt};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -45,6 +46,8 @@ impl Authority {
             metrics: password()?,
             s3_key: given("BAKEHOUSE_S3_KEY"),
             s3_secret: given("BAKEHOUSE_S3_SECRET"),
+            etcd_root: password()?,
+            etcd_patroni: password()?,
         };
         Ok(Self { fleet: fleet.to_owned(), root: Issuer::root(fleet)?, secrets })
     }
@@ -115,12 +118,27 @@ impl Authority {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("read", path)(e)),
         };
-        let found: Self = serde_json::from_slice(&passphrase::open(path, bytes)?)
+        let mut found: Self = serde_json::from_slice(&passphrase::open(path, bytes)?)
             .map_err(|e| Error::Failed(format!("{} is damaged ({e}); bring back a copy of it", path.display())))?;
         if found.fleet != fleet {
             return fail(format!("{} is of the fleet `{}`, not of `{fleet}`", path.display(), found.fleet));
         }
+        found.complete()?;
         Ok(Some(found))
+    }
+
+    /// Fills in the passwords that `fleet.key` of an earlier version does not have. They are derived from
+    /// the root's private key, so every reading of the file gives the same ones.
+    fn complete(&mut self) -> Result<()> {
+        let root = self.root.key();
+        for (secret, label) in
+            [(&mut self.secrets.etcd_root, "etcd root, v1"), (&mut self.secrets.etcd_patroni, "etcd patroni, v1")]
+        {
+            if secret.is_empty() {
+                *secret = derived(root, label)?;
+            }
+        }
+        Ok(())
     }
 
     fn bytes(&self) -> Result<Vec<u8>> {
@@ -133,9 +151,14 @@ impl Authority {
     /// Nothing that a fleet's names could bring about.
     pub fn membership(&self, topology: &Topology, node: &Node) -> Result<Membership> {
         let key = PrivateKey::generate()?;
-        let cert = self.root.issuer(&self.fleet, &node.name)?.node(topology, node, &key.public()?)?;
+        let cert = self.root.founder_issuer(topology, node)?.node(topology, node, &key.public()?)?;
         Ok(Membership {
-            tls: Tls { ca: self.root.certificate().to_owned(), cert, key: key.pem().to_owned() },
+            tls: Tls {
+                ca: self.root.certificate().to_owned(),
+                cert,
+                key: key.pem().to_owned(),
+                etcd_clients: etcd_client_anchor(self.root.certificate(), topology, node)?,
+            },
             secrets: self.secrets.clone(),
         })
     }
@@ -155,6 +178,15 @@ fn given(variable: &str) -> String {
 /// 192 bits, in letters that no configuration language minds.
 fn password() -> Result<String> {
     Ok(URL_SAFE_NO_PAD.encode(random::<24>()?))
+}
+
+/// A password that follows from the root's private key and a label: 192 bits.
+fn derived(root: &str, label: &str) -> Result<String> {
+    let mut bytes = [0; 32];
+    let failed = |_| Error::Failed(format!("the password `{label}` can't be derived from the fleet's root key"));
+    let secret = Salt::new(HKDF_SHA256, b"bakehouse").extract(root.as_bytes());
+    secret.expand(&[label.as_bytes()], HKDF_SHA256).and_then(|k| k.fill(&mut bytes)).map_err(failed)?;
+    Ok(URL_SAFE_NO_PAD.encode(&bytes[..24]))
 }
 
 /// Bytes of chance.
@@ -229,6 +261,23 @@ mod tests {
             private_dir(path).unwrap();
             assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700, "{}", path.display());
         }
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_version_always_gives_the_same_etcd_passwords() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(Authority::FILE);
+        let authority = Authority::create("acme").unwrap();
+        let mut earlier = serde_json::to_value(&authority).unwrap();
+        let secrets = earlier["secrets"].as_object_mut().unwrap();
+        assert!(secrets.remove("etcd_root").is_some() && secrets.remove("etcd_patroni").is_some());
+        fs::write(&path, earlier.to_string()).unwrap();
+        let read = || Authority::read(&path, "acme").unwrap().unwrap().secrets;
+        let (one, two) = (read(), read());
+        assert!(one == two && one.etcd_root.len() == 32 && one.etcd_root != one.etcd_patroni);
+        assert_ne!(one.etcd_root, authority.secrets.etcd_root);
+        write_private(&path, &authority.bytes().unwrap()).unwrap();
+        assert!(read() == authority.secrets, "passwords that are in the file stay");
     }
 
     #[test]

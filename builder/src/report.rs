@@ -35,8 +35,7 @@ const EVERYWHERE: [(&str, &str); 7] = [
 ];
 const ETCD: (&str, &str) = (
     "etcd.txt",
-    "export ETCDCTL_ENDPOINTS=https://127.0.0.1:2379 ETCDCTL_CACERT=/run/bakehouse/tls/ca.crt \
-     ETCDCTL_CERT=/run/bakehouse/tls/node.crt ETCDCTL_KEY=/run/bakehouse/tls/node.key; \
+    "PATH=/usr/lib/bakehouse:$PATH; \
      etcdctl member list -w table; etcdctl endpoint status --cluster -w table; etcdctl get --prefix /bakehouse/audit/",
 );
 const PATRONI: (&str, &str) =

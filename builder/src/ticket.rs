@@ -62,7 +62,7 @@ pub fn mint(
 fn founder(authority: &Authority, topology: &Topology, node: &Node, terms: &Terms) -> Result<Right> {
     // A hub hands out what any node may need; another founder is told what it needs itself.
     let secrets = if node.hub > 0 { authority.secrets.clone() } else { authority.secrets.for_roles(&node.roles) };
-    let issuer = authority.root.issuer(&topology.name, &node.name)?;
+    let issuer = authority.root.founder_issuer(topology, node)?;
     let replaces =
         if terms.replace { Some(joiner(authority, topology, &node.group, Some(&node.name), terms)?) } else { None };
     Ok(Right::Founder(Founder { slot: node.name.clone(), issuer, secrets, replaces }))

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use fleet::{Node, NodeContext, Tls};
+use fleet::{Node, NodeContext, Tls, etcd_client_anchor};
 use futures_util::future::try_join_all;
 
 use crate::boots::ENTRIES;
@@ -20,7 +20,7 @@ use crate::machine;
 use crate::member::{ALL_HAVE_ASKED, Member};
 use crate::notify::notify;
 use crate::render::render_all;
-use crate::renewal::{is_pending, renew};
+use crate::renewal::{is_pending, renew, take_missing_passwords};
 use crate::seal::Sealer;
 use crate::state::StateDir;
 use crate::status::{Phase, Status};
@@ -67,12 +67,18 @@ pub async fn run(paths: &Paths) -> Result<()> {
     let units = Systemd::new(&bus).await?;
     let who = identity(&paths.state, paths.credentials.as_ref(), &image).await?;
     let (who, renewed) = renew(&paths.state, who, &image).await?;
+    let who = take_missing_passwords(&paths.state, who, &image).await?;
     // Whoever takes the disk out now finds no ticket on it.
     if let Err(e) = units.start("firstboot-forget.service").await {
         println!("{e}");
     }
     let node = node_of(&who.state, &image)?;
-    let tls = Tls { ca: who.state.root.clone(), cert: who.state.cert.clone(), key: who.keys.tls.pem().to_owned() };
+    let tls = Tls {
+        ca: who.state.root.clone(),
+        cert: who.state.cert.clone(),
+        key: who.keys.tls.pem().to_owned(),
+        etcd_clients: etcd_client_anchor(&who.state.root, &image.topology, node)?,
+    };
     let context = NodeContext {
         fleet: &image.topology,
         node,

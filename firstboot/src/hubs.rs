@@ -14,6 +14,7 @@ use tokio_rustls::rustls::ClientConfig;
 
 use crate::error::{Error, Result};
 use crate::https::{Connection, request};
+use crate::hub::etcd_access::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
 use crate::join::{chance, endpoint};
 use crate::keys::Keys;
 use crate::neighbours::Neighbourhood;
@@ -36,6 +37,8 @@ pub struct Hubs {
     over_mesh: bool,
     /// The last round heard none of the hubs that are known.
     is_lost: AtomicBool,
+    /// What this node's Patroni is to authenticate with at etcd; empty without a Patroni or a password.
+    etcd_patroni: String,
 }
 
 /// Where one hub is.
@@ -55,7 +58,21 @@ impl Hubs {
         };
         let hubs = topology.hubs.iter().filter(|h| h.name != own).filter_map(of).collect();
         let port = topology.mesh.port;
-        Self { hubs, port, tls, neighbourhood: None, over_mesh: false, is_lost: AtomicBool::new(false) }
+        Self {
+            hubs,
+            port,
+            tls,
+            neighbourhood: None,
+            over_mesh: false,
+            is_lost: AtomicBool::new(false),
+            etcd_patroni: String::new(),
+        }
+    }
+
+    /// Tells the hubs, with each question who is where, whether this node's Patroni runs with this etcd password.
+    #[must_use]
+    pub fn with_etcd_patroni(self, password: &str) -> Self {
+        Self { etcd_patroni: password.to_owned(), ..self }
     }
 
     /// Asks only hubs whose TLS keys are those that the neighbourhood knows, once it knows any.
@@ -148,7 +165,9 @@ impl Hubs {
     async fn heard(&self, hub: &HubAddress) -> Result<HubAnswer> {
         let asked = async {
             let mut connection = self.connect(hub).await?;
-            let answer = connection.ask(request("GET", "hub", "/v1/peers", &[], "".into())?, LONGEST).await?;
+            let user = patroni_runs_with(&self.etcd_patroni).then_some((USER_HEADER, PATRONI));
+            let sent = request("GET", "hub", "/v1/peers", user.as_slice(), "".into())?;
+            let answer = connection.ask(sent, LONGEST).await?;
             answered(&hub.slot, &connection, &answer)
         };
         let late = |_| Err(Error::Network { to: hub.slot.clone(), why: "no answer".to_owned() });
@@ -258,7 +277,7 @@ impl Hubs {
             let answer = async {
                 // Before they know each other, there is no mesh between them.
                 let mut connection = self.public(hub).await?;
-                let sent = request("POST", "hub", "/v1/introduce", &[], body.clone().into())?;
+                let sent = request("POST", "hub", "/v1/introduce", &[(USER_HEADER, MEMBER)], body.clone().into())?;
                 let answer = connection.ask(sent, LONGEST).await?;
                 answered(&hub.slot, &connection, &answer)
             };

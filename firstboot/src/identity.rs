@@ -40,8 +40,11 @@ impl Identity {
 /// # Errors
 /// What only a person can mend. Hubs that don't answer are asked for ever.
 pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Image) -> Result<Identity> {
-    if let Some(state) = State::load(dir)? {
-        node_of(&state, image)?;
+    if let Some(mut state) = State::load(dir)? {
+        // Earlier versions kept it on voters that are not hubs, which sign nobody.
+        if node_of(&state, image)?.hub == 0 && state.issuer.take().is_some() {
+            state.store(dir)?;
+        }
         println!("{} since an earlier boot", state.slot);
         let keys = Keys::load_or_make(dir)?;
         return Ok(Identity { keys, state, neighbourhood: Arc::new(Neighbourhood::load(dir.path(), BTreeMap::new())) });
@@ -117,10 +120,12 @@ pub fn node_of<'a>(state: &State, image: &'a Image) -> Result<&'a Node> {
     Ok(node)
 }
 
-/// A founder signs its own certificate, and says who it is to nobody yet.
+/// A founder signs its own certificate, and tells no other node yet. Hubs keep the issuer, to sign other nodes
+/// and their own next keys; a voter that is not a hub has no further use for it.
 fn found(state: State, founder: &Founder, node: &Node, image: &Image, keys: &Keys) -> Result<State> {
     let cert = founder.issuer.node(&image.topology, node, &keys.tls.public()?)?;
-    Ok(State { cert, secrets: founder.secrets.clone(), issuer: Some(founder.issuer.clone()), ..state })
+    let issuer = (node.hub > 0).then(|| founder.issuer.clone());
+    Ok(State { cert, secrets: founder.secrets.clone(), issuer, ..state })
 }
 
 fn granted(state: State, grant: Grant) -> (State, BTreeMap<String, MeshKey>) {

@@ -14,6 +14,7 @@ use crate::etcd::Etcd;
 use crate::https;
 use crate::hub::api::Hub;
 use crate::hub::claims::{ClaimsDesk, Owners};
+use crate::hub::etcd_access::{EtcdAccess, ROOT};
 use crate::hub::fence::{self, Fence};
 use crate::hub::listener::serve;
 use crate::hub::orders::OrderLog;
@@ -36,6 +37,8 @@ const SOON: Duration = Duration::from_secs(3);
 pub const ALL_HAVE_ASKED: Duration = Duration::from_secs(45);
 /// What node_exporter reads of the rollout.
 const METRICS: &str = "/run/bakehouse/metrics/rollout.prom";
+/// How often a hub looks whether another machine has its slot, as far as it has heard.
+const LOOK_FOR_SUCCESSOR: Duration = Duration::from_secs(1);
 /// etcd's port for clients.
 const ETCD: u16 = 2379;
 
@@ -55,7 +58,9 @@ impl Member {
     /// # Errors
     /// What the node keeps does not fit together.
     pub fn new(who: Identity, node: &Node, image: &Image, dir: &StateDir) -> Result<Self> {
-        let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
+        let patroni = if node.has_role("db") { who.state.secrets.etcd_patroni.as_str() } else { "" };
+        let hubs =
+            Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?).with_etcd_patroni(patroni);
         Ok(Self {
             topology: image.topology.clone(),
             node: node.clone(),
@@ -89,29 +94,37 @@ impl Member {
     /// # Errors
     /// The kernel or this machine says no, or another node has this one's place.
     pub async fn keep(self, mesh: Mesh, updates: &Updates<'_>, slow: u32) -> Result<()> {
-        let founder = self.who.state.is_founder();
         let Self { topology, node, version, who, hubs, dir, built } = self;
         let own_epoch = who.state.epoch;
         let tls = who.client()?;
         let neighbourhood = who.neighbourhood.clone();
         let mesh_key = who.keys.mesh_public()?;
         let kept = mesh.keep(neighbourhood.clone());
-        if !founder {
+        if node.hub == 0 {
             let asked = follow_hubs(&hubs, &neighbourhood, (&node.name, own_epoch));
+            let introduced = async {
+                if !topology.voters.contains(&node.name) {
+                    return std::future::pending().await;
+                }
+                let introduction = Introduction { version: PROTOCOL, mesh_key, epoch: own_epoch };
+                introduce_voter(&hubs, &neighbourhood, &node.name, introduction).await
+            };
             let updated = updates.keep(async |report| hubs.turn(report).await);
-            return tokio::try_join!(kept, asked, updated).map(|((), (), ())| ());
+            return tokio::try_join!(kept, asked, introduced, updated).map(|((), (), (), ())| ());
         }
         let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
         let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
-        let fencing = Etcd::new(members(&topology, &node), tls.clone()).with_patience(fence::ANSWER * slow);
-        let etcd = Etcd::new(members(&topology, &node), tls.clone());
-        let desk = ClaimsDesk::new(etcd, topology.clone(), &node.name).with_records(&dir).built_at(built);
+        let etcd = || Etcd::new(members(&topology, &node), tls.clone()).with_user(ROOT, &who.state.secrets.etcd_root);
+        let fencing = etcd().with_patience(fence::ANSWER * slow);
+        let desk = ClaimsDesk::new(etcd(), topology.clone(), &node.name).with_records(&dir).built_at(built);
         let desk = Arc::new(desk);
         neighbourhood.learn(&node.name, mesh_key);
         let served = async {
-            let (Some(issuer), true) = (who.state.issuer.clone(), node.hub > 0) else {
-                return std::future::pending().await;
-            };
+            let issuer = who.state.issuer.clone().ok_or_else(|| {
+                let text =
+                    format!("{}: state.json of a hub has no issuer; wipe /var and give it a new ticket", node.name);
+                Error::Configuration(text)
+            })?;
             let hub = Hub {
                 topology: topology.clone(),
                 root: who.state.root.clone(),
@@ -119,7 +132,7 @@ impl Member {
                 secrets: who.state.secrets.clone(),
                 epoch: own_epoch,
                 // On connections of its own: they belong to the API's thread.
-                desk: Arc::new(desk.beside(Etcd::new(members(&topology, &node), tls.clone()))),
+                desk: Arc::new(desk.beside(etcd())),
                 neighbourhood: neighbourhood.clone(),
                 orders: OrderLog::default(),
             };
@@ -180,16 +193,13 @@ impl Member {
                 tokio::time::sleep(pause.longer()).await;
             }
         };
-        let followed = async {
+        let followed = async || -> Result<()> {
             let mut pause = Pause::default();
             loop {
-                let followed = desk.follow(|owners| take_in(&topology, &neighbourhood, owners));
-                if let Err(e) = followed.await {
-                    println!("{e}");
-                }
-                if let Some(epoch) = desk.fenced(&node.name, &tls_key).filter(|epoch| *epoch >= own_epoch) {
-                    let left = desk.is_vacant(&node.name).then(|| Error::Left { slot: node.name.clone() });
-                    return Err(left.unwrap_or_else(|| fenced(&node.name, epoch)));
+                match desk.follow(|owners| take_in(&topology, &neighbourhood, owners)).await {
+                    // It ends each minute.
+                    Ok(()) => pause = Pause::default(),
+                    Err(e) => println!("{e}"),
                 }
                 tokio::time::sleep(pause.longer()).await;
             }
@@ -204,16 +214,28 @@ impl Member {
             }
             Ok(())
         };
-        let fenced_off = async {
-            if node.hub == 0 {
-                return std::future::pending().await;
+        // Apart from what follows etcd, which may wait for a member that hangs.
+        let replaced = async {
+            loop {
+                if let Some(epoch) = desk.fenced(&node.name, &tls_key).filter(|epoch| *epoch >= own_epoch) {
+                    let left = desk.is_vacant(&node.name).then(|| Error::Left { slot: node.name.clone() });
+                    return Err(left.unwrap_or_else(|| fenced(&node.name, epoch)));
+                }
+                tokio::time::sleep(LOOK_FOR_SUCCESSOR).await;
             }
+        };
+        let secrets = &who.state.secrets;
+        let access = EtcdAccess { desk: &desk, topology: &topology, secrets, slot: &node.name, tls_key: &tls_key };
+        let fenced_off = async {
             let (etcd, neighbourhood) = (&fencing, neighbourhood.as_ref());
             Box::pin(Fence { etcd, topology: &topology, own: &node, neighbourhood, slow }.keep()).await
         };
         let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);
-        tokio::try_join!(kept, served, introduced, registered, followed, recorded, exported, fenced_off, updated)
-            .map(|((), (), (), (), (), (), (), (), ())| ())
+        let access = access.keep();
+        tokio::try_join!(
+            kept, served, introduced, registered, followed(), recorded, exported, replaced, access, fenced_off, updated
+        )
+        .map(|((), (), (), (), (), (), (), (), (), (), ())| ())
     }
 }
 
@@ -237,6 +259,32 @@ pub fn take_in(topology: &Topology, neighbourhood: &Neighbourhood, owners: &Owne
     // Founders that etcd does not know yet have introduced themselves.
     let founder = |slot: &str| topology.node(slot).is_some_and(|n| topology.is_founder(n));
     neighbourhood.are_granted(&keys, hubs.collect(), |slot| founder(slot) && !owners.contains_key(slot));
+}
+
+/// Introduces a voter that is not a hub to the hubs, again and again: its etcd and theirs meet in the mesh, so they
+/// have to know its key before there is a quorum that could tell them, and they enter it in etcd.
+///
+/// # Errors
+/// Another machine has the node's slot, or it is to leave.
+async fn introduce_voter(hubs: &Hubs, neighbourhood: &Neighbourhood, slot: &str, own: Introduction) -> Result<()> {
+    let plan = hubs.slots();
+    let mut pause = Pause::default();
+    loop {
+        let answers = hubs.introduce(&own, |_| false).await;
+        let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
+        let known = Known { own: (slot, own.epoch), plan: &plan, pins: &pins, keys: &keys, is_new: pins.is_empty() };
+        let decision = decide(&known, &answers);
+        if let Some(why) = sent_away(hubs, slot, &decision).await {
+            return Err(why);
+        }
+        // One hub is enough for a first quorum of two; keys that are known change only as the hubs agree.
+        for (hub, key) in answers.iter().flat_map(|a| &a.peers.keys).filter(|(hub, _)| *hub != slot) {
+            if !keys.contains_key(hub) {
+                neighbourhood.learn(hub, *key);
+            }
+        }
+        tokio::time::sleep(pause.longer().min(round())).await;
+    }
 }
 
 /// Keeps a worker in step with what the hubs agree on, until it is sent away.

@@ -16,6 +16,8 @@ use crate::state::{State, StateDir};
 /// How long keys serve.
 const LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
 const FILE: &str = "renewal.json";
+/// How long a start may wait for passwords that an earlier version did not have.
+const PASSWORDS_PATIENCE: Duration = Duration::from_secs(5);
 
 /// New keys on their way: written before the hubs hear of them, and again with their answer.
 #[derive(Serialize, Deserialize)]
@@ -73,6 +75,11 @@ pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Iden
         // Not before: cut between their files, key and certificate are of two times.
         None => match hubs(&who, node, image)?.renew(&renewal.keys).await {
             Ok(JoinReply::Granted(Grant { epoch, cert, .. })) => {
+                // Name constraints keep other hubs' issuers from signing a hub: it signs itself.
+                let cert = match &who.state.issuer {
+                    Some(issuer) if node.hub > 0 => issuer.node(&image.topology, node, &renewal.keys.tls.public()?)?,
+                    _ => cert,
+                };
                 renewal.granted = Some(Granted { epoch, cert: cert.clone() });
                 renewal.store(dir)?;
                 Granted { epoch, cert }
@@ -97,6 +104,34 @@ pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Iden
     dir.remove(FILE)?;
     println!("{}: new keys, {} in the mesh (epoch {})", state.slot, renewal.keys.mesh_public()?, state.epoch);
     Ok((Identity { keys: renewal.keys, state, ..who }, true))
+}
+
+/// Takes over etcd passwords that this node's roles need and its state, of an earlier version, does not have:
+/// a hub answers a renewal with the present keys with the same grant, and the passwords in it. Services are
+/// rendered with them from then on.
+///
+/// # Errors
+/// The state can't be written. Without an answer within 5 seconds, or from a hub that has none either, the node
+/// goes on without, and asks at its next start.
+pub async fn take_missing_passwords(dir: &StateDir, mut who: Identity, image: &Image) -> Result<Identity> {
+    let node = node_of(&who.state, image)?;
+    let secrets = &who.state.secrets;
+    let lacks = (node.hub > 0 && secrets.etcd_root.is_empty())
+        || ((node.hub > 0 || node.has_role("db")) && secrets.etcd_patroni.is_empty());
+    if !lacks || is_pending(dir) {
+        return Ok(who);
+    }
+    let hubs = hubs(&who, node, image)?;
+    let answer = tokio::time::timeout(PASSWORDS_PATIENCE, hubs.renew(&who.keys)).await;
+    if let Ok(Ok(JoinReply::Granted(Grant { secrets, .. }))) = answer
+        && !secrets.etcd_patroni.is_empty()
+    {
+        who.state.secrets.etcd_root = secrets.etcd_root;
+        who.state.secrets.etcd_patroni = secrets.etcd_patroni;
+        who.state.store(dir)?;
+        println!("{}: etcd passwords taken over from a hub", node.name);
+    }
+    Ok(who)
 }
 
 fn hubs(who: &Identity, node: &Node, image: &Image) -> Result<Hubs> {

@@ -48,7 +48,7 @@ pub struct State {
     /// This node's certificate and its issuer's, PEM.
     pub cert: String,
     pub secrets: Secrets,
-    /// A founder's.
+    /// What a hub signs other nodes with.
     pub issuer: Option<Issuer>,
 }
 
@@ -97,12 +97,6 @@ impl State {
     /// The disk says no; what was there before still is.
     pub fn store(&self, dir: &StateDir) -> Result<()> {
         dir.write(Self::FILE, Self::VERSION, self)
-    }
-
-    /// The token a node asks with is of no use once it has its grant.
-    #[must_use]
-    pub fn is_founder(&self) -> bool {
-        self.issuer.is_some()
     }
 }
 

@@ -2,14 +2,20 @@
 //! throughout, because browsers, which may be told to trust the root, know no Ed25519.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SignatureAlgorithm, SigningKey as _,
+    BasicConstraints, CertificateParams, CidrSubnet, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    GeneralSubtree, IsCa, KeyPair, KeyUsagePurpose, NameConstraints, PKCS_ECDSA_P256_SHA256, PublicKeyData,
+    SignatureAlgorithm, SigningKey as _,
 };
 use serde::{Deserialize, Serialize};
 
+use crate::encoding;
 use crate::topology::{Node, Topology};
+
+/// Suffix of the DNS names in operators' certificates (`NAME.operator`): no hub's issuer may sign one.
+pub const OPERATOR_SUFFIX: &str = "operator";
 
 /// A key that can't be read, or names that no certificate can hold.
 #[derive(Debug, thiserror::Error)]
@@ -35,19 +41,52 @@ impl Issuer {
     /// No randomness.
     pub fn root(fleet: &str) -> Result<Self, CertificateError> {
         let key = KeyPair::generate()?;
-        let name = format!("{fleet} fleet root");
+        let name = root_name(fleet);
         let cert = authority(&name, 1).self_signed(&key)?.pem();
         Ok(Self { name, cert, key: key.serialize_pem(), chain: String::new() })
     }
 
-    /// An issuer for one hub, signed by this root.
+    /// An issuer without name constraints, signed by this root: the form that earlier versions put into
+    /// tickets. New tickets hold [`Self::founder_issuer`].
     ///
     /// # Errors
     /// This root's key can't be read.
     pub fn issuer(&self, fleet: &str, slot: &str) -> Result<Self, CertificateError> {
+        self.intermediate(fleet, slot, None)
+    }
+
+    /// An issuer for one founder, signed by this root. X.509 name constraints limit what verifiers accept
+    /// from it: a hub's issuer signs no other hub of `topology` and no operator, the issuer of a voter that
+    /// is not a hub signs that node alone.
+    ///
+    /// # Errors
+    /// This root's key can't be read.
+    pub fn founder_issuer(&self, topology: &Topology, node: &Node) -> Result<Self, CertificateError> {
+        let dns = |name: &str| GeneralSubtree::DnsName(name.to_owned());
+        let ip = |address: Ipv4Addr| GeneralSubtree::IpAddress(CidrSubnet::from_addr_prefix(IpAddr::V4(address), 32));
+        let constraints = if node.hub > 0 {
+            let others: Vec<&Node> = topology.hubs.iter().filter(|hub| hub.name != node.name).collect();
+            let names = others.iter().map(|hub| dns(&hub.name)).chain([dns(OPERATOR_SUFFIX)]);
+            let excluded = names.chain(others.iter().map(|hub| ip(hub.address))).collect();
+            NameConstraints { permitted_subtrees: Vec::new(), excluded_subtrees: excluded }
+        } else {
+            let own = vec![dns(&node.name), ip(node.address), ip(Ipv4Addr::LOCALHOST)];
+            NameConstraints { permitted_subtrees: own, excluded_subtrees: Vec::new() }
+        };
+        self.intermediate(&topology.name, &node.name, Some(constraints))
+    }
+
+    fn intermediate(
+        &self,
+        fleet: &str,
+        slot: &str,
+        constraints: Option<NameConstraints>,
+    ) -> Result<Self, CertificateError> {
         let key = KeyPair::generate()?;
         let name = format!("{fleet} issuer {slot}");
-        let cert = self.sign_certificate(&authority(&name, 0), &key)?;
+        let mut params = authority(&name, 0);
+        params.name_constraints = constraints;
+        let cert = self.sign_certificate(&params, &key)?;
         Ok(Self { name, chain: cert.clone(), cert, key: key.serialize_pem() })
     }
 
@@ -169,6 +208,44 @@ impl fmt::Debug for PrivateKey {
     }
 }
 
+/// The fleet's root as etcd is to trust it for clients, PEM: the same subject and public key, with name
+/// constraints that permit the hubs, the database nodes and `own`, a member whose gateway dials itself. Go applies
+/// the constraints of a trust anchor, and does not look at the anchor's signature.
+///
+/// etcd's own `allowed-hostname` does not serve: with it, a member's JSON gateway refuses the member.
+///
+/// # Errors
+/// `root` is not a certificate that [`Issuer::root`] makes for this fleet, or there is no randomness.
+pub fn etcd_client_anchor(root: &str, topology: &Topology, own: &Node) -> Result<String, CertificateError> {
+    let name = root_name(&topology.name);
+    let key = root_key(root, &name).ok_or(rcgen::Error::CouldNotParseCertificate)?;
+    let clients = topology.nodes.iter().filter(|n| n.hub > 0 || n.has_role("db") || n.name == own.name);
+    let permitted = clients.map(|n| GeneralSubtree::DnsName(n.name.clone())).collect();
+    let mut params = authority(&name, 1);
+    params.name_constraints = Some(NameConstraints { permitted_subtrees: permitted, excluded_subtrees: Vec::new() });
+    params.use_authority_key_identifier_extension = false;
+    let signer = rcgen::Issuer::from_params(&params, KeyPair::generate()?);
+    Ok(params.signed_by(&key, &signer)?.pem())
+}
+
+/// The public key of a root's certificate, if that is for `name` and for a P-256 key.
+fn root_key(pem: &str, name: &str) -> Option<PublicKey> {
+    /// How DER begins the public key of every certificate for P-256.
+    const P256: [u8; 26] = [
+        0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48,
+        0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+    ];
+    let text: String = pem.lines().filter(|line| !line.starts_with("-----")).map(str::trim).collect();
+    let der = encoding::decode(&text)?;
+    der.windows(name.len()).position(|window| window == name.as_bytes())?;
+    let begins = der.windows(P256.len()).position(|window| window == P256)? + P256.len();
+    PublicKey::of(der.get(begins..begins + 65)?)
+}
+
+fn root_name(fleet: &str) -> String {
+    format!("{fleet} fleet root")
+}
+
 fn authority(name: &str, below: u8) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = named(name);
@@ -206,6 +283,18 @@ mod tests {
         assert_eq!(chain.matches("BEGIN CERTIFICATE").count(), 2);
         assert!(chain.ends_with(issuer.certificate()));
         assert!(!chain.contains(root.certificate()));
+    }
+
+    #[test]
+    fn what_etcd_trusts_is_the_roots_key() {
+        let fleet = crate::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
+        let topology = Topology::of(&fleet);
+        let root = Issuer::root("acme").unwrap();
+        let anchor = etcd_client_anchor(root.certificate(), &topology, &topology.nodes[0]).unwrap();
+        let key = KeyPair::from_pem(root.key()).unwrap();
+        assert_eq!(root_key(&anchor, "acme fleet root").unwrap().as_bytes(), key.public_key_raw());
+        let other = Issuer::root("other").unwrap();
+        assert!(etcd_client_anchor(other.certificate(), &topology, &topology.nodes[0]).is_err());
     }
 
     #[test]

@@ -23,7 +23,7 @@ mod ticket;
 mod topology;
 mod version;
 
-pub use certificate::{CertificateError, Issuer, PrivateKey, PublicKey};
+pub use certificate::{CertificateError, Issuer, OPERATOR_SUFFIX, PrivateKey, PublicKey, etcd_client_anchor};
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
 pub use join::{
     Departure, Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason, Refusal,

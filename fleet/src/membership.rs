@@ -18,6 +18,9 @@ pub struct Tls {
     pub ca: String,
     pub cert: String,
     pub key: String,
+    /// The authority as a member of etcd trusts it for clients, see [`crate::etcd_client_anchor`].
+    #[serde(default)]
+    pub etcd_clients: String,
 }
 
 /// Passwords of the fleet's services, the same on every node that needs them.
@@ -39,6 +42,12 @@ pub struct Secrets {
     /// Access key and secret of `[backup.s3]`; empty without it.
     pub s3_key: String,
     pub s3_secret: String,
+    /// Password of etcd's user `root`, for hubs. Empty in what versions without etcd users wrote.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub etcd_root: String,
+    /// Password of etcd's user `patroni`, which may read and write below Patroni's prefix only.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub etcd_patroni: String,
 }
 
 impl Membership {
@@ -46,7 +55,12 @@ impl Membership {
     #[must_use]
     pub fn sample() -> Self {
         Self {
-            tls: Tls { ca: "sample CA\n".into(), cert: "sample certificate\n".into(), key: "sample key\n".into() },
+            tls: Tls {
+                ca: "sample CA\n".into(),
+                cert: "sample certificate\n".into(),
+                key: "sample key\n".into(),
+                etcd_clients: "sample CA for etcd's clients\n".into(),
+            },
             secrets: Secrets::sample(),
         }
     }
@@ -67,6 +81,8 @@ impl Secrets {
             metrics: secret("metrics"),
             s3_key: secret("s3-key"),
             s3_secret: secret("s3-secret"),
+            etcd_root: secret("etcd-root"),
+            etcd_patroni: secret("etcd-patroni"),
         }
     }
 
@@ -88,6 +104,8 @@ impl Secrets {
             metrics: needs(&["db", "monitor"], &self.metrics),
             s3_key: needs(&["db"], &self.s3_key),
             s3_secret: needs(&["db"], &self.s3_secret),
+            etcd_root: needs(&["hub"], &self.etcd_root),
+            etcd_patroni: needs(&["hub", "db"], &self.etcd_patroni),
         }
     }
 }
@@ -112,6 +130,11 @@ mod tests {
     fn a_node_is_told_what_its_roles_need() {
         let app = Secrets::sample().for_roles(&["app".to_owned()]);
         assert_eq!((app.odoo.as_str(), app.postgres.as_str()), ("sample-odoo", ""));
+        assert_eq!((app.etcd_root.as_str(), app.etcd_patroni.as_str()), ("", ""));
+        let db = Secrets::sample().for_roles(&["voter".to_owned(), "db".to_owned()]);
+        assert_eq!((db.etcd_root.as_str(), db.etcd_patroni.as_str()), ("", "sample-etcd-patroni"));
+        let hub = Secrets::sample().for_roles(&["voter".to_owned(), "hub".to_owned()]);
+        assert_eq!((hub.etcd_root.as_str(), hub.etcd_patroni.as_str()), ("sample-etcd-root", "sample-etcd-patroni"));
         let both = Secrets::sample().for_roles(&["db".to_owned(), "app".to_owned()]);
         assert_eq!((both.odoo_admin.as_str(), both.rewind.as_str()), ("sample-odoo-admin", "sample-rewind"));
     }

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 
 use builder::lock::Lock;
 use builder::project::Project;
-use fleet::{Issuer, PrivateKey, Topology};
+use fleet::{Issuer, Machine, Membership, NodeContext, PrivateKey, Topology, etcd_client_anchor};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -25,7 +26,6 @@ impl Cluster {
     #[must_use]
     pub fn start(topology: &Topology, root: &Issuer, first_port: u16) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        fs::write(dir.path().join("ca.crt"), root.certificate()).expect("a folder");
         for name in &topology.voters {
             let node = topology.node(name).expect("a voter is a node");
             let key = PrivateKey::generate().expect("randomness");
@@ -33,6 +33,9 @@ impl Cluster {
             let cert = issuer.node(topology, node, &key.public().expect("a key")).expect("an issuer");
             let home = dir.path().join(name);
             fs::create_dir(&home).expect("a folder");
+            fs::write(home.join("ca.crt"), root.certificate()).expect("a folder");
+            let clients = etcd_client_anchor(root.certificate(), topology, node).expect("a root");
+            fs::write(home.join("etcd-clients.crt"), clients).expect("a folder");
             fs::write(home.join("node.crt"), cert).expect("a folder");
             fs::write(home.join("node.key"), key.pem()).expect("a folder");
         }
@@ -72,25 +75,59 @@ impl Cluster {
         kill(Pid::from_raw(i32::try_from(child.id()).expect("a pid")), signal).expect("a child");
     }
 
+    /// Starts a member with the images' own configuration, at this cluster's ports.
     pub fn start_member(&mut self, topology: &Topology, i: usize) {
-        let peer = |i: usize| format!("https://127.0.0.1:{}", self.port(i) + 1);
-        let all: Vec<String> =
-            topology.voters.iter().enumerate().map(|(i, name)| format!("{name}={}", peer(i))).collect();
         let name = &topology.voters[i];
         let home = self.dir.path().join(name);
-        let client = format!("https://127.0.0.1:{}", self.port(i));
-        let mut etcd = Command::new(&self.binary);
-        etcd.args(["--name", name, "--data-dir"]).arg(home.join("data"));
-        etcd.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
-        etcd.args(["--listen-peer-urls", &peer(i), "--initial-advertise-peer-urls", &peer(i)]);
-        etcd.args(["--initial-cluster", &all.join(","), "--initial-cluster-state", "new", "--log-level", "error"]);
-        for side in ["", "peer-"] {
-            let file = |what: &str| format!("--{side}{what}");
-            etcd.args([file("client-cert-auth"), file("trusted-ca-file")]).arg(self.dir.path().join("ca.crt"));
-            etcd.arg(file("cert-file")).arg(home.join("node.crt")).arg(file("key-file")).arg(home.join("node.key"));
-        }
+        fs::write(home.join("etcd.yml"), self.configuration(topology, i)).expect("a folder");
         let log = fs::File::create(home.join("log")).expect("a folder");
+        let mut etcd = Command::new(&self.binary);
+        etcd.arg("--config-file").arg(home.join("etcd.yml"));
         self.members[i] = Some(etcd.stderr(log).stdout(Stdio::null()).spawn().expect("etcd starts"));
+    }
+
+    fn configuration(&self, topology: &Topology, i: usize) -> String {
+        let node = topology.node(&topology.voters[i]).expect("a voter is a node");
+        let member = Membership::sample();
+        let context = NodeContext {
+            fleet: topology,
+            node,
+            epoch: 1,
+            machine: Machine { memory: 1024, cpus: 2, patience: 1 },
+            tls: &member.tls,
+            secrets: &member.secrets,
+            web: "",
+        };
+        let template = "overlays/etcd/run/bakehouse/etcd.yml.j2";
+        let text = fs::read_to_string(crate::root().join(template)).expect("the template is there");
+        let mut text = fleet::render(template, &text, &context).expect("it renders");
+        let home = self.dir.path().join(&node.name);
+        for (i, voter) in topology.voters.iter().enumerate() {
+            let address = topology.node(voter).expect("a voter is a node").address;
+            text = text.replace(&format!("https://{address}:2380"), &self.peer_url(i));
+        }
+        let client = format!("https://127.0.0.1:{}", self.port(i));
+        text = text.replace(",https://127.0.0.1:2379", "").replace(&format!("https://{}:2379", node.address), &client);
+        let mut changed = String::new();
+        for line in text.lines().filter(|line| !line.starts_with("listen-metrics-urls:")) {
+            changed += &match line.split_once(':') {
+                Some(("data-dir", _)) => format!("data-dir: {}", home.join("data").display()),
+                Some(("log-level", _)) => "log-level: error".to_owned(),
+                _ => line.replace("/run/credentials/etcd.service", &home.display().to_string()),
+            };
+            changed.push('\n');
+        }
+        changed
+    }
+
+    fn peer_url(&self, i: usize) -> String {
+        format!("https://127.0.0.1:{}", self.port(i) + 1)
+    }
+
+    /// Where a member's peers find it.
+    #[must_use]
+    pub fn peer(&self, i: usize) -> (String, u16) {
+        ("127.0.0.1".to_owned(), self.port(i) + 1)
     }
 
     fn port(&self, i: usize) -> u16 {
@@ -106,8 +143,13 @@ impl Drop for Cluster {
     }
 }
 
-/// etcd out of its package, as the fleet `ha` locks it.
+/// etcd out of its package, as the fleet `ha` locks it: unpacked once, for all tests of a process.
 fn binary() -> PathBuf {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(unpack).clone()
+}
+
+fn unpack() -> PathBuf {
     let lab = Lab::of_fleet("etcd", "ha");
     lab.ok(&["fetch"]);
     let lock = Lock::load(&Project::load(&lab.dir).expect("the fleet is right")).expect("it was locked");

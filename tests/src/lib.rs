@@ -23,9 +23,8 @@ pub use compare::{first_difference, tar_differences};
 pub use etcd::Cluster;
 pub use machine::Machine;
 
-/// Asks etcd on a node that has a vote.
-pub const ETCDCTL: &str = "etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt \
-    --cert=/run/bakehouse/tls/node.crt --key=/run/bakehouse/tls/node.key";
+/// Asks etcd on a hub that has a vote, with the hubs' rights.
+pub const ETCDCTL: &str = "/usr/lib/bakehouse/etcdctl";
 
 /// A fleet's folder under `target/lab`, and the binary that works on it.
 pub struct Lab {

@@ -10,6 +10,7 @@ use firstboot::etcd::Etcd;
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
+use firstboot::hub::etcd_access::ROOT;
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
 use firstboot::member::take_in;
@@ -68,12 +69,12 @@ impl Site {
         let dir = tempfile::tempdir().expect("a folder");
         let keys = (0..3).map(|_| PrivateKey::generate().expect("randomness")).collect();
         let mut site = Self { topology, root, cluster, dir, hubs: Vec::new(), keys };
-        for i in 0..3 {
+        for i in 0..site.topology.hubs.len() {
             let hub = site.hub(i);
             site.hubs.push(hub);
         }
         // It is open when every hub listens: the runtime starts them beside this.
-        for i in 1..=3 {
+        for i in 1..=site.topology.hubs.len() {
             while TcpStream::connect(format!("127.0.0.{i}:{port}")).is_err() {
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -121,10 +122,11 @@ impl Site {
         let own = Identity { cert: &cert, key: key.pem() };
         let dir = self.state(i);
         std::fs::create_dir_all(&dir).expect("a folder");
+        let etcd = || self.etcd_of(i, own).with_user(ROOT, &Secrets::sample().etcd_root);
         let desk =
-            Arc::new(ClaimsDesk::new(self.etcd_of(i, own), self.topology.clone(), &node.name).with_records(&dir));
+            Arc::new(ClaimsDesk::new(etcd(), self.topology.clone(), &node.name).with_records(&dir));
         // As the agent has it: connections of the API belong to its thread.
-        let served = Arc::new(desk.beside(self.etcd_of(i, own)));
+        let served = Arc::new(desk.beside(etcd()));
         let neighbourhood = Arc::new(Neighbourhood::load(&dir, BTreeMap::new()));
         let hub = Arc::new(Hub {
             topology: self.topology.clone(),
@@ -154,7 +156,7 @@ impl Site {
         })
     }
 
-    /// The cluster, as one hub reaches it.
+    /// The cluster, as one hub without its etcd password reaches it.
     #[must_use]
     pub fn etcd(&self, i: usize) -> Etcd {
         let node = &self.topology.hubs[i];
@@ -177,7 +179,9 @@ impl Site {
         etcd.ask(request("POST", host, path, &[], body.into()).expect("HTTP"), 1 << 20).await.expect("etcd takes it");
     }
 
-    fn etcd_of(&self, i: usize, own: Identity) -> Etcd {
+    /// The cluster, as whoever has this certificate reaches it, its member `i` first.
+    #[must_use]
+    pub fn etcd_of(&self, i: usize, own: Identity) -> Etcd {
         let mut members = self.cluster.clients();
         let first = i % members.len();
         members.rotate_left(first);

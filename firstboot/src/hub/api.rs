@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use super::claims::ClaimsDesk;
 use super::departures::Identified;
+use super::etcd_access::{MEMBER, PATRONI, USER_HEADER};
 use super::listener::{Member, Peer};
 use super::orders::{OrderLog, Signed};
 use super::token::{no, verify};
@@ -45,6 +46,7 @@ pub(super) struct Admitted;
 pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
     let signed = Signed::of(peer, &head, &body);
+    let user = head.headers.get(USER_HEADER).and_then(|v| v.to_str().ok());
     match (head.method.clone(), head.uri.path(), peer.member.as_ref()) {
         (Method::POST, "/v1/join", _) => {
             let reply = hub.join(&signed).await;
@@ -55,7 +57,7 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             response
         }
         (Method::POST, "/v1/renew", Some(member)) => json(&hub.renew(member, &body).await),
-        (Method::POST, "/v1/introduce", Some(member)) => match hub.introduce(member, &body) {
+        (Method::POST, "/v1/introduce", Some(member)) => match hub.introduce(member, &body, user == Some(MEMBER)) {
             Ok(peers) => json(&peers),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
         },
@@ -83,9 +85,13 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             let peers = hub.peers(member);
             // Another machine has its place: then it is not the slot's owner that lives.
             if peers.fenced.is_none() {
-                let (desk, slot) = (hub.desk.clone(), member.slot.clone());
+                let (desk, slot, tls_key) = (hub.desk.clone(), member.slot.clone(), member.tls_key.clone());
+                let has_password = user == Some(PATRONI);
                 tokio::spawn(async move {
                     if let Err(e) = desk.saw(&slot).await {
+                        println!("{e}");
+                    }
+                    if has_password && let Err(e) = desk.has_etcd_password(&slot, &tls_key).await {
                         println!("{e}");
                     }
                 });
@@ -215,7 +221,7 @@ impl Hub {
     }
 
     /// A founder says who it is, before there is an etcd to read it from.
-    fn introduce(&self, member: &Member, body: &[u8]) -> Result<Peers, Refusal> {
+    fn introduce(&self, member: &Member, body: &[u8], takes_passwords: bool) -> Result<Peers, Refusal> {
         let said: Introduction = serde_json::from_slice(body)
             .map_err(|e| no(Reason::Malformed, &format!("the introduction is not readable: {e}")))?;
         if said.version != PROTOCOL {
@@ -231,6 +237,15 @@ impl Hub {
         }
         if peers.fenced.is_none() {
             self.neighbourhood.learn(&member.slot, said.mesh_key);
+            // Voters that are not hubs are no clients of etcd: a hub enters them.
+            if self.topology.node(&member.slot).is_some_and(|n| n.hub == 0) {
+                let (desk, slot, tls_key) = (self.desk.clone(), member.slot.clone(), member.tls_key.clone());
+                tokio::spawn(async move {
+                    if let Err(e) = desk.enter_voter(&slot, said.mesh_key, &tls_key, takes_passwords).await {
+                        println!("{slot}: {e}");
+                    }
+                });
+            }
         }
         Ok(peers)
     }

@@ -3,6 +3,7 @@
 pub mod api;
 pub mod claims;
 pub mod departures;
+pub mod etcd_access;
 pub mod fence;
 pub mod listener;
 pub mod orders;

@@ -74,18 +74,19 @@ impl ClaimsDesk {
         }
     }
 
-    /// Follows etcd: calls `changed` with everything first, then with each change; returns
-    /// when etcd has to be asked anew.
+    /// Follows etcd for up to a minute: calls `changed` with everything first, then with each change; returns
+    /// when everything has to be listed again.
     ///
     /// # Errors
     /// etcd does not answer any more.
     pub async fn follow(&self, mut changed: impl FnMut(&Owners)) -> Result<()> {
+        self.etcd.prefer_first().await;
         let (revision, pairs) = self.etcd.list(SLOTS).await?;
         let listed: Vec<Change> = pairs.into_iter().map(|p| Change { key: p.key, value: Some(p.value) }).collect();
         self.heard(listed, true);
         changed(&self.owners());
         let mut watch = self.etcd.watch(SLOTS, revision + 1).await?;
-        while let Some(changes) = watch.next().await? {
+        while let Some(changes) = self.etcd.next(&mut watch).await? {
             self.heard(changes, false);
             changed(&self.owners());
         }

@@ -1,5 +1,7 @@
 //! Votes in etcd: a voter's place has one as long as a machine is in it.
 
+use fleet::MeshKey;
+
 use super::claims::ClaimsDesk;
 use crate::error::{Error, Result};
 use crate::etcd::{If, Then};
@@ -55,6 +57,28 @@ impl ClaimsDesk {
             Some(learner) => self.etcd.promote(learner).await,
             None => Ok(()),
         }
+    }
+
+    /// Enters a voter that is not a hub as its slot's owner, unless another machine is, and gives it its vote. The
+    /// voter says whether its etcd takes passwords.
+    /// Done again, it changes nothing.
+    ///
+    /// # Errors
+    /// etcd has no quorum, or the voter has not caught up yet: its next introduction tries again.
+    pub async fn enter_voter(&self, slot: &str, mesh_key: MeshKey, tls_key: &str, takes_passwords: bool) -> Result<()> {
+        let owned = self.owners().get(slot).is_some_and(|r| !r.vacant && r.mesh_key == mesh_key);
+        if !owned {
+            // An introduction does not name its image: it is the fleet's version, or the one before.
+            let version = self.topology.version.clone();
+            if let Err(refusal) = self.register(slot, mesh_key, tls_key, &version).await? {
+                println!("{slot} is not entered: {}", refusal.text);
+                return Ok(());
+            }
+        }
+        if takes_passwords {
+            self.has_etcd_password(slot, tls_key).await?;
+        }
+        self.vote(slot).await
     }
 
     /// etcd's name for a voter's place.

@@ -1,13 +1,16 @@
 //! etcd, by its JSON gateway: the same way Patroni takes, without a gRPC stack in the agent.
 
-use std::sync::Arc;
+mod users;
+mod watch;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use fleet::encoding::{decode, encode};
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
+use http_body_util::Full;
+use hyper::Request;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -17,8 +20,15 @@ use tokio_rustls::rustls::ClientConfig;
 use crate::error::{Error, Result};
 use crate::https::{Connection, PATIENCE, request};
 
+pub use watch::{Change, Watch};
+
 /// Longest answer: every slot of the largest fleet, several times over.
 const LONGEST: usize = 64 << 20;
+/// How long the local member may take to show that it is of use again.
+const PROBE: Duration = Duration::from_secs(2);
+/// Errors by which etcd refuses a request before it looks at it: its token is missing, unknown or too old.
+const TOKEN_REFUSED: [&str; 3] = ["user name is empty", "invalid auth token", "revision of auth store is old"];
+const AUTH_NOT_ENABLED: &str = "authentication is not enabled";
 
 /// A cluster, reached by whichever member answers.
 pub struct Etcd {
@@ -31,6 +41,10 @@ pub struct Etcd {
     first: AtomicUsize,
     /// How long a member may take to be reached, or to answer in full: as its connection's own limits, or less.
     patience: Duration,
+    /// Name and password of the etcd user, where this node has one.
+    user: Option<(String, String)>,
+    /// Of the last authentication. Tokens end after some time, and with the member's process.
+    token: RwLock<Option<String>>,
 }
 
 /// One key.
@@ -55,19 +69,6 @@ pub enum Then<'a> {
     /// As long as a lease lasts.
     PutFor(&'a str, &'a [u8], &'a str),
     Delete(&'a str),
-}
-
-/// Changes as they happen.
-pub struct Watch {
-    body: Incoming,
-    rest: BytesMut,
-}
-
-/// One change: the key, and its value if it has one now.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
-    pub key: String,
-    pub value: Option<Vec<u8>>,
 }
 
 #[derive(Deserialize)]
@@ -127,30 +128,25 @@ struct Members {
     members: Vec<EtcdMember>,
 }
 
-#[derive(Deserialize)]
-struct Watched {
-    result: Result1,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Result1 {
-    events: Vec<Event>,
-    canceled: bool,
-    cancel_reason: String,
-}
-
-#[derive(Deserialize)]
-struct Event {
-    #[serde(default, rename = "type")]
-    kind: String,
-    kv: Kv,
-}
-
 impl Etcd {
     #[must_use]
     pub fn new(members: Vec<(String, u16)>, tls: Arc<ClientConfig>) -> Self {
-        Self { members, tls, connection: Mutex::new(None), first: AtomicUsize::new(0), patience: 2 * PATIENCE }
+        Self {
+            members,
+            tls,
+            connection: Mutex::new(None),
+            first: AtomicUsize::new(0),
+            patience: 2 * PATIENCE,
+            user: None,
+            token: RwLock::default(),
+        }
+    }
+
+    /// Authenticates as this etcd user where etcd asks for it; an empty password means no user.
+    #[must_use]
+    pub fn with_user(self, name: &str, password: &str) -> Self {
+        let user = (!password.is_empty()).then(|| (name.to_owned(), password.to_owned()));
+        Self { user, ..self }
     }
 
     /// Gives a member up, and asks the next, when it has not answered for so long.
@@ -243,26 +239,6 @@ impl Etcd {
         self.call("/v3/lease/revoke", &json!({ "ID": lease })).await.map(|_: Value| ())
     }
 
-    /// Every change below a prefix from a revision on.
-    ///
-    /// # Errors
-    /// No member answers.
-    pub async fn watch(&self, prefix: &str, revision: u64) -> Result<Watch> {
-        let body = json!({ "create_request": {
-            "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)),
-            "start_revision": revision.to_string(),
-        } });
-        let body = serde_json::to_vec(&body).map_err(|e| Error::Failed(e.to_string()))?;
-        // A connection of its own: the answer never ends.
-        let (host, mut connection) = self.connect().await?;
-        let response = connection.send(request("POST", &host, "/v3/watch", &[], body.into())?).await?;
-        if !response.status().is_success() {
-            self.first.fetch_add(1, Ordering::Relaxed);
-            return Err(Error::Network { to: host, why: format!("{} to a watch", response.status()) });
-        }
-        Ok(Watch { body: response.into_body(), rest: BytesMut::new() })
-    }
-
     /// The cluster, as it agrees that it is.
     ///
     /// # Errors
@@ -295,17 +271,54 @@ impl Etcd {
         self.call("/v3/cluster/member/promote", &json!({ "ID": member.id })).await.map(|_: Value| ())
     }
 
+    /// Goes back to the first member, this node's own, if another one was asked last and the first answers again.
+    pub async fn prefer_first(&self) {
+        if self.first.load(Ordering::Relaxed) % self.members.len().max(1) == 0 {
+            return;
+        }
+        let Some((host, port)) = self.members.first() else { return };
+        let probed = timeout(PROBE, async {
+            let mut connection = Connection::open(host, *port, host, &self.tls).await?;
+            // Only a member that reaches the quorum can answer it.
+            let body = Bytes::from_static(br#"{"linearizable":true}"#);
+            let asked = self.request(host, "/v3/cluster/member/list", body)?;
+            match connection.ask(asked, LONGEST).await {
+                Err(e) if !contains(&e, &TOKEN_REFUSED) => Err(e),
+                _ => Ok(()),
+            }
+        });
+        if let Ok(Ok(())) = probed.await {
+            self.first.store(0, Ordering::Relaxed);
+            *self.connection.lock().await = None;
+        }
+    }
+
     async fn call<T: for<'de> Deserialize<'de>>(&self, path: &str, body: &impl Serialize) -> Result<T> {
         let body = Bytes::from(serde_json::to_vec(body).map_err(|e| Error::Failed(e.to_string()))?);
         let mut kept = self.connection.lock().await;
+        let answer = match self.ask(&mut kept, path, &body).await {
+            // etcd has not carried it out: a transaction, too, may be sent again.
+            Err(e) if self.user.is_some() && contains(&e, &TOKEN_REFUSED) => {
+                self.authenticate(&mut kept).await?;
+                self.ask(&mut kept, path, &body).await?
+            }
+            answer => answer?,
+        };
+        read(&answer)
+    }
+
+    /// Asks over the connection that was kept, or a new one, which is kept.
+    async fn ask(&self, kept: &mut Option<(String, Connection)>, path: &str, body: &Bytes) -> Result<Bytes> {
         // The one that was kept may have ended meanwhile: then a new one, once.
         if let Some((host, connection)) = kept.as_mut() {
-            match self.in_time(host, connection.ask(request("POST", host, path, &[], body.clone())?, LONGEST)).await {
-                Ok(answer) => return read(&answer),
+            let asked = self.request(host, path, body.clone())?;
+            match self.in_time(host, connection.ask(asked, LONGEST)).await {
+                Ok(answer) => return Ok(answer),
+                Err(e) if contains(&e, &TOKEN_REFUSED) => return Err(e),
                 Err(e) => {
                     *kept = None;
                     self.first.fetch_add(1, Ordering::Relaxed);
-                    // It may have been carried out: whoever asks has to look first.
+                    // It may have been carried out: the caller has to look first.
                     if path.ends_with("txn") {
                         return Err(e);
                     }
@@ -313,12 +326,39 @@ impl Etcd {
             }
         }
         let (host, mut connection) = self.connect().await?;
-        let asked = self.in_time(&host, connection.ask(request("POST", &host, path, &[], body)?, LONGEST)).await;
-        let answer = asked.inspect_err(|_| {
-            self.first.fetch_add(1, Ordering::Relaxed);
-        })?;
-        *kept = Some((host, connection));
-        read(&answer)
+        let asked = self.request(&host, path, body.clone())?;
+        let answer = self.in_time(&host, connection.ask(asked, LONGEST)).await;
+        match &answer {
+            Err(e) if !contains(e, &TOKEN_REFUSED) => drop(self.first.fetch_add(1, Ordering::Relaxed)),
+            _ => *kept = Some((host, connection)),
+        }
+        answer
+    }
+
+    /// Gets a token for this node's user, or finds that etcd asks for none.
+    async fn authenticate(&self, kept: &mut Option<(String, Connection)>) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Token {
+            token: String,
+        }
+        let Some((name, password)) = &self.user else { return Ok(()) };
+        let body = json!({ "name": name, "password": password }).to_string();
+        *self.token.write().unwrap_or_else(PoisonError::into_inner) = None;
+        let token = match self.ask(kept, "/v3/auth/authenticate", &body.into()).await {
+            Ok(answer) => Some(read::<Token>(&answer)?.token),
+            Err(e) if contains(&e, &[AUTH_NOT_ENABLED]) => None,
+            Err(e) => return Err(e),
+        };
+        *self.token.write().unwrap_or_else(PoisonError::into_inner) = token;
+        Ok(())
+    }
+
+    fn request(&self, host: &str, path: &str, body: Bytes) -> Result<Request<Full<Bytes>>> {
+        let token = self.token.read().unwrap_or_else(PoisonError::into_inner).clone();
+        // A watch without it goes on at a member that has lost the others.
+        let mut headers = vec![("grpc-metadata-hasleader", "true")];
+        headers.extend(token.as_deref().map(|token| ("authorization", token)));
+        request("POST", host, path, &headers, body)
     }
 
     async fn connect(&self) -> Result<(String, Connection)> {
@@ -336,47 +376,6 @@ impl Etcd {
     async fn in_time<T>(&self, member: &str, answer: impl Future<Output = Result<T>>) -> Result<T> {
         let late = |_| Err(Error::Network { to: member.to_owned(), why: "no answer".to_owned() });
         timeout(self.patience, answer).await.unwrap_or_else(late)
-    }
-}
-
-impl Watch {
-    /// The next changes; none when the watch has ended and everything has to be listed again.
-    ///
-    /// # Errors
-    /// The connection broke.
-    pub async fn next(&mut self) -> Result<Option<Vec<Change>>> {
-        let broken = |why: String| Error::Network { to: "etcd".to_owned(), why };
-        loop {
-            if let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
-                let line = self.rest.split_to(end + 1);
-                let watched: Watched = read(&line)?;
-                if watched.result.canceled {
-                    eprintln!("etcd ended a watch: {}", watched.result.cancel_reason);
-                    return Ok(None);
-                }
-                let changes = watched.result.events.iter().map(|e| {
-                    let value = if e.kind == "DELETE" { None } else { Some(decode(&e.kv.value)?) };
-                    Some(Change { key: String::from_utf8(decode(&e.kv.key)?).ok()?, value })
-                });
-                let changes: Vec<Change> = changes.collect::<Option<_>>().ok_or_else(foreign)?;
-                if !changes.is_empty() {
-                    return Ok(Some(changes));
-                }
-                continue;
-            }
-            if self.rest.len() > LONGEST {
-                return Err(broken("a line without end".to_owned()));
-            }
-            match self.body.frame().await {
-                None => return Ok(None),
-                Some(Err(e)) => return Err(broken(e.to_string())),
-                Some(Ok(frame)) => {
-                    if let Some(data) = frame.data_ref() {
-                        self.rest.extend_from_slice(data);
-                    }
-                }
-            }
-        }
     }
 }
 
@@ -406,6 +405,10 @@ fn read<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|_| foreign())
 }
 
+fn contains(e: &Error, words: &[&str]) -> bool {
+    matches!(e, Error::Network { why, .. } if words.iter().any(|w| why.contains(w)))
+}
+
 fn foreign() -> Error {
     Error::Network { to: "etcd".to_owned(), why: "it answers what this agent does not understand".to_owned() }
 }
@@ -423,7 +426,6 @@ mod tests {
         #[test]
         fn no_bytes_panic(bytes: Vec<u8>) {
             let _ = read::<Answered>(&bytes);
-            let _ = read::<Watched>(&bytes);
         }
     }
 }

@@ -1,0 +1,355 @@
+//! Who may do what at etcd: the images' own etcd and its configuration, on loopback.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bakehouse_tests::site::Site;
+use firstboot::etcd::{Etcd, Then};
+use firstboot::https::{self, Connection, Identity, request};
+use firstboot::hub::claims::ClaimsDesk;
+use firstboot::hub::etcd_access::{Access, EtcdAccess, PATRONI, ROOT, USER_HEADER};
+use firstboot::join::Hubs;
+use firstboot::neighbours::Neighbourhood;
+use fleet::{Fleet, Introduction, Issuer, MeshKey, Node, PROTOCOL, PrivateKey, PublicKey, Secrets, Topology, encoding};
+
+/// A node's certificate and key, PEM.
+struct Shown {
+    cert: String,
+    key: PrivateKey,
+}
+
+impl Shown {
+    /// Signed by this issuer, whatever it may sign.
+    fn of(issuer: &Issuer, topology: &Topology, node: &Node) -> Self {
+        let key = PrivateKey::generate().expect("randomness");
+        let public: PublicKey = key.public().expect("a key");
+        Self { cert: issuer.node(topology, node, &public).expect("an issuer"), key }
+    }
+
+    fn node(site: &Site, name: &str) -> Self {
+        let hub = &site.topology.hubs[0];
+        let issuer = site.root.issuer("acme", &hub.name).expect("a root");
+        Self::of(&issuer, &site.topology, site.topology.node(name).expect("it is a node"))
+    }
+
+    fn identity(&self) -> Identity<'_> {
+        Identity { cert: &self.cert, key: self.key.pem() }
+    }
+
+    fn tls_key(&self) -> String {
+        encoding::encode(self.key.public().expect("a key").as_bytes())
+    }
+}
+
+fn told<T>(answer: firstboot::error::Result<T>) -> String {
+    answer.map_or_else(|e| e.to_string(), |_| "done".to_owned())
+}
+
+/// A transaction that must take place in the end: the cluster may have only just started.
+async fn put(etcd: &Etcd, key: &str, value: &str) {
+    while etcd.transact(&[], &[Then::Put(key, value.as_bytes())]).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_hubs_and_databases_are_clients_of_etcd_and_only_voters_are_peers() {
+    let site = Site::open(26_000, "db.count = 1\napp.count = 1\nmonitor.count = 1\n");
+    put(&site.etcd(0), "/bakehouse/test", "x").await;
+    for (name, is_client, is_peer) in
+        [("hub-2", true, true), ("db-1", true, false), ("app-1", false, false), ("monitor-1", false, false)]
+    {
+        let shown = Shown::node(&site, name);
+        let tls = https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
+        for (what, (host, port), method, path, may) in [
+            ("client", site.cluster.clients()[0].clone(), "POST", "/v3/kv/range", is_client),
+            ("peer", site.cluster.peer(0), "GET", "/members", is_peer),
+        ] {
+            let asked = async {
+                let mut connection = Connection::open(&host, port, &host, &tls).await?;
+                let body = if method == "POST" { r#"{"key":"AA==","range_end":"AA=="}"# } else { "" };
+                connection.ask(request(method, &host, path, &[], body.into())?, 1 << 20).await
+            };
+            let answer = asked.await.map(|b| String::from_utf8_lossy(&b).into_owned());
+            assert_eq!(answer.is_ok(), may, "{name} as a {what}: {answer:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_is_for_hubs_and_patronis_own_keys() {
+    let site = Site::open(26_300, "db.count = 1\napp.count = 1\n");
+    let secrets = Secrets::sample();
+    let hubs: Vec<Shown> = (1..=3).map(|i| Shown::node(&site, &format!("hub-{i}"))).collect();
+    let desk = |i: usize| {
+        let etcd = site.etcd_of(i, hubs[i].identity()).with_user(ROOT, &secrets.etcd_root);
+        ClaimsDesk::new(etcd, site.topology.clone(), &site.topology.hubs[i].name)
+    };
+    let desks = [desk(0), desk(1), desk(2)];
+    let keys: Vec<String> = hubs.iter().map(Shown::tls_key).collect();
+    let access = |i: usize| EtcdAccess {
+        desk: &desks[i],
+        topology: &site.topology,
+        secrets: &secrets,
+        slot: &site.topology.hubs[i].name,
+        tls_key: &keys[i],
+    };
+    let connected = site.etcd(1).with_user(ROOT, &secrets.etcd_root);
+    put(&connected, "/bakehouse/test", "x").await;
+    for (i, key) in keys.iter().enumerate() {
+        let mesh_key = MeshKey([i as u8 + 1; 32]);
+        desks[i].register(&site.topology.hubs[i].name, mesh_key, key, "1").await.expect("etcd").expect("it is free");
+    }
+    let (db, grant) = site.members("db", 1).await.remove(0);
+
+    // Each hub speaks for itself, the database node by a header, and a rollout in progress is waited for.
+    let waits = |names: &[&str]| Access::WaitsFor(names.iter().map(|n| (*n).to_owned()).collect());
+    assert_eq!(access(0).step().await.expect("etcd"), waits(&["db-1", "hub-2", "hub-3"]));
+    assert_eq!(access(1).step().await.expect("etcd"), waits(&["db-1", "hub-3"]));
+    put(&connected, "/bakehouse/rollout/turn", "{}").await;
+    assert_eq!(access(2).step().await.expect("etcd"), Access::WaitsForRollout);
+    connected.transact(&[], &[Then::Delete("/bakehouse/rollout/turn")]).await.expect("etcd");
+    assert_eq!(access(2).step().await.expect("etcd"), waits(&["db-1"]));
+    let tls = https::client(site.root.certificate(), Some(Identity { cert: &grant.cert, key: db.tls.pem() }))
+        .expect("a certificate");
+    let mut hub = Connection::open("127.0.0.1", 26_300, "hub-1", &tls).await.expect("the hub answers");
+    let asked = request("GET", "hub", "/v1/peers", &[(USER_HEADER, PATRONI)], bytes::Bytes::new()).expect("a request");
+    hub.ask(asked, 1 << 20).await.expect("the hub answers");
+    while connected.get(&["/bakehouse/etcd-ready/db-1"]).await.expect("etcd")[0].revision == 0 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // Two hubs at once; one may meet what the other does, and looks again.
+    let (one, two) = (access(0), access(1));
+    let (one, two) = tokio::join!(one.step(), two.step());
+    assert!(one.is_ok() || two.is_ok(), "{one:?} {two:?}");
+    for i in 0..3 {
+        assert_eq!(access(i).step().await.expect("etcd"), Access::Enabled);
+    }
+
+    // A client that was connected goes on; one without a password reads nothing, whatever its certificate.
+    assert_eq!(connected.get(&["/bakehouse/test"]).await.expect("etcd")[0].value, b"x");
+    for anonymous in [site.etcd(0), site.etcd_of(0, Identity { cert: &grant.cert, key: db.tls.pem() })] {
+        assert!(told(anonymous.list("/bakehouse/").await).contains("user name is empty"));
+        let put = [Then::Put("/bakehouse/slots/hub-1", b"")];
+        assert!(told(anonymous.transact(&[], &put).await).contains("user name is empty"));
+    }
+
+    // Patroni's user has Patroni's keys, those of a restored database too, and no others.
+    let identity = Identity { cert: &grant.cert, key: db.tls.pem() };
+    let patroni = site.etcd_of(0, identity).with_user(PATRONI, &grant.secrets.etcd_patroni);
+    for key in ["/bakehouse/acme/leader", "/bakehouse/acme@latest/leader"] {
+        assert_eq!(told(patroni.transact(&[], &[Then::Put(key, b"db-1")]).await), "done", "{key}");
+        assert_eq!(patroni.get(&[key]).await.expect("etcd")[0].value, b"db-1");
+    }
+    patroni.list("/bakehouse/acme/").await.expect("it may");
+    let lease = patroni.lease(60).await.expect("it may");
+    let then = [Then::PutFor("/bakehouse/acme/leader", b"db-1", &lease)];
+    assert_eq!(told(patroni.transact(&[], &then).await), "done");
+    for key in ["/bakehouse/slots/hub-1", "/bakehouse/acmeb/leader", "/bakehouse/rollout/paused", "/x"] {
+        for then in [Then::Put(key, b"x"), Then::Delete(key)] {
+            let answer = told(patroni.transact(&[], &[then]).await);
+            assert!(answer.contains("permission denied"), "{then:?}: {answer}");
+        }
+        assert!(told(patroni.get(&[key]).await).contains("permission denied"));
+    }
+    assert!(told(patroni.list("/bakehouse/").await).contains("permission denied"));
+    let members = connected.members().await.expect("etcd");
+    for answer in [
+        told(patroni.remove(&members[2]).await),
+        told(patroni.add_learner("https://127.0.0.1:1").await),
+        told(patroni.put_user(ROOT, "mine").await),
+        told(patroni.grant_role(PATRONI, ROOT).await),
+    ] {
+        assert!(answer.contains("permission denied"), "{answer}");
+    }
+    let mut watch = patroni.watch("/bakehouse/slots/", 1).await.expect("etcd answers");
+    assert_eq!(patroni.next(&mut watch).await.expect("an answer"), None, "the watch is cancelled");
+    assert_eq!((grant.secrets.etcd_root.as_str(), grant.secrets.etcd_patroni.as_str()), ("", "sample-etcd-patroni"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_that_its_member_has_forgotten_is_renewed() {
+    let mut site = Site::open(26_600, "app.count = 1\n");
+    let secrets = Secrets::sample();
+    let root = site.etcd(0).with_user(ROOT, &secrets.etcd_root);
+    put(&root, "/bakehouse/test", "x").await;
+    root.put_user(ROOT, &secrets.etcd_root).await.expect("etcd");
+    root.grant_role(ROOT, ROOT).await.expect("etcd");
+    root.enable_auth().await.expect("etcd");
+    root.list("/bakehouse/").await.expect("it authenticates");
+    for i in 0..3 {
+        site.cluster.kill(i);
+    }
+    for i in 0..3 {
+        site.cluster.start_member(&site.topology, i);
+    }
+    put(&root, "/bakehouse/test", "y").await;
+    let (revision, pairs) = root.list("/bakehouse/").await.expect("it authenticates again");
+    assert_eq!(pairs.iter().find(|p| p.key == "/bakehouse/test").expect("it is there").value, b"y");
+    // And a watch has the token of the moment.
+    let mut watch = root.watch("/bakehouse/", revision + 1).await.expect("etcd");
+    put(&root, "/bakehouse/test", "z").await;
+    let changes = root.next(&mut watch).await.expect("etcd").expect("a change");
+    assert_eq!(changes[0].value.as_deref(), Some(&b"z"[..]));
+}
+
+/// The member that a hub watches freezes, and stays connected; meanwhile a node is shut out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_that_hangs_hides_no_eviction_for_a_minute() {
+    let site = Site::open(26_900, "db.count = 1\n");
+    let (_, grant) = site.members("db", 1).await.remove(0);
+    assert_eq!(grant.slot, "db-1");
+    let desk = ClaimsDesk::new(site.etcd(0), site.topology.clone(), "hub-1");
+    let dir = tempfile::tempdir().expect("a folder");
+    let neighbourhood = Neighbourhood::load(dir.path(), BTreeMap::new());
+    let followed = async {
+        loop {
+            let followed = desk.follow(async |owners| {
+                let held = owners.iter().filter(|(_, record)| !record.vacant);
+                let held = held.map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
+                neighbourhood.are_granted(&held, |_| false);
+            });
+            let _ = followed.await;
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    };
+    let evicted = async {
+        while !neighbourhood.keys().contains_key("db-1") {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        // The watch is under way.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        site.cluster.freeze(0);
+        let other = ClaimsDesk::new(site.etcd(1), site.topology.clone(), "hub-2");
+        while other.leave("db-1", true, None).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        let evicted = Instant::now();
+        while neighbourhood.keys().contains_key("db-1") {
+            assert!(evicted.elapsed() < Duration::from_secs(60), "the evicted node's key is still there");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        println!("the key was gone {:.1} s after the eviction", evicted.elapsed().as_secs_f64());
+        site.cluster.thaw(0);
+    };
+    tokio::select! {
+        () = followed => {}
+        () = evicted => {}
+    }
+}
+
+fn plan() -> Topology {
+    let text = b"name = \"acme\"\n[groups]\nhub.count = 2\ndb.count = 1\nmonitor.count = 1\n";
+    Topology::of(&Fleet::parse("fleet.toml", text).expect("a fleet"))
+}
+
+/// What an issuer signs beyond its own is believed by no verifier: the agent's, OpenSSL's.
+#[tokio::test]
+async fn an_issuer_signs_what_is_its_own() {
+    let (topology, root) = (plan(), Issuer::root("acme").expect("randomness"));
+    let node = |name: &str| topology.node(name).expect("it is a node");
+    let operator = Node { name: "eve.operator".to_owned(), hub: 0, ..node("db-1").clone() };
+    let issuer = |name: &str| root.founder_issuer(&topology, node(name)).expect("a root");
+    let (hub, monitor) = (issuer("hub-1"), issuer("monitor-1"));
+    let dir = tempfile::tempdir().expect("a folder");
+    fs::write(dir.path().join("root.pem"), root.certificate()).expect("a folder");
+    for (by, issuer, whose, may) in [
+        ("hub-1", &hub, node("hub-1"), true),
+        ("hub-1", &hub, node("db-1"), true),
+        ("hub-1", &hub, node("monitor-1"), true),
+        ("hub-1", &hub, node("hub-2"), false),
+        ("hub-1", &hub, &operator, false),
+        ("monitor-1", &monitor, node("monitor-1"), true),
+        ("monitor-1", &monitor, node("hub-1"), false),
+        ("monitor-1", &monitor, node("db-1"), false),
+        ("monitor-1", &monitor, &operator, false),
+    ] {
+        let shown = Shown::of(issuer, &topology, whose);
+        let what = format!("{by} signs {}", whose.name);
+        assert_eq!(handshake(&root, &shown, &whose.name).await, may, "{what}, by the agent's verifier");
+        fs::write(dir.path().join("leaf.pem"), &shown.cert).expect("a folder");
+        fs::write(dir.path().join("issuer.pem"), issuer.certificate()).expect("a folder");
+        let verified = Command::new("openssl")
+            .current_dir(dir.path())
+            .args(["verify", "-CAfile", "root.pem", "-untrusted", "issuer.pem", "leaf.pem"])
+            .output()
+            .expect("openssl is there");
+        assert_eq!(verified.status.success(), may, "{what}, by OpenSSL: {verified:?}");
+    }
+}
+
+/// Whether a client of the fleet believes that a server is `name`, and the server believes the client.
+async fn handshake(root: &Issuer, shown: &Shown, name: &str) -> bool {
+    let server = https::server(root.certificate(), shown.identity()).expect("a certificate");
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let port = listener.local_addr().expect("loopback").port();
+    let client = https::client(root.certificate(), Some(shown.identity())).expect("a certificate");
+    let served = tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.expect("loopback");
+        tokio_rustls::TlsAcceptor::from(server).accept(tcp).await.is_ok()
+    });
+    let believed = Connection::open("127.0.0.1", port, name, &client).await.is_ok();
+    believed && served.await.expect("a task")
+}
+
+/// etcd is Go: its verifier holds issuers to their names as the others do. A voter that is not a hub introduces
+/// itself, and the hubs enter it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_voter_that_is_no_hub_is_entered_by_hubs_and_signs_nobody_to_etcd() {
+    let site = Site::open_with(27_200, "db.count = 1\n", |topology| {
+        // Two hubs, and a third vote.
+        topology.hubs.truncate(2);
+        for node in topology.nodes.iter_mut().filter(|n| n.name == "hub-3") {
+            node.hub = 0;
+            node.roles.retain(|role| role != "hub");
+        }
+    });
+    put(&site.etcd(0), "/bakehouse/test", "x").await;
+    let node = |name: &str| site.topology.node(name).expect("it is a node");
+    let issuer = site.root.founder_issuer(&site.topology, node("hub-3")).expect("a root");
+    let own = Shown::of(&issuer, &site.topology, node("hub-3"));
+    for (member, shown, may) in [
+        (2, &own, true),
+        (0, &own, false),
+        (0, &Shown::of(&issuer, &site.topology, node("hub-1")), false),
+        (0, &Shown::of(&issuer, &site.topology, node("db-1")), false),
+    ] {
+        let tls = https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
+        let one = vec![site.cluster.clients()[member].clone()];
+        assert_eq!(Etcd::new(one, tls).get(&["/bakehouse/test"]).await.is_ok(), may, "member {member}");
+    }
+
+    let tls = https::client(site.root.certificate(), Some(own.identity())).expect("a certificate");
+    let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
+    let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([7; 32]), epoch: 1 };
+    let answers = hubs.introduce(&introduction, |_| false).await;
+    assert_eq!(answers.len(), 2);
+    let record = loop {
+        let found = site.etcd(1).get(&["/bakehouse/slots/hub-3"]).await.expect("etcd");
+        if found[0].revision != 0 {
+            break serde_json::from_slice::<fleet::SlotRecord>(&found[0].value).expect("a record");
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert_eq!((record.epoch, record.mesh_key, &record.tls_key), (1, MeshKey([7; 32]), &own.tls_key()));
+    // Its etcd takes passwords: access control need not wait for it.
+    while site.etcd(1).get(&["/bakehouse/etcd-ready/hub-3"]).await.expect("etcd")[0].value != record.tls_key.as_bytes()
+    {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // Another machine with the founder's ticket is told that the slot is taken, and changes nothing.
+    let other = Shown::of(&issuer, &site.topology, node("hub-3"));
+    let tls = https::client(site.root.certificate(), Some(other.identity())).expect("a certificate");
+    let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
+    let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([8; 32]), epoch: 1 };
+    let begun = Instant::now();
+    while !hubs.introduce(&introduction, |_| false).await.iter().all(|(_, peers)| peers.fenced.is_some()) {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the slot's second machine is not told");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let found = site.etcd(1).get(&["/bakehouse/slots/hub-3"]).await.expect("etcd");
+    let record: fleet::SlotRecord = serde_json::from_slice(&found[0].value).expect("a record");
+    assert_eq!(record.mesh_key, MeshKey([7; 32]));
+}
