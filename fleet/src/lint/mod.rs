@@ -60,6 +60,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.groups();
     lint.addresses();
     lint.hubs_and_voters();
+    lint.etcd_folders();
     lint.disks();
     lint.database();
     lint.backup();
@@ -401,6 +402,7 @@ mod tests {
         one(&format!("{HUBS}[groups.db]\ncount = 2\nfirst = \"10.10.0.3\"\n"), 7, "would both have 10.10.0.3");
         one(&format!("{HUBS}[groups.db]\ncount = 2\nfirst = \"10.10.1.3\"\n"), 7, "outside the mesh");
         one(&format!("{HUBS}[vip]\naddress = \"10.9.0.1\"\n"), 6, "the VIP 10.9.0.1");
+        one(&HUBS.replacen("acme", "slots", 1), 1, "`/bakehouse/slots/` in etcd is the hubs' own");
         one(&format!("{HUBS}[netboot]\nothers = \"app\"\n"), 5, "no node or group `app`");
         one(&format!("{HUBS}[netboot.machines]\n\"52:54:00:AA:BB:CC\" = \"hub-1\"\n"), 5, "not a MAC address");
         one(

@@ -13,7 +13,23 @@ const PROMOTION: u16 = 5;
 /// Seconds until HAProxy has taken an application node out: one interval, then two checks.
 const APP_IS_OUT: u16 = 3;
 
+/// Folders of `/bakehouse/` in etcd that only hubs may write.
+const ETCD_FOLDERS: [&str; 9] =
+    ["audit", "etcd-ready", "owners", "revoked", "rollout", "seen", "shut", "slots", "tokens"];
+
 impl Lint<'_> {
+    /// Patroni's keys are below `/bakehouse/NAME/` in etcd, beside the hubs' own folders.
+    pub(super) fn etcd_folders(&mut self) {
+        let name = &self.fleet.name;
+        if ETCD_FOLDERS.contains(&name.get_ref().as_str()) {
+            self.error(
+                name.span(),
+                format!("`{0}` can't be a fleet's name: `/bakehouse/{0}/` in etcd is the hubs' own", name.get_ref()),
+                "choose another name, such as your organisation's".to_owned(),
+            );
+        }
+    }
+
     /// What Patroni itself insists on, said before a node is built with it.
     pub(super) fn database(&mut self) {
         let span = self.fleet.database.span();
