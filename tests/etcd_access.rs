@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -10,9 +11,16 @@ use firstboot::etcd::{Etcd, Then};
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::etcd_access::{Access, EtcdAccess, PATRONI, ROOT, USER_HEADER};
+use firstboot::identity::identity;
+use firstboot::image::{Image, ImageInfo};
 use firstboot::join::Hubs;
 use firstboot::neighbours::Neighbourhood;
-use fleet::{Fleet, Introduction, Issuer, MeshKey, Node, PROTOCOL, PrivateKey, PublicKey, Secrets, Topology, encoding};
+use firstboot::renewal::{renew, take_missing_passwords};
+use firstboot::state::{State, StateDir};
+use fleet::{
+    Fleet, Founder, Introduction, Issuer, MeshKey, Node, PROTOCOL, PrivateKey, PublicKey, Right, Secrets, Ticket,
+    Topology, encoding,
+};
 
 /// A node's certificate and key, PEM.
 struct Shown {
@@ -352,4 +360,70 @@ async fn a_voter_that_is_no_hub_is_entered_by_hubs_and_signs_nobody_to_etcd() {
     let found = site.etcd(1).get(&["/bakehouse/slots/hub-3"]).await.expect("etcd");
     let record: fleet::SlotRecord = serde_json::from_slice(&found[0].value).expect("a record");
     assert_eq!(record.mesh_key, MeshKey([7; 32]));
+}
+
+/// A node's first boot with a ticket: where it keeps things, and what its image says.
+fn first_boot(site: &Site, group: &str, right: Right) -> (tempfile::TempDir, StateDir, PathBuf, Image) {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (state, credentials) = (dir.path().join("state"), dir.path().join("credentials"));
+    for folder in [&state, &credentials] {
+        fs::create_dir(folder).expect("a folder");
+    }
+    let root = site.root.certificate().to_owned();
+    let ticket = Ticket { version: Ticket::VERSION, fleet: "acme".to_owned(), root, endpoints: BTreeMap::new(), right };
+    fs::write(credentials.join(Ticket::CREDENTIAL), serde_json::to_vec(&ticket).expect("JSON")).expect("a folder");
+    let info = ImageInfo {
+        id: format!("acme-{group}"),
+        version: "1".to_owned(),
+        group: group.to_owned(),
+        roles: vec![group.to_owned()],
+        health: Vec::new(),
+    };
+    (dir, StateDir::new(&state, None), credentials, Image { info, topology: site.topology.clone() })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_of_an_earlier_version_takes_its_password_over_when_it_starts() {
+    let site = Site::open(27_500, "db.count = 1\napp.count = 1\n");
+    for (group, password) in [("db", "sample-etcd-patroni"), ("app", "")] {
+        let (_dir, states, credentials, image) = first_boot(&site, group, Right::Joiner(site.token(group, |_| {})));
+        let mut who = identity(&states, Some(&credentials), &image).await.expect("a node");
+        assert_eq!(who.state.secrets.etcd_patroni, password);
+        who.state.secrets.etcd_patroni.clear();
+        who.state.store(&states).expect("a disk");
+        let who = identity(&states, Some(&credentials), &image).await.expect("a node");
+        let (keys, epoch) = (who.keys.clone(), who.state.epoch);
+        let who = take_missing_passwords(&states, who, &image).await.expect("a disk");
+        assert_eq!((who.state.secrets.etcd_patroni.as_str(), who.state.secrets.etcd_root.as_str()), (password, ""));
+        assert!(who.keys == keys && who.state.epoch == epoch, "it is the node that it was");
+        let kept = State::load(&states).expect("a disk").expect("a state");
+        assert_eq!(kept, who.state);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_signs_its_next_certificate_itself() {
+    let site = Site::open(27_800, "");
+    let hub = &site.topology.hubs[0];
+    let issuer = site.root.founder_issuer(&site.topology, hub).expect("a root");
+    let founder =
+        Founder { slot: hub.name.clone(), issuer: issuer.clone(), secrets: Secrets::sample(), replaces: None };
+    let (dir, states, credentials, image) = first_boot(&site, "hub", Right::Founder(founder));
+    let who = identity(&states, Some(&credentials), &image).await.expect("a node");
+    let desk = ClaimsDesk::new(site.etcd(0), site.topology.clone(), "hub-1");
+    put(&site.etcd(0), "/bakehouse/test", "x").await;
+    let tls_key = encoding::encode(who.keys.tls.public().expect("a key").as_bytes());
+    let mesh_key = who.keys.mesh_public().expect("a key");
+    desk.register("hub-1", mesh_key, &tls_key, "1").await.expect("etcd").expect("it is free");
+    let file = dir.path().join("state/keys.json");
+    let text = fs::read_to_string(&file).expect("a file");
+    let keys: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    fs::write(&file, text.replace(&keys["made"].to_string(), "1")).expect("a folder");
+
+    let who = identity(&states, Some(&credentials), &image).await.expect("a node");
+    let (who, renewed) = renew(&states, who, &image).await.expect("a disk");
+    assert!(renewed && who.state.epoch == 2);
+    assert!(who.state.cert.ends_with(issuer.certificate()), "signed by another hub");
+    let shown = Shown { cert: who.state.cert.clone(), key: who.keys.tls.clone() };
+    assert!(handshake(&site.root, &shown, "hub-1").await);
 }

@@ -274,6 +274,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn only_a_hub_keeps_its_issuer() {
+        let lab = lab();
+        lab.founder("acme", "hub-1");
+        assert!(lab.who().await.unwrap().state.issuer.is_some());
+        // A voter that is not a hub, with a state of an earlier version.
+        let mut lab = self::lab();
+        for node in lab.image.topology.nodes.iter_mut().filter(|n| n.name == "hub-2") {
+            node.hub = 0;
+        }
+        lab.founder("acme", "hub-2");
+        let who = lab.who().await.unwrap();
+        assert!(who.state.issuer.is_none());
+        who.client().unwrap();
+        let issuer = Some(lab.root.issuer("acme", "hub-2").unwrap());
+        State { issuer, ..who.state }.store(&lab.states()).unwrap();
+        assert!(lab.who().await.unwrap().state.issuer.is_none());
+        assert!(State::load(&lab.states()).unwrap().unwrap().issuer.is_none());
+    }
+
+    #[tokio::test]
     async fn a_founders_certificate_is_its_own_keys() {
         let lab = lab();
         lab.founder("acme", "hub-1");
