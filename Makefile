@@ -25,14 +25,14 @@ demo: deps build
 test: deps lint build
 	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones; one
 	# machine has a TPM; updates come from busybox; containers have their WireGuard from a program.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg
 	cargo test --release --locked --workspace --lib --test golden
 	# Packages that attack the host which builds an image.
 	cargo test --release --locked --workspace --test hostile
 	# At native speed, as root: a fleet that loses what may die, and updates.
 	cargo test --release --locked --workspace --test fleet --test containers --test upgrade -- --test-threads=1 --nocapture containers
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
-	cargo test --release --locked --workspace --test join --test attack --test mesh --test replay --test eviction --test rollout --test fence -- --test-threads=1
+	cargo test --release --locked --workspace --test join --test attack --test mesh --test replay --test eviction --test rollout --test fence --test ports --test web -- --test-threads=1
 	# Two machines at once have a processor each.
 	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture & boot=$$!; \
 		cargo test --release --locked --workspace --test netboot --test upgrade -- --test-threads=1 --nocapture --skip containers; \

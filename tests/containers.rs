@@ -18,6 +18,13 @@ fn three_containers_from_nothing_outlive_what_may_die() {
     for machine in &machines {
         assert_eq!(machine.ok("systemd-detect-virt"), "container-other");
         assert_eq!(machine.ok("systemctl --failed --no-legend --plain"), "");
+        // A filter is there before the network is, then the node's own.
+        let since = |unit: &str| {
+            let began = machine.ok(&format!("systemctl show -p ActiveEnterTimestampMonotonic --value {unit}"));
+            began.parse::<u64>().expect("microseconds")
+        };
+        assert!(since("early-filter") > 0 && since("early-filter") < since("systemd-networkd"));
+        assert!(machine.ok("nft list chain inet bakehouse from_mesh").contains("mesh_dropped drop"));
     }
     let opened = "journalctl -b -u patroni -o cat | grep -q 'INFO: Watchdog .* activated with 15 second timeout'";
     assert!(machines.iter().any(|m| m.exec(opened).status == 0), "the primary has no watchdog");

@@ -151,7 +151,7 @@ fn every_service_works_with_the_others() {
     assert!(seen.ends_with("alerts: DeadMan"), "{seen}");
 
     // Every unit of ours has little to lose.
-    let ours = "firstboot firstboot-forget bird etcd haproxy keepalived nftables odoo-cron odoo-http odoo-init odoo-ready odoo-websocket patroni postgresql-ready \
+    let ours = "early-filter firstboot firstboot-forget bird etcd haproxy keepalived nftables odoo-cron odoo-http odoo-init odoo-ready odoo-websocket patroni postgresql-ready \
         pgbackrest pgbackrest-files pgbackrest-stanza pgbackrest@incr softdog \
         prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter prometheus-postgres-exporter";
     let mut exposed = Vec::new();
@@ -175,7 +175,7 @@ fn every_service_works_with_the_others() {
 }
 
 /// They move addresses, routes and packet filters: that is what root is for.
-const ROOT_BY_TRADE: [&str; 4] = ["bird", "haproxy", "keepalived", "nftables"];
+const ROOT_BY_TRADE: [&str; 5] = ["bird", "early-filter", "haproxy", "keepalived", "nftables"];
 
 /// Each role's own image, and the four of them as a fleet.
 #[test]
