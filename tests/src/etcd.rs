@@ -93,7 +93,7 @@ impl Cluster {
             fleet: topology,
             node,
             epoch: 1,
-            machine: Machine { memory: 1024, cpus: 2, patience: 1 },
+            machine: Machine { var: 4096, memory: 1024, cpus: 2, patience: 1 },
             tls: &member.tls,
             secrets: &member.secrets,
             web: "",

@@ -273,7 +273,7 @@ impl Etcd {
 
     /// Goes back to the first member, this node's own, if another one was asked last and the first answers again.
     pub async fn prefer_first(&self) {
-        if self.first.load(Ordering::Relaxed) % self.members.len().max(1) == 0 {
+        if self.first.load(Ordering::Relaxed).is_multiple_of(self.members.len().max(1)) {
             return;
         }
         let Some((host, port)) = self.members.first() else { return };
