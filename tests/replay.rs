@@ -223,3 +223,45 @@ async fn a_slot_has_new_keys_once_a_day() {
     let numbers: Vec<&str> = kept.iter().filter_map(|pair| pair.key.rsplit('/').next()).collect();
     assert_eq!((numbers.iter().filter(|n| **n >= "00000029").count(), numbers.last()), (32, Some(&"00000062")));
 }
+
+/// A hub without a battery for its clock begins in the past, and an expired token would be good again.
+/// The fleet's records say how late it is at least; of one hub alone it may be that one's clock.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_whose_clock_is_behind_takes_no_expired_token() {
+    let site = Site::open(26_200, "db.count = 3\n");
+    site.register_hubs().await;
+    let now = scope("/", "hub-1").issued_at;
+    let asks = async |change: fn(&mut fleet::Claims, u64)| {
+        let token = site.token("db", |claims| change(claims, now));
+        site.insist(&Site::asker(&token, "db"), 0).await
+    };
+    // The record of a hub, as written by itself in three hours.
+    let later = async |hub: usize| {
+        let name = format!("hub-{}", hub + 1);
+        let key = format!("/bakehouse/slots/{name}");
+        let found = site.etcd(0).get(&[&key]).await.expect("etcd answers");
+        let mut record: SlotRecord = serde_json::from_slice(&found[0].value).expect("a record");
+        (record.by, record.at) = (name.clone(), now + 10_800);
+        let value = serde_json::to_vec(&record).expect("JSON");
+        assert!(site.etcd(0).transact(&[], &[Then::Put(&key, &value)]).await.expect("etcd answers"));
+        let heard = || {
+            let text = std::fs::read_to_string(site.state(0).join("slots.json")).unwrap_or_default();
+            let slots: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            slots["slots"][&name]["at"] == now + 10_800
+        };
+        while !heard() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    later(0).await;
+    assert_eq!(granted(asks(|c, now| c.expires = now + 3600).await).slot, "db-1");
+    later(1).await;
+    assert_eq!(refused(asks(|c, now| c.expires = now + 3600).await), Reason::Expired);
+    assert_eq!(granted(asks(|c, now| c.expires = now + 14_400).await).slot, "db-2");
+
+    // A count of uses that is damaged is no count of none.
+    let token = site.token("db", |_| {});
+    let key = format!("/bakehouse/tokens/{}", token.token.read().expect("claims").id);
+    assert!(site.etcd(0).transact(&[], &[Then::Put(&key, b"?")]).await.expect("etcd answers"));
+    assert_eq!(refused(site.insist(&Site::asker(&token, "db"), 0).await), Reason::Spent);
+}

@@ -217,7 +217,9 @@ impl Member {
         // Apart from what follows etcd, which may wait for a member that hangs.
         let replaced = async {
             loop {
-                if let Some(epoch) = desk.fenced(&node.name, &tls_key).filter(|epoch| *epoch >= own_epoch) {
+                // By etcd's word, not by what was on the disk: that may be from before this node's new keys.
+                let fenced_since = desk.fenced(&node.name, &tls_key).filter(|epoch| *epoch >= own_epoch);
+                if let Some(epoch) = fenced_since.filter(|_| desk.has_heard()) {
                     let left = desk.is_vacant(&node.name).then(|| Error::Left { slot: node.name.clone() });
                     return Err(left.unwrap_or_else(|| fenced(&node.name, epoch)));
                 }
@@ -233,7 +235,17 @@ impl Member {
         let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);
         let access = access.keep();
         tokio::try_join!(
-            kept, served, introduced, registered, followed(), recorded, exported, replaced, access, fenced_off, updated
+            kept,
+            served,
+            introduced,
+            registered,
+            followed(),
+            recorded,
+            exported,
+            replaced,
+            access,
+            fenced_off,
+            updated
         )
         .map(|((), (), (), (), (), (), (), (), (), (), ())| ())
     }

@@ -123,8 +123,7 @@ impl Site {
         let dir = self.state(i);
         std::fs::create_dir_all(&dir).expect("a folder");
         let etcd = || self.etcd_of(i, own).with_user(ROOT, &Secrets::sample().etcd_root);
-        let desk =
-            Arc::new(ClaimsDesk::new(etcd(), self.topology.clone(), &node.name).with_records(&dir));
+        let desk = Arc::new(ClaimsDesk::new(etcd(), self.topology.clone(), &node.name).with_records(&dir));
         // As the agent has it: connections of the API belong to its thread.
         let served = Arc::new(desk.beside(etcd()));
         let neighbourhood = Arc::new(Neighbourhood::load(&dir, BTreeMap::new()));
