@@ -10,10 +10,12 @@ use bakehouse_tests::site::Site;
 use firstboot::etcd::{Etcd, Then};
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::hub::claims::ClaimsDesk;
+use firstboot::hub::departures::Identified;
 use firstboot::hub::etcd_access::{Access, EtcdAccess, PATRONI, ROOT, USER_HEADER};
 use firstboot::identity::identity;
 use firstboot::image::{Image, ImageInfo};
 use firstboot::join::Hubs;
+use firstboot::member::take_in;
 use firstboot::neighbours::Neighbourhood;
 use firstboot::renewal::{renew, take_missing_passwords};
 use firstboot::state::{State, StateDir};
@@ -214,12 +216,7 @@ async fn a_watch_that_hangs_hides_no_eviction_for_a_minute() {
     let neighbourhood = Neighbourhood::load(dir.path(), BTreeMap::new());
     let followed = async {
         loop {
-            let followed = desk.follow(async |owners| {
-                let held = owners.iter().filter(|(_, record)| !record.vacant);
-                let held = held.map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
-                neighbourhood.are_granted(&held, |_| false);
-            });
-            let _ = followed.await;
+            let _ = desk.follow(|owners| take_in(&site.topology, &neighbourhood, owners)).await;
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
     };
@@ -231,7 +228,7 @@ async fn a_watch_that_hangs_hides_no_eviction_for_a_minute() {
         tokio::time::sleep(Duration::from_secs(1)).await;
         site.cluster.freeze(0);
         let other = ClaimsDesk::new(site.etcd(1), site.topology.clone(), "hub-2");
-        while other.leave("db-1", true, None).await.is_err() {
+        while other.leave("db-1", true, Identified::Epoch(None)).await.is_err() {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         let evicted = Instant::now();
@@ -353,7 +350,7 @@ async fn a_voter_that_is_no_hub_is_entered_by_hubs_and_signs_nobody_to_etcd() {
     let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
     let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([8; 32]), epoch: 1 };
     let begun = Instant::now();
-    while !hubs.introduce(&introduction, |_| false).await.iter().all(|(_, peers)| peers.fenced.is_some()) {
+    while !hubs.introduce(&introduction, |_| false).await.iter().all(|answer| answer.peers.fenced.is_some()) {
         assert!(begun.elapsed() < Duration::from_secs(20), "the slot's second machine is not told");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fleet::{Introduction, Node, PROTOCOL, Topology, encoding};
+use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 
 use crate::console::say;
 use crate::error::{Error, Result};
@@ -178,21 +178,7 @@ impl Member {
                 tokio::time::sleep(pause.longer().min(round())).await;
             }
         };
-        let registered = async {
-            let mut pause = Pause::default();
-            loop {
-                match desk.register(&node.name, mesh_key, &tls_key, &version).await {
-                    Ok(Ok(_)) => match desk.vote(&node.name).await {
-                        Ok(()) => return Ok(()),
-                        Err(e) => println!("{e}"),
-                    },
-                    Ok(Err(no)) if !no.reason.passes() => return Err(Error::Configuration(no.text)),
-                    Ok(Err(no)) => println!("{}", no.text),
-                    Err(e) => println!("{e}"),
-                }
-                tokio::time::sleep(pause.longer()).await;
-            }
-        };
+        let registered = register(&desk, &node.name, (mesh_key, &tls_key), &version);
         let followed = async || -> Result<()> {
             let mut pause = Pause::default();
             loop {
@@ -215,17 +201,7 @@ impl Member {
             Ok(())
         };
         // Apart from what follows etcd, which may wait for a member that hangs.
-        let replaced = async {
-            loop {
-                // By etcd's word, not by what was on the disk: that may be from before this node's new keys.
-                let fenced_since = desk.fenced(&node.name, &tls_key).filter(|epoch| *epoch >= own_epoch);
-                if let Some(epoch) = fenced_since.filter(|_| desk.has_heard()) {
-                    let left = desk.is_vacant(&node.name).then(|| Error::Left { slot: node.name.clone() });
-                    return Err(left.unwrap_or_else(|| fenced(&node.name, epoch)));
-                }
-                tokio::time::sleep(LOOK_FOR_SUCCESSOR).await;
-            }
-        };
+        let replaced = until_replaced(&desk, &node.name, (&tls_key, own_epoch));
         let secrets = &who.state.secrets;
         let access = EtcdAccess { desk: &desk, topology: &topology, secrets, slot: &node.name, tls_key: &tls_key };
         let fenced_off = async {
@@ -248,6 +224,36 @@ impl Member {
             updated
         )
         .map(|((), (), (), (), (), (), (), (), (), (), ())| ())
+    }
+}
+
+/// Enters a hub as its slot's owner, and gives it its vote.
+async fn register(desk: &ClaimsDesk, slot: &str, keys: (MeshKey, &str), version: &str) -> Result<()> {
+    let mut pause = Pause::default();
+    loop {
+        match desk.register(slot, keys.0, keys.1, version).await {
+            Ok(Ok(_)) => match desk.vote(slot).await {
+                Ok(()) => return Ok(()),
+                Err(e) => println!("{e}"),
+            },
+            Ok(Err(no)) if !no.reason.passes() => return Err(Error::Configuration(no.text)),
+            Ok(Err(no)) => println!("{}", no.text),
+            Err(e) => println!("{e}"),
+        }
+        tokio::time::sleep(pause.longer()).await;
+    }
+}
+
+/// Ends when another machine has this hub's slot, or the slot has no owner any more, as far as the hub has heard.
+async fn until_replaced(desk: &ClaimsDesk, slot: &str, own: (&str, u64)) -> Result<()> {
+    loop {
+        // By etcd's word, not by what was on the disk: that may be from before this node's new keys.
+        let fenced_since = desk.fenced(slot, own.0).filter(|epoch| *epoch >= own.1);
+        if let Some(epoch) = fenced_since.filter(|_| desk.has_heard()) {
+            let left = desk.is_vacant(slot).then(|| Error::Left { slot: slot.to_owned() });
+            return Err(left.unwrap_or_else(|| fenced(slot, epoch)));
+        }
+        tokio::time::sleep(LOOK_FOR_SUCCESSOR).await;
     }
 }
 

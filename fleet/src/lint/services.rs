@@ -14,8 +14,8 @@ const PROMOTION: u16 = 5;
 const APP_IS_OUT: u16 = 3;
 
 /// Folders of `/bakehouse/` in etcd that only hubs may write.
-const ETCD_FOLDERS: [&str; 9] =
-    ["audit", "etcd-ready", "owners", "revoked", "rollout", "seen", "shut", "slots", "tokens"];
+const ETCD_FOLDERS: [&str; 11] =
+    ["audit", "etcd-ready", "owners", "readmitted", "renewed", "revoked", "rollout", "seen", "shut", "slots", "tokens"];
 
 impl Lint<'_> {
     /// Patroni's keys are below `/bakehouse/NAME/` in etcd, beside the hubs' own folders.
