@@ -30,7 +30,8 @@ test: deps lint build
 	# Packages that attack the host which builds an image.
 	cargo test --release --locked --workspace --test hostile
 	# At native speed, as root: a fleet that loses what may die, and updates.
-	cargo test --release --locked --workspace --test fleet --test containers --test upgrade -- --test-threads=1 --nocapture containers
+	cargo test --release --locked --workspace --test fleet --test containers --test containment --test upgrade -- \
+		--test-threads=1 --nocapture containers
 	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
 	cargo test --release --locked --workspace --test join --test attack --test mesh --test replay --test eviction --test rollout --test fence --test ports --test web -- --test-threads=1
 	# Two machines at once have a processor each.

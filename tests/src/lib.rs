@@ -2,6 +2,7 @@
 
 pub mod attack;
 mod compare;
+pub mod containment;
 mod etcd;
 mod machine;
 pub mod rack;

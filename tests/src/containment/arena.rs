@@ -1,0 +1,143 @@
+//! The fleet under attack, and how its real state is observed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use builder::project::Project;
+use fleet::{Joiner, Node, Right, Ticket, Topology};
+
+use crate::{ETCDCTL, Lab, Machine};
+
+/// Address of the internet's hosts on the wire between the fleet's machines.
+pub const INTERNET: &str = "198.18.250.1";
+/// Prefix of the keys that attacks write, and that nothing in the fleet reads.
+pub const SCRATCH: &str = "/bakehouse/containment/";
+
+/// A fleet in containers, on one wire that stands for the internet.
+pub struct Arena {
+    pub lab: Lab,
+    pub topology: Topology,
+    pub machines: BTreeMap<String, Machine>,
+    /// Every password of the fleet, by name.
+    pub secrets: BTreeMap<String, String>,
+}
+
+impl Arena {
+    /// Starts these nodes of the lab's fleet, and waits until they serve.
+    ///
+    /// # Panics
+    /// They don't come up.
+    #[must_use]
+    pub fn up(lab: Lab, nodes: &[&str]) -> Self {
+        let topology = Project::load(&lab.dir).expect("fleet.toml is valid").topology;
+        // Switched off when the test ends, however it ends.
+        let machines = nodes.iter().map(|name| ((*name).to_owned(), Machine::of(&lab, name))).collect();
+        lab.ok(&[&["up", "--containers"], nodes].concat());
+        let key: serde_json::Value = serde_json::from_str(&lab.read("fleet.key")).expect("JSON");
+        let secrets = serde_json::from_value(key["secrets"].clone()).expect("passwords by name");
+        let arena = Self { lab, topology, machines, secrets };
+        arena.join_internet();
+        arena
+    }
+
+    /// Gives the wire's bridge an address: what runs in its namespace is a host on the internet. Hubs are its
+    /// routers for the mesh, as an attacker would set it up.
+    fn join_internet(&self) {
+        let hub = self.public(&self.topology.hubs[0]).to_string();
+        let mesh = self.topology.mesh.subnet.to_string();
+        for words in
+            [vec!["address", "add", &format!("{INTERNET}/16"), "dev", "wire"], vec!["route", "add", &mesh, "via", &hub]]
+        {
+            let mut ip = Command::new("ip");
+            ip.args(["-n", &self.wire_name()]).args(&words);
+            assert!(ip.status().expect("ip").success(), "ip {words:?}");
+        }
+    }
+
+    fn wire_name(&self) -> String {
+        let wire = self.machines.values().next().expect("a machine").wire();
+        format!("bakehouse-{}", wire.replace([':', '.'], "-"))
+    }
+
+    /// Network namespace of the internet.
+    #[must_use]
+    pub fn internet(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(self.wire_name())
+    }
+
+    /// Process id of a node's init.
+    ///
+    /// # Panics
+    /// It does not run.
+    #[must_use]
+    pub fn pid(&self, node: &str) -> String {
+        let path = self.lab.dir.join("build/vm").join(node).join("init");
+        let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        text.split(' ').next().expect("a pid").to_owned()
+    }
+
+    #[must_use]
+    pub fn machine(&self, node: &str) -> &Machine {
+        &self.machines[node]
+    }
+
+    #[must_use]
+    pub fn node(&self, name: &str) -> &Node {
+        self.topology.node(name).expect("the fleet has this node")
+    }
+
+    /// The hub that no row attacks from: what it says is true.
+    #[must_use]
+    pub fn witness(&self) -> &Machine {
+        self.machine("hub-1")
+    }
+
+    /// A node's address on the internet.
+    #[must_use]
+    pub fn public(&self, node: &Node) -> Ipv4Addr {
+        let host = u32::from(node.address) - u32::from(self.topology.mesh.subnet.network());
+        Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 0)) + host)
+    }
+
+    /// Addresses by which an attacker may try a node: in the mesh and on the internet.
+    #[must_use]
+    pub fn addresses(&self, node: &Node) -> [String; 2] {
+        [node.address.to_string(), self.public(node).to_string()]
+    }
+
+    /// Patroni's prefix in etcd.
+    #[must_use]
+    pub fn scope(&self) -> String {
+        format!("/bakehouse/{}/", self.topology.name)
+    }
+
+    /// The value that etcd has for a key, as the witness reads it.
+    #[must_use]
+    pub fn get(&self, key: &str) -> String {
+        self.witness().ok(&format!("{ETCDCTL} get --print-value-only '{key}'"))
+    }
+
+    pub fn put(&self, key: &str, value: &str) {
+        self.witness().ok(&format!("{ETCDCTL} put '{key}' '{value}'"));
+    }
+
+    pub fn delete(&self, key: &str) {
+        self.witness().ok(&format!("{ETCDCTL} del '{key}'"));
+    }
+
+    /// Mints a ticket of a group, good for so many nodes.
+    ///
+    /// # Panics
+    /// It is a founder's.
+    #[must_use]
+    pub fn ticket(&self, group: &str, uses: u32) -> Joiner {
+        let text = self.lab.ok(&["ticket", group, "--uses", &uses.to_string()]).out;
+        match Ticket::parse(text.as_bytes()).expect("a ticket").right {
+            Right::Joiner(joiner) => joiner,
+            Right::Founder(_) => panic!("{group} has founders' tickets"),
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! What the hubs' API and the keys behind it give to one who should not have it: another node's mesh key, a denied
+//! version, a slot, secrets.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use fleet::{
+    Claims, Doing, Grant, Introduction, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Renewal,
+    Report, SIGNATURE_HEADER, SlotRecord, encoding,
+};
+use serde::Serialize;
+
+use super::foothold::{Door, Foothold, doors, reachable};
+use super::{Arena, Finding, Place, etcd};
+
+/// The group with slots that are free.
+pub const GROUP: &str = "app";
+/// A slot of it, that no machine of the test takes.
+const FREE_SLOT: &str = "app-6";
+const SLOTS: &str = "/bakehouse/slots/";
+const DENIED: &str = "/bakehouse/rollout/denied/";
+
+/// A join request, as one who listens at the other end of TLS has it.
+#[derive(Clone, Debug, Default)]
+pub struct Captured {
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+/// The hubs' API, on those that are members.
+async fn hubs(arena: &Arena, from: &Foothold) -> Vec<Door> {
+    let others = arena.topology.hubs.iter().filter(|h| from.node.as_ref().is_none_or(|n| n.name != h.name));
+    reachable(doors(arena, others, arena.topology.mesh.port)).await
+}
+
+/// Whether the attacker replaces the mesh key that hubs have for another node.
+pub fn change_mesh_key(arena: &Arena, from: &Foothold) -> Finding {
+    let key = MeshKey([from.place as u8 + 1; 32]);
+    let tls_key = encoding::encode(PrivateKey::generate().and_then(|k| k.public()).expect("randomness").as_bytes());
+    // Each API that takes a key, with every certificate that says another node's name, and with the own one.
+    let mut last = from.run(|| async {
+        let mut last = "no hub is reached".to_owned();
+        for door in hubs(arena, from).await {
+            for shown in from.credentials.iter().filter(|c| c.name != door.name) {
+                let said = Introduction { version: PROTOCOL, mesh_key: key, epoch: 99 };
+                let asked = Renewal { version: PROTOCOL, mesh_key: key, tls_key: tls_key.clone() };
+                if from.node.as_ref().is_none_or(|n| n.name != shown.name) {
+                    for (path, body) in [("/v1/introduce", json(&said)), ("/v1/renew", json(&asked))] {
+                        let answer = from.ask(&door, Some(shown), ("POST", path), &[], body).await;
+                        last = format!("{path} as {}: {}", shown.name, answered(answer));
+                    }
+                }
+            }
+        }
+        last
+    });
+    if let Some(how) = took_key(arena, from, key) {
+        return Finding::yes(how);
+    }
+    // The record that hubs take mesh keys from; it stays as it is, only by another's hand.
+    let slot = format!("{SLOTS}monitor-2");
+    let mut record: SlotRecord = serde_json::from_str(&arena.get(&slot)).expect("a record");
+    "the attacker".clone_into(&mut record.by);
+    match etcd::put(arena, from, &slot, &serde_json::to_string(&record).expect("JSON")) {
+        Ok(how) => return Finding::yes(format!("{slot} by {how}")),
+        Err(e) => last = format!("{last}; etcd: {e}"),
+    }
+    Finding::no(last)
+}
+
+/// Where a hub or a node has this key for somebody: it looks for some seconds.
+fn took_key(arena: &Arena, from: &Foothold, key: MeshKey) -> Option<String> {
+    for _ in 0..4 {
+        for (name, machine) in &arena.machines {
+            if from.node.as_ref().is_some_and(|n| n.name == *name) {
+                continue;
+            }
+            let found = machine.exec(&format!("grep -F '{key}' /var/lib/bakehouse/neighbours.json"));
+            if found.status == 0 {
+                return Some(format!("{name} has the attacker's key: {}", found.output.trim()));
+            }
+        }
+        sleep(Duration::from_millis(400));
+    }
+    None
+}
+
+/// Whether the attacker keeps a version from the fleet.
+pub fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
+    let version = format!("9.{}", from.place as u8);
+    let key = format!("{DENIED}{version}");
+    let report = |doing| json(&Report { version: PROTOCOL, image: "1".to_owned(), doing });
+    let wants = Doing::Wants { image: version.clone(), leads: false, primary: false, unwell: true };
+    let reports = [report(wants), report(Doing::WentBack { from: version.clone() })];
+    let last = from.run(|| async {
+        let mut last = "no hub is reached".to_owned();
+        for door in hubs(arena, from).await {
+            for shown in from.shown() {
+                for body in &reports {
+                    let answer = from.ask(&door, shown, ("POST", "/v1/turn"), &[], body.clone()).await;
+                    last = format!("/v1/turn of {}: {}", door.name, answered(answer));
+                }
+            }
+        }
+        last
+    });
+    let denied = || !arena.get(&key).is_empty();
+    let finding = if denied() {
+        Finding::yes(format!("two reports at /v1/turn: {}", arena.get(&key)))
+    } else {
+        match etcd::put(arena, from, &key, "denied by the attacker") {
+            Ok(how) => Finding::yes(format!("{key} by {how}")),
+            Err(e) => Finding::no(format!("{last}; etcd: {e}")),
+        }
+    };
+    for key in [&key, "/bakehouse/rollout/turn", "/bakehouse/rollout/held"] {
+        arena.delete(key);
+    }
+    finding
+}
+
+/// Whether the attacker gets a slot for a machine of its own.
+pub fn take_slot(arena: &Arena, from: &Foothold) -> Finding {
+    let mut last = String::new();
+    // A token that the attacker signs itself, with the best key it has; and those it was given.
+    let own_root = Issuer::root(&arena.topology.name).expect("randomness");
+    let forged = claims(arena).and_then(|c| Joiner::mint(from.issuer.as_ref().unwrap_or(&own_root), c).ok());
+    for (joiner, group) in forged.iter().map(|j| (j, GROUP)).chain(from.tickets.iter().map(|j| (j, "db"))) {
+        match join(arena, from, joiner, group) {
+            Ok((grant, _)) => return Finding::yes(format!("{} of {group}", grant.slot)),
+            Err(e) => last = e,
+        }
+    }
+    let slot = format!("{SLOTS}{FREE_SLOT}");
+    let record = SlotRecord {
+        epoch: 1,
+        mesh_key: MeshKey([7; 32]),
+        tls_key: "of the attacker".to_owned(),
+        token: None,
+        image: "1".to_owned(),
+        by: "the attacker".to_owned(),
+        at: 0,
+        leaving: false,
+        vacant: false,
+    };
+    let written = etcd::put(arena, from, &slot, &serde_json::to_string(&record).expect("JSON"));
+    arena.delete(&slot);
+    match written {
+        Ok(how) => return Finding::yes(format!("{slot} by {how}")),
+        Err(e) => last = format!("{last}; etcd: {e}"),
+    }
+    // What its own tickets give: as much as they say, and once.
+    for joiner in &from.tickets {
+        let group = joiner.token.read().expect("claims").group;
+        match join(arena, from, joiner, &group) {
+            Ok((grant, _)) => {
+                let again = join(arena, from, joiner, &group).map_or_else(|e| e, |(g, _)| g.slot);
+                let more = again.contains(&format!("{group}-"));
+                let said = format!("{} of its ticket's group; a second machine: {again}", grant.slot);
+                return if more { Finding::yes(said) } else { Finding::part(said) };
+            }
+            Err(e) => last = e,
+        }
+    }
+    Finding::no(last)
+}
+
+fn claims(arena: &Arena) -> Option<Claims> {
+    let mut claims = arena.ticket(GROUP, 1).token.read()?;
+    "forged".clone_into(&mut claims.id);
+    Some(claims)
+}
+
+/// Joins as a new machine with this right. Returns the grant, and the request as it crossed the wire.
+///
+/// # Errors
+/// The last hub's refusal.
+pub fn join(arena: &Arena, from: &Foothold, joiner: &Joiner, group: &str) -> Result<(Grant, Captured), String> {
+    let request = request_of(joiner, group);
+    from.run(|| async {
+        let mut last = "no hub is reached".to_owned();
+        for door in hubs(arena, from).await {
+            match send(from, &door, &request).await {
+                Ok(grant) => return Ok((grant, request)),
+                Err(e) => last = e,
+            }
+        }
+        Err(last)
+    })
+}
+
+/// The request of a new machine, signed as the token's owner signs it.
+pub fn request_of(joiner: &Joiner, group: &str) -> Captured {
+    let tls = PrivateKey::generate().and_then(|key| key.public()).expect("randomness");
+    let mesh_key = MeshKey(tls.as_bytes()[1..33].try_into().expect("32 bytes"));
+    let asked = JoinRequest {
+        version: PROTOCOL,
+        token: joiner.token.clone(),
+        group: group.to_owned(),
+        image: "1".to_owned(),
+        mesh_key,
+        tls_key: encoding::encode(tls.as_bytes()),
+    };
+    let body = json(&asked);
+    let signature = encoding::encode(&joiner.key.sign(&body).expect("a key"));
+    Captured { headers: vec![(SIGNATURE_HEADER.to_owned(), signature)], body }
+}
+
+/// Sends a join request as it is.
+///
+/// # Errors
+/// The hub's refusal.
+pub async fn send(from: &Foothold, door: &Door, request: &Captured) -> Result<Grant, String> {
+    let headers: Vec<(&str, &str)> = request.headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+    let answer = from.ask(door, None, ("POST", "/v1/join"), &headers, request.body.clone()).await?;
+    match serde_json::from_slice(&answer).map_err(|e| e.to_string())? {
+        JoinReply::Granted(grant) => Ok(grant),
+        JoinReply::Refused(no) => Err(no.text),
+    }
+}
+
+/// Whether the attacker has a password that is not its own roles', or gets one.
+pub fn read_secrets(arena: &Arena, from: &Foothold) -> Finding {
+    if !from.loot.is_empty() {
+        return Finding::yes(from.loot.join("; "));
+    }
+    if let Some(found) = on_disk(arena, from) {
+        return Finding::yes(found);
+    }
+    let asked = from.run(|| async {
+        let mut last = "no hub is reached".to_owned();
+        for door in hubs(arena, from).await {
+            // In another node's name.
+            for shown in from.credentials.iter().filter(|c| from.node.as_ref().is_none_or(|n| n.name != c.name)) {
+                let tls = PrivateKey::generate().and_then(|key| key.public()).expect("randomness");
+                let mesh_key = MeshKey(tls.as_bytes()[1..33].try_into().expect("32 bytes"));
+                let asked = Renewal { version: PROTOCOL, mesh_key, tls_key: encoding::encode(tls.as_bytes()) };
+                let answer = from.ask(&door, Some(shown), ("POST", "/v1/renew"), &[], json(&asked)).await;
+                match answer.as_ref().map(|a| serde_json::from_slice(a)) {
+                    Ok(Ok(JoinReply::Granted(grant))) => return Ok(format!("the grant of {}", grant.slot)),
+                    _ => last = format!("/v1/renew as {}: {}", shown.name, answered(answer)),
+                }
+            }
+            // Another's request, over a connection of its own.
+            for request in &from.captured {
+                match send(from, &door, request).await {
+                    Ok(grant) => return Ok(format!("the grant of {} by a replayed request", grant.slot)),
+                    Err(e) => last = format!("a replayed request: {e}"),
+                }
+            }
+        }
+        Err(last)
+    });
+    asked.map_or_else(Finding::no, Finding::yes)
+}
+
+/// Passwords of the fleet in the node's files, other than those its roles need.
+fn on_disk(arena: &Arena, from: &Foothold) -> Option<String> {
+    let node = from.node.as_ref()?;
+    let all: fleet::Secrets = serde_json::from_value(serde_json::json!(arena.secrets)).expect("passwords by name");
+    let needed = serde_json::to_value(all.for_roles(&node.roles)).expect("JSON");
+    let machine = arena.machine(&node.name);
+    let found: Vec<&str> = (arena.secrets.iter())
+        .filter(|(name, word)| !word.is_empty() && needed[name.as_str()].as_str().is_none_or(str::is_empty))
+        .filter(|(_, word)| {
+            let places = "/run/bakehouse /run/credentials /run/host/credentials /var/lib/bakehouse /var/lib/etcd";
+            machine.exec(&format!("grep -rqaF -- '{word}' {places} 2>/dev/null")).status == 0
+        })
+        .map(|(name, _)| name.as_str())
+        .collect();
+    let why = if from.place == Place::EvictedHub { "still on its disk" } else { "on its disk" };
+    (!found.is_empty()).then(|| format!("{why}: {}", found.join(", ")))
+}
+
+fn json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("JSON")
+}
+
+/// What was answered, in few words.
+fn answered(answer: Result<bytes::Bytes, String>) -> String {
+    let text = answer.map_or_else(|e| e, |body| String::from_utf8_lossy(&body).into_owned());
+    text.chars().take(90).collect()
+}

@@ -1,0 +1,72 @@
+//! The containment matrix: what an attacker who is root on one machine can do to the rest of the fleet.
+//!
+//! A row is a place where the attacker stands ([`Place`]), a column is something worth having ([`Target`]). Every
+//! cell is tried for real from that place, with everything that root finds there: the certificate and its key, the
+//! issuer if there is one, passwords, raw sockets, the routing daemon. The effect is verified from a machine that the
+//! attacker does not control. [`table`] has what is expected and why; `docs/security.md` prints the same.
+
+mod arena;
+mod backups;
+mod etcd;
+mod foothold;
+mod members;
+mod netboot;
+mod network;
+mod page;
+mod patroni;
+mod postgres;
+mod raft;
+mod rogue;
+mod table;
+
+pub use arena::Arena;
+pub use foothold::{Door, Foothold};
+pub use members::{GROUP, join, request_of, send};
+pub use netboot::{HUB_MAC, NetbootServer, attack as attack_netboot};
+pub use page::{Matrix, publish};
+pub use rogue::{RogueHub, rogue_effect};
+pub use table::{Place, Reach, Target};
+
+/// What an attack achieved.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    pub reach: Reach,
+    /// What succeeded, or the last refusal.
+    pub evidence: String,
+}
+
+impl Finding {
+    fn yes(evidence: impl Into<String>) -> Self {
+        Self { reach: Reach::Yes, evidence: evidence.into() }
+    }
+
+    fn part(evidence: impl Into<String>) -> Self {
+        Self { reach: Reach::Part, evidence: evidence.into() }
+    }
+
+    fn no(evidence: impl Into<String>) -> Self {
+        Self { reach: Reach::No, evidence: evidence.into() }
+    }
+}
+
+/// Tries one cell.
+///
+/// # Panics
+/// The fleet itself does not work.
+#[must_use]
+pub fn attack(arena: &Arena, from: &Foothold, target: Target) -> Finding {
+    match target {
+        Target::ReadEtcd => etcd::read(arena, from),
+        Target::WriteEtcd => etcd::write(arena, from),
+        Target::EtcdPeer => raft::peer(arena, from),
+        Target::Patroni => patroni::change(arena, from),
+        Target::Postgres => postgres::log_in(arena, from),
+        Target::Backups => backups::read(arena, from),
+        Target::Vip => network::take_vip(arena, from),
+        Target::Routes => network::announce(arena, from),
+        Target::MeshKeys => members::change_mesh_key(arena, from),
+        Target::DenyVersion => members::deny_version(arena, from),
+        Target::TakeSlot => members::take_slot(arena, from),
+        Target::Secrets => members::read_secrets(arena, from),
+    }
+}

@@ -1,0 +1,160 @@
+//! `bakehouse netboot` on the wire, and a host beside it that says false things.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use firstboot::https::{Connection, request};
+use firstboot::install::Key;
+use fleet::netboot::Errand;
+use fleet::{Right, Ticket, encoding};
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use ring::digest::{SHA256, digest};
+use serde_json::{Value, json};
+
+use super::arena::INTERNET;
+use super::{Arena, Foothold};
+
+const PORT: u16 = 8470;
+/// A machine that fleet.toml names; its MAC address is seen on the wire.
+pub const HUB_MAC: &str = "52:54:00:00:00:01";
+
+/// The real server, on the bridge that the attacker is on, too.
+pub struct NetbootServer {
+    child: Child,
+    log: PathBuf,
+}
+
+impl NetbootServer {
+    /// # Panics
+    /// It does not start.
+    #[must_use]
+    pub fn start(arena: &Arena, more: &[&str]) -> Self {
+        let log = arena.lab.dir.join("netboot.log");
+        let file = File::create(&log).expect("the lab is writable");
+        let bakehouse = arena.lab.command(&[]);
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", arena.internet().display())).arg("--").arg(bakehouse.get_program());
+        command.arg("-C").arg(&arena.lab.dir).args(["netboot", "--interface", "wire"]).args(more);
+        command.stdin(Stdio::null()).stdout(file.try_clone().expect("a file")).stderr(file);
+        let mut server = Self { child: command.spawn().expect("nsenter"), log };
+        let until = Instant::now() + Duration::from_secs(240);
+        while !server.said().contains("Ctrl-C ends it") {
+            let ended = server.child.try_wait().expect("a child");
+            assert!(ended.is_none() && Instant::now() < until, "netboot does not start:\n{}", server.said());
+            sleep(Duration::from_millis(100));
+        }
+        server
+    }
+
+    #[must_use]
+    pub fn said(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for NetbootServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill().and_then(|()| self.child.wait());
+    }
+}
+
+/// Sends one message to the server.
+///
+/// # Errors
+/// It refuses.
+pub async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
+    let sent = async {
+        let mut server = Connection::plain(INTERNET, PORT).await?;
+        server.ask(request("POST", INTERNET, path, &[], message.to_string().into())?, 1 << 20).await
+    };
+    sent.await.map(Into::into).map_err(|e| e.to_string())
+}
+
+/// Asks as a machine with these network cards; the ticket that it gets.
+///
+/// # Errors
+/// None, and why.
+pub async fn ticket_of(macs: &[&str]) -> Result<Ticket, String> {
+    let key = Key::generate().map_err(|e| e.to_string())?;
+    let machine = json!({
+        "version": 1, "macs": macs, "serial": "", "memory": 8_u64 << 30, "key": key.public(),
+        "disks": [{ "path": "/dev/sda", "size": 64_u64 << 30, "removable": false }],
+    });
+    let answer = tell("/v1/machine", &machine).await?;
+    let sealed =
+        match serde_json::from_slice(&answer).map_err(|e| format!("{e}: {}", String::from_utf8_lossy(&answer)))? {
+            Errand::Install(install) => install.ticket,
+            Errand::Run(run) => run.ticket,
+            Errand::Nothing { why } => return Err(why),
+        };
+    let ticket = key.open(&sealed).map_err(|e| e.to_string())?;
+    // As it lies on the EFI partition: a systemd credential with a key that is none.
+    Ticket::parse(&ticket).or_else(|_| opened(&ticket))
+}
+
+/// Opens a credential that is encrypted with the key that everybody has, as systemd does.
+fn opened(credential: &[u8]) -> Result<Ticket, String> {
+    const HEADER: usize = 48;
+    const IV: std::ops::Range<usize> = 32..44;
+    let text = String::from_utf8_lossy(credential);
+    let bytes = encoding::decode(text.trim()).unwrap_or_else(|| credential.to_vec());
+    let (header, sealed) = bytes.split_at_checked(HEADER).ok_or("a ticket that is too short")?;
+    let key = digest(&SHA256, b"");
+    let key = UnboundKey::new(&AES_256_GCM, key.as_ref()).map(LessSafeKey::new).map_err(|e| e.to_string())?;
+    let nonce = Nonce::try_assume_unique_for_key(&header[IV]).map_err(|e| e.to_string())?;
+    let mut inner = sealed.to_vec();
+    let plain = key.open_in_place(nonce, Aad::from(header), &mut inner).map_err(|_| "a ticket of another key")?;
+    let begin = plain.iter().position(|b| *b == b'{').ok_or("no ticket in the credential")?;
+    Ticket::parse(&plain[begin..]).map_err(|e| e.to_string())
+}
+
+/// Plays what a host on that network may say. Takes the tickets of a group that any machine may be, and notes what it
+/// got beyond that.
+///
+/// # Panics
+/// The lab is not writable.
+pub fn attack(arena: &Arena, from: &mut Foothold) {
+    // A file of the operator's host, which the server's root could overwrite.
+    let file = arena.lab.dir.join("precious");
+    fs::write(&file, "precious").expect("the lab is writable");
+    let path = file.display().to_string();
+    let (joiners, mut loot) = from.run(|| async {
+        let (mut joiners, mut loot) = (Vec::new(), Vec::new());
+        let news = |mac: &str| json!({ "version": 1, "mac": mac, "step": "installed" });
+        // The address of a machine that fleet.toml names, and false news of it.
+        match ticket_of(&[HUB_MAC]).await {
+            Ok(ticket) => loot.push(format!("{} for a MAC address that was seen", right(&ticket))),
+            Err(e) => println!("  {HUB_MAC}: {e}"),
+        }
+        println!("  false news: {:?}", tell("/v1/news", &news(HUB_MAC)).await.map(|_| "taken"));
+        // Other first addresses before it: an address that is none, and one that is a path.
+        for first in ["52:54:00:00:00:77", path.as_str()] {
+            match ticket_of(&[first, HUB_MAC]).await {
+                Ok(ticket) => loot.push(format!("{} behind another address", right(&ticket))),
+                Err(e) => println!("  {HUB_MAC} as the second address: {e}"),
+            }
+        }
+        println!("  news of a path: {:?}", tell("/v1/news", &news(&path)).await.map(|_| "taken"));
+        match ticket_of(&["52:54:00:00:00:66"]).await.map(|t| t.right) {
+            Ok(Right::Joiner(joiner)) => joiners.push(joiner),
+            Ok(Right::Founder(founder)) => loot.push(format!("the founder's ticket of {}", founder.slot)),
+            Err(e) => println!("  any machine: {e}"),
+        }
+        (joiners, loot)
+    });
+    if fs::read_to_string(&file).expect("it was written") != "precious" {
+        loot.push("a file of the operator's host overwritten".to_owned());
+    }
+    from.tickets = joiners;
+    from.loot = loot;
+}
+
+fn right(ticket: &Ticket) -> String {
+    match &ticket.right {
+        Right::Founder(founder) => format!("the founder's ticket of {}", founder.slot),
+        Right::Joiner(_) => "a joiner's ticket".to_owned(),
+    }
+}

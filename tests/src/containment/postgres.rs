@@ -1,0 +1,175 @@
+//! Logging in to PostgreSQL: TLS, the start-up message, and SCRAM with every password that the attacker has.
+
+use std::num::NonZeroU32;
+
+use firstboot::https;
+use fleet::encoding::{decode, encode};
+use ring::{digest, hmac, pbkdf2};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::ServerName;
+
+use super::foothold::{Credential, Door, Foothold, PATIENCE, doors, reachable};
+use super::{Arena, Finding, Place};
+
+/// PostgreSQL's own port, and HAProxy's to the primary.
+const PORTS: [u16; 2] = [5432, 5000];
+const ROLES: [&str; 4] = ["postgres", "replicator", "rewind", "odoo"];
+
+/// Whether the attacker logs in as a role that is not its own machine's.
+pub fn log_in(arena: &Arena, from: &Foothold) -> Finding {
+    // An app node's own role is the owner of Odoo's database.
+    let own = if from.place == Place::App { "odoo" } else { "" };
+    let found = from.run(|| async {
+        let mut last = "ports 5432 and 5000 are filtered or closed".to_owned();
+        for door in reachable(targets(arena)).await {
+            for role in ROLES.iter().filter(|role| **role != own) {
+                for shown in from.shown() {
+                    match try_role(from, &door, shown, role).await {
+                        Ok(how) => return Ok(format!("{}:{} as {role} {how}", door.host, door.port)),
+                        Err(e) => last = format!("{}:{} as {role}: {e}", door.host, door.port),
+                    }
+                }
+            }
+        }
+        Err(last)
+    });
+    found.map_or_else(Finding::no, Finding::yes)
+}
+
+fn targets(arena: &Arena) -> Vec<Door> {
+    let dbs: Vec<_> = arena.topology.nodes.iter().filter(|n| n.has_role("db")).collect();
+    let mut all = doors(arena, dbs.iter().copied(), PORTS[0]);
+    all.extend(doors(arena, arena.topology.hubs.iter(), PORTS[1]));
+    all.push(Door { host: arena.topology.vip.to_string(), port: PORTS[1], name: String::new() });
+    all
+}
+
+/// Tries a role with every password, each over a connection of its own. Returns how it got in.
+async fn try_role(from: &Foothold, door: &Door, shown: Option<&Credential>, role: &str) -> Result<String, String> {
+    let mut last = String::new();
+    let none = String::new();
+    for (name, word) in from.passwords.iter().map(|(n, w)| (n.as_str(), w)).chain([("an empty password", &none)]) {
+        match timeout(PATIENCE, session(from, door, shown, role, word)).await {
+            Ok(Ok(())) => return Ok(format!("with {name}")),
+            Ok(Err(e)) => last = e,
+            Err(_) => "no answer".clone_into(&mut last),
+        }
+        // Whoever is refused by address is refused with every password.
+        if last.contains("pg_hba.conf") {
+            break;
+        }
+    }
+    Err(last)
+}
+
+async fn session(
+    from: &Foothold,
+    door: &Door,
+    shown: Option<&Credential>,
+    role: &str,
+    password: &str,
+) -> Result<(), String> {
+    let mut stream = encrypted(from, door, shown).await?;
+    let mut start = 196_608_u32.to_be_bytes().to_vec();
+    for word in ["user", role, "database", "postgres", ""] {
+        start.extend(word.bytes().chain([0]));
+    }
+    send(&mut stream, None, &start).await?;
+    let (kind, body) = receive(&mut stream).await?;
+    let code = body.get(..4).map(|b| u32::from_be_bytes(b.try_into().unwrap_or_default()));
+    match (kind, code) {
+        (b'R', Some(0)) => Ok(()),
+        (b'R', Some(10)) => scram(&mut stream, password).await,
+        (b'E', _) => Err(words(&body)),
+        _ => Err(format!("an answer of kind {kind}")),
+    }
+}
+
+/// Asks for TLS. The certificate behind HAProxy is the primary's, whichever that is.
+async fn encrypted(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Result<TlsStream<TcpStream>, String> {
+    let identity = shown.map(|own| https::Identity { cert: &own.cert, key: &own.key });
+    let tls = https::client(&from.root, identity).map_err(|e| e.to_string())?;
+    let mut last = String::new();
+    for name in ["db-1", "db-2"] {
+        let tried = async {
+            let mut tcp = TcpStream::connect((door.host.as_str(), door.port)).await?;
+            tcp.write_all(&[0, 0, 0, 8, 4, 210, 22, 47]).await?;
+            tcp.read_u8().await?;
+            let expected = ServerName::try_from(name).map_err(std::io::Error::other)?;
+            TlsConnector::from(tls.clone()).connect(expected, tcp).await
+        };
+        match tried.await {
+            Ok(stream) => return Ok(stream),
+            Err(e) => last = e.to_string(),
+        }
+    }
+    Err(last)
+}
+
+/// RFC 5802 and 7677, without channel binding.
+async fn scram(stream: &mut TlsStream<TcpStream>, password: &str) -> Result<(), String> {
+    let bare = "n=,r=containment";
+    let first = format!("n,,{bare}");
+    let mut body = b"SCRAM-SHA-256\0".to_vec();
+    body.extend((first.len() as u32).to_be_bytes());
+    body.extend(first.bytes());
+    send(stream, Some(b'p'), &body).await?;
+    let (kind, body) = receive(stream).await?;
+    if kind != b'R' {
+        return Err(words(&body));
+    }
+    let challenge = String::from_utf8_lossy(&body[4..]).into_owned();
+    let part = |name: &str| challenge.split(',').find_map(|p| p.strip_prefix(name)).map(str::to_owned);
+    let (Some(nonce), Some(salt), Some(rounds)) = (part("r="), part("s="), part("i=")) else {
+        return Err(format!("a challenge that is none: {challenge}"));
+    };
+    let rounds: NonZeroU32 = rounds.parse().map_err(|_| "no number of rounds".to_owned())?;
+    let salt = decode(&salt).ok_or("a salt that is no base64")?;
+    let mut salted = [0; digest::SHA256_OUTPUT_LEN];
+    pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, rounds, &salt, password.as_bytes(), &mut salted);
+    let mac = |key: &[u8], text: &[u8]| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), text);
+    let client = mac(&salted, b"Client Key");
+    let stored = digest::digest(&digest::SHA256, client.as_ref());
+    let last = format!("c=biws,r={nonce}");
+    let signature = mac(stored.as_ref(), format!("{bare},{challenge},{last}").as_bytes());
+    let proof: Vec<u8> = client.as_ref().iter().zip(signature.as_ref()).map(|(a, b)| a ^ b).collect();
+    send(stream, Some(b'p'), format!("{last},p={}", encode(&proof)).as_bytes()).await?;
+    // The server's proof, and that the role is in; a role without such a database is known by its password, too.
+    loop {
+        let (kind, body) = receive(stream).await?;
+        match (kind, body.get(..4)) {
+            (b'R', Some([0, 0, 0, 12])) => {}
+            (b'R', Some([0, 0, 0, 0])) => return Ok(()),
+            _ => return Err(words(&body)),
+        }
+    }
+}
+
+async fn send(stream: &mut TlsStream<TcpStream>, kind: Option<u8>, body: &[u8]) -> Result<(), String> {
+    let mut message: Vec<u8> = kind.into_iter().collect();
+    message.extend((body.len() as u32 + 4).to_be_bytes());
+    message.extend(body);
+    stream.write_all(&message).await.map_err(|e| e.to_string())?;
+    stream.flush().await.map_err(|e| e.to_string())
+}
+
+async fn receive(stream: &mut TlsStream<TcpStream>) -> Result<(u8, Vec<u8>), String> {
+    let read = async {
+        let kind = stream.read_u8().await?;
+        let length = stream.read_u32().await?.saturating_sub(4).min(1 << 16);
+        let mut body = vec![0; length as usize];
+        stream.read_exact(&mut body).await?;
+        Ok::<_, std::io::Error>((kind, body))
+    };
+    read.await.map_err(|e| e.to_string())
+}
+
+/// The message of an error.
+fn words(body: &[u8]) -> String {
+    let field = body.split(|b| *b == 0).find_map(|field| field.strip_prefix(b"M"));
+    String::from_utf8_lossy(field.unwrap_or(body)).into_owned()
+}
