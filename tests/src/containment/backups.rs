@@ -4,7 +4,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
-use super::foothold::{Foothold, doors, reachable};
+use super::foothold::{Foothold, doors};
 use super::{Arena, Finding};
 
 const PORT: u16 = 8432;
@@ -18,7 +18,7 @@ pub fn read(arena: &Arena, from: &Foothold) -> Finding {
         let listed = arena.machine(keeper).exec("ls /var/lib/pgbackrest/backup/main/backup.info");
         return if listed.status == 0 { Finding::yes("its own disk") } else { Finding::no(listed.output) };
     }
-    let open = from.run(|| async { reachable(doors(arena, [arena.node(keeper)].into_iter(), PORT)).await });
+    let open = from.run(|| async { from.reachable(doors(arena, [arena.node(keeper)].into_iter(), PORT)).await });
     let mut last = format!("port {PORT} is filtered or closed");
     for door in open {
         for shown in &from.credentials {

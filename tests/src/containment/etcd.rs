@@ -7,7 +7,7 @@ use fleet::encoding::{decode, encode};
 use serde_json::{Value, json};
 
 use super::arena::SCRATCH;
-use super::foothold::{Credential, Door, Foothold, doors, reachable};
+use super::foothold::{Credential, Door, Foothold, doors};
 use super::{Arena, Finding, raft};
 
 pub const CLIENT_PORT: u16 = 2379;
@@ -61,7 +61,7 @@ impl Session<'_> {
 async fn sessions<'a>(arena: &Arena, from: &'a Foothold) -> Result<Vec<Session<'a>>, String> {
     let mut found = Vec::new();
     let mut last = format!("port {CLIENT_PORT} is filtered or closed");
-    for door in reachable(voter_doors(arena, from, CLIENT_PORT)).await {
+    for door in from.reachable(voter_doors(arena, from, CLIENT_PORT)).await {
         for shown in from.shown() {
             let probe = json!({ "key": encode(SCRATCH.as_bytes()) });
             let tokens = match post(from, &door, shown, "/v3/kv/range", &[], &probe).await {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -60,6 +61,8 @@ pub struct Foothold {
     pub captured: Vec<Captured>,
     /// Secrets of others that it got on its way here.
     pub loot: Vec<String>,
+    /// Doors that were tried: what is filtered stays so, and costs a time-out.
+    tried: Arc<Mutex<BTreeMap<(String, u16), bool>>>,
 }
 
 impl Foothold {
@@ -98,6 +101,7 @@ impl Foothold {
             tickets,
             captured: Vec::new(),
             loot: Vec::new(),
+            tried: Arc::default(),
             node: Some(node),
         };
         foothold.forge(arena);
@@ -126,6 +130,7 @@ impl Foothold {
             tickets: Vec::new(),
             captured: Vec::new(),
             loot: Vec::new(),
+            tried: Arc::default(),
         }
     }
 
@@ -177,6 +182,24 @@ impl Foothold {
         &self.namespace
     }
 
+    /// Those of the doors where something accepts a TCP connection.
+    pub async fn reachable(&self, doors: Vec<Door>) -> Vec<Door> {
+        let tried = doors.into_iter().map(|door| async {
+            let at = (door.host.clone(), door.port);
+            let known = self.tried.lock().unwrap_or_else(PoisonError::into_inner).get(&at).copied();
+            let open = match known {
+                Some(open) => open,
+                None => {
+                    let connected = timeout(CONNECT, TcpStream::connect((door.host.as_str(), door.port))).await;
+                    matches!(connected, Ok(Ok(_)))
+                }
+            };
+            self.tried.lock().unwrap_or_else(PoisonError::into_inner).insert(at, open);
+            open.then_some(door)
+        });
+        join_all(tried).await.into_iter().flatten().collect()
+    }
+
     /// Sends one request over TLS.
     ///
     /// # Errors
@@ -204,15 +227,6 @@ fn signed(arena: &Arena, issuer: &Issuer, name: &str) -> Option<Credential> {
     let key = PrivateKey::generate().expect("randomness");
     let cert = issuer.node(&arena.topology, arena.node(name), &key.public().expect("a key")).ok()?;
     Some(Credential { name: name.to_owned(), cert, key: key.pem().to_owned() })
-}
-
-/// Those of the doors where something accepts a TCP connection.
-pub async fn reachable(doors: Vec<Door>) -> Vec<Door> {
-    let tried = doors.into_iter().map(|door| async {
-        let connected = timeout(CONNECT, TcpStream::connect((door.host.as_str(), door.port))).await;
-        matches!(connected, Ok(Ok(_))).then_some(door)
-    });
-    join_all(tried).await.into_iter().flatten().collect()
 }
 
 /// Doors of a port on some nodes, by every address.

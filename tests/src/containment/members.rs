@@ -10,7 +10,7 @@ use fleet::{
 };
 use serde::Serialize;
 
-use super::foothold::{Door, Foothold, doors, reachable};
+use super::foothold::{Door, Foothold, doors};
 use super::{Arena, Finding, Place, etcd};
 
 /// The group with slots that are free.
@@ -30,7 +30,7 @@ pub struct Captured {
 /// The hubs' API, on those that are members.
 async fn hubs(arena: &Arena, from: &Foothold) -> Vec<Door> {
     let others = arena.topology.hubs.iter().filter(|h| from.node.as_ref().is_none_or(|n| n.name != h.name));
-    reachable(doors(arena, others, arena.topology.mesh.port)).await
+    from.reachable(doors(arena, others, arena.topology.mesh.port)).await
 }
 
 /// Whether the attacker replaces the mesh key that hubs have for another node.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use super::foothold::{Foothold, doors, reachable};
+use super::foothold::{Foothold, doors};
 use super::{Arena, Finding, Place};
 
 const VRRP: i32 = 112;
@@ -114,7 +114,7 @@ fn checksum(bytes: &[u8]) -> u16 {
 pub fn announce(arena: &Arena, from: &Foothold) -> Finding {
     let Some(node) = &from.node else {
         // Nobody without a tunnel has a transport address: BGP's port is all there is.
-        let open = from.run(|| async { reachable(doors(arena, arena.topology.hubs.iter(), 179)).await });
+        let open = from.run(|| async { from.reachable(doors(arena, arena.topology.hubs.iter(), 179)).await });
         return match open.first() {
             Some(door) => Finding::yes(format!("{}:179 accepts a connection", door.host)),
             None => Finding::no("port 179 is filtered or closed"),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::foothold::{Foothold, doors, reachable};
+use super::foothold::{Foothold, doors};
 use super::{Arena, Finding, etcd};
 
 const API: u16 = 8008;
@@ -17,7 +17,7 @@ pub fn change(arena: &Arena, from: &Foothold) -> Finding {
     let asked = from.run(|| async {
         let dbs = arena.topology.nodes.iter().filter(|n| n.has_role("db"));
         let mut last = format!("port {API} is filtered or closed");
-        for door in reachable(doors(arena, dbs, API)).await {
+        for door in from.reachable(doors(arena, dbs, API)).await {
             for shown in from.shown() {
                 let body = format!("{{\"{mark}\": true}}").into_bytes();
                 let json = [("content-type", "application/json")];

@@ -12,7 +12,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use super::foothold::{Credential, Door, Foothold, PATIENCE, doors, reachable};
+use super::foothold::{Credential, Door, Foothold, PATIENCE, doors};
 use super::{Arena, Finding, Place};
 
 /// PostgreSQL's own port, and HAProxy's to the primary.
@@ -25,9 +25,9 @@ pub fn log_in(arena: &Arena, from: &Foothold) -> Finding {
     let own = if from.place == Place::App { "odoo" } else { "" };
     let found = from.run(|| async {
         let mut last = "ports 5432 and 5000 are filtered or closed".to_owned();
-        for door in reachable(targets(arena)).await {
+        for door in from.reachable(targets(arena)).await {
             for role in ROLES.iter().filter(|role| **role != own) {
-                for shown in from.shown() {
+                for shown in [from.credentials.first(), None] {
                     match try_role(from, &door, shown, role).await {
                         Ok(how) => return Ok(format!("{}:{} as {role} {how}", door.host, door.port)),
                         Err(e) => last = format!("{}:{} as {role}: {e}", door.host, door.port),

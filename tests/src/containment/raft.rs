@@ -8,7 +8,7 @@ use firstboot::https::{self, Connection, request};
 use serde_json::Value;
 
 use super::etcd::voter_doors;
-use super::foothold::{Credential, Door, Foothold, reachable};
+use super::foothold::{Credential, Door, Foothold};
 use super::{Arena, Finding};
 
 const PEER_PORT: u16 = 2380;
@@ -37,7 +37,7 @@ pub fn propose(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result
         let (_, shown, members) = members(arena, from).await?;
         let mut last = String::new();
         // The leader takes it, a follower forwards it.
-        for door in reachable(voter_doors(arena, from, PEER_PORT)).await {
+        for door in from.reachable(voter_doors(arena, from, PEER_PORT)).await {
             let Some((_, to)) = members.ids.iter().find(|(name, _)| *name == door.name) else { continue };
             let Some((_, as_member)) = members.ids.iter().find(|(name, _)| *name != door.name) else { continue };
             let message = proposal(*as_member, *to, key, value);
@@ -60,7 +60,7 @@ pub fn propose(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result
 /// The first member that lets the attacker in, with what, and what it says of the cluster.
 async fn members<'a>(arena: &Arena, from: &'a Foothold) -> Result<(Door, Option<&'a Credential>, Members), String> {
     let mut last = format!("port {PEER_PORT} is filtered or closed");
-    for door in reachable(voter_doors(arena, from, PEER_PORT)).await {
+    for door in from.reachable(voter_doors(arena, from, PEER_PORT)).await {
         for shown in from.shown() {
             match list(from, &door, shown).await {
                 Ok(members) => return Ok((door, shown, members)),
