@@ -7,12 +7,12 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::containment::{
-    Arena, Door, Foothold, GROUP, HUB_MAC, Matrix, NetbootServer, Place, RogueHub, Target, attack, attack_netboot,
-    join, publish, request_of, rogue_effect, send,
+    Arena, Door, Foothold, GROUP, HUB_MAC, Matrix, NetbootServer, Place, RogueHub, Target, ask_to_join, attack,
+    attack_netboot, join, publish, request_of, rogue_effect,
 };
 use bakehouse_tests::{Lab, Machine};
 
-const NODES: [&str; 8] = ["hub-1", "hub-2", "db-1", "db-2", "app-1", "monitor-1", "monitor-2", "vault-1"];
+const NODES: [&str; 8] = ["hub-1", "hub-2", "db-1", "db-2", "app-1", "monitor-1", "watch-1", "vault-1"];
 
 /// The third vote is monitor-1's. Of the group `app` most slots are free.
 fn fleet() -> String {
@@ -20,7 +20,8 @@ fn fleet() -> String {
         "name = \"contained\"\nversion = \"1\"\n\n[backup]\nnode = \"vault-1\"\n\n\
          [netboot]\nothers = \"{GROUP}\"\n[netboot.machines]\n\"{HUB_MAC}\" = \"hub-1\"\n\n\
          [groups.hub]\ncount = 2\nendpoints = [\"hub1.example.net\", \"hub2.example.net\"]\n\
-         [groups.db]\ncount = 2\n[groups.app]\ncount = 6\n[groups.monitor]\ncount = 2\n[groups.vault]\ncount = 1\n"
+         [groups.db]\ncount = 2\n[groups.app]\ncount = 6\n[groups.monitor]\ncount = 1\n[groups.vault]\ncount = 1\n\
+         [groups.watch]\nroles = [\"monitor\"]\ncount = 1\nfirst = \"10.10.0.35\"\n"
     )
 }
 
@@ -40,7 +41,7 @@ fn in_containers_one_taken_machine_reaches_what_the_page_says() {
     let mut matrix = Matrix::default();
     let nodes = [
         (Place::App, "app-1"),
-        (Place::Monitor, "monitor-2"),
+        (Place::Monitor, "watch-1"),
         (Place::Db, "db-2"),
         (Place::Voter, "monitor-1"),
         (Place::Keeper, "vault-1"),
@@ -98,9 +99,10 @@ fn try_evicted_hub(arena: &Arena, matrix: &mut Matrix) {
     let joiner = Foothold::outside(arena, Place::Stranger);
     let node = arena.node("hub-2");
     let door = Door { host: arena.public(node).to_string(), port: arena.topology.mesh.port, name: node.name.clone() };
-    let request = request_of(&arena.ticket(GROUP, 1), GROUP);
-    let answer = joiner.run(|| async { send(&joiner, &door, &request).await });
-    println!("  the evicted hub, asked to join: {:?}", answer.map(|grant| grant.slot));
+    let ticket = arena.ticket(GROUP, 1);
+    let request = request_of(&ticket, GROUP);
+    let answer = joiner.run(|| async { ask_to_join(&joiner, &door, &ticket, &request).await });
+    println!("  the evicted hub, asked to join: {:?}", answer.map(|(grant, _)| grant.slot));
     hub.captured = rogue.captured();
     assert_eq!(hub.captured.len(), 1, "the joiner's request did not reach the evicted hub");
 

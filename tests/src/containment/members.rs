@@ -4,13 +4,15 @@
 use std::thread::sleep;
 use std::time::Duration;
 
+use firstboot::https::{self, Connection};
 use fleet::{
-    Claims, Doing, Grant, Introduction, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL, PrivateKey, Renewal,
-    Report, SIGNATURE_HEADER, SlotRecord, encoding,
+    BOUND_SIGNATURE_HEADER, Claims, Doing, Grant, Introduction, Issuer, JoinReply, JoinRequest, Joiner, MeshKey,
+    PROTOCOL, PrivateKey, Renewal, Report, SIGNATURE_HEADER, SlotRecord, bound_message, encoding,
 };
 use serde::Serialize;
+use tokio::time::timeout;
 
-use super::foothold::{Door, Foothold, doors};
+use super::foothold::{Door, Foothold, PATIENCE, doors};
 use super::{Arena, Finding, Place, etcd};
 
 /// The group with slots that are free.
@@ -58,7 +60,7 @@ pub fn change_mesh_key(arena: &Arena, from: &Foothold) -> Finding {
         return Finding::yes(how);
     }
     // The record that hubs take mesh keys from; it stays as it is, only by another's hand.
-    let slot = format!("{SLOTS}monitor-2");
+    let slot = format!("{SLOTS}watch-1");
     let mut record: SlotRecord = serde_json::from_str(&arena.get(&slot)).expect("a record");
     "the attacker".clone_into(&mut record.by);
     match etcd::put(arena, from, &slot, &serde_json::to_string(&record).expect("JSON")) {
@@ -176,12 +178,12 @@ fn claims(arena: &Arena) -> Option<Claims> {
 /// # Errors
 /// The last hub's refusal.
 pub fn join(arena: &Arena, from: &Foothold, joiner: &Joiner, group: &str) -> Result<(Grant, Captured), String> {
-    let request = request_of(joiner, group);
+    let body = request_of(joiner, group);
     from.run(|| async {
         let mut last = "no hub is reached".to_owned();
         for door in hubs(arena, from).await {
-            match send(from, &door, &request).await {
-                Ok(grant) => return Ok((grant, request)),
+            match ask_to_join(from, &door, joiner, &body).await {
+                Ok(granted) => return Ok(granted),
                 Err(e) => last = e,
             }
         }
@@ -189,34 +191,58 @@ pub fn join(arena: &Arena, from: &Foothold, joiner: &Joiner, group: &str) -> Res
     })
 }
 
-/// The request of a new machine, signed as the token's owner signs it.
-pub fn request_of(joiner: &Joiner, group: &str) -> Captured {
+/// The request of a new machine.
+#[must_use]
+pub fn request_of(joiner: &Joiner, group: &str) -> Vec<u8> {
     let tls = PrivateKey::generate().and_then(|key| key.public()).expect("randomness");
     let mesh_key = MeshKey(tls.as_bytes()[1..33].try_into().expect("32 bytes"));
-    let asked = JoinRequest {
+    json(&JoinRequest {
         version: PROTOCOL,
         token: joiner.token.clone(),
         group: group.to_owned(),
         image: "1".to_owned(),
         mesh_key,
         tls_key: encoding::encode(tls.as_bytes()),
-    };
-    let body = json(&asked);
-    let signature = encoding::encode(&joiner.key.sign(&body).expect("a key"));
-    Captured { headers: vec![(SIGNATURE_HEADER.to_owned(), signature)], body }
+    })
 }
 
-/// Sends a join request as it is.
+/// Asks one hub, signed as the token's owner signs it. Returns the grant, and the request as it crossed the wire.
 ///
 /// # Errors
 /// The hub's refusal.
-pub async fn send(from: &Foothold, door: &Door, request: &Captured) -> Result<Grant, String> {
-    let headers: Vec<(&str, &str)> = request.headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
-    let answer = from.ask(door, None, ("POST", "/v1/join"), &headers, request.body.clone()).await?;
-    match serde_json::from_slice(&answer).map_err(|e| e.to_string())? {
+pub async fn ask_to_join(
+    from: &Foothold,
+    door: &Door,
+    joiner: &Joiner,
+    body: &[u8],
+) -> Result<(Grant, Captured), String> {
+    let tls = https::client(&from.root, None).map_err(|e| e.to_string())?;
+    let asked = async {
+        let mut hub = Connection::open(&door.host, door.port, &door.name, &tls).await?;
+        let binding = *hub.binding().expect("a connection with TLS");
+        let signed = |message: &[u8]| encoding::encode(&joiner.key.sign(message).expect("a key"));
+        let headers = vec![
+            (BOUND_SIGNATURE_HEADER.to_owned(), signed(&bound_message(&binding, "POST", "/v1/join", body))),
+            (SIGNATURE_HEADER.to_owned(), signed(body)),
+        ];
+        let answer = hub.post_signed("/v1/join", body, |message| joiner.key.sign(message), 1 << 20).await?;
+        Ok::<_, firstboot::error::Error>((answer, Captured { headers, body: body.to_vec() }))
+    };
+    let (answer, captured) = timeout(PATIENCE, asked).await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+    granted(&answer).map(|grant| (grant, captured))
+}
+
+fn granted(answer: &[u8]) -> Result<Grant, String> {
+    match serde_json::from_slice(answer).map_err(|e| e.to_string())? {
         JoinReply::Granted(grant) => Ok(grant),
         JoinReply::Refused(no) => Err(no.text),
     }
+}
+
+/// Sends a join request as it was captured.
+async fn send(from: &Foothold, door: &Door, request: &Captured) -> Result<Grant, String> {
+    let headers: Vec<(&str, &str)> = request.headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+    granted(&from.ask(door, None, ("POST", "/v1/join"), &headers, request.body.clone()).await?)
 }
 
 /// Whether the attacker has a password that is not its own roles', or gets one.

@@ -21,7 +21,7 @@ mod table;
 
 pub use arena::Arena;
 pub use foothold::{Door, Foothold};
-pub use members::{GROUP, join, request_of, send};
+pub use members::{GROUP, ask_to_join, join, request_of};
 pub use netboot::{HUB_MAC, NetbootServer, attack as attack_netboot};
 pub use page::{Matrix, publish};
 pub use rogue::{RogueHub, rogue_effect};

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use firstboot::https::{Connection, request};
 use firstboot::install::Key;
-use fleet::netboot::Errand;
+use fleet::netboot::{Errand, Machine};
 use fleet::{Right, Ticket, encoding};
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::digest::{SHA256, digest};
@@ -80,7 +80,7 @@ pub async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
 pub async fn ticket_of(macs: &[&str]) -> Result<Ticket, String> {
     let key = Key::generate().map_err(|e| e.to_string())?;
     let machine = json!({
-        "version": 1, "macs": macs, "serial": "", "memory": 8_u64 << 30, "key": key.public(),
+        "version": Machine::VERSION, "macs": macs, "serial": "", "memory": 8_u64 << 30, "key": key.public(),
         "disks": [{ "path": "/dev/sda", "size": 64_u64 << 30, "removable": false }],
     });
     let answer = tell("/v1/machine", &machine).await?;
@@ -88,9 +88,10 @@ pub async fn ticket_of(macs: &[&str]) -> Result<Ticket, String> {
         match serde_json::from_slice(&answer).map_err(|e| format!("{e}: {}", String::from_utf8_lossy(&answer)))? {
             Errand::Install(install) => install.ticket,
             Errand::Run(run) => run.ticket,
+            Errand::Confirm { to } => return Err(format!("the operator has to confirm the code of {to}")),
             Errand::Nothing { why } => return Err(why),
         };
-    let ticket = key.open(&sealed).map_err(|e| e.to_string())?;
+    let (ticket, _) = key.open(&sealed).map_err(|e| e.to_string())?;
     // As it lies on the EFI partition: a systemd credential with a key that is none.
     Ticket::parse(&ticket).or_else(|_| opened(&ticket))
 }
@@ -123,7 +124,7 @@ pub fn attack(arena: &Arena, from: &mut Foothold) {
     let path = file.display().to_string();
     let (joiners, mut loot) = from.run(|| async {
         let (mut joiners, mut loot) = (Vec::new(), Vec::new());
-        let news = |mac: &str| json!({ "version": 1, "mac": mac, "step": "installed" });
+        let news = |mac: &str| json!({ "version": Machine::VERSION, "mac": mac, "step": "installed" });
         // The address of a machine that fleet.toml names, and false news of it.
         match ticket_of(&[HUB_MAC]).await {
             Ok(ticket) => loot.push(format!("{} for a MAC address that was seen", right(&ticket))),
