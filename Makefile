@@ -32,10 +32,12 @@ test: deps lint build
 	# At native speed, as root: a fleet that loses what may die, and updates.
 	cargo test --release --locked --workspace --test fleet --test containers --test containment --test upgrade -- \
 		--test-threads=1 --nocapture containers
-	cargo test --release --locked --workspace --test image -- --test-threads=1 --nocapture
-	cargo test --release --locked --workspace --test join --test attack --test mesh --test replay --test eviction --test rollout --test fence --test ports --test web -- --test-threads=1
+	# Real etcd, BIRD, nftables and HAProxy on loopback and in namespaces.
+	cargo test --release --locked --workspace --test join --test attack --test mesh --test replay --test eviction \
+		--test rollout --test fence --test model --test etcd_access --test ports --test web --test netboot_install \
+		-- --test-threads=1
 	# Two machines at once have a processor each.
-	cargo test --release --locked --workspace --test boot -- --test-threads=1 --nocapture & boot=$$!; \
+	cargo test --release --locked --workspace --test image --test boot -- --test-threads=1 --nocapture & boot=$$!; \
 		cargo test --release --locked --workspace --test netboot --test upgrade -- --test-threads=1 --nocapture --skip containers; \
 		others=$$?; wait $$boot && exit $$others
 

@@ -187,12 +187,11 @@ impl Foothold {
         let tried = doors.into_iter().map(|door| async {
             let at = (door.host.clone(), door.port);
             let known = self.tried.lock().unwrap_or_else(PoisonError::into_inner).get(&at).copied();
-            let open = match known {
-                Some(open) => open,
-                None => {
-                    let connected = timeout(CONNECT, TcpStream::connect((door.host.as_str(), door.port))).await;
-                    matches!(connected, Ok(Ok(_)))
-                }
+            let open = if let Some(open) = known {
+                open
+            } else {
+                let connected = timeout(CONNECT, TcpStream::connect((door.host.as_str(), door.port))).await;
+                matches!(connected, Ok(Ok(_)))
             };
             self.tried.lock().unwrap_or_else(PoisonError::into_inner).insert(at, open);
             open.then_some(door)
