@@ -22,6 +22,7 @@ use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::fence::{self, Fence};
 use firstboot::hub::listener::serve;
+use firstboot::hub::orders::OrderLog;
 use firstboot::neighbours::Neighbourhood;
 use firstboot::ticker::Ticker;
 use fleet::{Issuer, PrivateKey, Secrets, Topology};
@@ -87,6 +88,7 @@ fn hub(dir: &Path) {
             secrets: Secrets::sample(),
             desk: Arc::new(desk.beside(etcd())),
             neighbourhood: neighbourhood.clone(),
+            orders: OrderLog::default(),
         });
         let at: SocketAddr = format!("{AT}:{PORT}").parse().expect("an address");
         let tls = https::server(&root, own).expect("a certificate");
@@ -94,7 +96,7 @@ fn hub(dir: &Path) {
         let fence = Fence { etcd: &fencing, topology: &topology, own: node, neighbourhood: &neighbourhood, slow: 1 };
         let followed = async {
             loop {
-                let _ = desk.follow(async |_| {}).await;
+                let _ = desk.follow(|_| {}).await;
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
