@@ -2,7 +2,7 @@
 
 use stateright::{Model, Property};
 
-use crate::state::{Budget, Cycle, Etcd, Hub, Id, Node, Set, State, Sync, bit, has};
+use crate::state::{Budget, Cycle, Etcd, Id, Node, Set, State, Sync, bit, has};
 use crate::{hub, patroni};
 
 /// What the hubs do: one switch for each part, so that each can be left out.

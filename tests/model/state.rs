@@ -74,6 +74,7 @@ pub enum Cycle {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own, and states are compared and hashed")]
 pub struct Node {
     pub up: bool,
     pub primary: bool,
