@@ -57,3 +57,35 @@ impl Lint<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{Fleet, Profile, Profiles, Severity, lint};
+
+    /// What is said of the ports of a role `report`.
+    fn found(ports: &str) -> Vec<(Severity, String)> {
+        let profile = |text: &str| Profile::parse("p", text.as_bytes()).unwrap();
+        let profiles: Profiles = ["base", "hub", "app"].map(|role| (role.to_owned(), profile(""))).into();
+        let profiles = Profiles::from_iter(profiles.into_iter().chain([("report".to_owned(), profile(ports))]));
+        let text = "name = \"x\"\n[groups.hub]\ncount = 1\nendpoints = [\"a\"]\n[groups.report]\ncount = 1\n";
+        let fleet = Fleet::parse("fleet.toml", text.as_bytes()).unwrap();
+        let all = lint(&fleet, &profiles).into_iter().map(|d| (d.severity, d.to_string()));
+        all.filter(|(_, words)| words.contains("port 7000")).collect()
+    }
+
+    #[test]
+    fn a_port_that_nothing_limits_is_a_warning() {
+        let port = "[[ports]]\nport = 7000\nproto = \"tcp\"\nservice = \"report\"\n";
+        let [(Severity::Warning, words)] = &found(port)[..] else { panic!("{:?}", found(port)) };
+        assert!(
+            words.contains("can be reached by every node") && words.contains("profiles/roles/report.toml"),
+            "{words}"
+        );
+        for from in ["[]", "[\"app\"]", "[\"every\"]"] {
+            assert_eq!(found(&format!("{port}from = {from}\n")), []);
+        }
+        let wrong = found(&format!("{port}from = [\"apps\"]\n"));
+        let [(Severity::Error, words)] = &wrong[..] else { panic!("{wrong:?}") };
+        assert!(words.contains("names no role: `apps`") && words.contains("did you mean `app`?"), "{words}");
+    }
+}

@@ -117,7 +117,6 @@ const RULES: &[Rule] = &[
     other(HUB, HUB, Protocol::Vrrp, Ports::None, "keepalived: which hub holds the VIP"),
     tcp(HUB, VOTERS, 2379, "etcd's clients: the hubs' agents"),
     tcp(DB, VOTERS, 2379, "etcd's clients: Patroni"),
-    tcp(VOTERS, VOTERS, 2379, "etcd's clients: the agent of a voter that is no hub, before its first grant"),
     tcp(VOTERS, VOTERS, 2380, "etcd's members among each other"),
     tcp(MONITOR, VOTERS, 2381, "etcd's metrics"),
     tcp(APP, DB, 5432, "PostgreSQL, by HAProxy on the application node"),
