@@ -31,8 +31,8 @@ pub fn read(arena: &Arena, from: &Foothold) -> Finding {
             let listed = Command::new("nsenter")
                 .args(["--target", &arena.pid(TOOLS), "--mount", &format!("--net={}", from.namespace().display())])
                 .args(["--", "timeout", "20", "pgbackrest", "--config=/dev/null", "--stanza=main"])
-                .args(["--log-level-file=off", "--lock-path=/tmp/containment", "--repo1-host-type=tls"])
-                .args(["--io-timeout=5", "--protocol-timeout=8", "--db-timeout=5"])
+                .args(["--log-level-file=off", "--repo1-host-type=tls"])
+                .args(["--io-timeout=5", "--protocol-timeout=8"])
                 .args(["--repo1-host-config=/run/pgbackrest/pgbackrest.conf", &format!("--repo1-host={}", door.host)])
                 .args(
                     [("ca", "ca.crt"), ("cert", "node.crt"), ("key", "node.key")]

@@ -41,7 +41,7 @@ pub fn change_mesh_key(arena: &Arena, from: &Foothold) -> Finding {
     let tls_key = encoding::encode(PrivateKey::generate().and_then(|k| k.public()).expect("randomness").as_bytes());
     // Each API that takes a key, with every certificate that says another node's name, and with the own one.
     let mut last = from.run(|| async {
-        let mut last = "no hub is reached".to_owned();
+        let mut last = "no other name to ask in".to_owned();
         for door in hubs(arena, from).await {
             for shown in from.credentials.iter().filter(|c| c.name != door.name) {
                 let said = Introduction { version: PROTOCOL, mesh_key: key, epoch: 99 };
@@ -254,7 +254,7 @@ pub fn read_secrets(arena: &Arena, from: &Foothold) -> Finding {
         return Finding::yes(found);
     }
     let asked = from.run(|| async {
-        let mut last = "no hub is reached".to_owned();
+        let mut last = "nothing but its own on its disk, and no other name to ask in".to_owned();
         for door in hubs(arena, from).await {
             // In another node's name.
             for shown in from.credentials.iter().filter(|c| from.node.as_ref().is_none_or(|n| n.name != c.name)) {
