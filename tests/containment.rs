@@ -36,6 +36,7 @@ fn in_containers_one_taken_machine_reaches_what_the_page_says() {
     let begun = Instant::now();
     let arena = Arena::up(lab, &NODES);
     println!("from nothing to ready: {:.0} s", begun.elapsed().as_secs_f64());
+    arena.has_users();
     has_a_backup(&arena);
 
     let mut matrix = Matrix::default();

@@ -48,13 +48,27 @@ impl Arena {
     fn join_internet(&self) {
         let hub = self.public(&self.topology.hubs[0]).to_string();
         let mesh = self.topology.mesh.subnet.to_string();
-        for words in
-            [vec!["address", "add", &format!("{INTERNET}/16"), "dev", "wire"], vec!["route", "add", &mesh, "via", &hub]]
-        {
+        let address = format!("{INTERNET}/16");
+        // A server on the bridge is reached by its neighbours there, which is this host: over the loopback.
+        let commands = [
+            vec!["link", "set", "lo", "up"],
+            vec!["address", "replace", &address, "dev", "wire"],
+            vec!["route", "replace", &mesh, "via", &hub],
+        ];
+        for words in commands {
             let mut ip = Command::new("ip");
             ip.args(["-n", &self.wire_name()]).args(&words);
             assert!(ip.status().expect("ip").success(), "ip {words:?}");
         }
+    }
+
+    /// Waits until etcd asks its clients for a user: the hubs create the users once every hub and db node has joined.
+    ///
+    /// # Panics
+    /// They don't.
+    pub fn has_users(&self) {
+        let enabled = format!("{ETCDCTL} auth status | grep -q 'Authentication Status: true'");
+        self.witness().ok(&format!("for i in $(seq 120); do {enabled} && exit; sleep 1; done; exit 1"));
     }
 
     fn wire_name(&self) -> String {
@@ -139,5 +153,13 @@ impl Arena {
             Right::Joiner(joiner) => joiner,
             Right::Founder(_) => panic!("{group} has founders' tickets"),
         }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        self.machines.clear();
+        // Takes the wire away, and the attacker's address with it.
+        self.lab.run(&["down"]);
     }
 }

@@ -5,7 +5,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
 use super::foothold::{Foothold, doors};
-use super::{Arena, Finding};
+use super::network::Impersonation;
+use super::{Arena, Finding, Place};
 
 const PORT: u16 = 8432;
 /// Where pgBackRest is installed, whichever machine the attacker has: it brings its own.
@@ -18,6 +19,9 @@ pub fn read(arena: &Arena, from: &Foothold) -> Finding {
         let listed = arena.machine(keeper).exec("ls /var/lib/pgbackrest/backup/main/backup.info");
         return if listed.status == 0 { Finding::yes("its own disk") } else { Finding::no(listed.output) };
     }
+    // A hub has every worker's address, if it wants to.
+    let _db =
+        (from.place == Place::Hub).then(|| Impersonation::of(arena, from, arena.node("db-2"), arena.node(keeper)));
     let open = from.run(|| async { from.reachable(doors(arena, [arena.node(keeper)].into_iter(), PORT)).await });
     let mut last = format!("port {PORT} is filtered or closed");
     for door in open {

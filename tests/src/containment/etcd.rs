@@ -1,5 +1,6 @@
 //! Reading and writing etcd, by its JSON gateway: the protocol that the agent and Patroni use.
 
+use std::sync::PoisonError;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -98,6 +99,10 @@ pub fn voter_doors(arena: &Arena, from: &Foothold, port: u16) -> Vec<Door> {
 
 /// Tries every password that the attacker has on etcd's users; the tokens of those that it opens.
 async fn log_in(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Vec<(String, String)> {
+    let known = from.logins.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if let Some(known) = known {
+        return known;
+    }
     let mut tokens = Vec::new();
     for user in USERS {
         for word in from.passwords.values() {
@@ -110,6 +115,7 @@ async fn log_in(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Vec
             }
         }
     }
+    *from.logins.lock().unwrap_or_else(PoisonError::into_inner) = Some(tokens.clone());
     tokens
 }
 

@@ -63,10 +63,12 @@ pub struct Foothold {
     pub loot: Vec<String>,
     /// Doors that were tried: what is filtered stays so, and costs a time-out.
     tried: Arc<Mutex<BTreeMap<(String, u16), bool>>>,
+    /// Users of etcd that its passwords open, with a token of each; none before it tried.
+    pub logins: Arc<Mutex<Option<Vec<(String, String)>>>>,
 }
 
 impl Foothold {
-    /// Root on a node: takes everything that is there, and flushes a worker's packet filter.
+    /// Root on a node: takes everything that is there, and flushes the packet filter.
     ///
     /// # Panics
     /// The node does not run.
@@ -102,12 +104,11 @@ impl Foothold {
             captured: Vec::new(),
             loot: Vec::new(),
             tried: Arc::default(),
+            logins: Arc::default(),
             node: Some(node),
         };
         foothold.forge(arena);
-        if foothold.node.as_ref().is_some_and(|n| n.hub == 0) {
-            machine.ok("nft flush ruleset");
-        }
+        machine.ok("nft flush ruleset");
         foothold
     }
 
@@ -131,6 +132,7 @@ impl Foothold {
             captured: Vec::new(),
             loot: Vec::new(),
             tried: Arc::default(),
+            logins: Arc::default(),
         }
     }
 

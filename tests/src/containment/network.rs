@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
+use fleet::Node;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::foothold::{Foothold, doors};
-use super::{Arena, Finding, Place};
+use super::{Arena, Finding};
+use crate::Machine;
 
 const VRRP: i32 = 112;
 /// As `keepalived.conf` has them.
@@ -123,12 +125,7 @@ pub fn announce(arena: &Arena, from: &Foothold) -> Finding {
     let victim = if node.name == "db-1" { "db-2" } else { "db-1" };
     let machine = arena.machine(&node.name);
     let victim = arena.node(victim).address;
-    // All that it has is exported, and the victim's address is one of its own.
-    machine.ok(&format!(
-        "sed -e 's/export where .*/export all;/' /run/bakehouse/bird.conf >/run/bakehouse/evil.conf && \
-         echo 'protocol static evil {{ ipv4; route {victim}/32 blackhole; }}' >>/run/bakehouse/evil.conf && \
-         chmod 644 /run/bakehouse/evil.conf && birdc -s /run/bird/bird.ctl configure '\"/run/bakehouse/evil.conf\"'"
-    ));
+    let lie = Routing::changed(machine, &format!("protocol static evil {{ ipv4; route {victim}/32 blackhole; }}"));
     let believed = || {
         arena.topology.hubs.iter().filter(|hub| hub.name != node.name).find_map(|hub| {
             let shown =
@@ -143,11 +140,63 @@ pub fn announce(arena: &Arena, from: &Foothold) -> Finding {
         sleep(Duration::from_millis(300));
         found = believed();
     }
-    machine.exec("birdc -s /run/bird/bird.ctl configure '\"/run/bakehouse/bird.conf\"'; rm /run/bakehouse/evil.conf");
-    if from.place != Place::EvictedHub {
-        assert_ne!(machine.exec("birdc -s /run/bird/bird.ctl show route protocol evil").status, 127);
-    }
+    drop(lie);
     found.map_or_else(|| Finding::no(format!("no hub has a route to {victim} by {}", node.transport)), Finding::yes)
+}
+
+/// A routing daemon that announces all that it has, and some routes of the attacker's; until it is dropped.
+struct Routing<'a>(&'a Machine);
+
+impl<'a> Routing<'a> {
+    fn changed(machine: &'a Machine, more: &str) -> Self {
+        machine.ok(&format!(
+            "sed -e 's/export where .*/export all;/' /run/bakehouse/bird.conf >/run/bakehouse/evil.conf && \
+             echo '{more}' >>/run/bakehouse/evil.conf && chmod 644 /run/bakehouse/evil.conf && \
+             birdc -s /run/bird/bird.ctl configure '\"/run/bakehouse/evil.conf\"' | grep -i reconfig"
+        ));
+        Self(machine)
+    }
+}
+
+impl Drop for Routing<'_> {
+    fn drop(&mut self) {
+        self.0
+            .exec("birdc -s /run/bird/bird.ctl configure '\"/run/bakehouse/bird.conf\"'; rm /run/bakehouse/evil.conf");
+    }
+}
+
+/// A hub that uses a worker's address towards one node, until it is dropped: it announces the address, and has it.
+/// Only a hub can: WireGuard takes a worker's packets from that worker's address alone.
+pub struct Impersonation<'a> {
+    machine: &'a Machine,
+    undo: String,
+    _routing: Routing<'a>,
+}
+
+impl<'a> Impersonation<'a> {
+    /// # Panics
+    /// The attacker is not root on a hub.
+    pub fn of(arena: &'a Arena, from: &Foothold, worker: &Node, towards: &Node) -> Self {
+        let machine = arena.machine(&from.node.as_ref().expect("a hub").name);
+        let (address, to) = (worker.address, towards.address);
+        let route = format!("{to}/32 dev wg0 src {address} metric 1");
+        machine.ok(&format!("ip address add {address}/32 dev lo && ip route add {route}"));
+        let undo = format!("ip route del {route}; ip address del {address}/32 dev lo");
+        let impersonation = Self { machine, undo, _routing: Routing::changed(machine, "") };
+        // The node at the other end has to hear of it.
+        let heard = format!("ip route get {address} | grep -q 'dev wg-hub{}'", from.node.as_ref().map_or(0, |n| n.hub));
+        let until = Instant::now() + Duration::from_secs(5);
+        while arena.machine(&towards.name).exec(&heard).status != 0 && Instant::now() < until {
+            sleep(Duration::from_millis(100));
+        }
+        impersonation
+    }
+}
+
+impl Drop for Impersonation<'_> {
+    fn drop(&mut self) {
+        self.machine.exec(&self.undo);
+    }
 }
 
 #[cfg(test)]
