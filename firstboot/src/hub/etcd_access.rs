@@ -29,8 +29,9 @@ pub const MEMBER: &str = "member";
 const READY: &str = "/bakehouse/etcd-ready/";
 /// Some node changes its image now (`hub/rollout.rs`).
 const TURN: &str = "/bakehouse/rollout/turn";
-/// Where Patroni's configuration is as long as it runs: what it has read, whatever was rendered since.
-const PATRONI_CONFIGURATION: &str = "/run/credentials/patroni.service/patroni.yml";
+/// The configuration that Patroni was started with, whatever was rendered since. Its unit copies it there: systemd
+/// shows the credentials of a unit to no other one.
+const PATRONI_CONFIGURATION: &str = "/run/bakehouse/patroni.started.yml";
 /// Pause between two looks, in seconds, until access control is on, and afterwards.
 const LOOK: u64 = 10;
 const LOOK_AGAIN: u64 = 300;
