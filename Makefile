@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot lint clean
+.PHONY: all deps build demo test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot fuzz lint clean
 
 all: build
 
@@ -95,6 +95,13 @@ roles: deps build
 	# The object store of the restore test; it wants Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
 	cargo test --release --locked --workspace --test fleet --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test founders --test cuts -- --test-threads=1 --nocapture
+
+# Every fuzz target under libFuzzer; fuzz/README.md.
+SECONDS = 300
+TARGETS = $$(ls fuzz/seeds)
+fuzz:
+	command -v cargo-fuzz >/dev/null || cargo install --locked --version 0.13.2 cargo-fuzz
+	fuzz/run $(SECONDS) $(TARGETS)
 
 lint:
 	cargo fmt --all --check

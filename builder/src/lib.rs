@@ -1,6 +1,6 @@
 //! `bakehouse`: a `fleet.toml` in, bootable immutable node images out.
 
-mod age;
+pub mod age;
 pub mod authority;
 mod bake;
 mod bios;
@@ -10,7 +10,7 @@ mod credential;
 mod deb822;
 mod digest;
 mod disk;
-mod elf;
+pub mod elf;
 pub mod error;
 mod explain;
 mod export;
@@ -34,12 +34,12 @@ pub mod rehearse;
 mod report;
 mod resolve;
 pub mod sandbox;
-mod secure_boot;
+pub mod secure_boot;
 mod store;
 pub mod ticket;
 mod tools;
 mod tree;
-mod uki;
+pub mod uki;
 mod verity;
 pub mod vm;
 

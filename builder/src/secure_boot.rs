@@ -180,7 +180,7 @@ fn authenticated(signature: &[u8], content: &[u8]) -> Vec<u8> {
 }
 
 /// The `SignedData` in a PKCS #7 `ContentInfo`: firmware wants it bare.
-fn signed_data(content_info: &[u8]) -> Option<&[u8]> {
+pub fn signed_data(content_info: &[u8]) -> Option<&[u8]> {
     let inner = element(content_info, 0x30)?.0;
     let (_, rest) = element(inner, 0x06)?;
     Some(element(rest, 0xa0)?.0)

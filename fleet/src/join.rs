@@ -264,14 +264,11 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(bytes: Vec<u8>) {
-            let _ = serde_json::from_slice::<JoinRequest>(&bytes);
-            let _ = serde_json::from_slice::<JoinReply>(&bytes);
-            let _ = serde_json::from_slice::<Peers>(&bytes);
-            let _ = serde_json::from_slice::<Revocation>(&bytes);
-            let _ = serde_json::from_slice::<Renewal>(&bytes);
-            let _ = serde_json::from_slice::<Departure>(&bytes);
-            let _ = serde_json::from_slice::<SlotRecord>(&bytes);
+        fn mesh_keys_are_read_as_they_were_written(bytes: [u8; 32]) {
+            let key = MeshKey(bytes);
+            proptest::prop_assert_eq!(key.to_string().parse(), Ok(key));
+            let json = serde_json::to_string(&key).unwrap();
+            proptest::prop_assert_eq!(serde_json::from_str::<MeshKey>(&json).unwrap(), key);
         }
     }
 }

@@ -8,6 +8,7 @@ mod machine;
 pub mod rack;
 pub mod rogue_hub;
 pub mod site;
+pub mod targets;
 pub mod updates;
 pub mod wire;
 

@@ -7,7 +7,7 @@
 
 mod archive;
 mod configure;
-mod deb;
+pub mod deb;
 mod dpkgdb;
 mod enter;
 mod finish;

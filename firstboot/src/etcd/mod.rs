@@ -20,7 +20,7 @@ use tokio_rustls::rustls::ClientConfig;
 use crate::error::{Error, Result};
 use crate::https::{Connection, PATIENCE, request};
 
-pub use watch::{Change, Watch};
+pub use watch::{Change, Watch, changes};
 
 /// Longest answer: every slot of the largest fleet, several times over.
 const LONGEST: usize = 64 << 20;
@@ -167,9 +167,7 @@ impl Etcd {
     /// No member answers.
     pub async fn list(&self, prefix: &str) -> Result<(u64, Vec<Pair>)> {
         let body = json!({ "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)) });
-        let answered: Answered = self.call("/v3/kv/range", &body).await?;
-        let pairs: Option<Vec<Pair>> = answered.kvs.iter().map(pair).collect();
-        Ok((number(&answered.header.revision), pairs.ok_or_else(foreign)?))
+        listed(&self.call("/v3/kv/range", &body).await?)
     }
 
     /// These keys, as of one moment, in this order; revision 0 where there is none.
@@ -401,6 +399,19 @@ fn pair(kv: &Kv) -> Option<Pair> {
     })
 }
 
+/// Reads an answer to a range request: the revision that it is of, and its keys.
+///
+/// # Errors
+/// The bytes are no such answer, or a key is not UTF-8.
+pub fn pairs(bytes: &[u8]) -> Result<(u64, Vec<Pair>)> {
+    listed(&read(bytes)?)
+}
+
+fn listed(answered: &Answered) -> Result<(u64, Vec<Pair>)> {
+    let pairs: Option<Vec<Pair>> = answered.kvs.iter().map(pair).collect();
+    Ok((number(&answered.header.revision), pairs.ok_or_else(foreign)?))
+}
+
 fn read<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|_| foreign())
 }
@@ -424,8 +435,14 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(bytes: Vec<u8>) {
-            let _ = read::<Answered>(&bytes);
+        fn pairs_are_read_as_they_were_written(all: Vec<(String, Vec<u8>, u64)>, revision: u64) {
+            let kvs: Vec<Value> = all.iter().map(|(key, value, revision)| json!({
+                "key": encode(key.as_bytes()), "value": encode(value), "mod_revision": revision.to_string(),
+            })).collect();
+            let answer = json!({ "header": { "revision": revision.to_string() }, "kvs": kvs, "count": "1" });
+            let read = pairs(answer.to_string().as_bytes()).unwrap();
+            let written = all.into_iter().map(|(key, value, revision)| Pair { key, value, revision }).collect();
+            proptest::prop_assert_eq!(read, (revision, written));
         }
     }
 }

@@ -140,8 +140,11 @@ impl Watch {
     }
 }
 
-/// What one line of the answer tells; none: the member has ended the watch.
-fn changes(line: &[u8]) -> Result<Option<Vec<Change>>> {
+/// Reads one line of a watch: the changes in it; `None` if the member has ended the watch.
+///
+/// # Errors
+/// The line is none of a watch, or a key is not UTF-8.
+pub fn changes(line: &[u8]) -> Result<Option<Vec<Change>>> {
     let watched: Watched = read(line)?;
     if watched.result.canceled {
         println!("etcd ended a watch: {}", watched.result.cancel_reason);
@@ -168,8 +171,14 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(bytes: Vec<u8>) {
-            let _ = changes(&bytes);
+        fn changes_are_read_as_they_were_written(all: Vec<(String, Option<Vec<u8>>)>) {
+            let events: Vec<_> = all.iter().map(|(key, value)| match value {
+                Some(value) => json!({ "kv": { "key": encode(key.as_bytes()), "value": encode(value) } }),
+                None => json!({ "type": "DELETE", "kv": { "key": encode(key.as_bytes()) } }),
+            }).collect();
+            let line = json!({ "result": { "events": events } }).to_string();
+            let written = all.into_iter().map(|(key, value)| Change { key, value }).collect();
+            proptest::prop_assert_eq!(changes(line.as_bytes()).unwrap(), Some(written));
         }
     }
 }

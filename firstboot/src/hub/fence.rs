@@ -375,8 +375,11 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(value: Vec<u8>) {
-            let _ = heirs("db-1", &Pair { key: String::new(), value, revision: 1 });
+        fn heirs_are_whom_patroni_named(names in proptest::collection::btree_set("db-[2-9]", 0..5)) {
+            let names: Vec<String> = names.into_iter().collect();
+            let value = serde_json::json!({ "leader": "db-1", "sync_standby": names.join(","), "quorum": 0 });
+            let pair = Pair { key: String::new(), value: value.to_string().into_bytes(), revision: 1 };
+            proptest::prop_assert_eq!(heirs("db-1", &pair), names);
         }
     }
 }

@@ -1,0 +1,245 @@
+//! Fuzz targets: each takes foreign bytes to the code that reads them, and checks what must hold of the result.
+//!
+//! `fuzz/` runs them under libFuzzer; `tests/fuzz.rs` runs them over the seeds and over damaged copies of those, with
+//! the ordinary toolchain.
+
+use std::sync::LazyLock;
+
+use builder::compose::deb::{Deb, data_entries};
+use firstboot::grub::Block;
+use firstboot::hub::token::verify;
+use firstboot::install::Key;
+use firstboot::load::blocks::{BLOCK, Blocks, missing, pieces};
+use fleet::netboot::{Errand, Machine, News, SealedTicket};
+use fleet::{
+    Departure, Diagnostic, Fleet, Introduction, Issuer, JoinReply, JoinRequest, OverlayManifest, Peers, Profile,
+    Profiles, Renewal, Report, Revocation, Rollout, RolloutRequest, SlotRecord, Ticket, Token, TokensRequest, Topology,
+    Turn, Verdict, encoding,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// A target's name, which is also its folder of seeds, and its function.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: [Target; 14] = [
+    ("age", age),
+    ("dbus", dbus),
+    ("deb", deb),
+    ("elf", elf),
+    ("etcd", etcd),
+    ("fleet_toml", fleet_toml),
+    ("grubenv", grubenv),
+    ("join", join),
+    ("netboot", netboot),
+    ("pe", pe),
+    ("profile", profile),
+    ("rollout", rollout),
+    ("ticket", ticket),
+    ("update", update),
+];
+
+/// Runs the target of this name.
+///
+/// # Panics
+/// If there is no such target, or if the target finds a fault.
+pub fn run(name: &str, bytes: &[u8]) {
+    let (_, target) = TARGETS.iter().find(|(target, _)| *target == name).expect("a target of that name");
+    target(bytes);
+}
+
+/// What was read is written as something that reads as the same.
+fn round_trip<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(bytes: &[u8]) -> Option<T> {
+    let value: T = serde_json::from_slice(bytes).ok()?;
+    let written = serde_json::to_vec(&value).expect("what was read can be written");
+    assert_eq!(serde_json::from_slice::<T>(&written).expect("what was written can be read"), value);
+    Some(value)
+}
+
+/// Messages between nodes and hubs, and the token inside a join request.
+fn join(bytes: &[u8]) {
+    static ROOT: LazyLock<Issuer> = LazyLock::new(|| Issuer::root("acme").expect("randomness"));
+    round_trip::<JoinReply>(bytes);
+    round_trip::<Peers>(bytes);
+    round_trip::<Introduction>(bytes);
+    round_trip::<Renewal>(bytes);
+    round_trip::<Departure>(bytes);
+    round_trip::<Revocation>(bytes);
+    round_trip::<TokensRequest>(bytes);
+    round_trip::<SlotRecord>(bytes);
+    if let Some(request) = round_trip::<JoinRequest>(bytes) {
+        let root = ROOT.certificate();
+        let signature = encoding::encode(bytes);
+        assert!(verify(root, "acme", &request, bytes, &signature).is_err(), "an unsigned token is accepted");
+        // The same claims, signed by the root: read further, and refused for the request's own signature.
+        let claims = request.token.claims.clone();
+        let signed = encoding::encode(&ROOT.sign(claims.as_bytes()).expect("a key"));
+        let request = JoinRequest { token: Token { claims, signature: signed }, ..request };
+        assert!(verify(root, "acme", &request, bytes, &signature).is_err(), "an unsigned request is accepted");
+    }
+}
+
+/// Reports of nodes, and what follows from them at every state of a rollout.
+fn rollout(bytes: &[u8]) {
+    static TOPOLOGY: LazyLock<Topology> = LazyLock::new(|| {
+        let toml = b"name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\napp.count=2\nmonitor.count=1\n";
+        Topology::of(&Fleet::parse("f", toml).expect("a fleet"))
+    });
+    round_trip::<RolloutRequest>(bytes);
+    round_trip::<Turn>(bytes);
+    let mut parts = bytes.splitn(2, |b| *b == b'\n');
+    let report = parts.next().and_then(round_trip::<Report>);
+    let state = parts.next().and_then(round_trip::<Rollout>).unwrap_or_default();
+    let Some(report) = report else { return };
+    for node in &TOPOLOGY.nodes {
+        let verdict = state.decide(&TOPOLOGY, &node.name, &report);
+        if let Verdict::Take(turn) = &verdict {
+            assert_eq!(turn.slot, node.name, "a node takes another's turn");
+            assert!(!state.denied.contains_key(&turn.to), "a denied version is taken");
+            assert!(state.paused.is_none(), "a turn is taken while the rollout is paused");
+            assert!(state.turn.is_none(), "two turns at once");
+        }
+    }
+}
+
+/// What machines that boot from the network send, what they are answered, and sealed tickets.
+fn netboot(bytes: &[u8]) {
+    round_trip::<Machine>(bytes);
+    round_trip::<News>(bytes);
+    round_trip::<Errand>(bytes);
+    if let Some(sealed) = round_trip::<SealedTicket>(bytes) {
+        let key = Key::generate().expect("randomness");
+        assert!(key.open(&sealed).is_err(), "a ticket for another key opens");
+    }
+}
+
+/// Tickets, as a node reads them from its credentials.
+fn ticket(bytes: &[u8]) {
+    let Ok(ticket) = Ticket::parse(bytes) else { return };
+    let written = serde_json::to_vec(&ticket).expect("what was read can be written");
+    assert_eq!(Ticket::parse(&written).expect("what was written can be read"), ticket);
+    if let Some(claims) = ticket.token().and_then(Token::read) {
+        let _ = claims.public_key();
+    }
+}
+
+/// Block lists and hash trees of updates, from an HTTP server that is not trusted.
+fn update(bytes: &[u8]) {
+    let at = bytes.first().map_or(0, |b| usize::from(*b) * bytes.len() / 256);
+    let (old, new) = bytes.split_at(at.min(bytes.len()));
+    let read = |bytes: &[u8]| {
+        let list = Blocks::of_list(bytes);
+        if let Some(list) = &list {
+            assert_eq!(list.list(), bytes, "a list changes by being read");
+        }
+        list.or_else(|| Blocks::of_tree(bytes)).unwrap_or_else(|| Blocks::of_bytes(bytes))
+    };
+    let (old, new) = (read(old), read(new));
+    let found = pieces(&old, &new);
+    let mut next = 0;
+    for piece in &found {
+        assert_eq!(piece.at, next, "pieces leave a gap or overlap");
+        assert!(piece.len > 0, "an empty piece");
+        if let Some(here) = piece.here {
+            assert!(here % BLOCK as u64 == 0 && here < old.size.next_multiple_of(BLOCK as u64), "beyond the old file");
+        }
+        next += piece.len;
+    }
+    assert_eq!(next, new.size, "pieces are not the whole file");
+    assert!(missing(&found) <= new.size);
+}
+
+/// Debian packages.
+fn deb(bytes: &[u8]) {
+    let Ok(deb) = Deb::parse(bytes.to_vec()) else { return };
+    let _ = deb.info_name();
+    let mut entries = 0;
+    let _ = data_entries(&deb, |path, _| {
+        assert!(path.starts_with('/') || !path.split('/').any(|part| part == ".."), "{path} leaves the tree");
+        entries += 1;
+        if entries < 1000 { Ok(()) } else { Err("enough".to_owned()) }
+    });
+}
+
+/// Boot stubs that an image's sections are appended to, and the signatures that come back from the signing tool.
+fn pe(bytes: &[u8]) {
+    let text = builder::uki::Text { cmdline: "roothash=0", os_release: "ID=x\n", uname: "6" };
+    if let Ok(image) = builder::uki::build(bytes, b"kernel", b"initrd", &text, false) {
+        assert!(image.starts_with(b"MZ"), "what is built is no program");
+    }
+    let _ = builder::secure_boot::signed_data(bytes);
+}
+
+/// Programs whose libraries an initrd takes.
+fn elf(bytes: &[u8]) {
+    let _ = builder::elf::needs(bytes);
+}
+
+/// A user's fleet.toml: read, checked, laid out; every complaint can be shown.
+fn fleet_toml(bytes: &[u8]) {
+    let shown = |e: &Diagnostic| assert!(!e.render(false).is_empty());
+    match Fleet::parse("fleet.toml", bytes) {
+        Err(e) => shown(&e),
+        Ok(fleet) => {
+            let nodes: u32 = fleet.groups.values().map(|g| u32::from(*g.count.get_ref())).sum();
+            if nodes > 64 {
+                return;
+            }
+            fleet::lint(&fleet, &Profiles::new()).iter().for_each(shown);
+            let topology = Topology::of(&fleet);
+            let _ = fleet::ha_table(&topology);
+            let written = serde_json::to_vec(&topology).expect("a topology can be written");
+            assert_eq!(serde_json::from_slice::<Topology>(&written).expect("and read"), topology);
+        }
+    }
+}
+
+/// A user's profiles and overlay manifests.
+fn profile(bytes: &[u8]) {
+    if let Err(e) = Profile::parse("profile.toml", bytes) {
+        assert!(!e.render(false).is_empty());
+    }
+    if let Err(e) = OverlayManifest::parse("overlay.toml", bytes) {
+        assert!(!e.render(false).is_empty());
+    }
+}
+
+/// GRUB's environment block on a disk.
+fn grubenv(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let block = Block::parse(text);
+    if let Ok(written) = block.render() {
+        let again = Block::parse(std::str::from_utf8(&written).expect("a block is text"));
+        assert_eq!(again.render().expect("it was rendered before"), written, "a block changes by being read");
+    }
+}
+
+/// `fleet.key` as age sealed it.
+fn age(bytes: &[u8]) {
+    // A work factor above 10 takes seconds by design.
+    let costly = bytes.windows(4).filter(|w| w.starts_with(b" 1") && w[2].is_ascii_digit()).count() > 0
+        || bytes.windows(3).any(|w| w[0] == b' ' && w[1].is_ascii_digit() && w[1] > b'1' && w[2].is_ascii_digit());
+    if !costly {
+        assert!(builder::age::open(bytes, "not the passphrase").is_err(), "a damaged file opens");
+    }
+}
+
+/// Bodies of replies and signals that systemd sends over D-Bus.
+fn dbus(bytes: &[u8]) {
+    use zbus::zvariant::serialized::{Context, Data};
+    use zbus::zvariant::{LE, OwnedObjectPath, OwnedValue};
+    let data = Data::new(bytes, Context::new_dbus(LE, 0));
+    let _ = data.deserialize::<(u32, OwnedObjectPath, String, String)>();
+    let _ = data.deserialize::<OwnedObjectPath>();
+    let _ = data.deserialize::<Vec<String>>();
+    let _ = data.deserialize::<OwnedValue>();
+}
+
+/// Answers of etcd's gateway, and lines of a watch.
+fn etcd(bytes: &[u8]) {
+    let _ = firstboot::etcd::pairs(bytes);
+    if let Ok(Some(changes)) = firstboot::etcd::changes(bytes) {
+        assert!(changes.len() <= bytes.len(), "changes from nowhere");
+    }
+}
