@@ -26,7 +26,7 @@ test: deps lint build
 	# What exported machines are defined with is read by libvirt itself; dnsmasq answers bare ones; one
 	# machine has a TPM; updates come from busybox; containers have their WireGuard from a program.
 	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg
-	cargo test --release --locked --workspace --lib --test golden
+	cargo test --release --locked --workspace --lib --test golden --test fuzz
 	# Packages that attack the host which builds an image.
 	cargo test --release --locked --workspace --test hostile
 	# At native speed, as root: a fleet that loses what may die, and updates.
