@@ -315,7 +315,13 @@ async fn a_primary_whose_standby_left_meanwhile_keeps_its_place_and_is_readmitte
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_hub_excludes_whom_a_majority_excludes() {
     let (site, etcd) = led_by_db_1(25_100).await;
-    let third = TestHub::new(&site, 2);
+    let mut third = TestHub::new(&site, 2);
+    // As in a fleet whose etcd asks for passwords.
+    etcd.put_user("root", "secret").await.expect("etcd answers");
+    etcd.grant_role("root", "root").await.expect("etcd answers");
+    etcd.enable_auth().await.expect("etcd answers");
+    let etcd = etcd.with_user("root", "secret");
+    third.etcd = third.etcd.with_user("root", "secret");
     // One hub, a node that is no hub, and a hub for another slot: no majority.
     let others = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-2"];
     etcd.transact(&[], &others.map(|key| Then::Put(key, b""))).await.expect("etcd answers");

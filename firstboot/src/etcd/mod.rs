@@ -155,10 +155,11 @@ impl Etcd {
         Self { patience, ..self }
     }
 
-    /// The same cluster by a connection of its own: calls of the two don't wait for each other.
+    /// The same cluster and user by a connection of its own: calls of the two don't wait for each other.
     #[must_use]
     pub fn reconnected(&self) -> Self {
-        Self::new(self.members.clone(), self.tls.clone()).with_patience(self.patience)
+        let own = Self::new(self.members.clone(), self.tls.clone()).with_patience(self.patience);
+        Self { user: self.user.clone(), ..own }
     }
 
     /// Every key below a prefix, and the revision they are of.
