@@ -134,6 +134,13 @@ impl Arena {
         self.witness().ok(&format!("{ETCDCTL} get --print-value-only '{key}'"))
     }
 
+    /// What keys there are below a prefix, without it.
+    #[must_use]
+    pub fn keys(&self, prefix: &str) -> Vec<String> {
+        let listed = self.witness().ok(&format!("{ETCDCTL} get --prefix --keys-only '{prefix}'"));
+        listed.lines().filter_map(|line| line.strip_prefix(prefix)).map(str::to_owned).collect()
+    }
+
     pub fn put(&self, key: &str, value: &str) {
         self.witness().ok(&format!("{ETCDCTL} put '{key}' '{value}'"));
     }

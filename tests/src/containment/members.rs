@@ -20,6 +20,7 @@ pub const GROUP: &str = "app";
 /// A slot of it, that no machine of the test takes.
 const FREE_SLOT: &str = "app-6";
 const SLOTS: &str = "/bakehouse/slots/";
+const REPORTS: &str = "/bakehouse/rollout/nodes/";
 const DENIED: &str = "/bakehouse/rollout/denied/";
 
 /// A join request, as one who listens at the other end of TLS has it.
@@ -94,6 +95,11 @@ pub fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
     let report = |doing| json(&Report { version: PROTOCOL, image: "1".to_owned(), doing });
     let wants = Doing::Wants { image: version.clone(), leads: false, primary: false, unwell: true };
     let reports = [report(wants), report(Doing::WentBack { from: version.clone() })];
+    // All others are well and have reported: nothing but the rules stands in the way.
+    let serving = String::from_utf8(report(Doing::Serving)).expect("JSON");
+    for slot in arena.keys(SLOTS) {
+        arena.put(&format!("{REPORTS}{slot}"), &serving);
+    }
     let last = from.run(|| async {
         let mut last = "no hub is reached".to_owned();
         for door in hubs(arena, from).await {
@@ -117,6 +123,9 @@ pub fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
     };
     for key in [&key, "/bakehouse/rollout/turn", "/bakehouse/rollout/held"] {
         arena.delete(key);
+    }
+    for slot in arena.keys(SLOTS) {
+        arena.delete(&format!("{REPORTS}{slot}"));
     }
     finding
 }
