@@ -91,8 +91,8 @@ struct Namespaces<'a> {
 impl<'a> Namespaces<'a> {
     fn of(project: &'a Project, dir: &Path) -> Self {
         let topology = &project.topology;
-        let own = Self { topology, prefix: format!("bh-{}-", topology.name) };
-        own.remove();
+        // Another run of the tests has namespaces of its own.
+        let own = Self { topology, prefix: format!("bh-{}-{}-", std::process::id(), topology.name) };
         let mut script = String::from("set -e\n");
         for node in &topology.nodes {
             own.node(node, &mut script);
@@ -324,12 +324,14 @@ fn an_allowed_port_is_no_way_to_another_service() {
     let (app, hub) = (topology.node("app-1").expect("app-1"), topology.node("hub-1").expect("hub-1"));
     let within = |node: &Node, script: &str| {
         let done = Command::new("ip").args(["netns", "exec", &spaces.name(node), "python3", "-c", script]).output();
-        String::from_utf8(done.expect("ip").stdout).expect("text")
+        let done = done.expect("ip");
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).expect("text")
     };
     // The port of an answer as the source of a new connection.
     let serve = format!(
         "import socket, threading\ns = socket.create_server(('{}', 2379))\n\
-         threading.Timer(20, lambda: __import__('os')._exit(0)).start()\nwhile True: s.accept()",
+         threading.Timer(300, lambda: __import__('os')._exit(0)).start()\nwhile True: s.accept()",
         hub.address
     );
     let mut server = Command::new("ip");

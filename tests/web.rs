@@ -11,7 +11,6 @@ use bakehouse_tests::root;
 use builder::authority::Authority;
 use builder::project::Project;
 
-const SPACE: &str = "bh-web";
 /// More than the process takes in all.
 const SLOW: usize = 4200;
 
@@ -56,9 +55,14 @@ def ask(to, port, text):
 print(ask('10.10.0.100', 80, b'GET /web/health HTTP/1.1\r\nHost: x\r\n\r\n'), ask('10.10.0.1', 5000, None), sep=';')
 ";
 
+/// Name of the network namespace: another run of the test has one of its own.
+fn space() -> String {
+    format!("bh-web-{}", std::process::id())
+}
+
 fn within(program: &str, args: &[&str]) -> Command {
     let mut command = Command::new("ip");
-    command.args(["netns", "exec", SPACE, program]).args(args);
+    command.args(["netns", "exec", &space(), program]).args(args);
     command
 }
 
@@ -83,10 +87,10 @@ fn one_slow_client_takes_no_others_place() {
         fleet::render(name, &String::from_utf8_lossy(text), &project.context(hub, &member)).expect("it renders");
     let config = config.replace("/run/bakehouse/tls", dir.path().to_str().expect("a path of letters"));
     fs::write(path("haproxy.cfg"), config).expect("a folder");
-    let _ = Command::new("ip").args(["netns", "del", SPACE]).stderr(Stdio::null()).status();
-    let mut script = format!("set -e\nip netns add {SPACE}\nip -n {SPACE} link set lo up\n");
+    let space = space();
+    let mut script = format!("set -e\nip netns add {space}\nip -n {space} link set lo up\n");
     for address in ["10.10.0.1", "10.10.0.100", "10.10.0.20", "10.10.0.21"] {
-        let _ = writeln!(script, "ip -n {SPACE} address add {address} dev lo");
+        let _ = writeln!(script, "ip -n {space} address add {address} dev lo");
     }
     assert!(Command::new("sh").args(["-c", &script]).status().expect("a shell").success());
     let file = path("haproxy.cfg");
@@ -108,7 +112,7 @@ fn one_slow_client_takes_no_others_place() {
         child.kill().expect("a child");
         child.wait().expect("a child");
     }
-    let _ = Command::new("ip").args(["netns", "del", SPACE]).status();
+    let _ = Command::new("ip").args(["netns", "del", &space]).status();
     let seen = String::from_utf8_lossy(&seen.stdout).into_owned();
     println!("{SLOW} slow requests from one address; another client: {} (all: {took:.1?})", seen.trim());
     let times: Vec<f64> = seen.trim().split(';').filter_map(|t| t.parse().ok()).collect();
