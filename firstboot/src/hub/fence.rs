@@ -103,8 +103,8 @@ impl Fence<'_> {
         }
         let state = FenceState::default();
         tokio::select! {
-            joined = self.follow_majority(&databases, &state) => joined,
-            watched = self.watch(&databases, &state) => watched,
+            joined = Box::pin(self.follow_majority(&databases, &state)) => joined,
+            watched = Box::pin(self.watch(&databases, &state)) => watched,
         }
     }
 

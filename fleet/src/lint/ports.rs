@@ -65,8 +65,8 @@ mod tests {
     /// What is said of the ports of a role `report`.
     fn found(ports: &str) -> Vec<(Severity, String)> {
         let profile = |text: &str| Profile::parse("p", text.as_bytes()).unwrap();
-        let profiles: Profiles = ["base", "hub", "app"].map(|role| (role.to_owned(), profile(""))).into();
-        let profiles = Profiles::from_iter(profiles.into_iter().chain([("report".to_owned(), profile(ports))]));
+        let mut profiles: Profiles = ["base", "hub", "app"].map(|role| (role.to_owned(), profile(""))).into();
+        profiles.insert("report".to_owned(), profile(ports));
         let text = "name = \"x\"\n[groups.hub]\ncount = 1\nendpoints = [\"a\"]\n[groups.report]\ncount = 1\n";
         let fleet = Fleet::parse("fleet.toml", text.as_bytes()).unwrap();
         let all = lint(&fleet, &profiles).into_iter().map(|d| (d.severity, d.to_string()));

@@ -42,6 +42,9 @@ pub struct Door {
     pub name: String,
 }
 
+/// Users of etcd and their tokens; `None` before the attacker has tried.
+pub type Logins = Arc<Mutex<Option<Vec<(String, String)>>>>;
+
 /// The attacker's position.
 #[derive(Clone)]
 pub struct Foothold {
@@ -64,7 +67,7 @@ pub struct Foothold {
     /// Doors that were tried: what is filtered stays so, and costs a time-out.
     tried: Arc<Mutex<BTreeMap<(String, u16), bool>>>,
     /// Users of etcd that its passwords open, with a token of each; none before it tried.
-    pub logins: Arc<Mutex<Option<Vec<(String, String)>>>>,
+    pub logins: Logins,
 }
 
 impl Foothold {
