@@ -13,7 +13,7 @@ use super::{Arena, Finding, raft};
 
 pub const CLIENT_PORT: u16 = 2379;
 /// Users that a fleet's etcd may have.
-const USERS: [&str; 3] = ["root", "bakehouse", "patroni"];
+const USERS: [&str; 2] = ["root", "patroni"];
 
 /// A member that lets the attacker ask.
 struct Session<'a> {

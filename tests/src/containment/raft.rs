@@ -94,8 +94,8 @@ async fn list(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Resul
 /// A `raftpb.Message` of type `MsgProp` with one entry: a put.
 fn proposal(from: u64, to: u64, key: &str, value: &str) -> Vec<u8> {
     const MSG_PROP: u64 = 2;
-    // In the name of the hubs' user, at any revision of etcd's users.
-    let header = [number(1, 0x6261_6b65), text(2, "bakehouse"), number(3, u64::from(u32::MAX))].concat();
+    // In the name of etcd's administrator, at any revision of its users.
+    let header = [number(1, 0x6261_6b65), text(2, "root"), number(3, u64::from(u32::MAX))].concat();
     let put = [text(1, key), text(2, value)].concat();
     // etcdserverpb.InternalRaftRequest: put is field 4, header 100.
     let request = [bytes(4, &put), bytes(100, &header)].concat();
