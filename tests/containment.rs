@@ -107,8 +107,8 @@ fn try_evicted_hub(arena: &Arena, matrix: &mut Matrix) {
     hub.captured = rogue.captured();
     assert_eq!(hub.captured.len(), 1, "the joiner's request did not reach the evicted hub");
 
-    // The fleet's word has a minute to reach all; what is tried here is tried for as long as that.
-    sleep(Duration::from_secs(15));
+    // The fleet's word has a minute to reach all.
+    sleep(Duration::from_secs(60));
     for target in Target::ALL.into_iter().filter(|t| *t != Target::MeshKeys) {
         matrix.enter(hub.place, target, attack(arena, &hub, target));
     }
