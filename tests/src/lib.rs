@@ -25,8 +25,9 @@ pub use compare::{first_difference, tar_differences};
 pub use etcd::Cluster;
 pub use machine::Machine;
 
-/// Asks etcd on a hub that has a vote, with the hubs' rights.
-pub const ETCDCTL: &str = "/usr/lib/bakehouse/etcdctl";
+/// Asks etcd on a hub that has a vote, with the hubs' rights. As long as etcd has no users yet, its client would log
+/// a warning at every call.
+pub const ETCDCTL: &str = "ETCD_CLIENT_DEBUG=error /usr/lib/bakehouse/etcdctl";
 
 /// A fleet's folder under `target/lab`, and the binary that works on it.
 pub struct Lab {
