@@ -24,7 +24,7 @@ fn three_containers_from_nothing_outlive_what_may_die() {
             began.parse::<u64>().expect("microseconds")
         };
         assert!(since("early-filter") > 0 && since("early-filter") < since("systemd-networkd"));
-        assert!(machine.ok("nft list chain inet bakehouse from_mesh").contains("mesh_dropped drop"));
+        assert!(machine.ok("nft list chain inet bakehouse from_mesh").contains("\"mesh_dropped\" drop"));
     }
     let opened = "journalctl -b -u patroni -o cat | grep -q 'INFO: Watchdog .* activated with 15 second timeout'";
     assert!(machines.iter().any(|m| m.exec(opened).status == 0), "the primary has no watchdog");
