@@ -91,6 +91,7 @@ pub fn work(job: &Job, files: &Files) -> Result<(), String> {
         let told = |e| format!("{}: {e}", job.file);
         // A link leads nowhere but into the tree: it is this thread's `/`.
         let made = root.join(&job.file);
+        fs::symlink_metadata(&made).map_err(told)?;
         if !made.is_file() {
             return Err(format!("{} is no file of the image", job.file));
         }
