@@ -32,8 +32,8 @@ impl Board {
         Self { progress, json, rows: Mutex::default() }
     }
 
-    /// What a machine is doing; once, however often it is told. Its words are foreign: control characters in them
-    /// are escaped.
+    /// Prints a machine's state when it changes. The text comes from the machine, so control characters in it are
+    /// escaped.
     pub fn tell(&self, machine: &str, node: Option<&str>, state: &str) {
         let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
         // Those with a node are as many as fleet.toml has places for.

@@ -22,7 +22,7 @@ use crate::ledger;
 use crate::project::Project;
 use crate::ticket::{CARRIED, Terms, mint};
 
-/// The fleet, as far as machines are told of it.
+/// What the server answers from: the fleet's plan, its keys and its images.
 pub(super) struct Known {
     pub project: Project,
     pub authority: Authority,
@@ -105,7 +105,7 @@ impl Front {
         }
     }
 
-    /// Confirms the code that the operator typed, and says so.
+    /// Confirms the code that the operator typed, and prints the result.
     pub(super) fn approve(&self, typed: &str) {
         let approved = self.desk().approve(typed);
         match approved {

@@ -1,4 +1,4 @@
-//! Images as machines are told of them: what to load, and where from.
+//! Descriptions of images for machines that boot from the network: what to download, and from where.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -19,7 +19,7 @@ use crate::verity::tree_size;
 /// Parts of an image begin and end at multiples of this.
 const GRAIN: u64 = 1 << 20;
 
-/// An image, as machines are told of it.
+/// One image, as the server describes it to machines.
 #[derive(Clone)]
 pub(super) struct Offer {
     pub path: String,

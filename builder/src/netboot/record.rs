@@ -1,4 +1,4 @@
-//! What the server knows of machines, in a file: a server that was stopped goes on where it was.
+//! The server's records of machines, kept in a file so that a restarted server continues with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
