@@ -48,7 +48,7 @@ fn bare_machines_become_what_was_said_of_them() {
     // A machine of which nothing was said: it is left alone, and both sides say so.
     rack.serve(&lab, &[]);
     hub.start_bare(&lab);
-    let refusal = format!("nobody said what this machine is to be; in fleet.toml: [netboot.machines] \"{MAC}\"");
+    let refusal = format!("no rule says what this machine is to be; in fleet.toml: [netboot.machines] \"{MAC}\"");
     hub.wait_for(&[&refusal]);
     rack.hears(&refusal);
 

@@ -280,7 +280,7 @@ impl Desk {
             (None, Some(to)) => (self.name_of_other(machine, *first), to.clone()),
             (None, None) => {
                 return Err(format!(
-                    "nobody said what this machine is to be; in fleet.toml: [netboot.machines] \"{first}\" = \"NODE\""
+                    "no rule says what this machine is to be; in fleet.toml: [netboot.machines] \"{first}\" = \"NODE\""
                 ));
             }
         };

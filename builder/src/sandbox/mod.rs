@@ -280,9 +280,9 @@ fn tasks_of(user: Uid) -> u64 {
         .sum()
 }
 
-/// Gives up the host's root before there is a user namespace: the namespace's owner, and who is
-/// counted for its processes, is then the range's first user. `CAP_SYS_ADMIN` stays up to
-/// `unshare`, for kernels that give ordinary users no namespaces.
+/// Changes to the first user of the subordinate range before the user namespace is created: that user then owns
+/// the namespace, and its processes count against that user's limit. `CAP_SYS_ADMIN` stays until `unshare`, for
+/// kernels that let ordinary users create no namespaces.
 fn take_ids(uid: u32, gid: u32) -> std::io::Result<()> {
     if uid == 0 {
         // The ids of a container, whose 0 is not the host's.
