@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use firstboot::https::{self, Connection};
 use firstboot::join::endpoint;
 use fleet::{
-    Departure, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
+    Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
     TokensRequest, Topology, compare_versions, encoding,
 };
 use serde::de::DeserializeOwned;
@@ -53,7 +53,14 @@ impl Hubs<'_> {
     /// None does: what each of them said.
     pub fn leave(&self, slot: &str, now: bool) -> Result<String> {
         // The owner that the operator means is the one of today.
-        let epoch = self.rollout(RolloutOrder::Tell)?.epochs.get(slot).copied();
+        let tell = RolloutRequest {
+            version: PROTOCOL,
+            fleet: self.topology.name.clone(),
+            order: RolloutOrder::Tell,
+            scope: None,
+        };
+        let (hub, answer) = self.ask_others(&tell, slot)?;
+        let epoch = readable::<Rollout>(&hub, &answer)?.epochs.get(slot).copied();
         let asked = Departure {
             version: PROTOCOL,
             fleet: self.topology.name.clone(),
@@ -62,7 +69,7 @@ impl Hubs<'_> {
             epoch,
             scope: None,
         };
-        self.ask(&asked).map(|(hub, _)| hub)
+        self.ask_others(&asked, slot).map(|(hub, _)| hub)
     }
 
     /// Gives an order to the rollout, and tells how far it is.
@@ -77,12 +84,24 @@ impl Hubs<'_> {
 
     /// The first answer, and the hub that gave it.
     fn ask<T: SignedOrder + Clone>(&self, order: &T) -> Result<(String, Vec<u8>)> {
+        self.ask_of(order, &self.topology.hubs.iter().collect::<Vec<_>>())
+    }
+
+    /// As [`Self::ask`], of hubs other than `slot`: a hub that is to leave may be another's by now, and answers what
+    /// it likes. Where there is no other hub, that one is asked.
+    fn ask_others<T: SignedOrder + Clone>(&self, order: &T, slot: &str) -> Result<(String, Vec<u8>)> {
+        let all = &self.topology.hubs;
+        let others: Vec<&Node> = all.iter().filter(|hub| hub.name != slot).collect();
+        if others.is_empty() { self.ask(order) } else { self.ask_of(order, &others) }
+    }
+
+    fn ask_of<T: SignedOrder + Clone>(&self, order: &T, hubs: &[&Node]) -> Result<(String, Vec<u8>)> {
         let root = &self.authority.root;
         let tls = https::client(root.certificate(), None).map_err(|e| Error::Failed(e.to_string()))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|e| Error::Failed(format!("cannot reach the network: {e}")))?;
         let mut said = Vec::new();
-        for hub in &self.topology.hubs {
+        for hub in hubs {
             let Some(host) = endpoint(hub, &self.endpoints) else { continue };
             let order = order.clone().with_scope(OrderScope {
                 path: T::PATH.to_owned(),
