@@ -228,7 +228,7 @@ async fn a_watch_that_hangs_hides_no_eviction_for_a_minute() {
         tokio::time::sleep(Duration::from_secs(1)).await;
         site.cluster.freeze(0);
         let other = ClaimsDesk::new(site.etcd(1), site.topology.clone(), "hub-2");
-        while other.leave("db-1", true, Identified::Epoch(None)).await.is_err() {
+        while other.leave("db-1", true, Identified::Epoch(None), None).await.is_err() {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         let evicted = Instant::now();

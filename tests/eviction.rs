@@ -26,7 +26,15 @@ fn lies(request: &Captured) -> Vec<u8> {
     }
     let vacant = ["hub-1", "hub-3", "db-1"].map(String::from).into();
     let said = match request.target().1.as_str() {
-        "/v1/peers" => serde_json::to_vec(&Peers { keys, hubs, epoch: 9, fenced: Some(99_999), leaving: true, vacant }),
+        "/v1/peers" => serde_json::to_vec(&Peers {
+            keys,
+            hubs,
+            epoch: 9,
+            fenced: Some(99_999),
+            leaving: true,
+            vacant,
+            evicted: Vec::new(),
+        }),
         "/v1/turn" => serde_json::to_vec(&Answer { go: true, why: String::new() }),
         "/v1/renew" => serde_json::to_vec(&JoinReply::Granted(Grant {
             slot: "db-1".to_owned(),
@@ -99,6 +107,50 @@ async fn an_evicted_hub_is_forgotten_within_a_minute_and_changes_nothing() {
     are_unharmed("as every other hub");
 }
 
+/// Two hubs: the one that was evicted says that the other one is gone. The operator's order, which the other one hands
+/// out, decides. Before it, neither can remove the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_hubs_the_operators_order_tells_which_was_evicted() {
+    let mut site = Site::open_with(25_200, "db.count = 1\n", |topology| {
+        topology.nodes.retain(|node| node.name != "hub-3");
+        topology.hubs.retain(|hub| hub.name != "hub-3");
+        topology.voters = vec!["hub-1".to_owned(), "hub-2".to_owned()];
+    });
+    site.register_hubs().await;
+    let (node, grant) = site.members("db", 1).await.remove(0);
+    let workers: Vec<Worker> = (0..4).map(|_| Worker::start(&site, &node, &grant)).collect();
+    until(30, "they do not learn who the hubs are", || workers.iter().all(|w| w.known.pins().len() == 2)).await;
+    let before = workers[0].known.keys();
+
+    let key = site.keys[1].clone();
+    site.hubs.remove(1).abort();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let at = "127.0.0.2:25200".parse().expect("an address");
+    let rogue = RogueHub::start(&site.topology, &site.root, ("hub-2", &key), at, lies).await;
+    let asked = || rogue.captured().iter().filter(|r| r.target().1 == "/v1/peers").count();
+    until(60, "the attacker is not asked", || asked() >= 8).await;
+    for worker in &workers {
+        assert_eq!(worker.known.pins().len(), 2, "a hub of two removed the other");
+        assert!(!worker.task.is_finished(), "a worker was stopped by the attacker");
+    }
+
+    let order = Departure {
+        tls_key: Some(fleet::encoding::encode(key.public().expect("a key").as_bytes())),
+        ..departure("hub-2", true, None)
+    };
+    let order = order.with_scope(scope(Departure::PATH, "hub-1"));
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    let evicted = Instant::now();
+    let has_forgotten = |w: &Worker| !w.known.pins().contains_key("hub-2") && !w.known.keys().contains_key("hub-2");
+    until(60, "the evicted hub is still one", || workers.iter().all(has_forgotten)).await;
+    println!("the last of 4 has forgotten it after {:.1} s", evicted.elapsed().as_secs_f64());
+    for worker in &workers {
+        assert!(!worker.task.is_finished(), "a worker was stopped by the attacker");
+        assert_eq!(worker.known.keys().get("hub-1"), before.get("hub-1"));
+        assert_ne!(worker.known.pins()["hub-1"], "the attacker's");
+    }
+}
+
 /// A worker's agent, as far as it asks hubs.
 struct Worker {
     known: Arc<Neighbourhood>,
@@ -113,7 +165,8 @@ impl Worker {
         let known = Arc::new(Neighbourhood::load(dir.path(), grant.hubs.clone()));
         let own = Identity { cert: &grant.cert, key: node.tls.pem() };
         let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
-        let hubs = Hubs::of(&site.topology, &BTreeMap::new(), &grant.slot, tls).known_by(known.clone()).over_mesh();
+        let hubs = Hubs::of(&site.topology, &BTreeMap::new(), &grant.slot, tls);
+        let hubs = hubs.known_by(known.clone()).with_root(site.root.certificate()).over_mesh();
         let hubs = Arc::new(hubs);
         let (asked, told, slot, epoch) = (hubs.clone(), known.clone(), grant.slot.clone(), grant.epoch);
         let task = tokio::spawn(async move { follow_hubs(&asked, &told, (&slot, epoch)).await });

@@ -60,13 +60,15 @@ impl Hubs<'_> {
             scope: None,
         };
         let (hub, answer) = self.ask_others(&tell, slot)?;
-        let epoch = readable::<Rollout>(&hub, &answer)?.epochs.get(slot).copied();
+        let seen: Rollout = readable(&hub, &answer)?;
+        let (epoch, tls_key) = (seen.epochs.get(slot).copied(), seen.tls_keys.get(slot).cloned());
         let asked = Departure {
             version: PROTOCOL,
             fleet: self.topology.name.clone(),
             slot: slot.to_owned(),
             now,
             epoch,
+            tls_key,
             scope: None,
         };
         self.ask_others(&asked, slot).map(|(hub, _)| hub)

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use fleet::{Answer, Introduction, JoinReply, LONGEST, Node, PROTOCOL, Peers, Renewal, Report, Topology, encoding};
+use fleet::encoding::{decode, encode};
+use fleet::{Answer, Eviction, Introduction, JoinReply, LONGEST, Node, PROTOCOL, Peers, Renewal, Report, Topology};
 use futures_util::future::join_all;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
@@ -15,6 +16,7 @@ use tokio_rustls::rustls::ClientConfig;
 use crate::error::{Error, Result};
 use crate::https::{Connection, request};
 use crate::hub::etcd_access::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
+use crate::hub::token::signed_by_root;
 use crate::join::{chance, endpoint};
 use crate::keys::Keys;
 use crate::neighbours::Neighbourhood;
@@ -39,6 +41,9 @@ pub struct Hubs {
     is_lost: AtomicBool,
     /// What this node's Patroni is to authenticate with at etcd; empty without a Patroni or a password.
     etcd_patroni: String,
+    fleet: String,
+    /// The fleet root's certificate, PEM: what evictions are verified with. Empty where the node acts on none.
+    root: String,
 }
 
 /// Where one hub is.
@@ -66,7 +71,15 @@ impl Hubs {
             over_mesh: false,
             is_lost: AtomicBool::new(false),
             etcd_patroni: String::new(),
+            fleet: topology.name.clone(),
+            root: String::new(),
         }
+    }
+
+    /// Verifies the operator's evictions of hubs, which hubs hand out, with the fleet root's certificate.
+    #[must_use]
+    pub fn with_root(self, root: &str) -> Self {
+        Self { root: root.to_owned(), ..self }
     }
 
     /// Tells the hubs, with each question who is where, whether this node's Patroni runs with this etcd password.
@@ -168,10 +181,20 @@ impl Hubs {
             let user = patroni_runs_with(&self.etcd_patroni).then_some((USER_HEADER, PATRONI));
             let sent = request("GET", "hub", "/v1/peers", user.as_slice(), "".into())?;
             let answer = connection.ask(sent, LONGEST).await?;
-            answered(&hub.slot, &connection, &answer)
+            self.answered(&hub.slot, &connection, &answer)
         };
         let late = |_| Err(Error::Network { to: hub.slot.clone(), why: "no answer".to_owned() });
         timeout(ROUND_PATIENCE, asked).await.unwrap_or_else(late)
+    }
+
+    fn answered(&self, slot: &str, connection: &Connection, answer: &[u8]) -> Result<HubAnswer> {
+        let peers: Peers = read(slot, answer)?;
+        let is_signed = |proof: &&Eviction| {
+            decode(&proof.signature).is_some_and(|s| signed_by_root(&self.root, proof.order.as_bytes(), &s))
+        };
+        let evicted = peers.evicted.iter().filter(is_signed).filter_map(|proof| proof.owner(&self.fleet)).collect();
+        let tls_key = connection.peer_key().unwrap_or_default().to_owned();
+        Ok(HubAnswer { hub: slot.to_owned(), tls_key, peers, evicted })
     }
 
     /// Their answers, and why others do not answer.
@@ -252,7 +275,7 @@ impl Hubs {
         let asked = Renewal {
             version: PROTOCOL,
             mesh_key: next.mesh_public()?,
-            tls_key: encoding::encode(next.tls.public()?.as_bytes()),
+            tls_key: encode(next.tls.public()?.as_bytes()),
         };
         let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
         let mut last = Err(Error::Failed("the fleet has no other hub".to_owned()));
@@ -279,17 +302,12 @@ impl Hubs {
                 let mut connection = self.public(hub).await?;
                 let sent = request("POST", "hub", "/v1/introduce", &[(USER_HEADER, MEMBER)], body.clone().into())?;
                 let answer = connection.ask(sent, LONGEST).await?;
-                answered(&hub.slot, &connection, &answer)
+                self.answered(&hub.slot, &connection, &answer)
             };
             answer.await.inspect_err(|e| println!("{e}")).ok()
         });
         join_all(asked).await.into_iter().flatten().collect()
     }
-}
-
-fn answered(slot: &str, connection: &Connection, answer: &[u8]) -> Result<HubAnswer> {
-    let peers: Peers = read(slot, answer)?;
-    Ok(HubAnswer { hub: slot.to_owned(), tls_key: connection.peer_key().unwrap_or_default().to_owned(), peers })
 }
 
 pub(crate) fn read<T: DeserializeOwned>(slot: &str, bytes: &[u8]) -> Result<T> {

@@ -65,7 +65,7 @@ impl Member {
             topology: image.topology.clone(),
             node: node.clone(),
             version: image.info.version.clone(),
-            hubs: hubs.known_by(who.neighbourhood.clone()).over_mesh(),
+            hubs: hubs.known_by(who.neighbourhood.clone()).with_root(&who.state.root).over_mesh(),
             who,
             dir: dir.path().to_owned(),
             built: 0,

@@ -4,7 +4,8 @@
 //! therefore knows the current hubs by their TLS keys ("pins"), which come from etcd's records. What
 //! stops a node or redirects it (it is fenced, or is to leave; a hub is gone, or has another key)
 //! counts when two such hubs say it in one round, and never on the word of the hub it is about.
-//! Where there is only one other hub, that one's word counts.
+//! Where there is only one other hub, that one's word counts, unless the hub that it is about answers. The operator's
+//! signed order to evict a hub counts from whichever hub hands it out.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,6 +18,8 @@ pub struct HubAnswer {
     /// Base64, as in [`fleet::SlotRecord`].
     pub tls_key: String,
     pub peers: Peers,
+    /// Slots and TLS keys of hubs that the operator evicted, as the orders prove that it hands out.
+    pub evicted: BTreeSet<(String, String)>,
 }
 
 /// What a node knows before it asks.
@@ -74,6 +77,21 @@ pub struct Decision {
 /// Decides what a node acts on after one round.
 #[must_use]
 pub fn decide(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
+    let evicted: BTreeSet<&(String, String)> = answers.iter().flat_map(|answer| &answer.evicted).collect();
+    let is_evicted = |hub: &String, key: &String| evicted.contains(&(hub.clone(), key.clone()));
+    let (gone, pins): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        known.pins.clone().into_iter().partition(|(hub, key)| is_evicted(hub, key));
+    let answers: Vec<HubAnswer> = answers.iter().filter(|a| !is_evicted(&a.hub, &a.tls_key)).cloned().collect();
+    let mut decision = decide_among(&Known { pins: &pins, ..*known }, &answers);
+    for slot in gone.into_keys() {
+        decision.keys.entry(slot.clone()).or_insert(None);
+        decision.pins.entry(slot).or_insert(None);
+    }
+    decision
+}
+
+/// As [`decide`], by the answers of hubs that were not evicted.
+fn decide_among(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
     let votes = believed(known, answers);
     let is_known = |vote: &&HubAnswer| known.pins.is_empty() || known.pins.get(&vote.hub) == Some(&vote.tls_key);
     let heard = match votes.first() {
@@ -169,31 +187,29 @@ fn agreed<T: Clone + PartialEq>(
     says: impl Fn(&Peers) -> Option<T>,
 ) -> Agreed<T> {
     let needed = needed(known, (!first).then_some(subject));
-    let mut values: Vec<(T, usize, &HubAnswer)> = Vec::new();
+    let mut values: Vec<(T, usize)> = Vec::new();
     for vote in votes {
         let proves = first && vote.peers.hubs.get(subject) == Some(&vote.tls_key);
         if vote.hub == subject && !proves {
             continue;
         }
         let Some(value) = says(&vote.peers) else { continue };
-        match values.iter_mut().find(|(there, ..)| *there == value) {
-            Some((_, count, _)) => *count += 1,
-            None => values.push((value, 1, vote)),
+        match values.iter_mut().find(|(there, _)| *there == value) {
+            Some((_, count)) => *count += 1,
+            None => values.push((value, 1)),
         }
     }
-    let mut enough = values.iter().filter(|(_, count, _)| *count >= needed);
+    let mut enough = values.iter().filter(|(_, count)| *count >= needed);
     match (enough.next(), enough.next()) {
-        // One hub alone says it, and the one it is about says the same of that hub: which of them
-        // was evicted can't be known here.
-        (Some((value, 1, accuser)), None) if accuses(votes, subject, &accuser.hub) => Agreed::Open(vec![value.clone()]),
-        (Some((value, ..)), None) => Agreed::On(value.clone()),
+        // One hub alone says it, and the one that it is about answers with the key that the node knows: which of them
+        // lies can't be known here. The operator's order decides.
+        (Some((value, 1)), None) if !first && votes.iter().any(|vote| vote.hub == subject) => {
+            Agreed::Open(vec![value.clone()])
+        }
+        (Some((value, _)), None) => Agreed::On(value.clone()),
         _ if values.is_empty() => Agreed::No,
-        _ => Agreed::Open(values.into_iter().map(|(value, ..)| value).collect()),
+        _ => Agreed::Open(values.into_iter().map(|(value, _)| value).collect()),
     }
-}
-
-fn accuses(votes: &[&HubAnswer], hub: &str, other: &str) -> bool {
-    votes.iter().any(|vote| vote.hub == hub && vote.peers.vacant.contains(other))
 }
 
 #[cfg(test)]
@@ -227,9 +243,10 @@ mod tests {
             fenced: None,
             leaving: false,
             vacant: BTreeSet::new(),
+            evicted: Vec::new(),
         };
         change(&mut peers);
-        HubAnswer { hub: hub.to_owned(), tls_key: format!("key of {hub}"), peers }
+        HubAnswer { hub: hub.to_owned(), tls_key: format!("key of {hub}"), peers, evicted: BTreeSet::new() }
     }
 
     fn worker(hubs: usize, pinned: &[&str], answers: &[HubAnswer]) -> Decision {
@@ -313,10 +330,49 @@ mod tests {
                 p.vacant.insert(other.into());
             })
         };
-        let decision = worker(2, &two, &[gone("hub-1", "hub-2"), says("hub-2", &two, |_| {})]);
+        let decision = worker(2, &two, &[gone("hub-1", "hub-2")]);
         assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), None)]));
-        let decision = worker(2, &two, &[gone("hub-1", "hub-2"), gone("hub-2", "hub-1")]);
+        // A hub that answers is not gone because the other one says so: one of two that was taken over must not
+        // take the other's place.
+        for answers in
+            [[gone("hub-1", "hub-2"), gone("hub-2", "hub-1")], [gone("hub-1", "hub-2"), says("hub-2", &two, |_| {})]]
+        {
+            let decision = worker(2, &two, &answers);
+            assert!(decision.pins.is_empty() && decision.keys.is_empty() && decision.is_open);
+        }
+    }
+
+    #[test]
+    fn the_operators_order_decides_between_two_hubs() {
+        let two = ["hub-1", "hub-2"];
+        let gone = |hub: &str, other: &str| {
+            says(hub, &two, |p| {
+                p.vacant.insert(other.into());
+            })
+        };
+        let proves = |key: &str| HubAnswer {
+            evicted: BTreeSet::from([("hub-2".to_owned(), key.to_owned())]),
+            ..gone("hub-1", "hub-2")
+        };
+        let lie = gone("hub-2", "hub-1");
+        let decision = worker(2, &two, &[proves("key of hub-2"), lie.clone()]);
+        assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), None)]));
+        assert_eq!(decision.keys, BTreeMap::from([("hub-2".to_owned(), None)]));
+        assert_eq!((decision.standing, decision.heard), (Standing::Owner, Heard::Known));
+        // An order against an owner before is none against this one.
+        let decision = worker(2, &two, &[proves("key of an owner before"), lie.clone()]);
         assert!(decision.pins.is_empty() && decision.keys.is_empty() && decision.is_open);
+        // The machine that has the slot afterwards is a hub again, whatever the evicted one says.
+        let next = HubAnswer {
+            evicted: BTreeSet::from([("hub-2".to_owned(), "key of hub-2".to_owned())]),
+            ..says("hub-1", &two, |p| {
+                p.hubs.insert("hub-2".into(), "next".into());
+                p.keys.insert("hub-2".into(), KEY);
+            })
+        };
+        let decision = worker(2, &two, &[next, lie]);
+        assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), Some("next".to_owned()))]));
+        assert_eq!(decision.keys, BTreeMap::from([("hub-2".to_owned(), Some(KEY))]));
     }
 
     #[test]

@@ -167,9 +167,34 @@ pub struct Departure {
     /// Epoch of the slot that the operator saw: an owner since then is not meant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epoch: Option<u64>,
+    /// TLS key of the owner that the operator means, as in its [`SlotRecord`]. With `now`, the signed order is an
+    /// [`Eviction`] of that owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<String>,
     /// Where and when it holds; hubs of this version require it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<OrderScope>,
+}
+
+/// Proof that the operator evicted one owner of a slot: a [`Departure`] with `now` and a TLS key, as the fleet's root
+/// signed it. Hubs hand it out, so that no second hub has to confirm it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Eviction {
+    /// The order's bytes.
+    pub order: String,
+    /// Base64 of the root's signature over these bytes.
+    pub signature: String,
+}
+
+impl Eviction {
+    /// Slot and TLS key of the owner that the order evicts; `None` if it evicts no such owner, or is another fleet's.
+    /// The caller verifies the signature.
+    #[must_use]
+    pub fn owner(&self, fleet: &str) -> Option<(String, String)> {
+        let order: Departure = serde_json::from_str(&self.order).ok()?;
+        let holds = order.version == PROTOCOL && order.fleet == fleet && order.now;
+        Some((order.slot, order.tls_key.filter(|_| holds)?))
+    }
 }
 
 /// The answer to an introduction, and to `GET /v1/peers`, which every node may ask.
@@ -192,6 +217,9 @@ pub struct Peers {
     /// Slots that nobody has any more: keys that were theirs are of nobody.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub vacant: BTreeSet<String>,
+    /// Hubs that the operator evicted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub evicted: Vec<Eviction>,
 }
 
 /// Who has a slot: the value of etcd's `/bakehouse/slots/SLOT`.
@@ -216,6 +244,9 @@ pub struct SlotRecord {
     /// Nobody has it any more; who is named here had it last.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub vacant: bool,
+    /// Proof of the last eviction of an owner of this slot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eviction: Option<Eviction>,
 }
 
 impl fmt::Display for MeshKey {

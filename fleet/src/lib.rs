@@ -26,8 +26,8 @@ mod version;
 pub use certificate::{CertificateError, Issuer, OPERATOR_SUFFIX, PrivateKey, PublicKey, etcd_client_anchor};
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
 pub use join::{
-    Departure, Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason, Refusal,
-    Renewal, Revocation, SIGNATURE_HEADER, SlotRecord, Tokens, TokensRequest,
+    Departure, Eviction, Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason,
+    Refusal, Renewal, Revocation, SIGNATURE_HEADER, SlotRecord, Tokens, TokensRequest,
 };
 pub use lint::{HaRow, ha_table, lint};
 pub use membership::{Membership, Secrets, Tls};

@@ -135,6 +135,9 @@ pub struct Rollout {
     /// Epoch of each slot's record; hubs of the version before say none.
     #[serde(default)]
     pub epochs: BTreeMap<String, u64>,
+    /// TLS key of each slot's owner, as in its record; hubs of the version before say none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tls_keys: BTreeMap<String, String>,
 }
 
 /// What follows from a report.

@@ -102,9 +102,10 @@ impl Site {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
-        for i in 0..3 {
+        let hubs = self.topology.hubs.len();
+        for i in 0..hubs {
             let mut left = 100;
-            while Neighbourhood::load(&self.state(i), BTreeMap::new()).pins().len() < 3 {
+            while Neighbourhood::load(&self.state(i), BTreeMap::new()).pins().len() < hubs {
                 left -= 1;
                 assert!(left > 0, "hub-{} does not hear of the others", i + 1);
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -322,7 +323,15 @@ pub fn scope(path: &str, hub: &str) -> OrderScope {
 /// The order that a node of the test fleet leaves; `epoch` is the owner that is meant.
 #[must_use]
 pub fn departure(slot: &str, now: bool, epoch: Option<u64>) -> Departure {
-    Departure { version: PROTOCOL, fleet: "acme".to_owned(), slot: slot.to_owned(), now, epoch, scope: None }
+    Departure {
+        version: PROTOCOL,
+        fleet: "acme".to_owned(),
+        slot: slot.to_owned(),
+        now,
+        epoch,
+        tls_key: None,
+        scope: None,
+    }
 }
 
 /// Asks one hub once.

@@ -183,13 +183,16 @@ impl Hub {
     async fn leave(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
         let asked: Departure = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
         println!("{} is to leave{}", asked.slot.escape_debug(), if asked.now { " at once" } else { "" });
-        self.desk.leave(&asked.slot, asked.now, Identified::Epoch(asked.epoch)).await.unwrap_or_else(|e| Err(busy(e)))
+        let owner = asked.tls_key.as_deref().map_or(Identified::Epoch(asked.epoch), Identified::Key);
+        let proof = signed.proof(&self.root).filter(|proof| proof.owner(&self.topology.name).is_some());
+        self.desk.leave(&asked.slot, asked.now, owner, proof).await.unwrap_or_else(|e| Err(busy(e)))
     }
 
     /// A node goes by itself.
     async fn take_leave(&self, member: &Member) -> Result<(), Refusal> {
         println!("{} leaves", member.slot);
-        self.desk.leave(&member.slot, false, Identified::Key(&member.tls_key)).await.unwrap_or_else(|e| Err(busy(e)))
+        let owner = Identified::Key(&member.tls_key);
+        self.desk.leave(&member.slot, false, owner, None).await.unwrap_or_else(|e| Err(busy(e)))
     }
 
     /// The operator looks at the rollout, pauses it, or lets it go on.
@@ -258,7 +261,8 @@ impl Hub {
         let is_hub = |slot: &str| self.topology.hubs.iter().any(|hub| hub.name == slot);
         let hubs = owners.iter().filter(|(slot, r)| is_hub(slot) && !r.vacant);
         let hubs = hubs.map(|(slot, r)| (slot.clone(), r.tls_key.clone())).collect();
-        Peers { keys: self.founders(), hubs, epoch: self.epoch, fenced, leaving, vacant }
+        let evicted = owners.iter().filter(|(slot, _)| is_hub(slot)).filter_map(|(_, r)| r.eviction.clone()).collect();
+        Peers { keys: self.founders(), hubs, epoch: self.epoch, fenced, leaving, vacant, evicted }
     }
 
     /// Keys of those that everybody has to know.

@@ -228,6 +228,7 @@ impl ClaimsDesk {
             };
             let count = Count { used: used + 1, revision: token.revision };
             tokens.insert(waiting.claims.id.clone(), count);
+            let eviction = place.before.as_ref().and_then(|r| r.eviction.clone());
             let record = SlotRecord {
                 epoch: place.before.as_ref().map_or(1, |r| r.epoch + 1),
                 mesh_key: waiting.request.mesh_key,
@@ -238,6 +239,7 @@ impl ClaimsDesk {
                 at: now,
                 leaving: false,
                 vacant: false,
+                eviction,
             };
             takings.push(Taking { place, record, keys, former: None });
             taking.push(waiting);
@@ -299,6 +301,7 @@ impl ClaimsDesk {
             at,
             leaving: false,
             vacant: false,
+            eviction: None,
         };
         let taking = Taking { place, record, keys: Keys::of(mesh_key, ""), former: None };
         if self.take(&[taking], &BTreeMap::new()).await? {

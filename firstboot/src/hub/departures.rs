@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use fleet::{Reason, Refusal, SlotRecord};
+use fleet::{Eviction, Reason, Refusal, SlotRecord};
 
 use super::claims::{ClaimsDesk, Place, SLOTS, audit, forgotten_audit};
 use super::token::no;
@@ -21,11 +21,17 @@ pub enum Identified<'a> {
 impl ClaimsDesk {
     /// A node is to go. Its machine hears of it and does so by itself; with `now` it is not
     /// waited for, and is fenced. `owner` is who is meant: another owner of the slot stays. Said
-    /// again, it goes on from where it was.
+    /// again, it goes on from where it was. `proof` is the operator's order, for nodes to verify.
     ///
     /// # Errors
     /// etcd does not answer.
-    pub async fn leave(&self, slot: &str, now: bool, owner: Identified<'_>) -> Result<Result<(), Refusal>> {
+    pub async fn leave(
+        &self,
+        slot: &str,
+        now: bool,
+        owner: Identified<'_>,
+        proof: Option<Eviction>,
+    ) -> Result<Result<(), Refusal>> {
         if self.topology.voters == [slot] {
             let text = format!("{slot} has the fleet's only vote: nothing could be decided without it");
             return Ok(Err(no(Reason::Malformed, &text)));
@@ -44,7 +50,7 @@ impl ClaimsDesk {
             return Ok(Err(no(Reason::Fenced, &text)));
         }
         if now {
-            return self.vacate(&place, record).await;
+            return self.vacate(&place, record, proof).await;
         }
         if !record.leaving {
             let record = SlotRecord { leaving: true, ..record.clone() };
@@ -68,14 +74,14 @@ impl ClaimsDesk {
     pub async fn left(&self, slot: &str, tls_key: &str) -> Result<Result<(), Refusal>> {
         let place = self.place(slot).await?;
         match &place.before {
-            Some(record) if record.tls_key == tls_key && !record.vacant => self.vacate(&place, record).await,
+            Some(record) if record.tls_key == tls_key && !record.vacant => self.vacate(&place, record, None).await,
             _ => Ok(Ok(())),
         }
     }
 
     /// Nobody has the slot any more, as of the next epoch. Its vote goes first: done again after a
     /// cut, it is gone.
-    async fn vacate(&self, place: &Place, record: &SlotRecord) -> Result<Result<(), Refusal>> {
+    async fn vacate(&self, place: &Place, record: &SlotRecord, proof: Option<Eviction>) -> Result<Result<(), Refusal>> {
         let slot = &place.slot;
         self.unvote(slot).await?;
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -85,6 +91,7 @@ impl ClaimsDesk {
             vacant: true,
             by: self.by.clone(),
             at,
+            eviction: proof.or_else(|| record.eviction.clone()),
             ..record.clone()
         };
         let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;

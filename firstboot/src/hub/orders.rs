@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{
-    BOUND_SIGNATURE_HEADER, ORDER_VALIDITY, OrderScope, PROTOCOL, Reason, Refusal, SIGNATURE_HEADER, SignedOrder,
-    bound_message, encoding,
+    BOUND_SIGNATURE_HEADER, Eviction, ORDER_VALIDITY, OrderScope, PROTOCOL, Reason, Refusal, SIGNATURE_HEADER,
+    SignedOrder, bound_message, encoding,
 };
 use hyper::http::request::Parts;
 
@@ -21,8 +21,9 @@ pub(super) struct Signed<'a> {
     pub(super) message: Vec<u8>,
     path: &'a str,
     bound: Option<&'a str>,
-    /// It has a signature over its body alone, as images of the version before make it.
-    unbound: bool,
+    /// Base64 of a signature over the body alone: all that images of the version before make, and, of an operator's
+    /// order, what proves it to other nodes.
+    unbound: Option<&'a str>,
 }
 
 impl<'a> Signed<'a> {
@@ -33,13 +34,22 @@ impl<'a> Signed<'a> {
             message: bound_message(&peer.binding, head.method.as_str(), path, body),
             path,
             bound: head.headers.get(BOUND_SIGNATURE_HEADER).and_then(|v| v.to_str().ok()),
-            unbound: head.headers.contains_key(SIGNATURE_HEADER),
+            unbound: head.headers.get(SIGNATURE_HEADER).and_then(|v| v.to_str().ok()),
         }
     }
 
     /// Whether the request has a signature of any kind.
     pub(super) fn is_signed(&self) -> bool {
-        self.bound.is_some() || self.unbound
+        self.bound.is_some() || self.unbound.is_some()
+    }
+
+    /// The order as proof for other nodes: `None` without the root's signature over its body alone.
+    pub(super) fn proof(&self, root: &str) -> Option<Eviction> {
+        let signature = self.unbound?;
+        if !signed_by_root(root, self.body, &encoding::decode(signature)?) {
+            return None;
+        }
+        Some(Eviction { order: String::from_utf8(self.body.to_vec()).ok()?, signature: signature.to_owned() })
     }
 
     /// Base64 of the signature over `message`.
@@ -47,7 +57,7 @@ impl<'a> Signed<'a> {
     /// # Errors
     /// The request has none: a refusal, with the fix.
     pub(super) fn signature(&self) -> Result<&'a str, Refusal> {
-        let text = if self.unbound {
+        let text = if self.unbound.is_some() {
             "the request is not bound to its connection, as older versions send it; build the image again with this \
              version of bakehouse, or update bakehouse on the operator's machine"
         } else {

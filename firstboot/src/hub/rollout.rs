@@ -120,6 +120,7 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
         rollout.epochs.insert(slot.to_owned(), record.epoch);
         if !record.vacant {
             rollout.members.insert(slot.to_owned());
+            rollout.tls_keys.insert(slot.to_owned(), record.tls_key);
         }
     }
     let mut turn = 0;

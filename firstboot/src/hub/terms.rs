@@ -139,6 +139,7 @@ mod tests {
             at: 1_000_000,
             leaving: false,
             vacant: false,
+            eviction: None,
         };
         let mut claims = Claims { expires: 1_000_001, ..claims("db") };
         let again = |claims: &Claims, state: TokenState| state.repeats(claims, "db-1", &record).map_err(|no| no.reason);

@@ -153,6 +153,7 @@ pub fn take_slot(arena: &Arena, from: &Foothold) -> Finding {
         at: 0,
         leaving: false,
         vacant: false,
+        eviction: None,
     };
     let written = etcd::put(arena, from, &slot, &serde_json::to_string(&record).expect("JSON"));
     arena.delete(&slot);

@@ -37,8 +37,15 @@ impl RogueHub {
         let mut rogue = Self { stop: Arc::default(), captured: Arc::default(), asked: Arc::default(), thread: None };
         let keys = ["hub-1", "hub-2", "monitor-1"].map(|slot| (slot.to_owned(), FALSE_KEY)).into();
         let hubs = [("hub-1".to_owned(), FALSE_KEY.to_string())].into();
-        let lie =
-            Peers { keys, hubs, epoch: 99, fenced: Some(99_999), leaving: false, vacant: ["hub-1".to_owned()].into() };
+        let lie = Peers {
+            keys,
+            hubs,
+            epoch: 99,
+            fenced: Some(99_999),
+            leaving: false,
+            vacant: ["hub-1".to_owned()].into(),
+            evicted: Vec::new(),
+        };
         let lie = serde_json::to_string(&lie).expect("JSON");
         let own = from.own();
         let identity = https::Identity { cert: &own.cert, key: &own.key };
