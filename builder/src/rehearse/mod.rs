@@ -6,13 +6,13 @@
 
 mod outcome;
 mod page;
+mod paths;
 mod scenario;
 mod table;
 mod told;
 mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
@@ -23,7 +23,8 @@ use serde_json::{Value, json};
 pub use outcome::Outcome;
 use outcome::Seen;
 pub use page::Page;
-use scenario::{Fault, Path, Victim};
+use paths::{Path, Paths};
+use scenario::{Fault, Victim};
 pub use scenario::{SCENARIOS, Scenario, chosen};
 pub use table::table;
 use told::Told;
@@ -32,7 +33,7 @@ use crate::authority::Authority;
 use crate::error::{Error, Result, fail};
 use crate::progress::{Progress, Step};
 use crate::project::Project;
-use crate::vm::{Board, Database, Vm, Wire, start_of};
+use crate::vm::{Board, Database, Vm, start_of};
 
 const PROBE: &str = include_str!("probe.py");
 /// Where the probe lives on its machine.
@@ -151,14 +152,12 @@ impl<'a> Rehearsal<'a> {
         if scenario.victim == Victim::All {
             return self.black_out(scenario, &vms, &probe, step).map(Some);
         }
-        let holder = board.holder().and_then(|name| topology.node(name));
-        let hub = holder.map_or(Ipv4Addr::UNSPECIFIED, |hub| Wire::address(topology, hub));
-        let filter = if let Fault::Cut(path) = scenario.fault { path.filter(hub) } else { String::new() };
+        let paths = Paths::new(topology, board.holder(), &victims);
         let alarm = self.alarm(scenario, &victims, &step)?;
         step.message(&format!("{}: {}", scenario.about, victims.join(", ")));
         let t0 = probe.clock()?;
         for vm in &vms {
-            scenario.fault.strike(vm, &filter, self.factor)?;
+            scenario.fault.strike(vm, &paths, self.factor)?;
         }
         let (recovered, alert) = self.watch(scenario, &probe, &victims, alarm.as_ref(), &step)?;
 

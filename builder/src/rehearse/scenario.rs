@@ -1,11 +1,11 @@
 //! What can be broken, and what the fleet promises when it is.
 
-use std::net::Ipv4Addr;
 use std::thread::sleep;
 use std::time::Duration;
 
 use fleet::{Node, Topology};
 
+use super::paths::{Path, Paths};
 use crate::error::{Error, Result, fail};
 use crate::vm::{Board, Database, Vm};
 
@@ -61,35 +61,14 @@ pub enum Fault {
     Freeze(&'static str),
     /// The path to one hub, or to etcd, is cut.
     Cut(Path),
+    /// The paths to all hubs are cut; the path to one of them comes back, goes again, and comes back for good.
+    FlapByOneHub,
     /// A command is run; nothing is to be mended afterwards.
     Run(&'static str),
     /// It changes to the newer version that is published, as every node does in its turn.
     Upgrade,
     /// A command is run, and another one mends it.
     RunThen(&'static str, &'static str),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Path {
-    /// To the hub that holds the VIP.
-    Hub,
-    /// To every member of etcd.
-    Etcd,
-}
-
-impl Path {
-    /// The packet filter that cuts it; `hub` is that hub's address on the wire.
-    pub(super) fn filter(self, hub: Ipv4Addr) -> String {
-        let (there, back) = match self {
-            Self::Hub => (format!("ip daddr {hub} drop"), format!("ip saddr {hub} drop")),
-            Self::Etcd => ("tcp dport 2379 drop".to_owned(), "tcp sport 2379 drop".to_owned()),
-        };
-        format!(
-            "table inet rehearsal {{ \
-             chain there {{ type filter hook output priority -300; {there}; }}; \
-             chain back {{ type filter hook input priority -300; {back}; }}; }}"
-        )
-    }
 }
 
 /// Longest outages in seconds at native speed; none where nothing is promised.
@@ -134,7 +113,7 @@ impl Scenario {
     /// What is promised when these nodes of a fleet that stands like this are hit: who loses a whole machine
     /// loses all that was on it.
     pub(super) fn promised(&self, victims: &[String], board: &Board) -> Limits {
-        if !matches!(self.fault, Fault::PowerOff | Fault::Wipe | Fault::Unplug | Fault::Flap) {
+        if !matches!(self.fault, Fault::PowerOff | Fault::Wipe | Fault::Unplug | Fault::Flap | Fault::FlapByOneHub) {
             return self.promise;
         }
         let hit = board.nodes.iter().filter(|row| victims.contains(&row.node));
@@ -240,6 +219,14 @@ pub const SCENARIOS: &[Scenario] = &[
         about: "the primary's machine loses its cable",
         victim: Victim::Primary,
         fault: Fault::Unplug,
+        lasts: 20,
+        promise: PRIMARY,
+    },
+    Scenario {
+        name: "db-flaps",
+        about: "the primary's machine loses its uplink, which comes and goes by way of one hub",
+        victim: Victim::Primary,
+        fault: Fault::FlapByOneHub,
         lasts: 20,
         promise: PRIMARY,
     },
@@ -383,9 +370,8 @@ impl Victim {
 }
 
 impl Fault {
-    /// Breaks a machine; `cut` is the packet filter that cuts a path, `factor` how much slower it is than a
-    /// real one.
-    pub(super) fn strike(self, vm: &Vm, cut: &str, factor: u32) -> Result<()> {
+    /// Breaks a machine, which is `factor` times slower than a real one.
+    pub(super) fn strike(self, vm: &Vm, paths: &Paths, factor: u32) -> Result<()> {
         match self {
             Self::PowerOff => vm.cut_power(),
             Self::Wipe => {
@@ -404,7 +390,16 @@ impl Fault {
             }
             Self::Freeze(unit) => done(vm, &format!("systemctl freeze {unit}")),
             Self::Run(command) | Self::RunThen(command, _) => done(vm, command),
-            Self::Cut(_) => done(vm, &format!("nft '{cut}'")),
+            Self::Cut(path) => done(vm, &paths.cut(path)),
+            Self::FlapByOneHub => {
+                let pause = Duration::from_secs(2) * factor;
+                done(vm, &paths.cut(Path::Hubs))?;
+                for open in [true, false, true, false, true] {
+                    sleep(pause);
+                    done(vm, &paths.last_hub(open))?;
+                }
+                Ok(())
+            }
             // It does that by itself.
             Self::Upgrade => Ok(()),
         }
@@ -423,7 +418,7 @@ impl Fault {
             Self::Freeze(unit) => done(vm, &format!("systemctl thaw {unit}")),
             // Its watchdog may have restarted it in the meantime.
             Self::RunThen(_, command) => vm.exec(command).map(drop),
-            Self::Cut(_) => vm.exec("nft delete table inet rehearsal").map(drop),
+            Self::Cut(_) | Self::FlapByOneHub => vm.exec("nft delete table inet rehearsal").map(drop),
         }
     }
 }

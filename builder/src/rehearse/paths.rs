@@ -1,0 +1,63 @@
+//! Cuts a machine's paths to hubs or to etcd with a packet filter, and opens them again.
+
+use std::net::Ipv4Addr;
+
+use fleet::Topology;
+
+use crate::vm::Wire;
+
+/// Which paths of a machine are cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// To the hub that holds the VIP.
+    Hub,
+    /// To every hub.
+    Hubs,
+    /// To every member of etcd.
+    Etcd,
+}
+
+/// The addresses of hubs on the network that the mesh runs over.
+pub(super) struct Paths {
+    /// The hub that holds the VIP.
+    holder: Ipv4Addr,
+    /// The hubs that are not the victim itself.
+    hubs: Vec<Ipv4Addr>,
+}
+
+impl Paths {
+    pub(super) fn new(topology: &Topology, holder: Option<&str>, victims: &[String]) -> Self {
+        let address = |name: &str| topology.node(name).map(|node| Wire::address(topology, node));
+        let others = topology.nodes.iter().filter(|n| n.has_role("hub") && !victims.contains(&n.name));
+        Self {
+            holder: holder.and_then(address).unwrap_or(Ipv4Addr::UNSPECIFIED),
+            hubs: others.map(|n| Wire::address(topology, n)).collect(),
+        }
+    }
+
+    /// The command that cuts a path.
+    pub(super) fn cut(&self, path: Path) -> String {
+        let (there, back) = match path {
+            Path::Hub | Path::Hubs => ("ip daddr @hubs drop", "ip saddr @hubs drop"),
+            Path::Etcd => ("tcp dport 2379 drop", "tcp sport 2379 drop"),
+        };
+        let hubs: Vec<String> = match path {
+            Path::Hub => vec![self.holder.to_string()],
+            _ => self.hubs.iter().map(ToString::to_string).collect(),
+        };
+        format!(
+            "nft 'table inet rehearsal {{ \
+             set hubs {{ type ipv4_addr; elements = {{ {} }}; }}; \
+             chain there {{ type filter hook output priority -300; {there}; }}; \
+             chain back {{ type filter hook input priority -300; {back}; }}; }}'",
+            hubs.join(", ")
+        )
+    }
+
+    /// The command that opens or closes the path to the last hub, after [`Path::Hubs`] was cut.
+    pub(super) fn last_hub(&self, open: bool) -> String {
+        let verb = if open { "delete" } else { "add" };
+        let hub = self.hubs.last().copied().unwrap_or(Ipv4Addr::UNSPECIFIED);
+        format!("nft {verb} element inet rehearsal hubs '{{ {hub} }}'")
+    }
+}
