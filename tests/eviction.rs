@@ -6,13 +6,17 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, scope};
+use builder::authority::Authority;
+use builder::operator::Hubs as Operator;
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::hubs::Hubs;
 use firstboot::member::follow_hubs;
 use firstboot::neighbours::Neighbourhood;
 use fleet::{
-    Answer, Departure, Doing, Grant, Introduction, JoinReply, MeshKey, PROTOCOL, Peers, PrivateKey, Report, SignedOrder,
+    Answer, Departure, Doing, Grant, Introduction, JoinReply, MeshKey, PROTOCOL, Peers, PrivateKey, Report, Secrets,
+    SignedOrder, SlotRecord,
 };
+use serde_json::json;
 
 const ATTACKER: MeshKey = MeshKey([66; 32]);
 
@@ -149,6 +153,27 @@ async fn of_two_hubs_the_operators_order_tells_which_was_evicted() {
         assert_eq!(worker.known.keys().get("hub-1"), before.get("hub-1"));
         assert_ne!(worker.known.pins()["hub-1"], "the attacker's");
     }
+}
+
+/// The evicted hub's etcd member leads the cluster: etcd elects another leader while the order is carried out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_hub_whose_etcd_member_leads_is_evicted_by_one_order() {
+    let site = Site::open(25_500, "db.count = 1\n");
+    site.register_hubs().await;
+    site.lead_etcd("hub-2").await;
+    let authority = json!({ "fleet": "acme", "root": site.root, "secrets": Secrets::sample() });
+    let topology = site.topology.clone();
+    let evicted = tokio::task::spawn_blocking(move || {
+        let authority: Authority = serde_json::from_value(authority).expect("a fleet key");
+        Operator { authority: &authority, topology: &topology, endpoints: BTreeMap::new() }.leave("hub-2", true)
+    });
+    evicted.await.expect("no panic").expect("one of the hubs evicts hub-2");
+    let etcd = site.etcd(0);
+    let members = etcd.members().await.expect("etcd has a leader");
+    assert!(members.iter().all(|member| member.name != "hub-2"), "hub-2 still has its vote");
+    let found = etcd.get(&["/bakehouse/slots/hub-2"]).await.expect("etcd has a leader");
+    let record: SlotRecord = serde_json::from_slice(&found[0].value).expect("JSON");
+    assert!(record.vacant && record.eviction.is_some(), "{record:?}");
 }
 
 /// A worker's agent, as far as it asks hubs.

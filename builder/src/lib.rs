@@ -24,7 +24,7 @@ mod make;
 mod manifest;
 pub mod mirror;
 pub mod netboot;
-mod operator;
+pub mod operator;
 mod passphrase;
 mod plan;
 pub mod progress;

@@ -2,10 +2,12 @@
 //! connection and a few minutes.
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use firstboot::https::{self, Connection};
-use firstboot::join::endpoint;
+use firstboot::error::Error as Failure;
+use firstboot::https::{self, ClientConfig, Connection};
+use firstboot::join::{Pause, endpoint};
 use fleet::{
     Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
     TokensRequest, Topology, compare_versions, encoding,
@@ -17,6 +19,9 @@ use crate::error::{Error, Result, fail};
 
 /// Longest answer that is read: a fleet's life of tokens.
 const LONGEST: usize = 4 << 20;
+/// How long hubs are asked again while etcd has no leader: an election, and the time that etcd needs to call itself
+/// healthy.
+const ELECTION: Duration = Duration::from_secs(30);
 
 /// The hubs, as the operator's machine reaches them.
 pub struct Hubs<'a> {
@@ -97,31 +102,51 @@ impl Hubs<'_> {
         if others.is_empty() { self.ask(order) } else { self.ask_of(order, &others) }
     }
 
+    /// As [`Self::ask`], of these hubs. While etcd has no leader, hubs answer 503: then they are asked again, for orders
+    /// that have been carried out already succeed.
     fn ask_of<T: SignedOrder + Clone>(&self, order: &T, hubs: &[&Node]) -> Result<(String, Vec<u8>)> {
-        let root = &self.authority.root;
-        let tls = https::client(root.certificate(), None).map_err(|e| Error::Failed(e.to_string()))?;
+        let tls = https::client(self.authority.root.certificate(), None).map_err(|e| Error::Failed(e.to_string()))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|e| Error::Failed(format!("cannot reach the network: {e}")))?;
-        let mut said = Vec::new();
-        for hub in hubs {
-            let Some(host) = endpoint(hub, &self.endpoints) else { continue };
-            let order = order.clone().with_scope(OrderScope {
-                path: T::PATH.to_owned(),
-                hub: hub.name.clone(),
-                issued_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-                nonce: encoding::encode(&random::<16>()?),
-            });
-            let body = serde_json::to_vec(&order).map_err(|e| Error::Failed(e.to_string()))?;
-            let answer = runtime.block_on(async {
-                let mut connection = Connection::open(&host, self.topology.mesh.port, &hub.name, &tls).await?;
-                connection.post_signed(T::PATH, &body, |message| root.sign(message), LONGEST).await
-            });
-            match answer {
-                Ok(answer) => return Ok((hub.name.clone(), answer.to_vec())),
-                Err(e) => said.push(e.to_string()),
+        let until = Instant::now() + ELECTION;
+        let mut pause = Pause::default();
+        loop {
+            let mut failures = Vec::new();
+            for hub in hubs {
+                let Some(host) = endpoint(hub, &self.endpoints) else { continue };
+                match runtime.block_on(self.ask_one(order, hub, &host, &tls)) {
+                    Ok(answer) => return Ok((hub.name.clone(), answer)),
+                    Err(e) => failures.push(e),
+                }
             }
+            let is_temporary = |e: &Failure| matches!(e, Failure::Network { why, .. } if why.starts_with("503"));
+            if !failures.iter().any(is_temporary) || Instant::now() > until {
+                let failures: Vec<String> = failures.iter().map(ToString::to_string).collect();
+                return fail(format!("no hub takes it: {}", failures.join("; ")));
+            }
+            std::thread::sleep(pause.longer());
         }
-        fail(format!("no hub takes it: {}", said.join("; ")))
+    }
+
+    async fn ask_one<T: SignedOrder + Clone>(
+        &self,
+        order: &T,
+        hub: &Node,
+        host: &str,
+        tls: &Arc<ClientConfig>,
+    ) -> Result<Vec<u8>, Failure> {
+        let root = &self.authority.root;
+        let nonce = random::<16>().map_err(|e| Failure::Failed(e.to_string()))?;
+        let order = order.clone().with_scope(OrderScope {
+            path: T::PATH.to_owned(),
+            hub: hub.name.clone(),
+            issued_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            nonce: encoding::encode(&nonce),
+        });
+        let body = serde_json::to_vec(&order).map_err(|e| Failure::Failed(e.to_string()))?;
+        let mut connection = Connection::open(host, self.topology.mesh.port, &hub.name, tls).await?;
+        let answer = connection.post_signed(T::PATH, &body, |message| root.sign(message), LONGEST).await?;
+        Ok(answer.to_vec())
     }
 }
 

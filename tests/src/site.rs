@@ -20,6 +20,7 @@ use fleet::{
     Reason, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, SignedOrder, Tokens, TokensRequest, Topology,
     encoding,
 };
+use serde_json::{Value, json};
 
 use crate::Cluster;
 
@@ -167,16 +168,37 @@ impl Site {
     }
 
     /// Calls etcd's gateway with a hub's certificate.
-    pub async fn etcd_call(&self, path: &str, body: &serde_json::Value) {
+    pub async fn etcd_call(&self, path: &str, body: &Value) {
+        self.etcd_ask(0, path, body).await.expect("etcd takes it");
+    }
+
+    async fn etcd_ask(&self, member: usize, path: &str, body: &Value) -> firstboot::error::Result<bytes::Bytes> {
         let node = &self.topology.hubs[0];
         let issuer = self.root.issuer("acme", &node.name).expect("a root");
         let cert = issuer.node(&self.topology, node, &self.keys[0].public().expect("a key")).expect("an issuer");
         let own = Identity { cert: &cert, key: self.keys[0].pem() };
         let tls = https::client(self.root.certificate(), Some(own)).expect("a certificate");
-        let (host, port) = &self.cluster.clients()[0];
+        let (host, port) = &self.cluster.clients()[member];
         let mut etcd = Connection::open(host, *port, host, &tls).await.expect("etcd");
         let body = serde_json::to_vec(body).expect("JSON");
-        etcd.ask(request("POST", host, path, &[], body.into()).expect("HTTP"), 1 << 20).await.expect("etcd takes it");
+        etcd.ask(request("POST", host, path, &[], body.into()).expect("HTTP"), 1 << 20).await
+    }
+
+    /// Makes a hub's etcd member the leader, with the peer address that the topology gives it.
+    pub async fn lead_etcd(&self, hub: &str) {
+        let members = self.etcd(0).members().await.expect("etcd has a leader");
+        let member = members.iter().find(|m| m.name == hub).expect("a member");
+        let address = self.topology.node(hub).expect("a hub").address;
+        let urls: Vec<_> = member.peer_urls.iter().cloned().chain([format!("https://{address}:2380")]).collect();
+        self.etcd_call("/v3/cluster/member/update", &json!({ "ID": member.id, "peerURLs": urls })).await;
+        for i in 0..self.cluster.clients().len() {
+            // Only the leader can do it.
+            let ask = json!({ "targetID": member.id });
+            let _ = self.etcd_ask(i, "/v3/maintenance/transfer-leadership", &ask).await;
+        }
+        let status = self.etcd_ask(0, "/v3/maintenance/status", &json!({})).await.expect("etcd answers");
+        let status: Value = serde_json::from_slice(&status).expect("JSON");
+        assert_eq!(status["leader"], member.id, "{hub} does not lead");
     }
 
     /// The cluster, as whoever has this certificate reaches it, its member `i` first.

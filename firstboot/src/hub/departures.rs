@@ -37,6 +37,12 @@ impl ClaimsDesk {
             return Ok(Err(no(Reason::Malformed, &text)));
         }
         let place = self.place(slot).await?;
+        let done = |record: &SlotRecord| {
+            record.vacant && matches!(owner, Identified::Epoch(Some(epoch)) if epoch + 1 == record.epoch)
+        };
+        if place.before.as_ref().is_some_and(done) {
+            return Ok(Ok(()));
+        }
         let Some(record) = place.before.as_ref().filter(|r| !r.vacant) else {
             return Ok(Err(no(Reason::Malformed, &format!("nobody has the slot `{slot}`"))));
         };

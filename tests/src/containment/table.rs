@@ -127,10 +127,6 @@ const HUB: &str = "A hub is the fleet's authority: its agent writes `/bakehouse/
 const HUB_NETWORK: &str = "A hub routes the mesh and votes on who has the VIP: the other hubs trust its VRRP and BGP.";
 const OLD_SECRETS: &str = "It knows what it knew: a hub's state has every password. They stay valid until they are \
     replaced.";
-const EVICTED_OF_TWO: &str = "In a fleet of two hubs only: the evicted hub tells the workers that the other hub has \
-    left. Of two hubs that accuse each other a worker believes neither, so it keeps its tunnel to both, and the \
-    evicted one uses its certificate and passwords through it. The remaining hub has dropped it. Switch the machine \
-    off, or block its address, before or with `leave --now`; with three hubs the two others decide.";
 const OWN_GROUP: &str = "This is what the ticket is for: one slot of its own group, as often as the ticket says, until \
     it is used, expires or is revoked. The secrets that come with it are those of the group's roles.";
 const PXE_GROUP: &str = "`[netboot] others` gives any machine on that network a ticket of the named group. Leave the key \
@@ -150,10 +146,6 @@ pub fn expected(place: Place, target: Target) -> (Reach, &'static str) {
         (Hub, Vip | Routes) => (Reach::Yes, HUB_NETWORK),
         (Hub, _) => (Reach::Yes, HUB),
         (EvictedHub, Secrets) => (Reach::Yes, OLD_SECRETS),
-        (
-            EvictedHub,
-            ReadEtcd | WriteEtcd | EtcdPeer | Patroni | Postgres | Backups | MeshKeys | DenyVersion | TakeSlot,
-        ) => (Reach::Yes, EVICTED_OF_TWO),
         (TokenHolder, TakeSlot) => (Reach::Part, OWN_GROUP),
         (PxeHost, TakeSlot) => (Reach::Part, PXE_GROUP),
         _ => (Reach::No, ""),
