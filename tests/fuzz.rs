@@ -39,6 +39,15 @@ fn every_target_survives_its_seeds_and_damaged_copies_of_them() {
     }
 }
 
+/// `make fuzz` takes the names of the seeds' folders.
+#[test]
+fn every_target_has_a_fuzz_binary() {
+    let manifest = fs::read_to_string(root().join("fuzz/Cargo.toml")).expect("a manifest");
+    for (name, _) in TARGETS {
+        assert!(manifest.contains(&format!("[[bin]]\nname = \"{name}\"\n")), "fuzz/Cargo.toml has no binary `{name}`");
+    }
+}
+
 /// A seed that is refused at its first byte leads nowhere.
 #[test]
 fn seeds_are_read_to_their_end() {
