@@ -169,7 +169,7 @@ fn every_service_works_with_the_others() {
     node.cut_power();
     node.start();
     node.wait_for(&["bakehouse: ready (all-1)"]);
-    assert!(node.ok("journalctl -b -u odoo-init -o cat").contains("the database is there"));
+    assert!(node.ok("journalctl -b -u odoo-init -o cat").contains("the database exists"));
     assert_eq!(node.ok(&python(&format!("{BROWSER}{LOGIN_PAGE}"))), "200\n200 True\nTrue True");
     node.shut_down();
 }

@@ -1,10 +1,10 @@
-# A fleet's nodes on OpenStack. Beside this file, for each node:
+# Nodes of a fleet on OpenStack. Create these files beside this one first:
 #
 #   bakehouse build && qemu-img convert -O qcow2 build/app/acme-app_1.raw app.qcow2    # each group
 #   bakehouse ticket app-1 -o app-1.ticket                                             # each node
 #
-# `terraform validate` reads it without an account. A ticket is a secret until its node has joined,
-# and Terraform's state keeps it: keep the state where secrets are kept, or let tickets expire.
+# `terraform validate` checks this file without an account. A ticket is a secret until its node has joined, and
+# Terraform's state contains it. Keep the state as safe as other secrets, or give tickets a short validity.
 
 terraform {
   required_providers {
@@ -16,7 +16,7 @@ terraform {
 }
 
 variable "nodes" {
-  description = "Node → its group and flavour. As many as fleet.toml has."
+  description = "Group and flavor of each node in fleet.toml."
   type        = map(object({ group = string, flavor = string }))
   default = {
     "hub-1"     = { group = "hub", flavor = "m1.small" }
@@ -31,7 +31,7 @@ variable "nodes" {
 }
 
 variable "network" {
-  description = "Name of a network on which nodes reach the hubs' endpoints."
+  description = "Name of a network from which the nodes reach the hubs' endpoints."
   type        = string
 }
 
@@ -48,7 +48,7 @@ resource "openstack_images_image_v2" "group" {
   }
 }
 
-# A node of its own on each physical host, as far as there are hosts.
+# Places the nodes on different physical hosts, as far as there are enough hosts.
 resource "openstack_compute_servergroup_v2" "apart" {
   name     = "bakehouse"
   policies = ["soft-anti-affinity"]
@@ -59,7 +59,7 @@ resource "openstack_compute_instance_v2" "node" {
   name        = each.key
   image_id    = openstack_images_image_v2.group[each.value.group].id
   flavor_name = each.value.flavor
-  # The ticket: nodes read their user data from the config drive, and no metadata service.
+  # The ticket. Nodes read user data from the config drive and do not query the metadata service.
   user_data    = file("${path.module}/${each.key}.ticket")
   config_drive = true
   network {
@@ -69,7 +69,7 @@ resource "openstack_compute_instance_v2" "node" {
     group = openstack_compute_servergroup_v2.apart.id
   }
   lifecycle {
-    # Nodes update themselves. A new ticket for a node that has joined is none of its business.
+    # Nodes update themselves, and a node that has joined needs no new ticket.
     ignore_changes = [image_id, user_data]
   }
 }

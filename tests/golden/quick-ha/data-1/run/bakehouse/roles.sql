@@ -1,5 +1,5 @@
--- The database's users beside those that Patroni makes itself. A database from the backups has them.
--- What fails is not written to the journal: there are passwords in it.
+-- Users that Patroni does not create. A database that was restored from a backup has them already.
+-- PostgreSQL does not log failed statements here, because they contain passwords.
 SET log_min_error_statement = panic;
 SELECT format('CREATE ROLE %I', name) FROM unnest('{odoo,metrics}'::text[]) name
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec

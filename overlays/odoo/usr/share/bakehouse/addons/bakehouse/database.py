@@ -1,13 +1,19 @@
-"""The database's primary changes while people work: who asks in between waits for the next one, and
-who was cut off asks again, unless some of what he asked for may have been done already."""
+"""Hides a change of the database's primary from users.
+
+New connections wait for the next primary. A request that loses its connection is repeated, unless one of its
+transactions may have committed changes.
+"""
 
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS
+from psycopg2.extensions import connection as Connection
 
 from odoo import http, sql_db
 from odoo.exceptions import AccessDenied
@@ -15,21 +21,21 @@ from odoo.http import RegistryError
 
 _logger = logging.getLogger(__name__)
 
-# Seconds from a primary's end to the next one's beginning, where that is planned.
+# Seconds that a switchover may take.
 WAIT = float(os.environ["DATABASE_WAIT"])
 ATTEMPTS = 3
-# The connection is gone, or the server is about to end it.
-GONE = (None, "57P01", "57P02", "57P03")
+# SQLSTATEs of a lost connection: none if the connection is closed, or the server shuts down or starts.
+CONNECTION_LOST = (None, "57P01", "57P02", "57P03")
 
 
-def is_gone(error):
+def is_connection_loss(error: BaseException | None) -> bool:
     if isinstance(error, RegistryError):
         error = error.__cause__
-    return isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError)) and error.pgcode in GONE
+    return isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError)) and error.pgcode in CONNECTION_LOST
 
 
-def has_written(connection):
-    """Whether a transaction that is about to be committed has changed anything; it may have if it has failed."""
+def has_written(connection: Connection) -> bool:
+    """Returns whether the open transaction may have changed data. A failed transaction counts as one that has."""
     state = connection.info.transaction_status
     if state != TRANSACTION_STATUS_INTRANS:
         return state != TRANSACTION_STATUS_IDLE
@@ -38,68 +44,72 @@ def has_written(connection):
         return cursor.fetchone() != (None,)
 
 
-class Connections:
-    """How psycopg2 connects; in a longer outage it is told at once, and not all workers are kept waiting."""
+class Connector:
+    """Replaces psycopg2.connect: retries until a primary accepts the connection.
 
-    def __init__(self, connect):
+    After WAIT seconds without a primary, each call fails at the first error, so that a long outage does not block all
+    workers.
+    """
+
+    def __init__(self, connect: Callable[..., Connection]) -> None:
         self.connect = connect
-        self.away_since = None
+        self.down_since: float | None = None
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Connection:
         while True:
             try:
                 connection = self.connect(*args, **kwargs)
             except psycopg2.OperationalError:
                 now = time.monotonic()
-                self.away_since = self.away_since or now
-                if now - self.away_since > WAIT:
+                self.down_since = self.down_since or now
+                if now - self.down_since > WAIT:
                     raise
                 time.sleep(0.2)
             else:
-                self.away_since = None
+                self.down_since = None
                 return connection
 
 
-def patch():
-    psycopg2.connect = Connections(psycopg2.connect)
+def patch() -> None:
+    psycopg2.connect = Connector(psycopg2.connect)
 
     commit = sql_db.Cursor.commit
 
-    def commit_noted(self):
+    def commit_tracking_writes(self: sql_db.Cursor) -> None:
         self.flush()
-        # The server may have done it, and its answer is what gets lost.
+        # If the connection is lost during COMMIT, the server may still have committed.
         if has_written(self._cnx):
             threading.current_thread().may_have_committed = True
         return commit(self)
 
-    answer = http.Request._serve_ir_http
+    serve_ir_http = http.Request._serve_ir_http
 
-    def answer_or_say_why_not(self, rule, args):
+    def reraise_connection_loss(self: http.Request, rule: Any, args: Any) -> Any:
         try:
-            return answer(self, rule, args)
+            return serve_ir_http(self, rule, args)
         except AccessDenied as error:
-            # Odoo says that of whatever went wrong while it looked who asks.
-            if is_gone(error.__context__):
+            # Odoo raises AccessDenied for any error during authentication. Only the original error is retried.
+            if is_connection_loss(error.__context__):
                 raise error.__context__ from None
             raise
 
-    serve = http.Request._serve_db
+    serve_db = http.Request._serve_db
 
-    def serve_again(self):
+    def retry_on_connection_loss(self: http.Request) -> Any:
         thread = threading.current_thread()
         for attempt in range(ATTEMPTS):
             thread.may_have_committed = False
             try:
-                return serve(self)
+                return serve_db(self)
             except (psycopg2.Error, RegistryError) as error:
-                if not is_gone(error) or thread.may_have_committed or attempt == ATTEMPTS - 1:
+                if not is_connection_loss(error) or thread.may_have_committed or attempt == ATTEMPTS - 1:
                     raise
-                _logger.info("asked again: %s", error)
-            # As Odoo does before it repeats a transaction.
+                _logger.info("repeating a request that lost its connection to the database: %s", error)
+            # Odoo does the same before it repeats a transaction.
             self.session = self._get_session_and_dbname()[0]
             for file in self.httprequest.files.values():
                 file.seek(0)
 
-    sql_db.Cursor.commit = commit_noted
-    http.Request._serve_ir_http = answer_or_say_why_not
-    http.Request._serve_db = serve_again
+    sql_db.Cursor.commit = commit_tracking_writes
+    http.Request._serve_ir_http = reraise_connection_loss
+    http.Request._serve_db = retry_on_connection_loss

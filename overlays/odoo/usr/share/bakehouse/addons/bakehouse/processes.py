@@ -1,4 +1,4 @@
-"""The process that starts the workers."""
+"""Adapts the process that starts Odoo's workers to systemd and to an unreachable database."""
 
 import logging
 
@@ -9,18 +9,18 @@ from odoo.service.server import PreforkServer
 _logger = logging.getLogger(__name__)
 
 
-def patch():
+def patch() -> None:
     spawn = PreforkServer.process_spawn
 
-    def process_spawn(self):
-        # The websocket process is a service of its own, started and watched by systemd. Odoo asks the
-        # database, at every look at its workers, whether it may start one, as long as there is none.
+    def process_spawn(self: PreforkServer) -> None:
+        # systemd runs the websocket process as a separate service (odoo-websocket.service). Without a pid here, Odoo
+        # would query the database on each check of its workers whether it may start that process.
         self.long_polling_pid = True
         try:
             spawn(self)
         except psycopg2.OperationalError as error:
-            # It asks before it starts a worker, and would end all of them.
-            _logger.warning("no worker is started now: %s", error)
+            # Odoo queries the database before it starts a worker. An error would end the process and all its workers.
+            _logger.warning("cannot start a worker: %s", error)
         finally:
             self.long_polling_pid = None
 
