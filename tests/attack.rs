@@ -44,7 +44,7 @@ async fn strangers_keep_no_member_out() {
     let member = Target { tls, ..target.clone() };
     // It asks from an address that becomes an attacker's too.
     let (alone, shared) = ("127.0.0.1".parse().expect("an address"), source(3));
-    peers(&member, shared).await.expect("an answer");
+    peers(&member, shared).await.expect("a reply");
     let mut attackers = JoinSet::new();
     for i in 0..1024 {
         attackers.spawn(target.clone().idle(source(i)));
@@ -58,7 +58,7 @@ async fn strangers_keep_no_member_out() {
         let mut took = Vec::new();
         for _ in 0..7 {
             let asked = Instant::now();
-            peers(&member, from).await.expect("an answer");
+            peers(&member, from).await.expect("a reply");
             took.push(asked.elapsed());
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
@@ -68,7 +68,7 @@ async fn strangers_keep_no_member_out() {
     }
     let asked = Instant::now();
     let asker = Site::asker(&token, "app");
-    let joined = ask(site.root.certificate().to_owned(), 25_000, asker, 0).await.expect("an answer");
+    let joined = ask(site.root.certificate().to_owned(), 25_000, asker, 0).await.expect("a reply");
     assert_eq!(granted(joined).slot, "app-2");
     assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
     assert!(target.made.load(std::sync::atomic::Ordering::Relaxed) > 1000, "the attack is none");
@@ -117,7 +117,7 @@ async fn useless_tokens_cost_etcd_little() {
         assert!(asked < 80, "{made} joins took {asked} requests of etcd");
     }
     // The owner of a grant still gets it again, whatever became of its token.
-    let JoinReply::Granted(_) = ask(site.root.certificate().to_owned(), 25_300, owner, 0).await.expect("an answer")
+    let JoinReply::Granted(_) = ask(site.root.certificate().to_owned(), 25_300, owner, 0).await.expect("a reply")
     else {
         panic!("the owner is refused")
     };

@@ -61,7 +61,7 @@ fn main() {
     assert!(nix::unistd::geteuid().is_root(), "the peers need root: run `make bench` as root");
     let lab = Lab::of_fleet("bench", "ha");
     lab.ok(&["fetch"]);
-    let project = Project::load(&lab.dir).expect("the fleet is right");
+    let project = Project::load(&lab.dir).expect("a valid fleet.toml");
     let lock = Lock::load(&project).expect("the lock is there");
     let mirror = Mirror::of(&project, None).expect("a mirror");
     let peers = Peers::prepare(&mirror, &project, &lock);
@@ -137,7 +137,7 @@ fn main() {
         ours / theirs("tuned"),
     );
     for lab in stores {
-        fs::remove_dir_all(lab.dir).expect("the lab");
+        fs::remove_dir_all(lab.dir).expect("the lab is writable");
     }
 }
 

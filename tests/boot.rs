@@ -32,7 +32,7 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     let lab = lab("boot");
     lab.init();
     let disk = lab.dir.join("hub-1.raw");
-    let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters"), "--json"]).out;
+    let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a UTF-8 path"), "--json"]).out;
     assert!(flashed.lines().any(|l| l.contains("\"step\":\"verify\"")), "{flashed}");
     let on_disk = |text: &str| {
         let disk = fs::read(&disk).expect("a disk");
@@ -227,7 +227,7 @@ fn with_secure_boot_what_is_not_signed_does_not_run() {
     // Firmware without a key is given the fleet's, and enforces it from then on; the ticket is on the
     // disk.
     let disk = lab.dir.join("hub-1.raw");
-    lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters")]);
+    lab.ok(&["flash", "hub-1", disk.to_str().expect("a UTF-8 path")]);
     let mut hub = Machine::alone(&lab, "hub-1");
     hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
@@ -252,7 +252,7 @@ fn exported_disks_are_what_hypervisors_read_and_a_legacy_bios_starts_with_a_tick
     let lab = lab("export");
     lab.init();
     let out = lab.dir.join("out");
-    let dir = out.to_str().expect("a path of letters");
+    let dir = out.to_str().expect("a UTF-8 path");
     let run = |program: &str, args: &[&str]| {
         let done = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
         let said = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
@@ -268,7 +268,7 @@ fn exported_disks_are_what_hypervisors_read_and_a_legacy_bios_starts_with_a_tick
         }
         // What is in it is the image, whatever the format.
         let image = lab.dir.join("build/hub/ha-hub_1.raw");
-        let image = image.to_str().expect("a path of letters");
+        let image = image.to_str().expect("a UTF-8 path");
         assert!(run("qemu-img", &["compare", "-f", driver, "-F", "raw", &disk, image]).contains("identical"));
         fs::remove_file(&disk).expect("it was written");
         // libvirt's own parser takes the definition, and keeps the ticket in it.

@@ -175,7 +175,7 @@ async fn a_password_is_for_hubs_and_patronis_own_keys() {
         assert!(answer.contains("permission denied"), "{answer}");
     }
     let mut watch = patroni.watch("/bakehouse/slots/", 1).await.expect("etcd answers");
-    assert_eq!(patroni.next(&mut watch).await.expect("an answer"), None, "the watch is cancelled");
+    assert_eq!(patroni.next(&mut watch).await.expect("a reply"), None, "the watch is cancelled");
     assert_eq!((grant.secrets.etcd_root.as_str(), grant.secrets.etcd_patroni.as_str()), ("", "sample-etcd-patroni"));
 }
 

@@ -68,7 +68,7 @@ async fn an_evicted_hub_is_forgotten_within_a_minute_and_changes_nothing() {
     let rogue = RogueHub::start(&site.topology, &site.root, ("hub-2", &key), at, lies).await;
     until(60, "the attacker is not asked", || rogue.captured().iter().any(|r| r.target().1 == "/v1/peers")).await;
     let order = departure("hub-2", true, None).with_scope(scope(Departure::PATH, "hub-1"));
-    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub accepts the order");
     let evicted = Instant::now();
     let has_forgotten = |w: &Worker| !w.known.pins().contains_key("hub-2") && !w.known.keys().contains_key("hub-2");
     until(60, "the evicted hub is still one", || workers.iter().all(has_forgotten)).await;
@@ -139,7 +139,7 @@ async fn of_two_hubs_the_operators_order_tells_which_was_evicted() {
         ..departure("hub-2", true, None)
     };
     let order = order.with_scope(scope(Departure::PATH, "hub-1"));
-    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub accepts the order");
     let evicted = Instant::now();
     let has_forgotten = |w: &Worker| !w.known.pins().contains_key("hub-2") && !w.known.keys().contains_key("hub-2");
     until(60, "the evicted hub is still one", || workers.iter().all(has_forgotten)).await;
@@ -181,7 +181,7 @@ async fn an_evicted_founder_is_refused_by_a_hub_that_has_just_started_without_et
     let mut site = Site::open(25_000, "db.count = 1\n");
     site.register_hubs().await;
     let order = departure("hub-2", true, None).with_scope(scope(Departure::PATH, "hub-1"));
-    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub accepts the order");
     let records = site.state(0).join("slots.json");
     until(10, "the eviction is not on the hub's disk", || {
         let text = std::fs::read_to_string(&records).unwrap_or_default();
@@ -210,10 +210,10 @@ async fn an_evicted_founder_is_refused_by_a_hub_that_has_just_started_without_et
         let read = |answer: bytes::Bytes| serde_json::from_slice::<Peers>(&answer).expect("JSON");
         let said = Introduction { version: PROTOCOL, mesh_key: ATTACKER, epoch: 99 };
         let peers =
-            read(ask("POST", "/v1/introduce", serde_json::to_vec(&said).expect("JSON")).await.expect("an answer"));
+            read(ask("POST", "/v1/introduce", serde_json::to_vec(&said).expect("JSON")).await.expect("a reply"));
         assert!(peers.fenced.is_some(), "{slot}: {peers:?}");
         assert!(!peers.keys.values().any(|key| *key == ATTACKER), "{slot} has its key in the mesh: {peers:?}");
-        let peers = read(ask("GET", "/v1/peers", Vec::new()).await.expect("an answer"));
+        let peers = read(ask("GET", "/v1/peers", Vec::new()).await.expect("a reply"));
         assert!(peers.fenced.is_some() && !peers.keys.values().any(|key| *key == ATTACKER), "{slot}: {peers:?}");
         let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: Doing::Serving };
         let e = ask("POST", "/v1/turn", serde_json::to_vec(&report).expect("JSON")).await.expect_err("it has a turn");

@@ -49,7 +49,7 @@ fn two_builds_from_nothing_are_the_same_bit_for_bit() {
     let check = Command::new("sha256sum").args(["-c", "--quiet", "SHA256SUMS"]).current_dir(&a).status();
     assert!(check.expect("sha256sum").success());
     for lab in [one, two] {
-        fs::remove_dir_all(&lab.dir).expect("the lab");
+        fs::remove_dir_all(&lab.dir).expect("the lab is writable");
     }
 }
 
@@ -74,7 +74,7 @@ fn a_changed_config_rebuilds_from_bake_on_and_gives_the_bytes_of_a_cold_build() 
     assert_eq!(difference, None);
     // The verity tree is what the tool that wrote the format makes of the same root.
     verity_agrees(&lab.dir.join("build/hub/ha-hub_1.raw"), &lab.read("build/hub/ha-hub_1.manifest.json"));
-    fs::remove_dir_all(&cold.dir).expect("the lab");
+    fs::remove_dir_all(&cold.dir).expect("the lab is writable");
 }
 
 fn verity_agrees(disk: &Path, manifest: &str) {
@@ -306,8 +306,8 @@ fn a_mirror_that_is_down_or_lies_is_named_and_the_store_stays_good() {
     for line in lock.lines().filter_map(|l| l.strip_prefix("path = \"")?.strip_suffix('"')) {
         for archive in ["debian", "debian-security"] {
             let path = liar.join(archive).join(line);
-            fs::create_dir_all(path.parent().expect("a folder")).expect("the lab");
-            fs::write(path, "not a package").expect("the lab");
+            fs::create_dir_all(path.parent().expect("a folder")).expect("the lab is writable");
+            fs::write(path, "not a package").expect("the lab is writable");
         }
     }
     let store = tempfile::tempdir().expect("a folder");
@@ -343,7 +343,7 @@ fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
     let answer = build_with(&format!("{}M", asked.expect("a number") + 1), "build", "");
     assert_eq!(answer.status, 0, "{}", answer.err);
     // A store that has all but the room that its layers took.
-    fs::remove_dir_all(lab.dir.join("build")).expect("the lab");
+    fs::remove_dir_all(lab.dir.join("build")).expect("the lab is writable");
     let full = format!("ln -s {}/*/ store/; BAKEHOUSE_STORE=$PWD/store", shared_store().display());
     let answer = build_with("300M", "store", &full);
     assert_eq!(answer.status, 0, "{}", answer.err);
@@ -373,7 +373,7 @@ fn an_interrupted_build_leaves_no_half_and_the_next_one_is_whole() {
     let folders = [&lab, &other].map(|l| l.dir.join("build/hub"));
     assert_eq!(first_difference(&folders[0], &folders[1], &ARTEFACTS.map(str::to_owned)), None);
     for lab in [lab, other] {
-        fs::remove_dir_all(&lab.dir).expect("the lab");
+        fs::remove_dir_all(&lab.dir).expect("the lab is writable");
     }
 }
 
@@ -399,7 +399,7 @@ fn an_interrupted_lock_changes_nothing_and_an_interrupted_fetch_goes_on() {
     let rest = lab.ok(&["fetch"]);
     assert!(rest.err.contains("packages"), "{}", rest.err);
     assert!(!lab.ok(&["fetch"]).err.contains("packages"), "fetched twice");
-    fs::remove_dir_all(&lab.dir).expect("the lab");
+    fs::remove_dir_all(&lab.dir).expect("the lab is writable");
 }
 
 /// A user who is not root builds the same bytes, by user namespaces.
@@ -417,7 +417,7 @@ fn an_ordinary_user_builds_the_same_image() {
     let _ = fs::remove_dir_all(&home);
     fs::create_dir_all(home.join("store/debs")).expect("a home");
     for (from, to) in [("fleet.toml", "fleet.toml"), ("bakehouse.lock", "bakehouse.lock")] {
-        fs::copy(lab.dir.join(from), home.join(to)).expect("the lab");
+        fs::copy(lab.dir.join(from), home.join(to)).expect("the lab is writable");
     }
     for binary in ["bakehouse", "firstboot"] {
         fs::copy(root().join("target/release").join(binary), home.join(binary)).expect("the binaries");
@@ -435,20 +435,20 @@ fn an_ordinary_user_builds_the_same_image() {
     assert_eq!(difference, None);
     let image = home.join("build/hub/ha-hub_1.raw");
     assert_eq!(fs::metadata(image).expect("the image").permissions().mode() & 0o777, 0o644);
-    fs::remove_dir_all(&home).expect("the lab");
+    fs::remove_dir_all(&home).expect("the lab is writable");
 }
 
 #[test]
 fn a_fleets_key_is_made_once_and_signs_tickets() {
     let lab = Lab::empty("tickets");
     let dir = &lab.dir;
-    let path = dir.to_str().expect("a path of letters");
+    let path = dir.to_str().expect("a UTF-8 path");
     lab.run(&["init", path, "--from", "no-such"]).fails(2, &["there is no built-in fleet `no-such`", "quick-ha"]);
     let inside = lab.command(&["init", "."]).current_dir(dir).status();
     assert!(inside.expect("bakehouse starts").success());
     let key = fs::read(dir.join("fleet.key")).expect("a key");
     assert_eq!(fs::metadata(dir.join("fleet.key")).expect("a key").permissions().mode() & 0o777, 0o600);
-    fs::write(dir.join("fleet.toml"), lab.read("fleet.toml") + "\n# mine\n").expect("the lab");
+    fs::write(dir.join("fleet.toml"), lab.read("fleet.toml") + "\n# mine\n").expect("the lab is writable");
     lab.ok(&["init", path]);
     assert_eq!(fs::read(dir.join("fleet.key")).expect("a key"), key, "a second key");
     assert!(lab.read("fleet.toml").contains("name = \"tickets\"") && lab.read("fleet.toml").ends_with("# mine\n"));
@@ -462,7 +462,7 @@ fn a_fleets_key_is_made_once_and_signs_tickets() {
     let fleet::Right::Joiner(joiner) = joiner.right else { panic!("apps found nothing") };
     assert_eq!(joiner.token.read().expect("claims").uses, 5);
     let file = dir.join("hub-1.ticket");
-    assert_eq!(ticket(&["hub-1", "-o", file.to_str().expect("a path of letters")]).out, "");
+    assert_eq!(ticket(&["hub-1", "-o", file.to_str().expect("a UTF-8 path")]).out, "");
     assert_eq!(fs::metadata(&file).expect("a ticket").permissions().mode() & 0o777, 0o600);
     fleet::Ticket::parse(&fs::read(&file).expect("a ticket")).expect("a ticket");
     ticket(&["hub"]).fails(2, &["each has a ticket of its own"]);
@@ -483,7 +483,7 @@ fn a_fleets_key_is_made_once_and_signs_tickets() {
 #[test]
 fn a_sealed_key_is_of_use_only_with_its_passphrase() {
     let lab = Lab::empty("sealed");
-    let path = lab.dir.to_str().expect("a path of letters").to_owned();
+    let path = lab.dir.to_str().expect("a UTF-8 path").to_owned();
     lab.write("right", "correct horse\n");
     lab.write("wrong", "battery staple\n");
     let run = |phrase: &str, args: &[&str]| {
@@ -551,16 +551,16 @@ fn a_disk_gets_the_image_unless_it_is_in_use_or_too_small() {
     let mounted = lab.dir.join("mounted");
     fs::create_dir(&mounted).expect("the lab is writable");
     run("mkfs.ext4", &["-q", "-F", &disk.0]);
-    run("mount", &[&disk.0, mounted.to_str().expect("a path of letters")]);
+    run("mount", &[&disk.0, mounted.to_str().expect("a UTF-8 path")]);
     let refused = lab.run(&["flash", "hub-1", &disk.0, "--yes"]);
-    run("umount", &[mounted.to_str().expect("a path of letters")]);
+    run("umount", &[mounted.to_str().expect("a UTF-8 path")]);
     refused.fails(2, &["is in use", "unmount it", "--force loop"]);
 
     lab.run(&["flash", "hub-1", &disk.0]).fails(2, &["would be overwritten; say --yes"]);
     lab.ok(&["flash", "hub-1", &disk.0, "--yes"]);
     // Beyond the EFI partition, where the ticket is, it is the image to the byte, zeros and all.
     let (from, count) = (ESP_END.to_string(), (size - ESP_END).to_string());
-    run("cmp", &["-i", &from, "-n", &count, &disk.0, image.to_str().expect("a path of letters")]);
+    run("cmp", &["-i", &from, "-n", &count, &disk.0, image.to_str().expect("a UTF-8 path")]);
     drop(disk);
-    fs::remove_dir_all(&lab.dir).expect("the lab");
+    fs::remove_dir_all(&lab.dir).expect("the lab is writable");
 }

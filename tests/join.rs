@@ -63,9 +63,9 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
     let number = revoked.token.read().expect("claims").id;
     let stranger = Issuer::root("acme").expect("randomness");
     assert!(site.revoke(&number, &stranger).await.is_err(), "anybody can revoke");
-    site.revoke(&number, &site.root).await.expect("a hub takes it");
+    site.revoke(&number, &site.root).await.expect("a hub accepts the order");
     assert!(site.tokens(&stranger).await.is_err(), "anybody may look");
-    let tokens = site.tokens(&site.root).await.expect("a hub tells");
+    let tokens = site.tokens(&site.root).await.expect("a hub replies");
     let used = once.token.read().expect("claims").id;
     assert_eq!((tokens.used, tokens.revoked), (BTreeMap::from([(used, 1)]), BTreeSet::from([number])));
     assert_eq!(refused(site.insist(&Site::asker(&revoked, "db"), 1).await), Reason::Revoked);
@@ -83,7 +83,7 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
     loop {
         let mut hub = Connection::open("127.0.0.2", 21_300, "hub-2", &tls).await.expect("a hub");
         let answer = hub.ask(request("GET", "hub", "/v1/peers", &[], "".into()).expect("HTTP"), 1 << 16).await;
-        let peers: fleet::Peers = serde_json::from_slice(&answer.expect("an answer")).expect("JSON");
+        let peers: fleet::Peers = serde_json::from_slice(&answer.expect("a reply")).expect("JSON");
         if peers.fenced == Some(2) {
             break;
         }
@@ -112,7 +112,7 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
     assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
     let until = Instant::now() + Duration::from_secs(2 * AFTER);
     while Instant::now() < until {
-        site.member(2, (&first, &owner), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+        site.member(2, (&first, &owner), ("GET", "/v1/peers"), Vec::new()).await.expect("a reply");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
@@ -128,7 +128,7 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
         refused(ask(site.root.certificate().to_owned(), 21_900, blank("app"), 1).await.expect("a hub")),
         Reason::Full
     );
-    site.member(1, (&other, &database), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+    site.member(1, (&other, &database), ("GET", "/v1/peers"), Vec::new()).await.expect("a reply");
     let heir = granted(site.insist(&bound, 1).await);
     assert_eq!((heir.slot.as_str(), heir.epoch), ("app-1", 2));
     assert_eq!(refused(site.insist(&first, 2).await), Reason::Fenced);
@@ -146,7 +146,7 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
     let members = site.members("db", 3).await;
     let peers = async |i: usize, hub: usize| -> fleet::Peers {
         let (asker, grant) = &members[i];
-        let answer = site.member(hub, (asker, grant), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+        let answer = site.member(hub, (asker, grant), ("GET", "/v1/peers"), Vec::new()).await.expect("a reply");
         serde_json::from_slice(&answer).expect("JSON")
     };
     let hears = async |i: usize, what: &str, of: fn(&fleet::Peers) -> bool| {
@@ -166,19 +166,19 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
     assert!(e.contains("nobody has the slot `db-9`"), "{e}");
 
     // Told, it is still the owner until it says that it has stopped; saying it twice changes nothing.
-    site.leave("db-1", false, &site.root).await.expect("a hub takes it");
+    site.leave("db-1", false, &site.root).await.expect("a hub accepts the order");
     hears(0, "it is not told to leave", |p| p.leaving && p.fenced.is_none()).await;
     assert!(!peers(1, 2).await.leaving, "somebody else is told to leave");
     assert_eq!(refused(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await), Reason::Full);
     for hub in 0..3 {
-        says(0, hub, "/v1/left").await.expect("a hub takes it");
+        says(0, hub, "/v1/left").await.expect("a hub accepts the order");
     }
     hears(0, "it is not out", |p| p.fenced == Some(2) && p.vacant.contains("db-1")).await;
     // By itself, and shut out.
-    says(1, 0, "/v1/leave").await.expect("a hub takes it");
+    says(1, 0, "/v1/leave").await.expect("a hub accepts the order");
     hears(1, "it is not told to leave", |p| p.leaving).await;
-    says(1, 1, "/v1/left").await.expect("a hub takes it");
-    site.leave("db-3", true, &site.root).await.expect("a hub takes it");
+    says(1, 1, "/v1/left").await.expect("a hub accepts the order");
+    site.leave("db-3", true, &site.root).await.expect("a hub accepts the order");
     hears(2, "it is not out", |p| p.fenced == Some(2)).await;
 
     for (asker, _) in &members {
@@ -191,7 +191,7 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
     // Whoever had the place before sends nobody away.
     let e = says(1, 0, "/v1/leave").await.expect_err("it is another's");
     assert!(e.contains("another machine's since epoch 3"), "{e}");
-    let still = site.member(1, (&named, &heir), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+    let still = site.member(1, (&named, &heir), ("GET", "/v1/peers"), Vec::new()).await.expect("a reply");
     assert!(!serde_json::from_slice::<fleet::Peers>(&still).expect("JSON").leaving);
     let token = site.token("db", |c| c.uses = 3);
     let mut asked = JoinSet::new();
@@ -407,7 +407,7 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
     // The hubs know the new keys, and not the old ones; who has those gets nothing with them.
     let heard = async |who: &firstboot::identity::Identity| -> fleet::Peers {
         let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", who.client().expect("a certificate"));
-        hubs.answers().await.pop().expect("an answer").peers
+        hubs.answers().await.pop().expect("a reply").peers
     };
     let until = Instant::now() + Duration::from_secs(10);
     while heard(&first).await.fenced != Some(2) {
@@ -416,7 +416,7 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
     }
     assert_eq!(heard(&second).await.fenced, None);
     let thief = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", first.client().expect("a certificate"));
-    assert_eq!(refused(thief.renew(&first.keys).await.expect("an answer")), Reason::Fenced);
+    assert_eq!(refused(thief.renew(&first.keys).await.expect("a reply")), Reason::Fenced);
     // A key that another node has is not to be had.
     let (other, _) = &site.members("db", 1).await[0];
     let asked = fleet::Renewal {
@@ -429,10 +429,10 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
     let mut hub = Connection::open("127.0.0.1", 23_500, "hub-1", &tls).await.expect("a hub");
     let body = serde_json::to_vec(&asked).expect("JSON");
     let answer = hub.ask(request("POST", "hub", "/v1/renew", &[], body.into()).expect("HTTP"), 1 << 16).await;
-    assert_eq!(refused(serde_json::from_slice(&answer.expect("an answer")).expect("JSON")), Reason::Busy);
+    assert_eq!(refused(serde_json::from_slice(&answer.expect("a reply")).expect("JSON")), Reason::Busy);
 
     // Another machine has the slot: what was begun is dropped, and the node told as ever.
-    site.leave("db-1", true, &site.root).await.expect("a hub takes it");
+    site.leave("db-1", true, &site.root).await.expect("a hub accepts the order");
     write("renewal.json", &granted(false));
     let (last, renewed) = start().await;
     assert!(!renewed && !is_pending(&states) && last.keys.mesh_public().is_ok());

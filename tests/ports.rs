@@ -279,7 +279,7 @@ fn flows(spaces: &Namespaces, dir: &Path, address: impl Fn(&Node) -> String) -> 
 fn every_cell_of_the_table_is_what_the_kernel_does() {
     for fleet in ["ha", "minimal-ha"] {
         let dir = tempfile::tempdir().expect("a folder");
-        let project = Project::load(&root().join(format!("profiles/fleets/{fleet}.toml"))).expect("it is right");
+        let project = Project::load(&root().join(format!("profiles/fleets/{fleet}.toml"))).expect("a valid fleet.toml");
         let topology = &project.topology;
         let spaces = Namespaces::of(&project, dir.path());
         let got = flows(&spaces, dir.path(), |n| n.address.to_string());
@@ -317,7 +317,7 @@ fn every_cell_of_the_table_is_what_the_kernel_does() {
 #[test]
 fn an_allowed_port_is_no_way_to_another_service() {
     let dir = tempfile::tempdir().expect("a folder");
-    let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("it is right");
+    let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     project.topology.name = "attack".to_owned();
     let topology = &project.topology;
     let spaces = Namespaces::of(&project, dir.path());
@@ -378,7 +378,7 @@ fn an_allowed_port_is_no_way_to_another_service() {
 #[test]
 fn a_worker_announces_its_own_address_only() {
     let dir = tempfile::tempdir().expect("a folder");
-    let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("it is right");
+    let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     project.topology.name = "routes".to_owned();
     let topology = &project.topology;
     let spaces = Namespaces::of(&project, dir.path());

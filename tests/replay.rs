@@ -69,21 +69,21 @@ async fn a_captured_join_request_is_worthless_on_another_connection() {
     assert!(captured.header("bakehouse-signature").is_some(), "an older hub has to understand the request, too");
 
     let reply = |answer: bytes::Bytes| serde_json::from_slice::<JoinReply>(&answer).expect("JSON");
-    assert_eq!(refused(reply(replay(&site, 0, &captured).await.expect("an answer"))), Reason::Forged);
+    assert_eq!(refused(reply(replay(&site, 0, &captured).await.expect("a reply"))), Reason::Forged);
     // Nothing was taken: the joiner itself gets the first slot, and one use is spent.
     let mut reach = site.topology.clone();
     reach.hubs.retain(|hub| hub.name != "hub-2");
     let grant = join(&Hubs::of(&reach, &BTreeMap::new(), "", tls), &joiner, &image, &keys).await.expect("a grant");
     assert_eq!((grant.slot.as_str(), grant.secrets.postgres.as_str()), ("db-1", "sample-postgres"));
     for hub in [0, 2] {
-        let JoinReply::Refused(refusal) = reply(replay(&site, hub, &captured).await.expect("an answer")) else {
+        let JoinReply::Refused(refusal) = reply(replay(&site, hub, &captured).await.expect("a reply")) else {
             panic!("the attacker has the secrets of db-1");
         };
         assert_eq!(refusal.reason, Reason::Forged);
     }
     // The same without the header that binds it, as an image of the version before sends it.
     let old = Captured { head: captured.head.replace("bakehouse-bound-signature", "x-none"), ..captured };
-    let JoinReply::Refused(refusal) = reply(replay(&site, 0, &old).await.expect("an answer")) else {
+    let JoinReply::Refused(refusal) = reply(replay(&site, 0, &old).await.expect("a reply")) else {
         panic!("the attacker has the secrets of db-1");
     };
     assert!(refusal.text.contains("build the image again"), "{}", refusal.text);
@@ -119,14 +119,14 @@ async fn an_order_is_carried_out_once_where_and_when_it_was_given() {
     let tls = https::client(site.root.certificate(), None).expect("a certificate");
     let mut connection = Connection::open("127.0.0.9", 24_400, "hub-1", &tls).await.expect("a connection");
     let body = serde_json::to_vec(&order(|_| {})).expect("JSON");
-    connection.post_signed(Departure::PATH, &body, |m| site.root.sign(m), 100).await.expect("an answer");
+    connection.post_signed(Departure::PATH, &body, |m| site.root.sign(m), 100).await.expect("a reply");
     let captured = rogue.captured().pop().expect("it was asked");
     let e = replay(&site, 0, &captured).await.expect_err("the attacker's copy is carried out");
     assert!(e.contains("did not sign this request for this connection"), "{e}");
 
     // Given, it is carried out once; the next owner stays, whatever the order said of the one before.
     let given = order(|_| {});
-    site.order(0, Departure::PATH, &given, &site.root).await.expect("a hub takes it");
+    site.order(0, Departure::PATH, &given, &site.root).await.expect("a hub accepts the order");
     refused(0, "/v1/leave", &given, &["already"]).await;
     let next = granted(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await);
     assert_eq!((next.slot.as_str(), next.epoch), ("db-1", 3));
@@ -135,7 +135,7 @@ async fn an_order_is_carried_out_once_where_and_when_it_was_given() {
     // Who has no part in it reads no token either.
     let asked =
         TokensRequest { version: 1, fleet: "acme".to_owned(), scope: Some(scope(TokensRequest::PATH, "hub-1")) };
-    site.order(0, TokensRequest::PATH, &asked, &site.root).await.expect("a hub tells");
+    site.order(0, TokensRequest::PATH, &asked, &site.root).await.expect("a hub replies");
 }
 
 /// A token that is revoked gives nothing again, and a repeated replacement takes no vote: who asks
@@ -175,7 +175,7 @@ async fn a_repeated_replacement_of_a_founder_takes_no_vote() {
         assert_eq!(etcd.members().await.expect("etcd answers"), before, "a vote is gone");
     }
     let id = heir.joiner.token.read().expect("claims").id;
-    site.revoke(&id, &site.root).await.expect("a hub takes it");
+    site.revoke(&id, &site.root).await.expect("a hub accepts the order");
     assert_eq!(refused(site.insist(&heir, 0).await), Reason::Revoked);
 }
 
@@ -192,7 +192,7 @@ async fn a_slot_has_new_keys_once_a_day() {
             tls_key: encoding::encode(next.tls.public().expect("a key").as_bytes()),
         };
         let body = serde_json::to_vec(&asked).expect("JSON");
-        let answer = site.member(0, with, ("POST", "/v1/renew"), body).await.expect("an answer");
+        let answer = site.member(0, with, ("POST", "/v1/renew"), body).await.expect("a reply");
         serde_json::from_slice::<JoinReply>(&answer).expect("JSON")
     };
     let next = Site::asker(&node.joiner, "db");
@@ -216,7 +216,7 @@ async fn a_slot_has_new_keys_once_a_day() {
     let mut then = vec![Then::Put("/bakehouse/slots/db-1", &value)];
     then.extend(audits.iter().map(|key| Then::Put(key, b"{}")));
     assert!(site.etcd(0).transact(&[], &then).await.expect("etcd answers"));
-    site.leave("db-1", true, &site.root).await.expect("a hub takes it");
+    site.leave("db-1", true, &site.root).await.expect("a hub accepts the order");
     let heir = Site::asker(&site.token("db", |_| {}), "db");
     assert_eq!(granted(site.insist(&heir, 0).await).epoch, 62);
     let kept = keys("/bakehouse/audit/db-1/").await;

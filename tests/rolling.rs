@@ -31,7 +31,7 @@ fn eight_containers_stop_at_what_does_not_work() {
 
 /// The fleet's nodes; switched off when the test ends, however it does.
 fn machines(lab: &Lab) -> Vec<(Node, Machine)> {
-    let nodes = Project::load(&lab.dir).expect("the fleet is right").topology.nodes;
+    let nodes = Project::load(&lab.dir).expect("a valid fleet.toml").topology.nodes;
     nodes.into_iter().map(|node| (node.clone(), Machine::of(lab, &node.name))).collect()
 }
 

@@ -86,7 +86,7 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
     lab.is_of_containers();
     let updates = lab.dir.join("updates/hub");
     let updates_dir = lab.dir.join("updates");
-    let dir = updates_dir.to_str().expect("a path of letters");
+    let dir = updates_dir.to_str().expect("a UTF-8 path");
     let hub = Machine::of(&lab, "hub-1");
     hub.start();
     comes_up(&hub, 1);

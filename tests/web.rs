@@ -69,7 +69,7 @@ fn within(program: &str, args: &[&str]) -> Command {
 #[test]
 fn one_slow_client_takes_no_others_place() {
     let dir = tempfile::tempdir().expect("a folder");
-    let project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("it is right");
+    let project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     let hub = project.topology.node("hub-1").expect("hub-1");
     let authority = Authority::create("ha").expect("an authority");
     let member = authority.membership(&project.topology, hub).expect("a member");
@@ -85,7 +85,7 @@ fn one_slow_client_takes_no_others_place() {
     let (name, text) = overlay.files.iter().find(|(n, _)| n.ends_with("haproxy.cfg.j2")).expect("a template");
     let config =
         fleet::render(name, &String::from_utf8_lossy(text), &project.context(hub, &member)).expect("it renders");
-    let config = config.replace("/run/bakehouse/tls", dir.path().to_str().expect("a path of letters"));
+    let config = config.replace("/run/bakehouse/tls", dir.path().to_str().expect("a UTF-8 path"));
     fs::write(path("haproxy.cfg"), config).expect("a folder");
     let space = space();
     let mut script = format!("set -e\nip netns add {space}\nip -n {space} link set lo up\n");

@@ -152,7 +152,7 @@ fn binary() -> PathBuf {
 fn unpack() -> PathBuf {
     let lab = Lab::of_fleet("etcd", "ha");
     lab.ok(&["fetch"]);
-    let lock = Lock::load(&Project::load(&lab.dir).expect("the fleet is right")).expect("it was locked");
+    let lock = Lock::load(&Project::load(&lab.dir).expect("a valid fleet.toml")).expect("it was locked");
     let package = lock.packages.iter().find(|p| p.name == "etcd-server").expect("voters have etcd");
     let unpacked = lab.dir.join("etcd");
     let deb = shared_store().join("debs").join(&package.sha256);

@@ -61,12 +61,12 @@ impl Lab {
 
     /// Makes the fleet's key.
     pub fn init(&self) {
-        self.ok(&["init", self.dir.to_str().expect("a path of letters")]);
+        self.ok(&["init", self.dir.to_str().expect("a UTF-8 path")]);
     }
 
     /// Its nodes are containers, and no machines.
     pub fn is_of_containers(&self) {
-        let project = builder::project::Project::load(&self.dir).expect("the fleet is right");
+        let project = builder::project::Project::load(&self.dir).expect("a valid fleet.toml");
         builder::vm::are_containers(&project, true).expect("nothing runs");
     }
 

@@ -27,7 +27,7 @@ pub struct Machine {
 impl Machine {
     /// A node of the lab's fleet, off, with a blank disk.
     pub fn of(lab: &Lab, node: &str) -> Self {
-        let project = Project::load(&lab.dir).expect("the fleet is right");
+        let project = Project::load(&lab.dir).expect("a valid fleet.toml");
         let vm = Vm::of(&project, node).expect("the node is there");
         Self { vm, project, image: None, tpm: None, alone: false, bios: false }
     }

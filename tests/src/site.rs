@@ -353,7 +353,7 @@ pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot
     let mut connection = Connection::open(&host, port, &format!("hub-{}", hub + 1), &tls).await?;
     let sign = |message: &[u8]| asker.joiner.key.sign(message);
     let answer = connection.post_signed("/v1/join", &body, sign, fleet::LONGEST).await?;
-    Ok(serde_json::from_slice(&answer).expect("an answer"))
+    Ok(serde_json::from_slice(&answer).expect("a reply"))
 }
 
 /// Asks one hub after the other until one answers with more than "later".

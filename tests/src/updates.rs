@@ -54,7 +54,7 @@ pub fn is_blessed(node: &Machine) {
 
 /// Publishes what fleet.toml says.
 pub fn publish(lab: &Lab) {
-    lab.ok(&["publish", lab.dir.join("updates").to_str().expect("a path of letters")]);
+    lab.ok(&["publish", lab.dir.join("updates").to_str().expect("a UTF-8 path")]);
 }
 
 /// Has version 2, changed in one file, ready for `offer`. A build beside emulated machines takes the time in which
@@ -62,7 +62,7 @@ pub fn publish(lab: &Lab) {
 pub fn prepare(lab: &Lab, file: &str, from: &str, to: &str) {
     version(lab, "1", "2");
     lab.edit(file, from, to);
-    lab.ok(&["publish", lab.dir.join("next").to_str().expect("a path of letters")]);
+    lab.ok(&["publish", lab.dir.join("next").to_str().expect("a UTF-8 path")]);
     version(lab, "2", "1");
     fs::remove_file(lab.dir.join(file)).expect("the edit");
 }

@@ -32,7 +32,7 @@ impl Arena {
     /// They don't come up.
     #[must_use]
     pub fn up(lab: Lab, nodes: &[&str]) -> Self {
-        let topology = Project::load(&lab.dir).expect("fleet.toml is valid").topology;
+        let topology = Project::load(&lab.dir).expect("a valid fleet.toml").topology;
         // Switched off when the test ends, however it ends.
         let machines = nodes.iter().map(|name| ((*name).to_owned(), Machine::of(&lab, name))).collect();
         lab.ok(&[&["up", "--containers"], nodes].concat());
