@@ -75,8 +75,7 @@ fn try_outsiders(arena: &Arena, matrix: &mut Matrix) {
     try_all(arena, &holder, matrix);
 
     let mut stranger = Foothold::outside(arena, Place::Stranger);
-    let (grant, captured) =
-        join(arena, &stranger, &arena.ticket(GROUP, 1), GROUP).expect("the ticket of a free slot");
+    let (grant, captured) = join(arena, &stranger, &arena.ticket(GROUP, 1), GROUP).expect("the ticket of a free slot");
     println!("  {} has joined, and the attacker has recorded its request", grant.slot);
     stranger.captured = vec![captured];
     try_all(arena, &stranger, matrix);
@@ -88,8 +87,8 @@ fn try_outsiders(arena: &Arena, matrix: &mut Matrix) {
     drop(server);
 }
 
-/// Attacks from a hub that the operator evicted with `bakehouse leave --now`. The attacker has stopped the agent before,
-/// so the eviction ends no daemon on the machine, and serves false replies in its place.
+/// Attacks from a hub that the operator evicted with `bakehouse leave --now`. The attacker has stopped the agent
+/// before, so the eviction ends no daemon on the machine, and serves false replies in its place.
 fn try_evicted_hub(arena: &Arena, matrix: &mut Matrix) {
     let mut hub = Foothold::on(arena, Place::EvictedHub, "hub-2");
     arena.machine("hub-2").ok("systemctl stop firstboot");
