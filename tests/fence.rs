@@ -322,7 +322,7 @@ async fn every_hub_excludes_a_node_that_a_majority_excludes() {
     etcd.enable_auth().await.expect("etcd answers");
     let etcd = etcd.with_user("root", "secret");
     third.etcd = third.etcd.with_user("root", "secret");
-    // One hub, a node that is no hub, and a hub for another slot: no majority.
+    // One hub, a node that is not a hub, and a hub's record for another slot are no majority.
     let others = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-2"];
     etcd.transact(&[], &others.map(|key| Then::Put(key, b""))).await.expect("etcd answers");
     assert!(!third.keep(Duration::from_millis(1500)).await);

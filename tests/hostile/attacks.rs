@@ -32,9 +32,9 @@ pub const ALL: [Attack; 17] = [
     ("read the kernel's memory, symbols and keys", |_| {
         any(["kcore", "kallsyms", "keys"].map(|f| readable(&format!("/proc/{f}"))))
     }),
-    ("be the host's root", |_| host_root()),
+    ("act as the host's root", |_| host_root()),
     ("have dangerous capabilities", |_| capabilities()),
-    ("gain them by a set-uid program", |_| set_uid()),
+    ("gain capabilities by a set-uid program", |_| set_uid()),
     ("mount", |_| mounts()),
     ("make /proc/sys writable again", |_| remounts()),
     ("make a block device and a memory device", |_| any([SFlag::S_IFBLK, SFlag::S_IFCHR].map(device))),
@@ -46,9 +46,9 @@ pub const ALL: [Attack; 17] = [
     ("connect to an abstract socket of the host", |aim| {
         done("connected", SocketAddr::from_abstract_name(aim.socket).and_then(|name| UnixStream::connect_addr(&name)))
     }),
-    ("type into the builder's terminal", |_| writable("/dev/tty")),
+    ("write to the builder's terminal", |_| writable("/dev/tty")),
     // The last one, because later attacks would run in the new user namespace.
-    ("have them all in a user namespace", |_| done("created", unshare(CloneFlags::CLONE_NEWUSER))),
+    ("gain capabilities in a user namespace", |_| done("created", unshare(CloneFlags::CLONE_NEWUSER))),
 ];
 
 pub fn run(name: &str, more: &[&str]) -> ExitCode {
