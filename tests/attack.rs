@@ -1,4 +1,4 @@
-//! The join API under attack by strangers, on loopback and with a real etcd.
+//! Attacks on the join API by clients without credentials, on loopback and with a real etcd.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,28 +10,28 @@ use fleet::{JoinReply, PrivateKey, Reason};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::JoinSet;
 
-/// A stranger's header has a limit, and so has the time to finish it.
+/// The hub limits the size of a header and the time to receive it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_header_without_end_is_refused() {
+async fn rejects_endless_header() {
     let site = Site::open(24_700, "db.count = 1\n");
     let target = Target::new(site.root.certificate(), "127.0.0.1:24700".parse().expect("an address"), "hub-1");
     let begun = Instant::now();
-    // It answers, or resets the connection while the rest of the header still comes.
+    // The hub either responds, or resets the connection while the client still sends.
     if let Ok(answer) = endless(target.handshake(source(0)).await.expect("a hub"), 64 << 10).await {
         let answer = String::from_utf8_lossy(&answer);
         assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
     }
-    assert!(begun.elapsed() < Duration::from_secs(2), "it was read for {:?}", begun.elapsed());
-    // A short one that never ends.
+    assert!(begun.elapsed() < Duration::from_secs(2), "the hub read for {:?}", begun.elapsed());
+    // A short header that never ends.
     let begun = Instant::now();
     let _ = endless(target.handshake(source(1)).await.expect("a hub"), 0).await;
-    assert!(begun.elapsed() < Duration::from_secs(10), "it was waited for {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(10), "the hub waited for {:?}", begun.elapsed());
 }
 
-/// 1,024 strangers that say nothing, 64 that send headers without end: a member gets its answer within a second,
-/// also one behind an attacker's own address, and a machine can join.
+/// During 1,024 idle connections and 64 endless headers, members get replies within 1 s, also from an address that an
+/// attacker uses, and a machine can join.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn strangers_keep_no_member_out() {
+async fn members_get_replies_during_connection_flood() {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
     setrlimit(Resource::RLIMIT_NOFILE, most.min(16_384), most).expect("a limit");
     let site = Site::open(25_000, "app.count = 2\n");
@@ -42,41 +42,41 @@ async fn strangers_keep_no_member_out() {
     let own = Identity { cert: &grant.cert, key: who.tls.pem() };
     let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
     let member = Target { tls, ..target.clone() };
-    // It asks from an address that becomes an attacker's too.
+    // The member connects from an address before an attacker uses it too.
     let (alone, shared) = ("127.0.0.1".parse().expect("an address"), source(3));
-    peers(&member, shared).await.expect("an answer");
+    peers(&member, shared).await.expect("a reply");
     let mut attackers = JoinSet::new();
     for i in 0..1024 {
         attackers.spawn(target.clone().idle(source(i)));
         if i % 16 == 0 {
             attackers.spawn(target.clone().endless_header(source(i / 16), 400 << 10));
         }
-        // They come within two seconds.
+        // The attackers connect over about 2 s.
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     for from in [alone, shared] {
         let mut took = Vec::new();
         for _ in 0..7 {
             let asked = Instant::now();
-            peers(&member, from).await.expect("an answer");
+            peers(&member, from).await.expect("a reply");
             took.push(asked.elapsed());
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
         took.sort();
-        // This machine may have other work: the slowest get some more time.
+        // Other processes may delay single replies, so the limit of the slowest one is higher.
         assert!(took[3] < Duration::from_secs(1) && took[6] < Duration::from_secs(3), "from {from}: {took:?}");
     }
     let asked = Instant::now();
     let asker = Site::asker(&token, "app");
-    let joined = ask(site.root.certificate().to_owned(), 25_000, asker, 0).await.expect("an answer");
+    let joined = ask(site.root.certificate().to_owned(), 25_000, asker, 0).await.expect("a reply");
     assert_eq!(granted(joined).slot, "app-2");
     assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
-    assert!(target.made.load(std::sync::atomic::Ordering::Relaxed) > 1000, "the attack is none");
+    assert!(target.made.load(std::sync::atomic::Ordering::Relaxed) > 1000, "too few attacks");
 }
 
-/// A token that gives nothing is refused each time, but etcd is not asked each time.
+/// The hub refuses spent and expired tokens without a request to etcd for each.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn useless_tokens_cost_etcd_little() {
+async fn invalid_tokens_cost_few_etcd_requests() {
     let site = Site::open(25_300, "app.count = 3\n");
     let reads = async || -> u64 {
         let node = &site.topology.hubs[0];
@@ -103,7 +103,7 @@ async fn useless_tokens_cost_etcd_little() {
     let expired = site.token("app", |c| c.expires = 1);
     for token in [spent, expired] {
         let before = reads().await;
-        // With other keys each time, over kept connections as fast as they are answered.
+        // Each attacker has other keys and sends the next claim as soon as the hub has replied.
         let target = Target::new(site.root.certificate(), "127.0.0.1:25300".parse().expect("an address"), "hub-1");
         let mut attackers = JoinSet::new();
         for i in 0..16 {
@@ -113,15 +113,15 @@ async fn useless_tokens_cost_etcd_little() {
         tokio::time::sleep(Duration::from_secs(3)).await;
         attackers.shutdown().await;
         let (made, asked) = (target.made.load(std::sync::atomic::Ordering::Relaxed), reads().await - before);
-        assert!(made > 100, "the attack is none: {made}");
+        assert!(made > 100, "too few attacks: {made}");
         assert!(asked < 80, "{made} joins took {asked} requests of etcd");
     }
-    // The owner of a grant still gets it again, whatever became of its token.
-    let JoinReply::Granted(_) = ask(site.root.certificate().to_owned(), 25_300, owner, 0).await.expect("an answer")
+    // The owner of a grant gets it again, although its token is spent.
+    let JoinReply::Granted(_) = ask(site.root.certificate().to_owned(), 25_300, owner, 0).await.expect("a reply")
     else {
-        panic!("the owner is refused")
+        panic!("the hub refuses the slot's owner")
     };
-    // And a machine with a useless token hears why, when there is no flood of them.
+    // Without a flood, the reply to an expired token has the reason.
     let late = Site::asker(&site.token("app", |c| c.expires = 1), "app");
     assert_eq!(refused(site.insist(&late, 1).await), Reason::Expired);
 }

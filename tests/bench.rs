@@ -1,10 +1,9 @@
-//! `make bench`: the hub image by Bakehouse, and the same packages by mkosi and mmdebstrap, on
-//! one machine in one run, alternating. Prints medians and ratios; nothing here passes or fails.
+//! `make bench`: builds the hub image with Bakehouse, and the same packages with mkosi and mmdebstrap, alternating on
+//! one machine. Prints medians and ratios and asserts no limits.
 //!
-//! The peers run in a Debian tree of their own (today's versions, whatever the host has), as
-//! root, with their work on a tmpfs, packages and indexes in their caches: no network is in a
-//! measured time. They leave out what a fleet's image has beyond them: overlays, the agent,
-//! asking daemons about their configuration.
+//! The peers run as root in a Debian tree of their own, so their versions do not depend on the host. They work on a
+//! tmpfs with packages and indexes in their caches, so no measured time includes the network. They do not do what
+//! Bakehouse adds: overlays, the agent, and the daemons' checks of their configurations.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -26,7 +25,7 @@ const PEER_PACKAGES: &str = "apt-utils,cpio,cryptsetup-bin,debian-archive-keyrin
     erofs-utils,kmod,mkosi,mmdebstrap,mtools,systemd-boot,systemd-boot-efi,systemd-container,systemd-repart,\
     systemd-ukify,udev,xz-utils,zstd";
 
-/// Enters the peers' tree as its `/`: mkosi wants a root that was pivoted to.
+/// Enters the peers' tree as `/`. mkosi requires `pivot_root` instead of chroot.
 const ENTER: &str = r#"
 set -e
 root=$1; shift
@@ -50,7 +49,7 @@ struct Peers {
     suite: String,
 }
 
-/// Seconds of wall and of CPU, one per round.
+/// Wall and CPU seconds, one value a round.
 #[derive(Default)]
 struct Times {
     wall: Vec<f64>,
@@ -61,8 +60,8 @@ fn main() {
     assert!(nix::unistd::geteuid().is_root(), "the peers need root: run `make bench` as root");
     let lab = Lab::of_fleet("bench", "ha");
     lab.ok(&["fetch"]);
-    let project = Project::load(&lab.dir).expect("the fleet is right");
-    let lock = Lock::load(&project).expect("the lock is there");
+    let project = Project::load(&lab.dir).expect("a valid fleet.toml");
+    let lock = Lock::load(&project).expect("a lock");
     let mirror = Mirror::of(&project, None).expect("a mirror");
     let peers = Peers::prepare(&mirror, &project, &lock);
 
@@ -70,13 +69,13 @@ fn main() {
     let mut stores = Vec::new();
     for round in 1..=ROUNDS {
         eprintln!("round {round} of {ROUNDS}");
-        // Nothing in the store but the packages.
+        // A store with only the packages.
         let cold = Lab::of_fleet(&format!("bench-{round}"), "ha").with_own_store();
         times[0].add(&mut cold.command(&["build", "hub"]));
         times[1].add(&mut peers.mkosi("default", &["-f", "--incremental=no", "--cache-directory=/bench/none"]));
         times[2].add(&mut peers.mkosi("tuned", &["-f", "--incremental=no", "--cache-directory=/bench/none"]));
         times[3].add(&mut peers.mmdebstrap());
-        // One configuration file is another one.
+        // One changed configuration file.
         cold.edit(
             "overlays/haproxy/run/bakehouse/haproxy.cfg.j2",
             "maxconn 4000",
@@ -137,7 +136,7 @@ fn main() {
         ours / theirs("tuned"),
     );
     for lab in stores {
-        fs::remove_dir_all(lab.dir).expect("the lab");
+        fs::remove_dir_all(lab.dir).expect("the lab is writable");
     }
 }
 
@@ -145,7 +144,7 @@ impl Times {
     fn add(&mut self, command: &mut Command) {
         let before = cpu();
         let start = Instant::now();
-        let output = command.stdin(Stdio::null()).output().expect("it starts");
+        let output = command.stdin(Stdio::null()).output().expect("the command starts");
         self.wall.push(start.elapsed().as_secs_f64());
         self.cpu.push(cpu() - before);
         assert!(
@@ -165,7 +164,7 @@ impl Times {
     }
 }
 
-/// CPU seconds of all children waited for so far, and of theirs.
+/// Returns the CPU seconds of all children that have ended so far, and of their children.
 fn cpu() -> f64 {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("getrusage");
     (usage.user_time().num_microseconds() + usage.system_time().num_microseconds()) as f64 / 1e6
@@ -182,12 +181,12 @@ fn allocated(path: &Path) -> f64 {
 }
 
 impl Peers {
-    /// Their tree, configuration and warm caches; kept between runs.
+    /// Creates the peers' tree, their configuration and warm caches. The tree is kept between runs.
     fn prepare(mirror: &Mirror, project: &Project, lock: &Lock) -> Self {
         let suite = project.fleet.debian.suite.clone();
         let peers = Self { root: root().join("target/bench/peers"), suite };
         if !peers.root.join("etc/bench-ready").exists() {
-            eprintln!("making the peers' tree (once)");
+            eprintln!("creating the peers' tree (once)");
             let _ = fs::remove_dir_all(&peers.root);
             fs::create_dir_all(&peers.root).expect("target/ is writable");
             let include = format!("--include={PEER_PACKAGES}");
@@ -215,7 +214,7 @@ impl Peers {
                 "{head}[Output]\nFormat=disk\nOutputDirectory=/bench/out-{form}\n{caches}CacheDirectory=/bench/increments-{form}\n[Content]\nBootable=yes\nPackages=\n{list}"
             );
             if form == "tuned" {
-                // The same form of image, the same excludes, an initrd made beforehand.
+                // The same kind of image and the same excludes, with a prebuilt initrd.
                 let _ = write!(
                     conf,
                     "WithDocs=no\nEnvironment=INITRD=No\nInitrds=/bench/initrd.cpio.zst\nRemoveFiles=\n{trim}"
@@ -232,7 +231,7 @@ impl Peers {
             fs::create_dir_all(bench.join(format!("increments-{form}"))).expect("the peers' tree");
             fs::create_dir_all(bench.join(format!("out-{form}"))).expect("the peers' tree");
         }
-        // A build without increments removes those of its folder: a cold one gets another.
+        // A build without increments deletes those in its cache folder, so cold builds use another folder.
         fs::create_dir_all(bench.join("none")).expect("the peers' tree");
         fs::create_dir_all(bench.join("packages")).expect("the peers' tree");
         let mut sources = String::new();
@@ -246,22 +245,22 @@ impl Peers {
             );
         }
         for config in ["make-initrd", "default", "tuned"] {
-            // Without it mkosi asks for suites that not every mirror has.
+            // mkosi's default sources contain suites that not every mirror has.
             peers.write(&format!("bench/{config}/mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources"), &sources);
         }
         eprintln!("filling the peers' caches (once)");
         run(peers.enter().args(["mkosi", "-C", "/bench/default", "-f", "build"]));
         run(peers.enter().args(["mkosi", "-C", "/bench/make-initrd", "--cache-only=always", "-f", "build"]));
 
-        // mmdebstrap has no cache: it gets the very packages as a mirror on its disk.
+        // mmdebstrap has no cache, so it gets the locked packages from a mirror on its disk.
         for package in lock.packages_of("hub", false) {
             let name = format!("{}_{}.deb", package.name, package.sha256);
             let to = bench.join("mirror/pool").join(name);
             fs::create_dir_all(to.parent().expect("a folder")).expect("the peers' tree");
-            fs::copy(bakehouse_tests::shared_store().join("debs").join(&package.sha256), to).expect("it was fetched");
+            fs::copy(bakehouse_tests::shared_store().join("debs").join(&package.sha256), to).expect("fetched files");
         }
         let suite = &peers.suite;
-        // As in Bakehouse, the kernel's wish for a tool that makes initrds is met by nothing.
+        // As in Bakehouse, an empty package satisfies the kernel's dependency on an initrd generator.
         let index = format!(
             "mkdir -p /bench/no-initrd/DEBIAN && cd /bench/no-initrd && printf 'Package: no-initrd\\nVersion: 1\\nArchitecture: all\\n\
              Maintainer: bench\\nProvides: linux-initramfs-tool\\nDescription: nothing\\n' > DEBIAN/control \
@@ -296,7 +295,7 @@ impl Peers {
     }
 
     fn mmdebstrap(&self) -> Command {
-        let names = fs::read_to_string(self.root.join("bench/names")).expect("it was written");
+        let names = fs::read_to_string(self.root.join("bench/names")).expect("a prepared tree");
         let mut command = self.enter();
         command.args(["mmdebstrap", "--mode=root", "--variant=essential"]);
         command.arg(format!("--include={names}"));

@@ -1,8 +1,8 @@
-//! The join API under attack: what members, the fence and HAProxy's clients notice of it, and what it costs the agent.
+//! Benchmark of attacks on the join API: delays for members, the fence and HAProxy's clients, and the agent's memory.
 //!
-//! The hub is a process of its own with the agent's parts: the API on its thread, the fence and the watch on the
-//! main one, three real members of etcd beside it. The attackers are a process of low priority: their work is that
-//! of other machines. All of it shares this machine's processors.
+//! The hub is a process with the parts of an agent: the API on its own thread, the fence and the watch on the main
+//! thread. Three real etcd members run beside it. The attackers are a process of low priority, because in a real attack
+//! other machines do their work. All processes share this machine's processors.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,21 +30,21 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::JoinSet;
 
 const PORT: u16 = 25_600;
-/// The hub that is attacked: hub-1 again, at another address.
+/// Address of the hub under attack, which is a second hub-1.
 const AT: &str = "127.0.0.4";
 const PAGE: u16 = 25_790;
-/// How long each attack lasts.
+/// Duration of an attack.
 const LASTS: Duration = Duration::from_secs(12);
-/// How long it is measured, from a second after its beginning.
+/// Duration of the measurement, which begins 1 s after the attack.
 const MEASURED: Duration = Duration::from_secs(10);
-/// Members that ask each second; the last of them share the attackers' addresses.
+/// Members that send one request a second. The last `BEHIND_ATTACKERS` of them share the attackers' addresses.
 const MEMBERS: usize = 20;
 const BEHIND_ATTACKERS: usize = 4;
 const ATTACKS: [(&str, &str); 7] = [
     ("none", "none"),
     ("idle", "1,024 idle connections"),
     ("slow", "1,024 headers, a byte a second"),
-    ("headers", "1,024 headers of 400 KB"),
+    ("headers", "1,024 headers of 400 kB"),
     ("handshakes", "TLS handshakes, 256 at once"),
     ("forged", "3,000 joins/s, forged tokens"),
     ("spent", "3,000 joins/s, a spent token"),
@@ -61,12 +61,12 @@ fn main() {
     }
 }
 
-/// Runs one hub until it is killed; prints how late the main thread was, each second.
+/// Runs a hub until the parent kills it. Prints once a second how late the main thread's timer was.
 fn hub(dir: &Path) {
-    // As firstboot.service has it.
+    // `LimitNOFILE=` of firstboot.service.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
     setrlimit(Resource::RLIMIT_NOFILE, most.min(4096), most).expect("a limit");
-    let read = |file: &str| fs::read_to_string(dir.join(file)).expect("the bench wrote it");
+    let read = |file: &str| fs::read_to_string(dir.join(file)).expect("a file of the bench");
     let topology: Topology = serde_json::from_str(&read("topology.json")).expect("JSON");
     let issuer: Issuer = serde_json::from_str(&read("issuer.json")).expect("JSON");
     let members: Vec<(String, u16)> = serde_json::from_str(&read("etcd.json")).expect("JSON");
@@ -118,9 +118,9 @@ fn hub(dir: &Path) {
     });
 }
 
-/// Attacks for as long as an attack lasts; prints how many connections or requests were made.
+/// Attacks for the duration of an attack. Prints the number of connections or requests.
 fn attack(kind: &str, dir: &Path) {
-    let root = fs::read_to_string(dir.join("root.pem")).expect("the bench wrote it");
+    let root = fs::read_to_string(dir.join("root.pem")).expect("a file of the bench");
     let target = Target::new(&root, format!("{AT}:{PORT}").parse().expect("an address"), "hub-1");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime").block_on(async {
@@ -130,7 +130,7 @@ fn attack(kind: &str, dir: &Path) {
         let (forged, spent) = (join("forged"), join("spent"));
         for i in 0..1024 {
             let (one, from) = (target.clone(), source(i));
-            // 192 times a request each 64 ms: 3,000 a second.
+            // 192 clients with one request every 64 ms are 3,000 requests a second.
             let pause = Duration::from_millis(64);
             match kind {
                 "idle" => drop(attackers.spawn(one.idle(from))),
@@ -148,7 +148,7 @@ fn attack(kind: &str, dir: &Path) {
     });
 }
 
-/// What was measured during one attack.
+/// Measurements of one attack.
 struct Row {
     made: u64,
     members: Vec<Duration>,
@@ -233,20 +233,20 @@ async fn measure() -> Vec<Row> {
     }
     let mut rows = Vec::new();
     for (kind, _) in ATTACKS {
-        // What an attack left ends.
+        // The connections of the previous attack end within 3 s.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let status = format!("/proc/{}", hub.0.id());
-        // Begins the peak of its memory anew.
+        // Resets the peak of the process's memory, see proc_pid_clear_refs(5).
         fs::write(format!("{status}/clear_refs"), "5").expect("a child");
         late.store(0, Ordering::Relaxed);
         let mut attackers = Command::new("nice");
         attackers.args(["-n", "10"]).arg(&this).args(["attack", kind]).arg(dir.path()).stdout(Stdio::piped());
         let attackers = attackers.spawn().expect("nice");
-        // It takes a moment until all of it is there.
+        // All attackers are connected after 1 s.
         tokio::time::sleep(Duration::from_secs(1)).await;
         let mut row = ask_all(&site, &members, &target).await;
         let said = tokio::task::spawn_blocking(move || attackers.wait_with_output().expect("a child")).await;
-        row.made = String::from_utf8_lossy(&said.expect("it ends").stdout).trim().parse().unwrap_or(0);
+        row.made = String::from_utf8_lossy(&said.expect("the task ends").stdout).trim().parse().unwrap_or(0);
         row.late = Duration::from_micros(late.load(Ordering::Relaxed));
         let status = fs::read_to_string(format!("{status}/status")).expect("a child");
         let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("a peak");
@@ -257,10 +257,10 @@ async fn measure() -> Vec<Row> {
     rows
 }
 
-/// Whether a member shares an attacker's address, and how long its answer took, if it had one.
+/// Whether a member shares an attacker's address, and the duration of its request if that succeeded.
 type Answer = (bool, Option<Duration>);
 
-/// Members ask each second, and HAProxy's page is fetched twenty times a second, until shortly before the attack ends.
+/// Sends one request a second for each member, and 20 a second to HAProxy, until shortly before the attack ends.
 async fn ask_all(site: &Site, members: &[(bakehouse_tests::site::Asker, fleet::Grant)], target: &Target) -> Row {
     let until = Instant::now() + MEASURED;
     let answers: Arc<Mutex<Vec<Answer>>> = Arc::default();
@@ -302,7 +302,7 @@ async fn ask_all(site: &Site, members: &[(bakehouse_tests::site::Asker, fleet::G
     Row { made: 0, members: of(false), behind: of(true), failed, late: Duration::ZERO, memory: 0, pages }
 }
 
-/// HAProxy with a page of its own, where this host has it.
+/// Starts HAProxy with a static page. `None` if it is not installed.
 fn haproxy(dir: &Path) -> Option<Running> {
     let config = format!(
         "global\n    maxconn 1000\ndefaults\n    mode http\n    timeout client 5s\n    timeout connect 5s\n    timeout server 5s\n\
@@ -317,7 +317,7 @@ fn haproxy(dir: &Path) -> Option<Running> {
     started.inspect_err(|e| eprintln!("without HAProxy: {e}")).ok().map(Running)
 }
 
-/// A program that ends with the bench.
+/// A child process that ends with the bench.
 struct Running(Child);
 
 impl Drop for Running {

@@ -1,5 +1,5 @@
-//! How fast nodes join: 3,000 of them, each with a connection of its own, against three join
-//! APIs and three real members of etcd on this machine.
+//! Benchmark of joining: 3,000 nodes, each over a connection of its own, claim slots from three join APIs and three
+//! real etcd members on this machine.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use bakehouse_tests::site::{Asker, Site, granted, insist};
 use tokio::task::JoinSet;
 
 const NODES: usize = 3000;
-/// So many ask at the same time.
+/// Concurrent claims.
 const AT_ONCE: usize = 64;
 const PORT: u16 = 23_000;
 
@@ -16,13 +16,13 @@ async fn main() {
     let site = Site::open(PORT, &format!("app.count = {NODES}\n"));
     let token = site.token("app", |c| c.uses = NODES as u32);
     let askers: Vec<Asker> = (0..NODES).map(|_| Site::asker(&token, "app")).collect();
-    // etcd's first election is not what is measured.
+    // The first claim waits for etcd's election, which is not part of the measurement.
     granted(site.insist(&askers[0], 0).await);
     let begun = Instant::now();
     let (mut asked, mut took) = (JoinSet::new(), Vec::new());
     for (i, asker) in askers.into_iter().enumerate().skip(1) {
         if asked.len() >= AT_ONCE {
-            took.push(asked.join_next().await.expect("some ask").expect("it was granted"));
+            took.push(asked.join_next().await.expect("a running task").expect("the task succeeds"));
         }
         let root = site.root.certificate().to_owned();
         asked.spawn(async move {

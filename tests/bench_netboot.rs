@@ -1,5 +1,5 @@
-//! How fast `bakehouse netboot` serves images, beside nginx with the same files: fifty machines at
-//! once, in a network namespace of their own. As root.
+//! Benchmark of `bakehouse netboot` against nginx with the same files: 50 concurrent clients in a network namespace.
+//! Needs root.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -13,7 +13,7 @@ use bakehouse_tests::{Lab, Machine};
 
 const MACHINES: usize = 50;
 const ROUNDS: usize = 3;
-/// Of `bakehouse netboot`, and of nginx.
+/// Ports of `bakehouse netboot` and nginx.
 const PORTS: [u16; 2] = [8470, 8471];
 
 fn main() {
@@ -29,14 +29,14 @@ fn main() {
     rack.serve(&lab, &[]);
     let nginx = Nginx::start(&lab);
 
-    let size = fs::metadata(lab.dir.join("build/hub/rack-hub_1.raw")).expect("it was built").len();
+    let size = fs::metadata(lab.dir.join("build/hub/rack-hub_1.raw")).expect("the built image").len();
     let of = [(PORTS[0], "/images/hub.raw"), (PORTS[1], "/rack-hub_1.raw")];
     let before = rack.memory();
     let mut rates = [const { Vec::new() }; 2];
     for round in 0..=ROUNDS {
         for (i, (port, path)) in of.into_iter().enumerate() {
             let rate = serve_all(port, path, size);
-            // The first is for the caches.
+            // The first round fills the page cache.
             if round > 0 {
                 rates[i].push(rate);
             }
@@ -50,7 +50,7 @@ fn main() {
     drop(nginx);
 }
 
-/// MB/s over all machines; each reads the whole image, half of them in ranges as the installer does.
+/// Returns the total rate in MB/s. Each client reads the whole image, and half of them in ranges like the installer.
 fn serve_all(port: u16, path: &str, size: u64) -> f64 {
     let begun = Instant::now();
     thread::scope(|scope| {
@@ -101,7 +101,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 struct Nginx(Child);
 
 impl Nginx {
-    /// As its documentation says for large files.
+    /// Starts nginx with the settings that its documentation recommends for large files.
     fn start(lab: &Lab) -> Self {
         let dir = lab.dir.display();
         let host = ADDRESS.split('/').next().expect("an address");
@@ -126,7 +126,7 @@ impl Nginx {
 
 impl Drop for Nginx {
     fn drop(&mut self) {
-        // Its workers end with it only if it is asked.
+        // SIGTERM, because after SIGKILL nginx's workers would keep running.
         let _ = Command::new("kill").arg(self.0.id().to_string()).status().and_then(|_| self.0.wait());
     }
 }

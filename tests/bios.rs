@@ -1,4 +1,4 @@
-//! A machine without UEFI takes newer images by itself, and goes back by itself: GRUB counts the tries.
+//! Updates and rollback on a machine with a legacy BIOS, where GRUB counts the boot attempts.
 
 use bakehouse_tests::Machine;
 use bakehouse_tests::updates::{
@@ -6,11 +6,11 @@ use bakehouse_tests::updates::{
 };
 
 #[test]
-fn a_legacy_bios_tries_a_newer_image_and_goes_back() {
+fn legacy_bios_updates_and_rolls_back() {
     let (lab, _server) = lab_of_one("bios-update");
-    // The ticket is on the disk; GRUB hands it on.
+    // GRUB passes the ticket from the disk to the kernel as a credential.
     let disk = lab.dir.join("hub-1.raw");
-    lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters")]);
+    lab.ok(&["flash", "hub-1", disk.to_str().expect("a UTF-8 path")]);
     let mut hub = Machine::of(&lab, "hub-1").with_bios();
     hub.start_flashed(&disk);
     comes_up(&hub, 1);
@@ -24,7 +24,7 @@ fn a_legacy_bios_tries_a_newer_image_and_goes_back() {
     comes_up(&hub, 2);
     assert_eq!(runs(&hub), "2");
     is_blessed(&hub);
-    // A good one is started again without a count.
+    // GRUB no longer counts attempts of a version that is marked good.
     hub.cut_power();
     hub.start();
     comes_up(&hub, 1);

@@ -1,4 +1,4 @@
-//! The hub image in a real machine under UEFI firmware.
+//! The hub image in a virtual machine: boots, verified root, Secure Boot, and exported disks.
 
 use std::fs::{self, OpenOptions};
 use std::io::Read as _;
@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 const READY: &str = "bakehouse: ready (hub-1)";
 const FAILED_CLOSED: &str = "bakehouse: the root file system could not be verified or mounted; restarting";
 
-/// How the base64 of a credential begins that systemd's null key encrypts.
+/// First characters of a base64 credential that is encrypted with systemd's null key.
 const SEALED_BY_NULL: &str = "BYRp2vb1QySABUnaD46i";
 const ESP: &str = "/dev/disk/by-partlabel/esp";
 
@@ -27,12 +27,12 @@ fn lab(name: &str) -> Lab {
 }
 
 #[test]
-fn a_hub_boots_takes_its_role_and_remembers_it() {
-    // From a disk as an operator makes it: the image, and the node's ticket on it.
+fn hub_boots_starts_its_role_and_keeps_its_identity() {
+    // A disk from `bakehouse flash`: the image with the node's ticket.
     let lab = lab("boot");
     lab.init();
     let disk = lab.dir.join("hub-1.raw");
-    let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters"), "--json"]).out;
+    let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a UTF-8 path"), "--json"]).out;
     assert!(flashed.lines().any(|l| l.contains("\"step\":\"verify\"")), "{flashed}");
     let on_disk = |text: &str| {
         let disk = fs::read(&disk).expect("a disk");
@@ -45,32 +45,32 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     hub.has_tpm(Some(&tpm));
     hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
-    // Whoever takes the disk away later has no ticket, and what is on it is of no use elsewhere.
+    // A stolen disk has no ticket, and its state is sealed for the TPM.
     assert_eq!(hub.ok("find /efi/loader -name '*.cred*'"), "");
-    // Nor in the clusters that the file had.
+    // The clusters of the deleted file are overwritten.
     assert_eq!(hub.ok(&format!("grep -ac {SEALED_BY_NULL} {ESP} || :")), "0");
     assert_eq!(hub.ok("cd /var/lib/bakehouse; grep -l '\"sealed\"' *; ! grep -rl PRIVATE ."), "keys.json\nstate.json");
-    // By the TPM alone: systemd's own key would not outlive a visit to another machine.
+    // The state is sealed without systemd's host key, which a boot in another machine would replace.
     hub.ok("! test -e /var/lib/systemd/credential.secret && ! test -e /run/systemd/credential.secret");
     assert_eq!(hub.ok("systemctl is-active firstboot"), "active");
 
-    // Root: erofs on verity, read-only, nothing to write to.
+    // The root is erofs on dm-verity, and read-only.
     assert_eq!(hub.ok("findmnt -no SOURCE,FSTYPE /"), "/dev/mapper/root erofs");
     assert!(hub.ok("findmnt -no OPTIONS /").split(',').any(|o| o == "ro"));
     assert!(hub.ok("dmsetup table root").contains(" verity 1 "));
-    assert!(hub.ok("dmsetup status root").ends_with(" V"), "verity has seen corruption");
+    assert!(hub.ok("dmsetup status root").ends_with(" V"), "dm-verity has found a corrupted block");
     for path in ["/usr/x", "/etc/x"] {
         assert_ne!(hub.exec(&format!("touch {path}")).status, 0, "{path} is writable");
     }
 
-    // /var on its own partition, grown to what the disk has; the second slot is cut.
+    // /var has a partition that fills the disk. The partitions of root B exist.
     let var = hub.ok("findmnt -no SOURCE,FSTYPE /var");
     assert!(var.starts_with("/dev/vda") && var.ends_with(" ext4"), "{var}");
     let size: u64 = hub.ok("findmnt -bno SIZE /var").trim().parse().expect("a number");
-    assert!(size > 4 << 30, "/var has {size} bytes: it was not grown");
+    assert!(size > 4 << 30, "/var was not grown, it has {size} bytes");
     assert_eq!(hub.ok("lsblk -no PARTLABEL /dev/vda | grep -c _empty"), "2");
 
-    // Nothing failed; the role runs because the agent started it.
+    // No unit failed, and the agent has started the role.
     hub.exec("systemctl is-system-running --wait");
     assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
     hub.ok("systemctl is-system-running");
@@ -84,8 +84,7 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     assert!(hub.ok("nft list chain inet bakehouse input").contains("policy drop"));
     assert!(hub.ok("journalctl -b -u firstboot -o cat").contains("hub-1 of the fleet ha"));
 
-    // It counts as a good boot, without the tries in its name, once everything has run for a
-    // while; and the image says what it is.
+    // The boot becomes good once all units have run for some time: the entry's name loses its tries.
     hub.ok("for i in $(seq 90); do bootctl list --no-pager | grep -q ha-hub_1.efi && exit; sleep 2; done; exit 1");
     let release = hub.ok("cat /usr/lib/os-release");
     assert!(release.contains("IMAGE_ID=\"ha-hub\"") && release.contains("IMAGE_VERSION=\"1\""), "{release}");
@@ -95,16 +94,15 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     assert!(state.starts_with("600 "), "{state}");
     let partitions = hub.ok("lsblk -no PARTUUID,SIZE /dev/vda");
 
-    // Without warning, as a power cut is: the second boot repeats nothing.
-    // What journald has not written yet is lost by design; this boot is to be read in the next.
+    // A power cut: the second boot must not repeat the first one's work. The journal of this boot is read after it.
     hub.ok("journalctl --sync");
     hub.cut_power();
     hub.start_flashed(&disk);
-    // Its host has no time for it when the disk is to show itself: it is waited for.
+    // The host stops the machine for 100 s while it waits for its disk. The boot must not time out.
     hub.wait_for(&["Starting systemd-udevd.service"]);
-    kill(qemu(&lab), Signal::SIGSTOP).expect("it runs");
+    kill(qemu(&lab), Signal::SIGSTOP).expect("QEMU runs");
     thread::sleep(Duration::from_secs(100));
-    kill(qemu(&lab), Signal::SIGCONT).expect("it runs");
+    kill(qemu(&lab), Signal::SIGCONT).expect("QEMU runs");
     hub.wait_for(&[READY]);
     assert!(!hub.console().contains(FAILED_CLOSED), "{}", hub.console());
     assert_eq!(hub.ok("cat /etc/machine-id"), machine_id);
@@ -114,42 +112,42 @@ fn a_hub_boots_takes_its_role_and_remembers_it() {
     );
     assert_eq!(hub.ok("lsblk -no PARTUUID,SIZE /dev/vda"), partitions);
     assert!(hub.ok("journalctl -b -u firstboot -o cat").contains("hub-1 since an earlier boot"));
-    // The journal outlives a boot, under the same machine id.
+    // The journal persists under the same machine id.
     assert!(hub.ok("journalctl -b -1 -u firstboot -o cat").contains("hub-1 of the fleet ha"));
     hub.ok("systemctl is-system-running --wait");
 
-    // Where emulation has lost a timer, and all is silent, whoever waits has the machine switched off and on.
+    // Emulation sometimes loses a timer and the machine hangs. A waiting test then switches the machine off and on.
     let lost = "Possible timer handling issue";
     hub.ok(&format!("echo 'rcu: {lost} on cpu=0' >/dev/console"));
     hub.wait_for(&[lost]);
-    kill(qemu(&lab), Signal::SIGSTOP).expect("it runs");
-    hub.wait_until("it serves again", |console| {
+    kill(qemu(&lab), Signal::SIGSTOP).expect("QEMU runs");
+    hub.wait_until("ready after the power cycle", |console| {
         console.split_once("have stopped; switched off and on").is_some_and(|(_, rest)| rest.contains(READY))
     });
     assert_eq!(hub.ok("cat /etc/machine-id"), machine_id);
 
-    // The disk in another machine, one without this one's TPM.
+    // The disk in a machine without this machine's TPM.
     hub.cut_power();
     hub.has_tpm(None);
     hub.start_flashed(&disk);
     hub.wait_for(&["bakehouse: state.json was sealed for the TPM of another machine"]);
 
-    // Nobody is there to press a key: where /var can't be read, it says so, and starts again.
+    // If the kernel cannot mount /var, the machine prints the reason and restarts without an operator at its console.
     hub.ok("dd if=/dev/zero of=$(findmnt -no SOURCE /var) bs=1M count=200 conv=notrunc oflag=direct");
     hub.cut_power();
     hub.start_flashed(&disk);
     hub.wait_for(&["bakehouse: this machine cannot start, see above; restarting in 30 s"]);
-    hub.wait_until("it starts again", |console| console.matches("Linux version").count() > 1);
+    hub.wait_until("a second boot", |console| console.matches("Linux version").count() > 1);
 }
 
-/// The process that is hub-1.
+/// Returns the process id of hub-1's QEMU.
 fn qemu(lab: &Lab) -> Pid {
     Pid::from_raw(lab.read("build/vm/hub-1/pid").trim().parse().expect("a number"))
 }
 
-/// What a legacy BIOS shows of a disk.
+/// Boots a disk under a legacy BIOS and returns its screen's text, after `last` has appeared or 60 s have passed.
 fn by_bios(image: &Path, last: &str) -> String {
-    // QEMU's own BIOS, with its screen on the serial line.
+    // SeaBIOS with its screen on the serial line.
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-machine", "q35,graphics=off", "-accel", "tcg", "-nodefaults", "-display", "none", "-snapshot"]);
     qemu.args(["-serial", "stdio", "-drive"]).arg(format!("if=virtio,format=raw,file={}", image.display()));
@@ -178,13 +176,13 @@ fn by_bios(image: &Path, last: &str) -> String {
 }
 
 #[test]
-fn one_flipped_byte_in_the_root_makes_the_boot_fail_closed() {
+fn boot_fails_closed_on_one_changed_byte_of_the_root() {
     let lab = lab("tamper");
     let image = lab.dir.join("build/hub/ha-hub_1.raw");
     let tampered = lab.dir.join("tampered.raw");
     let copied = Command::new("cp").arg("--sparse=always").args([&image, &tampered]).status();
     assert!(copied.expect("cp").success());
-    // The volume's name in the superblock: a file system without verity would not mind.
+    // A byte of the volume name in the superblock, which erofs ignores, so only dm-verity can detect the change.
     let at = (1 << 20) + (256 << 20) + 1024 + 0x40;
     let disk = OpenOptions::new().read(true).write(true).open(&tampered).expect("the copy");
     let mut byte = [0];
@@ -197,14 +195,14 @@ fn one_flipped_byte_in_the_root_makes_the_boot_fail_closed() {
     assert_eq!(hub.wait_for(&[FAILED_CLOSED, READY]), FAILED_CLOSED);
     let console = hub.console();
     assert!(!console.contains("Reached target multi-user.target"), "{console}");
-    // It is known at once, and not when the time for the device is over.
+    // The boot fails immediately, without waiting for the device's timeout.
     assert!(!console.contains("Timed out waiting for device"), "{console}");
     hub.cut_power();
     fs::remove_file(&tampered).expect("the copy");
 }
 
 #[test]
-fn with_secure_boot_what_is_not_signed_does_not_run() {
+fn secure_boot_rejects_modified_kernel_image() {
     let lab = Lab::empty("secure");
     lab.write(
         "fleet.toml",
@@ -213,21 +211,20 @@ fn with_secure_boot_what_is_not_signed_does_not_run() {
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    // Signing brings nothing into an image that is not in its inputs.
+    // Signed images are reproducible, too.
     let built = lab.dir.join("build/hub");
     let first = lab.dir.join("first");
-    fs::rename(&built, &first).expect("it was built");
+    fs::rename(&built, &first).expect("the built image");
     lab.ok(&["build"]);
     let names = ["safe-hub_1.efi", "safe-hub_1.raw"].map(str::to_owned);
     assert_eq!(first_difference(&first, &built, &names), None);
-    // A BIOS would look at no signature.
+    // A legacy BIOS would verify no signature, so the disk refuses to boot there.
     let said = by_bios(&built.join("safe-hub_1.raw"), "legacy boot, off)");
     assert!(said.contains("this disk needs UEFI firmware"), "{said}");
 
-    // Firmware without a key is given the fleet's, and enforces it from then on; the ticket is on the
-    // disk.
+    // Firmware in setup mode enrols the fleet's keys and enforces them afterwards.
     let disk = lab.dir.join("hub-1.raw");
-    lab.ok(&["flash", "hub-1", disk.to_str().expect("a path of letters")]);
+    lab.ok(&["flash", "hub-1", disk.to_str().expect("a UTF-8 path")]);
     let mut hub = Machine::alone(&lab, "hub-1");
     hub.start_flashed(&disk);
     hub.wait_for(&[READY]);
@@ -237,7 +234,7 @@ fn with_secure_boot_what_is_not_signed_does_not_run() {
     assert_eq!(hub.ok(&format!("grep -ac '\"founder\"' {ESP} || :")), "0");
     assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
 
-    // One changed byte of what firmware runs.
+    // One changed byte of the unified kernel image.
     hub.ok("uki=$(ls /efi/EFI/Linux/*.efi); printf '\\001' | dd of=$uki bs=1 seek=9000000 conv=notrunc; sync");
     hub.cut_power();
     hub.start_flashed(&disk);
@@ -248,11 +245,11 @@ fn with_secure_boot_what_is_not_signed_does_not_run() {
 }
 
 #[test]
-fn exported_disks_are_what_hypervisors_read_and_a_legacy_bios_starts_with_a_ticket_from_user_data() {
+fn exported_disks_are_valid_and_boot_under_legacy_bios_with_user_data() {
     let lab = lab("export");
     lab.init();
     let out = lab.dir.join("out");
-    let dir = out.to_str().expect("a path of letters");
+    let dir = out.to_str().expect("a UTF-8 path");
     let run = |program: &str, args: &[&str]| {
         let done = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
         let said = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
@@ -266,23 +263,23 @@ fn exported_disks_are_what_hypervisors_read_and_a_legacy_bios_starts_with_a_tick
         if matches!(format, "qcow2" | "vmdk") {
             run("qemu-img", &["check", "-f", driver, &disk]);
         }
-        // What is in it is the image, whatever the format.
+        // Every format has the content of the image.
         let image = lab.dir.join("build/hub/ha-hub_1.raw");
-        let image = image.to_str().expect("a path of letters");
+        let image = image.to_str().expect("a UTF-8 path");
         assert!(run("qemu-img", &["compare", "-f", driver, "-F", "raw", &disk, image]).contains("identical"));
-        fs::remove_file(&disk).expect("it was written");
-        // libvirt's own parser takes the definition, and keeps the ticket in it.
+        fs::remove_file(&disk).expect("the exported disk");
+        // libvirt accepts the definition and keeps the ticket in it.
         let defined = run("virsh", &["-q", "-c", "test:///default", &format!("define {dir}/hub-1.xml; dumpxml hub-1")]);
         assert!(defined.contains("io.systemd.credential.binary:bakehouse.ticket="), "{defined}");
         run("sh", &["-n", &format!("{dir}/hub-1.proxmox.sh")]);
     }
     lab.ok(&["vm", "hub-1", "--format", "qcow2", "--ticket", "disk", "-o", dir]);
     for file in ["hub-1.xml", "hub-1.proxmox.sh", "hub-1.qcow2"] {
-        let mode = fs::metadata(out.join(file)).expect("it was written").permissions().mode();
-        assert_eq!(mode & 0o777, 0o600, "{file} holds a ticket");
+        let mode = fs::metadata(out.join(file)).expect("an exported file").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{file} contains a ticket");
     }
 
-    // A cloud that knows nothing but user data, on hardware that knows nothing but a BIOS.
+    // A cloud with user data as the only source of the ticket, and a legacy BIOS.
     lab.ok(&["vm", "hub-1", "--format", "raw", "--ticket", "seed", "-o", dir]);
     let mut hub = Machine::alone(&lab, "hub-1").with_bios();
     hub.start_seeded(&out.join("hub-1.raw"), &out.join("hub-1-seed.img"));
@@ -296,6 +293,6 @@ fn exported_disks_are_what_hypervisors_read_and_a_legacy_bios_starts_with_a_tick
     for unit in ["firstboot-grub.service", "firstboot-good.service"] {
         assert!(hub.exposure(unit) < 2.0, "{unit}");
     }
-    // It has proven itself, as under UEFI.
+    // The boot becomes good, as under UEFI.
     hub.ok("for i in $(seq 90); do [ -e /efi/EFI/Linux/ha-hub_1.efi ] && exit; sleep 2; done; exit 1");
 }

@@ -1,6 +1,6 @@
-//! Quick HA as its user meets it, in containers: the images' own services as fast as this host is, without a factor
-//! on any promise. Three nodes from nothing to ready, and then each thing that may die does, under clients that write
-//! and look at Odoo.
+//! Quick HA in containers: the images' own services run at the host's speed, so no limit is scaled. Three nodes start
+//! from empty folders, then a rehearsal injects each single failure while clients write to the database and read from
+//! Odoo.
 
 use std::time::Instant;
 
@@ -8,17 +8,17 @@ use bakehouse_tests::{Lab, Machine};
 use serde_json::Value;
 
 #[test]
-fn three_containers_from_nothing_outlive_what_may_die() {
+fn quick_ha_containers_survive_single_failures() {
     let lab = Lab::of_fleet("containers", "quick-ha");
-    // Switched off when the test ends, however it does.
+    // `Drop` switches them off when the test ends, also after a panic.
     let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::of(&lab, name));
     let begun = Instant::now();
     lab.ok(&["up", "--containers"]);
-    println!("from nothing to ready: {:.0} s", begun.elapsed().as_secs_f64());
+    println!("from empty folders to ready: {:.0} s", begun.elapsed().as_secs_f64());
     for machine in &machines {
         assert_eq!(machine.ok("systemd-detect-virt"), "container-other");
         assert_eq!(machine.ok("systemctl --failed --no-legend --plain"), "");
-        // A filter is there before the network is, then the node's own.
+        // The early filter protects the node before its own rules are loaded.
         let since = |unit: &str| {
             let began = machine.ok(&format!("systemctl show -p ActiveEnterTimestampMonotonic --value {unit}"));
             began.parse::<u64>().expect("microseconds")
@@ -28,7 +28,7 @@ fn three_containers_from_nothing_outlive_what_may_die() {
     }
     let opened = "journalctl -b -u patroni -o cat | grep -q 'INFO: Watchdog .* activated with 15 second timeout'";
     assert!(machines.iter().any(|m| m.exec(opened).status == 0), "the primary has no watchdog");
-    // They are no machines by mistake.
+    // `up` without `--containers` must not start the same nodes as virtual machines.
     let refused = lab.run(&["up"]);
     assert_ne!(refused.status, 0);
     assert!(
@@ -37,7 +37,7 @@ fn three_containers_from_nothing_outlive_what_may_die() {
         refused.err
     );
 
-    // While the VIP is nowhere, who connects is not told that there is no such host, and tries again.
+    // While no hub holds the VIP, a connection times out. "No route to host" would make clients give up.
     let everywhere = |what: &str| machines.iter().for_each(|m| drop(m.ok(&format!("systemctl {what} keepalived"))));
     everywhere("stop");
     let connect = "import socket; s = socket.socket(); s.settimeout(4)\ntry: s.connect(('10.10.0.100', 443))\n\
@@ -45,7 +45,7 @@ fn three_containers_from_nothing_outlive_what_may_die() {
     assert_eq!(machines[0].ok(&format!("python3 -c \"{connect}\"")), "timed out");
     everywhere("start");
 
-    // As an earlier version had it: the next primary's image says otherwise.
+    // A setting of an earlier version: the next primary replaces it by the one of its image.
     let patronictl = "patronictl -c /run/bakehouse/patroni.yml";
     machines[1].ok(&format!("{patronictl} edit-config --quiet --force --set ttl=21"));
     let settings = || machines[1].ok(&format!("{patronictl} show-config"));
@@ -53,17 +53,17 @@ fn three_containers_from_nothing_outlive_what_may_die() {
 
     let played = lab.run(&["rehearse", "hub", "db", "app", "--json"]);
     println!("{}{}", played.err, played.out);
-    assert_eq!(played.status, 0, "a promise was not kept");
+    assert_eq!(played.status, 0, "the rehearsal missed a limit");
     let outcomes: Vec<Value> = serde_json::from_str(&played.out).expect("JSON");
     assert_eq!(outcomes.len(), 3, "{outcomes:?}");
     for outcome in &outcomes {
         let count = |of: &str| outcome[of].as_u64().expect("a number");
-        assert!(count("acknowledged") > 100, "nobody wrote: {outcome}");
+        assert!(count("acknowledged") > 100, "no client wrote: {outcome}");
         assert_eq!((count("lost"), count("logouts"), count("primaries")), (0, 0, 1), "{outcome}");
-        assert!(outcome["http"].is_f64(), "nobody looked at Odoo: {outcome}");
+        assert!(outcome["http"].is_f64(), "no client read from Odoo: {outcome}");
     }
     assert!(settings().contains("ttl: 20"), "{}", settings());
-    // And as a fleet has it that began with one database: the next primary has a synchronous standby again.
+    // A fleet that began with one database has synchronous mode off: the next primary turns it on.
     machines[1].ok(&format!(
         "{patronictl} edit-config --quiet --force --set synchronous_mode=false && {patronictl} switchover --force"
     ));
@@ -71,7 +71,7 @@ fn three_containers_from_nothing_outlive_what_may_die() {
         machines[1].ok(&format!("for i in $(seq 60); do {patronictl} {what} && exit; sleep 1; done; exit 1"));
     }
 
-    // A database that can't hand over its last WAL, as the backups' host went first, is switched off in the end.
+    // `down` also ends a database that cannot archive its last WAL because the backup node stopped first.
     lab.run(&["down"]);
     assert!(lab.ok(&["status"]).out.lines().all(|line| line.contains(" off")), "{}", lab.ok(&["status"]).out);
 }

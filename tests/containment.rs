@@ -1,6 +1,6 @@
-//! What one taken machine can do to the rest of the fleet, cell by cell. A fleet in containers with each kind of
-//! node; an attacker who is root on one of them, one whose machine was evicted, and some who have no machine at all.
-//! The table is printed in docs/security.md; UPDATE_GOLDEN=1 writes it there.
+//! What an attacker with root on one machine can do to the rest of the fleet. The fleet runs in containers and has a
+//! node of each kind. Attackers are root on a node, root on an evicted hub, or on a host outside the fleet.
+//! `UPDATE_GOLDEN=1` writes the table of results to docs/security.md.
 
 use std::sync::Arc;
 use std::thread::sleep;
@@ -14,7 +14,7 @@ use bakehouse_tests::{Lab, Machine};
 
 const NODES: [&str; 8] = ["hub-1", "hub-2", "db-1", "db-2", "app-1", "monitor-1", "watch-1", "vault-1"];
 
-/// The third vote is monitor-1's. Of the group `app` most slots are free.
+/// monitor-1 has the third vote. Most slots of the group `app` are free.
 fn fleet() -> String {
     format!(
         "name = \"contained\"\nversion = \"1\"\n\n[backup]\nnode = \"vault-1\"\n\n\
@@ -26,7 +26,7 @@ fn fleet() -> String {
 }
 
 #[test]
-fn in_containers_one_taken_machine_reaches_what_the_page_says() {
+fn attacks_in_containers_reach_only_what_the_table_expects() {
     let lab = Lab::empty("containment");
     lab.write("fleet.toml", &fleet());
     lab.has_idle_role("vault", false);
@@ -35,7 +35,7 @@ fn in_containers_one_taken_machine_reaches_what_the_page_says() {
     lab.ok(&["build"]);
     let begun = Instant::now();
     let arena = Arena::up(lab, &NODES);
-    println!("from nothing to ready: {:.0} s", begun.elapsed().as_secs_f64());
+    println!("from empty folders to ready: {:.0} s", begun.elapsed().as_secs_f64());
     arena.has_users();
     has_a_backup(&arena);
 
@@ -54,7 +54,7 @@ fn in_containers_one_taken_machine_reaches_what_the_page_says() {
     try_all(&arena, &Foothold::on(&arena, Place::Hub, "hub-2"), &mut matrix);
     try_evicted_hub(&arena, &mut matrix);
 
-    println!("in all: {:.0} s\n\n{}", begun.elapsed().as_secs_f64(), matrix.markdown());
+    println!("total: {:.0} s\n\n{}", begun.elapsed().as_secs_f64(), matrix.markdown());
     let differences = matrix.differences();
     assert!(differences.is_empty(), "not as expected:\n{}", differences.join("\n"));
     serves(arena.machine("app-1"), &arena);
@@ -67,16 +67,16 @@ fn try_all(arena: &Arena, from: &Foothold, matrix: &mut Matrix) {
     }
 }
 
-/// Those who have no node: one with a ticket, one with a request that it heard, one beside `bakehouse netboot`.
+/// Attacks from hosts outside the fleet: one with a ticket, one with a recorded join request, one on the network of
+/// `bakehouse netboot`.
 fn try_outsiders(arena: &Arena, matrix: &mut Matrix) {
     let mut holder = Foothold::outside(arena, Place::TokenHolder);
     holder.tickets = vec![arena.ticket(GROUP, 1)];
     try_all(arena, &holder, matrix);
 
     let mut stranger = Foothold::outside(arena, Place::Stranger);
-    let (grant, captured) =
-        join(arena, &stranger, &arena.ticket(GROUP, 1), GROUP).expect("a ticket is good for a slot");
-    println!("  {} has joined, and its request was heard", grant.slot);
+    let (grant, captured) = join(arena, &stranger, &arena.ticket(GROUP, 1), GROUP).expect("the ticket of a free slot");
+    println!("  {} has joined, and the attacker has recorded its request", grant.slot);
     stranger.captured = vec![captured];
     try_all(arena, &stranger, matrix);
 
@@ -87,8 +87,8 @@ fn try_outsiders(arena: &Arena, matrix: &mut Matrix) {
     drop(server);
 }
 
-/// A hub that has left by `bakehouse leave --now`, whose root goes on: the agent was stopped before, so that nothing
-/// on the machine is; in its place is a server that lies to whoever asks.
+/// Attacks from a hub that the operator evicted with `bakehouse leave --now`. The attacker has stopped the agent
+/// before, so the eviction ends no daemon on the machine, and serves false replies in its place.
 fn try_evicted_hub(arena: &Arena, matrix: &mut Matrix) {
     let mut hub = Foothold::on(arena, Place::EvictedHub, "hub-2");
     arena.machine("hub-2").ok("systemctl stop firstboot");
@@ -96,18 +96,18 @@ fn try_evicted_hub(arena: &Arena, matrix: &mut Matrix) {
     let evicted = Instant::now();
     let rogue = RogueHub::serve(arena, &Arc::new(hub.clone()));
 
-    // A machine that joins asks any hub that its image names, this one too.
+    // A joining machine may ask any hub in its image's topology, also the evicted one.
     let joiner = Foothold::outside(arena, Place::Stranger);
     let node = arena.node("hub-2");
     let door = Door { host: arena.public(node).to_string(), port: arena.topology.mesh.port, name: node.name.clone() };
     let ticket = arena.ticket(GROUP, 1);
     let request = request_of(&ticket, GROUP);
     let answer = joiner.run(|| async { ask_to_join(&joiner, &door, &ticket, &request).await });
-    println!("  the evicted hub, asked to join: {:?}", answer.map(|(grant, _)| grant.slot));
+    println!("  join through the evicted hub: {:?}", answer.map(|(grant, _)| grant.slot));
     hub.captured = rogue.captured();
     assert_eq!(hub.captured.len(), 1, "the joiner's request did not reach the evicted hub");
 
-    // The fleet's word has a minute to reach all.
+    // Every node learns of the eviction within 60 s.
     sleep(Duration::from_secs(60));
     for target in Target::ALL.into_iter().filter(|t| *t != Target::MeshKeys) {
         matrix.enter(hub.place, target, attack(arena, &hub, target));
@@ -116,19 +116,19 @@ fn try_evicted_hub(arena: &Arena, matrix: &mut Matrix) {
         sleep(Duration::from_millis(200));
     }
     let asked = rogue.asked();
-    println!("  the evicted hub was asked {} times: {:?}", asked.len(), asked.iter().take(8).collect::<Vec<_>>());
+    println!("  {} requests to the evicted hub: {:?}", asked.len(), asked.iter().take(8).collect::<Vec<_>>());
     let finding = rogue_effect(arena, &hub).unwrap_or_else(|| attack(arena, &hub, Target::MeshKeys));
     matrix.enter(hub.place, Target::MeshKeys, finding);
 }
 
-/// Waits until the repository has a backup: there must be something to be had.
+/// Waits until the repository has a backup that an attacker could read.
 fn has_a_backup(arena: &Arena) {
     let listed =
         "for i in $(seq 90); do [ -e /var/lib/pgbackrest/backup/main/backup.info ] && exit; sleep 1; done; exit 1";
     arena.machine("vault-1").ok(listed);
 }
 
-/// Whether a client reaches the database by the VIP, still.
+/// Asserts that a client still reaches the VIP.
 fn serves(client: &Machine, arena: &Arena) {
     client.ok(&format!("for i in $(seq 20); do (</dev/tcp/{}/443) && exit; sleep 1; done; exit 1", arena.topology.vip));
 }

@@ -1,6 +1,6 @@
-//! The power fails at every step of joining: a machine becomes the node it was becoming, once. And at
-//! every stage of an update: the node always boots, always is one version or the other, whole, and in
-//! the end the newer one. What can't be started does not keep it from that.
+//! Power loss at every step of joining and at every stage of an update. A machine completes its join with one slot and
+//! one use of its ticket. A node always boots, runs a complete version, and finally the newer one, also if one boot
+//! entry cannot start.
 
 use std::thread::sleep;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use bakehouse_tests::{ETCDCTL, Lab, Machine};
 const CUTS: u32 = 20;
 
 #[test]
-fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
+fn interrupted_join_completes_after_power_loss() {
     let lab = Lab::empty("joins");
     lab.write(
         "fleet.toml",
@@ -23,26 +23,26 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     lab.ok(&["build"]);
     let kept = |file: &str| format!("/var/lib/bakehouse/{file}.json");
 
-    // A founder: its keys, who it is, and the first member of a new etcd.
+    // A founder, cut after it stored its keys, its state, and its member of a new etcd cluster.
     let hub = Machine::of(&lab, "hub-1");
     let ticket = lab.ok(&["ticket", "hub-1"]).out;
     for step in [kept("keys"), kept("state"), "/var/lib/etcd/cut/member".to_owned()] {
         hub.start_cut_at(&ticket, &step);
-        println!("hub-1 was cut at {step}");
+        println!("power cut of hub-1 at {step}");
     }
     hub.start_with(&ticket);
     hub.wait_for(&["bakehouse: ready (hub-1)"]);
-    // etcd serves a little later than it runs.
+    // etcd starts to serve some seconds after its process.
     assert_eq!(hub.ok(&format!("{ETCDCTL} --command-timeout=120s member list | grep -c started")), "1");
     let ask = |what: &str| hub.ok(&format!("{ETCDCTL} get --print-value-only {what}"));
 
-    // Tickets that are no good any more: it says so, and nobody has a slot.
+    // An expired and a revoked ticket: the agent prints the reason and stores no state.
     let edge = Machine::of(&lab, "edge-1");
     let expired = lab.ok(&["ticket", "edge", "--days", "0"]).out;
     let revoked = lab.ok(&["ticket", "edge"]).out;
     let noted = lab.read("tickets.jsonl");
     let claims: serde_json::Value = serde_json::from_str(noted.lines().last().expect("a line")).expect("JSON");
-    // As a hub does when the operator asks for it.
+    // The key that a hub writes when the operator revokes a ticket.
     hub.ok(&format!("{ETCDCTL} put /bakehouse/revoked/{} ''", claims["id"].as_str().expect("a number")));
     for (ticket, why) in [(expired, "the token has expired"), (revoked, "the token was revoked")] {
         edge.start_with(&ticket);
@@ -52,17 +52,17 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     }
     edge.wipe();
 
-    // A worker: its keys, the hubs' answer, who it is; with one ticket, good for one machine.
+    // A worker with a ticket for one machine, cut after it stored its keys, its peer table, and its state.
     let ticket = lab.ok(&["ticket", "edge"]).out;
     edge.start_cut_at(&ticket, &kept("keys"));
-    assert_eq!(ask("/bakehouse/slots/edge-1"), "", "a slot without a question");
+    assert_eq!(ask("/bakehouse/slots/edge-1"), "", "a hub granted a slot without a claim");
     edge.start_cut_at(&ticket, &kept("neighbours"));
     let granted = ask("/bakehouse/slots/edge-1");
     assert_ne!(granted, "");
     edge.start_cut_at(&ticket, &kept("state"));
     edge.start_with(&ticket);
     edge.wait_for(&["bakehouse: ready (edge-1)"]);
-    assert_eq!(ask("/bakehouse/slots/edge-1"), granted, "another machine's, or another grant");
+    assert_eq!(ask("/bakehouse/slots/edge-1"), granted, "the slot's record changed");
     let key = edge.ok("wg show all public-key | cut -f 2");
     assert!(granted.contains(&format!("\"{key}\"")), "{key} is not the key of {granted}");
     assert!(edge.ok("firstboot status --json").contains(r#""epoch":1"#));
@@ -79,9 +79,9 @@ fn wherever_the_power_fails_a_machine_becomes_the_node_it_was_becoming() {
     assert_eq!(ask("/bakehouse/slots/edge-1"), granted);
 }
 
-/// A TPM counts what ends without a word, as it does wrong passwords; a virtual one is silent after three.
+/// A TPM counts a shutdown without `TPM2_Shutdown` as a failed authorisation, and a virtual TPM locks after three.
 #[test]
-fn a_machine_with_a_tpm_outlives_any_number_of_power_cuts() {
+fn tpm_unseals_state_after_many_power_cuts() {
     let lab = Lab::empty("tpm");
     lab.write("fleet.toml", "name = \"sealed\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n");
     lab.init();
@@ -105,7 +105,7 @@ fn a_machine_with_a_tpm_outlives_any_number_of_power_cuts() {
 }
 
 #[test]
-fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
+fn power_loss_during_update_leaves_a_complete_version() {
     let (lab, _server) = lab_of_one("cuts");
     let hub = Machine::of(&lab, "hub-1");
     hub.start();
@@ -114,7 +114,7 @@ fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
     let kept = "sha256sum /var/lib/bakehouse/*.json /etc/machine-id";
     let identity = hub.ok(kept);
 
-    // With nothing in its way: what there is to interrupt.
+    // An undisturbed update, whose duration the cuts divide.
     version(&lab, "1", "2");
     publish(&lab);
     let begun = Instant::now();
@@ -133,19 +133,19 @@ fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
             publish(&lab);
         }
         hub.ok(LOOK);
-        // Every twentieth once, in no order: 7 and 20 have no common divisor.
+        // Visits every twentieth of the duration once, in a mixed order, because 7 and 20 are coprime.
         let when = whole * (cut * 7 % CUTS) / CUTS + whole / (2 * CUTS);
         sleep(when);
         hub.cut_power();
         hub.start();
         comes_up(&hub, 1);
         let after = runs(&hub);
-        println!("cut {:>2}, after {:>5.1} s: {before} → {after}, of {newest}", cut + 1, when.as_secs_f64());
-        assert!(after == before || after == newest.to_string(), "{before} → {after}, of {newest}");
+        println!("cut {:>2}, after {:>5.1} s: {before} → {after}, newest {newest}", cut + 1, when.as_secs_f64());
+        assert!(after == before || after == newest.to_string(), "{before} → {after}, newest {newest}");
         is_blessed(&hub);
         assert_eq!(hub.ok(kept), identity);
         assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
-        // Every block of it is what was signed.
+        // dm-verity verifies every block of the root.
         hub.ok("dd if=/dev/mapper/root of=/dev/null bs=1M status=none");
     }
     if runs(&hub) != newest.to_string() {
@@ -158,7 +158,7 @@ fn whenever_the_power_fails_a_node_is_one_version_or_the_other() {
 }
 
 #[test]
-fn an_entry_that_the_boot_loader_passes_over_is_loaded_again_and_then_given_up() {
+fn skipped_boot_entry_is_downloaded_again_and_then_denied() {
     let (lab, _server) = lab_of_one("passed-over");
     let hub = Machine::of(&lab, "hub-1");
     hub.start();
@@ -166,7 +166,7 @@ fn an_entry_that_the_boot_loader_passes_over_is_loaded_again_and_then_given_up()
     is_blessed(&hub);
     version(&lab, "1", "2");
     publish(&lab);
-    // As a power cut leaves it on FAT: the name, and less than the file.
+    // A power cut leaves a truncated file on FAT.
     hub.ok("head -c 200000 /efi/EFI/Linux/up-hub_1.efi > /efi/EFI/Linux/up-hub_2+3-0.efi; sync");
     hub.cut_power();
     hub.start();
@@ -177,7 +177,7 @@ fn an_entry_that_the_boot_loader_passes_over_is_loaded_again_and_then_given_up()
     assert_eq!(runs(&hub), "2");
     is_blessed(&hub);
 
-    // And one that is damaged each time.
+    // An entry that is damaged after each download.
     hub.cut_power();
     let damage =
         "head -c 200000 /efi/EFI/Linux/up-hub_3+3-0.efi >/efi/half; mv /efi/half /efi/EFI/Linux/up-hub_3+3-0.efi";
@@ -187,7 +187,7 @@ fn an_entry_that_the_boot_loader_passes_over_is_loaded_again_and_then_given_up()
     version(&lab, "2", "3");
     publish(&lab);
     assert_eq!(hub.ok(LOOK), "3");
-    hub.wait_until("it is given up", |console| console.matches("restarting with version 3").count() == 3);
+    hub.wait_until("three boots of version 3", |console| console.matches("restarting with version 3").count() == 3);
     comes_up(&hub, 4);
     assert_eq!(runs(&hub), "2");
     assert!(is_denied(&hub, "3").contains("did not come up on hub-1"));

@@ -1,4 +1,4 @@
-//! Who may do what at etcd: the images' own etcd and its configuration, on loopback.
+//! Authentication and permissions of etcd, with the etcd and the configuration of the images, on loopback.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,14 +24,14 @@ use fleet::{
     Topology, encoding,
 };
 
-/// A node's certificate and key, PEM.
+/// A node's certificate (PEM) and key.
 struct Shown {
     cert: String,
     key: PrivateKey,
 }
 
 impl Shown {
-    /// Signed by this issuer, whatever it may sign.
+    /// Signs a certificate with this issuer, also one that its name constraints forbid.
     fn of(issuer: &Issuer, topology: &Topology, node: &Node) -> Self {
         let key = PrivateKey::generate().expect("randomness");
         let public: PublicKey = key.public().expect("a key");
@@ -41,7 +41,7 @@ impl Shown {
     fn node(site: &Site, name: &str) -> Self {
         let hub = &site.topology.hubs[0];
         let issuer = site.root.issuer("acme", &hub.name).expect("a root");
-        Self::of(&issuer, &site.topology, site.topology.node(name).expect("it is a node"))
+        Self::of(&issuer, &site.topology, site.topology.node(name).expect("a node"))
     }
 
     fn identity(&self) -> Identity<'_> {
@@ -57,7 +57,7 @@ fn told<T>(answer: firstboot::error::Result<T>) -> String {
     answer.map_or_else(|e| e.to_string(), |_| "done".to_owned())
 }
 
-/// A transaction that must take place in the end: the cluster may have only just started.
+/// Puts a key, and retries until etcd accepts it, because the cluster may have just started.
 async fn put(etcd: &Etcd, key: &str, value: &str) {
     while etcd.transact(&[], &[Then::Put(key, value.as_bytes())]).await.is_err() {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -65,7 +65,7 @@ async fn put(etcd: &Etcd, key: &str, value: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn only_hubs_and_databases_are_clients_of_etcd_and_only_voters_are_peers() {
+async fn etcd_accepts_hubs_and_databases_as_clients_and_voters_as_peers() {
     let site = Site::open(26_000, "db.count = 1\napp.count = 1\nmonitor.count = 1\n");
     put(&site.etcd(0), "/bakehouse/test", "x").await;
     for (name, is_client, is_peer) in
@@ -89,7 +89,7 @@ async fn only_hubs_and_databases_are_clients_of_etcd_and_only_voters_are_peers()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_password_is_for_hubs_and_patronis_own_keys() {
+async fn etcd_users_limit_patroni_to_its_own_keys() {
     let site = Site::open(26_300, "db.count = 1\napp.count = 1\n");
     let secrets = Secrets::sample();
     let hubs: Vec<Shown> = (1..=3).map(|i| Shown::node(&site, &format!("hub-{i}"))).collect();
@@ -110,11 +110,11 @@ async fn a_password_is_for_hubs_and_patronis_own_keys() {
     put(&connected, "/bakehouse/test", "x").await;
     for (i, key) in keys.iter().enumerate() {
         let mesh_key = MeshKey([i as u8 + 1; 32]);
-        desks[i].register(&site.topology.hubs[i].name, mesh_key, key, "1").await.expect("etcd").expect("it is free");
+        desks[i].register(&site.topology.hubs[i].name, mesh_key, key, "1").await.expect("etcd").expect("a free slot");
     }
     let (db, grant) = site.members("db", 1).await.remove(0);
 
-    // Each hub speaks for itself, the database node by a header, and a rollout in progress is waited for.
+    // Each hub records its own readiness, the database node announces it in a header, and hubs wait for a rollout.
     let waits = |names: &[&str]| Access::WaitsFor(names.iter().map(|n| (*n).to_owned()).collect());
     assert_eq!(access(0).step().await.expect("etcd"), waits(&["db-1", "hub-2", "hub-3"]));
     assert_eq!(access(1).step().await.expect("etcd"), waits(&["db-1", "hub-3"]));
@@ -130,7 +130,7 @@ async fn a_password_is_for_hubs_and_patronis_own_keys() {
     while connected.get(&["/bakehouse/etcd-ready/db-1"]).await.expect("etcd")[0].revision == 0 {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // Two hubs at once; one may meet what the other does, and looks again.
+    // Two hubs take the step at the same time. One of them may find the other's change and must try again.
     let (one, two) = (access(0), access(1));
     let (one, two) = tokio::join!(one.step(), two.step());
     assert!(one.is_ok() || two.is_ok(), "{one:?} {two:?}");
@@ -138,7 +138,7 @@ async fn a_password_is_for_hubs_and_patronis_own_keys() {
         assert_eq!(access(i).step().await.expect("etcd"), Access::Enabled);
     }
 
-    // A client that was connected goes on; one without a password reads nothing, whatever its certificate.
+    // A client with a password stays connected. Without a password, no certificate gives access.
     assert_eq!(connected.get(&["/bakehouse/test"]).await.expect("etcd")[0].value, b"x");
     for anonymous in [site.etcd(0), site.etcd_of(0, Identity { cert: &grant.cert, key: db.tls.pem() })] {
         assert!(told(anonymous.list("/bakehouse/").await).contains("user name is empty"));
@@ -146,15 +146,15 @@ async fn a_password_is_for_hubs_and_patronis_own_keys() {
         assert!(told(anonymous.transact(&[], &put).await).contains("user name is empty"));
     }
 
-    // Patroni's user has Patroni's keys, those of a restored database too, and no others.
+    // Patroni's user has access only to Patroni's keys, also to those of a restored database.
     let identity = Identity { cert: &grant.cert, key: db.tls.pem() };
     let patroni = site.etcd_of(0, identity).with_user(PATRONI, &grant.secrets.etcd_patroni);
     for key in ["/bakehouse/acme/leader", "/bakehouse/acme@latest/leader"] {
         assert_eq!(told(patroni.transact(&[], &[Then::Put(key, b"db-1")]).await), "done", "{key}");
         assert_eq!(patroni.get(&[key]).await.expect("etcd")[0].value, b"db-1");
     }
-    patroni.list("/bakehouse/acme/").await.expect("it may");
-    let lease = patroni.lease(60).await.expect("it may");
+    patroni.list("/bakehouse/acme/").await.expect("a permission");
+    let lease = patroni.lease(60).await.expect("a permission");
     let then = [Then::PutFor("/bakehouse/acme/leader", b"db-1", &lease)];
     assert_eq!(told(patroni.transact(&[], &then).await), "done");
     for key in ["/bakehouse/slots/hub-1", "/bakehouse/acmeb/leader", "/bakehouse/rollout/paused", "/x"] {
@@ -175,12 +175,12 @@ async fn a_password_is_for_hubs_and_patronis_own_keys() {
         assert!(answer.contains("permission denied"), "{answer}");
     }
     let mut watch = patroni.watch("/bakehouse/slots/", 1).await.expect("etcd answers");
-    assert_eq!(patroni.next(&mut watch).await.expect("an answer"), None, "the watch is cancelled");
+    assert_eq!(patroni.next(&mut watch).await.expect("a reply"), None, "the watch is not cancelled");
     assert_eq!((grant.secrets.etcd_root.as_str(), grant.secrets.etcd_patroni.as_str()), ("", "sample-etcd-patroni"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_token_that_its_member_has_forgotten_is_renewed() {
+async fn client_logs_in_again_after_members_restart() {
     let mut site = Site::open(26_600, "app.count = 1\n");
     let secrets = Secrets::sample();
     let root = site.etcd(0).with_user(ROOT, &secrets.etcd_root);
@@ -188,7 +188,7 @@ async fn a_token_that_its_member_has_forgotten_is_renewed() {
     root.put_user(ROOT, &secrets.etcd_root).await.expect("etcd");
     root.grant_role(ROOT, ROOT).await.expect("etcd");
     root.enable_auth().await.expect("etcd");
-    root.list("/bakehouse/").await.expect("it authenticates");
+    root.list("/bakehouse/").await.expect("a login");
     for i in 0..3 {
         site.cluster.kill(i);
     }
@@ -196,18 +196,18 @@ async fn a_token_that_its_member_has_forgotten_is_renewed() {
         site.cluster.start_member(&site.topology, i);
     }
     put(&root, "/bakehouse/test", "y").await;
-    let (revision, pairs) = root.list("/bakehouse/").await.expect("it authenticates again");
-    assert_eq!(pairs.iter().find(|p| p.key == "/bakehouse/test").expect("it is there").value, b"y");
-    // And a watch has the token of the moment.
+    let (revision, pairs) = root.list("/bakehouse/").await.expect("a second login");
+    assert_eq!(pairs.iter().find(|p| p.key == "/bakehouse/test").expect("the key").value, b"y");
+    // A watch also uses the new token.
     let mut watch = root.watch("/bakehouse/", revision + 1).await.expect("etcd");
     put(&root, "/bakehouse/test", "z").await;
     let changes = root.next(&mut watch).await.expect("etcd").expect("a change");
     assert_eq!(changes[0].value.as_deref(), Some(&b"z"[..]));
 }
 
-/// The member that a hub watches freezes, and stays connected; meanwhile a node is shut out.
+/// The etcd member that a hub watches freezes and keeps its connections, while another hub evicts a node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_watch_that_hangs_hides_no_eviction_for_a_minute() {
+async fn hub_sees_an_eviction_within_a_minute_although_its_watch_hangs() {
     let site = Site::open(26_900, "db.count = 1\n");
     let (_, grant) = site.members("db", 1).await.remove(0);
     assert_eq!(grant.slot, "db-1");
@@ -224,7 +224,7 @@ async fn a_watch_that_hangs_hides_no_eviction_for_a_minute() {
         while !neighbourhood.keys().contains_key("db-1") {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        // The watch is under way.
+        // The hub has opened its watch by then.
         tokio::time::sleep(Duration::from_secs(1)).await;
         site.cluster.freeze(0);
         let other = ClaimsDesk::new(site.etcd(1), site.topology.clone(), "hub-2");
@@ -233,10 +233,10 @@ async fn a_watch_that_hangs_hides_no_eviction_for_a_minute() {
         }
         let evicted = Instant::now();
         while neighbourhood.keys().contains_key("db-1") {
-            assert!(evicted.elapsed() < Duration::from_secs(60), "the evicted node's key is still there");
+            assert!(evicted.elapsed() < Duration::from_secs(60), "the hub still has the evicted node's key");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        println!("the key was gone {:.1} s after the eviction", evicted.elapsed().as_secs_f64());
+        println!("the hub removed the key {:.1} s after the eviction", evicted.elapsed().as_secs_f64());
         site.cluster.thaw(0);
     };
     tokio::select! {
@@ -250,9 +250,9 @@ fn plan() -> Topology {
     Topology::of(&Fleet::parse("fleet.toml", text).expect("a fleet"))
 }
 
-/// What an issuer signs beyond its own is believed by no verifier: the agent's, OpenSSL's.
+/// The verifiers of the agent and of OpenSSL reject certificates outside of an issuer's name constraints.
 #[tokio::test]
-async fn an_issuer_signs_what_is_its_own() {
+async fn verifiers_enforce_name_constraints_of_issuers() {
     let (topology, root) = (plan(), Issuer::root("acme").expect("randomness"));
     let node = |name: &str| topology.node(name).expect("it is a node");
     let operator = Node { name: "eve.operator".to_owned(), hub: 0, ..node("db-1").clone() };
@@ -280,12 +280,12 @@ async fn an_issuer_signs_what_is_its_own() {
             .current_dir(dir.path())
             .args(["verify", "-CAfile", "root.pem", "-untrusted", "issuer.pem", "leaf.pem"])
             .output()
-            .expect("openssl is there");
+            .expect("openssl is installed");
         assert_eq!(verified.status.success(), may, "{what}, by OpenSSL: {verified:?}");
     }
 }
 
-/// Whether a client of the fleet believes that a server is `name`, and the server believes the client.
+/// Returns whether a client of the fleet accepts the certificate for `name`, and a server accepts it from a client.
 async fn handshake(root: &Issuer, shown: &Shown, name: &str) -> bool {
     let server = https::server(root.certificate(), shown.identity()).expect("a certificate");
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
@@ -299,12 +299,12 @@ async fn handshake(root: &Issuer, shown: &Shown, name: &str) -> bool {
     believed && served.await.expect("a task")
 }
 
-/// etcd is Go: its verifier holds issuers to their names as the others do. A voter that is not a hub introduces
-/// itself, and the hubs enter it.
+/// Go's verifier in etcd enforces the name constraints, too. A voter that is not a hub introduces itself, and the hubs
+/// register it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_voter_that_is_no_hub_is_entered_by_hubs_and_signs_nobody_to_etcd() {
+async fn hubs_register_a_non_hub_voter_and_etcd_rejects_its_issuer() {
     let site = Site::open_with(27_200, "db.count = 1\n", |topology| {
-        // Two hubs, and a third vote.
+        // Two hubs and a third voter.
         topology.hubs.truncate(2);
         for node in topology.nodes.iter_mut().filter(|n| n.name == "hub-3") {
             node.hub = 0;
@@ -339,19 +339,19 @@ async fn a_voter_that_is_no_hub_is_entered_by_hubs_and_signs_nobody_to_etcd() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
     assert_eq!((record.epoch, record.mesh_key, &record.tls_key), (1, MeshKey([7; 32]), &own.tls_key()));
-    // Its etcd takes passwords: access control need not wait for it.
+    // Its introduction also marks its etcd as ready for authentication, so the hubs do not wait for it.
     while site.etcd(1).get(&["/bakehouse/etcd-ready/hub-3"]).await.expect("etcd")[0].value != record.tls_key.as_bytes()
     {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // Another machine with the founder's ticket is told that the slot is taken, and changes nothing.
+    // The hubs fence another machine with the same founder's ticket, and the slot's record stays unchanged.
     let other = Shown::of(&issuer, &site.topology, node("hub-3"));
     let tls = https::client(site.root.certificate(), Some(other.identity())).expect("a certificate");
     let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
     let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([8; 32]), epoch: 1 };
     let begun = Instant::now();
     while !hubs.introduce(&introduction, |_| false).await.iter().all(|answer| answer.peers.fenced.is_some()) {
-        assert!(begun.elapsed() < Duration::from_secs(20), "the slot's second machine is not told");
+        assert!(begun.elapsed() < Duration::from_secs(20), "the hubs have not fenced the slot's second machine");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     let found = site.etcd(1).get(&["/bakehouse/slots/hub-3"]).await.expect("etcd");
@@ -359,7 +359,7 @@ async fn a_voter_that_is_no_hub_is_entered_by_hubs_and_signs_nobody_to_etcd() {
     assert_eq!(record.mesh_key, MeshKey([7; 32]));
 }
 
-/// A node's first boot with a ticket: where it keeps things, and what its image says.
+/// Creates folders, a ticket and an image for a node's first boot.
 fn first_boot(site: &Site, group: &str, right: Right) -> (tempfile::TempDir, StateDir, PathBuf, Image) {
     let dir = tempfile::tempdir().expect("a folder");
     let (state, credentials) = (dir.path().join("state"), dir.path().join("credentials"));
@@ -380,7 +380,7 @@ fn first_boot(site: &Site, group: &str, right: Right) -> (tempfile::TempDir, Sta
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_of_an_earlier_version_takes_its_password_over_when_it_starts() {
+async fn updated_node_fetches_its_missing_etcd_password_at_start() {
     let site = Site::open(27_500, "db.count = 1\napp.count = 1\n");
     for (group, password) in [("db", "sample-etcd-patroni"), ("app", "")] {
         let (_dir, states, credentials, image) = first_boot(&site, group, Right::Joiner(site.token(group, |_| {})));
@@ -392,14 +392,14 @@ async fn a_node_of_an_earlier_version_takes_its_password_over_when_it_starts() {
         let (keys, epoch) = (who.keys.clone(), who.state.epoch);
         let who = take_missing_passwords(&states, who, &image).await.expect("a disk");
         assert_eq!((who.state.secrets.etcd_patroni.as_str(), who.state.secrets.etcd_root.as_str()), (password, ""));
-        assert!(who.keys == keys && who.state.epoch == epoch, "it is the node that it was");
+        assert!(who.keys == keys && who.state.epoch == epoch, "the node's identity changed");
         let kept = State::load(&states).expect("a disk").expect("a state");
         assert_eq!(kept, who.state);
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hub_signs_its_next_certificate_itself() {
+async fn hub_signs_its_own_renewed_certificate() {
     let site = Site::open(27_800, "");
     let hub = &site.topology.hubs[0];
     let issuer = site.root.founder_issuer(&site.topology, hub).expect("a root");
@@ -411,7 +411,7 @@ async fn a_hub_signs_its_next_certificate_itself() {
     put(&site.etcd(0), "/bakehouse/test", "x").await;
     let tls_key = encoding::encode(who.keys.tls.public().expect("a key").as_bytes());
     let mesh_key = who.keys.mesh_public().expect("a key");
-    desk.register("hub-1", mesh_key, &tls_key, "1").await.expect("etcd").expect("it is free");
+    desk.register("hub-1", mesh_key, &tls_key, "1").await.expect("etcd").expect("a free slot");
     let file = dir.path().join("state/keys.json");
     let text = fs::read_to_string(&file).expect("a file");
     let keys: serde_json::Value = serde_json::from_str(&text).expect("JSON");
@@ -420,7 +420,7 @@ async fn a_hub_signs_its_next_certificate_itself() {
     let who = identity(&states, Some(&credentials), &image).await.expect("a node");
     let (who, renewed) = renew(&states, who, &image).await.expect("a disk");
     assert!(renewed && who.state.epoch == 2);
-    assert!(who.state.cert.ends_with(issuer.certificate()), "signed by another hub");
+    assert!(who.state.cert.ends_with(issuer.certificate()), "another hub signed the certificate");
     let shown = Shown { cert: who.state.cert.clone(), key: who.keys.tls.clone() };
     assert!(handshake(&site.root, &shown, "hub-1").await);
 }

@@ -1,4 +1,4 @@
-//! Who was evicted neither asks nor is believed, by any path, also while etcd has no quorum.
+//! Hubs and workers neither accept requests of an evicted node nor trust its replies, also while etcd has no quorum.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use serde_json::json;
 
 const ATTACKER: MeshKey = MeshKey([66; 32]);
 
-/// What a hub that was taken over says to whoever asks: you are fenced, and these are the hubs.
+/// Returns the false replies of a compromised hub: the client is fenced, and the hubs have the attacker's keys.
 fn lies(request: &Captured) -> Vec<u8> {
     let mut hubs: BTreeMap<String, String> = BTreeMap::new();
     let mut keys: BTreeMap<String, MeshKey> = BTreeMap::new();
@@ -52,36 +52,35 @@ fn lies(request: &Captured) -> Vec<u8> {
     said.expect("JSON")
 }
 
-/// A hub's machine is taken over, and the operator has it leave. It keeps its address, its key and its
-/// issuer, and goes on answering.
+/// The operator evicts a compromised hub, which keeps its address, its key and its issuer, and keeps replying.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_evicted_hub_is_forgotten_within_a_minute_and_changes_nothing() {
+async fn workers_drop_evicted_hub_within_a_minute_and_ignore_its_replies() {
     let mut site = Site::open(24_700, "db.count = 1\n");
     site.register_hubs().await;
     let (node, grant) = site.members("db", 1).await.remove(0);
-    // Each of them asks two hubs of chance.
+    // Each worker asks two random hubs at a time.
     let workers: Vec<Worker> = (0..8).map(|_| Worker::start(&site, &node, &grant)).collect();
-    until(30, "they do not learn who the hubs are", || workers.iter().all(|w| w.known.pins().len() == 3)).await;
+    until(30, "a worker lacks a hub's key", || workers.iter().all(|w| w.known.pins().len() == 3)).await;
     let before = workers[0].known.keys();
 
-    // Taken over, and not evicted yet: it is a hub, and alone nonetheless.
+    // Compromised, and not evicted yet: its replies contradict those of the other two hubs.
     let key = site.keys[1].clone();
     site.hubs.remove(1).abort();
     tokio::time::sleep(Duration::from_millis(200)).await;
     let at = "127.0.0.2:24700".parse().expect("an address");
     let rogue = RogueHub::start(&site.topology, &site.root, ("hub-2", &key), at, lies).await;
-    until(60, "the attacker is not asked", || rogue.captured().iter().any(|r| r.target().1 == "/v1/peers")).await;
+    until(60, "no worker asked the attacker", || rogue.captured().iter().any(|r| r.target().1 == "/v1/peers")).await;
     let order = departure("hub-2", true, None).with_scope(scope(Departure::PATH, "hub-1"));
-    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub accepts the order");
     let evicted = Instant::now();
     let has_forgotten = |w: &Worker| !w.known.pins().contains_key("hub-2") && !w.known.keys().contains_key("hub-2");
-    until(60, "the evicted hub is still one", || workers.iter().all(has_forgotten)).await;
-    println!("the last of 8 has forgotten it after {:.1} s", evicted.elapsed().as_secs_f64());
+    until(60, "a worker knows the evicted hub", || workers.iter().all(has_forgotten)).await;
+    println!("the last of 8 workers dropped it after {:.1} s", evicted.elapsed().as_secs_f64());
 
-    // Nothing that it says has changed anything, and it is not asked any more.
+    // Its replies had no effect, and no worker asks it any more.
     let are_unharmed = |what: &str| {
         for worker in &workers {
-            assert!(!worker.task.is_finished(), "{what}: a worker was stopped by the attacker");
+            assert!(!worker.task.is_finished(), "{what}: the attacker stopped a worker");
             for hub in ["hub-1", "hub-3"] {
                 assert_eq!(worker.known.keys().get(hub), before.get(hub), "{what}: {hub}");
                 assert_ne!(worker.known.pins()[hub], "the attacker's", "{what}");
@@ -93,10 +92,10 @@ async fn an_evicted_hub_is_forgotten_within_a_minute_and_changes_nothing() {
     let asked = rogue.captured().len();
     let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: Doing::Serving };
     for _ in 0..12 {
-        assert!(!hubs.turn(&report).await.expect("a hub answers").go, "the attacker gives turns");
+        assert!(!hubs.turn(&report).await.expect("a hub answers").go, "the attacker granted the update lock");
     }
-    assert_eq!(rogue.captured().len(), asked, "an evicted hub is still asked");
-    // With certificates of its own issuer it is no other hub either.
+    assert_eq!(rogue.captured().len(), asked, "a worker asked the evicted hub");
+    // With certificates of its own issuer the attacker cannot impersonate the other hubs.
     drop(rogue);
     for (i, name) in [(0, "hub-1"), (1, "hub-3")] {
         site.hubs[i].abort();
@@ -105,16 +104,16 @@ async fn an_evicted_hub_is_forgotten_within_a_minute_and_changes_nothing() {
         let at = format!("127.0.0.{}:24700", if i == 0 { 1 } else { 3 }).parse().expect("an address");
         std::mem::forget(RogueHub::start(&site.topology, &site.root, (name, &key), at, lies).await);
     }
-    let e = hubs.turn(&report).await.expect_err("the attacker gives turns as another hub");
+    let e = hubs.turn(&report).await.expect_err("the attacker granted the lock as another hub");
     assert!(e.to_string().contains("another key"), "{e}");
     tokio::time::sleep(Duration::from_secs(40)).await;
     are_unharmed("as every other hub");
 }
 
-/// Two hubs: the one that was evicted says that the other one is gone. The operator's order, which the other one hands
-/// out, decides. Before it, neither can remove the other.
+/// The evicted one of two hubs claims that the other one has left. The operator's signed order, which the remaining hub
+/// distributes, decides. Without an order, neither hub can remove the other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_hubs_the_operators_order_tells_which_was_evicted() {
+async fn signed_order_decides_which_of_two_hubs_is_evicted() {
     let mut site = Site::open_with(25_200, "db.count = 1\n", |topology| {
         topology.nodes.retain(|node| node.name != "hub-3");
         topology.hubs.retain(|hub| hub.name != "hub-3");
@@ -123,7 +122,7 @@ async fn of_two_hubs_the_operators_order_tells_which_was_evicted() {
     site.register_hubs().await;
     let (node, grant) = site.members("db", 1).await.remove(0);
     let workers: Vec<Worker> = (0..4).map(|_| Worker::start(&site, &node, &grant)).collect();
-    until(30, "they do not learn who the hubs are", || workers.iter().all(|w| w.known.pins().len() == 2)).await;
+    until(30, "a worker lacks a hub's key", || workers.iter().all(|w| w.known.pins().len() == 2)).await;
     let before = workers[0].known.keys();
 
     let key = site.keys[1].clone();
@@ -132,10 +131,10 @@ async fn of_two_hubs_the_operators_order_tells_which_was_evicted() {
     let at = "127.0.0.2:25200".parse().expect("an address");
     let rogue = RogueHub::start(&site.topology, &site.root, ("hub-2", &key), at, lies).await;
     let asked = || rogue.captured().iter().filter(|r| r.target().1 == "/v1/peers").count();
-    until(60, "the attacker is not asked", || asked() >= 8).await;
+    until(60, "the workers did not ask the attacker", || asked() >= 8).await;
     for worker in &workers {
         assert_eq!(worker.known.pins().len(), 2, "a hub of two removed the other");
-        assert!(!worker.task.is_finished(), "a worker was stopped by the attacker");
+        assert!(!worker.task.is_finished(), "the attacker stopped a worker");
     }
 
     let order = Departure {
@@ -143,13 +142,13 @@ async fn of_two_hubs_the_operators_order_tells_which_was_evicted() {
         ..departure("hub-2", true, None)
     };
     let order = order.with_scope(scope(Departure::PATH, "hub-1"));
-    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub accepts the order");
     let evicted = Instant::now();
     let has_forgotten = |w: &Worker| !w.known.pins().contains_key("hub-2") && !w.known.keys().contains_key("hub-2");
-    until(60, "the evicted hub is still one", || workers.iter().all(has_forgotten)).await;
-    println!("the last of 4 has forgotten it after {:.1} s", evicted.elapsed().as_secs_f64());
+    until(60, "a worker knows the evicted hub", || workers.iter().all(has_forgotten)).await;
+    println!("the last of 4 workers dropped it after {:.1} s", evicted.elapsed().as_secs_f64());
     for worker in &workers {
-        assert!(!worker.task.is_finished(), "a worker was stopped by the attacker");
+        assert!(!worker.task.is_finished(), "the attacker stopped a worker");
         assert_eq!(worker.known.keys().get("hub-1"), before.get("hub-1"));
         assert_ne!(worker.known.pins()["hub-1"], "the attacker's");
     }
@@ -176,7 +175,7 @@ async fn the_hub_whose_etcd_member_leads_is_evicted_by_one_order() {
     assert!(record.vacant && record.eviction.is_some(), "{record:?}");
 }
 
-/// A worker's agent, as far as it asks hubs.
+/// The part of a worker's agent that asks hubs for peers.
 struct Worker {
     known: Arc<Neighbourhood>,
     hubs: Arc<Hubs>,
@@ -199,16 +198,15 @@ impl Worker {
     }
 }
 
-/// etcd has no quorum, and a hub's agent has just started: a founder that was evicted says that it is
-/// the 99th owner of its slot.
+/// etcd has no quorum, a hub's agent has just restarted, and an evicted founder claims to be owner 99 of its slot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_evicted_founder_is_refused_by_a_hub_that_has_just_started_without_etcd() {
+async fn restarted_hub_refuses_evicted_founder_without_quorum() {
     let mut site = Site::open(25_000, "db.count = 1\n");
     site.register_hubs().await;
     let order = departure("hub-2", true, None).with_scope(scope(Departure::PATH, "hub-1"));
-    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub takes it");
+    site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub accepts the order");
     let records = site.state(0).join("slots.json");
-    until(10, "the eviction is not on the hub's disk", || {
+    until(10, "the hub has not stored the eviction", || {
         let text = std::fs::read_to_string(&records).unwrap_or_default();
         let slots: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         slots["slots"]["hub-2"]["vacant"] == true && slots["slots"]["hub-3"]["epoch"] == 1
@@ -220,7 +218,7 @@ async fn an_evicted_founder_is_refused_by_a_hub_that_has_just_started_without_et
     site.hubs[0] = site.hub(0);
     tokio::time::sleep(Duration::from_millis(500)).await;
 
-    // The one that was evicted, and a blank machine with a founder's ticket in place of another.
+    // The evicted founder, and a blank machine with the founder's ticket of another hub.
     for (i, slot, key) in
         [(1, "hub-2", site.keys[1].clone()), (2, "hub-3", PrivateKey::generate().expect("randomness"))]
     {
@@ -235,13 +233,18 @@ async fn an_evicted_founder_is_refused_by_a_hub_that_has_just_started_without_et
         let read = |answer: bytes::Bytes| serde_json::from_slice::<Peers>(&answer).expect("JSON");
         let said = Introduction { version: PROTOCOL, mesh_key: ATTACKER, epoch: 99 };
         let peers =
-            read(ask("POST", "/v1/introduce", serde_json::to_vec(&said).expect("JSON")).await.expect("an answer"));
+            read(ask("POST", "/v1/introduce", serde_json::to_vec(&said).expect("JSON")).await.expect("a reply"));
         assert!(peers.fenced.is_some(), "{slot}: {peers:?}");
-        assert!(!peers.keys.values().any(|key| *key == ATTACKER), "{slot} has its key in the mesh: {peers:?}");
-        let peers = read(ask("GET", "/v1/peers", Vec::new()).await.expect("an answer"));
+        assert!(
+            !peers.keys.values().any(|key| *key == ATTACKER),
+            "the attacker's key is in the mesh as {slot}: {peers:?}"
+        );
+        let peers = read(ask("GET", "/v1/peers", Vec::new()).await.expect("a reply"));
         assert!(peers.fenced.is_some() && !peers.keys.values().any(|key| *key == ATTACKER), "{slot}: {peers:?}");
         let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: Doing::Serving };
-        let e = ask("POST", "/v1/turn", serde_json::to_vec(&report).expect("JSON")).await.expect_err("it has a turn");
+        let e = ask("POST", "/v1/turn", serde_json::to_vec(&report).expect("JSON"))
+            .await
+            .expect_err("the hub accepted the report");
         assert!(e.to_string().contains("another machine's"), "{e}");
     }
     (0..3).for_each(|i| site.cluster.thaw(i));

@@ -1,4 +1,4 @@
-//! A primary that the hubs shut out, by a real etcd on loopback.
+//! The hubs' fence protocol, with a real etcd on loopback.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,9 +12,9 @@ use firstboot::hub::fence::{self, Fence, FenceState};
 use firstboot::neighbours::Neighbourhood;
 use fleet::MeshKey;
 
-/// The hubs depose a primary together: most of them, or nobody; and only where another can follow it.
+/// A majority of the hubs deletes the leader key, and only if a reachable synchronous standby can take over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
+async fn majority_of_hubs_deletes_leader_key_of_unreachable_primary() {
     let site = Site::open_with(24_100, "db.count = 3\n", |topology| topology.database.ttl = TTL);
     let dir = tempfile::tempdir().expect("a folder");
     let etcds: Vec<Etcd> = (0..3).map(|i| site.etcd(i)).collect();
@@ -24,12 +24,12 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
             fs::create_dir(&own).expect("a folder");
             let keys = BTreeMap::from([("db-1".to_owned(), MeshKey([1; 32])), ("db-2".to_owned(), MeshKey([2; 32]))]);
             let all = Arc::new(Neighbourhood::load(&own, keys));
-            // The kernel's part: it does what it is told at once.
+            // Stands in for the kernel's WireGuard and confirms each change immediately.
             let (mesh, mut changes) = (all.clone(), all.follow());
             tokio::spawn(async move {
                 loop {
                     mesh.are_out(mesh.out());
-                    changes.changed().await.expect("it lives as long");
+                    changes.changed().await.expect("the sender exists");
                 }
             });
             all
@@ -45,7 +45,7 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
     let shut: [FenceState; 3] = Default::default();
     let put = async |what: &str, value: &str| {
         let key = format!("/bakehouse/acme/{what}");
-        // It has only just started.
+        // etcd may not serve yet.
         while etcds[0].transact(&[], &[Then::Put(&key, value.as_bytes())]).await.is_err() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -55,37 +55,37 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
         String::from_utf8(found[0].value.clone()).expect("text")
     };
     let reached = BTreeSet::from(["db-2".to_owned()]);
-    let nobody = BTreeSet::new();
+    let none_reached = BTreeSet::new();
 
-    // A standby that is lost is Patroni's business; a primary without an heir keeps its place, and its key.
+    // The hubs leave a lost standby to Patroni, and a primary without a reachable synchronous standby keeps its key.
     put("leader", "db-3").await;
     put("sync", r#"{"leader":"db-3","sync_standby":"db-2"}"#).await;
     assert!(hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
     put("leader", "db-1").await;
     assert!(!hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
     put("sync", r#"{"leader":"db-1","sync_standby":"db-2"}"#).await;
-    assert!(!hub(0).depose("db-1", &nobody, &shut[0]).await.expect("etcd"));
+    assert!(!hub(0).depose("db-1", &none_reached, &shut[0]).await.expect("etcd"));
     for (i, shut) in shut.iter().enumerate() {
-        assert!(!hub(i).depose("db-1", &reached, shut).await.expect("etcd"), "its leader key is young");
+        assert!(!hub(i).depose("db-1", &reached, shut).await.expect("etcd"), "deleted a young leader key");
     }
     tokio::time::sleep(AGE).await;
-    assert!(!hub(0).depose("db-1", &nobody, &shut[0]).await.expect("etcd"));
+    assert!(!hub(0).depose("db-1", &none_reached, &shut[0]).await.expect("etcd"));
     assert!(neighbourhoods[0].out().is_empty() && !shut[0].contains("db-1"));
 
-    // One hub alone shuts it out and changes nothing, however often it looks.
+    // One hub alone fences the node and never deletes the leader key.
     for _ in 0..3 {
         assert!(!hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
     }
     let out = neighbourhoods[0].out();
     assert_eq!(neighbourhoods[0].keys_without(&out).into_keys().collect::<Vec<_>>(), ["db-2"]);
-    assert_eq!(neighbourhoods[0].keys().len(), 2, "others are told of its key as before");
-    // What it said has ended, and what a stranger says does not count.
+    assert_eq!(neighbourhoods[0].keys().len(), 2, "the hub no longer distributes the node's key");
+    // An expired record does not count, nor does one of a node that is not a hub or one for another slot.
     let said = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-3"];
     let then = [Then::Delete(said[0]), Then::Put(said[1], b""), Then::Put(said[2], b"")];
     etcds[0].transact(&[], &then).await.expect("etcd");
     assert!(!hub(1).depose("db-1", &reached, &shut[1]).await.expect("etcd"));
     assert_eq!(leader().await, "db-1");
-    // Two of three: its place is free, and whoever takes it stays.
+    // Two of three hubs delete the leader key. They must not delete the key of its next owner.
     assert!(hub(2).depose("db-1", &reached, &shut[2]).await.expect("etcd"));
     assert_eq!(leader().await, "");
     put("leader", "db-2").await;
@@ -97,27 +97,27 @@ async fn a_primary_that_most_hubs_have_shut_out_loses_its_place() {
     assert_eq!(neighbourhoods[2].keys_without(&neighbourhoods[2].out()).len(), 2);
 }
 
-/// The member of etcd that a hub asks may be on the machine that is gone.
+/// The etcd member that a hub uses may be on the unreachable machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_that_does_not_answer_is_given_up_for_the_next() {
+async fn client_switches_from_hung_etcd_member_to_the_next() {
     let site = Site::open(24_300, "db.count = 2\n");
     let etcd = site.etcd(0).with_patience(fence::ANSWER);
     while etcd.get(&["/bakehouse/acme/leader"]).await.is_err() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    // Its connections stand.
+    // A frozen member keeps its connections open.
     site.cluster.freeze(0);
     let asked = Instant::now();
     while etcd.get(&["/bakehouse/acme/leader"]).await.is_err() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    // Others may have to choose a leader; whoever waits for the frozen one does for ten seconds.
+    // The other members may need an election. A client that waits for the frozen member does so for 10 s.
     assert!(asked.elapsed() < https::PATIENCE, "{:?}", asked.elapsed());
 }
 
-/// etcd is gone just when a hub has shut the primary out and is about to say so.
+/// etcd fails after a hub has fenced the primary and before the hub has recorded it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_could_not_be_said_is_said_again() {
+async fn hub_retries_to_record_an_exclusion() {
     let site = Arc::new(Site::open_with(24_500, "db.count = 2\n", |topology| topology.database.ttl = TTL));
     let dir = tempfile::tempdir().expect("a folder");
     let etcd = site.etcd(0).with_patience(fence::ANSWER);
@@ -125,11 +125,11 @@ async fn what_could_not_be_said_is_said_again() {
     let neighbourhood = Arc::new(Neighbourhood::load(dir.path(), keys));
     let (mesh, mut changes, cut) = (neighbourhood.clone(), neighbourhood.follow(), site.clone());
     tokio::spawn(async move {
-        changes.changed().await.expect("it lives as long");
+        changes.changed().await.expect("the sender exists");
         (0..3).for_each(|i| cut.cluster.freeze(i));
         loop {
             mesh.are_out(mesh.out());
-            changes.changed().await.expect("it lives as long");
+            changes.changed().await.expect("the sender exists");
         }
     });
     let hub = Fence {
@@ -147,19 +147,19 @@ async fn what_could_not_be_said_is_said_again() {
     let (reached, shut) = (BTreeSet::from(["db-2".to_owned()]), FenceState::default());
     assert!(!hub.depose("db-1", &reached, &shut).await.expect("etcd"));
     tokio::time::sleep(AGE).await;
-    hub.depose("db-1", &reached, &shut).await.expect_err("etcd was there");
+    hub.depose("db-1", &reached, &shut).await.expect_err("etcd is frozen");
     assert!(neighbourhood.out().contains("db-1") && shut.contains("db-1"));
 
     (0..3).for_each(|i| site.cluster.thaw(i));
-    // It is one of three, and deposes nobody.
+    // One of three hubs is no majority and must not delete the leader key.
     while !matches!(hub.depose("db-1", &reached, &shut).await, Ok(false)) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let said = etcd.get(&["/bakehouse/shut/db-1/hub-1"]).await.expect("etcd");
-    assert_ne!(said[0].revision, 0, "nobody was told");
+    assert_ne!(said[0].revision, 0, "the hub recorded no exclusion");
 }
 
-/// Seconds: the lease of what hubs record, and the least age of a leader key that they delete.
+/// Seconds: the lease of the hubs' records, and the minimum age of a leader key that hubs delete.
 const TTL: u16 = 8;
 const AGE: Duration = Duration::from_millis(8100);
 const LEADER: &str = "/bakehouse/acme/leader";
@@ -167,7 +167,7 @@ const SYNC: &str = "/bakehouse/acme/sync";
 const FOLLOWED: &[u8] = br#"{"leader":"db-1","sync_standby":"db-2"}"#;
 const ALONE: &[u8] = br#"{"leader":"db-1","sync_standby":null}"#;
 
-/// One hub of the site, with an etcd client and a mesh of its own.
+/// One hub of the test cluster, with its own etcd client and mesh.
 struct TestHub {
     site: Arc<Site>,
     number: usize,
@@ -178,7 +178,7 @@ struct TestHub {
 }
 
 impl TestHub {
-    /// Runs `first` before its mesh drops db-1.
+    /// Creates a hub that runs `first` before its mesh drops the packets of db-1.
     fn with<F: Future<Output = ()> + Send + 'static>(
         site: &Arc<Site>,
         number: usize,
@@ -210,10 +210,10 @@ impl TestHub {
         Fence { etcd: &self.etcd, topology, own, neighbourhood, slow: 1 }
     }
 
-    /// Reads the leader key until it is old enough to be deleted.
+    /// Lets the hubs read the leader key, and waits until it is old enough to be deleted.
     async fn wait(hubs: &[&Self]) {
         for hub in hubs {
-            assert!(!hub.depose().await && !hub.excludes("db-1"), "the leader key is young");
+            assert!(!hub.depose().await && !hub.excludes("db-1"), "acted on a young leader key");
         }
         tokio::time::sleep(AGE).await;
     }
@@ -227,7 +227,7 @@ impl TestHub {
         self.neighbourhood.out().contains(slot)
     }
 
-    /// Runs the agent's task for so long, or until the hub excludes db-1: whether it does.
+    /// Runs the agent's task until the hub excludes db-1, for at most `long`. Returns whether it does.
     async fn keep(&self, long: Duration) -> bool {
         let excluded = async {
             while !self.excludes("db-1") {
@@ -243,7 +243,7 @@ impl TestHub {
     }
 }
 
-/// A site on which db-1 leads and db-2 follows synchronously.
+/// Starts a test cluster in which db-1 is primary and db-2 its synchronous standby.
 async fn led_by_db_1(port: u16) -> (Arc<Site>, Etcd) {
     let site = Arc::new(Site::open_with(port, "db.count = 2\n", |topology| topology.database.ttl = TTL));
     let etcd = site.etcd(0);
@@ -254,10 +254,10 @@ async fn led_by_db_1(port: u16) -> (Arc<Site>, Etcd) {
     (site, etcd)
 }
 
-/// Attack: a cycle of the old primary's Patroni loads all keys, the hubs depose the primary, and the cycle then
-/// removes its standby from `sync`, as a path that came back lets it. Its write must lose the comparison.
+/// Attack: a cycle of the old primary's Patroni loads all keys, the hubs depose the primary, the network path recovers,
+/// and the cycle removes the standby from `sync`. The comparison in its transaction must fail.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cycle_that_began_before_the_deposition_cannot_write_sync() {
+async fn patroni_cycle_older_than_the_deposition_cannot_write_sync() {
     let (site, etcd) = led_by_db_1(24_700).await;
     let loaded = etcd.get(&[SYNC]).await.expect("etcd answers")[0].clone();
     let mut events = etcd.watch("/bakehouse/acme/", loaded.revision + 1).await.expect("etcd answers");
@@ -266,13 +266,13 @@ async fn a_cycle_that_began_before_the_deposition_cannot_write_sync() {
     assert!(!one.depose().await && two.depose().await);
 
     let found = etcd.get(&[LEADER, SYNC]).await.expect("etcd answers");
-    assert_eq!(found[0].revision, 0, "the leader key is deleted");
-    assert_eq!(found[1].value, FOLLOWED, "the standby stays eligible");
+    assert_eq!(found[0].revision, 0, "the leader key exists");
+    assert_eq!(found[1].value, FOLLOWED, "the standby is no longer eligible");
     assert!(found[1].revision > loaded.revision, "sync keeps its revision");
     let stale = [If::Unchanged(SYNC, loaded.revision)];
     assert!(!etcd.transact(&stale, &[Then::Put(SYNC, ALONE)]).await.expect("etcd answers"));
-    // Patroni's cache takes event by event, and a cycle may read it between two: the old primary must not see
-    // the new revision while its cache has the leader key.
+    // Patroni's cache applies events one by one, and a cycle may read it between two of them. The old primary must not
+    // see the new revision while its cache has the leader key.
     let mut keys = Vec::new();
     while keys.len() < 2 {
         keys.extend(etcd.next(&mut events).await.expect("etcd answers").expect("the watch goes on"));
@@ -286,7 +286,7 @@ async fn a_cycle_that_began_before_the_deposition_cannot_write_sync() {
 /// Attack: the standby leaves `sync` while the hubs exclude the primary. Deleting the leader key then would
 /// leave the fleet without a database until the exclusion ends, though the primary lives.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_primary_whose_standby_left_meanwhile_keeps_its_place_and_is_readmitted() {
+async fn primary_whose_standby_left_meanwhile_keeps_its_leader_key_and_is_readmitted() {
     let (site, etcd) = led_by_db_1(24_900).await;
     let one = TestHub::new(&site, 0);
     let two = TestHub::with(&site, 1, |etcd| async move {
@@ -303,7 +303,7 @@ async fn a_primary_whose_standby_left_meanwhile_keeps_its_place_and_is_readmitte
         assert!(!hub.excludes("db-1") && !hub.exclusions.contains("db-1"));
     }
     assert!(etcd.list("/bakehouse/shut/").await.expect("etcd answers").1.is_empty());
-    // It is a primary like any other again.
+    // The hubs can depose it again.
     etcd.transact(&[], &[Then::Put(SYNC, FOLLOWED)]).await.expect("etcd answers");
     let two = TestHub::new(&site, 1);
     TestHub::wait(&[&two]).await;
@@ -311,34 +311,34 @@ async fn a_primary_whose_standby_left_meanwhile_keeps_its_place_and_is_readmitte
     assert_eq!(etcd.get(&[LEADER]).await.expect("etcd answers")[0].revision, 0);
 }
 
-/// Attack: the old primary comes back through the third hub, which reached it all the time.
+/// Attack: the old primary reconnects through the third hub, which could reach it all the time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_hub_excludes_whom_a_majority_excludes() {
+async fn every_hub_excludes_a_node_that_a_majority_excludes() {
     let (site, etcd) = led_by_db_1(25_100).await;
     let mut third = TestHub::new(&site, 2);
-    // As in a fleet whose etcd asks for passwords.
+    // etcd requires authentication, as in a real fleet.
     etcd.put_user("root", "secret").await.expect("etcd answers");
     etcd.grant_role("root", "root").await.expect("etcd answers");
     etcd.enable_auth().await.expect("etcd answers");
     let etcd = etcd.with_user("root", "secret");
     third.etcd = third.etcd.with_user("root", "secret");
-    // One hub, a node that is no hub, and a hub for another slot: no majority.
+    // One hub, a node that is not a hub, and a hub's record for another slot are no majority.
     let others = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-2"];
     etcd.transact(&[], &others.map(|key| Then::Put(key, b""))).await.expect("etcd answers");
     assert!(!third.keep(Duration::from_millis(1500)).await);
-    // By then another leads.
+    // Another node has the leader key by then.
     let then = [Then::Put("/bakehouse/shut/db-1/hub-2", b""), Then::Put(LEADER, b"db-2")];
     etcd.transact(&[], &then).await.expect("etcd answers");
     assert!(third.keep(Duration::from_secs(6)).await);
     assert!(!third.excludes("db-2"));
     assert_eq!(third.neighbourhood.keys_without(&third.neighbourhood.out()).into_keys().collect::<Vec<_>>(), ["db-2"]);
     let own = etcd.get(&["/bakehouse/shut/db-1/hub-3"]).await.expect("etcd answers");
-    assert_eq!(own[0].revision, 0, "it has not missed the node itself");
+    assert_eq!(own[0].revision, 0, "the hub recorded an exclusion of its own");
 }
 
 /// Attack: the agent of a hub that excludes the old primary restarts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_agent_that_restarts_still_excludes_the_old_primary() {
+async fn restarted_agent_still_excludes_the_old_primary() {
     let (site, etcd) = led_by_db_1(25_300).await;
     let (one, two) = (TestHub::new(&site, 0), TestHub::new(&site, 1));
     TestHub::wait(&[&one, &two]).await;
@@ -348,9 +348,9 @@ async fn an_agent_that_restarts_still_excludes_the_old_primary() {
     assert!(!restarted.excludes("db-1"));
     assert!(restarted.keep(Duration::from_secs(6)).await);
     let recorded = etcd.list("/bakehouse/shut/db-1/").await.expect("etcd answers").1;
-    assert_eq!(recorded.len(), 2, "what other hubs count stays recorded");
+    assert_eq!(recorded.len(), 2, "the restart removed a recorded exclusion");
 
-    // Also where it is the only one that excludes it.
+    // Also if this hub is the only one that excludes the node.
     etcd.transact(&[], &[Then::Delete("/bakehouse/shut/db-1/hub-2")]).await.expect("etcd answers");
     assert!(TestHub::new(&site, 0).keep(Duration::from_secs(6)).await);
     assert!(!TestHub::new(&site, 2).keep(Duration::from_secs(1)).await);

@@ -1,18 +1,18 @@
-//! A fleet from blank disks: three hubs and a worker on a wire of their own, real WireGuard, real
-//! etcd. Who joins, who is refused, what happens when a hub is lost and replaced, and when one leaves.
+//! Life of a fleet: three hubs and a worker join from blank disks over real WireGuard and etcd, hubs refuse invalid
+//! tickets, nodes renew their keys, and a hub is lost, replaced, and leaves.
 
 use std::thread;
 
 use bakehouse_tests::{ETCDCTL, Lab, Machine};
 
 #[test]
-fn hubs_and_a_worker_come_up_from_blank_disks_and_outlive_a_hub() {
+fn machines_join_and_survive_the_loss_of_a_hub() {
     come_up_and_outlive_a_hub(&Lab::of_fleet("fleet", "ha"));
 }
 
-/// As fast as this host is, on its kernel, with WireGuard as a program.
+/// Containers run at the host's speed and on its kernel, with wireguard-go.
 #[test]
-fn hubs_and_a_worker_in_containers_do_the_same() {
+fn containers_join_and_survive_the_loss_of_a_hub() {
     let lab = Lab::of_fleet("fleet-containers", "ha");
     lab.is_of_containers();
     come_up_and_outlive_a_hub(&lab);
@@ -24,7 +24,7 @@ fn come_up_and_outlive_a_hub(lab: &Lab) {
     let hubs = ["hub-1", "hub-2", "hub-3"].map(|name| Machine::of(lab, name));
     let db = Machine::of(lab, "db-1");
 
-    // A ticket that is no good: said on the console, with what to do, and nothing is kept.
+    // A ticket of another group: the agent prints the reason on the console and stores nothing.
     let wrong = lab.ok(&["ticket", "app"]).out;
     let elsewhere = Lab::of_fleet("fleet-elsewhere", "ha");
     elsewhere.init();
@@ -43,41 +43,41 @@ fn come_up_and_outlive_a_hub(lab: &Lab) {
             db.cut_power();
         });
     });
-    // Hubs of another root are nobody to a node.
+    // A ticket of another fleet: the node does not trust these hubs' certificates.
     db.start_with(&foreign);
     db.wait_for(&["invalid peer certificate: BadSignature", "invalid peer certificate: UnknownIssuer"]);
     assert_eq!(db.ok("ls /var/lib/bakehouse"), "keys.json");
     let keys = db.ok("sha256sum /var/lib/bakehouse/keys.json");
     db.cut_power();
 
-    // Its own ticket: it joins, with the keys it made before the power was cut.
+    // Its own ticket: it joins with the keys that it created before the power cut.
     db.start();
     db.wait_for(&["bakehouse: ready (db-1)"]);
     assert_eq!(db.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);
     assert!(db.ok("firstboot status --json").contains(r#""node":"db-1""#));
     assert_eq!(db.ok("hostname"), "db-1");
     reaches_three_hubs(&db);
-    // And, through them, every other worker.
+    // Through the hubs it has a route to every other worker.
     assert!(db.ok("ip route get 10.10.0.20").contains("dev wg-hub"));
 
-    // One cluster of three, one holder of the VIP, and a database that is reached through it.
+    // One etcd cluster of three, one hub with the VIP, and a database behind it.
     let everybody: Vec<&Machine> = hubs.iter().collect();
     assert_eq!(hubs[0].ok(&until(&format!("{ETCDCTL} member list | grep -c started"), "3")), "3");
     let first = holder(&everybody);
     db.ok(&write(lab));
     vip_goes(lab, &db, &hubs[first]);
     let lost = holder(&everybody);
-    assert_ne!(lost, first, "it came back to where it had been");
+    assert_ne!(lost, first, "the VIP returned to its first hub");
     for node in everybody.iter().chain([&&db]) {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
     }
     db.ok(&write(lab));
 
-    // Patroni can ask the others, as the user it runs as: standbys are asked before one is promoted.
+    // Patroni asks the other members before it promotes a standby, so its user needs the key of its client certificate.
     let key = "sed -n '/^ctl:/,/^[a-z]/s/ *keyfile: //p' /run/bakehouse/patroni.yml";
     db.ok(&format!("setpriv --reuid=postgres --regid=postgres --clear-groups test -r $({key})"));
 
-    // Keys that have served for long: a worker's and a hub's are renewed, and everybody knows.
+    // A worker and a hub renew old keys, and every peer learns the new ones.
     let renewed = &hubs[(lost + 1) % 3];
     let of_db = renews(&db);
     for hub in &hubs {
@@ -90,13 +90,13 @@ fn come_up_and_outlive_a_hub(lab: &Lab) {
     reaches_three_hubs(&db);
     db.ok(&write(lab));
 
-    // The hub that holds the VIP is lost: another has it, and writes go on.
+    // The hub with the VIP is lost: another hub takes the VIP, and writes continue.
     hubs[lost].cut_power();
     let left: Vec<&Machine> = everybody.iter().enumerate().filter(|(i, _)| *i != lost).map(|(_, h)| *h).collect();
     holder(&left);
     db.ok(&write(lab));
 
-    // A new machine in its place, from a blank disk: etcd takes it in, as the second owner.
+    // A machine with a blank disk and a replacement's ticket becomes the slot's second owner and an etcd member.
     let name = format!("hub-{}", lost + 1);
     let replacement = lab.ok(&["ticket", &name, "--replace"]).out;
     hubs[lost].wipe();
@@ -108,7 +108,7 @@ fn come_up_and_outlive_a_hub(lab: &Lab) {
     reaches_three_hubs(&db);
     db.ok(&write(lab));
 
-    // It leaves by itself: its vote goes before it does, and the others go on.
+    // `firstboot leave` removes its etcd vote before it stops the services, and the other hubs continue.
     hubs[lost].ok("firstboot leave");
     let gone = format!("this machine was {name}, and has left the fleet");
     hubs[lost].wait_for(&[&gone]);
@@ -118,14 +118,14 @@ fn come_up_and_outlive_a_hub(lab: &Lab) {
     assert_eq!(left[0].ok(&until(&format!("{ETCDCTL} member list | grep -c started"), "2")), "2");
     holder(&left);
     db.ok(&write(lab));
-    // Switched on again, it is told, and does nothing.
+    // After a reboot it prints that it has left and starts no service.
     hubs[lost].cut_power();
     hubs[lost].start_with(&replacement);
     hubs[lost].wait_for(&[&gone]);
     assert_eq!(left[0].ok(&format!("{ETCDCTL} member list | grep -c started")), "2");
 }
 
-/// Which of the hubs has the VIP: one, before long.
+/// Waits until exactly one of the hubs has the VIP. Returns its index.
 #[track_caller]
 fn holder(hubs: &[&Machine]) -> usize {
     for _ in 0..60 {
@@ -136,30 +136,31 @@ fn holder(hubs: &[&Machine]) -> usize {
         }
         thread::sleep(std::time::Duration::from_secs(2));
     }
-    panic!("the VIP is nowhere, or in two places");
+    panic!("no hub has the VIP, or two have it");
 }
 
-/// Has a hub give the VIP away: who asks a moment before is answered, and who waits for longer is told that
-/// nothing comes.
+/// Stops keepalived on the hub with the VIP. A request that is under way is answered, and HAProxy resets a longer
+/// connection instead of leaving its client without a reply.
 #[track_caller]
 fn vip_goes(lab: &Lab, client: &Machine, holder: &Machine) {
     let sleeps = sql(lab, "SELECT pg_sleep(3000)");
     client.ok(&format!("({sleeps}; echo told) >/tmp/waits 2>&1 & sleep 1"));
     client.ok(&until("ss -Htn state established dst 10.10.0.100:5000 | wc -l", "1"));
-    // It asks on while the hub stops, in the time that is left: two seconds, ten where it is emulated.
+    // The client completes its request while the hub drains connections: 2 s, or 10 s under emulation.
     let asks_on = if client.ok("systemd-detect-virt") == "qemu" { 5 } else { 2 };
     client.ok(&format!(
         "(exec 7<>/dev/tcp/10.10.0.100/80; printf 'GET / HTTP/1.1\\r\\nHost: x\\r\\n' >&7; \
          sleep {asks_on}; printf '\\r\\n' >&7; head -n 1 <&7) >/tmp/asks 2>&1 & sleep 1"
     ));
     holder.ok("systemctl stop keepalived");
-    // No application runs yet.
+    // 503 is the reply, because no app node runs yet.
     assert_eq!(client.ok(&until("grep -c '503 Service Unavailable' /tmp/asks", "1")), "1");
     assert_eq!(client.ok(&until("grep -c told /tmp/waits", "1")), "1");
     holder.ok("systemctl start keepalived");
 }
 
-/// Has a node's agent find its keys old: gives the new mesh key. No service is started again.
+/// Makes a node's keys old and restarts its agent, which renews them and must restart no service. Returns the new mesh
+/// key.
 #[track_caller]
 fn renews(node: &Machine) -> String {
     let services = "systemctl show --property=MainPID --value etcd patroni haproxy bird prometheus-node-exporter";
@@ -168,15 +169,15 @@ fn renews(node: &Machine) -> String {
     let old = node.ok(key);
     node.ok(r#"sed -i 's/"made": [0-9]*/"made": 1/' /var/lib/bakehouse/keys.json && systemctl restart firstboot"#);
     assert_eq!(node.ok(&until(r#"firstboot status --json | grep -c '"epoch":2'"#, "1")), "1");
-    // A hub also keeps whose the slots are.
+    // A hub also stores the slots' records.
     assert_eq!(node.ok("ls /var/lib/bakehouse | grep -v slots.json"), "keys.json\nneighbours.json\nstate.json");
     assert_eq!(node.ok(services), before);
-    // The status names the epoch before the kernel has the key.
+    // The agent reports the new epoch before it configures the key in the kernel.
     assert_eq!(node.ok(&until(&format!("{key} | grep -vc '{old}'"), "1")), "1");
     node.ok(key)
 }
 
-/// A command that counts the peers with this key that have been heard of.
+/// Returns a command that counts the peers with this key and a completed handshake.
 fn handshakes(interface: &str, key: &str) -> String {
     format!("wg show {interface} latest-handshakes | grep '{key}' | grep -vc '\t0$'")
 }
@@ -187,19 +188,19 @@ fn reaches_three_hubs(node: &Machine) {
     assert_eq!(node.ok(&until(sessions, "3")), "3");
 }
 
-/// Repeats a command until it prints `wanted`, for three minutes or so; its last errors are shown.
+/// Returns a shell loop that repeats a command until it prints `wanted`, for about 3 min. The last run shows errors.
 fn until(command: &str, wanted: &str) -> String {
     format!(
         "for i in $(seq 50); do [ \"$(exec 2>/dev/null; {command})\" = {wanted} ] && break; sleep 2; done; {command}"
     )
 }
 
-/// A write through the VIP, as a client does it: again, until it succeeds.
+/// Returns a command that writes through the VIP and retries until it succeeds.
 fn write(lab: &Lab) -> String {
     format!("for i in $(seq 20); do {} && exit; sleep 2; done; exit 1", sql(lab, "CREATE TEMP TABLE t (x int)"))
 }
 
-/// Asks the primary through the VIP.
+/// Returns a command that runs SQL on the primary through the VIP.
 fn sql(lab: &Lab, statement: &str) -> String {
     let key: serde_json::Value = serde_json::from_str(&lab.read("fleet.key")).expect("JSON");
     let password = key["secrets"]["odoo"].as_str().expect("a password");

@@ -1,6 +1,6 @@
-//! Founders that come when they come: two hubs and a monitor are one etcd cluster, in whatever order
-//! and however far apart they start, and wherever the power fails while they do. A disk that was wiped,
-//! or that was in another machine for a while, makes no second one.
+//! Bootstrap of etcd: two hubs and a monitor form one cluster in any order, with minutes between their starts, and with
+//! power cuts on the way. A wiped disk, or a disk that was in another machine for a while, must not form a second
+//! cluster.
 
 use std::fs;
 use std::thread::sleep;
@@ -13,7 +13,7 @@ const ETCD: &str = "/var/lib/etcd/duo/member";
 const STATE: &str = "/var/lib/bakehouse/state.json";
 
 #[test]
-fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
+fn founders_started_minutes_apart_form_one_cluster() {
     let lab = Lab::empty("founders");
     lab.write(
         "fleet.toml",
@@ -27,7 +27,7 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     let ticket = |name: &str| lab.ok(&["ticket", name]).out;
     let heir = |name: &str| lab.ok(&["ticket", name, "--replace"]).out;
 
-    // The last one first, and alone: it waits for others, whatever happens to it.
+    // monitor-1 starts alone, with power cuts, and must wait for a quorum.
     for step in [STATE, ETCD] {
         monitor.start_cut_at(&ticket("monitor-1"), step);
     }
@@ -37,7 +37,7 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     let alone = monitor.exec(&format!("{ETCDCTL} put /test/alone x"));
     assert_ne!(alone.status, 0, "a cluster of one: {}", alone.output);
 
-    // Two are a quorum; the second one loses its power as it comes.
+    // hub-2 completes the quorum, after a power cut in its first start.
     two.start_cut_at(&ticket("hub-2"), &format!("{ETCD}/wal"));
     two.start();
     two.wait_for(&["bakehouse: ready (hub-2)"]);
@@ -53,7 +53,7 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     assert_eq!(one.ok(&format!("{ETCDCTL} get --print-value-only /test/two")), "written");
     assert_eq!(one.ok(&slots()), "hub-1\nhub-2\nmonitor-1");
 
-    // Its disk in a machine without its TPM is nobody; put back, it is who it was.
+    // Without its TPM, hub-1's disk must not start. With the TPM it is the same node again.
     let key = one.ok("wg show all public-key | cut -f 2 | sort -u");
     one.cut_power();
     one.has_tpm(None);
@@ -67,7 +67,7 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     assert_eq!(one.ok("wg show all public-key | cut -f 2 | sort -u"), key);
     agree(&[&one, &two, &monitor], "back");
 
-    // A blank disk with a ticket as for the first time: the place is taken, and it is told how to have it.
+    // A blank disk with an ordinary founder's ticket is refused, and the message names `--replace`.
     two.cut_power();
     two.wipe();
     two.start_with(&ticket("hub-2"));
@@ -75,7 +75,7 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     is_stopped(&two);
     agree(&[&one, &monitor], "without");
 
-    // Nor is it taken where etcd can't be asked: of three, one knows that it had another owner.
+    // The same without an etcd quorum: hub-1 refuses the blank hub-2 from its own records.
     for node in [&one, &two, &monitor] {
         node.cut_power();
     }
@@ -85,11 +85,11 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     two.wait_for(&["another machine is hub-2 since epoch 1: this one has stopped"]);
     is_stopped(&two);
     let forgotten = one.exec(&format!("{ETCDCTL} put /test/forgotten x"));
-    assert_ne!(forgotten.status, 0, "a quorum with one that has forgotten everything: {}", forgotten.output);
+    assert_ne!(forgotten.status, 0, "a wiped member completed the quorum: {}", forgotten.output);
     monitor.start();
     agree(&[&one, &monitor], "remembered");
 
-    // With the right one it is taken in, as the next owner, though it loses its power on the way.
+    // With a replacement's ticket it becomes the slot's next owner, also after power cuts.
     two.cut_power();
     two.wipe();
     let replacement = heir("hub-2");
@@ -101,7 +101,7 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     agree(&[&one, &two, &monitor], "again");
     assert_eq!(two.ok(&format!("{ETCDCTL} get --print-value-only /test/two")), "written");
 
-    // So is a voter that is no hub.
+    // The same for a voter that is not a hub.
     monitor.cut_power();
     monitor.wipe();
     let replacement = heir("monitor-1");
@@ -109,7 +109,7 @@ fn founders_that_come_minutes_apart_are_one_cluster_and_stay_one() {
     is_taken_in(&monitor, &replacement, "monitor-1", &one);
     agree(&[&one, &two, &monitor], "monitored");
 
-    // The power fails everywhere, and comes back in another order.
+    // All nodes lose their power, and start in another order.
     for node in [&two, &one, &monitor] {
         node.cut_power();
     }
@@ -132,7 +132,7 @@ fn is_stopped(node: &Machine) {
     node.ok("for i in $(seq 60); do systemctl is-active -q etcd keepalived || exit 0; sleep 1; done; exit 1");
 }
 
-/// A machine with a replacement's ticket becomes the second owner of its slot, with a vote of its own.
+/// Starts a machine with a replacement's ticket, and waits until it is the slot's second owner and has a vote.
 #[track_caller]
 fn is_taken_in(node: &Machine, ticket: &str, name: &str, other: &Machine) {
     node.start_with(ticket);
@@ -144,7 +144,8 @@ fn is_taken_in(node: &Machine, ticket: &str, name: &str, other: &Machine) {
     ));
 }
 
-/// What the first one, a hub, writes it reads from each one's member of etcd, and they name the same members.
+/// Asserts that a write on the first node, a hub, is readable from each node's etcd member, and that all of them list
+/// the same members.
 #[track_caller]
 fn agree(nodes: &[&Machine], what: &str) {
     let ask = |command: &str| nodes[0].ok(&format!("{ETCDCTL} --command-timeout=120s {command}"));
@@ -157,7 +158,7 @@ fn agree(nodes: &[&Machine], what: &str) {
     }
 }
 
-/// The slots that have an owner.
+/// Returns a command that lists the slots with an owner.
 fn slots() -> String {
     format!("{ETCDCTL} get --prefix --keys-only /bakehouse/slots/ | sed -n 's,.*/,,p' | sort")
 }

@@ -1,5 +1,5 @@
-//! Every fuzz target over its seeds, and over damaged copies of them, with the ordinary toolchain. `make fuzz` runs
-//! the same targets under libFuzzer.
+//! Runs every fuzz target on its seeds and on damaged copies of them, with the stable toolchain. `make fuzz` runs the
+//! same targets under libFuzzer.
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,14 +16,14 @@ fn seeds(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 #[test]
-fn every_target_survives_its_seeds_and_damaged_copies_of_them() {
+fn targets_survive_seeds_and_damaged_copies() {
     for (name, target) in TARGETS {
         let seeds = seeds(name);
         assert!(!seeds.is_empty(), "{name} has no seeds");
         let mut runs = 0;
         for (_, seed) in &seeds {
             target(seed);
-            // Cut short, and with single bytes changed, at up to 64 places each.
+            // Truncations and single-byte changes at up to 64 offsets a seed.
             let step = seed.len().div_ceil(64).max(1);
             for at in (0..seed.len()).step_by(step) {
                 target(&seed[..at]);
@@ -48,11 +48,11 @@ fn every_target_has_a_fuzz_binary() {
     }
 }
 
-/// A seed that is refused at its first byte leads nowhere.
+/// The fuzzer finds no new paths from seeds that the parser rejects at the first byte.
 #[test]
-fn seeds_are_read_to_their_end() {
+fn each_target_accepts_a_seed() {
     let accepts = |target: &str, reads: &dyn Fn(&[u8]) -> bool| {
-        assert!(seeds(target).iter().any(|(_, seed)| reads(seed)), "no seed of {target} is read to its end");
+        assert!(seeds(target).iter().any(|(_, seed)| reads(seed)), "{target} rejects all of its seeds");
     };
     accepts("ticket", &|b| fleet::Ticket::parse(b).is_ok());
     accepts("fleet_toml", &|b| fleet::Fleet::parse("f", b).is_ok());

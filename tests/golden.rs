@@ -1,5 +1,5 @@
-//! Every configuration that a node renders, for each fleet we ship: reviewed in diffs, and
-//! written again with `UPDATE_GOLDEN=1 cargo test --test golden`.
+//! Golden files of every configuration that a node renders, for each fleet that Bakehouse ships.
+//! `UPDATE_GOLDEN=1 cargo test --test golden` writes them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use builder::project::Project;
 use fleet::Membership;
 
 #[test]
-fn configurations_are_the_reviewed_ones() {
+fn rendered_configurations_match_golden_files() {
     let golden = root().join("tests/golden");
     let rendered = rendered();
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
@@ -26,7 +26,7 @@ fn configurations_are_the_reviewed_ones() {
         .map(|entry| entry.expect("tests/golden"))
         .filter(|entry| entry.file_type().is_file())
         .map(|entry| {
-            let path = entry.path().strip_prefix(&golden).expect("below it").to_owned();
+            let path = entry.path().strip_prefix(&golden).expect("a path in tests/golden").to_owned();
             (path, fs::read_to_string(entry.path()).expect("text"))
         })
         .collect();
@@ -39,15 +39,15 @@ fn configurations_are_the_reviewed_ones() {
                 let at = |text: &str| text.lines().nth(line).unwrap_or_default().to_owned();
                 wrong.push(format!("{}:{}\n  - {}\n  + {}", path.display(), line + 1, at(old), at(new)));
             }
-            (Some(_), None) => wrong.push(format!("{} is new", path.display())),
-            _ => wrong.push(format!("{} is not rendered any more", path.display())),
+            (Some(_), None) => wrong.push(format!("{} has no golden file", path.display())),
+            _ => wrong.push(format!("{} is no longer rendered", path.display())),
         }
     }
-    assert!(wrong.is_empty(), "look at the change, then UPDATE_GOLDEN=1:\n{}", wrong.join("\n"));
+    assert!(wrong.is_empty(), "review the change, then run with UPDATE_GOLDEN=1:\n{}", wrong.join("\n"));
 }
 
 #[test]
-fn the_page_of_ports_is_what_the_table_says() {
+fn ports_page_matches_port_table() {
     let page = root().join("docs/ports.md");
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
         fs::write(&page, fleet::ports::page()).expect("docs/");
@@ -56,8 +56,8 @@ fn the_page_of_ports_is_what_the_table_says() {
     assert!(written == fleet::ports::page(), "docs/ports.md differs from fleet/src/ports: UPDATE_GOLDEN=1 writes it");
 }
 
-/// The first node of each group of each fleet: the others differ in their addresses only. Of one that tells
-/// of failures, who tells.
+/// Renders the first node of each group, because others of a group differ only in their addresses. Of the fleet
+/// `watched` only the monitor, which is the one node that its alert receivers change.
 fn rendered() -> BTreeMap<PathBuf, String> {
     let member = Membership::sample();
     let mut rendered = BTreeMap::new();
@@ -67,14 +67,14 @@ fn rendered() -> BTreeMap<PathBuf, String> {
         ("profiles/fleets", "quick-ha", None),
         ("tests/fleets", "watched", Some("monitor")),
     ] {
-        let project = Project::load(&root().join(dir).join(format!("{fleet}.toml"))).expect("it is right");
+        let project = Project::load(&root().join(dir).join(format!("{fleet}.toml"))).expect("a valid fleet.toml");
         let shown = |n: &&fleet::Node| n.number == 1 && role.is_none_or(|role| n.has_role(role));
         for node in project.topology.nodes.iter().filter(shown) {
             let context = project.context(node, &member);
             for overlay in project.recipe(&node.group).overlays {
-                for (inner, bytes) in project.overlay(&overlay).expect("it is there").files {
+                for (inner, bytes) in project.overlay(&overlay).expect("the overlay exists").files {
                     let Some(path) = inner.strip_suffix(".j2").filter(|p| p.starts_with("run/")) else { continue };
-                    // What is a node's own has no form to look at.
+                    // Certificates and keys differ at every run.
                     if path.starts_with("run/bakehouse/tls/") {
                         continue;
                     }

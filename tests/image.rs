@@ -1,4 +1,4 @@
-//! The builder as its users meet it: the real binary, real packages, the real hub image.
+//! The builder's commands, with the real binary, real packages and the real hub image.
 
 use std::fs;
 use std::io;
@@ -23,11 +23,11 @@ fn built_layer(store: &Path) -> PathBuf {
 }
 
 #[test]
-fn two_builds_from_nothing_are_the_same_bit_for_bit() {
+fn two_cold_builds_are_identical() {
     let one = Lab::of_fleet("same-1", "ha").with_own_store();
     let two = Lab::of_fleet("same-2-in-a-longer-path", "ha").with_own_store();
     one.ok(&["build", "hub"]);
-    // Another umask, another time zone and language, another moment, another current folder.
+    // The second build has another umask, time zone, language, time, and current folder.
     let mut other = two.command(&["build", "hub"]);
     other.env("TZ", "Asia/Tokyo").env("LANG", "tr_TR.UTF-8").current_dir("/");
     let line = format!("umask 077; exec \"$0\" {}", r#""$@""#);
@@ -45,16 +45,16 @@ fn two_builds_from_nothing_are_the_same_bit_for_bit() {
     for name in ARTEFACTS {
         println!("{name}\n  {}\n  {}", sha256(&a.join(name)), sha256(&b.join(name)));
     }
-    // The sums are the files'.
+    // SHA256SUMS matches the files.
     let check = Command::new("sha256sum").args(["-c", "--quiet", "SHA256SUMS"]).current_dir(&a).status();
     assert!(check.expect("sha256sum").success());
     for lab in [one, two] {
-        fs::remove_dir_all(&lab.dir).expect("the lab");
+        fs::remove_dir_all(&lab.dir).expect("the lab is writable");
     }
 }
 
 #[test]
-fn a_changed_config_rebuilds_from_bake_on_and_gives_the_bytes_of_a_cold_build() {
+fn changed_template_rebuilds_from_bake_and_equals_a_cold_build() {
     let lab = Lab::of_fleet("warm", "ha");
     lab.ok(&["build", "hub"]);
     let again = lab.ok(&["build", "hub"]);
@@ -64,7 +64,7 @@ fn a_changed_config_rebuilds_from_bake_on_and_gives_the_bytes_of_a_cold_build() 
     let warm = lab.ok(&["build", "hub", "-v"]);
     assert!(warm.err.contains("changed: overlays/haproxy/run/bakehouse/haproxy.cfg.j2\n"), "{}", warm.err);
     for step in [" compose ", " erofs ", " initrd ", " tools "] {
-        assert!(!warm.err.contains(step), "{step} was done again:\n{}", warm.err);
+        assert!(!warm.err.contains(step), "{step} ran again:\n{}", warm.err);
     }
     let cold = Lab::of_fleet("cold", "ha").with_own_store();
     cold.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "maxconn 4000", "maxconn 4001");
@@ -72,9 +72,9 @@ fn a_changed_config_rebuilds_from_bake_on_and_gives_the_bytes_of_a_cold_build() 
     let difference =
         first_difference(&lab.dir.join("build/hub"), &cold.dir.join("build/hub"), &ARTEFACTS.map(str::to_owned));
     assert_eq!(difference, None);
-    // The verity tree is what the tool that wrote the format makes of the same root.
+    // veritysetup accepts the hash tree.
     verity_agrees(&lab.dir.join("build/hub/ha-hub_1.raw"), &lab.read("build/hub/ha-hub_1.manifest.json"));
-    fs::remove_dir_all(&cold.dir).expect("the lab");
+    fs::remove_dir_all(&cold.dir).expect("the lab is writable");
 }
 
 fn verity_agrees(disk: &Path, manifest: &str) {
@@ -98,7 +98,7 @@ fn verity_agrees(disk: &Path, manifest: &str) {
 }
 
 #[test]
-fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line() {
+fn failed_daemon_check_reports_its_message_and_the_templates_line() {
     let lab = Lab::of_fleet("refused", "ha");
     lab.ok(&["build", "hub"]);
     let before = sha256(&lab.dir.join("build/hub/ha-hub_1.efi"));
@@ -118,7 +118,7 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
         lab.run(&["build", group]).fails(2, &[&place, words]);
         fs::remove_file(lab.dir.join(&path)).expect("the edit");
     }
-    // These name the thing, and not its line.
+    // These daemons name the key and not the line.
     let cases = [
         ("hub", run("etcd", "etcd.yml"), "election-timeout: {{ 1000", "election-timeout: {{ 10", "election-timeout"),
         ("db", run("patroni", "patroni.yml"), "verify_client: optional", "verify_client: maybe", "verify_client"),
@@ -139,20 +139,20 @@ fn a_daemon_that_says_no_fails_the_build_with_its_words_and_the_templates_line()
         lab.run(&["build", group]).fails(2, &[&path, words]);
         fs::remove_file(lab.dir.join(&path)).expect("the edit");
     }
-    assert_eq!(sha256(&lab.dir.join("build/hub/ha-hub_1.efi")), before, "a refused build left its files");
+    assert_eq!(sha256(&lab.dir.join("build/hub/ha-hub_1.efi")), before, "a failed build changed the image");
 }
 
 #[test]
-fn a_program_of_the_image_makes_a_file_once() {
+fn generated_file_is_cached_by_its_inputs() {
     let lab = Lab::of_fleet("made", "ha");
     lab.edit("fleet.toml", "[groups.hub]", "[groups.hub]\noverlays = [\"mine\"]");
     let toml = |command: &str| {
         format!(
-            "description = \"What is made\"\n[[make]]\nfile = \"usr/share/mine/users\"\nof = [\"usr/share/mine/by\"]\n\
+            "description = \"A generated file\"\n[[make]]\nfile = \"usr/share/mine/users\"\nof = [\"usr/share/mine/by\"]\n\
              command = [\"sh\", \"-ec\", \"{command}\"]\n"
         )
     };
-    // Never in the store from a run before this one.
+    // The store must not have the file from an earlier run.
     let now = UNIX_EPOCH.elapsed().expect("a clock").as_nanos();
     lab.write("overlays/mine/usr/share/mine/by", &format!("sort -r /etc/passwd # {now}"));
     lab.write("overlays/mine/overlay.toml", &toml("sh /usr/share/mine/by > /usr/share/mine/users"));
@@ -161,10 +161,10 @@ fn a_program_of_the_image_makes_a_file_once() {
     let sum = |lab: &Lab| {
         let manifest: serde_json::Value =
             serde_json::from_str(&lab.read("build/hub/ha-hub_1.manifest.json")).expect("JSON");
-        manifest["files"]["usr/share/mine/users"].as_str().map(str::to_owned).expect("it is in the image")
+        manifest["files"]["usr/share/mine/users"].as_str().map(str::to_owned).expect("a file of the image")
     };
     let made = sum(&lab);
-    // With nothing changed that it is made of, it is not made again.
+    // Without a change of its inputs, the builder does not generate the file again.
     lab.edit("fleet.toml", "version = \"1\"", "version = \"2\"");
     let second = lab.ok(&["build", "hub"]);
     assert!(!second.err.contains("make hub"), "{}", second.err);
@@ -174,12 +174,12 @@ fn a_program_of_the_image_makes_a_file_once() {
     assert_ne!(sum(&lab), made);
     let explained = lab.ok(&["explain", "/usr/share/mine/users", "--group", "hub"]).out;
     assert!(explained.contains("made when the image is built by `sh -ec"), "{explained}");
-    // A program that fails says why, and one that makes nothing is told so.
+    // The error of a failed program has its message, and a program that creates no file is an error.
     lab.write("overlays/mine/overlay.toml", &toml("echo no flour >&2; exit 3"));
     lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "no flour"]);
     lab.write("overlays/mine/overlay.toml", &toml("true"));
     lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "No such file"]);
-    // This machine's files and keys don't come into an image that way.
+    // The program cannot bring files of this host or private keys into the image.
     let outside = lab.dir.join("fleet.toml");
     lab.write("overlays/mine/overlay.toml", &toml(&format!("ln -s {} /usr/share/mine/users", outside.display())));
     lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "is no file of the image"]);
@@ -188,18 +188,18 @@ fn a_program_of_the_image_makes_a_file_once() {
     lab.run(&["build", "hub"]).fails(2, &["usr/share/mine/users:1: holds a private key"]);
 }
 
-/// Odoo and PostgreSQL of the image, for real, in its tree.
+/// Runs Odoo and PostgreSQL of the image in its tree.
 #[test]
-fn people_on_odoo_do_not_notice_that_the_primary_changes() {
+fn odoo_users_notice_no_change_of_the_primary() {
     plays_in_the_image_of("app", "switchover", include_str!("src/switchover.py"));
 }
 
 #[test]
-fn a_standby_that_stands_still_for_a_while_ends_its_copy() {
+fn base_backup_of_a_stalled_standby_completes() {
     plays_in_the_image_of("db", "copy", include_str!("src/copy.py"));
 }
 
-/// Builds a group's image with a check of its own: a program that runs in the image's tree.
+/// Builds a group's image with an additional check, a Python program that runs in the image's tree.
 #[track_caller]
 fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
     let lab = Lab::of_fleet(name, "ha");
@@ -210,7 +210,7 @@ fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
         &format!("overlays/{name}/overlay.toml"),
         &format!("[[check]]\nof = [\"{folder}/\"]\ncommand = [\"python3\", \"/{folder}/play\"]\n"),
     );
-    // What a run before this one saw is no answer.
+    // The store must not have the check's result from an earlier run.
     let now = UNIX_EPOCH.elapsed().expect("a clock").as_nanos();
     lab.write(&format!("overlays/{name}/{folder}/play"), &format!("{program}# {now}\n"));
     lab.write(&format!("overlays/{name}/{folder}/sandbox.py"), include_str!("src/sandbox.py"));
@@ -218,7 +218,7 @@ fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
 }
 
 #[test]
-fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
+fn rejects_colliding_overlays_unknown_variables_and_secrets() {
     let lab = Lab::of_fleet("overlays", "ha");
     lab.edit("fleet.toml", "[groups.db]", "overlays = [\"mine\"]\n\n[groups.db]");
     lab.write("overlays/mine/etc/fstab", "nothing\n");
@@ -228,24 +228,24 @@ fn overlays_that_collide_unknown_variables_and_secrets_are_refused() {
     lab.run(&["check"]).fails(2, &["overlays/mine/run/x.conf.j2:2", "undefined"]);
     lab.write("overlays/mine/run/x.conf.j2", concat!("-----BEGIN ", "PRIVATE KEY-----\n"));
     lab.run(&["check"]).fails(2, &["overlays/mine/run/x.conf.j2:1: holds a private key"]);
-    lab.write("overlays/mine/overlay.toml", "[files.\"etc/y\"]\nmode = \"0600\"\nuser = \"nobody-knows\"\n");
+    lab.write("overlays/mine/overlay.toml", "[files.\"etc/y\"]\nmode = \"0600\"\nuser = \"no-such-user\"\n");
     lab.write("overlays/mine/run/x.conf.j2", "fine\n");
     lab.write("overlays/mine/etc/y", "y\n");
-    lab.run(&["build", "hub"]).fails(1, &["overlays/mine/overlay.toml: etc/y belongs to the user `nobody-knows`"]);
+    lab.run(&["build", "hub"]).fails(1, &["overlays/mine/overlay.toml: etc/y belongs to the user `no-such-user`"]);
     fs::remove_file(lab.dir.join("overlays/mine/etc/y")).expect("the file");
-    // A migration that nobody would run, or that nobody would wait for.
+    // A migration without a program, and a migration before a unit that does not exist.
     let program = "usr/lib/bakehouse/migrations/move";
-    let migration = "[[migration]]\nname = \"move\"\nbefore = \"nobody.service\"\n";
+    let migration = "[[migration]]\nname = \"move\"\nbefore = \"missing.service\"\n";
     lab.write("overlays/mine/overlay.toml", migration);
     lab.run(&["build", "hub"])
         .fails(1, &["migration `move` needs the program overlays/mine/usr/lib/bakehouse/migrations"]);
     lab.write("overlays/mine/overlay.toml", &format!("{migration}[files.\"{program}\"]\nmode = \"0755\"\n"));
     lab.write(&format!("overlays/mine/{program}"), "#!/bin/sh\n");
-    lab.run(&["build", "hub"]).fails(1, &["the image has no unit nobody.service"]);
+    lab.run(&["build", "hub"]).fails(1, &["the image has no unit missing.service"]);
 }
 
 #[test]
-fn what_nobody_reads_ends_a_command_without_a_word_and_its_work_is_done() {
+fn closed_output_ends_a_command_quietly_after_its_work() {
     let lab = Lab::of_fleet("unread", "ha");
     let run = |command: &mut Command| Answer::of(&command.output().expect("bakehouse starts"));
     let unread = || {
@@ -255,23 +255,23 @@ fn what_nobody_reads_ends_a_command_without_a_word_and_its_work_is_done() {
     };
     let answer = run(lab.command(&["check", "--json"]).stdout(unread()));
     assert_eq!((answer.status, answer.err.as_str()), (141, ""));
-    // What is printed can't be kept.
+    // Standard output is a full disk.
     let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("a device");
     run(lab.command(&["check", "--json"]).stdout(full))
         .fails(1, &["cannot write standard output: No space left on device"]);
 
     lab.edit("fleet.toml", "[groups.db]", "packages = [\"jq\"]\n\n[groups.db]");
     assert_eq!(run(lab.command(&["lock", "--update"]).stdout(unread())).status, 141);
-    assert!(lab.read("bakehouse.lock").contains("/jq_"), "found, told, and not written");
+    assert!(lab.read("bakehouse.lock").contains("/jq_"), "the lock was not written");
 
-    // Warnings and errors, in the same way.
+    // Warnings and errors on a closed stderr.
     assert_eq!(run(lab.command(&["check"]).stderr(unread())).status, 0);
     lab.edit("fleet.toml", "packages =", "pakcages =");
     assert_eq!(run(lab.command(&["check"]).stderr(unread())).status, 2);
 }
 
 #[test]
-fn what_is_wrong_with_a_fleet_or_a_lock_is_named_with_its_fix() {
+fn errors_in_fleet_and_lock_name_the_fix() {
     let lab = Lab::of_fleet("wrong", "ha");
     lab.edit("fleet.toml", "[groups.db]", "packages = [\"jq\"]\n\n[groups.db]");
     lab.run(&["build", "hub"]).fails(1, &["lacks the package `jq`, which `hub` asks for", "bakehouse lock"]);
@@ -294,20 +294,20 @@ fn what_is_wrong_with_a_fleet_or_a_lock_is_named_with_its_fix() {
 }
 
 #[test]
-fn a_mirror_that_is_down_or_lies_is_named_and_the_store_stays_good() {
+fn unreachable_or_false_mirror_is_reported_and_leaves_the_store_valid() {
     let lab = Lab::of_fleet("mirrors", "ha");
-    // Nothing listens there.
+    // No server listens on this port.
     lab.run(&["lock", "--update", "--mirror", "http://127.0.0.1:9/debian"])
         .fails(1, &["127.0.0.1:9", "check the mirror"]);
-    assert!(lab.dir.join("bakehouse.lock").exists(), "the lock that was good is gone");
-    // A mirror that has other bytes under every name.
+    assert!(lab.dir.join("bakehouse.lock").exists(), "the failed command removed the lock");
+    // A mirror with wrong content in every package.
     let liar = lab.dir.join("liar");
     let lock = lab.read("bakehouse.lock");
     for line in lock.lines().filter_map(|l| l.strip_prefix("path = \"")?.strip_suffix('"')) {
         for archive in ["debian", "debian-security"] {
             let path = liar.join(archive).join(line);
-            fs::create_dir_all(path.parent().expect("a folder")).expect("the lab");
-            fs::write(path, "not a package").expect("the lab");
+            fs::create_dir_all(path.parent().expect("a folder")).expect("the lab is writable");
+            fs::write(path, "not a package").expect("the lab is writable");
         }
     }
     let store = tempfile::tempdir().expect("a folder");
@@ -320,9 +320,9 @@ fn a_mirror_that_is_down_or_lies_is_named_and_the_store_stays_good() {
 }
 
 #[test]
-fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
+fn full_disk_is_reported_before_the_build_and_leaves_no_files() {
     let lab = Lab::of_fleet("full", "ha");
-    // A tmpfs in a mount namespace of the test's own.
+    // The small disk is a tmpfs in a mount namespace.
     let build_with = |size: &str, at: &str, then: &str| {
         let script = format!(
             "cd {dir}; mkdir -p {at} && mount -t tmpfs -o size={size} tmpfs {at}; {then} {bin} build hub; code=$?; ls -A build/hub; exit $code",
@@ -336,14 +336,14 @@ fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
     let answer = build_with("64M", "build", "");
     answer.fails(1, &["hub: the image may take", "are free; make room"]);
     assert_eq!(answer.out, "");
-    // What is asked for is enough.
+    // The space that the message names is enough.
     lab.ok(&["build", "hub"]);
     let said = build_with("64M", "build", "").err;
     let asked = said.split_once("may take ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<u32>().ok());
     let answer = build_with(&format!("{}M", asked.expect("a number") + 1), "build", "");
     assert_eq!(answer.status, 0, "{}", answer.err);
-    // A store that has all but the room that its layers took.
-    fs::remove_dir_all(lab.dir.join("build")).expect("the lab");
+    // A store with all inputs, which needs no space for another layer.
+    fs::remove_dir_all(lab.dir.join("build")).expect("the lab is writable");
     let full = format!("ln -s {}/*/ store/; BAKEHOUSE_STORE=$PWD/store", shared_store().display());
     let answer = build_with("300M", "store", &full);
     assert_eq!(answer.status, 0, "{}", answer.err);
@@ -353,16 +353,16 @@ fn a_full_disk_is_said_before_the_work_and_leaves_nothing() {
 }
 
 #[test]
-fn an_interrupted_build_leaves_no_half_and_the_next_one_is_whole() {
+fn interrupted_build_leaves_no_partial_files_and_the_next_one_completes() {
     let lab = Lab::of_fleet("interrupted", "ha").with_own_store();
     let layers = lab.dir.join("store/tmp");
-    // Well into composing: the sandbox is at work.
+    // Interrupts while the sandbox composes.
     let composing = |_: u32| {
         fs::read_dir(&layers).is_ok_and(|d| d.flatten().any(|e| e.file_name().to_string_lossy().starts_with("layers-")))
     };
     assert_eq!(lab.interrupt(&["build", "hub"], composing), 130);
     assert!(!lab.dir.join("build/hub/ha-hub_1.raw").exists());
-    // Then after each step, well into the next one: what was done stays done, so it comes to an end.
+    // Then interrupts after each step. The store keeps finished steps, so the build completes after a few runs.
     let steps: Vec<String> = std::iter::repeat_with(|| lab.interrupt_after_a_line(&["build", "hub"]))
         .take(20)
         .take_while(|line| !line.contains("unchanged"))
@@ -373,15 +373,15 @@ fn an_interrupted_build_leaves_no_half_and_the_next_one_is_whole() {
     let folders = [&lab, &other].map(|l| l.dir.join("build/hub"));
     assert_eq!(first_difference(&folders[0], &folders[1], &ARTEFACTS.map(str::to_owned)), None);
     for lab in [lab, other] {
-        fs::remove_dir_all(&lab.dir).expect("the lab");
+        fs::remove_dir_all(&lab.dir).expect("the lab is writable");
     }
 }
 
 #[test]
-fn an_interrupted_lock_changes_nothing_and_an_interrupted_fetch_goes_on() {
+fn interrupted_lock_changes_nothing_and_interrupted_fetch_resumes() {
     let lab = Lab::of_fleet("interrupted-fetch", "ha").with_empty_store();
     let before = lab.read("bakehouse.lock");
-    // Apt is at work.
+    // Interrupts while apt runs.
     let children = |pid: u32| {
         let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
         listed.is_ok_and(|c| !c.trim().is_empty())
@@ -389,7 +389,7 @@ fn an_interrupted_lock_changes_nothing_and_an_interrupted_fetch_goes_on() {
     assert_eq!(lab.interrupt(&["lock", "--update"], children), 130);
     assert_eq!(lab.read("bakehouse.lock"), before);
 
-    // Half a package or more has come.
+    // Interrupts after some packages have arrived.
     let debs = lab.dir.join("store/debs");
     let some =
         |_: u32| fs::read_dir(&debs).is_ok_and(|d| d.flatten().filter(|e| e.path().extension().is_none()).count() > 5);
@@ -398,26 +398,26 @@ fn an_interrupted_lock_changes_nothing_and_an_interrupted_fetch_goes_on() {
     assert!(kept > 5);
     let rest = lab.ok(&["fetch"]);
     assert!(rest.err.contains("packages"), "{}", rest.err);
-    assert!(!lab.ok(&["fetch"]).err.contains("packages"), "fetched twice");
-    fs::remove_dir_all(&lab.dir).expect("the lab");
+    assert!(!lab.ok(&["fetch"]).err.contains("packages"), "fetched the packages again");
+    fs::remove_dir_all(&lab.dir).expect("the lab is writable");
 }
 
-/// A user who is not root builds the same bytes, by user namespaces.
+/// Without root the builder uses user namespaces.
 #[test]
-fn an_ordinary_user_builds_the_same_image() {
+fn unprivileged_user_builds_the_same_image() {
     let lab = Lab::of_fleet("user", "ha");
     lab.ok(&["build", "hub"]);
     let user = "bakehouse-test";
     let have = Command::new("id").arg(user).output().expect("id").status.success();
     if !have {
         let made = Command::new("useradd").args(["--create-home", "--shell", "/bin/sh", user]).status();
-        assert!(made.expect("useradd").success(), "this test makes an ordinary user and wants root for it");
+        assert!(made.expect("useradd").success(), "useradd failed: run this test as root");
     }
     let home = PathBuf::from(format!("/home/{user}/lab"));
     let _ = fs::remove_dir_all(&home);
     fs::create_dir_all(home.join("store/debs")).expect("a home");
     for (from, to) in [("fleet.toml", "fleet.toml"), ("bakehouse.lock", "bakehouse.lock")] {
-        fs::copy(lab.dir.join(from), home.join(to)).expect("the lab");
+        fs::copy(lab.dir.join(from), home.join(to)).expect("the lab is writable");
     }
     for binary in ["bakehouse", "firstboot"] {
         fs::copy(root().join("target/release").join(binary), home.join(binary)).expect("the binaries");
@@ -435,22 +435,22 @@ fn an_ordinary_user_builds_the_same_image() {
     assert_eq!(difference, None);
     let image = home.join("build/hub/ha-hub_1.raw");
     assert_eq!(fs::metadata(image).expect("the image").permissions().mode() & 0o777, 0o644);
-    fs::remove_dir_all(&home).expect("the lab");
+    fs::remove_dir_all(&home).expect("the lab is writable");
 }
 
 #[test]
-fn a_fleets_key_is_made_once_and_signs_tickets() {
+fn init_creates_the_fleet_key_once_and_it_signs_tickets() {
     let lab = Lab::empty("tickets");
     let dir = &lab.dir;
-    let path = dir.to_str().expect("a path of letters");
+    let path = dir.to_str().expect("a UTF-8 path");
     lab.run(&["init", path, "--from", "no-such"]).fails(2, &["there is no built-in fleet `no-such`", "quick-ha"]);
     let inside = lab.command(&["init", "."]).current_dir(dir).status();
     assert!(inside.expect("bakehouse starts").success());
     let key = fs::read(dir.join("fleet.key")).expect("a key");
     assert_eq!(fs::metadata(dir.join("fleet.key")).expect("a key").permissions().mode() & 0o777, 0o600);
-    fs::write(dir.join("fleet.toml"), lab.read("fleet.toml") + "\n# mine\n").expect("the lab");
+    fs::write(dir.join("fleet.toml"), lab.read("fleet.toml") + "\n# mine\n").expect("the lab is writable");
     lab.ok(&["init", path]);
-    assert_eq!(fs::read(dir.join("fleet.key")).expect("a key"), key, "a second key");
+    assert_eq!(fs::read(dir.join("fleet.key")).expect("a key"), key, "init replaced the fleet key");
     assert!(lab.read("fleet.toml").contains("name = \"tickets\"") && lab.read("fleet.toml").ends_with("# mine\n"));
 
     let ticket = |args: &[&str]| lab.run(&[&["ticket"], args].concat());
@@ -459,15 +459,15 @@ fn a_fleets_key_is_made_once_and_signs_tickets() {
     assert_eq!(founder.endpoints["hub-2"], "192.0.2.2");
     assert!(matches!(founder.right, fleet::Right::Founder(f) if f.slot == "hub-1" && f.replaces.is_none()));
     let joiner = fleet::Ticket::parse(ticket(&["app", "--uses", "5"]).out.as_bytes()).expect("a ticket");
-    let fleet::Right::Joiner(joiner) = joiner.right else { panic!("apps found nothing") };
+    let fleet::Right::Joiner(joiner) = joiner.right else { panic!("app has founders' tickets") };
     assert_eq!(joiner.token.read().expect("claims").uses, 5);
     let file = dir.join("hub-1.ticket");
-    assert_eq!(ticket(&["hub-1", "-o", file.to_str().expect("a path of letters")]).out, "");
+    assert_eq!(ticket(&["hub-1", "-o", file.to_str().expect("a UTF-8 path")]).out, "");
     assert_eq!(fs::metadata(&file).expect("a ticket").permissions().mode() & 0o777, 0o600);
     fleet::Ticket::parse(&fs::read(&file).expect("a ticket")).expect("a ticket");
     ticket(&["hub"]).fails(2, &["each has a ticket of its own"]);
     ticket(&["app", "--endpoint", "db-1=x"]).fails(2, &["`db-1=x` is not HUB=HOST"]);
-    // What was minted with a token is remembered; how often it was used, hubs know.
+    // tickets.jsonl records joiners' tickets. Only hubs know how often each was used.
     let nowhere = ["hub-1", "hub-2", "hub-3"].map(|hub| format!("{hub}=127.0.0.1"));
     let ends = nowhere.each_ref().map(|at| ["--endpoint", at.as_str()]);
     let listed = ticket(&[&["--list", "--json"], ends.as_flattened()].concat());
@@ -481,9 +481,9 @@ fn a_fleets_key_is_made_once_and_signs_tickets() {
 }
 
 #[test]
-fn a_sealed_key_is_of_use_only_with_its_passphrase() {
+fn encrypted_fleet_key_requires_its_passphrase() {
     let lab = Lab::empty("sealed");
-    let path = lab.dir.to_str().expect("a path of letters").to_owned();
+    let path = lab.dir.to_str().expect("a UTF-8 path").to_owned();
     lab.write("right", "correct horse\n");
     lab.write("wrong", "battery staple\n");
     let run = |phrase: &str, args: &[&str]| {
@@ -491,7 +491,7 @@ fn a_sealed_key_is_of_use_only_with_its_passphrase() {
         command.env("BAKEHOUSE_PASSPHRASE_FILE", lab.dir.join(phrase));
         Answer::of(&command.output().expect("bakehouse starts"))
     };
-    // One that is there is sealed, and is the same key; one that is made is sealed at once.
+    // `--passphrase` encrypts an existing key without changing it, and creates a new key encrypted.
     lab.ok(&["init", &path]);
     let public = fs::read(lab.dir.join("update-key.gpg")).expect("a keyring");
     let sealed =
@@ -503,7 +503,7 @@ fn a_sealed_key_is_of_use_only_with_its_passphrase() {
         let said = run("right", &["init", &path, "--passphrase"]);
         assert_eq!(said.status, 0, "{}", said.err);
         let key = lab.dir.join("fleet.key");
-        assert!(sealed(&fs::read(&key).expect("a key")), "made: {made}");
+        assert!(sealed(&fs::read(&key).expect("a key")), "the key is not encrypted, new key: {made}");
         assert_eq!(fs::metadata(&key).expect("a key").permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read(lab.dir.join("update-key.gpg")).expect("a keyring") == public, !made);
         fleet::Ticket::parse(run("right", &["ticket", "hub-1"]).out.as_bytes()).expect("a ticket");
@@ -512,12 +512,12 @@ fn a_sealed_key_is_of_use_only_with_its_passphrase() {
     }
 }
 
-/// A loop device: a disk like any other to whoever writes to it.
+/// A loop device, which is a block device like a disk.
 struct Disk(String);
 
 impl Disk {
     fn of(file: &Path, size: u64) -> Self {
-        // Full of what was there before.
+        // Filled with 0xff, so that zeros in the image must be written, too.
         let before = "head -c \"$1\" /dev/zero | tr '\\0' '\\377' > \"$0\"";
         let made = Command::new("sh").args(["-c", before]).arg(file).arg(size.to_string()).status();
         assert!(made.expect("sh").success());
@@ -534,13 +534,13 @@ impl Drop for Disk {
 }
 
 #[test]
-fn a_disk_gets_the_image_unless_it_is_in_use_or_too_small() {
+fn flash_writes_the_image_and_rejects_mounted_or_small_disks() {
     const ESP_END: u64 = 257 << 20;
     let lab = Lab::of_fleet("disk", "ha");
     lab.init();
     lab.ok(&["build", "hub"]);
     let image = lab.dir.join("build/hub/ha-hub_1.raw");
-    let size = fs::metadata(&image).expect("it was built").len();
+    let size = fs::metadata(&image).expect("the built image").len();
     let small = Disk::of(&lab.dir.join("small"), 64 << 20);
     lab.run(&["flash", "hub-1", &small.0, "--yes"]).fails(2, &["has 67 MB, the image"]);
 
@@ -551,16 +551,16 @@ fn a_disk_gets_the_image_unless_it_is_in_use_or_too_small() {
     let mounted = lab.dir.join("mounted");
     fs::create_dir(&mounted).expect("the lab is writable");
     run("mkfs.ext4", &["-q", "-F", &disk.0]);
-    run("mount", &[&disk.0, mounted.to_str().expect("a path of letters")]);
+    run("mount", &[&disk.0, mounted.to_str().expect("a UTF-8 path")]);
     let refused = lab.run(&["flash", "hub-1", &disk.0, "--yes"]);
-    run("umount", &[mounted.to_str().expect("a path of letters")]);
+    run("umount", &[mounted.to_str().expect("a UTF-8 path")]);
     refused.fails(2, &["is in use", "unmount it", "--force loop"]);
 
     lab.run(&["flash", "hub-1", &disk.0]).fails(2, &["would be overwritten; say --yes"]);
     lab.ok(&["flash", "hub-1", &disk.0, "--yes"]);
-    // Beyond the EFI partition, where the ticket is, it is the image to the byte, zeros and all.
+    // Beyond the EFI partition, which has the ticket, the disk equals the image byte for byte.
     let (from, count) = (ESP_END.to_string(), (size - ESP_END).to_string());
-    run("cmp", &["-i", &from, "-n", &count, &disk.0, image.to_str().expect("a path of letters")]);
+    run("cmp", &["-i", &from, "-n", &count, &disk.0, image.to_str().expect("a UTF-8 path")]);
     drop(disk);
-    fs::remove_dir_all(&lab.dir).expect("the lab");
+    fs::remove_dir_all(&lab.dir).expect("the lab is writable");
 }

@@ -1,4 +1,4 @@
-//! A machine whose network card has iPXE becomes a node, as by its firmware's own clients.
+//! Network boot of a machine whose network card has iPXE.
 
 use bakehouse_tests::rack::Rack;
 use bakehouse_tests::{Lab, Machine};

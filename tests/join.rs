@@ -1,5 +1,5 @@
-//! The join protocol against a real etcd on loopback: claims from many nodes at once, lost
-//! replies, crashes of hubs and of etcd's members.
+//! The join protocol with a real etcd on loopback: concurrent claims, lost replies, crashes of hubs and of etcd
+//! members.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,7 +17,7 @@ use fleet::{Issuer, JoinReply, Joiner, PROTOCOL, Reason, Right, Ticket, encoding
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ten_nodes_for_two_slots_get_two_grants_and_eight_refusals() {
+async fn ten_claims_for_two_slots_get_two_grants_and_eight_refusals() {
     let site = Site::open(21_000, "db.count = 2\n");
     let token = site.token("db", |c| c.uses = 10);
     let askers: Vec<Asker> = (0..10).map(|_| Site::asker(&token, "db")).collect();
@@ -39,14 +39,14 @@ async fn ten_nodes_for_two_slots_get_two_grants_and_eight_refusals() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant() {
+async fn hubs_enforce_claims_of_tokens_and_repeat_a_grant_for_the_same_key() {
     let site = Site::open(21_300, "db.count = 3\napp.count = 2\n");
     let once = site.token("db", |_| {});
     let node = Site::asker(&once, "db");
     let first = granted(site.insist(&node, 0).await);
     assert_eq!((first.slot.as_str(), first.epoch), ("db-1", 1));
     assert_eq!((first.secrets.odoo_admin.as_str(), first.secrets.rewind.as_str()), ("", "sample-rewind"));
-    // The reply was lost: asked again, of every hub, the same; nothing is spent twice.
+    // The reply was lost: every hub repeats the grant, and no second use is spent.
     for hub in 0..3 {
         let again = granted(site.insist(&node, hub).await);
         assert_eq!((again.slot, again.epoch), (first.slot.clone(), 1));
@@ -62,17 +62,17 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
     let revoked = site.token("db", |_| {});
     let number = revoked.token.read().expect("claims").id;
     let stranger = Issuer::root("acme").expect("randomness");
-    assert!(site.revoke(&number, &stranger).await.is_err(), "anybody can revoke");
-    site.revoke(&number, &site.root).await.expect("a hub takes it");
-    assert!(site.tokens(&stranger).await.is_err(), "anybody may look");
-    let tokens = site.tokens(&site.root).await.expect("a hub tells");
+    assert!(site.revoke(&number, &stranger).await.is_err(), "a foreign root revoked a token");
+    site.revoke(&number, &site.root).await.expect("a hub accepts the order");
+    assert!(site.tokens(&stranger).await.is_err(), "a foreign root listed tokens");
+    let tokens = site.tokens(&site.root).await.expect("a hub replies");
     let used = once.token.read().expect("claims").id;
     assert_eq!((tokens.used, tokens.revoked), (BTreeMap::from([(used, 1)]), BTreeSet::from([number])));
     assert_eq!(refused(site.insist(&Site::asker(&revoked, "db"), 1).await), Reason::Revoked);
     let taken = site.token("db", |c| c.slot = Some("db-1".to_owned()));
     assert_eq!(refused(site.insist(&Site::asker(&taken, "db"), 2).await), Reason::Taken);
 
-    // Replaced: the new machine has the slot, the old one is told, and can't come back.
+    // A replacement gets the slot. The hubs fence the previous owner, and refuse its next claim.
     let place = site.token("db", |c| (c.slot, c.replace) = (Some("db-1".to_owned()), true));
     let new = granted(site.insist(&Site::asker(&place, "db"), 0).await);
     assert_eq!((new.slot.as_str(), new.epoch), ("db-1", 2));
@@ -83,19 +83,18 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
     loop {
         let mut hub = Connection::open("127.0.0.2", 21_300, "hub-2", &tls).await.expect("a hub");
         let answer = hub.ask(request("GET", "hub", "/v1/peers", &[], "".into()).expect("HTTP"), 1 << 16).await;
-        let peers: fleet::Peers = serde_json::from_slice(&answer.expect("an answer")).expect("JSON");
+        let peers: fleet::Peers = serde_json::from_slice(&answer.expect("a reply")).expect("JSON");
         if peers.fenced == Some(2) {
             break;
         }
-        assert!(Instant::now() < deadline, "hub-2 does not hear of it: {peers:?}");
+        assert!(Instant::now() < deadline, "hub-2 does not fence the old owner: {peers:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// A slot whose owner keeps nothing goes to a blank machine, once its owner has said nothing for
-/// long enough, and not before.
+/// A blank machine gets a stateless slot after its owner has been silent for `reclaim_after`, and not before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
+async fn blank_machine_reclaims_only_the_slot_of_a_silent_owner() {
     const AFTER: u64 = 3;
     let site = Site::open_with(21_900, "db.count = 1\napp.count = 1\n", |topology| {
         for node in topology.nodes.iter_mut().filter(|n| n.group == "app") {
@@ -108,17 +107,17 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
     let database = granted(site.insist(&other, 0).await);
     let blank = |group: &str| Site::asker(&site.token(group, |_| {}), group);
     let bound = Site::asker(&site.token("app", |c| c.slot = Some("app-1".to_owned())), "app");
-    // It has only just come; then it asks again and again, of one hub, and another is asked.
+    // The owner has just joined. Then it stays in contact with one hub, and the blank machine claims from another.
     assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
     let until = Instant::now() + Duration::from_secs(2 * AFTER);
     while Instant::now() < until {
-        site.member(2, (&first, &owner), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+        site.member(2, (&first, &owner), ("GET", "/v1/peers"), Vec::new()).await.expect("a reply");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
-    // It may wait.
+    // A token for this slot does not shorten the time. `Full` tells its machine to retry.
     assert_eq!(refused(site.insist(&bound, 0).await), Reason::Full);
-    // It falls silent; but so do all others, to the hub that is asked: it may be the hub that hears nothing.
+    // The owner is silent, but the hub has no request of any other node either, so its own network may be the reason.
     tokio::time::sleep(Duration::from_secs(2 * AFTER)).await;
     assert_eq!(
         refused(ask(site.root.certificate().to_owned(), 21_900, bound.clone(), 1).await.expect("a hub")),
@@ -128,25 +127,25 @@ async fn a_blank_machine_takes_a_silent_slot_and_no_other() {
         refused(ask(site.root.certificate().to_owned(), 21_900, blank("app"), 1).await.expect("a hub")),
         Reason::Full
     );
-    site.member(1, (&other, &database), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+    site.member(1, (&other, &database), ("GET", "/v1/peers"), Vec::new()).await.expect("a reply");
     let heir = granted(site.insist(&bound, 1).await);
     assert_eq!((heir.slot.as_str(), heir.epoch), ("app-1", 2));
     assert_eq!(refused(site.insist(&first, 2).await), Reason::Fenced);
-    // The heir has only just come; and a database is never taken from anybody.
+    // The new owner has just joined. The slot of a silent database is never reclaimed.
     assert_eq!(refused(site.insist(&blank("app"), 0).await), Reason::Full);
     assert_eq!(database.slot, "db-1");
     assert_eq!(refused(site.insist(&blank("db"), 2).await), Reason::Full);
 }
 
-/// A node goes because the operator says so, another by itself, a third is shut out: none comes back,
-/// and new machines have their slots.
+/// One node leaves by the operator's order, one on its own, and one is evicted. None can rejoin, and new machines get
+/// their slots.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_leaves_makes_room_and_does_not_come_back() {
+async fn departed_nodes_free_their_slots_and_cannot_rejoin() {
     let site = Site::open(22_900, "db.count = 3\n");
     let members = site.members("db", 3).await;
     let peers = async |i: usize, hub: usize| -> fleet::Peers {
         let (asker, grant) = &members[i];
-        let answer = site.member(hub, (asker, grant), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+        let answer = site.member(hub, (asker, grant), ("GET", "/v1/peers"), Vec::new()).await.expect("a reply");
         serde_json::from_slice(&answer).expect("JSON")
     };
     let hears = async |i: usize, what: &str, of: fn(&fleet::Peers) -> bool| {
@@ -161,37 +160,37 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
         site.member(hub, (asker, grant), ("POST", path), Vec::new()).await.map(drop)
     };
     let stranger = Issuer::root("acme").expect("randomness");
-    assert!(site.leave("db-1", false, &stranger).await.is_err(), "anybody can send a node away");
-    let e = site.leave("db-9", false, &site.root).await.expect_err("there is none");
+    assert!(site.leave("db-1", false, &stranger).await.is_err(), "a foreign root removed a node");
+    let e = site.leave("db-9", false, &site.root).await.expect_err("an unknown slot");
     assert!(e.contains("nobody has the slot `db-9`"), "{e}");
 
-    // Told, it is still the owner until it says that it has stopped; saying it twice changes nothing.
-    site.leave("db-1", false, &site.root).await.expect("a hub takes it");
-    hears(0, "it is not told to leave", |p| p.leaving && p.fenced.is_none()).await;
-    assert!(!peers(1, 2).await.leaving, "somebody else is told to leave");
+    // After the order the node stays the owner until it reports that it has stopped. It may report that repeatedly.
+    site.leave("db-1", false, &site.root).await.expect("a hub accepts the order");
+    hears(0, "the hub does not ask it to leave", |p| p.leaving && p.fenced.is_none()).await;
+    assert!(!peers(1, 2).await.leaving, "the hub asks another node to leave");
     assert_eq!(refused(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await), Reason::Full);
     for hub in 0..3 {
-        says(0, hub, "/v1/left").await.expect("a hub takes it");
+        says(0, hub, "/v1/left").await.expect("a hub accepts the order");
     }
-    hears(0, "it is not out", |p| p.fenced == Some(2) && p.vacant.contains("db-1")).await;
-    // By itself, and shut out.
-    says(1, 0, "/v1/leave").await.expect("a hub takes it");
-    hears(1, "it is not told to leave", |p| p.leaving).await;
-    says(1, 1, "/v1/left").await.expect("a hub takes it");
-    site.leave("db-3", true, &site.root).await.expect("a hub takes it");
-    hears(2, "it is not out", |p| p.fenced == Some(2)).await;
+    hears(0, "the hub does not fence it", |p| p.fenced == Some(2) && p.vacant.contains("db-1")).await;
+    // One node leaves on its own, and one is evicted.
+    says(1, 0, "/v1/leave").await.expect("a hub accepts the order");
+    hears(1, "the hub does not ask it to leave", |p| p.leaving).await;
+    says(1, 1, "/v1/left").await.expect("a hub accepts the order");
+    site.leave("db-3", true, &site.root).await.expect("a hub accepts the order");
+    hears(2, "the hub does not fence it", |p| p.fenced == Some(2)).await;
 
     for (asker, _) in &members {
         assert_eq!(refused(site.insist(asker, 1).await), Reason::Fenced);
     }
-    // New machines, by name and by group, asking at the same time.
+    // New machines claim a slot by name and by group, concurrently.
     let named = Site::asker(&site.token("db", |c| c.slot = Some("db-2".to_owned())), "db");
     let heir = granted(site.insist(&named, 2).await);
     assert_eq!((heir.slot.as_str(), heir.epoch), ("db-2", 3));
-    // Whoever had the place before sends nobody away.
-    let e = says(1, 0, "/v1/leave").await.expect_err("it is another's");
+    // The previous owner of a slot cannot make the new owner leave.
+    let e = says(1, 0, "/v1/leave").await.expect_err("another owner's slot");
     assert!(e.contains("another machine's since epoch 3"), "{e}");
-    let still = site.member(1, (&named, &heir), ("GET", "/v1/peers"), Vec::new()).await.expect("an answer");
+    let still = site.member(1, (&named, &heir), ("GET", "/v1/peers"), Vec::new()).await.expect("a reply");
     assert!(!serde_json::from_slice::<fleet::Peers>(&still).expect("JSON").leaving);
     let token = site.token("db", |c| c.uses = 3);
     let mut asked = JoinSet::new();
@@ -210,12 +209,12 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
     assert_eq!(got, ["db-1 3", "db-3 3"]);
 
     let lonely = Site::open_with(23_200, "db.count = 1\n", |topology| topology.voters = vec!["hub-1".to_owned()]);
-    let e = lonely.leave("hub-1", false, &lonely.root).await.expect_err("the only one");
+    let e = lonely.leave("hub-1", false, &lonely.root).await.expect_err("the last voter");
     assert!(e.contains("the fleet's only vote"), "{e}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_shows_no_certificate_is_told_nothing() {
+async fn rejects_requests_without_client_certificate() {
     let site = Site::open(21_600, "db.count = 1\n");
     site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await;
     let tls = https::client(site.root.certificate(), None).expect("a certificate");
@@ -229,15 +228,14 @@ async fn who_shows_no_certificate_is_told_nothing() {
     let mut hub = Connection::open("127.0.0.1", 21_600, "hub-1", &tls).await.expect("a hub");
     let long = request("POST", "hub", "/v1/join", &[], vec![b'x'; 1 << 20].into()).expect("HTTP");
     assert!(hub.ask(long, 1 << 16).await.is_err());
-    // Whoever answers in a hub's place is not believed.
+    // A client does not accept another hub's certificate.
     assert!(Connection::open("127.0.0.1", 21_600, "hub-2", &tls).await.is_err());
 }
 
-/// Nodes that ask hubs of chance, break off half-way, ask again; hubs that forget everything;
-/// members of etcd that are killed, or cut off for a while. Nobody gets two slots, no slot two
-/// owners, and what was acknowledged once stays.
+/// Nodes send claims to random hubs, disconnect early, and try again, while hubs restart and etcd members are killed or
+/// frozen. No node gets two slots, no slot gets two owners, and no grant is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn crashes_give_no_slot_twice_and_lose_no_grant() {
+async fn crashes_neither_grant_a_slot_twice_nor_lose_a_grant() {
     let mut site = Site::open(22_000, "app.count = 40\n");
     let token = site.token("app", |c| c.uses = 1000);
     let seed =
@@ -245,7 +243,7 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
     println!("seed {seed}");
     let mut chance = seed;
     let mut roll = move |n: u64| {
-        // xorshift: any sequence will do, as long as it can be told.
+        // xorshift. The printed seed makes a failed run repeatable.
         chance ^= chance << 13;
         chance ^= chance >> 7;
         chance ^= chance << 17;
@@ -272,7 +270,7 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
             _ => {}
         }
         if let Some(victim) = cut_off {
-            // For less than the others need to notice, or more: a leader then believes that it is one.
+            // Shorter or longer than the election timeout. A frozen leader may still consider itself the leader.
             site.cluster.freeze(victim);
             tokio::time::sleep(Duration::from_millis(roll(3000))).await;
         }
@@ -281,7 +279,7 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
             let (who, hub, patience) = (roll(60) as usize, roll(3) as usize, roll(300));
             let (root, asker) = (site.root.certificate().to_owned(), askers[who].clone());
             asked.spawn(async move {
-                // Some don't wait for their answer.
+                // Some clients disconnect before the reply.
                 let reply = tokio::time::timeout(Duration::from_millis(20 + patience), ask(root, 22_000, asker, hub));
                 (who, reply.await)
             });
@@ -308,12 +306,12 @@ async fn crashes_give_no_slot_twice_and_lose_no_grant() {
         }
     }
     assert_eq!(owners.len(), 40, "slots were lost");
-    println!("{} acknowledged while it broke", acknowledged.len());
+    println!("{} grants during the faults", acknowledged.len());
 }
 
-/// The agent's own steps, cut after each of them: the same keys, the same slot, one use of the token.
+/// A power cut after any of the agent's steps leaves the same keys, the same slot, and one use of the token.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cut_after_any_step_leads_to_the_same_node() {
+async fn interrupted_join_resumes_with_the_same_keys_and_slot() {
     let site = Site::open(22_300, "db.count = 3\n");
     let Bare { dir, states, credentials, image } = Bare::of(&site);
     let state = dir.path().join("state");
@@ -326,8 +324,8 @@ async fn a_cut_after_any_step_leads_to_the_same_node() {
     };
     let first = identity(&states, Some(&credentials), &image).await.expect("a grant");
     assert_eq!((first.state.slot.as_str(), first.state.epoch), ("db-1", 1));
-    // Cut before the grant was on the disk, with and without the neighbours; then with half of a
-    // file beside; then after all of it. Only a loss of the keys is another node.
+    // A cut before the grant was stored, with and without the peer table, and a cut after it, each with a partial
+    // `state.new`. Only without its keys is the machine another node.
     for kept in [&["keys.json"][..], &["keys.json", "neighbours.json"], &["keys.json", "neighbours.json", "state.json"]]
     {
         files(kept);
@@ -343,9 +341,9 @@ async fn a_cut_after_any_step_leads_to_the_same_node() {
     assert_eq!(e.exit_code(), 78);
 }
 
-/// New keys for a node that has long had its own; whatever is cut, whoever answers, as often as it asks.
+/// A node renews old keys once, also after power cuts and lost replies, and the hubs fence the old keys.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
+async fn renews_old_keys_once_and_fences_them() {
     let site = Site::open(23_500, "db.count = 3\n");
     let Bare { dir, states, credentials, image } = Bare::of(&site);
     let path = |file: &str| dir.path().join("state").join(file);
@@ -356,13 +354,13 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
         renew(&states, who, &image).await.expect("a disk")
     };
 
-    // Keys of today are good.
+    // New keys need no renewal.
     let (first, renewed) = start().await;
     assert!(!renewed && !is_pending(&states));
     let made: serde_json::Value = serde_json::from_str(&read("keys.json")).expect("JSON");
     let aged = read("keys.json").replace(&made["made"].to_string(), "1");
     write("keys.json", &aged);
-    // Nobody answers: it is the node it was, and will ask again with the same keys.
+    // No hub answers: the node keeps its identity, and tries again with the same new keys.
     let mut lonely = site.topology.clone();
     lonely.mesh.port = 23_999;
     let lonely = Image { topology: lonely, info: image.info.clone() };
@@ -386,7 +384,7 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
         }
         cut.to_string()
     };
-    // Cut before the answer was on the disk; with it; between the two files; before it was done.
+    // A cut before the reply was stored, after it, between the two files, and before the renewal was deleted.
     for (renewal, keys, state) in [
         (granted(false), &aged, &old_state),
         (granted(true), &aged, &old_state),
@@ -399,25 +397,25 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
         let (again, renewed) = start().await;
         assert!(renewed && !is_pending(&states) && again.keys == second.keys, "from {renewal}");
         assert_eq!((&again.state.slot, again.state.epoch), (&second.state.slot, 2));
-        again.client().expect("certificate and key fit together");
+        again.client().expect("the certificate matches the key");
     }
     let (again, renewed) = start().await;
     assert!(!renewed && again.state.epoch == 2);
 
-    // The hubs know the new keys, and not the old ones; who has those gets nothing with them.
+    // The hubs accept the new keys and fence the old ones, with which an attacker cannot renew.
     let heard = async |who: &firstboot::identity::Identity| -> fleet::Peers {
         let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", who.client().expect("a certificate"));
-        hubs.answers().await.pop().expect("an answer").peers
+        hubs.answers().await.pop().expect("a reply").peers
     };
     let until = Instant::now() + Duration::from_secs(10);
     while heard(&first).await.fenced != Some(2) {
-        assert!(Instant::now() < until, "the old keys are still good");
+        assert!(Instant::now() < until, "the old keys are not fenced");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(heard(&second).await.fenced, None);
     let thief = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", first.client().expect("a certificate"));
-    assert_eq!(refused(thief.renew(&first.keys).await.expect("an answer")), Reason::Fenced);
-    // A key that another node has is not to be had.
+    assert_eq!(refused(thief.renew(&first.keys).await.expect("a reply")), Reason::Fenced);
+    // A renewal cannot take another node's keys.
     let (other, _) = &site.members("db", 1).await[0];
     let asked = fleet::Renewal {
         version: PROTOCOL,
@@ -429,16 +427,16 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
     let mut hub = Connection::open("127.0.0.1", 23_500, "hub-1", &tls).await.expect("a hub");
     let body = serde_json::to_vec(&asked).expect("JSON");
     let answer = hub.ask(request("POST", "hub", "/v1/renew", &[], body.into()).expect("HTTP"), 1 << 16).await;
-    assert_eq!(refused(serde_json::from_slice(&answer.expect("an answer")).expect("JSON")), Reason::Busy);
+    assert_eq!(refused(serde_json::from_slice(&answer.expect("a reply")).expect("JSON")), Reason::Busy);
 
-    // Another machine has the slot: what was begun is dropped, and the node told as ever.
-    site.leave("db-1", true, &site.root).await.expect("a hub takes it");
+    // The node was evicted meanwhile: it drops the pending renewal and keeps its keys.
+    site.leave("db-1", true, &site.root).await.expect("a hub accepts the order");
     write("renewal.json", &granted(false));
     let (last, renewed) = start().await;
     assert!(!renewed && !is_pending(&states) && last.keys.mesh_public().is_ok());
 }
 
-/// A machine with a ticket for a db, that nobody knows yet.
+/// A machine with a ticket of the group `db`, before its first claim.
 struct Bare {
     dir: tempfile::TempDir,
     states: StateDir,

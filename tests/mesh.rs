@@ -1,5 +1,5 @@
-//! A hub's mesh while no name server answers: WireGuard as a program and the C library's own resolver, in a network
-//! and a mount namespace. As root.
+//! A hub's mesh while no name server answers: wireguard-go and the C library's resolver, in a network and a mount
+//! namespace. Needs root.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,12 +17,12 @@ use firstboot::neighbours::Neighbourhood;
 use fleet::{Fleet, MeshKey, Topology};
 use nix::sched::{CloneFlags, unshare};
 
-/// Interfaces come up, and a node is shut out at once, though every look-up hangs; when a name server answers, the
-/// peers get their addresses.
+/// The agent configures interfaces and fences a node without delay although every lookup hangs. The peers get their
+/// endpoints once a name server answers.
 #[test]
-fn a_node_is_shut_out_while_no_name_server_answers() {
-    // Namespaces are a thread's: the rest of this process keeps its own.
-    std::thread::spawn(shut_out_without_dns).join().expect("it holds");
+fn fences_node_while_no_name_server_answers() {
+    // Namespaces belong to a thread, so the other threads of this process keep theirs.
+    std::thread::spawn(shut_out_without_dns).join().expect("no panic in the thread");
 }
 
 fn shut_out_without_dns() {
@@ -34,7 +34,7 @@ fn shut_out_without_dns() {
     let topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
     let node = topology.node("hub-1").expect("a hub");
     let _programs: Vec<Program> = ["wg0", "wg-hub2", "wg-hub3"].map(Program::start).into();
-    // It takes every question, and answers when it is told to.
+    // The name server receives every query, and answers only after the test allows it.
     let server = UdpSocket::bind("127.0.0.1:53").expect("a namespace of its own");
     let answers = Arc::new(AtomicBool::new(false));
     let told = answers.clone();
@@ -53,17 +53,17 @@ fn shut_out_without_dns() {
         let hex = |i: u8| format!("public_key={}", format!("{i:02x}").repeat(32));
         assert!(ask("wg0").contains(&hex(9)) && ask("wg-hub2").contains(&hex(2)));
         tokio::spawn(mesh.keep(neighbourhood.clone()));
-        // All look-ups are under way.
+        // All lookups are pending by then.
         tokio::time::sleep(Duration::from_millis(500)).await;
         let begun = Instant::now();
         neighbourhood.shut_out("app-1").await;
         assert!(begun.elapsed() < Duration::from_millis(100), "it took {:?}", begun.elapsed());
-        assert!(!ask("wg0").contains(&hex(9)), "WireGuard still lets it through");
+        assert!(!ask("wg0").contains(&hex(9)), "WireGuard still has the peer");
 
         answers.store(true, Ordering::Relaxed);
         let until = Instant::now() + Duration::from_secs(30);
         while !(ask("wg-hub2").contains("endpoint=192.0.2.2:") && ask("wg-hub3").contains("endpoint=192.0.2.3:")) {
-            assert!(Instant::now() < until, "no addresses: {}", ask("wg-hub2"));
+            assert!(Instant::now() < until, "no endpoints: {}", ask("wg-hub2"));
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         neighbourhood.let_in("app-1");
@@ -73,7 +73,7 @@ fn shut_out_without_dns() {
     runtime.shutdown_background();
 }
 
-/// This thread, and what it starts, see another resolv.conf, and a /run/wireguard of their own.
+/// Gives this thread and its child processes another resolv.conf and an empty /run/wireguard.
 fn private_mounts(dir: &std::path::Path) {
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace, as root");
     let mount = |args: &[&str]| {
@@ -91,7 +91,7 @@ fn private_mounts(dir: &std::path::Path) {
     }
 }
 
-/// Answers questions for `*.hub.test`, once it may: A with 192.0.2.1 for `one`, and so on.
+/// Answers A queries for `*.hub.test` once `may` is set, with 192.0.2.1 for `one`, 192.0.2.2 for `two`, and so on.
 fn serve_names(server: &UdpSocket, may: &AtomicBool) {
     let mut packet = [0; 512];
     while let Ok((length, from)) = server.recv_from(&mut packet) {
@@ -106,7 +106,7 @@ fn serve_names(server: &UdpSocket, may: &AtomicBool) {
         answer.extend([0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0]);
         answer.extend(&question[..end]);
         if is_a {
-            let address = Ipv4Addr::new(192, 0, 2, 1 + number.expect("one of ours") as u8);
+            let address = Ipv4Addr::new(192, 0, 2, 1 + number.expect("a known name") as u8);
             answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
             answer.extend(address.octets());
         }
@@ -114,7 +114,7 @@ fn serve_names(server: &UdpSocket, may: &AtomicBool) {
     }
 }
 
-/// WireGuard for one interface.
+/// The wireguard-go process of an interface.
 struct Program(Child);
 
 impl Program {
@@ -135,7 +135,7 @@ impl Drop for Program {
     }
 }
 
-/// What an interface's program says of its peers.
+/// Reads an interface's configuration from wireguard-go, see https://www.wireguard.com/xplatform/.
 fn ask(interface: &str) -> String {
     use std::io::{Read as _, Write as _};
     let mut program = UnixStream::connect(format!("/run/wireguard/{interface}.sock")).expect("wireguard-go");

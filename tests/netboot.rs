@@ -1,5 +1,5 @@
-//! A rack of bare machines becomes nodes: the firmware's own PXE client, dnsmasq, and disks with
-//! nothing on them. One is installed, one keeps nothing at all, one keeps what it has on its disk.
+//! Network boot of bare machines with blank disks, by the firmware's own PXE client and dnsmasq. The installer writes
+//! one machine's disk, one machine is diskless, and one runs from memory with /var on its disk.
 
 use bakehouse_tests::rack::Rack;
 use bakehouse_tests::{Lab, Machine};
@@ -7,7 +7,7 @@ use builder::vm::Netboot;
 
 const MAC: &str = "52:54:00:12:00:01";
 
-/// Roles of which nothing is asked but to be in the mesh; `edge` keeps nothing.
+/// `edge` and `shed` are roles without services. The role `edge` has /var in memory.
 const FLEET: &str = r#"
 name = "rack"
 version = "1"
@@ -34,7 +34,7 @@ first = "10.10.0.50"
 "#;
 
 #[test]
-fn bare_machines_become_what_was_said_of_them() {
+fn bare_machines_become_the_nodes_that_fleet_toml_assigns() {
     let lab = Lab::empty("netboot");
     lab.write("fleet.toml", FLEET);
     lab.has_idle_role("edge", true);
@@ -45,15 +45,15 @@ fn bare_machines_become_what_was_said_of_them() {
     let mut hub = Machine::alone(&lab, "hub-1");
     let mut rack = Rack::open(&lab, &hub.wire());
 
-    // A machine of which nothing was said: it is left alone, and both sides say so.
+    // No rule matches the machine: the server assigns nothing, and both sides print the reason.
     rack.serve(&lab, &[]);
     hub.start_bare(&lab);
     let refusal = format!("no rule says what this machine is to be; in fleet.toml: [netboot.machines] \"{MAC}\"");
     hub.wait_for(&[&refusal]);
     rack.hears(&refusal);
 
-    // Somebody says it. The power fails while the image comes: nothing boots from half of one, and
-    // the machine starts over by itself.
+    // The operator adds the rule. The power fails during the download: the firmware must not boot the incomplete image,
+    // and the next boot installs again.
     lab.edit("fleet.toml", "52:54:00:00:00:99", MAC);
     lab.edit("fleet.toml", "diskless =", "others = \"edge\"\ndiskless =");
     rack.serve(&lab, &[]);
@@ -64,7 +64,7 @@ fn bare_machines_become_what_was_said_of_them() {
     rack.hears("hub-1: is on its disk");
     hub.wait_for(&["bakehouse: ready (hub-1)"]);
 
-    // It is the node that flash would have made: its ticket is used up, and gone.
+    // Like a flashed disk: the ticket is used and no longer on the disk.
     assert_eq!(hub.ok("find /efi/loader -name '*.cred'"), "");
     assert_eq!(hub.ok("findmnt -no SOURCE,FSTYPE /"), "/dev/mapper/root erofs");
     assert_eq!(hub.ok("lsblk -no PARTLABEL /dev/vda | grep -c _empty"), "2");
@@ -72,8 +72,7 @@ fn bare_machines_become_what_was_said_of_them() {
     let audit = lab.read("build/netboot/audit.jsonl");
     assert!(audit.contains("is to be hub-1, on /dev/vda") && audit.contains("has hub-1 on its disk"), "{audit}");
 
-    // Nobody named this one: it takes the first place that there is, in its memory, and its disk
-    // stays as it was.
+    // A machine that only `others` matches gets the first free slot, runs from memory, and leaves its disk unchanged.
     let mut edge = Machine::alone(&lab, "edge-1");
     edge.start_bare(&lab);
     edge.wait_for(&["bakehouse: ready (edge-1)"]);
@@ -84,7 +83,7 @@ fn bare_machines_become_what_was_said_of_them() {
     assert_eq!(edge.ok("systemctl --failed --no-legend --plain"), "");
     let machine_id = edge.ok("cat /etc/machine-id");
     let keys = edge.ok("sha256sum /var/lib/bakehouse/keys.json");
-    // Started again, it is the same node with other keys, and the one before is fenced.
+    // After a restart it is the same slot with other keys, and the hubs fence the previous owner.
     edge.cut_power();
     edge.start_bare_by(&lab, Netboot::Http);
     edge.wait_for(&["HTTP Boot over IPv4"]);
@@ -94,7 +93,7 @@ fn bare_machines_become_what_was_said_of_them() {
     assert_ne!(edge.ok("sha256sum /var/lib/bakehouse/keys.json"), keys);
     edge.cut_power();
 
-    // What has to keep something keeps it, on a disk that it makes for that.
+    // A role with persistent data gets a /var on the machine's disk.
     let mut shed = Machine::alone(&lab, "shed-1");
     shed.start_bare(&lab);
     shed.wait_for(&["bakehouse: ready (shed-1)"]);
@@ -102,7 +101,7 @@ fn bare_machines_become_what_was_said_of_them() {
     assert_eq!(shed.ok("systemctl --failed --no-legend --plain"), "");
     let keys = shed.ok("sha256sum /var/lib/bakehouse/keys.json; sync");
     shed.cut_power();
-    // The addresses are another server's: ours says what to boot, and nothing else.
+    // Another DHCP server gives out the addresses, and `bakehouse netboot` only answers as a proxy DHCP server.
     rack.has_dhcp();
     rack.serve(&lab, &[]);
     shed.start_bare(&lab);

@@ -1,5 +1,5 @@
-//! The packet filters of a whole fleet, as the kernel applies them: each node is a network namespace with the node's
-//! own rules, and every port of the table is tried from every other node. As root; needs nft, ip and python3.
+//! The packet filters of a whole fleet in the kernel. Each node is a network namespace with the node's own rules, and
+//! the test connects from every node to every port of the table on every other node. Needs root, nft, ip and python3.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -14,8 +14,8 @@ use builder::project::Project;
 use fleet::ports::{Protocol, allowed, rows};
 use fleet::{Membership, Node, Topology};
 
-/// Connects to every address and port from one node; prints which connections were made. UDP and VRRP are one-way: who
-/// got a packet prints its source.
+/// Runs on each node: connects to every address and port, and prints the connections that succeeded. UDP and VRRP are
+/// one-way, so the receiver prints the source of each packet.
 const PEER: &str = r"
 import json, selectors, socket, sys, threading, time
 job = json.load(open(sys.argv[1]))
@@ -82,7 +82,7 @@ sys.stdin.readline()
 print(json.dumps(sorted(got)), flush=True)
 ";
 
-/// One fleet in namespaces: each worker's link ends at one hub, so that packets cross one or two of them.
+/// A fleet in namespaces. Each worker has a link to one hub, so packets cross one or two hubs.
 struct Namespaces<'a> {
     topology: &'a Topology,
     prefix: String,
@@ -91,7 +91,7 @@ struct Namespaces<'a> {
 impl<'a> Namespaces<'a> {
     fn of(project: &'a Project, dir: &Path) -> Self {
         let topology = &project.topology;
-        // Another run of the tests has namespaces of its own.
+        // Another run of the tests must not use the same namespaces.
         let own = Self { topology, prefix: format!("bh-{}-{}-", std::process::id(), topology.name) };
         let mut script = String::from("set -e\n");
         for node in &topology.nodes {
@@ -133,7 +133,7 @@ impl<'a> Namespaces<'a> {
                 own.route(other, &format!("wg-hub{}", hub.hub), worker, hub, &mut script);
             }
         }
-        // Every link is there before the filter that names it is loaded.
+        // The filters name the links, so nft loads them after the links exist.
         for node in &topology.nodes {
             let file = dir.join(format!("{}.nft", node.name));
             fs::write(&file, rendered(project, node, "nftables", "nftables.conf")).expect("a folder");
@@ -175,7 +175,7 @@ impl<'a> Namespaces<'a> {
         );
     }
 
-    /// On `at`, `to` is behind `by`; what is not directly there goes by the other hub.
+    /// Adds a route on `at` to the address of `to` through `by`.
     fn route(&self, at: &Node, dev: &str, to: &Node, by: &Node, script: &mut String) {
         let space = self.name(at);
         let own = at.address;
@@ -195,12 +195,12 @@ impl Drop for Namespaces<'_> {
     }
 }
 
-/// A configuration as the node would have it.
+/// Renders a configuration of a node.
 fn rendered(project: &Project, node: &Node, overlay: &str, file: &str) -> String {
     let member = Membership::sample();
-    let overlay = project.overlay(overlay).expect("it is there");
+    let overlay = project.overlay(overlay).expect("the overlay exists");
     let (name, text) = overlay.files.iter().find(|(n, _)| n.ends_with(&format!("/{file}.j2"))).expect("a template");
-    fleet::render(name, &String::from_utf8_lossy(text), &project.context(node, &member)).expect("it renders")
+    fleet::render(name, &String::from_utf8_lossy(text), &project.context(node, &member)).expect("a valid template")
 }
 
 #[track_caller]
@@ -209,10 +209,10 @@ fn run(script: &str) {
     assert!(done.status.success(), "{script}\n{}", String::from_utf8_lossy(&done.stderr));
 }
 
-/// Protocol, source, destination, port: what got through.
+/// A packet or connection that passed: protocol, source, destination, port.
 type Flow = (String, String, String, u16);
 
-/// Every table's port and some that are in none, from everybody to everybody.
+/// Returns every port of the table, and some ports that are not in it.
 fn tried(topology: &Topology) -> Vec<(Protocol, u16)> {
     let mut ports: BTreeSet<(Protocol, u16)> = BTreeSet::from([(Protocol::Tcp, 22), (Protocol::Udp, 53)]);
     for rule in rows().iter().filter(|r| matches!(r.protocol, Protocol::Tcp | Protocol::Udp)) {
@@ -225,7 +225,7 @@ fn word(protocol: Protocol) -> String {
     protocol.to_string().to_lowercase()
 }
 
-/// Runs the peers with these own addresses, and tells what got through.
+/// Runs the peers with these addresses and returns what passed.
 fn flows(spaces: &Namespaces, dir: &Path, address: impl Fn(&Node) -> String) -> BTreeSet<Flow> {
     let topology = spaces.topology;
     let ports: Vec<(String, u16)> = tried(topology).iter().map(|(p, port)| (word(*p), *port)).collect();
@@ -255,7 +255,7 @@ fn flows(spaces: &Namespaces, dir: &Path, address: impl Fn(&Node) -> String) -> 
         line
     };
     let go = |peer: &mut std::process::Child| {
-        std::io::Write::write_all(peer.stdin.as_mut().expect("a pipe"), b"\n").expect("it waits");
+        std::io::Write::write_all(peer.stdin.as_mut().expect("a pipe"), b"\n").expect("a running peer");
     };
     for output in &mut outputs {
         assert_eq!(line(output).trim(), "ready");
@@ -276,10 +276,10 @@ fn flows(spaces: &Namespaces, dir: &Path, address: impl Fn(&Node) -> String) -> 
 }
 
 #[test]
-fn every_cell_of_the_table_is_what_the_kernel_does() {
+fn kernel_filters_packets_as_the_port_table_says() {
     for fleet in ["ha", "minimal-ha"] {
         let dir = tempfile::tempdir().expect("a folder");
-        let project = Project::load(&root().join(format!("profiles/fleets/{fleet}.toml"))).expect("it is right");
+        let project = Project::load(&root().join(format!("profiles/fleets/{fleet}.toml"))).expect("a valid fleet.toml");
         let topology = &project.topology;
         let spaces = Namespaces::of(&project, dir.path());
         let got = flows(&spaces, dir.path(), |n| n.address.to_string());
@@ -288,7 +288,7 @@ fn every_cell_of_the_table_is_what_the_kernel_does() {
         for from in &topology.nodes {
             for to in topology.nodes.iter().filter(|n| n.name != from.name) {
                 for (protocol, port) in tried(topology).into_iter().chain([(Protocol::Vrrp, 0)]) {
-                    // These are between the addresses of the links alone.
+                    // BGP and BFD run only between transport addresses, see below.
                     let wanted = allowed(topology, from, to, protocol, port) && ![179, 3784].contains(&port);
                     let flow = (word(protocol), from.address.to_string(), to.address.to_string(), port);
                     *cells.entry(wanted).or_default() += 1;
@@ -299,10 +299,10 @@ fn every_cell_of_the_table_is_what_the_kernel_does() {
                 }
             }
         }
-        println!("{fleet}: {} cells are open, {} closed", cells[&true], cells[&false]);
-        assert!(wrong.is_empty(), "{fleet}: {} cells differ:\n{}", wrong.len(), wrong.join("\n"));
+        println!("{fleet}: {} flows pass, {} are dropped", cells[&true], cells[&false]);
+        assert!(wrong.is_empty(), "{fleet}: {} flows differ:\n{}", wrong.len(), wrong.join("\n"));
 
-        // On the links: BGP and BFD between a node and a hub, and nothing else.
+        // Between transport addresses only BGP and BFD pass, and one end is a hub.
         let links = flows(&spaces, dir.path(), |n| n.transport.to_string());
         let hubs: BTreeSet<String> = topology.hubs.iter().map(|h| h.transport.to_string()).collect();
         assert!(links.iter().any(|(_, _, to, port)| *port == 179 && hubs.contains(to)), "BGP is dropped: {links:?}");
@@ -313,11 +313,11 @@ fn every_cell_of_the_table_is_what_the_kernel_does() {
     }
 }
 
-/// A taken application node as root: another source port, a hub's address, packets without SYN.
+/// Root on a compromised app node tries an allowed port as its source port, and a hub's address as its source.
 #[test]
-fn an_allowed_port_is_no_way_to_another_service() {
+fn forged_source_port_or_address_reaches_no_closed_port() {
     let dir = tempfile::tempdir().expect("a folder");
-    let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("it is right");
+    let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     project.topology.name = "attack".to_owned();
     let topology = &project.topology;
     let spaces = Namespaces::of(&project, dir.path());
@@ -328,7 +328,7 @@ fn an_allowed_port_is_no_way_to_another_service() {
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         String::from_utf8(done.stdout).expect("text")
     };
-    // The port of an answer as the source of a new connection.
+    // A new connection whose source port is one that replies come from.
     let serve = format!(
         "import socket, threading\ns = socket.create_server(('{}', 2379))\n\
          threading.Timer(300, lambda: __import__('os')._exit(0)).start()\nwhile True: s.accept()",
@@ -352,7 +352,7 @@ fn an_allowed_port_is_no_way_to_another_service() {
     for port in [0, 5432, 8008, 8069] {
         assert_eq!(attack(app, &own, port), "closed\n", "from port {port}");
     }
-    // A hub's address: answers would not come back, so the counter tells.
+    // With a hub's address the client gets no reply in any case, so the test reads the filter's counter.
     let other = topology.node("hub-2").expect("hub-2").address;
     run(&format!("ip -n {} address add {other} dev lo", spaces.name(app)));
     let dropped = || {
@@ -366,19 +366,19 @@ fn an_allowed_port_is_no_way_to_another_service() {
     };
     let before = dropped();
     assert_eq!(attack(app, &other.to_string(), 0), "closed\n");
-    assert!(dropped() > before, "a worker was taken for a hub");
-    // A hub of its own is let in: what was closed above was not closed to everybody.
+    assert!(dropped() > before, "the filter took a worker for a hub");
+    // The real hub-2 can connect, so the filter dropped the connections above, and the server listens.
     assert_eq!(attack(topology.node("hub-2").expect("hub-2"), &other.to_string(), 0), "open\n");
     server.kill().expect("a child");
     server.wait().expect("a child");
 }
 
-/// A taken application node that announces the address of a database: no hub takes the route. By the real BIRD, through
-/// the real filters.
+/// A compromised app node announces the address of a database, and no hub accepts the route. Runs the real BIRD with
+/// the real packet filters.
 #[test]
-fn a_worker_announces_its_own_address_only() {
+fn hub_accepts_only_a_workers_own_route() {
     let dir = tempfile::tempdir().expect("a folder");
-    let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("it is right");
+    let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     project.topology.name = "routes".to_owned();
     let topology = &project.topology;
     let spaces = Namespaces::of(&project, dir.path());
@@ -387,7 +387,7 @@ fn a_worker_announces_its_own_address_only() {
     let stolen = rendered(&project, app, "bird", "bird.conf")
         .replace("export where source = RTS_DEVICE;", "export all;")
         + &format!("\nprotocol static stolen {{ ipv4; route {database}/32 blackhole; }}\n");
-    assert!(stolen.contains("export all;"), "the attack is not in the configuration");
+    assert!(stolen.contains("export all;"), "the template has another export filter");
     let mut birds = Vec::new();
     for (node, config) in [(hub, rendered(&project, hub, "bird", "bird.conf")), (app, stolen)] {
         let file = dir.path().join(format!("{}.bird", node.name));
@@ -415,7 +415,7 @@ fn a_worker_announces_its_own_address_only() {
         bird.kill().expect("a child");
         bird.wait().expect("a child");
     }
-    assert!(announced.contains(&format!("{database}/32")), "it was not announced:\n{announced}");
-    assert!(routes.contains(&format!("{}/32", app.address)), "the node's own address is refused:\n{routes}");
-    assert!(!routes.contains(&format!("{database}/32")), "the hub sends a database's packets to app-1:\n{routes}");
+    assert!(announced.contains(&format!("{database}/32")), "app-1 did not announce the stolen route:\n{announced}");
+    assert!(routes.contains(&format!("{}/32", app.address)), "the hub has no route to app-1's own address:\n{routes}");
+    assert!(!routes.contains(&format!("{database}/32")), "the hub accepted the stolen route:\n{routes}");
 }

@@ -1,5 +1,5 @@
-//! Signed requests that an attacker has read at its own end of a connection, against real hubs: they
-//! are worthless on another connection, at another hub, under another path and later.
+//! Replay attacks on real hubs: an attacker sends signed requests again that it has read at its end of a TLS
+//! connection. Hubs must refuse them on another connection, at another hub, under another path, and later.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,7 +21,7 @@ fn busy() -> Vec<u8> {
     serde_json::to_vec(&JoinReply::Refused(refusal)).expect("JSON")
 }
 
-/// Sends a request as it was captured to a hub, over a connection of the attacker's own.
+/// Sends a recorded request to a hub over a new connection.
 async fn replay(site: &Site, hub: usize, captured: &Captured) -> Result<bytes::Bytes, String> {
     let tls = https::client(site.root.certificate(), None).expect("a certificate");
     let (method, path) = captured.target();
@@ -36,19 +36,19 @@ async fn replay(site: &Site, hub: usize, captured: &Captured) -> Result<bytes::B
     sent.await.map_err(|e| e.to_string())
 }
 
-/// A joiner asks a hub that was taken over. What that hub reads gives it neither the node's secrets
-/// nor a slot, at no other hub, before and after the joiner has its grant.
+/// A compromised hub records a joiner's request and sends it to other hubs, before and after the joiner has its grant.
+/// It must get neither the node's secrets nor a slot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_captured_join_request_is_worthless_on_another_connection() {
+async fn rejects_join_request_replayed_on_another_connection() {
     let mut site = Site::open(24_100, "db.count = 2\n");
     site.hubs.remove(1).abort();
     let key = PrivateKey::generate().expect("randomness");
     let at = "127.0.0.2:24100".parse().expect("an address");
-    // The port is free as soon as the task has ended.
+    // The hub's task releases its port when it ends.
     tokio::time::sleep(Duration::from_millis(200)).await;
     let rogue = RogueHub::start(&site.topology, &site.root, ("hub-2", &key), at, |_| busy()).await;
 
-    // The node's own client, which asks only the attacker: the other hubs are out of its reach.
+    // The joiner's topology has only the attacker's hub, as if it could not reach the others.
     let joiner = site.token("db", |_| {});
     let keys = Keys::make().expect("randomness");
     let mut reach = site.topology.clone();
@@ -64,35 +64,34 @@ async fn a_captured_join_request_is_worthless_on_another_connection() {
     };
     let image = Image { info, topology: site.topology.clone() };
     let asked = join(&hubs, &joiner, &image, &keys);
-    assert!(tokio::time::timeout(Duration::from_secs(2), asked).await.is_err(), "the attacker grants nothing");
-    let captured = rogue.captured().into_iter().find(|r| r.target().1 == "/v1/join").expect("it was asked");
-    assert!(captured.header("bakehouse-signature").is_some(), "an older hub has to understand the request, too");
+    assert!(tokio::time::timeout(Duration::from_secs(2), asked).await.is_err(), "the attacker granted a slot");
+    let captured = rogue.captured().into_iter().find(|r| r.target().1 == "/v1/join").expect("a recorded join request");
+    assert!(captured.header("bakehouse-signature").is_some(), "an older hub cannot verify the request");
 
     let reply = |answer: bytes::Bytes| serde_json::from_slice::<JoinReply>(&answer).expect("JSON");
-    assert_eq!(refused(reply(replay(&site, 0, &captured).await.expect("an answer"))), Reason::Forged);
-    // Nothing was taken: the joiner itself gets the first slot, and one use is spent.
+    assert_eq!(refused(reply(replay(&site, 0, &captured).await.expect("a reply"))), Reason::Forged);
+    // The replay took no slot: the joiner gets the first one, and one use is spent.
     let mut reach = site.topology.clone();
     reach.hubs.retain(|hub| hub.name != "hub-2");
     let grant = join(&Hubs::of(&reach, &BTreeMap::new(), "", tls), &joiner, &image, &keys).await.expect("a grant");
     assert_eq!((grant.slot.as_str(), grant.secrets.postgres.as_str()), ("db-1", "sample-postgres"));
     for hub in [0, 2] {
-        let JoinReply::Refused(refusal) = reply(replay(&site, hub, &captured).await.expect("an answer")) else {
+        let JoinReply::Refused(refusal) = reply(replay(&site, hub, &captured).await.expect("a reply")) else {
             panic!("the attacker has the secrets of db-1");
         };
         assert_eq!(refusal.reason, Reason::Forged);
     }
-    // The same without the header that binds it, as an image of the version before sends it.
+    // The same request with only the signature that images of the previous version send, without a connection binding.
     let old = Captured { head: captured.head.replace("bakehouse-bound-signature", "x-none"), ..captured };
-    let JoinReply::Refused(refusal) = reply(replay(&site, 0, &old).await.expect("an answer")) else {
+    let JoinReply::Refused(refusal) = reply(replay(&site, 0, &old).await.expect("a reply")) else {
         panic!("the attacker has the secrets of db-1");
     };
     assert!(refusal.text.contains("build the image again"), "{}", refusal.text);
 }
 
-/// The operator's orders hold at one hub, for one path, for minutes, once, and for the owner that
-/// the operator saw.
+/// An operator's order is valid at one hub, for one path, for some minutes, once, and for the owner in it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_order_is_carried_out_once_where_and_when_it_was_given() {
+async fn order_is_valid_once_at_one_hub_for_one_path() {
     let site = Site::open(24_400, "db.count = 1\n");
     let first = site.members("db", 1).await;
     let order = |scope_of: fn(&mut fleet::OrderScope)| {
@@ -101,10 +100,10 @@ async fn an_order_is_carried_out_once_where_and_when_it_was_given() {
         departure("db-1", true, Some(1)).with_scope(scope)
     };
     let refused = async |hub: usize, path: &str, order: &Departure, words: &[&str]| {
-        let e = site.order(hub, path, order, &site.root).await.expect_err("it is carried out");
+        let e = site.order(hub, path, order, &site.root).await.expect_err("the hub carried out the order");
         assert!(words.iter().all(|w| e.contains(w)), "{e}");
     };
-    // Of a version that names neither hub nor time; at another hub; later; as another order.
+    // An order of a version without scope, then orders at another hub, at another time, and under another path.
     refused(0, "/v1/leave", &departure("db-1", true, None), &["update bakehouse"]).await;
     refused(1, "/v1/leave", &order(|_| {}), &["signed for hub-1, this is hub-2"]).await;
     refused(0, "/v1/leave", &order(|s| s.issued_at -= 360), &["operator's clock", "hub-1's"]).await;
@@ -112,36 +111,36 @@ async fn an_order_is_carried_out_once_where_and_when_it_was_given() {
     refused(0, "/v1/tokens", &order(|_| {}), &["signed for /v1/leave, not for /v1/tokens"]).await;
     refused(0, "/v1/revoke", &order(|_| {}), &[]).await;
 
-    // An attacker who reads it at its own end of the connection.
+    // An attacker records the order at its end of the connection.
     let key = PrivateKey::generate().expect("randomness");
     let at = "127.0.0.9:24400".parse().expect("an address");
     let rogue = RogueHub::start(&site.topology, &site.root, ("hub-1", &key), at, |_| Vec::new()).await;
     let tls = https::client(site.root.certificate(), None).expect("a certificate");
     let mut connection = Connection::open("127.0.0.9", 24_400, "hub-1", &tls).await.expect("a connection");
     let body = serde_json::to_vec(&order(|_| {})).expect("JSON");
-    connection.post_signed(Departure::PATH, &body, |m| site.root.sign(m), 100).await.expect("an answer");
-    let captured = rogue.captured().pop().expect("it was asked");
-    let e = replay(&site, 0, &captured).await.expect_err("the attacker's copy is carried out");
+    connection.post_signed(Departure::PATH, &body, |m| site.root.sign(m), 100).await.expect("a reply");
+    let captured = rogue.captured().pop().expect("a recorded order");
+    let e = replay(&site, 0, &captured).await.expect_err("the hub carried out the replayed order");
     assert!(e.contains("did not sign this request for this connection"), "{e}");
 
-    // Given, it is carried out once; the next owner stays, whatever the order said of the one before.
+    // The hub carries out the order once. A second order for the old owner does not affect the slot's next owner.
     let given = order(|_| {});
-    site.order(0, Departure::PATH, &given, &site.root).await.expect("a hub takes it");
+    site.order(0, Departure::PATH, &given, &site.root).await.expect("a hub accepts the order");
     refused(0, "/v1/leave", &given, &["already"]).await;
     let next = granted(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await);
     assert_eq!((next.slot.as_str(), next.epoch), ("db-1", 3));
     refused(0, "/v1/leave", &order(|_| {}), &["another machine's since epoch 3"]).await;
     assert_eq!(first[0].1.epoch, 1);
-    // Who has no part in it reads no token either.
+    // A scoped request for the tokens succeeds.
     let asked =
         TokensRequest { version: 1, fleet: "acme".to_owned(), scope: Some(scope(TokensRequest::PATH, "hub-1")) };
-    site.order(0, TokensRequest::PATH, &asked, &site.root).await.expect("a hub tells");
+    site.order(0, TokensRequest::PATH, &asked, &site.root).await.expect("a hub replies");
 }
 
-/// A token that is revoked gives nothing again, and a repeated replacement takes no vote: who asks
-/// again with a founder's token does not remove whichever machine votes in that place by then.
+/// A repeated claim with a replacement's token must not remove the member that votes under that address by then, and a
+/// revoked token gives no grant a second time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_repeated_replacement_of_a_founder_takes_no_vote() {
+async fn repeated_replacement_of_a_founder_removes_no_voter() {
     let site = Site::open(25_300, "db.count = 1\n");
     site.register_hubs().await;
     let etcd = site.etcd(0);
@@ -149,7 +148,7 @@ async fn a_repeated_replacement_of_a_founder_takes_no_vote() {
         let members = etcd.members().await.expect("etcd answers");
         members.into_iter().find(|m| m.name == name).expect("a member")
     };
-    // In the place of hub-2, as readmission looks for it; etcd goes on over the other address.
+    // Adds hub-2's peer URL in the mesh, by which readmission finds a member. etcd keeps using the loopback URL.
     let place = "https://127.0.0.2:2380";
     let stands_in = async |name: &str| {
         let member = member(name).await;
@@ -160,29 +159,28 @@ async fn a_repeated_replacement_of_a_founder_takes_no_vote() {
     let heir = Site::asker(&site.token("hub", |c| (c.slot, c.replace) = (Some("hub-2".to_owned()), true)), "hub");
     assert_eq!(granted(site.insist(&heir, 0).await).epoch, 2);
     let members = etcd.members().await.expect("etcd answers");
-    let learner = members.iter().find(|m| m.peer_urls == [place]).expect("the new machine may listen");
+    let learner = members.iter().find(|m| m.peer_urls == [place]).expect("the new machine is a learner");
     assert!(learner.is_learner && members.iter().all(|m| m.name != "hub-2"), "{members:?}");
-    // Its reply was lost: the same, and it may still listen.
+    // The reply was lost: the same claim gives the same grant and keeps the learner.
     assert_eq!(granted(site.insist(&heir, 2).await).epoch, 2);
     assert_eq!(etcd.members().await.expect("etcd answers").len(), 3);
 
-    // Later a member with a vote is in that place, and the same request comes again, by every hub.
+    // Later a voting member has that peer URL, and the machine repeats its claim at every hub.
     etcd.remove(learner).await.expect("etcd answers");
     stands_in("hub-3").await;
     let before = etcd.members().await.expect("etcd answers");
     for hub in 0..3 {
         assert_eq!(granted(site.insist(&heir, hub).await).epoch, 2);
-        assert_eq!(etcd.members().await.expect("etcd answers"), before, "a vote is gone");
+        assert_eq!(etcd.members().await.expect("etcd answers"), before, "the hub removed a voter");
     }
     let id = heir.joiner.token.read().expect("claims").id;
-    site.revoke(&id, &site.root).await.expect("a hub takes it");
+    site.revoke(&id, &site.root).await.expect("a hub accepts the order");
     assert_eq!(refused(site.insist(&heir, 0).await), Reason::Revoked);
 }
 
-/// A member that was taken over renews its keys without end: once a day is enough, and what it leaves
-/// behind in etcd does not grow.
+/// Hubs limit renewals to one a day and prune old records, so a compromised member cannot fill etcd with renewals.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slot_has_new_keys_once_a_day() {
+async fn keys_are_renewed_at_most_once_a_day() {
     let site = Site::open(25_600, "db.count = 1\n");
     let (node, grant) = site.members("db", 1).await.remove(0);
     let renew = async |with: (&Asker, &fleet::Grant), next: &Asker| {
@@ -192,22 +190,22 @@ async fn a_slot_has_new_keys_once_a_day() {
             tls_key: encoding::encode(next.tls.public().expect("a key").as_bytes()),
         };
         let body = serde_json::to_vec(&asked).expect("JSON");
-        let answer = site.member(0, with, ("POST", "/v1/renew"), body).await.expect("an answer");
+        let answer = site.member(0, with, ("POST", "/v1/renew"), body).await.expect("a reply");
         serde_json::from_slice::<JoinReply>(&answer).expect("JSON")
     };
     let next = Site::asker(&node.joiner, "db");
     let second = granted(renew((&node, &grant), &next).await);
     assert_eq!(second.epoch, 2);
-    // The reply was lost.
+    // The reply was lost, and the node repeats the request.
     assert_eq!(granted(renew((&node, &grant), &next).await).epoch, 2);
     let third = Site::asker(&node.joiner, "db");
-    let JoinReply::Refused(refusal) = renew((&next, &second), &third).await else { panic!("another epoch") };
+    let JoinReply::Refused(refusal) = renew((&next, &second), &third).await else { panic!("a second renewal") };
     assert!(refusal.text.contains("may have others in 24 h"), "{}", refusal.text);
     let keys = async |prefix: &str| site.etcd(0).list(prefix).await.expect("etcd answers").1;
     let owners: Vec<String> = keys("/bakehouse/owners/").await.into_iter().map(|pair| pair.key).collect();
-    assert_eq!(owners, [format!("/bakehouse/owners/{}", next.mesh_key)], "the old key is kept");
+    assert_eq!(owners, [format!("/bakehouse/owners/{}", next.mesh_key)], "the old key has an owner");
 
-    // A slot of many owners keeps the last of its records.
+    // etcd keeps the last 32 audit records of a slot.
     let mut record: SlotRecord =
         serde_json::from_slice(&keys("/bakehouse/slots/db-1").await[0].value).expect("a record");
     record.epoch = 60;
@@ -216,7 +214,7 @@ async fn a_slot_has_new_keys_once_a_day() {
     let mut then = vec![Then::Put("/bakehouse/slots/db-1", &value)];
     then.extend(audits.iter().map(|key| Then::Put(key, b"{}")));
     assert!(site.etcd(0).transact(&[], &then).await.expect("etcd answers"));
-    site.leave("db-1", true, &site.root).await.expect("a hub takes it");
+    site.leave("db-1", true, &site.root).await.expect("a hub accepts the order");
     let heir = Site::asker(&site.token("db", |_| {}), "db");
     assert_eq!(granted(site.insist(&heir, 0).await).epoch, 62);
     let kept = keys("/bakehouse/audit/db-1/").await;
@@ -224,10 +222,10 @@ async fn a_slot_has_new_keys_once_a_day() {
     assert_eq!((numbers.iter().filter(|n| **n >= "00000029").count(), numbers.last()), (32, Some(&"00000062")));
 }
 
-/// A hub without a battery for its clock begins in the past, and an expired token would be good again.
-/// The fleet's records say how late it is at least; of one hub alone it may be that one's clock.
+/// A hub without a clock battery boots in the past and would accept an expired token. The times in the records of two
+/// hubs are a lower bound of the time. The record of one hub is not, because that hub's clock may be wrong.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hub_whose_clock_is_behind_takes_no_expired_token() {
+async fn hub_with_slow_clock_rejects_expired_token() {
     let site = Site::open(26_200, "db.count = 3\n");
     site.register_hubs().await;
     let now = scope("/", "hub-1").issued_at;
@@ -235,7 +233,7 @@ async fn a_hub_whose_clock_is_behind_takes_no_expired_token() {
         let token = site.token("db", |claims| change(claims, now));
         site.insist(&Site::asker(&token, "db"), 0).await
     };
-    // The record of a hub, as written by itself in three hours.
+    // Gives a hub's record a time 3 h in the future.
     let later = async |hub: usize| {
         let name = format!("hub-{}", hub + 1);
         let key = format!("/bakehouse/slots/{name}");
@@ -259,7 +257,7 @@ async fn a_hub_whose_clock_is_behind_takes_no_expired_token() {
     assert_eq!(refused(asks(|c, now| c.expires = now + 3600).await), Reason::Expired);
     assert_eq!(granted(asks(|c, now| c.expires = now + 14_400).await).slot, "db-2");
 
-    // A count of uses that is damaged is no count of none.
+    // A damaged counter of uses must not count as zero.
     let token = site.token("db", |_| {});
     let key = format!("/bakehouse/tokens/{}", token.token.read().expect("claims").id);
     assert!(site.etcd(0).transact(&[], &[Then::Put(&key, b"?")]).await.expect("etcd answers"));

@@ -1,4 +1,4 @@
-//! A mistake is undone: the database goes back to a moment, from the backups on another node.
+//! Point-in-time recovery of the database, from backups on another node and from an object store.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,22 +13,22 @@ const PSQL: &str = "setpriv --reuid=postgres --regid=postgres --clear-groups psq
 const PGBACKREST: &str = "setpriv --reuid=postgres --regid=postgres --clear-groups pgbackrest \
     --config=/run/pgbackrest/pgbackrest.conf --log-level-console=off --stanza=main";
 
-/// Where the object store is: this host's end of the wire, beyond the machines' addresses.
+/// Address of the object store: this host on the machines' network, beyond the machines' own addresses.
 const STORE: &str = "198.18.255.254";
 const KEY: &str = "a-key";
 const SECRET: &str = "a-secret";
 
 #[test]
-fn the_database_goes_back_to_a_moment() {
+fn restores_database_to_point_in_time() {
     let lab = lab_of("restore");
     lab.init();
     let (hub, db) = build(&lab);
     goes_back(&lab, &hub, db);
 }
 
-/// A real object store, behind TLS whose certificate nobody but the fleet knows.
+/// The object store has a self-signed certificate that only the fleet trusts.
 #[test]
-fn the_database_comes_back_from_an_object_store() {
+fn restores_database_from_object_store() {
     let lab = lab_of("restore-s3");
     certificate(&lab.dir);
     lab.edit(
@@ -47,12 +47,12 @@ fn the_database_comes_back_from_an_object_store() {
     let _store = Store::open(&lab.dir, &hub.wire());
     goes_back(&lab, &hub, db);
     let kept = fs::read_dir(lab.dir.join("store/backups/restore/backup/main")).expect("a folder");
-    assert!(kept.count() > 1, "nothing came to the store");
+    assert!(kept.count() > 1, "the object store has no backup");
 }
 
 fn lab_of(name: &str) -> Lab {
     let lab = Lab::empty(name);
-    fs::copy(root().join("tests/fleets/restore.toml"), lab.dir.join("fleet.toml")).expect("the fleet is there");
+    fs::copy(root().join("tests/fleets/restore.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab
 }
 
@@ -69,7 +69,7 @@ fn goes_back(lab: &Lab, hub: &Machine, db: Machine) {
     db.wait_for(&["bakehouse: ready (db-1)"]);
     let sql = |text: &str| db.ok(&format!("{PSQL} -c \"{text}\""));
 
-    // What is in the first backup, what came after it, and the mistake.
+    // One row before the first backup, one row after it, and then the mistake: a DELETE of all rows.
     sql("CREATE TABLE books (name text); INSERT INTO books VALUES ('first')");
     until(&db, &format!("{PGBACKREST} info --output=json | grep -q '\"label\"'"));
     sql("INSERT INTO books VALUES ('second')");
@@ -77,7 +77,7 @@ fn goes_back(lab: &Lab, hub: &Machine, db: Machine) {
     db.ok("sleep 3");
     sql("DELETE FROM books");
     let wal = sql("SELECT pg_walfile_name(pg_switch_wal())");
-    // The repository has the mistake too.
+    // The WAL of the mistake is archived, too.
     archived(&db, &wal);
     assert_eq!(sql("SELECT count(*) FROM books"), "0");
     db.cut_power();
@@ -94,17 +94,17 @@ fn goes_back(lab: &Lab, hub: &Machine, db: Machine) {
     until(&db, &format!("[ $({PSQL} -c 'SELECT pg_is_in_recovery()') = f ]"));
     assert_eq!(sql("SELECT string_agg(name, ' ' ORDER BY name) FROM books"), "first second");
 
-    // It is a database like any other: it takes writes, and its own WAL goes to the repository.
+    // The restored database accepts writes and archives its own WAL.
     sql("INSERT INTO books VALUES ('third')");
     let wal = sql("SELECT pg_walfile_name(pg_switch_wal())");
     archived(&db, &wal);
     for node in [hub, &db] {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
-        // One that is started in vain, again and again, counts as none that failed.
+        // A unit that systemd restarts again and again never reaches the state `failed`.
         let restarts: u32 = node.ok("systemctl show -P NRestarts pgbackrest").parse().expect("a number");
-        assert!(restarts < 5, "pgbackrest was started {restarts} times again");
+        assert!(restarts < 5, "systemd restarted pgbackrest {restarts} times");
     }
-    // A restart restores nothing again.
+    // A reboot must not restore a second time.
     db.ok("sync");
     db.cut_power();
     db.start_with(&replacement);
@@ -112,7 +112,7 @@ fn goes_back(lab: &Lab, hub: &Machine, db: Machine) {
     assert_eq!(sql("SELECT count(*) FROM books"), "3");
 }
 
-/// A key and a certificate that signs itself, for the store's address.
+/// Creates a key and a self-signed certificate for the object store's address.
 fn certificate(dir: &Path) {
     let mut openssl = Command::new("openssl");
     openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]);
@@ -121,7 +121,7 @@ fn certificate(dir: &Path) {
     assert!(done.success());
 }
 
-/// The object store, and what it is reached by.
+/// The object store, socat in front of it for TLS, and socat on the machines' network.
 struct Store([Child; 3]);
 
 impl Store {
@@ -151,13 +151,13 @@ impl Drop for Store {
     }
 }
 
-/// Waits until the repository gives that segment.
+/// Waits until the repository has this WAL segment.
 #[track_caller]
 fn archived(db: &Machine, wal: &str) {
     until(db, &format!("{PGBACKREST} archive-get {wal} /run/postgresql/segment"));
 }
 
-/// Repeats a command until it succeeds, for ten minutes at most.
+/// Repeats a command until it succeeds, for at most 10 min.
 #[track_caller]
 fn until(machine: &Machine, command: &str) {
     let begun = Instant::now();

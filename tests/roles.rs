@@ -1,5 +1,5 @@
-//! The services of all roles, for real: in one machine that has every role, and each role's
-//! own image booted alone.
+//! The real services of all roles: on one machine with every role, and with each role's own image in a fleet of four
+//! machines.
 
 use std::fs;
 use std::process::Command;
@@ -9,7 +9,7 @@ use bakehouse_tests::{ETCDCTL, Lab, Machine, root};
 const MONITORS: &str = "prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter \
     prometheus-postgres-exporter";
 
-/// A browser in a few lines: it checks the certificate, keeps cookies, loads the style sheets.
+/// A minimal browser, which verifies the certificate and stores cookies.
 const BROWSER: &str = r"
 import http.cookiejar, json, re, ssl, subprocess, time, urllib.request as r
 tls = ssl.create_default_context(cafile='/run/bakehouse/tls/ca.crt')
@@ -20,7 +20,7 @@ def get(path):
     with web.open(base + path, timeout=300) as a:
         return a.status, a.headers.get_content_type(), a.read().decode()
 def wait():
-    # Odoo takes its time to start on an emulated processor.
+    # On an emulated processor Odoo takes minutes to start.
     for attempt in range(240):
         try:
             if get('/web/health')[0] == 200:
@@ -42,8 +42,8 @@ sheets = re.findall(r'href="([^"]+\.css[^"]*)"', page)
 print(len(sheets) > 0, all(get(s)[:2] == (200, 'text/css') and len(get(s)[2]) > 1000 for s in sheets))
 "#;
 
-/// Logs in; the session must outlive the service that made it, and lie in no file. Whoever asked before HAProxy
-/// stops is answered, or Odoo, though there are more of them than workers.
+/// Logs in, restarts HAProxy and Odoo, and prints the session's user again: the session must survive both. Requests
+/// that began before a restart must get a response, also when there are more requests than Odoo workers.
 const SESSION: &str = r"
 import socket
 def ask(port):
@@ -71,11 +71,11 @@ def look():
     jobs = ' '.join(sorted({t['labels']['job'] for t in targets}))
     alerts = ' '.join(sorted({a['labels']['alertname'] for a in api('alerts')['alerts'] if a['state'] == 'firing'}))
     return f'down: {down}\njobs: {jobs}\nalerts: {alerts}'
-# It was frozen, and may be started again; what it missed it sees before long.
+# systemd froze Prometheus and may have restarted it since, so the first scrapes may be missing.
 for attempt in range(120):
     try:
         seen = look()
-        # At its start it has no targets yet.
+        # Prometheus has no targets right after its start.
         if 'down: []' in seen and 'jobs: a' in seen and seen.endswith('alerts: DeadMan'):
             break
     except OSError as e:
@@ -89,27 +89,27 @@ fn python(script: &str) -> String {
 }
 
 #[test]
-fn every_service_works_with_the_others() {
+fn all_roles_work_on_one_machine() {
     let lab = Lab::empty("solo");
-    fs::copy(root().join("tests/fleets/solo.toml"), lab.dir.join("fleet.toml")).expect("the fleet is there");
+    fs::copy(root().join("tests/fleets/solo.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     let node = Machine::of(&lab, "all-1");
     node.start();
     node.wait_for(&["bakehouse: all-1: starting voter, hub, db, app, monitor, backup"]);
-    // Ready means that Odoo's database was made: minutes of an emulated processor, which the
-    // monitor would share.
+    // The node is ready once it has created Odoo's database. That takes minutes on an emulated processor, so the test
+    // freezes the monitor until then.
     node.ok("until systemctl is-active -q role-monitor.target; do sleep 1; done");
     node.ok(&format!("systemctl freeze {MONITORS}"));
     node.wait_for(&["bakehouse: ready (all-1)"]);
     assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
 
-    // etcd answers those who show a certificate, and only those.
+    // etcd accepts only clients with a certificate.
     assert!(node.ok(&format!("{ETCDCTL} endpoint health 2>&1")).contains("is healthy"));
     let stranger = node.exec("etcdctl --endpoints=https://127.0.0.1:2379 --cacert=/run/bakehouse/tls/ca.crt get x");
     assert_ne!(stranger.status, 0, "{}", stranger.output);
 
-    // A primary, reached by the VIP through HAProxy, takes a write.
+    // The primary accepts a write through the VIP and HAProxy.
     let listed = node.ok("patronictl -c /run/bakehouse/patroni.yml list --format json");
     let members: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
     assert_eq!((members[0]["Role"].as_str(), members[0]["State"].as_str()), (Some("Leader"), Some("running")));
@@ -119,11 +119,11 @@ fn every_service_works_with_the_others() {
         node.ok(&format!("{psql} -c 'CREATE TEMP TABLE t AS SELECT 7 AS x' -c 'SELECT x FROM t'")),
         "SELECT 1\n7"
     );
-    assert_ne!(node.exec(&psql.replace("verify-ca", "disable")).status, 0, "a password could cross in clear");
+    assert_ne!(node.exec(&psql.replace("verify-ca", "disable")).status, 0, "a login without TLS");
     assert_eq!(node.ok(&format!("{psql} -c 'SHOW data_checksums'")), "on");
     assert_eq!(node.ok("cat /sys/class/watchdog/watchdog0/state"), "active");
 
-    // WAL arrives in the repository, and the first backup was made without being asked for.
+    // The primary archives WAL to the repository, and a timer has started the first backup.
     let pgbackrest = "setpriv --reuid=postgres --regid=postgres --clear-groups pgbackrest \
         --config=/run/pgbackrest/pgbackrest.conf --log-level-console=off --stanza=main --output=json info";
     let made = format!("for i in $(seq 120); do {pgbackrest} | grep -q '\"label\"' && exit; sleep 2; done; exit 1");
@@ -131,7 +131,7 @@ fn every_service_works_with_the_others() {
     let info: serde_json::Value = serde_json::from_str(&node.ok(pgbackrest)).expect("JSON");
     assert_eq!((info[0]["status"]["code"].as_i64(), info[0]["backup"][0]["error"].as_bool()), (Some(0), Some(false)));
 
-    // Odoo, as a browser sees it.
+    // Odoo in a browser.
     assert_eq!(node.ok(&python(&format!("{BROWSER}{LOGIN_PAGE}"))), "200\n200 True\nTrue True");
     assert_eq!(node.ok(&python(&format!("{BROWSER}{SESSION}"))), "2\n{b'200'}\n{b'200'}\n2");
     assert_ne!(node.ok(&format!("{psql} -c 'SELECT count(*) FROM http_session'")), "0");
@@ -141,7 +141,7 @@ fn every_service_works_with_the_others() {
     }
 
     node.ok(&format!("systemctl thaw {MONITORS}"));
-    // The monitor sees all of it, and is quiet but for the sign that it lives.
+    // Prometheus scrapes every target, and only the dead man's switch fires.
     let seen = node.ok(&python(TARGETS));
     assert!(seen.contains("down: []"), "{seen}");
     assert!(
@@ -150,7 +150,7 @@ fn every_service_works_with_the_others() {
     );
     assert!(seen.ends_with("alerts: DeadMan"), "{seen}");
 
-    // Every unit of ours has little to lose.
+    // systemd rates the exposure of every unit of Bakehouse below 5.0, except for those that need root.
     let ours = "early-filter firstboot firstboot-forget bird etcd haproxy keepalived nftables odoo-cron odoo-http odoo-init odoo-ready odoo-websocket patroni postgresql-ready \
         pgbackrest pgbackrest-files pgbackrest-stanza pgbackrest@incr softdog \
         prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter prometheus-postgres-exporter";
@@ -164,7 +164,7 @@ fn every_service_works_with_the_others() {
     }
     assert!(exposed.is_empty(), "{exposed:#?}");
 
-    // An hour later, or after a power cut, the same: nothing is made twice.
+    // After a power cut the node serves the same data and creates nothing a second time.
     node.ok("journalctl --sync; sync");
     node.cut_power();
     node.start();
@@ -174,14 +174,13 @@ fn every_service_works_with_the_others() {
     node.shut_down();
 }
 
-/// They move addresses, routes and packet filters: that is what root is for.
+/// Units that need root to configure addresses, routes and packet filters.
 const ROOT_BY_TRADE: [&str; 5] = ["bird", "early-filter", "haproxy", "keepalived", "nftables"];
 
-/// Each role's own image, and the four of them as a fleet.
 #[test]
-fn each_roles_image_comes_up_beside_the_others() {
+fn each_roles_image_boots_in_a_fleet_of_four() {
     let lab = Lab::empty("four");
-    fs::copy(root().join("tests/fleets/four.toml"), lab.dir.join("fleet.toml")).expect("the fleet is there");
+    fs::copy(root().join("tests/fleets/four.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     let nodes = [
@@ -206,32 +205,32 @@ fn well(node: &Machine, units: &[&str]) {
         assert_eq!(node.ok(&format!("systemctl is-active {unit}")), "active", "{unit}");
     }
     assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
-    // Nothing listens but on the mesh and this machine itself, and WireGuard.
+    // Services listen only on mesh addresses and loopback, except for WireGuard, the agent's API and the web ports.
     let wireguard = node.ok("wg show all listen-port | awk '{print $2}' | paste -sd '|'");
     let open = node.ok(&format!("ss -Hltnu | awk '{{print $5}}' | grep -vE '^(127\\.|\\[::1\\]|10\\.1[01]\\.|.*%lo:|.*%en[a-z0-9]+:(68|546)$|0\\.0\\.0\\.0:(179|3784|4784)$|\\[::\\]:(179|3784|4784)$|(0\\.0\\.0\\.0|\\[::\\]):({wireguard})$|.*:51820$|.*:(80|443)$)' || true"));
-    assert_eq!(open, "", "listening to everybody");
+    assert_eq!(open, "", "a service listens on all addresses");
 }
 
 #[test]
-fn what_an_odoo_database_begins_with_is_the_same_bytes_each_time() {
+fn odoo_database_seed_is_reproducible_and_has_no_secrets() {
     let lab = Lab::empty("seed").with_own_store();
-    fs::copy(root().join("tests/fleets/four.toml"), lab.dir.join("fleet.toml")).expect("the fleet");
+    fs::copy(root().join("tests/fleets/four.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab.ok(&["lock"]);
     let made = |lab: &Lab| {
         lab.ok(&["build", "app"]);
         let made = fs::read_dir(lab.dir.join("store/made")).expect("a store").flatten().map(|e| e.path());
-        made.collect::<Vec<_>>().pop().expect("what was made")
+        made.collect::<Vec<_>>().pop().expect("a generated file")
     };
     let first = made(&lab);
-    let bytes = fs::read(&first).expect("it was made");
-    fs::remove_file(&first).expect("it was made");
-    fs::remove_dir_all(lab.dir.join("build")).expect("it was built");
-    assert!(fs::read(made(&lab)).expect("it was made again") == bytes, "it is another one");
-    // Nothing of it is a secret: what is a fleet's own comes on the node.
-    let sql = Command::new("gzip").arg("-dc").stdin(fs::File::open(&first).expect("it is there")).output();
+    let bytes = fs::read(&first).expect("the seed");
+    fs::remove_file(&first).expect("the seed");
+    fs::remove_dir_all(lab.dir.join("build")).expect("the built image");
+    assert!(fs::read(made(&lab)).expect("the second seed") == bytes, "two builds gave different seeds");
+    // A node adds the fleet's secrets when it creates its database.
+    let sql = Command::new("gzip").arg("-dc").stdin(fs::File::open(&first).expect("the seed")).output();
     let sql = String::from_utf8(sql.expect("gzip").stdout).expect("SQL");
-    assert!(sql.contains("COPY public.res_users "), "it has users");
+    assert!(sql.contains("COPY public.res_users "), "the seed has no users");
     for own in ["database.secret", "database.uuid", "$pbkdf2"] {
-        assert!(!sql.contains(own), "it has {own}");
+        assert!(!sql.contains(own), "the seed has {own}");
     }
 }

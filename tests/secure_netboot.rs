@@ -1,5 +1,4 @@
-//! A rack with Secure Boot: firmware that enforces signatures starts the fleet's installer, and no
-//! other.
+//! Network boot with Secure Boot: firmware that enforces signatures starts only the fleet's own installer.
 
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -15,27 +14,27 @@ fn fleet(secure: &str) -> String {
     )
 }
 
-/// Confirms the code on the machine's console, as the operator does from a second terminal; returns it.
+/// Approves the code on the machine's console, as the operator does from a second terminal. Returns the code.
 fn confirm(lab: &Lab, hub: &Machine, not: Option<&str>) -> String {
     let shown = |console: &str| {
         let codes = console.split("bakehouse netboot --approve ").skip(1).filter_map(|rest| rest.get(..19));
         codes.map(str::to_owned).find(|code| Some(code.as_str()) != not)
     };
     hub.wait_until("a code", |console| shown(console).is_some());
-    let code = shown(&hub.console()).expect("it was there");
+    let code = shown(&hub.console()).expect("a code on the console");
     assert!(!lab.dir.join("build/netboot/machines.json").exists(), "a ticket was minted before the code was confirmed");
     lab.ok(&["netboot", "--approve", &code]);
     code
 }
 
 #[test]
-fn firmware_that_enforces_signatures_starts_the_fleets_installer_and_no_other() {
+fn secure_boot_firmware_starts_only_the_fleets_installer() {
     let lab = Lab::empty("secure-rack");
     lab.write("fleet.toml", &fleet("[secure_boot]\n"));
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    // Somebody else's fleet, made before there is no way to an archive.
+    // Another fleet. It is built now because the rack's network namespace has no route to a Debian archive.
     let stranger = Lab::empty("secure-rack-stranger");
     stranger.write("fleet.toml", &fleet(""));
     stranger.init();
@@ -46,35 +45,35 @@ fn firmware_that_enforces_signatures_starts_the_fleets_installer_and_no_other() 
     let ready = "bakehouse: ready (hub-1)";
     let status = "bootctl status --no-pager 2>/dev/null | sed -n 's/^ *Secure Boot: //p'";
 
-    // Firmware without a key: the installed disk's boot loader gives it the fleet's.
+    // Firmware in setup mode: the boot loader on the installed disk enrols the fleet's keys.
     rack.serve(&lab, &[]);
     hub.start_bare(&lab);
     let code = confirm(&lab, &hub, None);
     hub.wait_for(&[ready]);
     assert_eq!(hub.ok(status), "enabled (user)");
-    // What the machine is made of is its owner's on this host.
+    // Other users of this host must not read the machine's disk.
     for (path, mode) in [("build/vm", 0o700), ("build/vm/hub-1", 0o700), ("build/vm/hub-1/disk.qcow2", 0o600)] {
-        let meta = std::fs::metadata(lab.dir.join(path)).expect("it runs");
+        let meta = std::fs::metadata(lab.dir.join(path)).expect("a file of the machine");
         assert_eq!(meta.permissions().mode() & 0o777, mode, "{path}");
     }
     let kept = lab.read("build/netboot/machines.json");
-    assert!(!kept.contains("founder"), "the ticket is kept after the disk has it: {kept}");
+    assert!(!kept.contains("founder"), "the ticket is still in machines.json after the installation: {kept}");
     assert_eq!(hub.ok("find /efi -name '*ticket*'"), "");
 
-    // From now on it enforces. Its disk is lost, and with it all there was of a fleet of one: it begins anew.
+    // The firmware enforces signatures now. The disk of the only node is erased, so the test installs the fleet again.
     hub.ok("dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct");
     hub.cut_power();
     std::fs::remove_dir_all(lab.dir.join("build/netboot")).expect("the record of what was installed");
     rack.serve(&lab, &[]);
     hub.start_bare(&lab);
-    // Another boot, another key, another code.
+    // Each boot has a new key and therefore a new code.
     confirm(&lab, &hub, Some(&code));
     hub.wait_for(&["bakehouse: hub-1 is on /dev/vda; restarting from there"]);
     hub.wait_for(&[ready]);
     assert_eq!(hub.ok(status), "enabled (user)");
     assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
 
-    // Somebody else's server on the same wire.
+    // A server of another fleet on the same network.
     hub.ok("dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct");
     hub.cut_power();
     rack.serve(&stranger, &[]);

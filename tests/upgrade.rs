@@ -1,5 +1,5 @@
-//! A node takes newer images by itself, and goes back by itself: real systemd-sysupdate over HTTP, power cuts. In a
-//! container all that is refused and taken; in a machine what its firmware and boot loader have a part in.
+//! Updates and rollbacks of a node, with real systemd-sysupdate over HTTP and power cuts. The container test covers
+//! which updates a node accepts and refuses, the machine test what involves the firmware and the boot loader.
 
 use std::fs;
 use std::process::Command;
@@ -11,11 +11,11 @@ use bakehouse_tests::updates::{
 };
 use bakehouse_tests::{Lab, Machine};
 
-/// Who it is. (Whom it knows it may hear later.)
+/// Identity of the node. Its peer table may change during a test.
 const KEPT: &str = "sha256sum /var/lib/bakehouse/keys.json /var/lib/bakehouse/state.json /etc/machine-id";
 
 #[test]
-fn a_machine_goes_back_from_what_does_not_work_and_on_to_what_does() {
+fn machine_rolls_back_failing_update_and_takes_the_next() {
     let (lab, _server) = lab_of_one("upgrade");
     let hub = Machine::of(&lab, "hub-1");
     hub.start();
@@ -23,7 +23,7 @@ fn a_machine_goes_back_from_what_does_not_work_and_on_to_what_does() {
     is_blessed(&hub);
     let identity = hub.ok(KEPT);
 
-    // An image that builds and does not work: three tries, and it is back, and nobody else tries.
+    // A version that fails its health check: after three boots the node rolls back, and the hub denies the version.
     version(&lab, "1", "2");
     broken(&lab);
     publish(&lab);
@@ -32,12 +32,12 @@ fn a_machine_goes_back_from_what_does_not_work_and_on_to_what_does() {
     goes_back(&hub);
     assert_eq!(runs(&hub), "1");
     assert!(is_denied(&hub, "2").contains("did not come up on hub-1"));
-    assert_eq!(hub.ok(LOOK), "", "a version that failed is tried again");
-    // Nothing was killed: whoever has the VIP says that it goes.
+    assert_eq!(hub.ok(LOOK), "", "the node was offered the denied version");
+    // systemd stopped keepalived in order, so it released the VIP before the reboot.
     assert!(hub.ok("journalctl -o cat -u keepalived --no-pager").contains("Stopped keepalived.service"));
     loaded_little(&hub, "2");
 
-    // A version that mends it. The power goes while it is loaded; then it is taken.
+    // The next version works. The power fails during its download, and the node installs it afterwards.
     version(&lab, "2", "3");
     mended(&lab);
     lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
@@ -51,7 +51,7 @@ fn a_machine_goes_back_from_what_does_not_work_and_on_to_what_does() {
     hub.shut_down();
 }
 
-/// Of root and kernel little was loaded: what runs has the rest.
+/// Asserts that the node downloaded less than 8 MB of root and kernel. It copies the other blocks from disk.
 fn loaded_little(hub: &Machine, version: &str) {
     let loaded = format!(
         "journalctl -o cat -u firstboot-install --no-pager | sed -n 's/^up-hub_{version}[_.].*: \\([0-9.]*\\) of .* loaded$/\\1/p'"
@@ -61,12 +61,12 @@ fn loaded_little(hub: &Machine, version: &str) {
     assert!(megabytes.len() == 2 && megabytes.iter().sum::<f64>() < 8.0, "root and kernel: {loaded}");
 }
 
-/// The power goes while a version is loaded; then it is taken.
+/// Cuts the power during the download of a version, and waits until the node runs that version.
 fn is_taken_through_a_power_cut(hub: &Machine, from: &str, to: &str) {
     let changes = |console: &str| console.matches(&format!("changing from version {from} to {to}")).count();
     let before = changes(&hub.console());
     hub.exec(LOOK);
-    hub.wait_until("it begins to change", |console| changes(console) > before);
+    hub.wait_until("the update begins", |console| changes(console) > before);
     std::thread::sleep(Duration::from_secs(5));
     hub.cut_power();
     hub.start();
@@ -81,12 +81,12 @@ fn is_taken_through_a_power_cut(hub: &Machine, from: &str, to: &str) {
 }
 
 #[test]
-fn containers_take_what_is_good_and_leave_what_is_not() {
+fn containers_install_valid_updates_and_refuse_others() {
     let (lab, _server) = lab_of_one("upgrade-containers");
     lab.is_of_containers();
     let updates = lab.dir.join("updates/hub");
     let updates_dir = lab.dir.join("updates");
-    let dir = updates_dir.to_str().expect("a path of letters");
+    let dir = updates_dir.to_str().expect("a UTF-8 path");
     let hub = Machine::of(&lab, "hub-1");
     hub.start();
     comes_up(&hub, 1);
@@ -97,7 +97,7 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
         assert!(hub.exposure(unit) < 5.0, "{unit}");
     }
 
-    // What is published is what the plan said.
+    // `bakehouse plan` describes the version that is published next.
     publish(&lab);
     version(&lab, "1", "2");
     lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
@@ -109,22 +109,22 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
         "{plan}"
     );
     assert!(plan.contains("order: hub-1 (") && plan.contains("time:  about 1 min"), "{plan}");
-    assert_eq!(hub.ok(LOOK), "", "the version that runs is no news");
+    assert_eq!(hub.ok(LOOK), "", "the node was offered the running version");
 
-    // Whoever has the server has not the fleet: another key's signature, and none.
+    // An attacker who controls the update server: a signature of another key, and no signature.
     let thief = Lab::empty("upgrade-thief");
     fs::copy(lab.dir.join("fleet.toml"), thief.dir.join("fleet.toml")).expect("a copy");
     thief.edit("fleet.toml", "overlays = [\"converting\"]\n", "");
     fs::copy(lab.dir.join("bakehouse.lock"), thief.dir.join("bakehouse.lock")).expect("a copy");
     thief.init();
     thief.ok(&["publish", dir]);
-    assert_eq!(hub.ok(LOOK), "", "a foreign signature was believed");
+    assert_eq!(hub.ok(LOOK), "", "the node accepted another key's signature");
     assert!(hub.ok("journalctl -b -u firstboot-check --no-pager").contains("ignature"));
-    fs::remove_file(updates.join("SHA256SUMS.gpg")).expect("it was there");
-    assert_eq!(hub.ok(LOOK), "", "no signature was believed");
-    fs::remove_dir_all(&updates).expect("it was there");
+    fs::remove_file(updates.join("SHA256SUMS.gpg")).expect("a signature");
+    assert_eq!(hub.ok(LOOK), "", "the node accepted a missing signature");
+    fs::remove_dir_all(&updates).expect("published files");
 
-    // The fleet's own signature, on another group's image.
+    // Another group's image with the fleet's own signature.
     let (fleet, lock) = (lab.read("fleet.toml"), lab.read("bakehouse.lock"));
     let group = "[groups.other]\nroles = [\"hub\"]";
     lab.write("fleet.toml", &fleet.replace("[groups.hub]", group).replace("version = \"2\"", "version = \"9\""));
@@ -132,17 +132,17 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
     publish(&lab);
     lab.write("fleet.toml", &fleet);
     lab.write("bakehouse.lock", &lock);
-    fs::rename(updates_dir.join("other"), &updates).expect("it was published");
-    assert_eq!(hub.ok(LOOK), "", "another group's image was offered");
+    fs::rename(updates_dir.join("other"), &updates).expect("published files");
+    assert_eq!(hub.ok(LOOK), "", "the node was offered another group's image");
     assert!(hub.ok("journalctl -I -o cat -u firstboot-check --no-pager").contains("Good signature"));
-    fs::remove_dir_all(&updates).expect("it was there");
+    fs::remove_dir_all(&updates).expect("published files");
 
-    // A file that is not what was signed.
+    // A truncated file, whose hash differs from the signed one.
     publish(&lab);
     let root = fs::read_dir(&updates).expect("a folder").filter_map(Result::ok).map(|e| e.path());
     let root =
         root.into_iter().find(|p| p.to_string_lossy().contains("_2_") && p.to_string_lossy().ends_with(".root.raw"));
-    let root = root.expect("it was published");
+    let root = root.expect("a published root");
     let whole = fs::read(&root).expect("a file");
     fs::write(&root, &whole[..whole.len() / 2]).expect("a file");
     assert_eq!(hub.ok(LOOK), "2");
@@ -158,7 +158,7 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
     let second = lab.dir.join("second");
     assert!(Command::new("cp").arg("-a").args([&updates, &second]).status().expect("cp").success());
 
-    // An image that builds and does not work: three tries, and it is back, and nobody else tries.
+    // A version that fails its health check: after three boots the node rolls back, and the hub denies the version.
     version(&lab, "2", "3");
     broken(&lab);
     publish(&lab);
@@ -167,12 +167,12 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
     goes_back(&hub);
     assert_eq!(runs(&hub), "2");
     assert!(is_denied(&hub, "3").contains("did not come up on hub-1"));
-    assert_eq!(hub.ok(LOOK), "", "a version that failed is tried again");
+    assert_eq!(hub.ok(LOOK), "", "the node was offered the denied version");
     let told = lab.ok(&["rollout", "--endpoint", "local"]).out;
     assert!(told.contains("hub-1          version 2, serving"), "{told}");
     assert!(told.contains("nobody takes version 3: it did not come up on hub-1"), "{told}");
 
-    // A version that mends it goes on from there.
+    // The next version works.
     version(&lab, "3", "4");
     mended(&lab);
     publish(&lab);
@@ -181,19 +181,19 @@ fn containers_take_what_is_good_and_leave_what_is_not() {
     comes_up(&hub, before + 1);
     assert_eq!(runs(&hub), "4");
     let said = hub.ok("journalctl -b -1 -o cat -u keepalived --no-pager");
-    assert!(said.contains("Stopped keepalived.service"), "it was killed, and nobody was told that the VIP goes");
-    // What version 2 has is not loaded again.
+    assert!(said.contains("Stopped keepalived.service"), "keepalived was killed and did not release the VIP");
+    // The node copies unchanged blocks from version 2.
     loaded_little(&hub, "4");
     is_blessed(&hub);
     assert_eq!(hub.ok(KEPT), identity);
-    // Once, however many starts and versions came after.
+    // The migration ran once, although boots and versions followed.
     assert_eq!(hub.ok("cat /var/lib/converted"), "converted");
 
-    // Whoever has the server has what was published before, with its signature.
-    fs::remove_dir_all(&updates).expect("it was there");
-    fs::rename(&second, &updates).expect("it was kept");
+    // Downgrade attack: the server publishes an older version with its valid signature.
+    fs::remove_dir_all(&updates).expect("published files");
+    fs::rename(&second, &updates).expect("the copy of version 2");
     let entries = hub.ok("ls /efi/EFI/Linux");
-    assert_eq!(hub.ok(LOOK), "", "an older version was offered");
+    assert_eq!(hub.ok(LOOK), "", "the node was offered an older version");
     hub.exec("systemctl start firstboot-install.service");
     assert_eq!(hub.ok("ls /efi/EFI/Linux"), entries);
     assert!(hub.ok("journalctl -I -o cat -u firstboot-check --no-pager").contains("Good signature"));

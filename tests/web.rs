@@ -1,5 +1,5 @@
-//! A hub's HAProxy under one client that takes all it gets: the real program with a hub's own configuration, in a network
-//! namespace. As root; needs haproxy, ip and python3.
+//! Connection limits of a hub's HAProxy: the real program with a hub's configuration, in a network namespace. Needs
+//! root, haproxy, ip and python3.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -11,10 +11,10 @@ use bakehouse_tests::root;
 use builder::authority::Authority;
 use builder::project::Project;
 
-/// More than the process takes in all.
+/// Connections of the slow client, more than HAProxy's global `maxconn`.
 const SLOW: usize = 4200;
 
-/// Opens connections from one address, sends the beginning of a request, and holds them.
+/// Opens connections from one address, sends the beginning of a request on each, and holds them.
 const CLIENT: &str = r"
 import resource, socket, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (20000, 20000))
@@ -33,7 +33,7 @@ print('open', flush=True)
 time.sleep(60)
 ";
 
-/// What another client sees: seconds until an answer of the site, and until PostgreSQL's port takes the connection.
+/// Another client: prints the seconds until a response of the site, and until PostgreSQL's port accepts a connection.
 const OTHER: &str = r"
 import socket, time
 def ask(to, port, text):
@@ -47,7 +47,7 @@ def ask(to, port, text):
             s.sendall(text)
             assert s.recv(9).startswith(b'HTTP/1.1 ')
         else:
-            # HAProxy has no database here: it ends what it has taken, and leaves the rest to wait.
+            # HAProxy has no database here and closes each connection that it has accepted.
             s.recv(1)
         return '%.2f' % (time.monotonic() - begun)
     except (OSError, AssertionError) as e:
@@ -55,7 +55,7 @@ def ask(to, port, text):
 print(ask('10.10.0.100', 80, b'GET /web/health HTTP/1.1\r\nHost: x\r\n\r\n'), ask('10.10.0.1', 5000, None), sep=';')
 ";
 
-/// Name of the network namespace: another run of the test has one of its own.
+/// Returns the name of the network namespace, which is different for each run.
 fn space() -> String {
     format!("bh-web-{}", std::process::id())
 }
@@ -67,9 +67,9 @@ fn within(program: &str, args: &[&str]) -> Command {
 }
 
 #[test]
-fn one_slow_client_takes_no_others_place() {
+fn slow_client_leaves_connections_for_others() {
     let dir = tempfile::tempdir().expect("a folder");
-    let project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("it is right");
+    let project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     let hub = project.topology.node("hub-1").expect("hub-1");
     let authority = Authority::create("ha").expect("an authority");
     let member = authority.membership(&project.topology, hub).expect("a member");
@@ -81,11 +81,11 @@ fn one_slow_client_takes_no_others_place() {
     ] {
         fs::write(path(name), text).expect("a folder");
     }
-    let overlay = project.overlay("haproxy").expect("it is there");
+    let overlay = project.overlay("haproxy").expect("the overlay exists");
     let (name, text) = overlay.files.iter().find(|(n, _)| n.ends_with("haproxy.cfg.j2")).expect("a template");
     let config =
-        fleet::render(name, &String::from_utf8_lossy(text), &project.context(hub, &member)).expect("it renders");
-    let config = config.replace("/run/bakehouse/tls", dir.path().to_str().expect("a path of letters"));
+        fleet::render(name, &String::from_utf8_lossy(text), &project.context(hub, &member)).expect("a valid template");
+    let config = config.replace("/run/bakehouse/tls", dir.path().to_str().expect("a UTF-8 path"));
     fs::write(path("haproxy.cfg"), config).expect("a folder");
     let space = space();
     let mut script = format!("set -e\nip netns add {space}\nip -n {space} link set lo up\n");

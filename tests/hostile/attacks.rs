@@ -1,4 +1,4 @@
-//! The attacker: a program of a package, run by its script as the sandbox's root.
+//! The attacker: a program in a package that the package's postinst script runs as root of the sandbox.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -14,14 +14,14 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
-/// What the attacks aim at.
+/// Targets of the attacks on the host.
 pub struct Aim<'a> {
     secret: &'a str,
     port: &'a str,
     socket: &'a str,
 }
 
-/// `Ok`: it broke out, and how.
+/// `Ok` says how the attack broke out of the sandbox, `Err` why it failed.
 pub type Outcome = Result<String, String>;
 
 pub type Attack = (&'static str, fn(&Aim) -> Outcome);
@@ -32,9 +32,9 @@ pub const ALL: [Attack; 17] = [
     ("read the kernel's memory, symbols and keys", |_| {
         any(["kcore", "kallsyms", "keys"].map(|f| readable(&format!("/proc/{f}"))))
     }),
-    ("be the host's root", |_| host_root()),
+    ("act as the host's root", |_| host_root()),
     ("have dangerous capabilities", |_| capabilities()),
-    ("gain them by a set-uid program", |_| set_uid()),
+    ("gain capabilities by a set-uid program", |_| set_uid()),
     ("mount", |_| mounts()),
     ("make /proc/sys writable again", |_| remounts()),
     ("make a block device and a memory device", |_| any([SFlag::S_IFBLK, SFlag::S_IFCHR].map(device))),
@@ -46,9 +46,9 @@ pub const ALL: [Attack; 17] = [
     ("connect to an abstract socket of the host", |aim| {
         done("connected", SocketAddr::from_abstract_name(aim.socket).and_then(|name| UnixStream::connect_addr(&name)))
     }),
-    ("type into the builder's terminal", |_| writable("/dev/tty")),
-    // The last: the others would be tried in it.
-    ("have them all in a user namespace", |_| done("it is made", unshare(CloneFlags::CLONE_NEWUSER))),
+    ("write to the builder's terminal", |_| writable("/dev/tty")),
+    // The last one, because later attacks would run in the new user namespace.
+    ("gain capabilities in a user namespace", |_| done("created", unshare(CloneFlags::CLONE_NEWUSER))),
 ];
 
 pub fn run(name: &str, more: &[&str]) -> ExitCode {
@@ -79,7 +79,7 @@ fn done<T, E: std::fmt::Display>(how: &str, result: Result<T, E>) -> Outcome {
     result.map(|_| how.to_owned()).map_err(|e| e.to_string())
 }
 
-/// The first that broke out, or why the last did not.
+/// Returns the first attack that broke out, or the last failure.
 fn any(outcomes: impl IntoIterator<Item = Outcome>) -> Outcome {
     let mut why = String::new();
     for outcome in outcomes {
@@ -91,9 +91,9 @@ fn any(outcomes: impl IntoIterator<Item = Outcome>) -> Outcome {
     Err(why)
 }
 
-/// Opens it, and writes nothing.
+/// Opens a file for writing, and writes nothing.
 fn writable(path: &str) -> Outcome {
-    done("it is open for writing", OpenOptions::new().write(true).open(path))
+    done("opened for writing", OpenOptions::new().write(true).open(path))
 }
 
 fn readable(path: &str) -> Outcome {
@@ -150,7 +150,7 @@ fn device(kind: SFlag) -> Outcome {
     let path = "/usr/device";
     mknod(path, kind, Mode::from_bits_truncate(0o600), number).map_err(|e| e.to_string())?;
     let _ = fs::remove_file(path);
-    Ok("it is made".to_owned())
+    Ok("created".to_owned())
 }
 
 fn pids() -> Vec<PathBuf> {
@@ -169,7 +169,7 @@ fn host_files(secret: &str) -> Outcome {
 
 fn trace() -> Outcome {
     let open = |path: &str| done(path, OpenOptions::new().read(true).write(true).open(path));
-    // Their numbers may be listed; what is behind them must not open.
+    // The sandbox may list the descriptors' numbers, but must not open them.
     let files = fs::read_dir("/proc/1/fd").into_iter().flatten().flatten().map(|f| f.path());
     let files: Vec<Outcome> = files.map(|f| done(&f.display().to_string(), File::open(&f))).collect();
     let program = done("the builder's program", fs::read_link("/proc/1/exe"));
@@ -179,11 +179,11 @@ fn trace() -> Outcome {
 fn processes() -> Outcome {
     let names: Vec<String> = pids().iter().filter_map(|p| fs::read_to_string(p.join("cmdline")).ok()).collect();
     let detail = format!("{} processes", names.len());
-    // pid 1, dpkg, the script that became this program: the builder's own are more.
+    // Pid 1, dpkg, and the script that became this program. Any other process belongs to the builder.
     if names.len() > 3 || names.iter().any(|n| n.contains("__inner")) { Ok(detail) } else { Err(detail) }
 }
 
-/// Not a module: a kernel that would load one says so only after it has looked at capabilities.
+/// Loads a file that is not a kernel module. The kernel checks capabilities before it parses the file.
 fn module() -> Outcome {
     let program = ["/usr/bin/insmod", "/usr/sbin/insmod"].into_iter().find(|p| Path::new(p).exists());
     let Some(program) = program else {
@@ -213,7 +213,7 @@ fn fill(folder: &Path) -> ExitCode {
     let written = File::create(folder.join("filling")).and_then(|mut file| {
         (0..1024).try_for_each(|_| {
             file.write_all(&block)?;
-            // A disk counts what it has, not what waits in memory.
+            // The builder measures the disk's free space, which does not include dirty pages.
             file.sync_data()
         })
     });

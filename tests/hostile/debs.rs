@@ -1,4 +1,4 @@
-//! Packages made by hand: what `dpkg-deb` would refuse to build is in them, too.
+//! Debian packages with entries that `dpkg-deb` refuses to build.
 
 use std::fs;
 use std::io::Write as _;
@@ -10,7 +10,7 @@ use tar::{Builder, EntryType, Header};
 
 use crate::libraries;
 
-/// A .deb: complete once it is built.
+/// A Debian package. [`Deb::build`] writes it.
 pub struct Deb {
     path: PathBuf,
     name: String,
@@ -42,7 +42,7 @@ impl Deb {
             }
             return self;
         }
-        // By hand: the library refuses `..`.
+        // The tar crate refuses `..`, so this writes the header's fields itself.
         let gnu = header.as_gnu_mut().expect("a GNU header");
         gnu.name[..path.len()].copy_from_slice(path.as_bytes());
         gnu.linkname[..target.len()].copy_from_slice(target.as_bytes());
@@ -83,7 +83,7 @@ impl Deb {
     pub fn build(mut self) -> Self {
         let mut control = Builder::new(Vec::new());
         let text = format!(
-            "Package: {}\nVersion: 1\nArchitecture: amd64\nMaintainer: Nobody <nobody@example.org>\nDescription: a test\n",
+            "Package: {}\nVersion: 1\nArchitecture: amd64\nMaintainer: Test <test@example.org>\nDescription: a test\n",
             self.name
         );
         let scripts = self.postinst.iter().map(|text| ("./postinst", 0o755, text.as_str()));
@@ -117,13 +117,14 @@ impl Deb {
     }
 }
 
-/// A path of a system with one /usr.
+/// Returns the path on a system with merged /usr.
 pub fn merged(path: &str) -> String {
     let path = path.trim_start_matches('/');
     if path.starts_with("usr/") { path.to_owned() } else { format!("usr/{path}") }
 }
 
-/// What dpkg needs to configure a package, from this host, and the attacker: this program.
+/// Builds a package with this host's programs that dpkg needs to configure packages, and with this test's binary as
+/// `/usr/bin/attack`.
 pub fn tools(path: &Path) -> Deb {
     let mut deb = Deb::new(path, "aaa-tools");
     let mut libraries_of_all = std::collections::BTreeMap::new();

@@ -1,7 +1,7 @@
-//! Packages that attack the host which builds an image: their scripts, their links, their size.
+//! Hostile packages that attack the build host through their scripts, links and sizes.
 //!
-//! The test starts itself as the sandbox (as `bakehouse` does) and, inside, as the attacker: real
-//! packages, the real path from a .deb to a layer. It prints what each attack came to.
+//! The test starts its own binary as the sandbox, like `bakehouse`, and in the sandbox as the attacker. Real packages
+//! take the real path from a .deb to a layer. The test prints the result of each attack.
 
 mod attacks;
 mod debs;
@@ -64,11 +64,11 @@ fn test() -> ExitCode {
     ExitCode::from(u8::from(broken > 0))
 }
 
-/// The host, with things that no package may reach.
+/// The build host, with files and sockets that no package may reach.
 struct Host {
     place: PathBuf,
     dir: PathBuf,
-    /// A folder that everybody may write to.
+    /// A world-writable folder.
     open: PathBuf,
     tools: Deb,
     tcp: TcpListener,
@@ -80,11 +80,11 @@ type Attack = (String, Result<String, String>);
 impl Host {
     fn new() -> Self {
         let place = PathBuf::from(format!("/var/tmp/hostile-{}", std::process::id()));
-        // The builder's own folder is closed to the sandbox's ids, as root's home is.
+        // The sandbox's ids have no access to the builder's folder, like root's home.
         let (dir, open) = (place.join("closed"), place.join("open"));
         for (folder, mode) in [(&place, 0o755), (&dir, 0o700), (&open, 0o777)] {
             fs::create_dir_all(folder).expect("a folder");
-            fs::set_permissions(folder, fs::Permissions::from_mode(mode)).expect("a folder of ours");
+            fs::set_permissions(folder, fs::Permissions::from_mode(mode)).expect("a folder");
         }
         for name in ["secret", "shadow"] {
             fs::write(open.join(name), SECRET).expect("a file of the host");
@@ -104,7 +104,7 @@ impl Host {
         format!("hostile-{}", std::process::id())
     }
 
-    /// What must be the same after the attacks.
+    /// Returns the state of the host that the attacks must not change.
     fn state(&self) -> String {
         let read = |p: &str| fs::read_to_string(p).unwrap_or_default();
         let mut files: Vec<String> = fs::read_dir(&self.open)
@@ -124,7 +124,7 @@ impl Host {
         Limits { deadline: Duration::from_secs(120), disk_reserve: 0 }
     }
 
-    /// Composes sets of packages, in memory.
+    /// Composes sets of packages in memory.
     fn compose(&self, sets: Vec<(Vec<&Deb>, bool)>) -> Result<LayerInfo, String> {
         let room = Room { ram: true, memory: 1 << 30 };
         self.compose_in(sets, room, Self::limits())
@@ -146,7 +146,7 @@ impl Host {
         self.dir.join(format!("out-{stage}"))
     }
 
-    /// A file of a composed tree.
+    /// Returns a file of a composed tree.
     fn file(&self, stage: usize, path: &str) -> Option<String> {
         let tar = fs::File::open(self.out(stage).join("root.tar")).expect("a layer");
         let mut tar = tar::Archive::new(tar);
@@ -157,7 +157,7 @@ impl Host {
         Some(text)
     }
 
-    /// What scripts try, one after the other, in one package.
+    /// Runs all attacks of [`attacks::ALL`] from one package's script.
     fn scripts(&self) -> Vec<Attack> {
         let secret = self.open.join("secret");
         let script = format!(
@@ -184,17 +184,17 @@ impl Host {
         results
     }
 
-    /// Nothing that was not there is in the host's open folder.
+    /// Checks that the host's open folder has no new file.
     fn nothing_escaped(&self, done: &Result<LayerInfo, String>) -> Result<String, String> {
         let escaped = self.open.join("escaped");
         if fs::symlink_metadata(&escaped).is_ok() {
             let _ = fs::remove_file(&escaped);
             return Err(format!("{} was written", escaped.display()));
         }
-        Ok(done.as_ref().map_or_else(Clone::clone, |_| "it lies in the tree".to_owned()))
+        Ok(done.as_ref().map_or_else(Clone::clone, |_| "the file is in the tree".to_owned()))
     }
 
-    /// One package's link leads out of the tree, another's file lies below it.
+    /// One package has a link out of the tree, another one a file below that link.
     fn link(&self) -> Attack {
         let up = "../".repeat(30);
         let link = self
@@ -218,14 +218,14 @@ impl Host {
         let below = self.deb("below").hard_link("usr/stolen", "./usr/absolute/secret").build();
         let done = self.compose(vec![(vec![&self.tools, &link], false), (vec![&below], false)]);
         let result = match done {
-            Ok(_) if self.file(1, "usr/stolen").as_deref() == Some(SECRET) => Err("it is in the layer".to_owned()),
+            Ok(_) if self.file(1, "usr/stolen").as_deref() == Some(SECRET) => Err("the secret leaked".to_owned()),
             Ok(_) => Ok("another file".to_owned()),
             Err(e) => Ok(e),
         };
         ("unpack a hard link to a file of the host".to_owned(), result)
     }
 
-    /// A script leaves links where the builder itself writes afterwards.
+    /// A script creates a link at a path that the builder writes afterwards.
     fn planted_links(&self) -> Attack {
         let script =
             format!("rm /var/lib/dpkg/diversions\nln -s {}/escaped /var/lib/dpkg/diversions", self.open.display());
@@ -235,7 +235,7 @@ impl Host {
         ("plant a link where the builder writes".to_owned(), self.nothing_escaped(&done))
     }
 
-    /// The same, where the builder reads and rewrites when it finishes an image.
+    /// A script creates links at paths that the builder reads and rewrites when it finishes an image.
     fn image_links(&self) -> Attack {
         let open = self.open.display();
         let script = format!("rm -f /etc/shadow\nln -s {open}/shadow /etc/shadow\nln -s {open}/secret /boot/vmlinuz-1");
@@ -271,14 +271,14 @@ impl Host {
                 let result = match self.compose(vec![(vec![&self.tools, deb], false)]) {
                     Err(e) if e.contains(word) => Ok(e),
                     Err(e) => Err(format!("another error: {e}")),
-                    Ok(_) => Err("it was unpacked".to_owned()),
+                    Ok(_) => Err("the package was unpacked".to_owned()),
                 };
                 ((*attack).to_owned(), result)
             })
             .collect()
     }
 
-    /// Thousands of threads, as many processes count.
+    /// Starts thousands of threads, which count against the limit of processes.
     fn threads(&self) -> Attack {
         let bomb = self.deb("bomb").postinst("exec /usr/bin/attack attack threads").build();
         let result = match self.compose(vec![(vec![&self.tools, &bomb], false)]) {
@@ -326,7 +326,7 @@ impl Host {
         let result = match self.compose_in(vec![(vec![&self.tools, &endless], false)], room, limits) {
             Err(e) if e.contains("does not end") => Ok(e),
             Err(e) => Err(e),
-            Ok(_) => Err("it ended".to_owned()),
+            Ok(_) => Err("the script ended".to_owned()),
         };
         ("a script without an end".to_owned(), result)
     }
@@ -340,7 +340,7 @@ impl Drop for Host {
     }
 }
 
-/// Libraries of programs, as the loader finds them.
+/// Returns the libraries of a program, as the dynamic loader finds them.
 fn libraries(program: &Path) -> BTreeMap<String, PathBuf> {
     let listed = std::process::Command::new("ldd").arg(program).output().expect("ldd");
     String::from_utf8_lossy(&listed.stdout)

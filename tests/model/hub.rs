@@ -1,9 +1,9 @@
-//! The hubs' part, as in `firstboot/src/hub/fence.rs`: everything may happen between two calls to etcd.
+//! Steps of a hub, as in `firstboot/src/hub/fence.rs`. Any other step may come between two calls to etcd.
 
 use crate::protocol::{Protocol, SyncPut};
 use crate::state::{Cycle, Deposition, Id, State, bit, has};
 
-/// The next step of a hub that misses `slot`. None if it changes nothing.
+/// Returns the state after the next step of a hub that cannot reach `slot`, or `None` if it changes nothing.
 pub fn depose(state: &State, protocol: Protocol, id: Id, slot: Id) -> Option<State> {
     let hub = state.hub(id);
     if hub.deposition != Deposition::Idle && hub.slot != slot {
@@ -41,7 +41,7 @@ fn read(state: &mut State, protocol: Protocol, id: Id, slot: Id) {
     let heir = state.etcd.sync.standby.filter(|_| state.etcd.sync.leader == Some(slot));
     let Some(heir) = heir else {
         if protocol.compares_sync && excluded {
-            // One transaction, which compares both keys.
+            // The hub does this in one transaction, which compares both keys.
             state.set_recorded(id, slot, false);
             state.hub_mut(id).excluded &= !bit(slot);
         }
@@ -59,7 +59,7 @@ fn read(state: &mut State, protocol: Protocol, id: Id, slot: Id) {
 fn transact(state: &mut State, protocol: Protocol, id: Id, slot: Id) {
     let [leader, sync, recorded] = state.hub(id).fresh;
     state.hub_mut(id).deposition = Deposition::Idle;
-    // No cycle lasts for the least age of the leader key: those that began before it was created have ended.
+    // A cycle is shorter than the minimum age of a leader key, so cycles that began before its creation have ended.
     let is_young = state.nodes().any(|other| {
         let node = state.node(other);
         let raced = node.seen.leader.is_none() && has(node.overlaps, slot);
@@ -83,7 +83,7 @@ fn transact(state: &mut State, protocol: Protocol, id: Id, slot: Id) {
     }
 }
 
-/// Excludes what the majority excludes, or what this hub excluded before its agent restarted.
+/// Excludes a slot that the majority excludes, or that this hub excluded before its agent restarted.
 pub fn join(state: &State, id: Id, slot: Id) -> Option<State> {
     let decided = state.is_majority(state.recorded(slot)) || has(state.etcd.recorded[usize::from(id)], slot);
     if !decided || has(state.hub(id).excluded, slot) {
@@ -94,7 +94,7 @@ pub fn join(state: &State, id: Id, slot: Id) -> Option<State> {
     Some(next)
 }
 
-/// The agent restarts and knows nothing of before.
+/// Restarts the hub's agent, which loses its state in memory.
 pub fn restart(state: &State, protocol: Protocol, id: Id) -> Option<State> {
     let mut next = state.clone();
     next.budget.restarts = next.budget.restarts.checked_sub(1)?;

@@ -1,22 +1,22 @@
-//! Checks the fence against the interleavings of hubs, Patroni, PostgreSQL and the network: never two primaries that
-//! acknowledge writes, and never an acknowledged write lost.
+//! Model checker of the fence protocol. It searches the interleavings of hubs, Patroni, PostgreSQL and the network for
+//! two primaries that acknowledge writes, and for a lost acknowledged write.
 //!
-//! Any step of one part may come between two steps of another; a network path may be cut and come back, a node may
-//! crash, an agent may restart, and the answer of etcd may be lost. Time is ordered by four assumptions only:
+//! Steps of all parts interleave in any order. A network path may fail and recover, a node may crash, an agent may
+//! restart, and a reply of etcd may be lost. Only four assumptions restrict time:
 //!
-//! 1. A primary that has not refreshed its lease for `ttl` is none any more (Patroni steps down, or the watchdog
-//!    resets the machine), and no cycle of Patroni lasts for `ttl`.
-//! 2. A hub reads within `ttl` what a majority of the hubs excludes.
-//! 3. An exclusion (`ttl` and 10 s) outlasts the watchdog of the primary that it excludes.
-//! 4. Patroni loads all keys as of one moment, or, between the two events of a deposition, the first without the
-//!    second: its cache takes events one by one.
+//! 1. A primary that has not refreshed its lease for `ttl` is no longer a primary: Patroni has demoted it, or the
+//!    watchdog has reset the machine. Every cycle of Patroni is shorter than `ttl`.
+//! 2. A hub reads within `ttl` which nodes a majority of the hubs excludes.
+//! 3. An exclusion (`ttl` plus 10 s) outlasts the watchdog of the excluded primary.
+//! 4. Patroni loads all keys at one revision, or, between the two events of a deposition, with the first event and
+//!    without the second: its cache applies events one by one.
 //!
-//! Not modelled: failsafe mode (a primary that goes on without etcd needs every standby's consent, and its
-//! `synchronous_standby_names` stays as it is), switchovers by an operator, more than one synchronous standby, and
-//! failures of etcd as a whole.
+//! Not modelled: failsafe mode (a primary that continues without etcd needs every standby's consent, and its
+//! `synchronous_standby_names` stays unchanged), switchovers by an operator, more than one synchronous standby, and
+//! failures of all etcd members.
 //!
-//! `MODEL_SECONDS` is how long the search of the current protocol takes (30 if not set). Counterexamples of the
-//! protocols that lack a part are printed (`--nocapture`).
+//! `MODEL_SECONDS` limits the search of the current protocol, 30 s by default. `--nocapture` prints the counterexamples
+//! of protocols that lack a part.
 
 mod hub;
 mod patroni;
@@ -31,7 +31,7 @@ use stateright::{Checker, HasDiscoveries, Model};
 use protocol::{DEPOSED, FAILED_OVER, Fleet, NONE_LOST, ONE_PRIMARY, Protocol, SyncPut};
 use state::Budget;
 
-/// One primary, one standby and three hubs; the primary's uplink is cut once, and may come back by any hub.
+/// One primary, one standby and three hubs. The primary's uplink fails once, and paths to each hub may recover.
 const CUT_OFF: Fleet = Fleet {
     protocol: Protocol::FIRST,
     nodes: 2,
@@ -41,7 +41,7 @@ const CUT_OFF: Fleet = Fleet {
     forgets: false,
 };
 
-/// The hubs are one, which misses any node at any time, and lets it come back.
+/// One hub, which may suspect and readmit any node at any time.
 const HASTY: Fleet = Fleet {
     hubs: 1,
     budget: Budget { cuts: 1, crashes: 0, restarts: 0, lost_answers: 0, depositions: 2, writes: 0 },
@@ -50,10 +50,10 @@ const HASTY: Fleet = Fleet {
     ..CUT_OFF
 };
 
-/// Names of the properties that a search has found an example or a counterexample of.
+/// Names of the properties for which a search has found an example or a counterexample.
 struct Found(Vec<&'static str>);
 
-/// Searches breadth-first, for at most so long, and prints how far it came.
+/// Searches breadth-first for at most `limit`, and prints the number of states and the depth.
 fn search(name: &str, fleet: Fleet, limit: Duration) -> Found {
     let start = Instant::now();
     let builder = fleet.checker().threads(2).timeout(limit).finish_when(HasDiscoveries::AnyFailures);
@@ -82,29 +82,29 @@ impl Found {
 
 const MINUTES: Duration = Duration::from_secs(600);
 
-/// Attack: the hubs delete the leader key while a cycle of the primary is under way, and the primary's path comes
-/// back by the third hub, before the cycle ends.
+/// Attack: the hubs delete the leader key during a cycle of the primary, and the primary's path through the third hub
+/// recovers before the cycle ends.
 #[test]
 fn first_protocol_lets_two_primaries_acknowledge() {
     assert!(search("first", CUT_OFF, MINUTES).is_unsafe());
 }
 
-/// The first protocol with the exclusion by every hub: the third one may read the majority too late.
+/// The first protocol with exclusion by every hub: the third hub may read the majority too late.
 #[test]
 fn exclusion_alone_lets_two_primaries_acknowledge() {
     let protocol = Protocol { sync_put: SyncPut::Never, ..Protocol::CURRENT };
     assert!(search("without a put of sync", Fleet { protocol, ..CUT_OFF }, MINUTES).is_unsafe());
 }
 
-/// Attack: a cycle of the old primary reads its cache when that has the new `/sync` and still the leader key.
+/// Attack: a cycle of the old primary reads its cache while that has the new `/sync` and still has the leader key.
 #[test]
 fn put_of_sync_before_the_deletion_lets_two_primaries_acknowledge() {
     let protocol = Protocol { sync_put: SyncPut::BeforeDeletion, ..Protocol::CURRENT };
     assert!(search("put before deletion", Fleet { protocol, ..HASTY }, MINUTES).is_unsafe());
 }
 
-/// Attack: hubs depose a node that has just created the leader key, while it, or another that checked before
-/// whether it may lead, is still in its cycle.
+/// Attack: hubs depose a node that has just created the leader key, while that node is still in its cycle, or another
+/// node that has already checked whether it may lead.
 #[test]
 fn deposition_of_a_young_leader_lets_two_primaries_acknowledge() {
     let protocol = Protocol { least_age: false, ..Protocol::CURRENT };
@@ -112,13 +112,13 @@ fn deposition_of_a_young_leader_lets_two_primaries_acknowledge() {
 }
 
 #[test]
-fn current_protocol_is_safe_as_far_as_the_search_comes() {
+fn current_protocol_is_safe_within_the_search_limit() {
     let seconds = env::var("MODEL_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(30);
     let protocol = Protocol::CURRENT;
     let budget = Budget { cuts: 1, crashes: 1, restarts: 1, lost_answers: 1, depositions: 1, writes: 1 };
     let hasty = Budget { restarts: 0, depositions: 2, ..budget.clone() };
     let fleets = [
-        // Those in which the protocols above fail.
+        // The fleets in which the protocols above fail.
         ("cut off", Fleet { protocol, ..CUT_OFF }),
         ("hasty", Fleet { protocol, ..HASTY }),
         ("three hubs, all faults", Fleet { protocol, budget, ..CUT_OFF }),
@@ -132,6 +132,6 @@ fn current_protocol_is_safe_as_far_as_the_search_comes() {
         sometimes.extend(found.0);
     }
     for property in [DEPOSED, FAILED_OVER] {
-        assert!(sometimes.contains(&property), "no search came as far as this: {property}");
+        assert!(sometimes.contains(&property), "no search reached a state in which {property}");
     }
 }

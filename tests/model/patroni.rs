@@ -1,10 +1,10 @@
-//! Patroni's cycle, step by step as in its `ha.py`, `postgresql/sync.py` and `dcs/etcd3.py` (4.1): everything may
-//! happen between two steps.
+//! Steps of Patroni's cycle, as in `ha.py`, `postgresql/sync.py` and `dcs/etcd3.py` of Patroni 4.1. Any other step may
+//! come between two of them.
 
 use crate::protocol::Outcome;
 use crate::state::{Cycle, Id, Snapshot, State, Sync, bit};
 
-/// One step of the node's cycle. None if it can't be taken, or changes nothing.
+/// Returns the state after one step of the node's cycle, or `None` if the step is impossible or changes nothing.
 pub fn step(state: &State, id: Id, outcome: Outcome) -> Option<State> {
     let node = state.node(id);
     if !node.up {
@@ -15,7 +15,7 @@ pub fn step(state: &State, id: Id, outcome: Outcome) -> Option<State> {
         Cycle::Idle => load(&mut next, id, outcome, Cycle::Loaded),
         Cycle::Loaded => decide(&mut next, id, outcome),
         Cycle::Healthiest => acquire(&mut next, id, outcome),
-        // `load_cluster_from_dcs` after `acquire_lock`: it is not asked again whether this node may lead.
+        // `load_cluster_from_dcs` after `acquire_lock`. Patroni does not check again whether this node may lead.
         Cycle::Acquired => load(&mut next, id, outcome, Cycle::Enforcing),
         Cycle::Enforcing if node.primary => reduce(&mut next, id, outcome),
         Cycle::Enforcing => prepromote(&mut next, id, outcome),
@@ -30,7 +30,7 @@ fn local(outcome: Outcome) -> bool {
     outcome == Outcome::Done
 }
 
-/// A cycle that read the cache between the two events of a deposition.
+/// Begins a cycle that reads the cache between the two events of a deposition.
 pub fn load_torn(state: &State, id: Id, sync_first: bool) -> Option<State> {
     let mut next = state.clone();
     if state.etcd.torn & bit(id) == 0 || state.node(id).cycle != Cycle::Idle || !state.node(id).up {
@@ -42,7 +42,7 @@ pub fn load_torn(state: &State, id: Id, sync_first: bool) -> Option<State> {
     if sync_first {
         (seen.leader, seen.own_lease) = (Some(leader), leader == id && current);
     } else {
-        // The event of `/sync` is the one that is missing.
+        // The cache lacks the event of `/sync`.
         seen.fresh = false;
     }
     Some(next)
@@ -77,7 +77,7 @@ fn end(state: &mut State, id: Id) -> bool {
     true
 }
 
-/// `_handle_dcs_error`: a primary steps down.
+/// `_handle_dcs_error`: Patroni demotes a primary.
 fn without_etcd(state: &mut State, id: Id) {
     if state.node(id).primary {
         demote(state, id);
@@ -93,7 +93,7 @@ fn demote(state: &mut State, id: Id) -> bool {
     end(state, id)
 }
 
-/// Follows whoever holds the lock, after `pg_rewind` where the two have diverged.
+/// Follows the owner of the leader key, after `pg_rewind` if the two have diverged.
 fn follow(state: &mut State, id: Id, leader: Option<Id>) -> bool {
     if state.node(id).primary {
         demote(state, id);
@@ -125,7 +125,7 @@ fn decide(state: &mut State, id: Id, outcome: Outcome) -> bool {
         None => {
             // Without synchronous mode (an empty `/sync`) any node may lead.
             let eligible = seen.sync.leader.is_none_or(|l| l == id || seen.sync.standby == Some(id));
-            // "Primary is still alive": of those in `/sync` that answer.
+            // Patroni's check for a live primary, among the members in `/sync` that answer.
             let alive = |l: Id| l != id && state.node(l).up && state.node(l).primary && state.on_mesh(l);
             let others = [seen.sync.leader, seen.sync.standby];
             if !eligible || state.on_mesh(id) && others.into_iter().flatten().any(alive) {
@@ -137,7 +137,7 @@ fn decide(state: &mut State, id: Id, outcome: Outcome) -> bool {
     }
 }
 
-/// `_update_leader`: with the lease of the loaded key, only the lease is refreshed, whether the key is there or not.
+/// `_update_leader`: if the loaded key has this node's lease, Patroni refreshes the lease even if the key is gone.
 fn update_lock(state: &mut State, id: Id, outcome: Outcome) -> bool {
     match outcome {
         Outcome::Failed if !state.on_mesh(id) => {
@@ -164,7 +164,7 @@ fn update_lock(state: &mut State, id: Id, outcome: Outcome) -> bool {
     true
 }
 
-/// The leader key's lease begins anew while other nodes are in a cycle.
+/// Refreshes the leader key's lease while other nodes are in a cycle.
 fn overlap(state: &mut State, id: Id) {
     for other in state.nodes().filter(|o| *o != id) {
         let node = state.node_mut(other);
@@ -200,8 +200,8 @@ fn acquire(state: &mut State, id: Id, outcome: Outcome) -> bool {
     true
 }
 
-/// `write_sync_state`: false if the loaded revision is stale or etcd does not answer; its caller gives up.
-/// None if the outcome is not possible now.
+/// `write_sync_state`: returns false if the loaded revision is stale or etcd does not answer, and the caller ends the
+/// cycle. Returns `None` if the outcome is impossible now.
 fn write_sync(state: &mut State, id: Id, standby: Option<Id>, outcome: Outcome) -> Option<bool> {
     match (outcome, state.on_mesh(id)) {
         (Outcome::Failed, false) => return Some(false),
@@ -221,7 +221,7 @@ fn write_sync(state: &mut State, id: Id, standby: Option<Id>, outcome: Outcome) 
     Some(true)
 }
 
-/// The standbys of `_process_multisync_replication`: `active`, and whether it is `sync_confirmed`.
+/// Returns `active` of `_process_multisync_replication`, and the same standby if it is in `sync_confirmed`.
 fn current_state(state: &State, id: Id) -> (Option<Id>, Option<Id>) {
     let node = state.node(id);
     let streaming = |s: &Id| state.is_streaming(*s, id);
@@ -233,7 +233,7 @@ fn current_state(state: &State, id: Id) -> (Option<Id>, Option<Id>) {
     (picked, confirmed)
 }
 
-/// `_process_multisync_replication` up to the change of `synchronous_standby_names`.
+/// `_process_multisync_replication` until the change of `synchronous_standby_names`.
 fn reduce(state: &mut State, id: Id, outcome: Outcome) -> bool {
     let timeline = state.node(id).timeline;
     if state.on_mesh(id) {
@@ -245,7 +245,7 @@ fn reduce(state: &mut State, id: Id, outcome: Outcome) -> bool {
     let own = seen.sync.leader == Some(id);
     let voters = seen.sync.standby.filter(|_| own);
     if !own || picked == voters && voters != confirmed {
-        // It stays in this step, with what it has written.
+        // The cycle repeats this step with the written `/sync`.
         return match write_sync(state, id, if own { confirmed } else { None }, outcome) {
             Some(true) => true,
             Some(false) => end(state, id),
@@ -288,7 +288,7 @@ fn confirm(state: &mut State, id: Id, outcome: Outcome) -> bool {
     write_sync(state, id, confirmed, outcome).is_some() && end(state, id)
 }
 
-/// `_process_multisync_prepromote`: with the loaded revision, whatever `/sync` says of this node.
+/// `_process_multisync_prepromote`: compares the loaded revision, and does not check whether `/sync` names this node.
 fn prepromote(state: &mut State, id: Id, outcome: Outcome) -> bool {
     match write_sync(state, id, None, outcome) {
         Some(true) => {

@@ -1,20 +1,20 @@
-//! What may happen, and what must never: the model for the checker.
+//! The model for the checker: actions and properties.
 
 use stateright::{Model, Property};
 
 use crate::state::{Budget, Cycle, Etcd, Id, Node, Set, State, Sync, bit, has};
 use crate::{hub, patroni};
 
-/// What the hubs do: one switch for each part, so that each can be left out.
+/// The hubs' protocol, with a switch for each part, so that a test can leave one out.
 #[derive(Clone, Copy, Debug)]
 pub struct Protocol {
     /// The transaction compares `/sync` as well.
     pub compares_sync: bool,
     /// The transaction writes `/sync` again.
     pub sync_put: SyncPut,
-    /// Hubs exclude what a majority excludes, also after a restart.
+    /// Hubs exclude slots that a majority excludes, also after a restart.
     pub joins: bool,
-    /// A leader key that was created less than `ttl` ago is not deleted.
+    /// Hubs do not delete a leader key that was created less than `ttl` ago.
     pub least_age: bool,
 }
 
@@ -33,25 +33,25 @@ impl Protocol {
         Self { compares_sync: true, sync_put: SyncPut::AfterDeletion, joins: true, least_age: true };
 }
 
-/// How a call to etcd ends.
+/// Result of a call to etcd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Done,
-    /// It did not reach etcd, for as long as Patroni tries.
+    /// The call did not reach etcd before Patroni gave up.
     Failed,
-    /// It was carried out, and the answer is lost.
+    /// etcd executed the call, and its reply is lost.
     Unanswered,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// All of a node's ways are gone.
+    /// All of a node's network paths fail.
     CutUplink(Id),
     Cut(Id, Id),
     Heal(Id, Id),
     Crash(Id),
     Start(Id),
-    /// The leader key's lease ends.
+    /// The leader key's lease expires.
     Expire,
     Disconnect(Id),
     Reconnect(Id),
@@ -64,8 +64,9 @@ pub enum Action {
     Depose(Id, Id),
     Join(Id, Id),
     RestartHub(Id),
-    /// What a hub recorded, or its exclusion, ends.
+    /// A hub's record of an exclusion expires.
     Forget(Id, Id),
+    /// A hub forwards the node's packets again.
     Readmit(Id, Id),
 }
 
@@ -75,9 +76,9 @@ pub struct Fleet {
     pub nodes: u8,
     pub hubs: u8,
     pub budget: Budget,
-    /// A hub may miss a node at any time, and not only when no hub has a way to it.
+    /// A hub may suspect a node at any time, and not only when no hub has a path to it.
     pub suspects_anyone: bool,
-    /// What hubs record, and their exclusions, end.
+    /// Hubs' records and exclusions expire.
     pub forgets: bool,
 }
 
@@ -155,18 +156,18 @@ impl Model for Fleet {
             Action::Cycle(id, outcome) => patroni::step(state, id, outcome),
             Action::LoadTorn(id) => patroni::load_torn(state, id, self.protocol.sync_put == SyncPut::BeforeDeletion),
             Action::Depose(hub, slot) => {
-                // What it has begun goes on, though the node be back.
+                // A hub continues a deposition also if the node is reachable again.
                 let goes_on = state.hub(hub).deposition != crate::state::Deposition::Idle;
                 let misses = goes_on || self.suspects_anyone || !state.on_mesh(slot);
                 misses.then(|| hub::depose(state, self.protocol, hub, slot)).flatten()
             }
             Action::Join(hub, slot) if self.protocol.joins => hub::join(state, hub, slot),
             Action::RestartHub(hub) => hub::restart(state, self.protocol, hub),
-            // What is recorded lasts for `ttl`, and every hub has read it by then.
+            // A record lasts for `ttl`, and every hub has read it by then.
             Action::Forget(hub, slot) if self.forgets && !is_pending(state, slot) => {
                 change(state, |next| next.set_recorded(hub, slot, false))
             }
-            // An exclusion outlasts the watchdog of a primary that it separates from etcd.
+            // An exclusion outlasts the watchdog of the primary that it separates from etcd.
             Action::Readmit(hub, slot) if self.forgets && !state.node(slot).primary => {
                 let recorded = has(state.etcd.recorded[usize::from(hub)], slot);
                 (!recorded).then(|| change(state, |next| next.hub_mut(hub).excluded &= !bit(slot))).flatten()
@@ -197,7 +198,7 @@ impl Model for Fleet {
     }
 }
 
-/// Whether a majority excludes the slot and some hub has not read that yet.
+/// Returns whether a majority excludes the slot and a hub has not read that yet.
 fn is_pending(state: &State, slot: Id) -> bool {
     state.is_majority(state.recorded(slot)) && !state.hubs().all(|hub| has(state.hub(hub).excluded, slot))
 }
@@ -229,9 +230,10 @@ fn crash(state: &State, id: Id) -> Option<State> {
     Some(next)
 }
 
-/// A primary that has not refreshed its lease for `ttl` is none any more: it has stepped down, or the watchdog has
-/// reset it. Nor does a cycle of any node last for `ttl`. So a lease that was refreshed after the one or the other
-/// began does not end before. A hub reads within `ttl`, too, what a majority excludes.
+/// Expires the leader key's lease. A primary that has not refreshed its lease for `ttl` was demoted or reset by the
+/// watchdog, and every cycle is shorter than `ttl`. So a lease that was refreshed during a cycle, or after a primary
+/// last pinged its watchdog, does not expire before the cycle's end or the reset. A hub also reads within `ttl` which
+/// nodes a majority excludes.
 fn expire(state: &State) -> Option<State> {
     let id = state.etcd.leader?;
     let node = state.node(id);
@@ -280,7 +282,7 @@ fn replicate(state: &State, id: Id) -> Option<State> {
     })
 }
 
-/// A client of any place: one on the node itself needs no hub.
+/// A client writes. It may run on the node itself and then needs no hub.
 fn write(state: &State, id: Id) -> Option<State> {
     let mut next = state.clone();
     next.budget.writes = next.budget.writes.checked_sub(1)?;

@@ -1,9 +1,9 @@
-//! The state of the model: etcd, database nodes, hubs, and what clients were told.
+//! State of the model: etcd, database nodes, hubs, and the writes that clients know to be committed.
 //!
-//! Revisions are not numbered. A snapshot of a key carries `fresh`, which any write to the key clears: the
-//! comparison of a transaction holds exactly while it is set. So the state space stays finite.
+//! Revisions have no numbers. Any write to a key clears `fresh` in each snapshot of it, and a transaction's comparison
+//! succeeds exactly while `fresh` is set. This keeps the state space finite.
 
-/// A database node or a hub, by its number.
+/// Number of a database node or a hub.
 pub type Id = u8;
 
 /// A set of node numbers, hub numbers, or writes.
@@ -26,26 +26,26 @@ pub struct Sync {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Etcd {
-    /// Patroni's leader key, which hangs on a lease of the node that it names.
+    /// Patroni's leader key. It is attached to a lease of the node that it names.
     pub leader: Option<Id>,
-    /// The lease is of the process that runs on the node now, not of one before a crash.
+    /// The lease belongs to the process that runs on the node now, not to one before a crash.
     pub current: bool,
     pub sync: Sync,
     /// Latest timeline in Patroni's `/history` key.
     pub timeline: u8,
-    /// By hub: the slots that it has recorded as excluded.
+    /// For each hub, the slots that it has recorded as excluded.
     pub recorded: [Set; 3],
-    /// Nodes whose cache has taken the first event of the last deposition and not the second.
+    /// Nodes whose cache may lack the second event of the last deposition.
     pub torn: Set,
-    /// Value of `leader` and `current` before the last deposition, for those caches.
+    /// Values of `leader` and `current` before the last deposition, for those caches.
     pub deposed: Option<(Id, bool)>,
 }
 
-/// What a cycle of Patroni has loaded.
+/// Keys that a cycle of Patroni has loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Snapshot {
     pub leader: Option<Id>,
-    /// The leader key hangs on the lease that this node holds now.
+    /// The leader key is attached to the lease that this node holds now.
     pub own_lease: bool,
     pub sync: Sync,
     /// A write to `/sync` that compares the loaded revision succeeds.
@@ -53,7 +53,7 @@ pub struct Snapshot {
     pub timeline: u8,
 }
 
-/// Where Patroni's cycle is.
+/// Step of a Patroni cycle.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Cycle {
     #[default]
@@ -61,15 +61,15 @@ pub enum Cycle {
     Loaded,
     /// `is_healthiest_node` has returned true.
     Healthiest,
-    /// It has created the leader key and is to load again.
+    /// It has created the leader key and loads again next.
     Acquired,
     /// In `enforce_primary_role`: after `update_lock`, or after the second load.
     Enforcing,
-    /// `/sync` permits what `synchronous_standby_names` is to become.
+    /// `/sync` permits this new value of `synchronous_standby_names`.
     Assigning(Option<Id>),
-    /// `synchronous_standby_names` is set, and `/sync` is to follow.
+    /// `synchronous_standby_names` is set, and Patroni writes `/sync` next.
     Confirming,
-    /// `/sync` names this node: PostgreSQL is being promoted.
+    /// `/sync` names this node, and Patroni promotes PostgreSQL.
     Promoting,
 }
 
@@ -78,20 +78,20 @@ pub enum Cycle {
 pub struct Node {
     pub up: bool,
     pub primary: bool,
-    /// Writes in the WAL that is on disk.
+    /// Writes in the WAL on disk.
     pub log: Set,
     pub timeline: u8,
-    /// Writes of this term as primary that clients wait for.
+    /// Writes since the promotion that clients wait for.
     pub waiting: Set,
     /// `synchronous_standby_names` in effect.
     pub names: Option<Id>,
-    /// The WAL when that was set: a standby that has it counts as synchronous.
+    /// The WAL when `names` was set. A standby that has all of it counts as synchronous.
     pub mark: Set,
-    /// The primary that it is configured to follow.
+    /// Primary in the node's replication settings.
     pub upstream: Option<Id>,
-    /// A walsender of that primary serves it.
+    /// A walsender of that primary serves the node.
     pub streams: bool,
-    /// Hubs that it has a way to.
+    /// Hubs to which the node has a network path.
     pub links: Set,
     pub cycle: Cycle,
     pub seen: Snapshot,
@@ -99,20 +99,20 @@ pub struct Node {
     pub overlaps: Set,
     /// This cycle has created the leader key.
     pub creates: bool,
-    /// Nodes that refreshed or created it since this primary last fed its watchdog.
+    /// Nodes that refreshed or created the leader key since this primary last pinged its watchdog.
     pub unfed: Set,
 }
 
-/// Where a hub's deposition is.
+/// Step of a hub's deposition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Deposition {
     #[default]
     Idle,
-    /// It has read the leader key and `/sync`.
+    /// The hub has read the leader key and `/sync`.
     Read,
-    /// It has recorded its exclusion.
+    /// The hub has recorded its exclusion.
     Recorded,
-    /// It has read a majority of recorded exclusions.
+    /// The hub has read the recorded exclusions of a majority.
     Counted,
 }
 
@@ -122,7 +122,7 @@ pub struct Hub {
     pub excluded: Set,
     pub deposition: Deposition,
     pub slot: Id,
-    /// The leader key, `/sync`, and the recorded exclusions are as they were read.
+    /// The leader key, `/sync`, and the recorded exclusions have not changed since the hub read them.
     pub fresh: [bool; 3],
 }
 
@@ -145,11 +145,11 @@ pub struct State {
     pub node_count: u8,
     pub all_hubs: [Hub; 3],
     pub hub_count: u8,
-    /// Writes that clients were told are committed.
+    /// Writes that a primary has acknowledged to clients.
     pub acknowledged: Set,
     pub next_write: Id,
     pub budget: Budget,
-    /// Depositions and promotions so far, for what should happen sometimes.
+    /// A deposition and a promotion have happened, for the properties that must hold sometimes.
     pub deposed: bool,
     pub failed_over: bool,
 }
@@ -179,7 +179,7 @@ impl State {
         &mut self.all_hubs[usize::from(id)]
     }
 
-    /// Whether some hub forwards the node's packets. Hubs reach each other and etcd.
+    /// Returns whether a hub forwards the node's packets. Hubs always reach each other and etcd.
     pub fn on_mesh(&self, id: Id) -> bool {
         let links = self.node(id).links;
         self.hubs().any(|hub| has(links, hub) && !has(self.hub(hub).excluded, id))
@@ -189,40 +189,41 @@ impl State {
         2 * hubs > usize::from(self.hub_count)
     }
 
-    /// Hubs that have recorded that they exclude `slot`.
+    /// Counts the hubs that have recorded an exclusion of `slot`.
     pub fn recorded(&self, slot: Id) -> usize {
         self.hubs().filter(|hub| has(self.etcd.recorded[usize::from(*hub)], slot)).count()
     }
 
-    /// Whether a walsender of `primary` serves `standby` and packets pass.
+    /// Returns whether a walsender of `primary` serves `standby` and packets pass.
     pub fn replicates(&self, standby: Id, primary: Id) -> bool {
         self.is_streaming(standby, primary) && self.on_mesh(standby) && self.on_mesh(primary)
     }
 
-    /// Whether `pg_stat_replication` of `primary` has `standby`: also for a while after the path was cut.
+    /// Returns whether `pg_stat_replication` of `primary` lists `standby`, which it still does for a while after the
+    /// path has failed.
     pub fn is_streaming(&self, standby: Id, primary: Id) -> bool {
         let node = self.node(standby);
         node.up && !node.primary && node.streams && node.upstream == Some(primary)
     }
 
-    /// Whether clients of `id` may be told that a new write is committed.
+    /// Returns whether `id` can acknowledge a new write to its clients.
     pub fn can_acknowledge(&self, id: Id) -> bool {
         let node = self.node(id);
         node.up && node.primary && node.names.is_none_or(|standby| self.replicates(standby, id))
     }
 
-    /// The node serves no standby any more.
+    /// Ends replication from this primary to all standbys.
     pub fn end_streams_of(&mut self, primary: Id) {
         self.all_nodes.iter_mut().filter(|n| n.upstream == Some(primary)).for_each(|n| n.streams = false);
     }
 
-    /// `/leader` has changed.
+    /// Writes or deletes `/leader`.
     pub fn set_leader(&mut self, leader: Option<Id>) {
         (self.etcd.leader, self.etcd.current) = (leader, leader.is_some());
         self.all_hubs.iter_mut().for_each(|hub| hub.fresh[0] = false);
     }
 
-    /// `/sync` is put: every loaded revision of it is stale.
+    /// Puts `/sync`, which makes every loaded revision of it stale.
     pub fn set_sync(&mut self, sync: Sync) {
         self.etcd.sync = sync;
         self.etcd.torn = 0;
@@ -230,7 +231,7 @@ impl State {
         self.all_hubs.iter_mut().for_each(|hub| hub.fresh[1] = false);
     }
 
-    /// A hub's recorded exclusion of a slot has changed.
+    /// Writes or deletes a hub's record of an exclusion.
     pub fn set_recorded(&mut self, hub: Id, slot: Id, recorded: bool) {
         let set = &mut self.etcd.recorded[usize::from(hub)];
         *set = if recorded { *set | bit(slot) } else { *set & !bit(slot) };

@@ -1,4 +1,4 @@
-//! Attacks on the join API from many addresses, as strangers with no right in the fleet can make them.
+//! Attacks on the join API from many addresses, by clients without a ticket or certificate of the fleet.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -17,18 +17,18 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::site::Asker;
 
-/// The hub that is attacked, and what the attackers have done.
+/// The hub under attack, and a counter of the attackers' connections or requests.
 #[derive(Clone)]
 pub struct Target {
     pub at: SocketAddr,
-    /// Its slot.
+    /// Slot of the hub.
     pub name: String,
     pub tls: Arc<ClientConfig>,
-    /// Connections, or requests, that were made.
+    /// Connections or requests so far.
     pub made: Arc<AtomicU64>,
 }
 
-/// The address of attacker `i`, one of sixteen networks.
+/// Returns the address of attacker `i`, in one of sixteen networks.
 #[must_use]
 pub fn source(i: usize) -> IpAddr {
     Ipv4Addr::new(127, 0, 1 + (i % 16) as u8, 1).into()
@@ -36,20 +36,20 @@ pub fn source(i: usize) -> IpAddr {
 
 impl Target {
     /// # Panics
-    /// The root's certificate cannot be read.
+    /// If `root` is not a certificate.
     #[must_use]
     pub fn new(root: &str, at: SocketAddr, name: &str) -> Self {
         let tls = https::client(root, None).expect("a certificate");
         Self { at, name: name.to_owned(), tls, made: Arc::default() }
     }
 
-    /// A TCP connection from an address.
+    /// Opens a TCP connection from an address.
     ///
     /// # Errors
-    /// The hub does not accept it.
+    /// If the hub does not accept the connection within 5 s.
     pub async fn connect(&self, from: IpAddr) -> std::io::Result<TcpStream> {
         let socket = TcpSocket::new_v4()?;
-        // Ports are taken when the other end is known: else one address has too few.
+        // Several connections can then share a local port, because one address has too few of them.
         socket.set_reuseaddr(true)?;
         socket.bind(SocketAddr::new(from, 0))?;
         let stream = timeout(Duration::from_secs(5), socket.connect(self.at)).await??;
@@ -57,10 +57,10 @@ impl Target {
         Ok(stream)
     }
 
-    /// A TLS connection from an address, without a client certificate.
+    /// Opens a TLS connection from an address.
     ///
     /// # Errors
-    /// The hub ends it.
+    /// If the hub closes the connection, or the handshake takes more than 5 s.
     pub async fn handshake(&self, from: IpAddr) -> std::io::Result<TlsStream<TcpStream>> {
         let name = ServerName::try_from(self.name.clone()).expect("a slot is a DNS name");
         let tcp = self.connect(from).await?;
@@ -71,7 +71,7 @@ impl Target {
         self.made.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Connects and says nothing, again each time the hub ends the connection.
+    /// Holds an idle connection, and opens the next one when the hub closes it.
     pub async fn idle(self, from: IpAddr) {
         loop {
             if let Ok(mut stream) = self.connect(from).await {
@@ -82,7 +82,7 @@ impl Target {
         }
     }
 
-    /// Sends a request's header one byte a second, again each time the hub ends the connection.
+    /// Sends a request's header at one byte a second, and starts again when the hub closes the connection.
     pub async fn slow_header(self, from: IpAddr) {
         loop {
             if let Ok(mut stream) = self.handshake(from).await {
@@ -96,7 +96,7 @@ impl Target {
         }
     }
 
-    /// Sends a header of `bytes` without an end and holds the connection, again each time the hub ends it.
+    /// Sends an unfinished header of `bytes` bytes and holds the connection. Starts again when the hub closes it.
     pub async fn endless_header(self, from: IpAddr, bytes: usize) {
         loop {
             if let Ok(stream) = self.handshake(from).await {
@@ -107,8 +107,8 @@ impl Target {
         }
     }
 
-    /// Begins TLS handshakes as fast as one after the other allows: the hub makes its keys and its signature, the
-    /// attacker sends the same bytes each time.
+    /// Begins one TLS handshake after the other. The hub computes keys and a signature for each, the attacker always
+    /// sends the same bytes.
     pub async fn half_handshakes(self, from: IpAddr, hello: Arc<Vec<u8>>) {
         loop {
             match self.connect(from).await {
@@ -126,10 +126,10 @@ impl Target {
         }
     }
 
-    /// The bytes that begin a handshake.
+    /// Returns the bytes of a TLS `ClientHello`.
     ///
     /// # Panics
-    /// TLS does not begin.
+    /// If TLS cannot create the message.
     #[must_use]
     pub fn hello(&self) -> Vec<u8> {
         let name = ServerName::try_from(self.name.clone()).expect("a slot is a DNS name");
@@ -139,7 +139,7 @@ impl Target {
         hello
     }
 
-    /// Sends a join every `pause`, over connections that are kept as long as the hub allows.
+    /// Sends a join request every `pause`, over connections that stay open until the hub closes them.
     pub async fn joins(self, from: IpAddr, join: Arc<Vec<u8>>, pause: Duration) {
         let mut due = Instant::now();
         loop {
@@ -164,10 +164,10 @@ impl Target {
     }
 }
 
-/// Sends a header of `bytes` without an end, and waits until the hub ends the connection. Gives its answer.
+/// Sends an unfinished header of `bytes` bytes, and waits until the hub closes the connection. Returns the hub's reply.
 ///
 /// # Errors
-/// The connection breaks.
+/// If the connection is reset.
 pub async fn endless(mut stream: TlsStream<TcpStream>, bytes: usize) -> std::io::Result<Vec<u8>> {
     stream.write_all(b"GET /v1/peers HTTP/1.1\r\nhost: hub\r\nx: ").await?;
     for _ in 0..bytes / 4096 {
@@ -179,7 +179,7 @@ pub async fn endless(mut stream: TlsStream<TcpStream>, bytes: usize) -> std::io:
     Ok(answer)
 }
 
-/// Reads one response with a body of known length; true if the connection stays.
+/// Reads one response with a `Content-Length`. Returns whether the connection stays open.
 async fn response(stream: &mut TlsStream<TcpStream>) -> std::io::Result<bool> {
     let mut answer = Vec::new();
     loop {
@@ -195,10 +195,10 @@ async fn response(stream: &mut TlsStream<TcpStream>) -> std::io::Result<bool> {
     }
 }
 
-/// A join request as bytes of HTTP, by whoever has this token.
+/// Returns the HTTP bytes of a join request with this token.
 ///
 /// # Panics
-/// The asker's keys cannot sign.
+/// If the joiner's keys cannot sign.
 #[must_use]
 pub fn join_request(asker: &Asker) -> Vec<u8> {
     let asked = JoinRequest {
@@ -218,17 +218,17 @@ pub fn join_request(asker: &Asker) -> Vec<u8> {
     .into_bytes()
 }
 
-/// Asks for the peers over a new connection from an address, as a member does whose certificate `target` shows.
+/// Requests the peers over a new connection from an address, with the client certificate of `target`.
 ///
 /// # Errors
-/// The hub does not answer within ten seconds, or not with the peers.
+/// If the hub does not return the peers within 10 s.
 pub async fn peers(target: &Target, from: IpAddr) -> std::io::Result<()> {
     let asked = async {
         let mut stream = target.handshake(from).await?;
         stream.write_all(b"GET /v1/peers HTTP/1.1\r\nhost: hub\r\nconnection: close\r\n\r\n").await?;
         stream.flush().await?;
         let mut answer = Vec::new();
-        // A peer that ends without saying so in TLS has answered all the same.
+        // The response counts also if the hub closes the connection without TLS's `close_notify`.
         let _ = stream.read_to_end(&mut answer).await;
         if answer.starts_with(b"HTTP/1.1 200 ") {
             return Ok(());

@@ -1,12 +1,12 @@
-//! Two builds that should be the same: which file is the first that is not.
+//! Comparison of two builds that must be identical.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// The first difference between two folders of artefacts, in words; `None` when there is none.
-/// For disk images it names the byte and the partition it is in.
+/// Describes the first difference between two folders of artefacts, or returns `None`. For disk images the description
+/// names the byte and its partition.
 pub fn first_difference(a: &Path, b: &Path, names: &[String]) -> Option<String> {
     names.iter().find_map(|name| {
         let at = differing_byte(&a.join(name), &b.join(name))?;
@@ -16,18 +16,18 @@ pub fn first_difference(a: &Path, b: &Path, names: &[String]) -> Option<String> 
     })
 }
 
-/// Entries of two tars that differ: path → what.
+/// Returns the entries that differ between two tar files: path → kind of difference.
 pub fn tar_differences(a: &Path, b: &Path) -> BTreeMap<String, &'static str> {
     let list = |path: &Path| -> BTreeMap<String, (String, Vec<u8>)> {
-        let mut archive = tar::Archive::new(File::open(path).expect("the tar is there"));
-        let entries = archive.entries().expect("it is a tar");
+        let mut archive = tar::Archive::new(File::open(path).expect("the tar file exists"));
+        let entries = archive.entries().expect("a tar file");
         entries
             .map(|entry| {
-                let mut entry = entry.expect("it is whole");
+                let mut entry = entry.expect("a complete entry");
                 let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
                 let header = format!("{:?}", entry.header());
                 let mut content = Vec::new();
-                entry.read_to_end(&mut content).expect("it is whole");
+                entry.read_to_end(&mut content).expect("a complete entry");
                 (name, (header, content))
             })
             .collect()

@@ -1,5 +1,5 @@
-"""A standby is made by Patroni's configuration, in the image's tree, while its machine stands still for longer than
-a partner that streams may be silent. Ends with 1 when the copy does not."""
+"""Creates a standby with the command of Patroni's configuration, in the image's tree, and stops the copying processes
+for longer than the timeouts of streaming replication. Exits with 1 if the copy fails."""
 import os
 import signal
 import subprocess
@@ -10,7 +10,7 @@ import yaml
 from sandbox import Account, loopback
 
 PLACE = "/tmp/copy"
-# More than lies in sockets.
+# More data than the socket buffers hold, so that the stopped receiver blocks the sender.
 ROWS = "CREATE TABLE t AS SELECT i, md5(i::text) a, md5((i + 1)::text) b FROM generate_series(1, 1000000) i"
 
 with open("/run/bakehouse/patroni.yml") as file:
@@ -34,19 +34,19 @@ def main():
     postgres.run(f"{programs}/pg_ctl", "-D", f"{PLACE}/data", "-s", "-w", "-l", f"{PLACE}/log", "start")
     postgres.run(f"{programs}/psql", "-q", "-h", PLACE, "-d", "postgres", "-c", ROWS)
 
-    # As Patroni calls it.
+    # The arguments that Patroni passes.
     (method,) = CONFIG["create_replica_methods"]
     line = "host=127.0.0.1 port=5432 user=postgres"
     words = ["--scope=x", "--role=replica", f"--datadir={PLACE}/standby", f"--connstring={line}"]
     copy = postgres.start(*CONFIG[method]["command"].split(), *words)
-    # It copies, and a second one takes the WAL.
+    # pg_basebackup runs a second process that receives the WAL.
     while len(copies := of("pg_basebackup")) < 2:
         if copy.poll() is not None:
-            sys.exit(f"the copy ended at once, with {copy.returncode}")
+            sys.exit(f"the copy ended with {copy.returncode} before it could be stopped")
         time.sleep(0.001)
     for pid in copies:
         os.kill(pid, signal.SIGSTOP)
-    # For longer than either limit; a partner that streams would be dead.
+    # Longer than either timeout, after which the server would end a streaming connection.
     time.sleep(max(int(limit.removesuffix("s")) for limit in LIMITS.values()) + 4)
     for pid in copies:
         os.kill(pid, signal.SIGCONT)
@@ -54,7 +54,7 @@ def main():
         with open(f"{PLACE}/log") as log:
             sys.exit(f"the copy ended with {copy.returncode}:\n{log.read()[-2000:]}")
     if not os.path.exists(f"{PLACE}/standby/backup_label"):
-        sys.exit("there is no copy")
+        sys.exit("the copy has no backup_label")
 
 
 main()

@@ -1,4 +1,4 @@
-//! A real etcd on loopback: the one the images have, out of the store.
+//! A real etcd cluster on loopback, with the etcd package of the images.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use crate::{Lab, shared_store};
 
-/// Members with the fleet's certificates, each in a folder of its own.
+/// An etcd cluster. Each member has a folder of its own, with certificates of the fleet.
 pub struct Cluster {
     binary: PathBuf,
     dir: tempfile::TempDir,
@@ -22,7 +22,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts `topology`'s voters on 127.0.0.1, from `first_port` on two ports for each.
+    /// Starts the voters of `topology` on 127.0.0.1. Member `i` serves clients on port `first_port + 2 i` and peers on
+    /// the next one.
     #[must_use]
     pub fn start(topology: &Topology, root: &Issuer, first_port: u16) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
@@ -47,21 +48,20 @@ impl Cluster {
         cluster
     }
 
-    /// Where clients find the members.
+    /// Returns host and client port of each member.
     #[must_use]
     pub fn clients(&self) -> Vec<(String, u16)> {
         (0..self.members.len()).map(|i| ("127.0.0.1".to_owned(), self.port(i))).collect()
     }
 
-    /// Kills a member, as a power cut does.
+    /// Kills a member with SIGKILL, like a power cut.
     pub fn kill(&mut self, i: usize) {
         if let Some(mut child) = self.members[i].take() {
             child.kill().and_then(|()| child.wait()).expect("a child");
         }
     }
 
-    /// Cuts a member off: it does nothing and its connections stand, until it goes on with what it
-    /// believed.
+    /// Stops a member with SIGSTOP: its connections stay open, and after `thaw` it continues from an outdated state.
     pub fn freeze(&self, i: usize) {
         self.signal(i, Signal::SIGSTOP);
     }
@@ -71,11 +71,11 @@ impl Cluster {
     }
 
     fn signal(&self, i: usize, signal: Signal) {
-        let child = self.members[i].as_ref().expect("it runs");
+        let child = self.members[i].as_ref().expect("the member runs");
         kill(Pid::from_raw(i32::try_from(child.id()).expect("a pid")), signal).expect("a child");
     }
 
-    /// Starts a member with the images' own configuration, at this cluster's ports.
+    /// Starts a member with the configuration of the images, on this cluster's ports.
     pub fn start_member(&mut self, topology: &Topology, i: usize) {
         let name = &topology.voters[i];
         let home = self.dir.path().join(name);
@@ -99,8 +99,8 @@ impl Cluster {
             web: "",
         };
         let template = "overlays/etcd/run/bakehouse/etcd.yml.j2";
-        let text = fs::read_to_string(crate::root().join(template)).expect("the template is there");
-        let mut text = fleet::render(template, &text, &context).expect("it renders");
+        let text = fs::read_to_string(crate::root().join(template)).expect("the template exists");
+        let mut text = fleet::render(template, &text, &context).expect("a valid template");
         let home = self.dir.path().join(&node.name);
         for (i, voter) in topology.voters.iter().enumerate() {
             let address = topology.node(voter).expect("a voter is a node").address;
@@ -124,7 +124,7 @@ impl Cluster {
         format!("https://127.0.0.1:{}", self.port(i) + 1)
     }
 
-    /// Where a member's peers find it.
+    /// Returns host and peer port of a member.
     #[must_use]
     pub fn peer(&self, i: usize) -> (String, u16) {
         ("127.0.0.1".to_owned(), self.port(i) + 1)
@@ -143,7 +143,7 @@ impl Drop for Cluster {
     }
 }
 
-/// etcd out of its package, as the fleet `ha` locks it: unpacked once, for all tests of a process.
+/// Returns the etcd binary that the fleet `ha` locks. A process unpacks the package only once.
 fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(unpack).clone()
@@ -152,8 +152,8 @@ fn binary() -> PathBuf {
 fn unpack() -> PathBuf {
     let lab = Lab::of_fleet("etcd", "ha");
     lab.ok(&["fetch"]);
-    let lock = Lock::load(&Project::load(&lab.dir).expect("the fleet is right")).expect("it was locked");
-    let package = lock.packages.iter().find(|p| p.name == "etcd-server").expect("voters have etcd");
+    let lock = Lock::load(&Project::load(&lab.dir).expect("a valid fleet.toml")).expect("a lock");
+    let package = lock.packages.iter().find(|p| p.name == "etcd-server").expect("the lock contains etcd-server");
     let unpacked = lab.dir.join("etcd");
     let deb = shared_store().join("debs").join(&package.sha256);
     let done = Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked).status().expect("dpkg-deb");

@@ -1,4 +1,4 @@
-//! The lab: real fleets, built with the real binary, booted in real machines.
+//! Test harness: builds fleets with the real binary and boots their images in virtual machines and containers.
 
 pub mod attack;
 mod compare;
@@ -25,18 +25,18 @@ pub use compare::{first_difference, tar_differences};
 pub use etcd::Cluster;
 pub use machine::Machine;
 
-/// Asks etcd on a hub that has a vote, with the hubs' rights. As long as etcd has no users yet, its client would log
-/// a warning at every call.
+/// `etcdctl` with the hub's credentials, for a hub with a vote. `ETCD_CLIENT_DEBUG` silences the warning that the
+/// client logs at every call while etcd has no users yet.
 pub const ETCDCTL: &str = "ETCD_CLIENT_DEBUG=error /usr/lib/bakehouse/etcdctl";
 
-/// A fleet's folder under `target/lab`, and the binary that works on it.
+/// A fleet's folder under `target/lab`, and the `bakehouse` binary that runs in it.
 pub struct Lab {
     pub dir: PathBuf,
     store: Option<PathBuf>,
     bakehouse: PathBuf,
 }
 
-/// What the command line answered.
+/// Exit status and output of a `bakehouse` command.
 pub struct Answer {
     pub status: i32,
     pub out: String,
@@ -44,12 +44,12 @@ pub struct Answer {
 }
 
 impl Lab {
-    /// A fresh folder with `profiles/fleets/NAME.toml`, and the lock of it.
+    /// Creates an empty folder, copies `profiles/fleets/{fleet}.toml` into it and locks its packages.
     pub fn of_fleet(name: &str, fleet: &str) -> Self {
         let lab = Self::empty(name);
         let toml = root().join("profiles/fleets").join(format!("{fleet}.toml"));
-        fs::copy(toml, lab.dir.join("fleet.toml")).expect("the fleet is there");
-        // One lock for all tests of a run: the archive may change between two.
+        fs::copy(toml, lab.dir.join("fleet.toml")).expect("the fleet exists");
+        // All tests of a run share one lock, because the archive may change between two of them.
         let shared = root().join("target/lab").join(format!("{fleet}.lock"));
         if shared.exists() {
             fs::copy(&shared, lab.dir.join("bakehouse.lock")).expect("the lock can be copied");
@@ -59,18 +59,18 @@ impl Lab {
         lab
     }
 
-    /// Makes the fleet's key.
+    /// Creates the fleet key.
     pub fn init(&self) {
-        self.ok(&["init", self.dir.to_str().expect("a path of letters")]);
+        self.ok(&["init", self.dir.to_str().expect("a UTF-8 path")]);
     }
 
-    /// Its nodes are containers, and no machines.
+    /// Makes the fleet's nodes containers instead of virtual machines.
     pub fn is_of_containers(&self) {
-        let project = builder::project::Project::load(&self.dir).expect("the fleet is right");
-        builder::vm::are_containers(&project, true).expect("nothing runs");
+        let project = builder::project::Project::load(&self.dir).expect("a valid fleet.toml");
+        builder::vm::are_containers(&project, true).expect("no node runs");
     }
 
-    /// A fresh, empty folder.
+    /// Creates an empty folder.
     pub fn empty(name: &str) -> Self {
         let dir = root().join("target/lab").join(name);
         let _ = fs::remove_dir_all(&dir);
@@ -80,7 +80,7 @@ impl Lab {
         Self { dir, store: None, bakehouse }
     }
 
-    /// Works with a store of its own, that has the shared one's packages and nothing else.
+    /// Gives the lab a store of its own, with only the packages of the shared store.
     #[must_use]
     pub fn with_own_store(mut self) -> Self {
         let store = self.dir.join("store");
@@ -90,16 +90,16 @@ impl Lab {
         self
     }
 
-    /// Works with a store that has nothing.
+    /// Gives the lab an empty store.
     #[must_use]
     pub fn with_empty_store(mut self) -> Self {
         self.store = Some(self.dir.join("store"));
         self
     }
 
-    /// Presses Ctrl-C when `now` says so of the process; returns its exit status.
+    /// Sends SIGINT as soon as `now` returns true for the process id. Returns the exit status.
     pub fn interrupt(&self, args: &[&str], now: impl Fn(u32) -> bool) -> i32 {
-        // Its own process group, as a terminal's foreground job has.
+        // A process group of its own, because a terminal sends Ctrl-C to the whole foreground group.
         let mut child = self.command(args).process_group(0).spawn().expect("bakehouse starts");
         while !now(child.id()) {
             assert!(child.try_wait().expect("a child").is_none(), "bakehouse {args:?} ended early");
@@ -108,7 +108,7 @@ impl Lab {
         press_ctrl_c(child)
     }
 
-    /// Presses Ctrl-C as soon as a step is done; returns that step's line.
+    /// Sends SIGINT as soon as the command reports a finished step. Returns the step's line.
     pub fn interrupt_after_a_line(&self, args: &[&str]) -> String {
         let mut command = self.command(args);
         let mut child = command.process_group(0).stderr(Stdio::piped()).spawn().expect("bakehouse starts");
@@ -132,7 +132,7 @@ impl Lab {
         Answer::of(&self.command(args).output().expect("bakehouse starts"))
     }
 
-    /// Runs it; it must succeed. Returns what it said.
+    /// Runs a command that must succeed. Returns its output.
     #[track_caller]
     pub fn ok(&self, args: &[&str]) -> Answer {
         let answer = self.run(args);
@@ -146,7 +146,7 @@ impl Lab {
         fs::write(path, text).expect("the lab is writable");
     }
 
-    /// Adds a role of which nothing is asked but to be in the mesh; whether its /var is in memory.
+    /// Adds a role without services, whose nodes only join the mesh. `volatile` keeps its /var in memory.
     pub fn has_idle_role(&self, role: &str, volatile: bool) {
         self.write(
             &format!("profiles/roles/{role}.toml"),
@@ -162,10 +162,11 @@ impl Lab {
         fs::read_to_string(self.dir.join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
     }
 
-    /// Changes a file of the lab, or a built-in one, which the lab's copy then replaces.
+    /// Replaces `from` by `to` in a file of the lab. A built-in file is copied into the lab first, where the copy takes
+    /// precedence.
     pub fn edit(&self, path: &str, from: &str, to: &str) {
         let own = self.dir.join(path);
-        let text = fs::read_to_string(if own.exists() { own } else { root().join(path) }).expect("the file is there");
+        let text = fs::read_to_string(if own.exists() { own } else { root().join(path) }).expect("the file exists");
         assert!(text.contains(from), "{path} has no `{from}`");
         self.write(path, &text.replacen(from, to, 1));
     }
@@ -180,7 +181,7 @@ impl Answer {
         }
     }
 
-    /// It must have failed with this status, and have said all of these words.
+    /// Asserts that the command failed with this status and printed all of these words to stderr.
     #[track_caller]
     pub fn fails(&self, status: i32, words: &[&str]) {
         assert_eq!(self.status, status, "{}{}", self.out, self.err);
@@ -192,12 +193,12 @@ impl Answer {
 
 fn press_ctrl_c(mut child: Child) -> i32 {
     let group = Pid::from_raw(-i32::try_from(child.id()).expect("a pid"));
-    // It may have ended by itself.
+    // The process may have ended already.
     let _ = kill(group, Signal::SIGINT);
     child.wait().expect("a child").code().unwrap_or(-1)
 }
 
-/// The repository.
+/// Path of the repository.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the workspace")
 }

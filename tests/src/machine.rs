@@ -1,5 +1,5 @@
-//! A virtual machine under test: what it said is shown when a test fails, and it is switched
-//! off when the test ends.
+//! A virtual machine or container under test. A failing test prints its console or journal, and dropping it cuts its
+//! power.
 
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -10,8 +10,8 @@ use builder::vm::{Described, Done, Netboot, Start, Vm, start_of};
 
 use crate::Lab;
 
-/// A boot under emulation on two busy cores takes about a minute, and making Odoo's database
-/// ten; more is a hang.
+/// Longest wait for a line on the console. A boot under emulation on two busy cores takes about 1 min, and creating
+/// Odoo's database about 10 min.
 const PATIENCE: Duration = Duration::from_secs(1500);
 
 pub struct Machine {
@@ -19,20 +19,20 @@ pub struct Machine {
     project: Project,
     image: Option<PathBuf>,
     tpm: Option<PathBuf>,
-    /// It has as many processors as if it ran alone, whatever the fleet.
+    /// Gives the machine the processors of a fleet with one machine.
     alone: bool,
     bios: bool,
 }
 
 impl Machine {
-    /// A node of the lab's fleet, off, with a blank disk.
+    /// Creates the machine of a node, switched off and with a blank disk.
     pub fn of(lab: &Lab, node: &str) -> Self {
-        let project = Project::load(&lab.dir).expect("the fleet is right");
-        let vm = Vm::of(&project, node).expect("the node is there");
+        let project = Project::load(&lab.dir).expect("a valid fleet.toml");
+        let vm = Vm::of(&project, node).expect("a node of the fleet");
         Self { vm, project, image: None, tpm: None, alone: false, bios: false }
     }
 
-    /// The same where few of the fleet's machines run at once.
+    /// Creates the machine of a node for a test that runs few of the fleet's machines at the same time.
     pub fn alone(lab: &Lab, node: &str) -> Self {
         let mut machine = Self::of(lab, node);
         machine.alone = true;
@@ -40,25 +40,25 @@ impl Machine {
     }
 
     fn described(&self) -> Described {
-        let described = start_of(&self.project, &self.vm.node).expect("the node is there");
+        let described = start_of(&self.project, &self.vm.node).expect("a node of the fleet");
         if self.alone { described.of_machines(1) } else { described }
     }
 
-    /// Boots from another image than the one that was built.
+    /// Replaces the node's built image by another one.
     #[must_use]
     pub fn with_image(mut self, image: &Path) -> Self {
         self.image = Some(image.to_owned());
         self
     }
 
-    /// Has a legacy BIOS.
+    /// Gives the machine a legacy BIOS instead of UEFI.
     #[must_use]
     pub fn with_bios(mut self) -> Self {
         self.bios = true;
         self
     }
 
-    /// Has the TPM that remembers in this folder; none without a folder.
+    /// Attaches a TPM that keeps its state in this folder, or removes the TPM.
     pub fn has_tpm(&mut self, memory: Option<&Path>) {
         self.tpm = memory.map(Path::to_owned);
     }
@@ -67,14 +67,14 @@ impl Machine {
         self.start_as(&self.described());
     }
 
-    /// Starts it with a ticket that was made elsewhere.
+    /// Starts the machine with the given ticket.
     pub fn start_with(&self, ticket: &str) {
         let described = self.described();
         self.start_as(&described.with_ticket(ticket).expect("a ticket"));
     }
 
-    /// Starts it with a ticket; it loses its power as soon as there is this file, and whatever was not
-    /// on the disk by then.
+    /// Starts the machine with a ticket and cuts its power as soon as `file` exists. Writes that the kernel has not
+    /// flushed to the disk by then are lost.
     pub fn start_cut_at(&self, ticket: &str, file: &str) {
         let described = self.described().with_ticket(ticket).expect("a ticket");
         let mut start = described.as_start();
@@ -88,12 +88,12 @@ impl Machine {
         self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
         let until = Instant::now() + PATIENCE;
         while self.vm.is_running() {
-            assert!(Instant::now() < until, "{file} never was there:\n{}", self.console());
+            assert!(Instant::now() < until, "{file} was not created:\n{}", self.console());
             sleep(Duration::from_millis(200));
         }
     }
 
-    /// Starts it with a drop-in for one of its units.
+    /// Starts the machine with a drop-in for one of its units.
     pub fn start_changed(&self, unit: &str, text: &str) {
         let described = self.described();
         let mut start = described.as_start();
@@ -101,13 +101,13 @@ impl Machine {
         self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
     }
 
-    /// Starts it from a disk that was flashed, with what is on it and nothing else.
+    /// Starts the machine from a flashed disk. The ticket comes from that disk only.
     pub fn start_flashed(&mut self, disk: &Path) {
         self.image = Some(disk.to_owned());
         self.start_as(&self.described().without_ticket());
     }
 
-    /// Starts it from a disk and a second one with user data, and nothing else.
+    /// Starts the machine from a disk and a second disk with user data. The ticket comes from the user data only.
     pub fn start_seeded(&mut self, disk: &Path, seed: &Path) {
         self.image = Some(disk.to_owned());
         let described = self.described().without_ticket();
@@ -117,19 +117,19 @@ impl Machine {
             .unwrap_or_else(|e| panic!("{e}"));
     }
 
-    /// Starts it bare, with nothing of its own, but for a hub's address, which is where others look
-    /// for it: what it is to be comes from the wire.
+    /// Starts the machine from the network by PXE, with a blank disk and without a ticket. A hub keeps its public
+    /// address, which other nodes connect to.
     pub fn start_bare(&mut self, lab: &Lab) {
         self.start_bare_by(lab, Netboot::Pxe);
     }
 
-    /// As `start_bare`, by what its firmware shall ask.
+    /// Like [`Self::start_bare`], with this network boot protocol.
     pub fn start_bare_by(&mut self, lab: &Lab, netboot: Netboot) {
         let blank = lab.dir.join("blank");
         std::fs::File::create(&blank).and_then(|f| f.set_len(1 << 20)).expect("the lab is writable");
         self.image = Some(blank.clone());
         let described = self.described().without_ticket();
-        // The disk is what was made of it, whatever the blank's time. There is memory for an image.
+        // `keep` preserves an installed disk although the blank image is newer. The installer holds an image in memory.
         let start = described.as_start();
         let memory = start.memory + (1 << 30);
         let mut start = Start { image: &blank, netboot: Some(netboot), keep: true, memory, ..start };
@@ -139,7 +139,7 @@ impl Machine {
         self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
     }
 
-    /// Multicast group and port of the wire that it is on.
+    /// Returns multicast group and port of the machine's network.
     #[must_use]
     pub fn wire(&self) -> String {
         self.described().as_start().wire.group
@@ -153,18 +153,18 @@ impl Machine {
             .unwrap_or_else(|e| panic!("{e}"));
     }
 
-    /// Gives it a blank disk.
+    /// Replaces the disk by a blank one.
     pub fn wipe(&self) {
-        self.vm.wipe().expect("it had a disk");
+        self.vm.wipe().expect("the machine has a disk");
     }
 
-    /// Waits until one of the texts is on the console; returns which.
+    /// Waits until one of the texts is on the console. Returns that text.
     pub fn wait_for<'a>(&self, texts: &[&'a str]) -> &'a str {
         let found = self.vm.wait_console(PATIENCE, |console| texts.iter().copied().find(|t| console.contains(t)));
         found.unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// Waits until what is on the console is what is waited for.
+    /// Waits until the console's text fulfils a condition.
     pub fn wait_until(&self, what: &str, is: impl Fn(&str) -> bool) {
         let found = self.vm.wait_console(PATIENCE, |console| is(console).then_some(()));
         found.unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -174,12 +174,12 @@ impl Machine {
         self.vm.console()
     }
 
-    /// Runs a command inside, whatever its status.
+    /// Runs a command in the machine. Its status may be any.
     pub fn exec(&self, command: &str) -> Done {
         self.vm.exec(command).unwrap_or_else(|e| panic!("{e}\nconsole:\n{}", self.console()))
     }
 
-    /// Runs a command that must succeed; its output without the last line's end.
+    /// Runs a command that must succeed. Returns its output without trailing white space.
     #[track_caller]
     pub fn ok(&self, command: &str) -> String {
         let done = self.exec(command);
@@ -190,12 +190,12 @@ impl Machine {
         done.output.trim_end().to_owned()
     }
 
-    /// How much a unit has to lose, by systemd's own measure: 0 is nothing, 10 is everything.
+    /// Returns the exposure level of a unit from `systemd-analyze security`: 0 is the best, 10 the worst.
     #[track_caller]
     pub fn exposure(&self, unit: &str) -> f64 {
         let said = self.ok(&format!("systemd-analyze security --no-pager {unit} | tail -1"));
         let level = said.split("service:").nth(1).and_then(|s| s.split_whitespace().next()?.parse().ok());
-        level.unwrap_or_else(|| panic!("systemd-analyze says of {unit}: {said}"))
+        level.unwrap_or_else(|| panic!("unexpected output of systemd-analyze for {unit}: {said}"))
     }
 
     pub fn shut_down(&self) {

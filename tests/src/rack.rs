@@ -1,5 +1,5 @@
-//! A rack: bare machines on the lab's wire, and `bakehouse netboot` on the same wire, in a network
-//! namespace that nothing leads out of.
+//! Network boot of bare machines: runs `bakehouse netboot` on their virtual network, in a network namespace without a
+//! route out.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use crate::Lab;
 use crate::wire::{end, enter, wait};
 
-/// This host's end of the wire.
+/// Interface of this host on the machines' network.
 const CARD: &str = "rack0";
-/// Its address there, beyond those that machines have.
+/// Address of that interface, beyond those of the machines.
 pub const ADDRESS: &str = "198.18.255.254/16";
 const NET: &str = "198.18.0.0/16";
-/// The other DHCP server's.
+/// Interface, address and range of the other DHCP server.
 const OTHER: &str = "rack1";
 const OTHER_ADDRESS: &str = "198.18.255.253/16";
 const OTHER_RANGE: &str = "198.18.64.1,198.18.64.99,255.255.0.0";
@@ -25,15 +25,15 @@ pub struct Rack {
     bridge: Child,
     log: PathBuf,
     server: Option<Child>,
-    /// Another DHCP server of the network, and its end of the wire.
+    /// Another DHCP server of the network, and the socat process of its interface.
     other: Option<[Child; 2]>,
 }
 
 impl Rack {
-    /// Takes this thread, and what it starts, into a namespace with an end of the wire in it.
+    /// Moves this thread and its child processes into a network namespace with an interface on the machines' network.
     ///
     /// # Panics
-    /// Not as root.
+    /// If the process is not root.
     #[must_use]
     pub fn open(lab: &Lab, wire: &str) -> Self {
         enter();
@@ -41,7 +41,7 @@ impl Rack {
         Self { wire: wire.to_owned(), bridge, log: lab.dir.join("netboot.log"), server: None, other: None }
     }
 
-    /// Starts `bakehouse netboot`, or starts it anew.
+    /// Starts `bakehouse netboot`, or restarts it.
     pub fn serve(&mut self, lab: &Lab, more: &[&str]) {
         self.stop();
         let log = File::create(&self.log).expect("the lab is writable");
@@ -54,7 +54,7 @@ impl Rack {
         self.hears("Ctrl-C ends it");
     }
 
-    /// From now on somebody else gives addresses out, in a namespace of their own.
+    /// Starts another DHCP server in a namespace of its own. `bakehouse netboot` then gives out no addresses.
     pub fn has_dhcp(&mut self) {
         self.stop();
         let bridge = end(&self.wire, &format!("TUN,tun-type=tap,tun-name={OTHER},iff-no-pi"), OTHER);
@@ -77,28 +77,28 @@ impl Rack {
         assert!(moved.success());
     }
 
-    /// Memory that the server has now, in kB.
+    /// Returns the server's resident memory in kB.
     #[must_use]
     pub fn memory(&self) -> u64 {
         let id = self.server.as_ref().map_or(0, Child::id);
         let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
         let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-        line.and_then(|l| l.trim().strip_suffix(" kB")?.parse().ok()).expect("a server that runs")
+        line.and_then(|l| l.trim().strip_suffix(" kB")?.parse().ok()).expect("VmRSS of a running server")
     }
 
-    /// What the server said since it was started.
+    /// Returns the server's output since its start.
     #[must_use]
     pub fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Waits until the server has said it.
+    /// Waits until the server has printed these words.
     #[track_caller]
     pub fn hears(&mut self, words: &str) {
         let until = Instant::now() + Duration::from_secs(600);
         while !self.said().contains(words) {
             let ended = self.server.as_mut().and_then(|s| s.try_wait().expect("a child"));
-            assert!(ended.is_none() && Instant::now() < until, "`{words}` was not said:\n{}", self.said());
+            assert!(ended.is_none() && Instant::now() < until, "the server did not print `{words}`:\n{}", self.said());
             sleep(Duration::from_millis(200));
         }
     }
@@ -117,7 +117,7 @@ impl Drop for Rack {
             let _ = child.kill().and_then(|()| child.wait());
         }
         if std::thread::panicking() {
-            eprintln!("netboot said:\n{}", self.said());
+            eprintln!("output of bakehouse netboot:\n{}", self.said());
         }
     }
 }

@@ -1,5 +1,4 @@
-//! A hub that has fallen into an attacker's hands: it has the certificate and the issuer that it
-//! always had, keeps what it reads, and answers what the attacker likes.
+//! A compromised hub: it has a hub's certificate and issuer, records every request, and returns forged replies.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -10,7 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
-/// One request as it came.
+/// A recorded request.
 #[derive(Clone, Debug)]
 pub struct Captured {
     /// Request line and headers.
@@ -19,7 +18,7 @@ pub struct Captured {
 }
 
 impl Captured {
-    /// A header's value.
+    /// Returns a header's value.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<String> {
         let of = |line: &str| {
@@ -29,7 +28,7 @@ impl Captured {
         self.head.lines().find_map(of)
     }
 
-    /// Method and path.
+    /// Returns method and path.
     #[must_use]
     pub fn target(&self) -> (String, String) {
         let mut words = self.head.split(' ');
@@ -37,15 +36,15 @@ impl Captured {
     }
 }
 
-/// The attacker's hub; it ends with this.
+/// The compromised hub. Dropping it ends its server.
 pub struct RogueHub {
     pub requests: Arc<Mutex<Vec<Captured>>>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl RogueHub {
-    /// Listens in the place of `slot` at `at`, with a certificate of its own issuer for `key`, and
-    /// answers each request with what `answer` makes of it.
+    /// Listens at `at` as `slot`, with a certificate for `key` from the slot's own issuer. `answer` returns the reply
+    /// to each request.
     pub async fn start(
         topology: &Topology,
         root: &Issuer,
@@ -80,7 +79,7 @@ impl RogueHub {
         Self { requests, task }
     }
 
-    /// What it has read so far.
+    /// Returns the requests so far.
     #[must_use]
     pub fn captured(&self) -> Vec<Captured> {
         self.requests.lock().expect("not poisoned").clone()

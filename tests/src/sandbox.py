@@ -1,4 +1,4 @@
-"""For programs that tests run in an image's tree, while it is built."""
+"""Helpers for programs that tests run as checks in an image's tree."""
 import fcntl
 import os
 import pwd
@@ -9,13 +9,14 @@ import sys
 
 
 def loopback():
-    """Is down."""
+    """Brings up the loopback interface, which is down in the sandbox's network namespace."""
     with socket.socket() as line:
+        # SIOCSIFFLAGS with IFF_UP and IFF_RUNNING.
         fcntl.ioctl(line, 0x8914, struct.pack("16sH14s", b"lo", 0x41, b""))
 
 
 class Account:
-    """One of the image's users, with a folder to work in."""
+    """A user of the image, with a working folder."""
 
     def __init__(self, name, place, **environment):
         user = pwd.getpwnam(name)

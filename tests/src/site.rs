@@ -1,4 +1,4 @@
-//! A site for the join protocol: three join APIs and an etcd of three members on loopback.
+//! A test cluster for the hubs' protocols: three hub APIs and three etcd members on loopback.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 
 use crate::Cluster;
 
-/// Three hubs at 127.0.0.1 to 127.0.0.3, and an etcd of three members.
+/// Three hubs at 127.0.0.1 to 127.0.0.3, and three etcd members.
 pub struct Site {
     pub topology: Topology,
     pub root: Issuer,
@@ -35,7 +35,7 @@ pub struct Site {
     pub keys: Vec<PrivateKey>,
 }
 
-/// One who asks: its keys, and its right.
+/// A node that joins: its keys, and its ticket's token.
 #[derive(Clone)]
 pub struct Asker {
     pub joiner: Joiner,
@@ -45,13 +45,13 @@ pub struct Asker {
 }
 
 impl Site {
-    /// Opens it with the hubs' API at `port`, etcd's from `port` + 100, and these groups beside the hubs.
+    /// Starts the hubs' API on `port` and etcd from `port + 100` on. `groups` are TOML lines of the other groups.
     #[must_use]
     pub fn open(port: u16, groups: &str) -> Self {
         Self::open_with(port, groups, |_| {})
     }
 
-    /// As [`Self::open`], with a plan that is changed before anybody reads it.
+    /// Like [`Self::open`], and `change` edits the topology before the hubs start.
     #[must_use]
     pub fn open_with(port: u16, groups: &str, change: impl FnOnce(&mut Topology)) -> Self {
         let toml = format!(
@@ -60,7 +60,7 @@ impl Site {
              [groups]\n{groups}\n[groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n"
         );
         let mut topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
-        // What is over the mesh on a node is over loopback here.
+        // Hubs reach each other over loopback instead of the mesh.
         for node in topology.nodes.iter_mut().chain(&mut topology.hubs).filter(|n| n.hub > 0) {
             node.address = [127, 0, 0, node.hub as u8].into();
         }
@@ -74,7 +74,7 @@ impl Site {
             let hub = site.hub(i);
             site.hubs.push(hub);
         }
-        // It is open when every hub listens: the runtime starts them beside this.
+        // The runtime starts the hubs in the background.
         for i in 1..=site.topology.hubs.len() {
             while TcpStream::connect(format!("127.0.0.{i}:{port}")).is_err() {
                 std::thread::sleep(Duration::from_millis(10));
@@ -83,14 +83,14 @@ impl Site {
         site
     }
 
-    /// Where one hub keeps what it knows.
+    /// Returns the state folder of a hub.
     #[must_use]
     pub fn state(&self, i: usize) -> PathBuf {
         self.dir.path().join(&self.topology.hubs[i].name)
     }
 
-    /// Enters the hubs into etcd, as founders do by themselves, and waits until each knows of it. Tests
-    /// that begin with no members leave it out.
+    /// Registers the hubs in etcd, as a founder's agent does, and waits until each hub has read all three records.
+    /// Tests of an empty cluster do not call it.
     pub async fn register_hubs(&self) {
         for (i, (node, key)) in self.topology.hubs.iter().zip(&self.keys).enumerate() {
             let desk = ClaimsDesk::new(self.etcd(i), self.topology.clone(), &node.name);
@@ -99,7 +99,7 @@ impl Site {
             let mut left = 100;
             while !matches!(desk.register(&node.name, mesh_key, &tls_key, "1").await, Ok(Ok(_))) {
                 left -= 1;
-                assert!(left > 0, "{} does not get into etcd", node.name);
+                assert!(left > 0, "{} cannot register in etcd", node.name);
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -108,13 +108,13 @@ impl Site {
             let mut left = 100;
             while Neighbourhood::load(&self.state(i), BTreeMap::new()).pins().len() < hubs {
                 left -= 1;
-                assert!(left > 0, "hub-{} does not hear of the others", i + 1);
+                assert!(left > 0, "hub-{} has not read the records of the others", i + 1);
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
 
-    /// Starts the API of one hub, as a new process would be: it remembers what is on its disk.
+    /// Starts the API of one hub like a new process, with only the state on its disk.
     #[must_use]
     pub fn hub(&self, i: usize) -> tokio::task::JoinHandle<()> {
         let node = self.topology.hubs[i].clone();
@@ -126,7 +126,7 @@ impl Site {
         std::fs::create_dir_all(&dir).expect("a folder");
         let etcd = || self.etcd_of(i, own).with_user(ROOT, &Secrets::sample().etcd_root);
         let desk = Arc::new(ClaimsDesk::new(etcd(), self.topology.clone(), &node.name).with_records(&dir));
-        // As the agent has it: connections of the API belong to its thread.
+        // Like the agent: the API uses etcd connections of its own thread.
         let served = Arc::new(desk.beside(etcd()));
         let neighbourhood = Arc::new(Neighbourhood::load(&dir, BTreeMap::new()));
         let hub = Arc::new(Hub {
@@ -157,7 +157,7 @@ impl Site {
         })
     }
 
-    /// The cluster, as one hub without its etcd password reaches it.
+    /// Returns an etcd client with a hub's certificate and without a password.
     #[must_use]
     pub fn etcd(&self, i: usize) -> Etcd {
         let node = &self.topology.hubs[i];
@@ -201,7 +201,7 @@ impl Site {
         assert_eq!(status["leader"], member.id, "{hub} does not lead");
     }
 
-    /// The cluster, as whoever has this certificate reaches it, its member `i` first.
+    /// Returns an etcd client with this certificate, which tries member `i` first.
     #[must_use]
     pub fn etcd_of(&self, i: usize, own: Identity) -> Etcd {
         let mut members = self.cluster.clients();
@@ -210,7 +210,7 @@ impl Site {
         Etcd::new(members, https::client(self.root.certificate(), Some(own)).expect("a certificate"))
     }
 
-    /// A token of the fleet's root: good for one node, for ever, unless changed.
+    /// Mints a token for one node, without expiry. `change` edits its claims.
     pub fn token(&self, group: &str, change: impl FnOnce(&mut Claims)) -> Joiner {
         let mut claims = Claims {
             fleet: "acme".to_owned(),
@@ -226,7 +226,7 @@ impl Site {
         Joiner::mint(&self.root, claims).expect("a root")
     }
 
-    /// So many members of a group, let in by one hub after the other.
+    /// Joins `count` nodes of a group, through one hub after the other.
     pub async fn members(&self, group: &str, count: usize) -> Vec<(Asker, Grant)> {
         let token = self.token(group, |c| c.uses = count as u32);
         let mut members = Vec::new();
@@ -238,10 +238,10 @@ impl Site {
         members
     }
 
-    /// What a member is answered by a hub.
+    /// Sends a member's request to a hub and returns the reply.
     ///
     /// # Errors
-    /// The hub's no.
+    /// If the connection fails or the hub refuses the request.
     pub async fn member(
         &self,
         hub: usize,
@@ -259,15 +259,15 @@ impl Site {
         asked.await.map_err(|e| e.to_string())
     }
 
-    /// What the owner of this root is answered by hub-2.
+    /// Sends an order signed with this root to hub-2 and returns the reply.
     async fn signed<T: SignedOrder>(&self, order: T, root: &Issuer) -> Result<bytes::Bytes, String> {
         self.order(1, T::PATH, &order.with_scope(scope(T::PATH, "hub-2")), root).await
     }
 
-    /// What a hub answers to an order as it stands, posted to `path`.
+    /// Posts an order without changes to `path` of a hub and returns the reply.
     ///
     /// # Errors
-    /// The hub's refusal.
+    /// If the connection fails or the hub refuses the order.
     pub async fn order<T: SignedOrder>(
         &self,
         hub: usize,
@@ -286,7 +286,7 @@ impl Site {
     }
 
     /// # Errors
-    /// The hub's refusal.
+    /// If the hub refuses the order.
     pub async fn rollout(&self, order: RolloutOrder, root: &Issuer) -> Result<Rollout, String> {
         let order = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order, scope: None };
         let answer = self.signed(order, root).await?;
@@ -294,30 +294,30 @@ impl Site {
     }
 
     /// # Errors
-    /// The hub's refusal.
+    /// If the hub refuses the order.
     pub async fn tokens(&self, root: &Issuer) -> Result<Tokens, String> {
         let order = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone(), scope: None };
         serde_json::from_slice(&self.signed(order, root).await?).map_err(|e| e.to_string())
     }
 
-    /// Has a token revoked.
+    /// Revokes a token.
     ///
     /// # Errors
-    /// The hub's refusal.
+    /// If the hub refuses the order.
     pub async fn revoke(&self, token: &str, root: &Issuer) -> Result<(), String> {
         let order = Revocation { version: PROTOCOL, fleet: "acme".to_owned(), token: token.to_owned(), scope: None };
         self.signed(order, root).await.map(drop)
     }
 
-    /// Has a node told to leave.
+    /// Orders a node to leave.
     ///
     /// # Errors
-    /// The hub's refusal.
+    /// If the hub refuses the order.
     pub async fn leave(&self, slot: &str, now: bool, root: &Issuer) -> Result<(), String> {
         self.signed(departure(slot, now, None), root).await.map(drop)
     }
 
-    /// A node with keys of its own.
+    /// Creates a node with new keys.
     #[must_use]
     pub fn asker(joiner: &Joiner, group: &str) -> Asker {
         let tls = PrivateKey::generate().expect("randomness");
@@ -325,13 +325,13 @@ impl Site {
         Asker { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
     }
 
-    /// Asks until somebody answers with more than "later".
+    /// Claims a slot until a hub replies with something else than `Busy`.
     pub async fn insist(&self, asker: &Asker, first: usize) -> JoinReply {
         insist(self.root.certificate().to_owned(), self.topology.mesh.port, asker.clone(), first).await
     }
 }
 
-/// An order's scope: this path, this hub, now.
+/// Returns the scope of an order: this path, this hub, now.
 #[must_use]
 pub fn scope(path: &str, hub: &str) -> OrderScope {
     OrderScope {
@@ -342,7 +342,7 @@ pub fn scope(path: &str, hub: &str) -> OrderScope {
     }
 }
 
-/// The order that a node of the test fleet leaves; `epoch` is the owner that is meant.
+/// Returns the order that a node of the test fleet leaves. `epoch` limits the order to that owner of the slot.
 #[must_use]
 pub fn departure(slot: &str, now: bool, epoch: Option<u64>) -> Departure {
     Departure {
@@ -356,10 +356,10 @@ pub fn departure(slot: &str, now: bool, epoch: Option<u64>) -> Departure {
     }
 }
 
-/// Asks one hub once.
+/// Sends one claim to one hub.
 ///
 /// # Errors
-/// It does not answer.
+/// If the hub does not reply.
 pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot::error::Result<JoinReply> {
     let asked = JoinRequest {
         version: PROTOCOL,
@@ -375,10 +375,10 @@ pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot
     let mut connection = Connection::open(&host, port, &format!("hub-{}", hub + 1), &tls).await?;
     let sign = |message: &[u8]| asker.joiner.key.sign(message);
     let answer = connection.post_signed("/v1/join", &body, sign, fleet::LONGEST).await?;
-    Ok(serde_json::from_slice(&answer).expect("an answer"))
+    Ok(serde_json::from_slice(&answer).expect("a reply"))
 }
 
-/// Asks one hub after the other until one answers with more than "later".
+/// Claims a slot from one hub after the other until one replies with something else than `Busy`.
 pub async fn insist(root: String, port: u16, asker: Asker, first: usize) -> JoinReply {
     for attempt in 0..400 {
         match ask(root.clone(), port, asker.clone(), (first + attempt) % 3).await {
@@ -388,10 +388,10 @@ pub async fn insist(root: String, port: u16, asker: Asker, first: usize) -> Join
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    panic!("nobody answers for {}", asker.mesh_key);
+    panic!("no hub decides the claim of {}", asker.mesh_key);
 }
 
-/// The grant; it must be one.
+/// Returns the grant, and panics if the hub refused the claim.
 pub fn granted(reply: JoinReply) -> Grant {
     match reply {
         JoinReply::Granted(grant) => grant,
@@ -399,7 +399,7 @@ pub fn granted(reply: JoinReply) -> Grant {
     }
 }
 
-/// Why not; it must be a refusal.
+/// Returns the reason of a refusal, and panics if the hub granted the claim.
 pub fn refused(reply: JoinReply) -> Reason {
     match reply {
         JoinReply::Granted(grant) => panic!("granted {}", grant.slot),

@@ -1,5 +1,5 @@
-"""People look at Odoo while its database's primary ends and another begins; in the image's tree, where
-one PostgreSQL that stops and starts plays both. Ends with 1, and what they saw, when they noticed."""
+"""Users read from Odoo during a change of the database's primary, in the image's tree. One PostgreSQL server, which
+stops and starts, stands in for both primaries. Exits with 1 and the users' errors if they notice the change."""
 import gzip
 import http.cookiejar
 import json
@@ -15,7 +15,7 @@ from sandbox import Account, loopback
 
 BIN = "/usr/lib/postgresql/17/bin"
 PLACE = "/tmp/switchover"
-# Seconds: as odoo.env has it on a node, with room for a busy machine.
+# Seconds that Odoo waits for a database. Longer than DATABASE_WAIT in odoo.env, because the build host may be busy.
 WAIT = 10
 SECRETS = """
 UPDATE public.res_users SET password = 'admin' WHERE login = 'admin';
@@ -38,7 +38,8 @@ server_wide_modules = base,rpc,web,bakehouse,cut
 log_level = warn
 """
 
-# Ends its connection while it looks who asks, where it is asked to; once, for what is asked again has no header.
+# Ends Odoo's database connection during authentication of a request with the header X-Cut. It removes the header, so
+# Odoo's retry of the request succeeds.
 CUT = """
 from odoo.service import security
 
@@ -69,14 +70,14 @@ def database():
     control("start")
     here = ["-h", PLACE, "-p", "5000", "-U", "odoo"]
     ODOO.run(f"{BIN}/createdb", *here, "-T", "template0", "odoo")
-    # The image's own is made at the same time as this runs.
+    # The image's own seed is generated at the same time as this check runs.
     subprocess.run(["/usr/lib/bakehouse/odoo-make", f"{PLACE}/seed"], check=True)
     with gzip.open(f"{PLACE}/seed") as seed:
         ODOO.run(f"{BIN}/psql", "-q", *here, "odoo", stdin=seed.read() + SECRETS.encode())
 
 
-def what_was_written_is_known():
-    """Else a write whose answer got lost could be asked for again."""
+def has_written_detects_writes():
+    """Odoo must not retry a request whose write may be committed."""
     sys.path.append("/usr/share/bakehouse/addons/bakehouse")
     os.environ["DATABASE_WAIT"] = str(WAIT)
     from database import has_written
@@ -92,11 +93,11 @@ def what_was_written_is_known():
             said.append(has_written(line))
     line.close()
     if said != [False, False, True, True]:
-        sys.exit(f"nothing, a look, a write, a failure: has written says {said}")
+        sys.exit(f"has_written after nothing, a SELECT, an UPDATE and an error: {said}")
 
 
-def a_refusal_is_not_waited_out():
-    """Where there is a primary; where there is none it is. Five minutes are three seconds here."""
+def odoo_init_fails_when_refused_and_waits_for_a_primary():
+    """A refused login ends odoo-init, a missing primary does not. Time runs 100 times faster: 5 min are 3 s."""
     fast = (
         "import runpy, time; clock = time.monotonic; time.monotonic = lambda: 100 * clock(); "
         "runpy.run_path('/usr/lib/bakehouse/odoo-init', run_name='__main__')"
@@ -117,28 +118,28 @@ def a_refusal_is_not_waited_out():
         )
     said = waiting[5000].communicate(timeout=60)[1]
     if waiting[5000].returncode != 1 or 'role "yesterday" does not exist' not in said:
-        sys.exit(f"refused, odoo-init ended with {waiting[5000].returncode}: {said}")
-    # For longer than the other one was refused.
+        sys.exit(f"after a refused login odoo-init ended with {waiting[5000].returncode}: {said}")
+    # Longer than the refused one ran.
     time.sleep(5)
     if waiting[5001].poll() is not None:
-        sys.exit(f"without a primary odoo-init ended: {waiting[5001].communicate()[1]}")
+        sys.exit(f"odoo-init ended without a primary: {waiting[5001].communicate()[1]}")
     waiting[5001].kill()
 
 
-def cut_while_it_looks_who_asks():
-    """He is told nothing of it; Odoo itself would tell him that he may not."""
+def retries_when_cut_during_authentication():
+    """Odoo without the addon would answer "Access Denied"."""
     user = User()
     user.enter()
     answer = user.look({"X-Cut": "now"})
     with open(f"{PLACE}/log") as log:
         if "terminating connection due to administrator command" not in log.read():
-            sys.exit("no connection was cut")
+            sys.exit("PostgreSQL ended no connection")
     if "result" not in answer:
-        sys.exit(f"cut off while it looked who asks: {answer['error']['data']['message']}")
+        sys.exit(f"error after a cut during authentication: {answer['error']['data']['message']}")
 
 
 class User:
-    """Somebody who is logged in, and asks all the time."""
+    """A user who is logged in and sends requests continuously."""
 
     def __init__(self):
         jar = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
@@ -180,20 +181,20 @@ class User:
 
 
 def answers(odoo, more):
-    """Waits for as many good answers."""
+    """Waits for `more` successful responses."""
     enough, until = len(good) + more, time.monotonic() + 180
     while len(good) < enough:
         if odoo.poll() is not None or time.monotonic() > until:
             with open(f"{PLACE}/odoo.log") as log:
-                sys.exit(f"Odoo does not answer; it ended with {odoo.poll()}:\n{log.read()[-3000:]}")
+                sys.exit(f"no responses from Odoo, exit status {odoo.poll()}:\n{log.read()[-3000:]}")
         time.sleep(0.2)
 
 
 def main():
     loopback()
     database()
-    what_was_written_is_known()
-    a_refusal_is_not_waited_out()
+    has_written_detects_writes()
+    odoo_init_fails_when_refused_and_waits_for_a_primary()
     os.makedirs(f"{PLACE}/addons/cut")
     with open(f"{PLACE}/addons/cut/__init__.py", "w") as file:
         file.write(CUT)
@@ -207,7 +208,7 @@ def main():
     for _ in range(3):
         threading.Thread(target=User().ask, daemon=True).start()
     answers(odoo, 30)
-    cut_while_it_looks_who_asks()
+    retries_when_cut_during_authentication()
 
     for pause in [0, 3]:
         control("stop", "-m", "fast")
@@ -217,7 +218,7 @@ def main():
         if bad or logouts:
             sys.exit(f"{pause} s without a primary: {len(bad)} errors ({bad[:3]}), {len(logouts)} logouts")
 
-    # Connections that end at any moment, COMMIT's too.
+    # Connections end at any moment, also during COMMIT.
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'odoo' AND pid <> pg_backend_pid();\n"
     for _ in range(150):
         ODOO.run(f"{BIN}/psql", "-q", "-h", PLACE, "-p", "5000", "-U", "odoo", "odoo", stdin=end.encode())
@@ -226,16 +227,16 @@ def main():
     if bad or logouts:
         sys.exit(f"connections ended: {len(bad)} errors ({bad[:3]}), {len(logouts)} logouts")
 
-    # Nobody is kept waiting for ever, and Odoo outlives it.
+    # A database that stays away: requests fail after WAIT, and Odoo recovers.
     control("stop", "-m", "fast")
     time.sleep(WAIT + 4)
     if not bad:
-        sys.exit("nobody was told that there is no database")
+        sys.exit("no request failed without a database")
     control("start")
     answers(odoo, 30)
     if logouts:
         sys.exit(f"{len(logouts)} logouts")
-    # With the sandbox all of it ends.
+    # The sandbox ends the remaining processes.
     os._exit(0)
 
 

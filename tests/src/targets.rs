@@ -1,7 +1,7 @@
-//! Fuzz targets: each takes foreign bytes to the code that reads them, and checks what must hold of the result.
+//! Fuzz targets: each one passes untrusted bytes to a parser and checks invariants of the result.
 //!
-//! `fuzz/` runs them under libFuzzer; `tests/fuzz.rs` runs them over the seeds and over damaged copies of those, with
-//! the ordinary toolchain.
+//! `fuzz/` runs them under libFuzzer. `tests/fuzz.rs` runs them on the seeds and on damaged copies of the seeds, with
+//! the stable toolchain.
 
 use std::sync::LazyLock;
 
@@ -19,10 +19,10 @@ use fleet::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// A target's name, which is also its folder of seeds, and its function.
+/// Name of a target, which is also the name of its seeds' folder, and its function.
 pub type Target = (&'static str, fn(&[u8]));
 
-/// Every target.
+/// All targets.
 pub const TARGETS: [Target; 14] = [
     ("age", age),
     ("dbus", dbus),
@@ -43,17 +43,17 @@ pub const TARGETS: [Target; 14] = [
 /// Runs the target of this name.
 ///
 /// # Panics
-/// If there is no such target, or if the target finds a fault.
+/// If no target has this name, or if the target finds a fault.
 pub fn run(name: &str, bytes: &[u8]) {
     let (_, target) = TARGETS.iter().find(|(target, _)| *target == name).expect("a target of that name");
     target(bytes);
 }
 
-/// What was read is written as something that reads as the same.
+/// Checks that a decoded value is the same after it was encoded and decoded again.
 fn round_trip<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(bytes: &[u8]) -> Option<T> {
     let value: T = serde_json::from_slice(bytes).ok()?;
-    let written = serde_json::to_vec(&value).expect("what was read can be written");
-    assert_eq!(serde_json::from_slice::<T>(&written).expect("what was written can be read"), value);
+    let written = serde_json::to_vec(&value).expect("a decoded value can be encoded");
+    assert_eq!(serde_json::from_slice::<T>(&written).expect("an encoded value can be decoded"), value);
     Some(value)
 }
 
@@ -71,16 +71,16 @@ fn join(bytes: &[u8]) {
     if let Some(request) = round_trip::<JoinRequest>(bytes) {
         let root = ROOT.certificate();
         let signature = encoding::encode(bytes);
-        assert!(verify(root, "acme", &request, bytes, &signature).is_err(), "an unsigned token is accepted");
-        // The same claims, signed by the root: read further, and refused for the request's own signature.
+        assert!(verify(root, "acme", &request, bytes, &signature).is_err(), "accepts an unsigned token");
+        // With the root's signature under the claims, `verify` reaches the request's own signature.
         let claims = request.token.claims.clone();
         let signed = encoding::encode(&ROOT.sign(claims.as_bytes()).expect("a key"));
         let request = JoinRequest { token: Token { claims, signature: signed }, ..request };
-        assert!(verify(root, "acme", &request, bytes, &signature).is_err(), "an unsigned request is accepted");
+        assert!(verify(root, "acme", &request, bytes, &signature).is_err(), "accepts an unsigned request");
     }
 }
 
-/// Reports of nodes, and what follows from them at every state of a rollout.
+/// Reports of nodes, and the decision about each report in any state of a rollout.
 fn rollout(bytes: &[u8]) {
     static TOPOLOGY: LazyLock<Topology> = LazyLock::new(|| {
         let toml = b"name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\napp.count=2\nmonitor.count=1\n";
@@ -95,43 +95,43 @@ fn rollout(bytes: &[u8]) {
     for node in &TOPOLOGY.nodes {
         let verdict = state.decide(&TOPOLOGY, &node.name, &report);
         if let Verdict::Take(turn) = &verdict {
-            assert_eq!(turn.slot, node.name, "a node takes another's turn");
-            assert!(!state.denied.contains_key(&turn.to), "a denied version is taken");
-            assert!(state.paused.is_none(), "a turn is taken while the rollout is paused");
-            assert!(state.turn.is_none(), "two turns at once");
+            assert_eq!(turn.slot, node.name, "gives a node another node's update lock");
+            assert!(!state.denied.contains_key(&turn.to), "gives the update lock for a denied version");
+            assert!(state.paused.is_none(), "gives the update lock while the rollout is paused");
+            assert!(state.turn.is_none(), "gives the update lock twice");
         }
     }
 }
 
-/// What machines that boot from the network send, what they are answered, and sealed tickets.
+/// Messages between machines that boot from the network and their server, and encrypted tickets.
 fn netboot(bytes: &[u8]) {
     round_trip::<Machine>(bytes);
     round_trip::<News>(bytes);
     round_trip::<Errand>(bytes);
     if let Some(sealed) = round_trip::<SealedTicket>(bytes) {
         let key = Key::generate().expect("randomness");
-        assert!(key.open(&sealed).is_err(), "a ticket for another key opens");
+        assert!(key.open(&sealed).is_err(), "decrypts a ticket with the wrong key");
     }
 }
 
-/// Tickets, as a node reads them from its credentials.
+/// Tickets in a node's credentials.
 fn ticket(bytes: &[u8]) {
     let Ok(ticket) = Ticket::parse(bytes) else { return };
-    let written = serde_json::to_vec(&ticket).expect("what was read can be written");
-    assert_eq!(Ticket::parse(&written).expect("what was written can be read"), ticket);
+    let written = serde_json::to_vec(&ticket).expect("a decoded value can be encoded");
+    assert_eq!(Ticket::parse(&written).expect("an encoded value can be decoded"), ticket);
     if let Some(claims) = ticket.token().and_then(Token::read) {
         let _ = claims.public_key();
     }
 }
 
-/// Block lists and hash trees of updates, from an HTTP server that is not trusted.
+/// Block lists and hash trees of updates, from an untrusted HTTP server.
 fn update(bytes: &[u8]) {
     let at = bytes.first().map_or(0, |b| usize::from(*b) * bytes.len() / 256);
     let (old, new) = bytes.split_at(at.min(bytes.len()));
     let read = |bytes: &[u8]| {
         let list = Blocks::of_list(bytes);
         if let Some(list) = &list {
-            assert_eq!(list.list(), bytes, "a list changes by being read");
+            assert_eq!(list.list(), bytes, "a list changes when it is decoded and encoded");
         }
         list.or_else(|| Blocks::of_tree(bytes)).unwrap_or_else(|| Blocks::of_bytes(bytes))
     };
@@ -146,7 +146,7 @@ fn update(bytes: &[u8]) {
         }
         next += piece.len;
     }
-    assert_eq!(next, new.size, "pieces are not the whole file");
+    assert_eq!(next, new.size, "pieces do not cover the file");
     assert!(missing(&found) <= new.size);
 }
 
@@ -162,21 +162,21 @@ fn deb(bytes: &[u8]) {
     });
 }
 
-/// Boot stubs that an image's sections are appended to, and the signatures that come back from the signing tool.
+/// Boot stubs to which the builder appends an image's sections, and signatures that the signing tool returns.
 fn pe(bytes: &[u8]) {
     let text = builder::uki::Text { cmdline: "roothash=0", os_release: "ID=x\n", uname: "6" };
     if let Ok(image) = builder::uki::build(bytes, b"kernel", b"initrd", &text, false) {
-        assert!(image.starts_with(b"MZ"), "what is built is no program");
+        assert!(image.starts_with(b"MZ"), "the output is not a PE file");
     }
     let _ = builder::secure_boot::signed_data(bytes);
 }
 
-/// Programs whose libraries an initrd takes.
+/// Programs whose libraries the builder copies into an initrd.
 fn elf(bytes: &[u8]) {
     let _ = builder::elf::needs(bytes);
 }
 
-/// A user's fleet.toml: read, checked, laid out; every complaint can be shown.
+/// A user's fleet.toml: parsed, checked, and expanded to a topology. Every diagnostic can be rendered.
 fn fleet_toml(bytes: &[u8]) {
     let shown = |e: &Diagnostic| assert!(!e.render(false).is_empty());
     match Fleet::parse("fleet.toml", bytes) {
@@ -189,8 +189,8 @@ fn fleet_toml(bytes: &[u8]) {
             fleet::lint(&fleet, &Profiles::new()).iter().for_each(shown);
             let topology = Topology::of(&fleet);
             let _ = fleet::ha_table(&topology);
-            let written = serde_json::to_vec(&topology).expect("a topology can be written");
-            assert_eq!(serde_json::from_slice::<Topology>(&written).expect("and read"), topology);
+            let written = serde_json::to_vec(&topology).expect("a topology can be encoded");
+            assert_eq!(serde_json::from_slice::<Topology>(&written).expect("and decoded"), topology);
         }
     }
 }
@@ -205,23 +205,23 @@ fn profile(bytes: &[u8]) {
     }
 }
 
-/// GRUB's environment block on a disk.
+/// GRUB's environment block.
 fn grubenv(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let block = Block::parse(text);
     if let Ok(written) = block.render() {
         let again = Block::parse(std::str::from_utf8(&written).expect("a block is text"));
-        assert_eq!(again.render().expect("it was rendered before"), written, "a block changes by being read");
+        assert_eq!(again.render().expect("a block can be rendered"), written, "a parsed block renders differently");
     }
 }
 
-/// `fleet.key` as age sealed it.
+/// `fleet.key`, encrypted with age.
 fn age(bytes: &[u8]) {
-    // A work factor above 10 takes seconds by design.
+    // Skips scrypt work factors above 10, which take seconds.
     let costly = bytes.windows(4).filter(|w| w.starts_with(b" 1") && w[2].is_ascii_digit()).count() > 0
         || bytes.windows(3).any(|w| w[0] == b' ' && w[1].is_ascii_digit() && w[1] > b'1' && w[2].is_ascii_digit());
     if !costly {
-        assert!(builder::age::open(bytes, "not the passphrase").is_err(), "a damaged file opens");
+        assert!(builder::age::open(bytes, "not the passphrase").is_err(), "decrypts a damaged file");
     }
 }
 
@@ -236,10 +236,10 @@ fn dbus(bytes: &[u8]) {
     let _ = data.deserialize::<OwnedValue>();
 }
 
-/// Answers of etcd's gateway, and lines of a watch.
+/// Replies of etcd's gateway, and lines of a watch.
 fn etcd(bytes: &[u8]) {
     let _ = firstboot::etcd::pairs(bytes);
     if let Ok(Some(changes)) = firstboot::etcd::changes(bytes) {
-        assert!(changes.len() <= bytes.len(), "changes from nowhere");
+        assert!(changes.len() <= bytes.len(), "more changes than bytes");
     }
 }

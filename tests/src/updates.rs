@@ -1,4 +1,4 @@
-//! A fleet of one hub that takes its updates from a folder on loopback.
+//! A fleet with one hub that downloads its updates from an HTTP server on loopback.
 
 use std::fs;
 use std::net::TcpListener;
@@ -6,12 +6,12 @@ use std::process::{Child, Command, Stdio};
 
 use crate::{ETCDCTL, Lab, Machine};
 
-/// Has a node look for a newer version, and says which it was offered.
+/// Starts a node's check for updates, and prints the version that is offered.
 pub const LOOK: &str = "systemctl start firstboot-check; cat /run/bakehouse/offer";
 
 pub const READY: &str = "bakehouse: ready (hub-1)";
 
-/// The folder that was published, on loopback.
+/// HTTP server of the published folder.
 pub struct Server(Child);
 
 impl Server {
@@ -34,17 +34,17 @@ pub fn version(lab: &Lab, from: &str, to: &str) {
     lab.edit("fleet.toml", &format!("version = \"{from}\""), &format!("version = \"{to}\""));
 }
 
-/// Waits until the node has come up as often as this since it was switched on.
+/// Waits until the node has become ready this often since it was switched on.
 pub fn comes_up(hub: &Machine, times: usize) {
     hub.wait_until(&format!("{READY} {times} times"), |console| console.matches(READY).count() >= times);
 }
 
-/// The version that runs.
+/// Returns the running version.
 pub fn runs(hub: &Machine) -> String {
     hub.ok("sed -n 's/^IMAGE_VERSION=//p' /usr/lib/os-release").replace('"', "")
 }
 
-/// Waits until the image that runs has proven itself; until then no other is taken.
+/// Waits until the boot entry of the running version is good. The agent installs no other version before.
 pub fn is_blessed(node: &Machine) {
     let version = runs(node);
     node.ok(&format!(
@@ -52,29 +52,30 @@ pub fn is_blessed(node: &Machine) {
     ));
 }
 
-/// Publishes what fleet.toml says.
+/// Publishes the version of fleet.toml.
 pub fn publish(lab: &Lab) {
-    lab.ok(&["publish", lab.dir.join("updates").to_str().expect("a path of letters")]);
+    lab.ok(&["publish", lab.dir.join("updates").to_str().expect("a UTF-8 path")]);
 }
 
-/// Has version 2, changed in one file, ready for `offer`. A build beside emulated machines takes the time in which
-/// a primary has to show that it lives: its watchdog restarts it.
+/// Builds version 2 with one changed file for [`offer`], before the machines start: a build beside emulated machines
+/// slows a primary down until its watchdog resets it.
 pub fn prepare(lab: &Lab, file: &str, from: &str, to: &str) {
     version(lab, "1", "2");
     lab.edit(file, from, to);
-    lab.ok(&["publish", lab.dir.join("next").to_str().expect("a path of letters")]);
+    lab.ok(&["publish", lab.dir.join("next").to_str().expect("a UTF-8 path")]);
     version(lab, "2", "1");
     fs::remove_file(lab.dir.join(file)).expect("the edit");
 }
 
-/// Publishes it.
+/// Publishes the version that [`prepare`] built.
 pub fn offer(lab: &Lab) {
-    for entry in fs::read_dir(lab.dir.join("next")).expect("it was prepared").flatten() {
+    for entry in fs::read_dir(lab.dir.join("next")).expect("a prepared version").flatten() {
         fs::rename(entry.path(), lab.dir.join("updates").join(entry.file_name())).expect("the lab is writable");
     }
 }
 
-/// The fleet, of the name `up`, built, which looks for updates when it is told to; and the server.
+/// Builds the fleet `up` of one hub, which checks for updates only when a test starts the check. Returns it with its
+/// update server.
 pub fn lab_of_one(name: &str) -> (Lab, Server) {
     let lab = Lab::empty(name);
     lab.write(
@@ -86,19 +87,19 @@ pub fn lab_of_one(name: &str) -> (Lab, Server) {
     (lab, server)
 }
 
-/// Has a fleet's nodes look here for updates, when they are told to.
+/// Starts an update server and points `[update]` of the fleet to it. Nodes check only when a test starts the check.
 pub fn serve_updates(lab: &Lab) -> Server {
     let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
     let fleet = lab.read("fleet.toml");
     let update = format!("[update]\nurl = \"http://192.0.2.100:{port}/\"\nwhen = \"2099-01-01\"\n");
     lab.write("fleet.toml", &format!("{fleet}\n{update}"));
-    // It asks for packages, and has a key.
+    // `[update]` adds packages, and `publish` signs with the fleet key.
     lab.ok(&["lock"]);
     lab.init();
     Server::of(lab, port)
 }
 
-/// Makes the next version one that converts what a node keeps: a line in `/var/lib/converted` for each time.
+/// Adds a migration to the next version, which appends a line to `/var/lib/converted` at each run.
 pub fn converting(lab: &Lab) {
     lab.edit("fleet.toml", "[groups.hub]", "[groups.hub]\noverlays = [\"converting\"]");
     let program = "usr/lib/bakehouse/migrations/lines";
@@ -107,7 +108,7 @@ pub fn converting(lab: &Lab) {
     lab.write(&format!("overlays/converting/{program}"), "#!/bin/sh\nexec echo converted >> /var/lib/converted\n");
 }
 
-/// Makes the next version one that builds and does not work.
+/// Adds a failing service to the next version: the image builds, and its health check fails.
 pub fn broken(lab: &Lab) {
     lab.edit(
         "profiles/roles/hub.toml",
@@ -115,28 +116,28 @@ pub fn broken(lab: &Lab) {
         "[units.wants]\n\"role-hub.target\" = [\"broken.service\"]\n\n[health]\nunits = [\"broken.service\", ",
     );
     lab.edit("profiles/roles/hub.toml", "overlays = [", "overlays = [\"broken\", ");
-    lab.write("overlays/broken/overlay.toml", "description = \"What does not work\"\n");
+    lab.write("overlays/broken/overlay.toml", "description = \"A service that fails\"\n");
     lab.write(
         "overlays/broken/usr/lib/systemd/system/broken.service",
-        "[Unit]\nDescription=It does not work\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/false\n",
+        "[Unit]\nDescription=Fails\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/false\n",
     );
 }
 
-/// And the one after it one that does.
+/// Repairs the failing service in the version after that.
 pub fn mended(lab: &Lab) {
     lab.edit("overlays/broken/usr/lib/systemd/system/broken.service", "/usr/bin/false", "/usr/bin/true");
 }
 
-/// Waits until the broken version was tried three times and the one before it serves again.
+/// Waits until the broken version has failed three boots and the version before it serves again.
 pub fn goes_back(hub: &Machine) {
-    // The older one's own start is the last.
-    hub.wait_until("three tries, and back", |console| {
+    // The last start is the older version's.
+    hub.wait_until("three failed boots and a rollback", |console| {
         console.matches("this image is not well: broken.service has failed").count() >= 3
             && console.rsplit("this image is not well").next().is_some_and(|rest| rest.contains(READY))
     });
 }
 
-/// Waits until every hub knows that this version is none to try; says why.
+/// Waits until etcd has a denial of this version. Returns its reason.
 pub fn is_denied(hub: &Machine, version: &str) -> String {
     let denied = format!("{ETCDCTL} get --prefix --print-value-only /bakehouse/rollout/denied/{version}");
     let said = hub.ok(&format!("for i in $(seq 60); do {denied} | grep . && exit; sleep 2; done; exit 1"));

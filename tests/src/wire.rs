@@ -1,4 +1,4 @@
-//! This host's ends of a wire between machines, in a network namespace that nothing leads out of.
+//! Connects this host to the virtual network of the machines, in a network namespace without a route out.
 
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 
-/// Takes this thread, and what it starts, into a namespace of its own.
+/// Moves this thread and its child processes into a new network namespace.
 ///
 /// # Panics
-/// Not as root.
+/// If the process is not root.
 pub fn enter() {
     unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace, as root");
     let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip");
     assert!(up.success());
 }
 
-/// An end of the wire (`group:port`): frames go from the card, as socat names it, to the wire's
-/// packets and back.
+/// Starts socat, which forwards frames between the interface `card` (`tap` in socat's syntax) and QEMU's multicast
+/// socket `wire` (`group:port`).
 ///
 /// # Panics
-/// There is no socat.
+/// If socat is not installed.
 #[must_use]
 pub fn end(wire: &str, tap: &str, card: &str) -> Child {
     let (group, port) = wire.split_once(':').expect("an address and a port");
@@ -33,18 +33,18 @@ pub fn end(wire: &str, tap: &str, card: &str) -> Child {
         .spawn()
         .expect("socat");
     let there = || Command::new("ip").args(["link", "show", card]).stderr(Stdio::null()).stdout(Stdio::null()).status();
-    wait("the wire's end", || there().expect("ip").success());
+    wait("socat's interface", || there().expect("ip").success());
     bridge
 }
 
-/// Waits for something that comes at once.
+/// Waits at most 30 s for a condition that normally holds at once.
 ///
 /// # Panics
-/// It does not.
+/// If the condition does not hold by then.
 pub fn wait(what: &str, is: impl Fn() -> bool) {
     let until = Instant::now() + Duration::from_secs(30);
     while !is() {
-        assert!(Instant::now() < until, "{what} does not come");
+        assert!(Instant::now() < until, "{what} did not appear within 30 s");
         sleep(Duration::from_millis(50));
     }
 }

@@ -1,4 +1,4 @@
-//! The fleet under attack, and how its real state is observed.
+//! The fleet under attack, and functions that observe its state from a trusted hub.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,12 +11,12 @@ use fleet::{Joiner, Node, Right, Ticket, Topology};
 
 use crate::{ETCDCTL, Lab, Machine};
 
-/// Address of the internet's hosts on the wire between the fleet's machines.
+/// Address of an internet host, on the virtual network between the fleet's machines.
 pub const INTERNET: &str = "198.18.250.1";
-/// Prefix of the keys that attacks write, and that nothing in the fleet reads.
+/// Prefix of the keys that attacks write. No daemon of the fleet reads them.
 pub const SCRATCH: &str = "/bakehouse/containment/";
 
-/// A fleet in containers, on one wire that stands for the internet.
+/// A fleet in containers, on one virtual network that stands for the internet.
 pub struct Arena {
     pub lab: Lab,
     pub topology: Topology,
@@ -26,14 +26,14 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Starts these nodes of the lab's fleet, and waits until they serve.
+    /// Starts these nodes of the lab's fleet, and waits until they are ready.
     ///
     /// # Panics
-    /// They don't come up.
+    /// If a node does not become ready.
     #[must_use]
     pub fn up(lab: Lab, nodes: &[&str]) -> Self {
-        let topology = Project::load(&lab.dir).expect("fleet.toml is valid").topology;
-        // Switched off when the test ends, however it ends.
+        let topology = Project::load(&lab.dir).expect("a valid fleet.toml").topology;
+        // `Drop` switches them off when the test ends, also after a panic.
         let machines = nodes.iter().map(|name| ((*name).to_owned(), Machine::of(&lab, name))).collect();
         lab.ok(&[&["up", "--containers"], nodes].concat());
         let key: serde_json::Value = serde_json::from_str(&lab.read("fleet.key")).expect("JSON");
@@ -43,13 +43,13 @@ impl Arena {
         arena
     }
 
-    /// Gives the wire's bridge an address: what runs in its namespace is a host on the internet. Hubs are its
-    /// routers for the mesh, as an attacker would set it up.
+    /// Gives the network's bridge an address, so that its namespace is a host on the internet. Its route to the mesh
+    /// goes through a hub, as an attacker would configure it.
     fn join_internet(&self) {
         let hub = self.public(&self.topology.hubs[0]).to_string();
         let mesh = self.topology.mesh.subnet.to_string();
         let address = format!("{INTERNET}/16");
-        // A server on the bridge is reached by its neighbours there, which is this host: over the loopback.
+        // Processes of this namespace reach a server on the bridge's own address through loopback.
         let commands = [
             vec!["link", "set", "lo", "up"],
             vec!["address", "replace", &address, "dev", "wire"],
@@ -62,10 +62,10 @@ impl Arena {
         }
     }
 
-    /// Waits until etcd asks its clients for a user: the hubs create the users once every hub and db node has joined.
+    /// Waits until etcd requires authentication. The hubs enable it once every hub and db node has joined.
     ///
     /// # Panics
-    /// They don't.
+    /// If the hubs do not enable it within 120 s.
     pub fn has_users(&self) {
         let enabled = format!("{ETCDCTL} auth status | grep -q 'Authentication Status: true'");
         self.witness().ok(&format!("for i in $(seq 120); do {enabled} && exit; sleep 1; done; exit 1"));
@@ -76,16 +76,16 @@ impl Arena {
         format!("bakehouse-{}", wire.replace([':', '.'], "-"))
     }
 
-    /// Network namespace of the internet.
+    /// Returns the path of the internet host's network namespace.
     #[must_use]
     pub fn internet(&self) -> PathBuf {
         PathBuf::from("/run/netns").join(self.wire_name())
     }
 
-    /// Process id of a node's init.
+    /// Returns the process id of a node's init.
     ///
     /// # Panics
-    /// It does not run.
+    /// If the node does not run.
     #[must_use]
     pub fn pid(&self, node: &str) -> String {
         let path = self.lab.dir.join("build/vm").join(node).join("init");
@@ -103,38 +103,38 @@ impl Arena {
         self.topology.node(name).expect("the fleet has this node")
     }
 
-    /// The hub that no row attacks from: what it says is true.
+    /// Returns the hub that no attack starts from. The tests trust its output.
     #[must_use]
     pub fn witness(&self) -> &Machine {
         self.machine("hub-1")
     }
 
-    /// A node's address on the internet.
+    /// Returns a node's public address.
     #[must_use]
     pub fn public(&self, node: &Node) -> Ipv4Addr {
         let host = u32::from(node.address) - u32::from(self.topology.mesh.subnet.network());
         Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 0)) + host)
     }
 
-    /// Addresses by which an attacker may try a node: in the mesh and on the internet.
+    /// Returns a node's addresses: in the mesh and on the internet.
     #[must_use]
     pub fn addresses(&self, node: &Node) -> [String; 2] {
         [node.address.to_string(), self.public(node).to_string()]
     }
 
-    /// Patroni's prefix in etcd.
+    /// Returns Patroni's prefix in etcd.
     #[must_use]
     pub fn scope(&self) -> String {
         format!("/bakehouse/{}/", self.topology.name)
     }
 
-    /// The value that etcd has for a key, as the witness reads it.
+    /// Reads the value of an etcd key on the trusted hub.
     #[must_use]
     pub fn get(&self, key: &str) -> String {
         self.witness().ok(&format!("{ETCDCTL} get --print-value-only '{key}'"))
     }
 
-    /// What keys there are below a prefix, without it.
+    /// Lists the etcd keys below a prefix, without the prefix.
     #[must_use]
     pub fn keys(&self, prefix: &str) -> Vec<String> {
         let listed = self.witness().ok(&format!("{ETCDCTL} get --prefix --keys-only '{prefix}'"));
@@ -149,10 +149,10 @@ impl Arena {
         self.witness().ok(&format!("{ETCDCTL} del '{key}'"));
     }
 
-    /// Mints a ticket of a group, good for so many nodes.
+    /// Mints a joiner's ticket of a group for this number of nodes.
     ///
     /// # Panics
-    /// It is a founder's.
+    /// If the group's tickets are founders' tickets.
     #[must_use]
     pub fn ticket(&self, group: &str, uses: u32) -> Joiner {
         let text = self.lab.ok(&["ticket", group, "--uses", &uses.to_string()]).out;
@@ -166,7 +166,7 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         self.machines.clear();
-        // Takes the wire away, and the attacker's address with it.
+        // Removes the virtual network, and the attacker's address with it.
         self.lab.run(&["down"]);
     }
 }

@@ -1,4 +1,4 @@
-//! pgBackRest's server on the node that keeps the backups, asked by pgBackRest itself.
+//! Attack on the backups: runs pgBackRest against the server on the node that stores them.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -9,17 +9,17 @@ use super::network::Impersonation;
 use super::{Arena, Finding, Place};
 
 const PORT: u16 = 8432;
-/// Where pgBackRest is installed, whichever machine the attacker has: it brings its own.
+/// Node whose pgBackRest the attack runs, because an attacker can bring the program along.
 const TOOLS: &str = "db-1";
 
-/// Whether the attacker lists the repository.
+/// Tries to list the repository.
 pub fn read(arena: &Arena, from: &Foothold) -> Finding {
-    let keeper = arena.topology.backup.node.as_deref().expect("a node keeps the backups");
+    let keeper = arena.topology.backup.node.as_deref().expect("a node stores the backups");
     if from.node.as_ref().is_some_and(|n| n.name == keeper) {
         let listed = arena.machine(keeper).exec("ls /var/lib/pgbackrest/backup/main/backup.info");
         return if listed.status == 0 { Finding::yes("its own disk") } else { Finding::no(listed.output) };
     }
-    // A hub has every worker's address, if it wants to.
+    // A hub can take any worker's address.
     let _db =
         (from.place == Place::Hub).then(|| Impersonation::of(arena, from, arena.node("db-2"), arena.node(keeper)));
     let open = from.run(|| async { from.reachable(doors(arena, [arena.node(keeper)].into_iter(), PORT)).await });

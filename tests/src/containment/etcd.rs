@@ -1,4 +1,4 @@
-//! Reading and writing etcd, by its JSON gateway: the protocol that the agent and Patroni use.
+//! Attack on etcd's data through its JSON gateway, which the agent and Patroni use too.
 
 use std::sync::PoisonError;
 use std::thread::sleep;
@@ -12,14 +12,14 @@ use super::foothold::{Credential, Door, Foothold, doors};
 use super::{Arena, Finding, raft};
 
 pub const CLIENT_PORT: u16 = 2379;
-/// Users that a fleet's etcd may have.
+/// Users of the fleet's etcd.
 const USERS: [&str; 2] = ["root", "patroni"];
 
-/// A member that lets the attacker ask.
+/// A member that accepts the attacker as a client.
 struct Session<'a> {
     door: Door,
     shown: Option<&'a Credential>,
-    /// Tokens of users that the attacker could log in as; empty where etcd does not ask for one.
+    /// Users that the attacker could log in as, and their tokens. Empty if etcd requires no authentication.
     tokens: Vec<(String, String)>,
 }
 
@@ -30,7 +30,7 @@ impl Session<'_> {
         format!("{}:{CLIENT_PORT} as {shown} {}", self.door.host, users.join("+")).trim_end().to_owned()
     }
 
-    /// Sends one call, with each token in turn, until one succeeds.
+    /// Sends a call with each token until one succeeds.
     async fn call(&self, from: &Foothold, path: &str, body: &Value) -> Result<Value, String> {
         let mut last = String::new();
         let bare = [(String::new(), String::new())];
@@ -58,7 +58,7 @@ impl Session<'_> {
     }
 }
 
-/// Every member that the attacker is let in by, and with what; or why there is none.
+/// Opens a session with every member that accepts one of the attacker's credentials.
 async fn sessions<'a>(arena: &Arena, from: &'a Foothold) -> Result<Vec<Session<'a>>, String> {
     let mut found = Vec::new();
     let mut last = format!("port {CLIENT_PORT} is filtered or closed");
@@ -67,7 +67,7 @@ async fn sessions<'a>(arena: &Arena, from: &'a Foothold) -> Result<Vec<Session<'
             let probe = json!({ "key": encode(SCRATCH.as_bytes()) });
             let tokens = match post(from, &door, shown, "/v3/kv/range", &[], &probe).await {
                 Ok(_) => Vec::new(),
-                // TLS was passed: etcd itself asks who this is.
+                // TLS verification succeeded, and etcd requires a user.
                 Err(e) if e.contains("user name is empty") || e.contains("permission denied") => {
                     let tokens = log_in(from, &door, shown).await;
                     if tokens.is_empty() {
@@ -87,7 +87,7 @@ async fn sessions<'a>(arena: &Arena, from: &'a Foothold) -> Result<Vec<Session<'
     if found.is_empty() { Err(last) } else { Ok(found) }
 }
 
-/// Doors of a port on every voter; of the attacker's own machine also its loopback.
+/// Returns a port's addresses on every voter, and on loopback if the attacker's machine is one.
 pub fn voter_doors(arena: &Arena, from: &Foothold, port: u16) -> Vec<Door> {
     let voters = arena.topology.voters.iter().filter(|name| arena.machines.contains_key(*name));
     let mut all = doors(arena, voters.map(|name| arena.node(name)), port);
@@ -97,7 +97,7 @@ pub fn voter_doors(arena: &Arena, from: &Foothold, port: u16) -> Vec<Door> {
     all
 }
 
-/// Tries every password that the attacker has on etcd's users; the tokens of those that it opens.
+/// Tries every password of the attacker for every user of etcd. Returns the users and tokens of successful logins.
 async fn log_in(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Vec<(String, String)> {
     let known = from.logins.lock().unwrap_or_else(PoisonError::into_inner).clone();
     if let Some(known) = known {
@@ -131,7 +131,7 @@ async fn post(
     serde_json::from_slice(&answer).map_err(|e| e.to_string())
 }
 
-/// Whether the attacker reads what the witness writes now, in the fleet's part and in Patroni's.
+/// Tries to read values that the trusted hub has just written, below the fleet's prefix and below Patroni's.
 pub fn read(arena: &Arena, from: &Foothold) -> Finding {
     let canary = format!("canary-{:?}", from.place);
     let keys = [format!("{SCRATCH}read"), format!("{}containment", arena.scope())];
@@ -161,11 +161,12 @@ pub fn read(arena: &Arena, from: &Foothold) -> Finding {
         Ok([Some(how), _]) => Finding::yes(how),
         _ if copied => Finding::yes("the data folder of its own etcd"),
         Ok([None, Some(how)]) => Finding::part(format!("Patroni's keys only: {how}")),
-        Ok(_) => Finding::no("logged in, and may read neither part"),
+        Ok(_) => Finding::no("logged in, but may read neither prefix"),
         Err(e) => Finding::no(e),
     }
 }
 
+/// Tries to write below the fleet's prefix and below Patroni's.
 pub fn write(arena: &Arena, from: &Foothold) -> Finding {
     let key = format!("{SCRATCH}write");
     let patroni = format!("{}containment-write", arena.scope());
@@ -179,7 +180,7 @@ pub fn write(arena: &Arena, from: &Foothold) -> Finding {
     finding
 }
 
-/// Writes a key by any way the attacker has: a client's, or a member's. Returns how.
+/// Writes a key as a client or as a peer, and verifies the value on the trusted hub. Returns how.
 pub fn put(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result<String, String> {
     let asked = from.run(|| async {
         let mut last = Err("no session".to_owned());
@@ -193,7 +194,7 @@ pub fn put(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result<Str
     });
     let refused = match asked {
         Ok(how) if arena.get(key) == value => return Ok(how),
-        Ok(how) => format!("{how}: accepted, and not stored"),
+        Ok(how) => format!("{how}: accepted, but not stored"),
         Err(e) => e,
     };
     let how = raft::propose(arena, from, key, value).map_err(|e| format!("{refused}; peer: {e}"))?;
@@ -203,5 +204,5 @@ pub fn put(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result<Str
         }
         sleep(Duration::from_millis(100));
     }
-    Err(format!("{refused}; {how}: accepted, and not stored"))
+    Err(format!("{refused}; {how}: accepted, but not stored"))
 }

@@ -1,4 +1,4 @@
-//! Where an attacker stands: a network namespace, and what root finds on the machine.
+//! The attacker's position: a network namespace, and everything that root finds on the machine.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,12 +20,12 @@ use tokio::time::timeout;
 use super::members::Captured;
 use super::{Arena, Place};
 
-/// How long an attack waits for an answer. The fleet's own paths answer in milliseconds.
+/// How long an attack waits for a reply. The fleet's daemons reply within milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(4);
-/// How long a connection to a filtered port is tried.
+/// How long an attack waits for a TCP connection.
 const CONNECT: Duration = Duration::from_millis(1500);
 
-/// A certificate that the attacker can show, and whose key it has. PEM.
+/// A certificate of the attacker and its key, both PEM.
 #[derive(Clone)]
 pub struct Credential {
     pub name: String,
@@ -33,48 +33,48 @@ pub struct Credential {
     pub key: String,
 }
 
-/// A service that an attack is aimed at.
+/// Address of an attacked service.
 #[derive(Clone, Debug)]
 pub struct Door {
     pub host: String,
     pub port: u16,
-    /// Name of the node in its certificate.
+    /// Name in the service's certificate.
     pub name: String,
 }
 
-/// Users of etcd and their tokens; `None` before the attacker has tried.
+/// Users of etcd and their tokens. `None` before the first login attempt.
 pub type Logins = Arc<Mutex<Option<Vec<(String, String)>>>>;
 
 /// The attacker's position.
 #[derive(Clone)]
 pub struct Foothold {
     pub place: Place,
-    /// The node whose root the attacker is; none for an outsider.
+    /// Node on which the attacker is root. `None` for a host outside the fleet.
     pub node: Option<Node>,
     namespace: PathBuf,
-    /// The fleet root's certificate.
+    /// Certificate of the fleet's root, PEM.
     pub root: String,
-    /// Its own certificate, and those that its issuer can make.
+    /// The node's own certificate, then certificates that the attacker signed with the node's issuer.
     pub credentials: Vec<Credential>,
     pub issuer: Option<Issuer>,
     pub passwords: BTreeMap<String, String>,
-    /// Tickets that it has.
+    /// Joiners' tickets.
     pub tickets: Vec<Joiner>,
-    /// Join requests of others that it has heard.
+    /// Recorded join requests of other machines.
     pub captured: Vec<Captured>,
-    /// Secrets of others that it got on its way here.
+    /// Descriptions of other nodes' secrets that the attacker has obtained.
     pub loot: Vec<String>,
-    /// Doors that were tried: what is filtered stays so, and costs a time-out.
+    /// Cached reachability of host and port, because each filtered port costs a timeout.
     tried: Arc<Mutex<BTreeMap<(String, u16), bool>>>,
-    /// Users of etcd that its passwords open, with a token of each; none before it tried.
+    /// Cached logins to etcd.
     pub logins: Logins,
 }
 
 impl Foothold {
-    /// Root on a node: takes everything that is there, and flushes the packet filter.
+    /// Becomes root on a node: reads its certificates, state and ticket, and flushes its packet filter.
     ///
     /// # Panics
-    /// The node does not run.
+    /// If the node does not run.
     #[must_use]
     pub fn on(arena: &Arena, place: Place, name: &str) -> Self {
         let machine = arena.machine(name);
@@ -115,12 +115,12 @@ impl Foothold {
         foothold
     }
 
-    /// A host on the internet.
+    /// Creates an attacker on an internet host.
     #[must_use]
     pub fn outside(arena: &Arena, place: Place) -> Self {
-        // Anybody learns the root's certificate from a TLS handshake; a ticket has it, too.
+        // The root's certificate is public: a TLS handshake shows it, and each ticket contains it.
         let root = arena.witness().ok("cat /run/bakehouse/tls/ca.crt") + "\n";
-        // Signed by a root of the attacker's own, with the names of a hub.
+        // A hub's certificate, signed by the attacker's own root.
         let other = Issuer::root(&arena.topology.name).expect("randomness");
         let own = signed(arena, &other, "hub-1");
         Self {
@@ -139,7 +139,7 @@ impl Foothold {
         }
     }
 
-    /// Makes certificates of other nodes, where an issuer's key is at hand.
+    /// Signs certificates of other nodes if the node has an issuer.
     fn forge(&mut self, arena: &Arena) {
         let Some(issuer) = &self.issuer else { return };
         let own = self.node.as_ref().map_or("", |n| n.name.as_str());
@@ -148,46 +148,46 @@ impl Foothold {
         self.credentials.extend(forged);
     }
 
-    /// The credential of the attacker's own node.
+    /// Returns the credential of the attacker's own node.
     #[must_use]
     pub fn own(&self) -> &Credential {
         &self.credentials[0]
     }
 
-    /// What to show: nothing, the own certificate, forged ones.
+    /// Returns the client certificates to try: the node's own, the forged ones, and none.
     pub fn shown(&self) -> impl Iterator<Item = Option<&Credential>> {
         self.credentials.iter().map(Some).chain([None])
     }
 
-    /// Runs an attack in the place's network namespace, on a thread of its own.
+    /// Runs an attack on a new thread in the attacker's network namespace.
     ///
     /// # Panics
-    /// The attack does; the namespace is gone.
+    /// If the attack panics, or the namespace does not exist.
     pub fn run<T: Send, F: Future<Output = T>>(&self, attack: impl FnOnce() -> F + Send) -> T {
         let entered = || {
             self.enter();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             runtime.block_on(attack())
         };
-        thread::scope(|scope| scope.spawn(entered).join()).expect("the attack runs")
+        thread::scope(|scope| scope.spawn(entered).join()).expect("no panic in the attack")
     }
 
-    /// Moves this thread into the place's network namespace.
+    /// Moves this thread into the attacker's network namespace.
     ///
     /// # Panics
-    /// It is gone.
+    /// If the namespace does not exist.
     pub fn enter(&self) {
         let file = File::open(&self.namespace).unwrap_or_else(|e| panic!("{}: {e}", self.namespace.display()));
         setns(file, CloneFlags::CLONE_NEWNET).expect("the network namespace of a machine, as root");
     }
 
-    /// Path of the place's network namespace.
+    /// Returns the path of the attacker's network namespace.
     #[must_use]
     pub fn namespace(&self) -> &Path {
         &self.namespace
     }
 
-    /// Those of the doors where something accepts a TCP connection.
+    /// Returns the addresses that accept a TCP connection.
     pub async fn reachable(&self, doors: Vec<Door>) -> Vec<Door> {
         let tried = doors.into_iter().map(|door| async {
             let at = (door.host.clone(), door.port);
@@ -204,10 +204,11 @@ impl Foothold {
         join_all(tried).await.into_iter().flatten().collect()
     }
 
-    /// Sends one request over TLS.
+    /// Sends a request over TLS and returns the response's body.
     ///
     /// # Errors
-    /// What refused it: the network, TLS, or a status that is no success.
+    /// If the connection or TLS fails, the response's status is not a success, or the reply takes longer than
+    /// [`PATIENCE`].
     pub async fn ask(
         &self,
         door: &Door,
@@ -222,18 +223,18 @@ impl Foothold {
             let mut connection = Connection::open(&door.host, door.port, &door.name, &tls).await?;
             connection.ask(request(method, &door.host, path, headers, body.into())?, 16 << 20).await
         };
-        timeout(PATIENCE, asked).await.map_err(|_| format!("{}: no answer", door.host))?.map_err(|e| e.to_string())
+        timeout(PATIENCE, asked).await.map_err(|_| format!("{}: no reply", door.host))?.map_err(|e| e.to_string())
     }
 }
 
-/// A certificate with a node's names, signed by this issuer.
+/// Signs a certificate of a node with this issuer. `None` if the issuer cannot sign it.
 fn signed(arena: &Arena, issuer: &Issuer, name: &str) -> Option<Credential> {
     let key = PrivateKey::generate().expect("randomness");
     let cert = issuer.node(&arena.topology, arena.node(name), &key.public().expect("a key")).ok()?;
     Some(Credential { name: name.to_owned(), cert, key: key.pem().to_owned() })
 }
 
-/// Doors of a port on some nodes, by every address.
+/// Returns a port's addresses on these nodes, in the mesh and on the internet.
 pub fn doors<'a>(arena: &Arena, nodes: impl Iterator<Item = &'a Node>, port: u16) -> Vec<Door> {
     let of = |node: &Node| arena.addresses(node).map(|host| Door { host, port, name: node.name.clone() });
     nodes.flat_map(of).collect()

@@ -1,5 +1,5 @@
-//! What the hubs' API and the keys behind it give to one who should not have it: another node's mesh key, a denied
-//! version, a slot, secrets.
+//! Attacks on the hubs' API and its records in etcd: replace another node's mesh key, deny a version, take a slot, read
+//! secrets.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -15,34 +15,34 @@ use tokio::time::timeout;
 use super::foothold::{Door, Foothold, PATIENCE, doors};
 use super::{Arena, Finding, Place, etcd};
 
-/// The group with slots that are free.
+/// Group with free slots.
 pub const GROUP: &str = "app";
-/// A slot of it, that no machine of the test takes.
+/// Slot of that group that no machine of the test takes.
 const FREE_SLOT: &str = "app-6";
 const SLOTS: &str = "/bakehouse/slots/";
 const REPORTS: &str = "/bakehouse/rollout/nodes/";
 const DENIED: &str = "/bakehouse/rollout/denied/";
 
-/// A join request, as one who listens at the other end of TLS has it.
+/// A join request, as the other end of the TLS connection reads it.
 #[derive(Clone, Debug, Default)]
 pub struct Captured {
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
 }
 
-/// The hubs' API, on those that are members.
+/// Returns reachable addresses of the other hubs' API.
 async fn hubs(arena: &Arena, from: &Foothold) -> Vec<Door> {
     let others = arena.topology.hubs.iter().filter(|h| from.node.as_ref().is_none_or(|n| n.name != h.name));
     from.reachable(doors(arena, others, arena.topology.mesh.port)).await
 }
 
-/// Whether the attacker replaces the mesh key that hubs have for another node.
+/// Tries to replace another node's mesh key.
 pub fn change_mesh_key(arena: &Arena, from: &Foothold) -> Finding {
     let key = MeshKey([from.place as u8 + 1; 32]);
     let tls_key = encoding::encode(PrivateKey::generate().and_then(|k| k.public()).expect("randomness").as_bytes());
-    // Each API that takes a key, with every certificate that says another node's name, and with the own one.
+    // Each request that carries a mesh key, with every certificate of another node.
     let mut last = from.run(|| async {
-        let mut last = "no other name to ask in".to_owned();
+        let mut last = "no certificate of another node".to_owned();
         for door in hubs(arena, from).await {
             for shown in from.credentials.iter().filter(|c| c.name != door.name) {
                 let said = Introduction { version: PROTOCOL, mesh_key: key, epoch: 99 };
@@ -60,7 +60,7 @@ pub fn change_mesh_key(arena: &Arena, from: &Foothold) -> Finding {
     if let Some(how) = took_key(arena, from, key) {
         return Finding::yes(how);
     }
-    // The record that hubs take mesh keys from; it stays as it is, only by another's hand.
+    // Hubs read mesh keys from this record. The attack changes only its `by`, so that the fleet keeps working.
     let slot = format!("{SLOTS}watch-1");
     let mut record: SlotRecord = serde_json::from_str(&arena.get(&slot)).expect("a record");
     "the attacker".clone_into(&mut record.by);
@@ -71,7 +71,7 @@ pub fn change_mesh_key(arena: &Arena, from: &Foothold) -> Finding {
     Finding::no(last)
 }
 
-/// Where a hub or a node has this key for somebody: it looks for some seconds.
+/// Searches the peer tables of all other nodes for this key, for about 2 s.
 fn took_key(arena: &Arena, from: &Foothold, key: MeshKey) -> Option<String> {
     for _ in 0..4 {
         for (name, machine) in &arena.machines {
@@ -88,20 +88,20 @@ fn took_key(arena: &Arena, from: &Foothold, key: MeshKey) -> Option<String> {
     None
 }
 
-/// Whether the attacker keeps a version from the fleet.
+/// Tries to deny a version.
 pub fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
     let version = format!("9.{}", from.place as u8);
     let key = format!("{DENIED}{version}");
     let report = |doing| json(&Report { version: PROTOCOL, image: "1".to_owned(), doing });
     let wants = Doing::Wants { image: version.clone(), leads: false, primary: false, unwell: true };
     let reports = [report(wants), report(Doing::WentBack { from: version.clone() })];
-    // All others are well and have reported: nothing but the rules stands in the way.
+    // All other nodes have reported that they serve, so only the rollout's rules can refuse the attacker's reports.
     let serving = String::from_utf8(report(Doing::Serving)).expect("JSON");
     for slot in arena.keys(SLOTS) {
         arena.put(&format!("{REPORTS}{slot}"), &serving);
     }
     let last = from.run(|| async {
-        let mut last = "no hub is reached".to_owned();
+        let mut last = "no hub is reachable".to_owned();
         for door in hubs(arena, from).await {
             for shown in from.shown() {
                 for body in &reports {
@@ -130,10 +130,10 @@ pub fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
     finding
 }
 
-/// Whether the attacker gets a slot for a machine of its own.
+/// Tries to get a slot for another machine.
 pub fn take_slot(arena: &Arena, from: &Foothold) -> Finding {
     let mut last = String::new();
-    // A token that the attacker signs itself, with the best key it has; and those it was given.
+    // A token signed with the node's issuer or with the attacker's own root, and tickets used for another group.
     let own_root = Issuer::root(&arena.topology.name).expect("randomness");
     let forged = claims(arena).and_then(|c| Joiner::mint(from.issuer.as_ref().unwrap_or(&own_root), c).ok());
     for (joiner, group) in forged.iter().map(|j| (j, GROUP)).chain(from.tickets.iter().map(|j| (j, "db"))) {
@@ -161,7 +161,7 @@ pub fn take_slot(arena: &Arena, from: &Foothold) -> Finding {
         Ok(how) => return Finding::yes(format!("{slot} by {how}")),
         Err(e) => last = format!("{last}; etcd: {e}"),
     }
-    // What its own tickets give: as much as they say, and once.
+    // Its own tickets give one slot of their group. A second slot would exceed the ticket.
     for joiner in &from.tickets {
         let group = joiner.token.read().expect("claims").group;
         match join(arena, from, joiner, &group) {
@@ -183,14 +183,14 @@ fn claims(arena: &Arena) -> Option<Claims> {
     Some(claims)
 }
 
-/// Joins as a new machine with this right. Returns the grant, and the request as it crossed the wire.
+/// Joins as a new machine with this token. Returns the grant and the request.
 ///
 /// # Errors
-/// The last hub's refusal.
+/// If every hub refuses the request. The text is the last refusal.
 pub fn join(arena: &Arena, from: &Foothold, joiner: &Joiner, group: &str) -> Result<(Grant, Captured), String> {
     let body = request_of(joiner, group);
     from.run(|| async {
-        let mut last = "no hub is reached".to_owned();
+        let mut last = "no hub is reachable".to_owned();
         for door in hubs(arena, from).await {
             match ask_to_join(from, &door, joiner, &body).await {
                 Ok(granted) => return Ok(granted),
@@ -201,7 +201,7 @@ pub fn join(arena: &Arena, from: &Foothold, joiner: &Joiner, group: &str) -> Res
     })
 }
 
-/// The request of a new machine.
+/// Encodes the join request of a new machine.
 #[must_use]
 pub fn request_of(joiner: &Joiner, group: &str) -> Vec<u8> {
     let tls = PrivateKey::generate().and_then(|key| key.public()).expect("randomness");
@@ -216,10 +216,10 @@ pub fn request_of(joiner: &Joiner, group: &str) -> Vec<u8> {
     })
 }
 
-/// Asks one hub, signed as the token's owner signs it. Returns the grant, and the request as it crossed the wire.
+/// Sends a join request to one hub, with the signatures of the token's owner. Returns the grant and the request.
 ///
 /// # Errors
-/// The hub's refusal.
+/// If the hub refuses the request.
 pub async fn ask_to_join(
     from: &Foothold,
     door: &Door,
@@ -249,13 +249,13 @@ fn granted(answer: &[u8]) -> Result<Grant, String> {
     }
 }
 
-/// Sends a join request as it was captured.
+/// Replays a recorded join request.
 async fn send(from: &Foothold, door: &Door, request: &Captured) -> Result<Grant, String> {
     let headers: Vec<(&str, &str)> = request.headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
     granted(&from.ask(door, None, ("POST", "/v1/join"), &headers, request.body.clone()).await?)
 }
 
-/// Whether the attacker has a password that is not its own roles', or gets one.
+/// Tries to read a password that the roles of the attacker's node do not need.
 pub fn read_secrets(arena: &Arena, from: &Foothold) -> Finding {
     if !from.loot.is_empty() {
         return Finding::yes(from.loot.join("; "));
@@ -264,9 +264,9 @@ pub fn read_secrets(arena: &Arena, from: &Foothold) -> Finding {
         return Finding::yes(found);
     }
     let asked = from.run(|| async {
-        let mut last = "nothing but its own on its disk, and no other name to ask in".to_owned();
+        let mut last = "only its own secrets on its disk, and no certificate of another node".to_owned();
         for door in hubs(arena, from).await {
-            // In another node's name.
+            // Renewals with a forged certificate of another node.
             for shown in from.credentials.iter().filter(|c| from.node.as_ref().is_none_or(|n| n.name != c.name)) {
                 let tls = PrivateKey::generate().and_then(|key| key.public()).expect("randomness");
                 let mesh_key = MeshKey(tls.as_bytes()[1..33].try_into().expect("32 bytes"));
@@ -277,7 +277,7 @@ pub fn read_secrets(arena: &Arena, from: &Foothold) -> Finding {
                     _ => last = format!("/v1/renew as {}: {}", shown.name, answered(answer)),
                 }
             }
-            // Another's request, over a connection of its own.
+            // Another machine's join request, over a new connection.
             for request in &from.captured {
                 match send(from, &door, request).await {
                     Ok(grant) => return Ok(format!("the grant of {} by a replayed request", grant.slot)),
@@ -290,7 +290,7 @@ pub fn read_secrets(arena: &Arena, from: &Foothold) -> Finding {
     asked.map_or_else(Finding::no, Finding::yes)
 }
 
-/// Passwords of the fleet in the node's files, other than those its roles need.
+/// Searches the node's files for passwords that its roles do not need.
 fn on_disk(arena: &Arena, from: &Foothold) -> Option<String> {
     let node = from.node.as_ref()?;
     let all: fleet::Secrets = serde_json::from_value(serde_json::json!(arena.secrets)).expect("passwords by name");
@@ -312,7 +312,7 @@ fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("JSON")
 }
 
-/// What was answered, in few words.
+/// Returns the first 90 characters of a reply or an error.
 fn answered(answer: Result<bytes::Bytes, String>) -> String {
     let text = answer.map_or_else(|e| e, |body| String::from_utf8_lossy(&body).into_owned());
     text.chars().take(90).collect()

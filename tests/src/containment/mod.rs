@@ -1,9 +1,9 @@
-//! The containment matrix: what an attacker who is root on one machine can do to the rest of the fleet.
+//! The containment matrix: what an attacker with root on one machine can do to the rest of the fleet.
 //!
-//! A row is a place where the attacker stands ([`Place`]), a column is something worth having ([`Target`]). Every
-//! cell is tried for real from that place, with everything that root finds there: the certificate and its key, the
-//! issuer if there is one, passwords, raw sockets, the routing daemon. The effect is verified from a machine that the
-//! attacker does not control. [`table`] has what is expected and why; `docs/security.md` prints the same.
+//! A row is the attacker's position ([`Place`]), a column is the attacker's goal ([`Target`]). The test attacks each
+//! goal from each position, with everything that root finds there: the certificate and its key, the issuer if the node
+//! has one, passwords, raw sockets, the routing daemon. A machine that the attacker does not control verifies the
+//! effect. [`table`] has the expected results and their reasons, and `docs/security.md` prints the same table.
 
 mod arena;
 mod backups;
@@ -27,11 +27,11 @@ pub use page::{Matrix, publish};
 pub use rogue::{RogueHub, rogue_effect};
 pub use table::{Place, Reach, Target};
 
-/// What an attack achieved.
+/// Result of an attack.
 #[derive(Clone, Debug)]
 pub struct Finding {
     pub reach: Reach,
-    /// What succeeded, or the last refusal.
+    /// The attack that succeeded, or the last refusal.
     pub evidence: String,
 }
 
@@ -49,10 +49,10 @@ impl Finding {
     }
 }
 
-/// Tries one cell.
+/// Runs the attack of one cell.
 ///
 /// # Panics
-/// The fleet itself does not work.
+/// If a machine of the fleet does not work.
 #[must_use]
 pub fn attack(arena: &Arena, from: &Foothold, target: Target) -> Finding {
     match target {

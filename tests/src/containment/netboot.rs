@@ -1,4 +1,4 @@
-//! `bakehouse netboot` on the wire, and a host beside it that says false things.
+//! Attack on `bakehouse netboot` by a host on the same network, which sends false messages.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -18,18 +18,20 @@ use super::arena::INTERNET;
 use super::{Arena, Foothold};
 
 const PORT: u16 = 8470;
-/// A machine that fleet.toml names; its MAC address is seen on the wire.
+/// MAC address of a machine in fleet.toml. The attacker can see it on the network.
 pub const HUB_MAC: &str = "52:54:00:00:00:01";
 
-/// The real server, on the bridge that the attacker is on, too.
+/// A real `bakehouse netboot`, on the attacker's network.
 pub struct NetbootServer {
     child: Child,
     log: PathBuf,
 }
 
 impl NetbootServer {
+    /// Starts the server with these additional options.
+    ///
     /// # Panics
-    /// It does not start.
+    /// If it is not ready within 240 s.
     #[must_use]
     pub fn start(arena: &Arena, more: &[&str]) -> Self {
         let log = arena.lab.dir.join("netboot.log");
@@ -43,7 +45,7 @@ impl NetbootServer {
         let until = Instant::now() + Duration::from_secs(240);
         while !server.said().contains("Ctrl-C ends it") {
             let ended = server.child.try_wait().expect("a child");
-            assert!(ended.is_none() && Instant::now() < until, "netboot does not start:\n{}", server.said());
+            assert!(ended.is_none() && Instant::now() < until, "bakehouse netboot did not start:\n{}", server.said());
             sleep(Duration::from_millis(100));
         }
         server
@@ -61,10 +63,10 @@ impl Drop for NetbootServer {
     }
 }
 
-/// Sends one message to the server.
+/// Posts a message to the server and returns the reply.
 ///
 /// # Errors
-/// It refuses.
+/// If the server refuses the message.
 pub async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
     let sent = async {
         let mut server = Connection::plain(INTERNET, PORT).await?;
@@ -73,10 +75,10 @@ pub async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
     sent.await.map(Into::into).map_err(|e| e.to_string())
 }
 
-/// Asks as a machine with these network cards; the ticket that it gets.
+/// Requests a ticket as a machine with these MAC addresses.
 ///
 /// # Errors
-/// None, and why.
+/// If the server gives no ticket. The text is its reason.
 pub async fn ticket_of(macs: &[&str]) -> Result<Ticket, String> {
     let key = Key::generate().map_err(|e| e.to_string())?;
     let machine = json!({
@@ -92,11 +94,11 @@ pub async fn ticket_of(macs: &[&str]) -> Result<Ticket, String> {
             Errand::Nothing { why } => return Err(why),
         };
     let (ticket, _) = key.open(&sealed).map_err(|e| e.to_string())?;
-    // As it lies on the EFI partition: a systemd credential with a key that is none.
+    // A ticket for the EFI partition is a systemd credential, encrypted with systemd's null key.
     Ticket::parse(&ticket).or_else(|_| opened(&ticket))
 }
 
-/// Opens a credential that is encrypted with the key that everybody has, as systemd does.
+/// Decrypts a systemd credential that was encrypted with the null key, which is public.
 fn opened(credential: &[u8]) -> Result<Ticket, String> {
     const HEADER: usize = 48;
     const IV: std::ops::Range<usize> = 32..44;
@@ -107,38 +109,38 @@ fn opened(credential: &[u8]) -> Result<Ticket, String> {
     let key = UnboundKey::new(&AES_256_GCM, key.as_ref()).map(LessSafeKey::new).map_err(|e| e.to_string())?;
     let nonce = Nonce::try_assume_unique_for_key(&header[IV]).map_err(|e| e.to_string())?;
     let mut inner = sealed.to_vec();
-    let plain = key.open_in_place(nonce, Aad::from(header), &mut inner).map_err(|_| "a ticket of another key")?;
+    let plain = key.open_in_place(nonce, Aad::from(header), &mut inner).map_err(|_| "a ticket with another key")?;
     let begin = plain.iter().position(|b| *b == b'{').ok_or("no ticket in the credential")?;
     Ticket::parse(&plain[begin..]).map_err(|e| e.to_string())
 }
 
-/// Plays what a host on that network may say. Takes the tickets of a group that any machine may be, and notes what it
-/// got beyond that.
+/// Sends false messages to the server. Stores the tickets that any machine may have in `from.tickets`, and everything
+/// beyond that in `from.loot`.
 ///
 /// # Panics
-/// The lab is not writable.
+/// If the lab is not writable.
 pub fn attack(arena: &Arena, from: &mut Foothold) {
-    // A file of the operator's host, which the server's root could overwrite.
+    // A file of the operator's host. The server runs as root and could overwrite it.
     let file = arena.lab.dir.join("precious");
     fs::write(&file, "precious").expect("the lab is writable");
     let path = file.display().to_string();
     let (joiners, mut loot) = from.run(|| async {
         let (mut joiners, mut loot) = (Vec::new(), Vec::new());
         let news = |mac: &str| json!({ "version": Machine::VERSION, "mac": mac, "step": "installed" });
-        // The address of a machine that fleet.toml names, and false news of it.
+        // The MAC address of a machine in fleet.toml, and a false progress report of it.
         match ticket_of(&[HUB_MAC]).await {
-            Ok(ticket) => loot.push(format!("{} for a MAC address that was seen", right(&ticket))),
+            Ok(ticket) => loot.push(format!("{} for a MAC address seen on the network", right(&ticket))),
             Err(e) => println!("  {HUB_MAC}: {e}"),
         }
-        println!("  false news: {:?}", tell("/v1/news", &news(HUB_MAC)).await.map(|_| "taken"));
-        // Other first addresses before it: an address that is none, and one that is a path.
+        println!("  false report: {:?}", tell("/v1/news", &news(HUB_MAC)).await.map(|_| "accepted"));
+        // Other first addresses before it: an unknown one, and a path.
         for first in ["52:54:00:00:00:77", path.as_str()] {
             match ticket_of(&[first, HUB_MAC]).await {
                 Ok(ticket) => loot.push(format!("{} behind another address", right(&ticket))),
                 Err(e) => println!("  {HUB_MAC} as the second address: {e}"),
             }
         }
-        println!("  news of a path: {:?}", tell("/v1/news", &news(&path)).await.map(|_| "taken"));
+        println!("  report with a path: {:?}", tell("/v1/news", &news(&path)).await.map(|_| "accepted"));
         match ticket_of(&["52:54:00:00:00:66"]).await.map(|t| t.right) {
             Ok(Right::Joiner(joiner)) => joiners.push(joiner),
             Ok(Right::Founder(founder)) => loot.push(format!("the founder's ticket of {}", founder.slot)),
@@ -146,7 +148,7 @@ pub fn attack(arena: &Arena, from: &mut Foothold) {
         }
         (joiners, loot)
     });
-    if fs::read_to_string(&file).expect("it was written") != "precious" {
+    if fs::read_to_string(&file).expect("the file exists") != "precious" {
         loot.push("a file of the operator's host overwritten".to_owned());
     }
     from.tickets = joiners;

@@ -1,4 +1,4 @@
-//! The virtual address by VRRP, and another node's address by BGP.
+//! Attacks on the VIP by VRRP, and on another node's address by BGP.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,17 +13,17 @@ use super::{Arena, Finding};
 use crate::Machine;
 
 const VRRP: i32 = 112;
-/// As `keepalived.conf` has them.
+/// Virtual router id and interval of the fleet's `keepalived.conf`.
 const ROUTER_ID: u8 = 51;
 const CENTISECONDS: u16 = 20;
-/// How long adverts are sent; a backup takes over after 0.6 s without a master.
+/// How long the attack sends adverts. A backup takes over after 0.6 s without a master.
 const LASTS: Duration = Duration::from_secs(5);
 
-/// Whether adverts of the highest priority keep the VIP from every other hub.
+/// Tries to keep the VIP from every other hub by adverts of the highest priority.
 pub fn take_vip(arena: &Arena, from: &Foothold) -> Finding {
     let own = from.node.as_ref();
     let hubs: Vec<&str> = arena.topology.hubs.iter().map(|h| h.name.as_str()).collect();
-    // Who was evicted may hold it on its own machine as long as it likes: nobody is routed there.
+    // The attacker's own machine does not count: an evicted hub may keep the address, but no packets are routed there.
     let others: Vec<&str> = hubs.iter().copied().filter(|h| own.is_none_or(|n| n.name != *h)).collect();
     let has = |hub: &str| {
         let shown = format!("ip -brief address show dev lo | grep -q {}/32", arena.topology.vip);
@@ -42,7 +42,7 @@ pub fn take_vip(arena: &Arena, from: &Foothold) -> Finding {
             advertise(arena, from, &stop)
         });
         let begun = Instant::now();
-        // Hubs take some adverts to believe it.
+        // The other hubs step down after a few adverts.
         sleep(Duration::from_secs(1));
         let (mut lost, mut looked) = (0, 0);
         while begun.elapsed() < LASTS {
@@ -51,14 +51,14 @@ pub fn take_vip(arena: &Arena, from: &Foothold) -> Finding {
             sleep(Duration::from_millis(100));
         }
         stop.store(true, Ordering::Relaxed);
-        (sending.join().expect("the adverts are sent"), lost, looked)
+        (sending.join().expect("no panic in the thread"), lost, looked)
     });
-    let evidence = format!("{sent} adverts; no other hub had the VIP in {lost} of {looked} looks");
-    // A fleet on a busy host may lose it for a moment.
+    let evidence = format!("{sent} adverts; no other hub had the VIP in {lost} of {looked} checks");
+    // A busy host may move the VIP for a moment without an attack.
     if lost * 2 > looked { Finding::yes(evidence) } else { Finding::no(evidence) }
 }
 
-/// Sends adverts to every hub, from the own address and in the names of the hubs. Returns how many were sent.
+/// Sends adverts to every hub, from the attacker's address and from spoofed addresses of hubs. Returns their number.
 fn advertise(arena: &Arena, from: &Foothold, stop: &AtomicBool) -> u32 {
     let raw = |protocol: i32| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(protocol))).expect("root");
     let plain = raw(VRRP);
@@ -83,7 +83,7 @@ fn advertise(arena: &Arena, from: &Foothold, stop: &AtomicBool) -> u32 {
     sent
 }
 
-/// VRRP version 3 (RFC 5798).
+/// Encodes a VRRP version 3 advert, see RFC 5798.
 fn advert(arena: &Arena, from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
     let mut body = vec![0x31, ROUTER_ID, 255, 1];
     body.extend(CENTISECONDS.to_be_bytes());
@@ -95,7 +95,7 @@ fn advert(arena: &Arena, from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
     body
 }
 
-/// An IPv4 header of a packet with one advert; the kernel fills in length, id and checksum.
+/// Encodes the IPv4 header of an advert. The kernel fills in length, id and checksum.
 fn header(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
     let mut header = vec![0x45, 0xc0, 0, 32, 0, 0, 0, 0, 255, VRRP as u8, 0, 0];
     header.extend(from.octets());
@@ -112,10 +112,10 @@ fn checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Whether another hub takes the primary's address from the attacker's routing daemon.
+/// Tries to announce a database's address to the other hubs from the attacker's routing daemon.
 pub fn announce(arena: &Arena, from: &Foothold) -> Finding {
     let Some(node) = &from.node else {
-        // Nobody without a tunnel has a transport address: BGP's port is all there is.
+        // A host without a tunnel has no transport address and can only try BGP's port.
         let open = from.run(|| async { from.reachable(doors(arena, arena.topology.hubs.iter(), 179)).await });
         return match open.first() {
             Some(door) => Finding::yes(format!("{}:179 accepts a connection", door.host)),
@@ -144,7 +144,8 @@ pub fn announce(arena: &Arena, from: &Foothold) -> Finding {
     found.map_or_else(|| Finding::no(format!("no hub has a route to {victim} by {}", node.transport)), Finding::yes)
 }
 
-/// A routing daemon that announces all that it has, and some routes of the attacker's; until it is dropped.
+/// A node's BIRD without an export filter and with additional configuration. Dropping it restores the node's own
+/// configuration.
 struct Routing<'a>(&'a Machine);
 
 impl<'a> Routing<'a> {
@@ -165,8 +166,8 @@ impl Drop for Routing<'_> {
     }
 }
 
-/// A hub that uses a worker's address towards one node, until it is dropped: it announces the address, and has it.
-/// Only a hub can: WireGuard takes a worker's packets from that worker's address alone.
+/// A hub that announces a worker's address and uses it towards one node, until this is dropped. Only a hub can do this:
+/// WireGuard's allowed IPs limit a worker to its own address.
 pub struct Impersonation<'a> {
     machine: &'a Machine,
     undo: String,
@@ -174,8 +175,10 @@ pub struct Impersonation<'a> {
 }
 
 impl<'a> Impersonation<'a> {
+    /// Starts the impersonation of `worker` towards one node.
+    ///
     /// # Panics
-    /// The attacker is not root on a hub.
+    /// If the attacker's machine is not a hub.
     pub fn of(arena: &'a Arena, from: &Foothold, worker: &Node, towards: &Node) -> Self {
         let machine = arena.machine(&from.node.as_ref().expect("a hub").name);
         let (address, to) = (worker.address, towards.address);
@@ -183,7 +186,7 @@ impl<'a> Impersonation<'a> {
         machine.ok(&format!("ip address add {address}/32 dev lo && ip route add {route}"));
         let undo = format!("ip route del {route}; ip address del {address}/32 dev lo");
         let impersonation = Self { machine, undo, _routing: Routing::changed(machine, "") };
-        // The node at the other end has to hear of it.
+        // Waits until the route has reached the other node.
         let heard = format!("ip route get {address} | grep -q 'dev wg-hub{}'", from.node.as_ref().map_or(0, |n| n.hub));
         let until = Instant::now() + Duration::from_secs(5);
         while arena.machine(&towards.name).exec(&heard).status != 0 && Instant::now() < until {
@@ -204,8 +207,8 @@ mod tests {
     use super::checksum;
 
     #[test]
-    fn the_checksum_is_the_internets() {
-        // The example of RFC 1071, section 3.
+    fn checksum_matches_rfc_1071() {
+        // Example of RFC 1071, section 3.
         assert_eq!(checksum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]), !0xddf2);
     }
 }

@@ -1,4 +1,4 @@
-//! The matrix as a test result and as a section of `docs/security.md`.
+//! Compares the matrix with the expected results, and prints it as a section of `docs/security.md`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,25 +12,25 @@ const PAGE: &str = "docs/security.md";
 const BEGIN: &str = "<!-- containment -->";
 const END: &str = "<!-- /containment -->";
 
-/// The findings so far.
+/// Findings of the attacks so far.
 #[derive(Default)]
 pub struct Matrix(BTreeMap<(Place, Target), Finding>);
 
 impl Matrix {
-    /// Enters a finding, and prints it.
+    /// Records a finding and prints it.
     pub fn enter(&mut self, place: Place, target: Target, finding: Finding) {
         let mark = if finding.reach == expected(place, target).0 { " " } else { "!" };
         println!("{mark} {:<28} {:<33} {:<4} {}", place.title(), target.title(), word(finding.reach), finding.evidence);
         self.0.insert((place, target), finding);
     }
 
-    /// Every cell that is not as expected, one a line.
+    /// Describes every cell that is not as expected.
     #[must_use]
     pub fn differences(&self) -> Vec<String> {
         let differs = |(place, target): (Place, Target)| {
             let wanted = expected(place, target).0;
             match self.0.get(&(place, target)) {
-                None => Some(format!("{}: {}: was not tried", place.title(), target.title())),
+                None => Some(format!("{}: {}: no result", place.title(), target.title())),
                 Some(found) if found.reach != wanted => Some(format!(
                     "{}: {}: expected {}, found {} ({})",
                     place.title(),
@@ -45,7 +45,7 @@ impl Matrix {
         Place::ALL.iter().flat_map(|p| Target::ALL.iter().map(|t| (*p, *t))).filter_map(differs).collect()
     }
 
-    /// The table as Markdown, with the reasons below it.
+    /// Renders the table as Markdown, with the reasons below it.
     #[must_use]
     pub fn markdown(&self) -> String {
         let mut reasons: Vec<&str> = Vec::new();
@@ -95,10 +95,10 @@ fn word(reach: Reach) -> &'static str {
     }
 }
 
-/// Compares the table with the section of the page; with `UPDATE_GOLDEN=1`, writes it there.
+/// Compares the table with the page's section. With `UPDATE_GOLDEN=1`, writes the section.
 ///
 /// # Panics
-/// The page has another table, or no section for it.
+/// If the page has another table, or no section for it.
 pub fn publish(table: &str) {
     let path = root().join(PAGE);
     let page = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{PAGE}: {e}"));
@@ -110,7 +110,7 @@ pub fn publish(table: &str) {
     }
     assert!(
         std::env::var_os("UPDATE_GOLDEN").is_some(),
-        "{PAGE} prints another table; UPDATE_GOLDEN=1 writes this one:\n{table}"
+        "{PAGE} has another table; UPDATE_GOLDEN=1 writes this one:\n{table}"
     );
     fs::write(&path, format!("{before}{BEGIN}{wanted}{END}{after}")).unwrap_or_else(|e| panic!("{PAGE}: {e}"));
 }

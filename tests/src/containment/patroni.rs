@@ -1,4 +1,4 @@
-//! Patroni's settings: by its REST API, and by the key in etcd that it reads them from.
+//! Attack on Patroni's settings: through its REST API, and through the key in etcd from which Patroni reads them.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::{Arena, Finding, etcd};
 const API: u16 = 8008;
 const SHOW: &str = "patronictl -c /run/bakehouse/patroni.yml show-config";
 
-/// Whether the attacker changes a setting that every member reads: a name that Patroni does not know and keeps.
+/// Tries to add a setting that every member reads. Patroni keeps names that it does not know.
 pub fn change(arena: &Arena, from: &Foothold) -> Finding {
     let mark = format!("containment-{:?}", from.place).to_lowercase();
     let asked = from.run(|| async {
@@ -35,11 +35,11 @@ pub fn change(arena: &Arena, from: &Foothold) -> Finding {
                 undo(arena, &mark);
                 return Finding::yes(how);
             }
-            format!("{how}: answered, and not set")
+            format!("{how}: accepted, but not set")
         }
         Err(e) => e,
     };
-    // The same, without Patroni: what is in etcd is what the members do.
+    // Patroni's members apply the settings that etcd has.
     let key = format!("{}config", arena.scope());
     let mut settings: Value = serde_json::from_str(&arena.get(&key)).expect("Patroni's settings are JSON");
     settings[&mark] = Value::Bool(true);
@@ -48,7 +48,7 @@ pub fn change(arena: &Arena, from: &Foothold) -> Finding {
             undo(arena, &mark);
             Finding::yes(format!("{key} by {how}"))
         }
-        Ok(how) => Finding::no(format!("{how}: written, and not set")),
+        Ok(how) => Finding::no(format!("{how}: written, but not set")),
         Err(_) => Finding::no(refused),
     }
 }

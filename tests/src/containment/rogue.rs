@@ -1,4 +1,4 @@
-//! A hub's API as an evicted hub goes on serving it: it has its certificate, its key and its address, and lies.
+//! The API of an evicted hub that keeps its certificate, its key and its address, and returns false replies.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,7 +18,7 @@ use super::{Arena, Finding, Foothold};
 /// A key that no machine has.
 pub const FALSE_KEY: MeshKey = MeshKey([0x42; 32]);
 
-/// The server, until it is dropped.
+/// The evicted hub's server. Dropping it ends the server.
 pub struct RogueHub {
     stop: Arc<AtomicBool>,
     captured: Arc<Mutex<Vec<Captured>>>,
@@ -27,11 +27,11 @@ pub struct RogueHub {
 }
 
 impl RogueHub {
-    /// Serves at every address of the machine, with its old certificate. Every node that asks is told that another
-    /// machine has its slot, and that the other hubs have other keys; join requests are kept.
+    /// Serves on all addresses of the machine, with its old certificate. The replies claim that another machine has the
+    /// client's slot, and that the other hubs have other keys. The server records join requests.
     ///
     /// # Panics
-    /// The port is taken.
+    /// If the port is in use.
     #[must_use]
     pub fn serve(arena: &Arena, from: &Arc<Foothold>) -> Self {
         let mut rogue = Self { stop: Arc::default(), captured: Arc::default(), asked: Arc::default(), thread: None };
@@ -62,7 +62,7 @@ impl RogueHub {
                         continue;
                     };
                     let (tls, captured, asked, lie) = (tls.clone(), captured.clone(), asked.clone(), lie.clone());
-                    // Connections that fail are the fleet's good luck.
+                    // A failed connection is a failed attack.
                     tokio::spawn(async move { answer(tcp, tls, &captured, &asked, &lie).await });
                 }
             });
@@ -71,13 +71,13 @@ impl RogueHub {
         rogue
     }
 
-    /// Join requests that it got.
+    /// Returns the join requests so far.
     #[must_use]
     pub fn captured(&self) -> Vec<Captured> {
         self.captured.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Requests that it answered, with the asker's mesh or public address.
+    /// Returns paths and source addresses of the requests so far.
     #[must_use]
     pub fn asked(&self) -> Vec<String> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -93,7 +93,7 @@ impl Drop for RogueHub {
     }
 }
 
-/// What the lies achieved: a node that stopped, or that has the false key; none if all go on.
+/// Returns the nodes that stopped or stored the false key, or `None` if the false replies had no effect.
 #[must_use]
 pub fn rogue_effect(arena: &Arena, from: &Foothold) -> Option<Finding> {
     let others = arena.machines.iter().filter(|(name, _)| from.node.as_ref().is_none_or(|n| n.name != **name));
@@ -103,10 +103,10 @@ pub fn rogue_effect(arena: &Arena, from: &Foothold) -> Option<Finding> {
             return Some(format!("{name} stopped ({})", agent.trim()));
         }
         let key = machine.exec(&format!("grep -qF '{FALSE_KEY}' /var/lib/bakehouse/neighbours.json"));
-        (key.status == 0).then(|| format!("{name} took the false key"))
+        (key.status == 0).then(|| format!("{name} stored the false key"))
     });
     let harm: Vec<String> = harm.collect();
-    (!harm.is_empty()).then(|| Finding::yes(format!("false answers on its old endpoint: {}", harm.join(", "))))
+    (!harm.is_empty()).then(|| Finding::yes(format!("false replies on its old endpoint: {}", harm.join(", "))))
 }
 
 async fn answer(

@@ -1,24 +1,25 @@
-//! What is expected of every cell, and why. The one place to change when the fleet's privileges change.
+//! Expected result of every cell, and the reason. Change this table when the fleet's privileges change.
 
 use Place::{App, Db, EvictedHub, Hub, Keeper, Monitor, PxeHost, Stranger, TokenHolder, Voter};
 use Target::{
     Backups, DenyVersion, EtcdPeer, MeshKeys, Patroni, Postgres, ReadEtcd, Routes, Secrets, TakeSlot, Vip, WriteEtcd,
 };
 
-/// Where the attacker stands.
+/// The attacker's position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     App,
     Monitor,
     Db,
-    /// Holds an etcd vote and is no hub.
+    /// Has an etcd vote and is not a hub.
     Voter,
-    /// Keeps the backups, and has no other role.
+    /// Stores the backups and has no other role.
     Keeper,
     Hub,
-    /// Has left by `bakehouse leave --now`; root stopped its agent before, everything else still runs.
+    /// The operator evicted it with `bakehouse leave --now`. The attacker stopped its agent before, and everything else
+    /// still runs.
     EvictedHub,
-    /// Not a node; has a ticket of a group.
+    /// A host outside the fleet with a group's ticket.
     TokenHolder,
     /// A host that reaches the hubs' public addresses, and has captured a join request.
     Stranger,
@@ -26,7 +27,7 @@ pub enum Place {
     PxeHost,
 }
 
-/// What the attacker wants.
+/// The attacker's goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Target {
     ReadEtcd,
@@ -43,7 +44,7 @@ pub enum Target {
     Secrets,
 }
 
-/// How much of it the attacker gets.
+/// How far an attack succeeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
     No,
@@ -54,7 +55,7 @@ pub enum Reach {
 impl Place {
     pub const ALL: [Self; 10] = [App, Monitor, Db, Voter, Keeper, Hub, EvictedHub, TokenHolder, Stranger, PxeHost];
 
-    /// Heading of the row.
+    /// Returns the heading of the row.
     #[must_use]
     pub fn title(self) -> &'static str {
         match self {
@@ -88,7 +89,7 @@ impl Target {
         Secrets,
     ];
 
-    /// Heading of the column.
+    /// Returns the heading of the column.
     #[must_use]
     pub fn title(self) -> &'static str {
         match self {
@@ -108,31 +109,31 @@ impl Target {
     }
 }
 
-const PATRONI_OWNS: &str = "Patroni keeps its state in etcd: a db node reads and writes below Patroni's prefix \
-    (leader, settings, history), and nothing else.";
-const DB_IS_PATRONI: &str = "Patroni's members change the settings of all members, and a setting can name a command: \
-    one db node is all of the database.";
+const PATRONI_OWNS: &str = "Patroni keeps its state in etcd. A db node reads and writes only below Patroni's prefix \
+    (leader, settings, history).";
+const DB_IS_PATRONI: &str = "Each Patroni member can change the settings of all members, and a setting can name a \
+    command. Root on one db node therefore controls the whole database.";
 const DB_PASSWORDS: &str = "Patroni on every db node has the passwords of the superuser, the replication user and \
     the owner of Odoo's database.";
 const DB_BACKUPS: &str = "Every db node archives WAL to the repository and restores from it.";
-const KEEPER_BACKUPS: &str = "It keeps the repository: whoever is root there has all data as of the last backup. \
+const KEEPER_BACKUPS: &str = "This node stores the repository, so root on it reads all data as of the last backup. \
     Encrypt the disk, and give the role a machine of its own.";
-const RAFT: &str = "Members of etcd trust each other: a voter proposes any entry to raft, in any user's name, and so \
-    writes every key; slots, mesh keys, denied versions and Patroni's settings are keys. Give the third vote to a \
-    machine as well kept as a hub.";
-const VOTER_DATA: &str = "A voter has a copy of etcd's data on its disk. There are no passwords and no private keys in \
-    etcd.";
-const HUB: &str = "A hub is the fleet's authority: its agent writes `/bakehouse/`, signs the certificates of the nodes \
-    it lets in, and hands out their passwords. Whoever is root on a hub owns the fleet; see \"When a hub is taken\".";
-const HUB_NETWORK: &str = "A hub routes the mesh and votes on who has the VIP: the other hubs trust its VRRP and BGP.";
-const OLD_SECRETS: &str = "It knows what it knew: a hub's state has every password. They stay valid until they are \
-    replaced.";
-const OWN_GROUP: &str = "This is what the ticket is for: one slot of its own group, as often as the ticket says, until \
-    it is used, expires or is revoked. The secrets that come with it are those of the group's roles.";
-const PXE_GROUP: &str = "`[netboot] others` gives any machine on that network a ticket of the named group. Leave the key \
-    out, or name MAC addresses, where that network has other people's machines.";
+const RAFT: &str = "Members of etcd trust each other. A voter proposes any raft entry in the name of any user, and so \
+    writes every key: slots, mesh keys, denied versions and Patroni's settings. Protect the machine of the third vote \
+    as well as a hub.";
+const VOTER_DATA: &str = "A voter has a copy of etcd's data on its disk. etcd stores no passwords and no private keys.";
+const HUB: &str = "A hub is the fleet's authority: its agent writes `/bakehouse/`, signs the certificates of joining \
+    nodes, and distributes their passwords. Root on a hub controls the fleet, see \"When a hub is taken\".";
+const HUB_NETWORK: &str = "A hub routes the mesh and takes part in the VRRP election of the VIP. The other hubs trust \
+    its VRRP and BGP messages.";
+const OLD_SECRETS: &str = "A hub's state contains every password of the fleet. They stay valid until the operator \
+    replaces them.";
+const OWN_GROUP: &str = "This is the purpose of the ticket: a slot of its own group, until its uses are spent, it \
+    expires, or the operator revokes it. With the slot come the secrets of the group's roles.";
+const PXE_GROUP: &str = "`[netboot] others` gives any machine on that network a ticket of the named group. If other \
+    people's machines are on that network, leave the key out, or name MAC addresses.";
 
-/// What a cell is expected to be, and why it is not "no".
+/// Returns the expected result of a cell, and the reason if it is not "no".
 #[must_use]
 pub fn expected(place: Place, target: Target) -> (Reach, &'static str) {
     match (place, target) {
