@@ -67,7 +67,12 @@ pub fn open(bytes: &[u8], passphrase: &str) -> std::result::Result<Vec<u8>, Clos
     let key = derive(&file_key, nonce, b"payload");
     let mut plain = Vec::new();
     for (i, (chunk, last)) in chunks(payload, CHUNK + TAG).enumerate() {
-        plain.extend(decrypt(&key, counter(i, last), chunk).ok_or(Closed::Damaged)?);
+        let text = decrypt(&key, counter(i, last), chunk).ok_or(Closed::Damaged)?;
+        // The specification allows an empty last chunk only as the only one.
+        if text.is_empty() && i > 0 {
+            return Err(Closed::Damaged);
+        }
+        plain.extend(text);
     }
     Ok(plain)
 }
@@ -101,13 +106,19 @@ impl<'a> Header<'a> {
         let signed = &bytes[..at - 1 - " ".len() - mac.len()];
         Some(Self {
             salt: BASE64.decode(salt).ok()?.try_into().ok()?,
-            work: work.parse().ok().filter(|work| (1..=MOST_WORK).contains(work))?,
+            work: work_factor(work)?,
             wrapped,
             signed,
             mac: BASE64.decode(mac).ok()?,
             rest: &bytes[at..],
         })
     }
+}
+
+/// Decimal without sign and leading zeros, as the specification has it.
+fn work_factor(text: &str) -> Option<u8> {
+    let is_canonical = text.bytes().all(|b| b.is_ascii_digit()) && !text.starts_with('0');
+    text.parse().ok().filter(|work| is_canonical && (1..=MOST_WORK).contains(work))
 }
 
 /// The pieces, and whether each is the last; of nothing there is one.
@@ -204,6 +215,27 @@ mod tests {
         assert_eq!(of(0), [(0, true)]);
         assert_eq!(of(4), [(4, true)]);
         assert_eq!(of(5), [(4, false), (1, true)]);
+    }
+
+    #[test]
+    fn rejects_empty_last_chunk_after_full_ones() {
+        let sealed = seal(&vec![7; CHUNK], "a phrase").unwrap();
+        let header = Header::read(&sealed).unwrap();
+        let file_key = decrypt(&wrap_key("a phrase", &header.salt, header.work).unwrap(), [0; 12], &header.wrapped);
+        let (nonce, _) = header.rest.split_at(16);
+        let key = derive(&file_key.unwrap().try_into().unwrap(), nonce, b"payload");
+        let mut other = sealed[..sealed.len() - CHUNK - TAG].to_vec();
+        other.extend(encrypt(&key, counter(0, false), &[7; CHUNK]).unwrap());
+        other.extend(encrypt(&key, counter(1, true), b"").unwrap());
+        assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged));
+    }
+
+    #[test]
+    fn rejects_work_factor_that_is_not_canonical() {
+        for text in ["018", "+18", "-1", "0", "", " 18", "23", "256"] {
+            assert_eq!(work_factor(text), None, "{text}");
+        }
+        assert_eq!(work_factor("18"), Some(18));
     }
 
     proptest! {
