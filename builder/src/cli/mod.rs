@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Parser as _;
 use fleet::{Diagnostics, RolloutOrder, ha_table};
@@ -208,7 +208,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             // Said before the work: there may be no key.
             let key = Authority::of(&project)?.update_key()?;
             let images = build(&project, groups, None, mirror, &progress)?;
-            let time = Lock::load(&project)?.epoch;
+            // Nodes report a folder that was not signed lately: publishing again has to clear the alert.
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            let time = Lock::load(&project)?.epoch.max(now);
             let published =
                 images.iter().map(|i| publish::publish(i, dir, &key, time, &progress)).collect::<Result<Vec<_>>>()?;
             print_json(cli.json, &published)?;
