@@ -27,8 +27,8 @@ fn main() {
     table.push_str("];\n");
     // Steps are keyed by their code, too: what another program made is not reused.
     for (name, dirs) in [
-        ("CODE_COMPOSE", ["src/compose", "src/sandbox"].as_slice()),
-        ("CODE_INITRD", &["src/initrd.rs", "src/elf.rs", "src/tree.rs"]),
+        ("CODE_COMPOSE", ["src/compose", "src/sandbox", "src/format/deb.rs"].as_slice()),
+        ("CODE_INITRD", &["src/assemble/initrd.rs", "src/format/elf.rs", "src/compose/tar_index.rs"]),
         ("CODE_ALL", &["src", "../fleet/src", "../Cargo.lock"]),
     ] {
         println!("cargo::rustc-env={name}={}", digest(dirs));

@@ -52,6 +52,6 @@ fn seeds_are_read_to_their_end() {
     accepts("join", &|b| serde_json::from_slice::<fleet::JoinRequest>(b).is_ok());
     accepts("netboot", &|b| serde_json::from_slice::<fleet::netboot::Machine>(b).is_ok());
     accepts("update", &|b| firstboot::load::blocks::Blocks::of_list(b).is_some());
-    accepts("deb", &|b| builder::compose::deb::Deb::parse(b.to_vec()).is_ok());
-    accepts("elf", &|b| builder::elf::needs(b).is_some());
+    accepts("deb", &|b| builder::format::deb::Deb::parse(b.to_vec()).is_ok());
+    accepts("elf", &|b| builder::format::elf::needs(b).is_some());
 }

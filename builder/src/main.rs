@@ -8,7 +8,7 @@ fn main() -> ExitCode {
     match args.next().as_deref().and_then(std::ffi::OsStr::to_str) {
         Some(sandbox::WORKER) => sandbox::worker(args.next().as_deref()).into(),
         Some(sandbox::INNER) => compose::inner().into(),
-        Some(compose::IN_ROOT) => compose::enter().into(),
+        Some(sandbox::IN_ROOT) => sandbox::enter().into(),
         _ => cli::main(),
     }
 }

@@ -90,7 +90,7 @@ impl Store {
     }
 
     #[must_use]
-    pub fn has_deb(&self, package: &crate::lock::Package) -> bool {
+    pub fn has_deb(&self, package: &crate::packages::lock::Package) -> bool {
         self.get(Kind::Deb, &package.sha256).is_some()
     }
 

@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use builder::compose::{self, LayerInfo, PackageSet, Room, TreeOrder};
-use builder::sandbox::{self, Limits};
+use builder::compose::{self, LayerInfo, PackageSet, TreeOrder};
+use builder::sandbox::{self, Limits, Room};
 
 use debs::{Deb, tools};
 
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     match words[..] {
         [sandbox::WORKER, ids] => sandbox::worker(Some(ids.as_ref())).into(),
         [sandbox::INNER] => compose::inner().into(),
-        [compose::IN_ROOT] => compose::enter().into(),
+        [sandbox::IN_ROOT] => sandbox::enter().into(),
         ["attack", name, ref more @ ..] => attacks::run(name, more),
         _ => test(),
     }

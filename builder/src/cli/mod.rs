@@ -10,29 +10,32 @@ use std::time::Duration;
 use clap::Parser as _;
 use fleet::{Diagnostics, RolloutOrder, ha_table};
 
-use crate::authority::{Authority, write_private};
+use crate::assemble::secure_boot::Signer;
 use crate::bake::pretty_json;
+use crate::deploy::export::{self, export};
+use crate::deploy::hub_client::{Hubs, describe};
+use crate::deploy::{flash, netboot, publish};
 use crate::error::{Error, Result};
-use crate::explain::explain;
-use crate::export::{self, export};
-use crate::fetch::fetch;
 use crate::image::{Build, Image};
-use crate::ledger;
-use crate::lock::{Lock, TOOLS};
-use crate::mirror::Mirror;
-use crate::operator::{Hubs, describe};
+use crate::keys::authority::{Authority, write_private};
+use crate::keys::ticket::{CARRIED, Terms, mint};
+use crate::keys::ticket_log;
+use crate::packages::explain::explain;
+use crate::packages::fetch::fetch;
+use crate::packages::lock::{Lock, TOOLS};
+use crate::packages::mirror::Mirror;
+use crate::packages::resolve::resolve;
 use crate::progress::{Progress, line};
+use crate::project::check;
 use crate::project::{Project, Recipe};
-use crate::resolve::resolve;
-use crate::secure_boot::Signer;
 use crate::store::{Store, write_atomic};
-use crate::ticket::{CARRIED, Terms, mint};
-use crate::tools::Tools;
-use crate::{compose, flash, netboot, plan, project, publish, rehearse, report, vm};
+use crate::toolchain::Tools;
+use crate::vm::report;
+use crate::{compose, project, rehearse, vm};
 
-mod grammar;
+mod args;
 
-use grammar::{Cli, Command, MirrorArg, StoreCommand};
+use args::{Cli, Command, MirrorArg, StoreCommand};
 
 /// Runs the command line; errors go to standard error.
 #[must_use]
@@ -79,14 +82,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Check => {
             warn();
-            plan::dry_bake(&project)?;
+            check::dry_bake(&project)?;
             let table = ha_table(&project.topology);
             print_json(
                 cli.json,
                 &serde_json::json!({ "warnings": project.warnings, "nodes": table, "voters": project.topology.voters }),
             )?;
             if !cli.json {
-                print(format_args!("{}\n", plan::table(&project)))?;
+                print(format_args!("{}\n", check::table(&project)))?;
             }
         }
         Command::Ticket { list: true, endpoint, .. } => {
@@ -95,10 +98,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             if let Err(e) = &known {
                 progress.say("ticket", &format!("nobody says how often each was used: {e}"));
             }
-            let rows = ledger::rows(&project.dir, known.ok().as_ref())?;
+            let rows = ticket_log::rows(&project.dir, known.ok().as_ref())?;
             print_json(cli.json, &rows)?;
             if !cli.json {
-                print(ledger::table(&rows))?;
+                print(ticket_log::table(&rows))?;
             }
         }
         Command::Ticket { revoke: Some(number), endpoint, .. } => {
@@ -121,7 +124,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let to = to.as_deref().unwrap_or_default();
             let ticket =
                 mint(&Authority::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
-            ledger::note(&project.dir, &ticket)?;
+            ticket_log::note(&project.dir, &ticket)?;
             if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
                 progress.say("ticket", &format!("number {}: for {to}, {uses} times within {days} days", claims.id));
             }
@@ -137,7 +140,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let mint = || mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
             // Said before the work: there may be no such ticket.
             let ticket = if *no_ticket { None } else { Some(mint()?) };
-            ticket.iter().try_for_each(|ticket| ledger::note(&project.dir, ticket))?;
+            ticket.iter().try_for_each(|ticket| ticket_log::note(&project.dir, ticket))?;
             let images = build(&project, &[group], None, mirror, &progress)?;
             let order = flash::Order { target, yes: *yes, force: force.as_deref(), json: cli.json };
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;

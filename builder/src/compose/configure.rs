@@ -5,13 +5,13 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use super::enter::Commands;
-use super::tree_root::Runner;
+use crate::sandbox::chroot::Commands;
+use crate::sandbox::tree_root::Runner;
 
 const NOTHING: &str = "#!/bin/sh\nexit 0\n";
 
 /// Maintainer work that is done once by us, or not at all: program → stand-in.
-pub(super) const STAND_INS: [(&str, &str); 9] = [
+pub(crate) const STAND_INS: [(&str, &str); 9] = [
     // The initrd is composed from the tree's own files.
     ("/usr/sbin/update-initramfs", NOTHING),
     // Once, beside the rest of the work, not in the kernel's turn.

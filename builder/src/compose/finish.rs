@@ -9,8 +9,8 @@ use std::path::Path;
 
 use walkdir::WalkDir;
 
-use super::enter::Commands;
-use super::tree_root::Runner;
+use crate::sandbox::chroot::Commands;
+use crate::sandbox::tree_root::Runner;
 
 /// Paths that go, relative to the root; a trailing `/*` empties a folder.
 const DROPPED: [&str; 34] = [

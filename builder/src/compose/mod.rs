@@ -7,12 +7,10 @@
 
 mod archive;
 mod configure;
-pub mod deb;
-mod dpkgdb;
-mod enter;
+mod dpkg_database;
 mod finish;
 mod image_tree;
-mod tree_root;
+pub(crate) mod tar_index;
 mod unpack;
 mod work;
 
@@ -23,19 +21,18 @@ use std::path::{Path, PathBuf};
 use fleet::{Trim, User};
 use serde::{Deserialize, Serialize};
 
-pub use deb::{Deb, data_entries};
-pub use enter::{Commands, IN_ROOT, Said, enter};
+pub(crate) use configure::STAND_INS;
 pub use image_tree::ImageTree;
-pub use tree_root::{Room, Runner};
 pub use work::{Work, inner};
 
-use crate::digest::Key;
 use crate::error::{Error, Result};
-use crate::lock::{Lock, Package};
+use crate::format::deb::Deb;
+use crate::packages::lock::{Lock, Package};
 use crate::progress::Progress;
 use crate::project::Recipe;
-use crate::sandbox::{self, HostFile, Limits};
+use crate::sandbox::{self, HostFile, Limits, Room};
 use crate::store::{Kind, Store};
+use crate::util::digest::Key;
 
 /// Digest of compose's own code: another program's layers are not reused.
 const CODE: &str = env!("CODE_COMPOSE");

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::tree_root::{Runner, with_tree};
 use super::unpack::{Trimmer, Unpacked, unpack};
-use super::{Job, LayerInfo, Stage, archive, configure, dpkgdb, finish};
+use super::{Job, LayerInfo, Stage, archive, configure, dpkg_database, finish};
+use crate::bake::{checks, generate};
 use crate::sandbox::Files;
-use crate::{checks, make};
+use crate::sandbox::tree_root::{Runner, with_tree};
 
 /// Does the job on standard input, answers on standard output. Returns the exit code.
 pub fn inner() -> u8 {
@@ -20,7 +20,7 @@ pub fn inner() -> u8 {
         match work {
             Work::Compose(job) => compose(&job, &files).map(|info| serde_json::to_string(&info)),
             Work::Check(job) => checks::work(&job, &files).map(|said| serde_json::to_string(&said)),
-            Work::Make(job) => make::work(&job, &files).map(|()| serde_json::to_string(&())),
+            Work::Make(job) => generate::work(&job, &files).map(|()| serde_json::to_string(&())),
         }?
         .map_err(|e| e.to_string())
     });
@@ -38,7 +38,7 @@ pub fn inner() -> u8 {
 pub enum Work {
     Compose(Job),
     Check(checks::Job),
-    Make(make::Job),
+    Make(generate::Job),
 }
 
 fn compose(job: &Job, files: &Files) -> Result<LayerInfo, String> {
@@ -67,7 +67,7 @@ fn stage(
     trim: &Trimmer,
 ) -> Result<LayerInfo, String> {
     let packages = unpack(&stage.debs, files, root, trim)?;
-    dpkgdb::write(root, &packages).map_err(|e| format!("cannot write dpkg's database: {e}"))?;
+    dpkg_database::write(root, &packages).map_err(|e| format!("cannot write dpkg's database: {e}"))?;
     let names = |essential: bool| -> Vec<String> {
         packages.iter().filter(|p: &&Unpacked| !essential || p.essential).map(|p| p.deb.info_name()).collect()
     };

@@ -4,12 +4,12 @@
 //! VIP, a writer through it, people on Odoo, and an eye on every database server. Their silence
 //! is the outage; only their machine's clock is read.
 
+mod alert_receiver;
 mod outcome;
 mod page;
 mod paths;
 mod scenario;
 mod table;
-mod told;
 mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +20,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use fleet::{EMULATED, Node};
 use serde_json::{Value, json};
 
+use alert_receiver::Told;
 pub use outcome::Outcome;
 use outcome::Seen;
 pub use page::Page;
@@ -27,10 +28,9 @@ use paths::{Path, Paths};
 use scenario::{Fault, Victim};
 pub use scenario::{SCENARIOS, Scenario, chosen};
 pub use table::table;
-use told::Told;
 
-use crate::authority::Authority;
 use crate::error::{Error, Result, fail};
+use crate::keys::authority::Authority;
 use crate::progress::{Progress, Step};
 use crate::project::Project;
 use crate::vm::{Board, Database, Vm, start_of};

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use fleet::Node;
 
 use super::{Outcome, Rehearsal, Scenario, WARM_UP, told, whole};
+use crate::assemble::manifest::rfc3339;
 use crate::error::{Error, Result, fail};
-use crate::manifest::rfc3339;
 use crate::progress::Step;
 use crate::vm::{Board, Vm};
 

@@ -10,8 +10,10 @@
 //! root is the host's own would hold by capabilities and read-only mounts alone, on the very hosts
 //! where no other build tests it.
 
+pub mod chroot;
 mod files;
 mod ids;
+pub mod tree_root;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -35,8 +37,10 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_keep_c
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use chroot::{IN_ROOT, enter};
 pub use files::{Files, HostFile};
 use ids::IdMap;
+pub use tree_root::Room;
 
 use crate::error::{Error, Result, fail};
 

@@ -18,10 +18,10 @@ use nix::unistd::{Pid, Uid};
 
 use super::exec::Done;
 use super::{Start, Wire, uuid_of};
-use crate::authority::write_private;
-use crate::disk::{ESP_START, ROOT_START};
+use crate::assemble::disk::{ESP_START, ROOT_START};
 use crate::error::{Error, Result, fail};
-use crate::tools::run;
+use crate::keys::authority::write_private;
+use crate::toolchain::run;
 
 const SCRIPT: &str = include_str!("container.sh");
 /// How long laying the file systems may take, and ending.
@@ -343,7 +343,7 @@ mod tests {
     fn a_container_looks_for_entries_where_grub_does() {
         let names = |text: &str| text.lines().map(str::trim).find(|l| l.starts_with("for end in ")).map(str::to_owned);
         assert!(names(SCRIPT).is_some());
-        assert_eq!(names(SCRIPT), names(crate::bios::CONFIG));
+        assert_eq!(names(SCRIPT), names(crate::assemble::grub::CONFIG));
     }
 
     /// What its unit runs, but for what it does then.
