@@ -28,7 +28,10 @@ fn main() {
     // Steps are keyed by their code, too: what another program made is not reused.
     for (name, dirs) in [
         ("CODE_COMPOSE", ["src/compose", "src/sandbox", "src/format/deb.rs"].as_slice()),
-        ("CODE_INITRD", &["src/assemble/initrd.rs", "src/format/elf.rs", "src/compose/tar_index.rs"]),
+        (
+            "CODE_INITRD",
+            &["src/assemble/initrd.rs", "src/format/cpio.rs", "src/format/elf.rs", "src/compose/tar_index.rs"],
+        ),
         ("CODE_ALL", &["src", "../fleet/src", "../Cargo.lock"]),
     ] {
         println!("cargo::rustc-env={name}={}", digest(dirs));

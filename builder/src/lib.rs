@@ -17,5 +17,6 @@ mod store;
 mod toolchain;
 mod util;
 pub mod vm;
+pub mod worker;
 
 pub mod cli;

@@ -7,17 +7,13 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::assemble::grub;
-use crate::assemble::secure_boot;
-use crate::error::{Error, Result, fail};
+use crate::error::{Error, Result};
 use crate::format::deb::{Deb, data_entries};
-use crate::packages::lock::{Lock, TOOLS};
+use crate::packages::lock::Lock;
+use crate::packages::requests::TOOLS;
 use crate::progress::Progress;
 use crate::store::{Kind, Store};
 use crate::util::digest::Key;
-
-/// What the tools tree has: mkfs.erofs, mcopy, mkfs.vfat, zstd, systemd-boot and its stub.
-const PACKAGES: [&str; 5] = ["dosfstools", "erofs-utils", "mtools", "systemd-boot-efi", "zstd"];
 
 pub struct Tools {
     pub key: String,
@@ -59,13 +55,6 @@ impl Tools {
         self.dir.join(path)
     }
 
-    /// Packages that a fleet's builds need.
-    #[must_use]
-    pub fn packages(signs: bool) -> Vec<String> {
-        let more: &[&str] = if signs { &secure_boot::PACKAGES } else { &grub::PACKAGES };
-        PACKAGES.iter().chain(more).map(|p| (*p).to_owned()).collect()
-    }
-
     /// A command that runs `program` (`usr/bin/x`) of the tools tree.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
@@ -82,19 +71,6 @@ impl Tools {
             .env("GCONV_PATH", libraries.join("gconv"));
         command
     }
-}
-
-/// Runs a command to its end; its words are the error.
-///
-/// # Errors
-/// It does not start, or exits with anything but 0.
-pub fn run(command: &mut Command, what: &str) -> Result<()> {
-    let output = command.output().map_err(|e| Error::Failed(format!("{what} does not start: {e}")))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).trim().to_owned();
-    fail(format!("{what} failed ({}): {said}", output.status))
 }
 
 /// Programs, libraries and data; nothing a person reads, no owners.

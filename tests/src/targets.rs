@@ -168,7 +168,7 @@ fn pe(bytes: &[u8]) {
     if let Ok(image) = builder::assemble::uki::build(bytes, b"kernel", b"initrd", &text, false) {
         assert!(image.starts_with(b"MZ"), "what is built is no program");
     }
-    let _ = builder::assemble::secure_boot::signed_data(bytes);
+    let _ = builder::format::efi_signature::signed_data(bytes);
 }
 
 /// Programs whose libraries an initrd takes.

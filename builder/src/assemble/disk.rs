@@ -13,58 +13,19 @@ use gpt::partition_types::{BIOS, EFI, LINUX_ROOT_X64, OperatingSystem, Type};
 use uuid::{Uuid, uuid};
 
 use crate::assemble::grub::{CORE_SECTOR, Start};
+use crate::assemble::layout::{ESP_SIZE, ESP_START, ROOT_START, Slots};
 use crate::error::{Error, Result, fail};
-use crate::format::verity::tree_size;
-use crate::toolchain::{Tools, run};
+use crate::toolchain::Tools;
+use crate::util::process::run;
 
 const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
-/// Room for two versions of a metal node's UKI, and for a third while one is replaced.
-pub const ESP_SIZE: u64 = 256 * MIB;
-/// Where it begins on the disk.
-pub const ESP_START: u64 = MIB;
-/// Where root A begins.
-pub const ROOT_START: u64 = ESP_START + ESP_SIZE;
-
 const ROOT_VERITY_X64: Type = Type { guid: uuid!("2c7357ed-ebd2-46d9-aec1-23d437ec2bf5"), os: OperatingSystem::Linux };
 const DISK_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000d1");
 const ESP_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000e5");
 const BIOS_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000b5");
 /// "Read-only", as the Discoverable Partitions Specification numbers it.
 const READ_ONLY: u64 = 1 << 60;
-
-/// Sizes of the slots, fixed for an installation's life.
-#[derive(Clone, Copy, Debug)]
-pub struct Slots {
-    pub root: u64,
-    pub verity: u64,
-}
-
-impl Slots {
-    #[must_use]
-    pub fn of(root: u64) -> Self {
-        let root = root.next_multiple_of(MIB);
-        Self { root, verity: tree_size(root).next_multiple_of(MIB) }
-    }
-
-    /// Where the hash tree of root A begins on the disk.
-    #[must_use]
-    pub fn verity_start(&self) -> u64 {
-        ROOT_START + self.root
-    }
-
-    /// Bytes of the image: the GPT and its copy take a MiB each.
-    #[must_use]
-    pub fn disk(&self) -> u64 {
-        ESP_SIZE + self.root + self.verity + 2 * MIB
-    }
-
-    /// Bytes of a machine's disk: the image, the second slot, and this much of /var.
-    #[must_use]
-    pub fn machine_disk(&self, var: u64) -> u64 {
-        self.disk() + self.root + self.verity + var.next_multiple_of(MIB)
-    }
-}
 
 /// What goes on the disk.
 pub struct Content<'a> {

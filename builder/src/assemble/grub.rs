@@ -10,10 +10,8 @@ use std::path::Path;
 use firstboot::grub::Block;
 
 use crate::error::{Error, Result, fail};
-use crate::toolchain::{Tools, run};
-
-/// Packages with GRUB for a BIOS, and what makes its core.
-pub const PACKAGES: [&str; 2] = ["grub-common", "grub-pc-bin"];
+use crate::toolchain::Tools;
+use crate::util::process::run;
 
 /// Room for a program in the master boot record.
 const RECORD: usize = 440;

@@ -1,13 +1,22 @@
 //! The initrd, composed from the image's own files by `profiles/initrd.toml`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
+use std::fs;
+use std::path::Path;
 
 use serde::Deserialize;
 
+use crate::compose::Layer;
 use crate::compose::tar_index::{Node, Tree};
 use crate::error::{Error, Result, fail};
+use crate::format::cpio::{File, cpio};
 use crate::format::elf;
+use crate::progress::Progress;
+use crate::store::{Kind, Store};
+use crate::toolchain::Tools;
+use crate::util::digest::{Key, sha256};
+use crate::util::fs::write_atomic;
+use crate::util::process::run;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -25,7 +34,7 @@ struct Recipe {
 }
 
 /// Digest of this step's own code.
-pub const CODE: &str = env!("CODE_INITRD");
+const CODE: &str = env!("CODE_INITRD");
 
 const LIBRARY_DIRS: [&str; 3] = ["usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib/x86_64-linux-gnu/systemd"];
 const UNIT_DIR: &str = "usr/lib/systemd/system";
@@ -40,11 +49,53 @@ pub struct Order<'a> {
     pub files: Vec<(&'static str, Vec<u8>)>,
 }
 
+/// What an initrd is made from.
+pub struct Source<'a> {
+    pub tree: &'a Tree,
+    /// The layer of the tree.
+    pub layer: &'a Layer,
+    /// `uname -r` of its kernel.
+    pub kernel: &'a str,
+    pub tools: &'a Tools,
+}
+
+impl Order<'_> {
+    /// The initrd, compressed; from the store if it is there.
+    ///
+    /// # Errors
+    /// A recipe is wrong, or names what the image does not have; zstd fails.
+    pub fn build(&self, source: &Source, store: &Store, progress: &Progress, scratch: &Path) -> Result<Vec<u8>> {
+        let mut key = Key::new(CODE);
+        key.add("layer", &source.layer.key).add("tools", &source.tools.key);
+        for (path, text) in &self.recipes {
+            key.add(path, text);
+        }
+        for (path, program) in self.programs.iter().chain(&self.files) {
+            key.add(path, sha256(program));
+        }
+        let key = key.finish();
+        if let Some(path) = store.get(Kind::Initrd, &key) {
+            return fs::read(&path).map_err(Error::io("read", &path));
+        }
+        let step = progress.step("initrd", "composing");
+        let (cpio, compressed) = (scratch.join("initrd"), scratch.join("initrd.zst"));
+        fs::write(&cpio, compose(source.tree, source.kernel, self)?).map_err(Error::io("write", &cpio))?;
+        // One thread: the bytes must not depend on the machine.
+        let mut zstd = source.tools.command("usr/bin/zstd");
+        zstd.args(["-q", "-9", "--single-thread", "-o"]).arg(&compressed).arg(&cpio);
+        run(&mut zstd, "zstd")?;
+        let bytes = fs::read(&compressed).map_err(Error::io("read", &compressed))?;
+        write_atomic(&store.path(Kind::Initrd, &key), &bytes)?;
+        step.done(&format!("{:.1} MB", bytes.len() as f64 / 1e6));
+        Ok(bytes)
+    }
+}
+
 /// The initrd as a cpio, not compressed.
 ///
 /// # Errors
 /// A recipe is wrong, or names what the image does not have.
-pub fn compose(tree: &Tree, kernel: &str, order: &Order) -> Result<Vec<u8>> {
+fn compose(tree: &Tree, kernel: &str, order: &Order) -> Result<Vec<u8>> {
     let mut recipe = Recipe::default();
     for (path, text) in &order.recipes {
         let text = String::from_utf8_lossy(text);
@@ -113,25 +164,6 @@ impl Recipe {
         }
         self.write.extend(more.write);
         self.symlinks.extend(more.symlinks);
-    }
-}
-
-struct File {
-    mode: u32,
-    content: Vec<u8>,
-}
-
-impl File {
-    fn regular(mode: u32, content: Vec<u8>) -> Self {
-        Self { mode: 0o100_000 | mode, content }
-    }
-
-    fn dir() -> Self {
-        Self { mode: 0o40_755, content: Vec::new() }
-    }
-
-    fn link(target: String) -> Self {
-        Self { mode: 0o120_777, content: target.into_bytes() }
     }
 }
 
@@ -273,55 +305,5 @@ impl Initrd<'_> {
             self.add(&index)?;
         }
         Ok(())
-    }
-}
-
-/// The `newc` format, times zero, inodes numbered in order.
-fn cpio(files: &BTreeMap<String, File>) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut record = |inode: usize, name: &str, mode: u32, device: (u32, u32), content: &[u8]| {
-        let _ = write!(
-            out,
-            "070701{inode:08X}{mode:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{name}\0",
-            0,
-            0,
-            1,
-            0,
-            content.len(),
-            0,
-            0,
-            device.0,
-            device.1,
-            name.len() + 1,
-            0
-        );
-        out.resize(out.len().next_multiple_of(4), 0);
-        out.extend_from_slice(content);
-        out.resize(out.len().next_multiple_of(4), 0);
-    };
-    for (i, (path, file)) in files.iter().enumerate() {
-        record(i + 1, path, file.mode, (0, 0), &file.content);
-    }
-    record(files.len() + 1, "dev/console", 0o20_600, (5, 1), b"");
-    record(0, "TRAILER!!!", 0, (0, 0), b"");
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cpio_is_what_cpio_reads() {
-        let files = BTreeMap::from([
-            ("a".to_owned(), File::dir()),
-            ("a/b".to_owned(), File::regular(0o640, b"hello".to_vec())),
-            ("c".to_owned(), File::link("a/b".to_owned())),
-        ]);
-        let bytes = cpio(&files);
-        assert_eq!(bytes.len() % 4, 0);
-        assert_eq!(&bytes[..6], b"070701");
-        assert!(bytes.windows(5).any(|w| w == b"hello"));
-        assert!(bytes.windows(10).any(|w| w == b"TRAILER!!!"));
     }
 }

@@ -11,7 +11,7 @@ use fleet::{Diagnostic, Diagnostics, Membership, Severity, is_of};
 use serde::{Deserialize, Serialize};
 
 use crate::bake::{Baked, OverlayCheck};
-use crate::compose::{ImageTree, Layer, Work};
+use crate::compose::{ImageTree, Layer};
 use crate::error::{Error, Result};
 use crate::keys::authority::Authority;
 use crate::progress::Progress;
@@ -19,8 +19,12 @@ use crate::project::{Project, Recipe};
 use crate::sandbox::chroot::{Commands, Said};
 use crate::sandbox::tree_root::Runner;
 use crate::sandbox::{self, Files, Limits};
-use crate::store::{Kind, Store, write_atomic};
+use crate::store::{Kind, Store};
 use crate::util::digest::Key;
+use crate::util::fs::write_atomic;
+
+/// Name of the sandbox's task.
+pub const TASK: &str = "check";
 
 /// What the sandbox is to check.
 #[derive(Debug, Serialize, Deserialize)]
@@ -84,7 +88,7 @@ pub fn check(
             .collect(),
     };
     let files = job.tree.host_files();
-    let said: Result<Vec<Said>> = sandbox::run(&Work::Check(job), &files, &work, &Limits::for_folder(&work));
+    let said: Result<Vec<Said>> = sandbox::run(TASK, &job, &files, &work, &Limits::for_folder(&work));
     let _ = fs::remove_dir_all(&work);
     let mut wrong = Vec::new();
     for ((check, node, key, _), said) in open.iter().zip(said?) {
@@ -124,7 +128,7 @@ fn ask(job: &Job, runner: &Runner) -> Vec<Said> {
                     .map(|line| line.split(' ').map(str::to_owned).collect());
                     let commands = network.into_iter().chain([case.command.clone()]).collect();
                     let commands =
-                        Commands { commands, stand_ins: false, files: case.files.clone(), own_network: true };
+                        Commands { commands, stand_ins: Vec::new(), files: case.files.clone(), own_network: true };
                     let answer = match runner.run(commands) {
                         Ok(()) => Said { ok: true, text: String::new() },
                         Err(text) => Said { ok: false, text },

@@ -7,15 +7,19 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::bake::Baked;
-use crate::compose::{ImageTree, Layer, Work};
+use crate::bake::{Baked, Made};
+use crate::compose::{ImageTree, Layer};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::project::Recipe;
 use crate::sandbox::chroot::Commands;
 use crate::sandbox::{self, Files, HostFile, Limits};
-use crate::store::{Kind, Store, write_atomic};
+use crate::store::{Kind, Store};
 use crate::util::digest::Key;
+use crate::util::fs::write_atomic;
+
+/// Name of the sandbox's task.
+pub const TASK: &str = "generate";
 
 /// What the sandbox is to make.
 #[derive(Debug, Serialize, Deserialize)]
@@ -24,13 +28,6 @@ pub struct Job {
     command: Vec<String>,
     /// Where it is in the tree then.
     file: String,
-}
-
-/// A file that was made.
-pub struct Made {
-    pub overlay: String,
-    pub path: String,
-    pub bytes: Vec<u8>,
 }
 
 /// Makes every file that the image's overlays want made.
@@ -69,7 +66,7 @@ pub fn make(
             };
             let mut files = job.tree.host_files();
             files.push(HostFile::Create(out.clone()));
-            let made: Result<()> = sandbox::run(&Work::Make(job), &files, &work, &Limits::for_folder(&work));
+            let made: Result<()> = sandbox::run(TASK, &job, &files, &work, &Limits::for_folder(&work));
             let _ = fs::remove_dir_all(&work);
             let bytes = made.and_then(|()| fs::read(&out).map_err(Error::io("read", &out)));
             let _ = fs::remove_file(&out);
@@ -88,7 +85,7 @@ pub fn make(
 pub fn work(job: &Job, files: &Files) -> Result<(), String> {
     job.tree.with(files, |root, runner| {
         let commands = vec![job.command.clone()];
-        runner.run(Commands { commands, stand_ins: false, files: Vec::new(), own_network: true })?;
+        runner.run(Commands { commands, stand_ins: Vec::new(), files: Vec::new(), own_network: true })?;
         let told = |e| format!("{}: {e}", job.file);
         // A link leads nowhere but into the tree: it is this thread's `/`.
         let made = root.join(&job.file);

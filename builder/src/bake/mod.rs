@@ -3,22 +3,22 @@
 
 pub(crate) mod checks;
 pub(crate) mod generate;
+mod migrations;
+mod tar;
+mod units;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
-use std::path::Path;
 
-use fleet::{Check, Diagnostic, MIGRATIONS, Make, Membership, Migration, Severity, is_of, parse_size};
+use fleet::{Check, Diagnostic, MIGRATIONS, Make, Membership, Migration, Severity, is_of};
 use serde::Serialize;
-use tar::{Builder, EntryType, Header};
 
-use crate::assemble::disk::Slots;
-use crate::bake::generate::Made;
-use crate::compose::tar_index::{Node, Tree};
+use crate::assemble::layout::{image_id, slots, var_size};
+use crate::compose::tar_index::Tree;
 use crate::error::{Error, Result, fail};
+use crate::project::secrets::secret;
 use crate::project::{Project, Recipe};
 use crate::util::digest::{Key, sha256};
+use crate::util::json::pretty_json;
 
 /// Everything laid over the packages' tree.
 pub struct Baked {
@@ -77,6 +77,13 @@ pub struct OverlayMake {
     pub make: Make,
 }
 
+/// A file that was made.
+pub struct Made {
+    pub overlay: String,
+    pub path: String,
+    pub bytes: Vec<u8>,
+}
+
 /// Variables of bake-time templates.
 #[derive(Serialize)]
 struct Context<'a> {
@@ -100,31 +107,6 @@ struct ImageVars {
     root_size: u64,
     verity_size: u64,
     var_size: u64,
-}
-
-/// Name of a group's image, and prefix of its partition labels.
-#[must_use]
-pub fn image_id(project: &Project, group: &str) -> String {
-    format!("{}-{group}", project.topology.name)
-}
-
-/// Size of the root slot: the fleet's wish, or the largest its roles ask for.
-///
-/// # Errors
-/// No profile says a size.
-pub fn slots(project: &Project, recipe: &Recipe) -> Result<Slots> {
-    let wish = project.fleet.image.root_size.as_ref().map(|s| s.get_ref().as_str());
-    let size = match wish {
-        Some(size) => parse_size(size),
-        None => recipe.profiles.iter().filter_map(|p| parse_size(p.disk.root.as_deref()?)).max(),
-    };
-    size.map(Slots::of).ok_or_else(|| Error::Failed("profiles/roles/base.toml sets no `disk.root`".to_owned()))
-}
-
-/// Least size of /var: what every role keeps there, added up.
-#[must_use]
-pub fn var_size(recipe: &Recipe) -> u64 {
-    recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).sum()
 }
 
 /// Renders everything; needs the layer for the ids of users and for what is overlaid.
@@ -309,126 +291,6 @@ impl Baked {
         let os_release = self.os_release.clone().into_bytes();
         self.file("usr/lib/os-release", 0o644, os_release)
     }
-
-    /// Links that start units, and masks.
-    fn units(&mut self, recipe: &Recipe, tree: &Tree) -> Result<()> {
-        let dir = "usr/lib/systemd/system";
-        let mut links: BTreeMap<String, String> = BTreeMap::new();
-        for profile in &recipe.profiles {
-            for (kind, map) in [("wants", &profile.units.wants), ("requires", &profile.units.requires)] {
-                for (target, units) in map {
-                    for unit in units {
-                        let template = unit.split_once('@').map_or(unit.clone(), |(name, rest)| {
-                            format!("{name}@.{}", rest.rsplit('.').next().unwrap_or("service"))
-                        });
-                        let real = format!("{dir}/{template}");
-                        if tree.get(&real).is_none() && !self.entries.contains_key(&real) {
-                            return fail(format!(
-                                "the image has no unit {unit}, which a profile wants in {target}; check [units] in the profiles of {}",
-                                recipe.roles.join(", ")
-                            ));
-                        }
-                        links.insert(format!("{dir}/{target}.{kind}/{unit}"), format!("../{template}"));
-                    }
-                }
-            }
-            for unit in &profile.units.mask {
-                links.insert(format!("etc/systemd/system/{unit}"), "/dev/null".to_owned());
-            }
-        }
-        for (path, target) in links {
-            self.link(&path, &target, "profiles")?;
-        }
-        Ok(())
-    }
-
-    /// Drop-ins by which services wait for their migrations, and these for each other.
-    fn migrations(&mut self, tree: &Tree) -> Result<()> {
-        let dir = "usr/lib/systemd/system";
-        let mut before = None;
-        for migration in self.migrations.clone() {
-            let waiting = format!("{dir}/{}", migration.before);
-            if tree.get(&waiting).is_none() && !self.entries.contains_key(&waiting) {
-                return fail(format!(
-                    "the image has no unit {}, which the migration `{}` is to come before",
-                    migration.before, migration.name
-                ));
-            }
-            let own = format!("firstboot-migrate@{}.service", migration.name);
-            let waits = format!("[Unit]\nRequires={own}\nAfter={own}\n");
-            self.file(&format!("{dir}/{}.d/{}.conf", migration.before, migration.name), 0o644, waits.into_bytes())?;
-            if let Some(before) = before.replace(own.clone()) {
-                self.file(
-                    &format!("{dir}/{own}.d/order.conf"),
-                    0o644,
-                    format!("[Unit]\nAfter={before}\n").into_bytes(),
-                )?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the tar that is laid over the packages' tree. Folders are named with the owner
-    /// and mode they have there: without that they would get the tar's default.
-    ///
-    /// # Errors
-    /// A path leads through what is no folder, or the disk is full.
-    pub fn write_tar(&self, tree: &Tree, out: &Path) -> Result<()> {
-        let mut dirs: BTreeMap<String, (u32, u32, u32)> = BTreeMap::new();
-        for (path, entry) in &self.entries {
-            let mut dir = path.as_str();
-            while !dir.is_empty() {
-                dir = dir.rsplit_once('/').map_or("", |(parent, _)| parent);
-                let meta = match tree.get(dir) {
-                    Some(e) if e.node == Node::Dir => (e.mode, e.uid, e.gid),
-                    None if !self.entries.contains_key(dir) => (0o755, 0, 0),
-                    _ => return fail(format!("{}: /{dir} is not a folder in the image", entry.origin)),
-                };
-                dirs.insert(dir.to_owned(), meta);
-            }
-        }
-        let io = |e| Error::io("write", out)(e);
-        let mut tar = Builder::new(BufWriter::new(File::create(out).map_err(io)?));
-        let header = |kind: EntryType, mode: u32, uid: u32, gid: u32, size: u64| {
-            let mut h = Header::new_gnu();
-            h.set_entry_type(kind);
-            h.set_mode(mode);
-            h.set_uid(uid.into());
-            h.set_gid(gid.into());
-            h.set_mtime(0);
-            h.set_size(size);
-            h
-        };
-        for (dir, (mode, uid, gid)) in &dirs {
-            let name = if dir.is_empty() { "./" } else { dir };
-            let mut h = header(EntryType::Directory, *mode, *uid, *gid, 0);
-            tar.append_data(&mut h, name, std::io::empty()).map_err(io)?;
-        }
-        for (path, e) in &self.entries {
-            match &e.content {
-                Content::File(bytes) => {
-                    let mut h = header(EntryType::Regular, e.mode, e.uid, e.gid, bytes.len() as u64);
-                    tar.append_data(&mut h, path, bytes.as_slice()).map_err(io)?;
-                }
-                Content::Link(target) => {
-                    let mut h = header(EntryType::Symlink, 0o777, 0, 0, 0);
-                    tar.append_link(&mut h, path, target).map_err(io)?;
-                }
-            }
-        }
-        let mut inner = tar.into_inner().map_err(io)?;
-        inner.flush().map_err(io)
-    }
-}
-
-/// Pretty JSON with a newline, for files a person may open.
-///
-/// # Errors
-/// The value can't be JSON.
-pub fn pretty_json(value: &impl Serialize) -> Result<Vec<u8>> {
-    let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::Failed(e.to_string()))?;
-    bytes.push(b'\n');
-    Ok(bytes)
 }
 
 fn os_release(tree: &Tree, image: &ImageVars) -> Result<String> {
@@ -447,48 +309,4 @@ fn collision<T>(path: &str, one: &str, other: &str) -> Result<T> {
 
 fn utf8<'a>(origin: &str, bytes: &'a [u8]) -> Result<&'a str> {
     std::str::from_utf8(bytes).map_err(|_| Error::Failed(format!("{origin} is a template and not UTF-8")))
-}
-
-/// Images are public: what looks like a key or a token in an overlay is refused.
-///
-/// # Errors
-/// It looks like one.
-pub fn secret(origin: &str, bytes: &[u8]) -> Result<()> {
-    let text = String::from_utf8_lossy(bytes);
-    for (i, line) in text.lines().enumerate() {
-        let what = if line.contains("PRIVATE KEY-----") {
-            "a private key"
-        } else if line.contains("AGE-SECRET-KEY-1") {
-            "an age key"
-        } else if line.trim_start().to_ascii_lowercase().split(['=', ' ']).next() == Some("privatekey")
-            && line.trim_end().ends_with('=')
-        {
-            "a WireGuard key"
-        } else {
-            continue;
-        };
-        let message = format!("holds {what}");
-        let help = "images are public; give secrets to nodes as credentials".to_owned();
-        let file = format!("{origin}:{}", i + 1);
-        return Err(Error::Config(Diagnostic::whole_file(Severity::Error, &file, message, Some(help)).into()));
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn secrets_are_refused_with_their_line() {
-        for text in [
-            concat!("x\n-----BEGIN OPENSSH ", "PRIVATE KEY-----\n"),
-            "x\nPrivateKey = abcdef=\n",
-            "x\nAGE-SECRET-KEY-1QQ\n",
-        ] {
-            let words = secret("overlays/a/etc/f", text.as_bytes()).unwrap_err().to_string();
-            assert!(words.starts_with("overlays/a/etc/f:2: holds"), "{words}");
-        }
-        assert!(secret("f", b"PublicKey = abc=\n# a private key goes elsewhere\n").is_ok());
-    }
 }

@@ -1,41 +1,41 @@
 //! What the commands do.
 
+mod args;
+mod build;
+mod init;
+mod output;
+
 use std::collections::BTreeMap;
-use std::fmt::Display;
-use std::io::{self, IsTerminal as _, Write as _};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser as _;
-use fleet::{Diagnostics, RolloutOrder, ha_table};
+use fleet::{RolloutOrder, ha_table};
 
-use crate::assemble::secure_boot::Signer;
-use crate::bake::pretty_json;
 use crate::deploy::export::{self, export};
 use crate::deploy::hub_client::{Hubs, describe};
 use crate::deploy::{flash, netboot, publish};
 use crate::error::{Error, Result};
-use crate::image::{Build, Image};
-use crate::keys::authority::{Authority, write_private};
+use crate::image::Build;
+use crate::keys::authority::Authority;
 use crate::keys::ticket::{CARRIED, Terms, mint};
 use crate::keys::ticket_log;
 use crate::packages::explain::explain;
 use crate::packages::fetch::fetch;
-use crate::packages::lock::{Lock, TOOLS};
+use crate::packages::lock::Lock;
 use crate::packages::mirror::Mirror;
-use crate::packages::resolve::resolve;
 use crate::progress::{Progress, line};
-use crate::project::check;
-use crate::project::{Project, Recipe};
-use crate::store::{Store, write_atomic};
+use crate::project::{Project, check};
+use crate::rehearse;
+use crate::store::Store;
 use crate::toolchain::Tools;
-use crate::vm::report;
-use crate::{compose, project, rehearse, vm};
+use crate::util::fs::write_private;
+use crate::vm::{self, report};
 
-mod args;
-
-use args::{Cli, Command, MirrorArg, StoreCommand};
+use args::{Cli, Command, StoreCommand};
+use build::{build, lock};
+use init::init;
+use output::{colour, complain, print, print_json};
 
 /// Runs the command line; errors go to standard error.
 #[must_use]
@@ -289,118 +289,6 @@ fn board(project: &Project, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn print_json(wanted: bool, value: &impl serde::Serialize) -> Result<()> {
-    if wanted {
-        print(String::from_utf8_lossy(&pretty_json(value)?))?;
-    }
-    Ok(())
-}
-
-/// Gives the answer: on standard output.
-fn print(answer: impl Display) -> Result<()> {
-    let mut out = io::stdout().lock();
-    write!(out, "{answer}").and_then(|()| out.flush()).map_err(|e| match e.kind() {
-        io::ErrorKind::BrokenPipe => Error::Unread,
-        _ => Error::io("write", "standard output")(e),
-    })
-}
-
-fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress, update: bool) -> Result<()> {
-    let path = Lock::path(project);
-    if !update && Lock::load(project).is_ok() {
-        progress.say("lock", &format!("{} serves; newer packages: bakehouse lock --update", path.display()));
-        return Ok(());
-    }
-    let old = Lock::read(&path).unwrap_or(None);
-    let new = resolve(project, mirror, store, progress)?;
-    new.write(&path)?;
-    let changes = old.map(|old| new.changes_from(&old)).unwrap_or_default();
-    changes.iter().try_for_each(|change| print(format_args!("{change}\n")))
-}
-
-fn build(
-    project: &Project,
-    groups: &[String],
-    revision: Option<&str>,
-    mirror: &MirrorArg,
-    progress: &Progress,
-) -> Result<Vec<Image>> {
-    let store = Store::open()?;
-    let lock = Lock::load(project)?;
-    let groups = project.groups(groups)?;
-    let recipes: Vec<Recipe> = groups.iter().map(|g| project.recipe(g)).collect();
-    let missing: Vec<_> = recipes
-        .iter()
-        .filter(|r| compose::in_store(r, &lock, &store).is_none())
-        .map(|r| r.group.as_str())
-        .chain([TOOLS])
-        .flat_map(|image| lock.packages_of(image, false))
-        .filter(|p| !store.has_deb(p))
-        .collect();
-    if !missing.is_empty() {
-        fetch(&missing, &Mirror::of(project, mirror.mirror.as_deref())?, &store, progress)?;
-    }
-    let build = Build { project, lock: &lock, store: &store, progress, revision };
-    groups.iter().map(|g| build.image(g)).collect()
-}
-
-fn complain(e: &Error, json: bool) {
-    match e {
-        Error::Config(Diagnostics(all)) if json => {
-            // It has failed already.
-            let _ = print_json(true, &all);
-        }
-        Error::Unread => {}
-        Error::Config(Diagnostics(all)) => all.iter().for_each(|d| line(&format!("{}\n", d.render(colour())))),
-        e => {
-            let word = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
-            line(&format!("{word}: {e}"));
-        }
-    }
-}
-
-/// A folder with a fleet.toml of the folder's name, and a key. What is there already stays.
-fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, progress: &Progress) -> Result<ExitCode> {
-    let text = project::built_in_fleet(from)?;
-    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    // `.` has a name too; a symbolic link keeps its own.
-    let named =
-        if dir.file_name().is_some() { dir.to_owned() } else { dir.canonicalize().map_err(Error::io("find", dir))? };
-    let missing = || Error::Usage(format!("`{}` has no name to give the fleet", dir.display()));
-    let name = named.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
-    let path = dir.join("fleet.toml");
-    if !path.exists() {
-        let text = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
-        let section =
-            if secure_boot { "\n# What firmware runs is signed (docs/secure-boot.md).\n[secure_boot]\n" } else { "" };
-        write_atomic(&path, (text + section).as_bytes())?;
-        progress.say("init", &format!("{}: change it to what you want", path.display()));
-    }
-    let project = Project::load(dir)?;
-    let key = project.dir.join(Authority::FILE);
-    if Authority::init(&project.dir, &project.topology.name, passphrase)? {
-        progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
-    } else if passphrase {
-        Authority::of(&project)?.seal(&project.dir)?;
-        progress.say("init", &format!("{}: of use only with its new passphrase", key.display()));
-    }
-    if let Some(signer) = Signer::of(&project) {
-        if signer.init(&project.topology.name)? {
-            let key = signer.key().display();
-            progress.say("init", &format!("{key}: signs what firmware runs; a secret, and keep a copy"));
-        }
-    } else if secure_boot {
-        return Err(Error::Usage(format!("{} has no [secure_boot]; add it", path.display())));
-    }
-    let keyring = project.dir.join(Project::UPDATE_KEYRING);
-    let wanted = Authority::of(&project)?.update_key()?.keyring();
-    if std::fs::read(&keyring).ok().as_ref() != Some(&wanted) {
-        write_atomic(&keyring, &wanted)?;
-        progress.say("init", &format!("{}: what nodes verify updates with; public", keyring.display()));
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
 /// Where this machine asks the hubs: `local` are those that `up` started.
 fn asked_at(project: &Project, given: &[String]) -> Result<BTreeMap<String, String>> {
     if given == ["local"] { Ok(vm::doors(project)) } else { endpoints(project, given) }
@@ -418,10 +306,6 @@ fn endpoints(project: &Project, given: &[String]) -> Result<BTreeMap<String, Str
         Err(Error::Usage(format!("`{text}` is not HUB=HOST; hubs are {}", hubs.join(", "))))
     };
     given.iter().map(of).collect()
-}
-
-fn colour() -> bool {
-    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
 /// Ctrl-C ends at once: whatever was being made has no final name yet, and the sandbox and

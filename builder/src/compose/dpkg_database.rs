@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::unpack::Unpacked;
-use crate::packages::resolve::INITRD_PROVIDER;
+use crate::packages::requests::INITRD_PROVIDER;
 
 /// Adds the packages to the database of the tree.
 pub fn write(root: &Path, packages: &[Unpacked]) -> io::Result<()> {

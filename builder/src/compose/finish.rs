@@ -89,7 +89,7 @@ fn compile_python(root: &Path, runner: &Runner) -> Result<(), String> {
         dirs.filter_map(|d| d.file_name().into_string().ok()).filter(|n| n.starts_with("python3")).collect();
     names.sort();
     args.extend(names.into_iter().map(|n| format!("/usr/lib/{n}")));
-    runner.run(Commands::new(vec![args], false))
+    runner.run(Commands::new(vec![args]))
 }
 
 fn take_kernel(root: &Path, vmlinuz: &mut File) -> io::Result<String> {

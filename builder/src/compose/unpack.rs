@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use glob::Pattern;
 use md5::{Digest as _, Md5};
 
-use super::{DebFile, Rule};
+use super::job::{DebFile, Rule};
 use crate::format::deb::{Deb, data_entries};
 use crate::sandbox::Files;
 use crate::util::digest::hex;

@@ -12,17 +12,19 @@ use clap::ValueEnum;
 use fleet::Ticket;
 use serde::Serialize;
 
-use crate::bake::{slots, var_size};
+use crate::assemble::layout::{slots, var_size};
 use crate::deploy::flash::{Carried, put_ticket};
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::keys::authority::{Authority, write_private};
+use crate::keys::authority::Authority;
 use crate::keys::ticket::{CARRIED, Terms, mint};
 use crate::keys::ticket_log;
 use crate::progress::Progress;
 use crate::project::Project;
-use crate::toolchain::{Tools, run};
-use crate::vm::uuid_of;
+use crate::project::machine_id::uuid_of;
+use crate::toolchain::Tools;
+use crate::util::fs::write_private;
+use crate::util::process::run;
 
 /// Room for /var beyond the least that the node's roles ask for.
 const SPARE: u64 = 16 << 30;

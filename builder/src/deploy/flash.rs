@@ -15,11 +15,12 @@ use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::libc;
 use serde_json::json;
 
-use crate::assemble::disk::ESP_START;
+use crate::assemble::layout::ESP_START;
 use crate::error::{Error, Result, fail};
 use crate::format::systemd_credential::seal;
 use crate::progress::{Progress, event};
-use crate::toolchain::{Tools, run};
+use crate::toolchain::Tools;
+use crate::util::process::run;
 
 const CHUNK: usize = 4 << 20;
 /// Progress as JSON: a line for so many bytes.

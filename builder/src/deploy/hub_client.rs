@@ -13,7 +13,8 @@ use fleet::{
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result, fail};
-use crate::keys::authority::{Authority, random};
+use crate::keys::authority::Authority;
+use crate::util::random::random;
 
 /// Longest answer that is read: a fleet's life of tokens.
 const LONGEST: usize = 4 << 20;

@@ -9,7 +9,7 @@ use ring::hkdf::{HKDF_SHA256, Salt};
 use ring::hmac;
 
 use crate::error::{Result, fail};
-use crate::keys::authority::random;
+use crate::util::random::random;
 
 const VERSION: &str = "age-encryption.org/v1";
 /// What a passphrase costs to try, as a power of two: a second and 256 MiB, as in `age`.

@@ -6,7 +6,7 @@ use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::digest::{SHA256, digest};
 
 use crate::error::{Error, Result};
-use crate::keys::authority::random;
+use crate::util::random::random;
 
 /// systemd's number for AES-256-GCM by the hash of no key at all.
 const BY_NULL: [u8; 16] =

@@ -1,9 +1,7 @@
 //! A fleet's root and passwords, on the operator's disk: readable by nobody else, never in an
 //! image.
 
-use std::fs::{self, DirBuilder, File, Permissions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::fs;
 use std::path::Path;
 
 use base64::Engine as _;
@@ -11,12 +9,13 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fleet::{CertificateError, Issuer, Membership, Node, PrivateKey, Secrets, Tls, Topology, etcd_client_anchor};
 use ring::hkdf::{HKDF_SHA256, Salt};
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result, fail};
-use crate::format::openpgp::UpdateKey;
 use crate::keys::passphrase;
+use crate::keys::update_key::UpdateKey;
 use crate::project::Project;
+use crate::util::fs::{write_new, write_private};
+use crate::util::random::random;
 
 /// What a fleet's nodes believe, and what their services share.
 #[derive(Serialize, Deserialize)]
@@ -189,56 +188,10 @@ fn derived(root: &str, label: &str) -> Result<String> {
     Ok(URL_SAFE_NO_PAD.encode(&bytes[..24]))
 }
 
-/// Bytes of chance.
-///
-/// # Errors
-/// The machine has no randomness.
-pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
-    let mut bytes = [0; N];
-    let path = Path::new("/dev/urandom");
-    File::open(path).and_then(|mut f| f.read_exact(&mut bytes)).map_err(Error::io("read", path))?;
-    Ok(bytes)
-}
-
-/// Writes a file that nobody else can read, unless there is one; says whether it did.
-fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
-    match private_beside(path, bytes)?.persist_noclobber(path) {
-        Ok(_) => Ok(true),
-        Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
-        Err(e) => Err(Error::io("write", path)(e.error)),
-    }
-}
-
-/// Writes a file that nobody else can read, whole or not at all.
-pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
-    private_beside(path, bytes)?.persist(path).map_err(|e| Error::io("write", path)(e.error))?;
-    Ok(())
-}
-
-/// Makes a folder that its owner alone enters, or makes it so, whatever the umask.
-///
-/// # Errors
-/// The folder can't be made, or belongs to another user.
-pub(crate) fn private_dir(dir: &Path) -> Result<()> {
-    if let Some(parent) = dir.parent() {
-        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-    }
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(Error::io("create", dir))?;
-    fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(Error::io("make private", dir))
-}
-
-/// The bytes on the disk beside `path`, in a file that has no name of its own yet.
-fn private_beside(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let mut file = NamedTempFile::new_in(dir).map_err(Error::io("write in", dir))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write in", dir))?;
-    Ok(file)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
     fn each_node_has_a_key_of_its_own_and_the_fleets_passwords() {
@@ -249,18 +202,6 @@ mod tests {
         let (one, two) = (of("hub-1"), of("hub-2"));
         assert_ne!(one.tls.key, two.tls.key);
         assert_eq!((one.tls.ca, one.secrets), (two.tls.ca, two.secrets));
-    }
-
-    #[test]
-    fn a_private_folder_is_private_also_where_it_was_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let (vm, new) = (dir.path().join("build/vm"), dir.path().join("build/vm/hub-1"));
-        fs::create_dir_all(&vm).unwrap();
-        fs::set_permissions(&vm, Permissions::from_mode(0o755)).unwrap();
-        for path in [&vm, &new, &new] {
-            private_dir(path).unwrap();
-            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700, "{}", path.display());
-        }
     }
 
     #[test]

@@ -4,3 +4,4 @@ pub mod authority;
 mod passphrase;
 pub mod ticket;
 pub mod ticket_log;
+pub mod update_key;

@@ -6,8 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use fleet::{Claims, Founder, Joiner, Node, Right, Ticket, Topology};
 
 use crate::error::{Error, Result};
-use crate::keys::authority::{Authority, random};
+use crate::keys::authority::Authority;
 use crate::util::digest::hex;
+use crate::util::random::random;
 
 /// What a token is good for, beside its group.
 pub struct Terms {

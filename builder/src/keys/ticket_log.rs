@@ -113,7 +113,7 @@ pub fn table(rows: &[Row]) -> String {
             State::Expired => "expired",
             State::Revoked => "revoked",
         };
-        let expires = crate::assemble::manifest::rfc3339(row.expires);
+        let expires = crate::util::time::rfc3339(row.expires);
         text +=
             &format!("{:<32} {:<12} {:>7} {expires:<20} {state}\n", row.number, row.to, format!("{used}/{}", row.uses));
     }

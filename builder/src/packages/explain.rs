@@ -118,7 +118,7 @@ fn package_with<'a>(packages: &[&'a Package], store: &Store, path: &str) -> Resu
             scope.spawn(|| {
                 while let Some(package) = packages.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let looked = (|| {
-                        if !store.has_deb(package) {
+                        if !store.has_deb(&package.sha256) {
                             return fail(format!("{} was not fetched yet: run `bakehouse fetch`", package.name));
                         }
                         let deb = Deb::open(&store.path(Kind::Deb, &package.sha256), &package.sha256)?;

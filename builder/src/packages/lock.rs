@@ -8,12 +8,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, fail};
+use crate::packages::requests::requests;
 use crate::project::Project;
-use crate::store::write_atomic;
 use crate::util::digest::sha256;
-
-/// Name of the image that holds the build's own tools.
-pub const TOOLS: &str = "tools";
+use crate::util::fs::write_atomic;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -189,13 +187,4 @@ impl Lock {
             })
             .collect()
     }
-}
-
-/// What each image asks of the archive.
-#[must_use]
-pub fn requests(project: &Project) -> BTreeMap<String, Vec<String>> {
-    let mut all: BTreeMap<String, Vec<String>> =
-        project.fleet.groups.keys().map(|g| (g.clone(), project.recipe(g).packages)).collect();
-    all.insert(TOOLS.to_owned(), crate::toolchain::Tools::packages(project.fleet.secure_boot.is_some()));
-    all
 }

@@ -4,4 +4,5 @@ pub(crate) mod explain;
 pub(crate) mod fetch;
 pub mod lock;
 pub mod mirror;
+pub(crate) mod requests;
 pub(crate) mod resolve;

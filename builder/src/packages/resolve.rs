@@ -10,26 +10,13 @@ use std::thread;
 
 use crate::error::{Error, Result, fail};
 use crate::format::deb822::{field, paragraphs};
-use crate::packages::lock::{Lock, LockedImage, Package, TOOLS, requests};
+use crate::packages::lock::{Lock, LockedImage, Package};
 use crate::packages::mirror::Mirror;
+use crate::packages::requests::{INITRD_PROVIDER, TOOLS, requests};
 use crate::progress::Progress;
 use crate::project::Project;
 use crate::store::{Kind, Store};
 use crate::util::digest::Key;
-
-/// What the machine that apt sees has: our initrd, so that no generator of initrds is pulled
-/// in by the kernel package.
-pub const INITRD_PROVIDER: &str = "\
-Package: bakehouse-initrd
-Status: install ok installed
-Priority: optional
-Section: admin
-Maintainer: Bakehouse
-Architecture: all
-Version: 1
-Provides: linux-initramfs-tool
-Description: stands for the initrd that Bakehouse composes
-";
 
 /// Resolves every image of the fleet.
 ///

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use fleet::{HaRow, Membership, ha_table};
 
-use crate::bake::secret;
 use crate::error::Result;
 use crate::project::Project;
+use crate::project::secrets::secret;
 
 /// Looks for secrets in every overlay in use, and renders every node-time template for every
 /// slot. What is rendered at build time needs the packages' tree and is checked there.

@@ -2,6 +2,8 @@
 //! added to or replaced by path from the folder's own.
 
 pub(crate) mod check;
+pub(crate) mod machine_id;
+pub(crate) mod secrets;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

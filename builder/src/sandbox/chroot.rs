@@ -17,8 +17,6 @@ use rustix::thread::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::compose::STAND_INS;
-
 /// First argument that makes the binary run commands inside a tree.
 pub const IN_ROOT: &str = "__in-root";
 
@@ -69,8 +67,8 @@ const MASKED: [&str; 15] = [
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Commands {
     pub commands: Vec<Vec<String>>,
-    /// Whether stand-ins replace the programs in [`STAND_INS`].
-    pub stand_ins: bool,
+    /// Scripts that replace programs of the tree while the commands run: program → text.
+    pub stand_ins: Vec<(String, String)>,
     /// Files to write below / once inside: path → content. /run is fresh for each call.
     pub files: Vec<(String, String)>,
     /// A network with nothing in it, not even the other commands'.
@@ -79,8 +77,15 @@ pub struct Commands {
 
 impl Commands {
     /// Commands as a package's scripts are run: without a network of their own.
-    pub fn new(commands: Vec<Vec<String>>, stand_ins: bool) -> Self {
-        Self { commands, stand_ins, files: Vec::new(), own_network: false }
+    pub fn new(commands: Vec<Vec<String>>) -> Self {
+        Self { commands, stand_ins: Vec::new(), files: Vec::new(), own_network: false }
+    }
+
+    /// Replaces programs of the tree while the commands run: program → script.
+    #[must_use]
+    pub fn with_stand_ins(mut self, programs: &[(&str, &str)]) -> Self {
+        self.stand_ins = programs.iter().map(|(program, text)| ((*program).to_owned(), (*text).to_owned())).collect();
+        self
     }
 }
 
@@ -142,7 +147,7 @@ fn entered() -> Result<(), String> {
     if job.own_network {
         unshare(CloneFlags::CLONE_NEWNET).map_err(|e| format!("cannot leave the network: {e}"))?;
     }
-    enter_tree(&root, job.stand_ins, scratch)?;
+    enter_tree(&root, &job.stand_ins, scratch)?;
     for (path, content) in &job.files {
         let path = Path::new("/").join(path);
         let told = |e: std::io::Error| format!("{}: {e}", path.display());
@@ -201,7 +206,7 @@ fn end_of(pipe: Option<impl Read>) -> Vec<u8> {
 }
 
 /// Makes `root` this process's `/`, with a bare /dev, /proc and /run, and the host's gone.
-fn enter_tree(root: &Path, stand_ins: bool, scratch: u64) -> Result<(), String> {
+fn enter_tree(root: &Path, stand_ins: &[(String, String)], scratch: u64) -> Result<(), String> {
     let none = None::<&Path>;
     let io = |e: std::io::Error| format!("cannot prepare the tree: {e}");
     step("leave the mounts", unshare(CloneFlags::CLONE_NEWNS))?;
@@ -240,7 +245,7 @@ fn enter_tree(root: &Path, stand_ins: bool, scratch: u64) -> Result<(), String> 
     step("enter the tree", nix::unistd::pivot_root(".", "."))?;
     step("let go of the host's tree", umount2(".", MntFlags::MNT_DETACH))?;
     step("enter the tree", nix::unistd::chdir("/"))?;
-    if stand_ins { put_stand_ins() } else { Ok(()) }
+    put_stand_ins(stand_ins)
 }
 
 /// Something of the tree's frame, before the tree is entered: no link leads to it.
@@ -290,13 +295,13 @@ fn protect_proc(root: &Path) -> Result<(), String> {
 }
 
 /// Binds stand-ins over the programs of the tree. Call it inside the tree.
-fn put_stand_ins() -> Result<(), String> {
+fn put_stand_ins(stand_ins: &[(String, String)]) -> Result<(), String> {
     let io = |e: std::io::Error| format!("cannot put a stand-in: {e}");
-    for (i, (program, text)) in STAND_INS.iter().enumerate() {
+    for (i, (program, text)) in stand_ins.iter().enumerate() {
         let target = Path::new(program);
         let stand_in = format!("/run/stand-in-{i}");
         // What is not installed needs no stand-in; no package owns policy-rc.d.
-        if *program == "/usr/sbin/policy-rc.d" {
+        if program == "/usr/sbin/policy-rc.d" {
             fs::write(target, "").map_err(io)?;
         } else if !target.exists() {
             continue;

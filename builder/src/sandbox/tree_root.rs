@@ -14,6 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use serde::{Deserialize, Serialize};
 
 use super::chroot::{self, Commands};
+use crate::util::memory;
 
 /// Where the tree's file system is mounted: a folder that every host has and the sandbox's root
 /// can reach.
@@ -37,10 +38,7 @@ pub struct Room {
 impl Room {
     /// For a tree of this many bytes: in memory, if it and the compressed files beside it fit.
     pub fn for_tree(bytes: u64) -> Self {
-        let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let kib =
-            text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        let available = kib.unwrap_or(0) * 1024;
+        let available = memory::available();
         let ram = available > bytes + bytes / 2 + MEMORY_RESERVE;
         Self { ram, memory: available.saturating_sub(MEMORY_RESERVE).max(MEMORY_RESERVE) }
     }

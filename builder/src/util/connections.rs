@@ -1,4 +1,4 @@
-//! Connections of machines: how many there may be, of one address and of all, and how slow they may read.
+//! Connections of a server: how many there may be, of one address and of all, and how slowly clients may read.
 
 use std::collections::HashMap;
 use std::future::Future as _;

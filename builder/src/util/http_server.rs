@@ -1,5 +1,5 @@
-//! The HTTP side: the installer, the images' parts, and the two questions that machines ask. Only
-//! names that are listed here are served; nothing on this host is reached by a path.
+//! An HTTP server for files and for requests with a body. It serves only the names that its caller lists; no path of a
+//! request reaches a file of this host.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;

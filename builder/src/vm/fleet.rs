@@ -10,14 +10,16 @@ use fleet::{Node, Ticket};
 
 use super::container::take_away;
 use super::firmware::{Firmware, accelerator, is_emulated};
-use super::machine::{AGENT, READY, SPARE_DISK, host_cpus};
-use super::{Start, Vm, Wire};
-use crate::bake::{image_id, slots, var_size};
+use super::machine::{AGENT, READY, SPARE_DISK, Vm, host_cpus};
+use super::network::Wire;
+use super::start::Start;
+use crate::assemble::layout::{image_id, slots, var_size};
 use crate::error::{Error, Result, fail};
-use crate::keys::authority::{Authority, private_dir};
+use crate::keys::authority::Authority;
 use crate::keys::ticket::{Terms, mint};
 use crate::progress::Progress;
 use crate::project::Project;
+use crate::util::fs::private_dir;
 
 /// Groups of the named nodes.
 ///

@@ -19,17 +19,16 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
 use nix::unistd::Pid;
 
+use super::command::{EXEC_UNIT, EXEC_WANTED, last_word};
 use super::container::Container;
-use super::exec::{EXEC_UNIT, EXEC_WANTED};
 use super::firmware::{Firmware, accelerator, is_emulated};
-use super::network::Wire;
-use super::status::last_word;
+use super::start::{Netboot, Start};
 use crate::error::{Error, Result, fail};
-use crate::keys::authority::{private_dir, write_private};
 use crate::progress::Step;
 use crate::project::Project;
-use crate::toolchain::run;
-use crate::util::digest::sha256;
+use crate::project::machine_id::uuid_of;
+use crate::util::fs::{private_dir, write_private};
+use crate::util::process::run;
 
 /// Before what the agent says on the console.
 pub(super) const AGENT: &str = "bakehouse: ";
@@ -45,46 +44,6 @@ pub(super) const SPARE_DISK: u64 = 4 << 30;
 pub struct Vm {
     pub node: String,
     dir: PathBuf,
-}
-
-/// By what its firmware asks the network for something to boot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Netboot {
-    /// DHCP and TFTP.
-    Pxe,
-    /// DHCP and HTTP.
-    Http,
-    /// iPXE's own, as it is on QEMU's network cards.
-    Ipxe,
-}
-
-/// How to start a machine.
-pub struct Start<'a> {
-    pub image: &'a Path,
-    /// Bytes.
-    pub memory: u64,
-    pub cpus: u16,
-    /// Machines that run at the same time, this one too.
-    pub machines: usize,
-    /// Bytes of the disk.
-    pub disk: u64,
-    /// A disk that is there stays, also where the image is another by now.
-    pub keep: bool,
-    pub wire: Wire,
-    /// A second disk, raw.
-    pub seed: Option<&'a Path>,
-    /// The folder of what its TPM remembers; it has one then.
-    pub tpm: Option<&'a Path>,
-    /// Where its disk has nothing to boot, the machine asks on the wire.
-    pub netboot: Option<Netboot>,
-    /// Its firmware runs what is signed, and nothing else, once it has the fleet's key.
-    pub secure_boot: bool,
-    /// Its firmware is no UEFI but a legacy BIOS, with its screen on the serial console.
-    pub bios: bool,
-    /// systemd credentials: name → content.
-    pub credentials: Vec<(String, Vec<u8>)>,
-    /// It is no machine but a container, with these WireGuard interfaces.
-    pub container: Option<Vec<String>>,
 }
 
 pub(super) fn host_cpus() -> usize {
@@ -417,12 +376,6 @@ impl Vm {
     }
 }
 
-/// The same node has the same machine id after its disk is wiped.
-pub(crate) fn uuid_of(node: &str) -> String {
-    let h = sha256(node.as_bytes());
-    format!("{}-{}-4{}-8{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -433,12 +386,5 @@ mod tests {
         assert_eq!(emulated(2, 3, 2), 1);
         assert_eq!(emulated(2, 8, 64), 2);
         assert_eq!(emulated(4, 2, 6), 3);
-    }
-
-    #[test]
-    fn machine_ids_are_uuids() {
-        let id = uuid_of("hub-1");
-        assert_eq!(id.len(), 36);
-        assert_ne!(id, uuid_of("hub-2"));
     }
 }

@@ -5,6 +5,7 @@
 //! is handed in as a credential, runs commands. The image has no part in that. Where asked, containers stand in for
 //! machines (`container.rs`).
 
+mod command;
 mod console;
 mod container;
 mod exec;
@@ -13,11 +14,12 @@ mod fleet;
 mod machine;
 mod network;
 pub(crate) mod report;
+mod start;
 mod status;
 
-pub use exec::{Done, command_line};
+pub use command::{Done, command_line};
 pub use fleet::{Described, are_containers, down, groups_of, start_of, up};
-pub(crate) use machine::uuid_of;
-pub use machine::{Netboot, Start, Vm};
+pub use machine::Vm;
 pub use network::{Door, Wire, doors};
+pub use start::{Netboot, Start};
 pub use status::{Board, Database, Row, Standby, State};

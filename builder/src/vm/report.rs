@@ -10,11 +10,12 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use flate2::write::GzEncoder;
 use fleet::{Node, Secrets};
 
+use super::machine::Vm;
+use super::status::Board;
 use crate::error::{Error, Result};
 use crate::keys::authority::Authority;
 use crate::progress::Progress;
 use crate::project::Project;
-use crate::vm::{Board, Vm};
 
 /// File in the archive and the command that fills it, on every machine.
 const EVERYWHERE: [(&str, &str); 7] = [

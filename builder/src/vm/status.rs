@@ -7,8 +7,9 @@ use std::fmt;
 use fleet::{Node, Topology};
 use serde::{Deserialize, Serialize};
 
-use super::exec::ANSWER;
-use super::{Door, Vm, Wire};
+use super::command::{ANSWER, last_word};
+use super::machine::Vm;
+use super::network::{Door, Wire};
 use crate::project::Project;
 
 /// What `bakehouse status` prints.
@@ -212,11 +213,6 @@ fn look(project: &Project, node: &Node) -> (Row, BTreeMap<String, String>) {
         Err(_) => last_word(&vm.console()).clone_into(&mut row.message),
     }
     (row, odoo)
-}
-
-/// The last line on a console that says something.
-pub(super) fn last_word(console: &str) -> &str {
-    console.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default()
 }
 
 /// A shell script that says how the node is: lines that [`read`] reads.

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use firstboot::install::read_code;
 
 use super::record::now;
-use crate::bake::pretty_json;
 use crate::error::{Error, Result};
-use crate::keys::authority::write_private;
+use crate::util::fs::write_private;
+use crate::util::json::pretty_json;
 
 /// Codes that wait for their machine, at most; the oldest go first.
 const WAITING: usize = 64;

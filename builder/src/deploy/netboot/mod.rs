@@ -26,7 +26,7 @@ use ipnet::Ipv4Net;
 use nix::ifaddrs::getifaddrs;
 use tokio::net::TcpListener;
 
-use crate::bake::slots;
+use crate::assemble::layout::slots;
 use crate::deploy::flash::group_of;
 use crate::error::{Error, Result, fail};
 use crate::image::{Build, Image};

@@ -9,7 +9,7 @@ use fleet::netboot::{Extent, ImageStatement, SignedImage};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use crate::assemble::disk::ROOT_START;
+use crate::assemble::layout::ROOT_START;
 use crate::error::{Error, Result};
 use crate::format::verity::tree_size;
 use crate::image::Image;

@@ -12,9 +12,9 @@ use fleet::Ticket;
 use fleet::netboot::Mac;
 use serde::{Deserialize, Serialize};
 
-use crate::bake::pretty_json;
 use crate::error::{Error, Result};
-use crate::keys::authority::write_private;
+use crate::util::fs::write_private;
+use crate::util::json::pretty_json;
 
 /// Boots of one machine whose news are believed; the oldest go first.
 const REPORTERS: usize = 8;

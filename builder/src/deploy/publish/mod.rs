@@ -29,14 +29,14 @@ pub use diff::Comparison;
 use diff::Contents;
 pub use schedule::Course;
 
-use crate::assemble::disk::{ROOT_START, Slots};
+use crate::assemble::layout::{ROOT_START, Slots};
 use crate::error::{Error, Result, fail};
-use crate::format::openpgp::UpdateKey;
 use crate::format::verity;
 use crate::image::Image;
+use crate::keys::update_key::UpdateKey;
 use crate::progress::Progress;
-use crate::store::write_atomic;
 use crate::util::digest::{hex, sha256};
+use crate::util::fs::write_atomic;
 
 /// What the folder's name for the newest version's manifest is.
 const NEWEST: &str = "newest.json";
