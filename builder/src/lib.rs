@@ -8,6 +8,8 @@ pub mod error;
 pub mod format;
 mod image;
 pub mod keys;
+#[cfg(test)]
+mod layers;
 pub mod packages;
 pub mod progress;
 pub mod project;

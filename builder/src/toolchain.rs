@@ -22,7 +22,7 @@ pub struct Tools {
 
 impl Tools {
     fn key_of(lock: &Lock) -> String {
-        let mut key = Key::new("tools-1");
+        let mut key = Key::new(env!("CODE_TOOLS"));
         for package in lock.packages_of(TOOLS, false) {
             key.add("deb", &package.sha256);
         }

@@ -57,7 +57,7 @@ impl Erofs<'_> {
     /// # Errors
     /// mkfs.erofs fails; the disk is full.
     pub fn packages(&self) -> Result<PathBuf> {
-        let key = Key::new("erofs-1")
+        let key = Key::new(env!("CODE_EROFS"))
             .add("layer", &self.layer.key)
             .add("tools", &self.tools.key)
             .add("options", format!("{:?}", self.mkfs().get_args().skip(3).collect::<Vec<_>>()))

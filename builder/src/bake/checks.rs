@@ -149,9 +149,9 @@ fn render(project: &Project, baked: &Baked, node: &fleet::Node, member: &Members
     baked.templates.iter().map(|(path, t)| Ok((path.clone(), fleet::render(&t.origin, &t.text, &context)?))).collect()
 }
 
-/// An answer holds as long as the daemon, the command and the files it reads are the same.
+/// An answer holds as long as the daemon, the command, the files it reads and the code that asks are the same.
 fn key(layer: &Layer, check: &OverlayCheck, baked: &Baked, files: &[(String, String)]) -> String {
-    let mut key = Key::new("check-1");
+    let mut key = Key::new(env!("CODE_CHECK"));
     key.add("layer", &layer.key);
     for word in &check.check.command {
         key.add("word", word);

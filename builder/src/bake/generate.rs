@@ -44,7 +44,7 @@ pub fn make(
 ) -> Result<Vec<Made>> {
     let mut all = Vec::new();
     for wanted in &baked.makes {
-        let mut key = Key::new("make-1");
+        let mut key = Key::new(env!("CODE_GENERATE"));
         key.add("layer", &layer.key).add("file", &wanted.make.file);
         for word in &wanted.make.command {
             key.add("word", word);

@@ -21,7 +21,7 @@ pub struct Key {
 }
 
 impl Key {
-    /// `step` includes the step's own version: raise it when its code changes what it makes.
+    /// `step` is the digest of the step's own code, as `build.rs` makes it, where results are kept in the store.
     pub fn new(step: &str) -> Self {
         let mut key = Self { hash: Sha256::new() };
         key.add("step", step.as_bytes());
