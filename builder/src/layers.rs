@@ -1,4 +1,5 @@
-//! The rules of the source tree, read from the sources themselves: which code a step's key covers.
+//! The rules of the source tree, read from the sources themselves: which folder may import which, and which code a
+//! step's key covers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -8,6 +9,32 @@ use std::path::Path;
 mod steps;
 
 use steps::{STEPS, Step};
+
+/// Folders and files of `src/`: each imports itself and those after it.
+const ORDER: [&str; 18] = [
+    "cli",
+    "rehearse",
+    "deploy",
+    "vm",
+    "image",
+    "worker",
+    "bake",
+    "assemble",
+    "toolchain",
+    "compose",
+    "packages",
+    "keys",
+    "project",
+    "format",
+    "store",
+    "sandbox",
+    "util",
+    "progress",
+];
+/// Imports nothing of the crate.
+const LAST: &str = "error";
+/// Folders that know nothing of a fleet, and all that they may import.
+const PURE: [(&str, &[&str]); 2] = [("format", &["util", LAST]), ("util", &[LAST])];
 
 /// Modules whose code is in no step's key. What they hand to a step is itself in the key: the project's values, the
 /// packages' hashes. The others report, and find files.
@@ -77,6 +104,34 @@ fn file_of(path: &str) -> Option<String> {
     })
 }
 
+fn layer(path: &str) -> &str {
+    path.split([':', '/', '.']).next().unwrap_or_default()
+}
+
+fn may_import(from: &str, to: &str) -> bool {
+    let place = |name: &str| ORDER.iter().chain([&LAST]).position(|layer| *layer == name);
+    let pure = PURE.iter().find(|(folder, _)| *folder == from);
+    from == to || place(from) < place(to) && pure.is_none_or(|(_, allowed)| allowed.contains(&to))
+}
+
+#[test]
+fn imports_follow_the_order_of_layers() {
+    let mut wrong = Vec::new();
+    for (file, text) in sources("src") {
+        let from = layer(file.trim_start_matches("src/"));
+        if ["lib", "main", "layers"].contains(&from) {
+            continue;
+        }
+        assert!(ORDER.contains(&from) || from == LAST, "{file}: `{from}` has no place in ORDER");
+        for path in imports(&file, &text) {
+            if !may_import(from, layer(&path)) {
+                wrong.push(format!("{file} imports {path}: {from} is not to import {}", layer(&path)));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 #[test]
 fn every_file_of_a_step_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -123,4 +178,5 @@ fn imports_are_found_in_every_form() {
     for path in ["a::self", "a::b", "a::c::D", "a::c::E", "k::g", "h::i", "j"] {
         assert!(found.contains(path), "{path}: {found:?}");
     }
+    assert!(may_import("cli", "error") && !may_import("util", "progress") && !may_import("store", "packages"));
 }
