@@ -1,11 +1,14 @@
 //! Embeds `profiles/` and `overlays/` in the binary: an installed `bakehouse` needs no
-//! source tree beside it.
+//! source tree beside it. Hashes the code of each step: a step whose code changed is made again.
+
+mod steps;
 
 use std::fmt::Write;
 use std::path::Path;
 use std::{env, fs};
 
 use sha2::{Digest as _, Sha256};
+use steps::{STEPS, Step};
 
 fn main() {
     let root = Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("..");
@@ -25,13 +28,9 @@ fn main() {
         }
     }
     table.push_str("];\n");
-    // Steps are keyed by their code, too: what another program made is not reused.
-    for (name, dirs) in [
-        ("CODE_COMPOSE", ["src/compose", "src/sandbox"].as_slice()),
-        ("CODE_INITRD", &["src/initrd.rs", "src/elf.rs", "src/tree.rs"]),
-        ("CODE_ALL", &["src", "../fleet/src", "../Cargo.lock"]),
-    ] {
-        println!("cargo::rustc-env={name}={}", digest(dirs));
+    for Step { name, code, inputs } in &STEPS {
+        assert!(inputs.iter().all(|input| STEPS.iter().any(|step| step.name == *input)), "{name} has an unknown input");
+        println!("cargo::rustc-env=CODE_{name}={}", digest(code));
     }
     let out = Path::new(&env::var_os("OUT_DIR").expect("cargo sets it")).join("assets.rs");
     fs::write(out, table).expect("OUT_DIR is writable");

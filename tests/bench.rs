@@ -13,8 +13,8 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use bakehouse_tests::{Lab, root};
-use builder::lock::Lock;
-use builder::mirror::Mirror;
+use builder::packages::lock::Lock;
+use builder::packages::mirror::Mirror;
 use builder::project::Project;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;

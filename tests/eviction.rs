@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, scope};
-use builder::authority::Authority;
-use builder::operator::Hubs as Operator;
+use builder::keys::authority::Authority;
+use builder::deploy::hub_client::Hubs as Operator;
 use firstboot::https::{self, Connection, Identity, request};
 use firstboot::hubs::Hubs;
 use firstboot::member::follow_hubs;

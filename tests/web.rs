@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::root;
-use builder::authority::Authority;
+use builder::keys::authority::Authority;
 use builder::project::Project;
 
 /// Connections of the slow client, more than HAProxy's global `maxconn`.

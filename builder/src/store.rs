@@ -90,8 +90,8 @@ impl Store {
     }
 
     #[must_use]
-    pub fn has_deb(&self, package: &crate::lock::Package) -> bool {
-        self.get(Kind::Deb, &package.sha256).is_some()
+    pub fn has_deb(&self, sha256: &str) -> bool {
+        self.get(Kind::Deb, sha256).is_some()
     }
 
     #[must_use]
@@ -183,22 +183,6 @@ impl Store {
 
 fn size_of_tree(path: &Path) -> u64 {
     walkdir::WalkDir::new(path).into_iter().flatten().filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum()
-}
-
-/// Writes a file whole or not at all: beside it, fsync, rename.
-///
-/// # Errors
-/// The disk says no.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write as _;
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new()
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-        .tempfile_in(folder)
-        .map_err(Error::io("write in", folder))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write", path))?;
-    file.persist(path).map_err(|e| Error::io("write", path)(e.error))?;
-    Ok(())
 }
 
 #[cfg(test)]

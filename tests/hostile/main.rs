@@ -17,8 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use builder::compose::{self, LayerInfo, PackageSet, Room, TreeOrder};
-use builder::sandbox::{self, Limits};
+use builder::compose::{LayerInfo, PackageSet, TreeOrder};
+use builder::sandbox::{self, Limits, Room};
+use builder::worker;
 
 use debs::{Deb, tools};
 
@@ -29,8 +30,8 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
         [sandbox::WORKER, ids] => sandbox::worker(Some(ids.as_ref())).into(),
-        [sandbox::INNER] => compose::inner().into(),
-        [compose::IN_ROOT] => compose::enter().into(),
+        [sandbox::INNER] => worker::inner().into(),
+        [sandbox::IN_ROOT] => sandbox::enter().into(),
         ["attack", name, ref more @ ..] => attacks::run(name, more),
         _ => test(),
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
-use builder::lock::Lock;
+use builder::packages::lock::Lock;
 use builder::project::Project;
 use fleet::{Issuer, Machine, Membership, NodeContext, PrivateKey, Topology, etcd_client_anchor};
 use nix::sys::signal::{Signal, kill};

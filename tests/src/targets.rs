@@ -5,7 +5,7 @@
 
 use std::sync::LazyLock;
 
-use builder::compose::deb::{Deb, data_entries};
+use builder::format::deb::{Deb, data_entries};
 use firstboot::grub::Block;
 use firstboot::hub::token::verify;
 use firstboot::install::Key;
@@ -164,16 +164,16 @@ fn deb(bytes: &[u8]) {
 
 /// Boot stubs to which the builder appends an image's sections, and signatures that the signing tool returns.
 fn pe(bytes: &[u8]) {
-    let text = builder::uki::Text { cmdline: "roothash=0", os_release: "ID=x\n", uname: "6" };
-    if let Ok(image) = builder::uki::build(bytes, b"kernel", b"initrd", &text, false) {
+    let text = builder::assemble::uki::Text { cmdline: "roothash=0", os_release: "ID=x\n", uname: "6" };
+    if let Ok(image) = builder::assemble::uki::build(bytes, b"kernel", b"initrd", &text, false) {
         assert!(image.starts_with(b"MZ"), "the output is not a PE file");
     }
-    let _ = builder::secure_boot::signed_data(bytes);
+    let _ = builder::format::efi_signature::signed_data(bytes);
 }
 
 /// Programs whose libraries the builder copies into an initrd.
 fn elf(bytes: &[u8]) {
-    let _ = builder::elf::needs(bytes);
+    let _ = builder::format::elf::needs(bytes);
 }
 
 /// A user's fleet.toml: parsed, checked, and expanded to a topology. Every diagnostic can be rendered.
@@ -221,7 +221,7 @@ fn age(bytes: &[u8]) {
     let costly = bytes.windows(4).filter(|w| w.starts_with(b" 1") && w[2].is_ascii_digit()).count() > 0
         || bytes.windows(3).any(|w| w[0] == b' ' && w[1].is_ascii_digit() && w[1] > b'1' && w[2].is_ascii_digit());
     if !costly {
-        assert!(builder::age::open(bytes, "not the passphrase").is_err(), "decrypts a damaged file");
+        assert!(builder::format::age::open(bytes, "not the passphrase").is_err(), "a damaged file opens");
     }
 }
 

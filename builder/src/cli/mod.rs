@@ -1,38 +1,41 @@
 //! What the commands do.
 
+mod args;
+mod build;
+mod init;
+mod output;
+
 use std::collections::BTreeMap;
-use std::fmt::Display;
-use std::io::{self, IsTerminal as _, Write as _};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Parser as _;
-use fleet::{Diagnostics, RolloutOrder, ha_table};
+use fleet::{RolloutOrder, ha_table};
 
-use crate::authority::{Authority, write_private};
-use crate::bake::pretty_json;
+use crate::deploy::export::{self, export};
+use crate::deploy::hub_client::{Hubs, describe};
+use crate::deploy::{flash, netboot, publish};
 use crate::error::{Error, Result};
-use crate::explain::explain;
-use crate::export::{self, export};
-use crate::fetch::fetch;
-use crate::image::{Build, Image};
-use crate::ledger;
-use crate::lock::{Lock, TOOLS};
-use crate::mirror::Mirror;
-use crate::operator::{Hubs, describe};
+use crate::image::Build;
+use crate::keys::authority::Authority;
+use crate::keys::ticket::{CARRIED, Terms, mint};
+use crate::keys::ticket_log;
+use crate::packages::explain::explain;
+use crate::packages::fetch::fetch;
+use crate::packages::lock::Lock;
+use crate::packages::mirror::Mirror;
 use crate::progress::{Progress, line};
-use crate::project::{Project, Recipe};
-use crate::resolve::resolve;
-use crate::secure_boot::Signer;
-use crate::store::{Store, write_atomic};
-use crate::ticket::{CARRIED, Terms, mint};
-use crate::tools::Tools;
-use crate::{compose, flash, netboot, plan, project, publish, rehearse, report, vm};
+use crate::project::{Project, check};
+use crate::rehearse;
+use crate::store::Store;
+use crate::toolchain::Tools;
+use crate::util::fs::write_private;
+use crate::vm::{self, report};
 
-mod grammar;
-
-use grammar::{Cli, Command, MirrorArg, StoreCommand};
+use args::{Cli, Command, StoreCommand};
+use build::{build, lock};
+use init::init;
+use output::{colour, complain, print, print_json};
 
 /// Runs the command line; errors go to standard error.
 #[must_use]
@@ -79,14 +82,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Check => {
             warn();
-            plan::dry_bake(&project)?;
+            check::dry_bake(&project)?;
             let table = ha_table(&project.topology);
             print_json(
                 cli.json,
                 &serde_json::json!({ "warnings": project.warnings, "nodes": table, "voters": project.topology.voters }),
             )?;
             if !cli.json {
-                print(format_args!("{}\n", plan::table(&project)))?;
+                print(format_args!("{}\n", check::table(&project)))?;
             }
         }
         Command::Ticket { list: true, endpoint, .. } => {
@@ -95,10 +98,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             if let Err(e) = &known {
                 progress.say("ticket", &format!("nobody says how often each was used: {e}"));
             }
-            let rows = ledger::rows(&project.dir, known.ok().as_ref())?;
+            let rows = ticket_log::rows(&project.dir, known.ok().as_ref())?;
             print_json(cli.json, &rows)?;
             if !cli.json {
-                print(ledger::table(&rows))?;
+                print(ticket_log::table(&rows))?;
             }
         }
         Command::Ticket { revoke: Some(number), endpoint, .. } => {
@@ -121,7 +124,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let to = to.as_deref().unwrap_or_default();
             let ticket =
                 mint(&Authority::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
-            ledger::note(&project.dir, &ticket)?;
+            ticket_log::note(&project.dir, &ticket)?;
             if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
                 progress.say("ticket", &format!("number {}: for {to}, {uses} times within {days} days", claims.id));
             }
@@ -137,7 +140,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let mint = || mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
             // Said before the work: there may be no such ticket.
             let ticket = if *no_ticket { None } else { Some(mint()?) };
-            ticket.iter().try_for_each(|ticket| ledger::note(&project.dir, ticket))?;
+            ticket.iter().try_for_each(|ticket| ticket_log::note(&project.dir, ticket))?;
             let images = build(&project, &[group], None, mirror, &progress)?;
             let order = flash::Order { target, yes: *yes, force: force.as_deref(), json: cli.json };
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
@@ -288,118 +291,6 @@ fn board(project: &Project, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn print_json(wanted: bool, value: &impl serde::Serialize) -> Result<()> {
-    if wanted {
-        print(String::from_utf8_lossy(&pretty_json(value)?))?;
-    }
-    Ok(())
-}
-
-/// Gives the answer: on standard output.
-fn print(answer: impl Display) -> Result<()> {
-    let mut out = io::stdout().lock();
-    write!(out, "{answer}").and_then(|()| out.flush()).map_err(|e| match e.kind() {
-        io::ErrorKind::BrokenPipe => Error::Unread,
-        _ => Error::io("write", "standard output")(e),
-    })
-}
-
-fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress, update: bool) -> Result<()> {
-    let path = Lock::path(project);
-    if !update && Lock::load(project).is_ok() {
-        progress.say("lock", &format!("{} serves; newer packages: bakehouse lock --update", path.display()));
-        return Ok(());
-    }
-    let old = Lock::read(&path).unwrap_or(None);
-    let new = resolve(project, mirror, store, progress)?;
-    new.write(&path)?;
-    let changes = old.map(|old| new.changes_from(&old)).unwrap_or_default();
-    changes.iter().try_for_each(|change| print(format_args!("{change}\n")))
-}
-
-fn build(
-    project: &Project,
-    groups: &[String],
-    revision: Option<&str>,
-    mirror: &MirrorArg,
-    progress: &Progress,
-) -> Result<Vec<Image>> {
-    let store = Store::open()?;
-    let lock = Lock::load(project)?;
-    let groups = project.groups(groups)?;
-    let recipes: Vec<Recipe> = groups.iter().map(|g| project.recipe(g)).collect();
-    let missing: Vec<_> = recipes
-        .iter()
-        .filter(|r| compose::in_store(r, &lock, &store).is_none())
-        .map(|r| r.group.as_str())
-        .chain([TOOLS])
-        .flat_map(|image| lock.packages_of(image, false))
-        .filter(|p| !store.has_deb(p))
-        .collect();
-    if !missing.is_empty() {
-        fetch(&missing, &Mirror::of(project, mirror.mirror.as_deref())?, &store, progress)?;
-    }
-    let build = Build { project, lock: &lock, store: &store, progress, revision };
-    groups.iter().map(|g| build.image(g)).collect()
-}
-
-fn complain(e: &Error, json: bool) {
-    match e {
-        Error::Config(Diagnostics(all)) if json => {
-            // It has failed already.
-            let _ = print_json(true, &all);
-        }
-        Error::Unread => {}
-        Error::Config(Diagnostics(all)) => all.iter().for_each(|d| line(&format!("{}\n", d.render(colour())))),
-        e => {
-            let word = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
-            line(&format!("{word}: {e}"));
-        }
-    }
-}
-
-/// A folder with a fleet.toml of the folder's name, and a key. What is there already stays.
-fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, progress: &Progress) -> Result<ExitCode> {
-    let text = project::built_in_fleet(from)?;
-    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    // `.` has a name too; a symbolic link keeps its own.
-    let named =
-        if dir.file_name().is_some() { dir.to_owned() } else { dir.canonicalize().map_err(Error::io("find", dir))? };
-    let missing = || Error::Usage(format!("`{}` has no name to give the fleet", dir.display()));
-    let name = named.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
-    let path = dir.join("fleet.toml");
-    if !path.exists() {
-        let text = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
-        let section =
-            if secure_boot { "\n# What firmware runs is signed (docs/secure-boot.md).\n[secure_boot]\n" } else { "" };
-        write_atomic(&path, (text + section).as_bytes())?;
-        progress.say("init", &format!("{}: change it to what you want", path.display()));
-    }
-    let project = Project::load(dir)?;
-    let key = project.dir.join(Authority::FILE);
-    if Authority::init(&project.dir, &project.topology.name, passphrase)? {
-        progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
-    } else if passphrase {
-        Authority::of(&project)?.seal(&project.dir)?;
-        progress.say("init", &format!("{}: of use only with its new passphrase", key.display()));
-    }
-    if let Some(signer) = Signer::of(&project) {
-        if signer.init(&project.topology.name)? {
-            let key = signer.key().display();
-            progress.say("init", &format!("{key}: signs what firmware runs; a secret, and keep a copy"));
-        }
-    } else if secure_boot {
-        return Err(Error::Usage(format!("{} has no [secure_boot]; add it", path.display())));
-    }
-    let keyring = project.dir.join(Project::UPDATE_KEYRING);
-    let wanted = Authority::of(&project)?.update_key()?.keyring();
-    if std::fs::read(&keyring).ok().as_ref() != Some(&wanted) {
-        write_atomic(&keyring, &wanted)?;
-        progress.say("init", &format!("{}: what nodes verify updates with; public", keyring.display()));
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
 /// Where this machine asks the hubs: `local` are those that `up` started.
 fn asked_at(project: &Project, given: &[String]) -> Result<BTreeMap<String, String>> {
     if given == ["local"] { Ok(vm::doors(project)) } else { endpoints(project, given) }
@@ -417,10 +308,6 @@ fn endpoints(project: &Project, given: &[String]) -> Result<BTreeMap<String, Str
         Err(Error::Usage(format!("`{text}` is not HUB=HOST; hubs are {}", hubs.join(", "))))
     };
     given.iter().map(of).collect()
-}
-
-fn colour() -> bool {
-    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
 /// Ctrl-C ends at once: whatever was being made has no final name yet, and the sandbox and

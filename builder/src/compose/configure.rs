@@ -5,13 +5,13 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use super::enter::Commands;
-use super::tree_root::Runner;
+use crate::sandbox::chroot::Commands;
+use crate::sandbox::tree_root::Runner;
 
 const NOTHING: &str = "#!/bin/sh\nexit 0\n";
 
 /// Maintainer work that is done once by us, or not at all: program → stand-in.
-pub(super) const STAND_INS: [(&str, &str); 9] = [
+const STAND_INS: [(&str, &str); 9] = [
     // The initrd is composed from the tree's own files.
     ("/usr/sbin/update-initramfs", NOTHING),
     // Once, beside the rest of the work, not in the kernel's turn.
@@ -64,7 +64,8 @@ pub fn configure(
             );
         }
     }
-    runner.run(Commands::new(vec![vec!["/bin/sh".to_owned(), "-c".to_owned(), script]], true))?;
+    let script = vec!["/bin/sh".to_owned(), "-c".to_owned(), script];
+    runner.run(Commands::new(vec![script]).with_stand_ins(&STAND_INS))?;
     seed_users(root, users).map_err(|e| format!("cannot write the fixed users: {e}"))?;
     let dpkg = |what: &[String]| -> Vec<String> {
         ["dpkg", "--force-unsafe-io", "--configure"]
@@ -81,7 +82,7 @@ pub fn configure(
     // Reading every module takes as long as half the scripts, and needs none of them.
     std::thread::scope(|scope| {
         let modules = scope.spawn(|| depmod(root, runner, names));
-        runner.run(Commands::new(commands, true))?;
+        runner.run(Commands::new(commands).with_stand_ins(&STAND_INS))?;
         modules.join().map_err(|_| "depmod panicked".to_owned())?
     })
 }
@@ -90,7 +91,7 @@ pub fn configure(
 fn depmod(root: &Path, runner: &Runner, names: &[String]) -> Result<(), String> {
     let mut kernels = names.iter().filter_map(|n| n.strip_prefix("linux-image-"));
     let Some(version) = kernels.find(|v| root.join("usr/lib/modules").join(v).is_dir()) else { return Ok(()) };
-    runner.run(Commands::new(vec![["/usr/sbin/depmod", version].map(str::to_owned).into()], false))
+    runner.run(Commands::new(vec![["/usr/sbin/depmod", version].map(str::to_owned).into()]))
 }
 
 /// Users whose ids are the same in every image, before any maintainer script can choose one.

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use walkdir::WalkDir;
 
-use super::enter::Commands;
-use super::tree_root::Runner;
+use crate::sandbox::chroot::Commands;
+use crate::sandbox::tree_root::Runner;
 
 /// Paths that go, relative to the root; a trailing `/*` empties a folder.
 const DROPPED: [&str; 34] = [
@@ -89,7 +89,7 @@ fn compile_python(root: &Path, runner: &Runner) -> Result<(), String> {
         dirs.filter_map(|d| d.file_name().into_string().ok()).filter(|n| n.starts_with("python3")).collect();
     names.sort();
     args.extend(names.into_iter().map(|n| format!("/usr/lib/{n}")));
-    runner.run(Commands::new(vec![args], false))
+    runner.run(Commands::new(vec![args]))
 }
 
 fn take_kernel(root: &Path, vmlinuz: &mut File) -> io::Result<String> {

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::tree_root::{Room, Runner, with_tree};
-use super::{Layer, archive};
+use super::archive;
+use super::layer::Layer;
 use crate::error;
+use crate::sandbox::tree_root::{Room, Runner, with_tree};
 use crate::sandbox::{Files, HostFile};
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -7,12 +7,12 @@
 
 mod archive;
 mod configure;
-pub mod deb;
-mod dpkgdb;
-mod enter;
+mod dpkg_database;
 mod finish;
 mod image_tree;
-mod tree_root;
+mod job;
+mod layer;
+pub(crate) mod tar_index;
 mod unpack;
 mod work;
 
@@ -21,53 +21,28 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fleet::{Trim, User};
-use serde::{Deserialize, Serialize};
 
-pub use deb::{Deb, data_entries};
-pub use enter::{Commands, IN_ROOT, Said, enter};
 pub use image_tree::ImageTree;
-pub use tree_root::{Room, Runner};
-pub use work::{Work, inner};
+use job::{DebFile, Job, Rule, Stage};
+pub use layer::{Layer, LayerInfo};
+pub(crate) use work::work;
 
-use crate::digest::Key;
 use crate::error::{Error, Result};
-use crate::lock::{Lock, Package};
+use crate::format::deb::Deb;
+use crate::packages::lock::{Lock, Package};
 use crate::progress::Progress;
 use crate::project::Recipe;
-use crate::sandbox::{self, HostFile, Limits};
+use crate::sandbox::{self, HostFile, Limits, Room};
 use crate::store::{Kind, Store};
+use crate::util::digest::Key;
 
 /// Digest of compose's own code: another program's layers are not reused.
 const CODE: &str = env!("CODE_COMPOSE");
 
-/// What the sandbox is to do. Its files come in this order: the tree to start from; then for each
-/// stage its packages, the kernel if it is the last, and the tree's tar.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Job {
-    room: Room,
-    /// Whether there is a tree to start from.
-    start: bool,
-    stages: Vec<Stage>,
-    trim: Vec<Rule>,
-    users: BTreeMap<String, (u32, String, bool)>,
-}
+/// Name of the sandbox's task.
+pub(crate) const TASK: &str = "compose";
 
-/// Packages to add.
-#[derive(Debug, Serialize, Deserialize)]
-struct Stage {
-    debs: Vec<DebFile>,
-    /// Take out what belongs to the build; nothing can be installed after.
-    finish: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct DebFile {
-    name: String,
-    sha256: String,
-    essential: bool,
-}
-
-/// A package in a file, for [`compose_stages`].
+/// A package in a file, for [`TreeOrder`].
 #[derive(Clone, Debug)]
 pub struct PackageFile {
     pub path: PathBuf,
@@ -83,52 +58,6 @@ pub struct PackageSet {
     pub out: PathBuf,
     /// Makes the tree an image's: needs a kernel, whose `vmlinuz` goes to `out`, too.
     pub finish: bool,
-}
-
-/// A path pattern in dpkg's language; the last that matches decides.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Rule {
-    pub pattern: String,
-    pub keep: bool,
-}
-
-/// What a finished layer says of itself.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct LayerInfo {
-    /// `uname -r` of the kernel in it.
-    pub kernel: String,
-    /// Bytes of all files.
-    pub bytes: u64,
-    pub files: u64,
-}
-
-/// A finished layer in the store.
-#[derive(Clone, Debug)]
-pub struct Layer {
-    pub key: String,
-    pub dir: PathBuf,
-}
-
-impl Layer {
-    #[must_use]
-    pub fn tar(&self) -> PathBuf {
-        self.dir.join("root.tar")
-    }
-
-    #[must_use]
-    pub fn kernel(&self) -> PathBuf {
-        self.dir.join("vmlinuz")
-    }
-
-    /// # Errors
-    /// The store is damaged.
-    pub fn info(&self) -> Result<LayerInfo> {
-        let path = self.dir.join("layer.json");
-        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        serde_json::from_slice(&bytes).map_err(|e| {
-            Error::Failed(format!("{} is damaged ({e}); run `bakehouse store gc --older-than 0`", path.display()))
-        })
-    }
 }
 
 /// The group's layer, if it is made: then no package of it is needed.
@@ -254,8 +183,7 @@ impl TreeOrder {
         }
         let start = self.start.is_some();
         let job = Job { room: self.room, start, stages, trim: self.trim, users: self.users };
-        sandbox::run(&Work::Compose(job), &files, work, &self.limits)
-            .map_err(|e| removed_damage(&packages).unwrap_or(e))
+        sandbox::run(TASK, &job, &files, work, &self.limits).map_err(|e| removed_damage(&packages).unwrap_or(e))
     }
 }
 

@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use glob::Pattern;
 use md5::{Digest as _, Md5};
 
-use super::deb::{Deb, data_entries};
-use super::{DebFile, Rule};
-use crate::digest::hex;
+use super::job::{DebFile, Rule};
+use crate::format::deb::{Deb, data_entries};
 use crate::sandbox::Files;
+use crate::util::digest::hex;
 
 /// What the dpkg database has to know of an unpacked package.
 pub struct Unpacked {

@@ -1,47 +1,19 @@
-//! The sandbox's inner process: pid 1 of its own world.
+//! The sandbox's part of composing: the tree, package by package.
 
-use std::io::Write as _;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
-
-use super::tree_root::{Runner, with_tree};
+use super::job::{Job, Stage};
+use super::layer::LayerInfo;
 use super::unpack::{Trimmer, Unpacked, unpack};
-use super::{Job, LayerInfo, Stage, archive, configure, dpkgdb, finish};
+use super::{archive, configure, dpkg_database, finish};
 use crate::sandbox::Files;
-use crate::{checks, make};
+use crate::sandbox::tree_root::{Runner, with_tree};
 
-/// Does the job on standard input, answers on standard output. Returns the exit code.
-pub fn inner() -> u8 {
-    let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
-    // The tree's modes must not depend on who builds.
-    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    let done = Files::receive::<Work>().map_err(|e| format!("cannot read the job: {e}")).and_then(|(work, files)| {
-        match work {
-            Work::Compose(job) => compose(&job, &files).map(|info| serde_json::to_string(&info)),
-            Work::Check(job) => checks::work(&job, &files).map(|said| serde_json::to_string(&said)),
-            Work::Make(job) => make::work(&job, &files).map(|()| serde_json::to_string(&())),
-        }?
-        .map_err(|e| e.to_string())
-    });
-    match done {
-        Ok(answer) => u8::from(writeln!(std::io::stdout(), "{answer}").is_err()),
-        Err(e) => {
-            eprintln!("{e}");
-            1
-        }
-    }
-}
-
-/// What the sandbox can do.
-#[derive(Debug, Serialize, Deserialize)]
-pub enum Work {
-    Compose(Job),
-    Check(checks::Job),
-    Make(make::Job),
-}
-
-fn compose(job: &Job, files: &Files) -> Result<LayerInfo, String> {
+/// Composes the tree and writes its layers.
+///
+/// # Errors
+/// A package can't be unpacked or configured, or a layer can't be written.
+pub fn work(job: &Job, files: &Files) -> Result<LayerInfo, String> {
     with_tree(job.room, |root, runner| {
         if job.start {
             files
@@ -67,7 +39,7 @@ fn stage(
     trim: &Trimmer,
 ) -> Result<LayerInfo, String> {
     let packages = unpack(&stage.debs, files, root, trim)?;
-    dpkgdb::write(root, &packages).map_err(|e| format!("cannot write dpkg's database: {e}"))?;
+    dpkg_database::write(root, &packages).map_err(|e| format!("cannot write dpkg's database: {e}"))?;
     let names = |essential: bool| -> Vec<String> {
         packages.iter().filter(|p: &&Unpacked| !essential || p.essential).map(|p| p.deb.info_name()).collect()
     };

@@ -4,12 +4,13 @@
 //! VIP, a writer through it, people on Odoo, and an eye on every database server. Their silence
 //! is the outage; only their machine's clock is read.
 
+mod alert_receiver;
+mod machines;
 mod outcome;
 mod page;
 mod paths;
 mod scenario;
 mod table;
-mod told;
 mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,9 +18,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use fleet::{EMULATED, Node};
+use fleet::Node;
 use serde_json::{Value, json};
 
+use alert_receiver::Told;
+use machines::Machines;
 pub use outcome::Outcome;
 use outcome::Seen;
 pub use page::Page;
@@ -27,10 +30,9 @@ use paths::{Path, Paths};
 use scenario::{Fault, Victim};
 pub use scenario::{SCENARIOS, Scenario, chosen};
 pub use table::table;
-use told::Told;
 
-use crate::authority::Authority;
 use crate::error::{Error, Result, fail};
+use crate::keys::authority::Authority;
 use crate::progress::{Progress, Step};
 use crate::project::Project;
 use crate::vm::{Board, Database, Vm, start_of};
@@ -57,14 +59,6 @@ pub struct Rehearsal<'a> {
     pub machines: Machines,
     /// How much slower they are than real ones: their time-outs are that much longer.
     factor: u32,
-}
-
-/// What a fleet's machines are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Machines {
-    Kvm,
-    Emulated,
-    Containers,
 }
 
 /// Who notices that the victims failed.
@@ -375,17 +369,6 @@ impl<'a> Rehearsal<'a> {
         let found: Vec<Value> = serde_json::from_str(&answer.output).ok()?;
         let label = |alert: &Value, name: &str| alert["metric"][name].as_str().unwrap_or_default().to_owned();
         Some(found.iter().map(|alert| (label(alert, "alertname"), label(alert, "node"))).collect())
-    }
-}
-
-impl Machines {
-    /// How much slower they are than real ones.
-    #[must_use]
-    pub const fn factor(self) -> u32 {
-        match self {
-            Self::Emulated => EMULATED as u32,
-            Self::Kvm | Self::Containers => 1,
-        }
     }
 }
 

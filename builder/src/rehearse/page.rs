@@ -5,11 +5,13 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use super::machines::Machines;
+use super::outcome::Outcome;
+use super::scenario::SCENARIOS;
 use super::table::{HEAD, Row, lay_out, row, with_summary};
-use super::{Machines, Outcome, SCENARIOS};
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
-use crate::store::write_atomic;
+use crate::util::fs::write_atomic;
 
 const MORE: usize = HEAD.len() + 3;
 

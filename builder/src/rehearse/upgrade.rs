@@ -6,10 +6,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fleet::Node;
 
-use super::{Outcome, Rehearsal, Scenario, WARM_UP, told, whole};
+use super::outcome::Outcome;
+use super::scenario::Scenario;
+use super::{Rehearsal, WARM_UP, told, whole};
 use crate::error::{Error, Result, fail};
-use crate::manifest::rfc3339;
 use crate::progress::Step;
+use crate::util::time::rfc3339;
 use crate::vm::{Board, Vm};
 
 /// For one node: load, restart, prove itself.

@@ -10,8 +10,10 @@
 //! root is the host's own would hold by capabilities and read-only mounts alone, on the very hosts
 //! where no other build tests it.
 
+pub mod chroot;
 mod files;
 mod ids;
+pub mod tree_root;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -35,8 +37,10 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_keep_c
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use chroot::{IN_ROOT, enter};
 pub use files::{Files, HostFile};
 use ids::IdMap;
+pub use tree_root::Room;
 
 use crate::error::{Error, Result, fail};
 
@@ -69,14 +73,20 @@ impl Limits {
     }
 }
 
-/// Runs `job` in a sandbox and returns its answer. `work` is an empty folder for the job alone;
-/// the job gets `files` open, in their order.
+/// Runs a task in a sandbox and returns its answer: `worker.rs` knows tasks by their names. `work` is an empty folder
+/// for the job alone; the job gets `files` open, in their order.
 ///
 /// # Errors
 /// The kernel allows no user namespaces, a file cannot be opened, the job failed (what it wrote to
 /// its standard error), or it exceeded a limit.
-pub fn run<J: Serialize, A: DeserializeOwned>(job: &J, files: &[HostFile], work: &Path, limits: &Limits) -> Result<A> {
-    let text = serde_json::to_vec(job).map_err(|e| Error::Failed(e.to_string()))?;
+pub fn run<J: Serialize, A: DeserializeOwned>(
+    task: &str,
+    job: &J,
+    files: &[HostFile],
+    work: &Path,
+    limits: &Limits,
+) -> Result<A> {
+    let text = serde_json::to_vec(&(task, job)).map_err(|e| Error::Failed(e.to_string()))?;
     let (child, socket) = start(work)?;
     let pid = Pid::from_raw(child.id().cast_signed());
     let (stop, stopped) = channel::<()>();
@@ -297,4 +307,22 @@ fn take_ids(uid: u32, gid: u32) -> std::io::Result<()> {
     set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() })?;
     let _ = set_pdeathsig(Signal::SIGKILL);
     Ok(())
+}
+
+/// The sandbox's inner process, pid 1 of its namespace: reads a task's name, its job and its files from standard input,
+/// and writes what `work` returns to standard output. Returns the exit code.
+pub fn inner(work: impl FnOnce(&str, serde_json::Value, &Files) -> Result<String, String>) -> u8 {
+    let _ = set_pdeathsig(Signal::SIGKILL);
+    // The tree's modes must not depend on who builds.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    let done = Files::receive::<(String, serde_json::Value)>()
+        .map_err(|e| format!("cannot read the job: {e}"))
+        .and_then(|((task, job), files)| work(&task, job, &files));
+    match done {
+        Ok(answer) => u8::from(writeln!(std::io::stdout(), "{answer}").is_err()),
+        Err(e) => {
+            eprintln!("{e}");
+            1
+        }
+    }
 }

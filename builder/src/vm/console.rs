@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-use super::Vm;
-use super::exec::ANSWER;
+use super::command::ANSWER;
+use super::machine::Vm;
 use crate::error::{Error, Result};
 
 /// What Linux says where QEMU's emulation lost a processor's timer.

@@ -3,7 +3,7 @@
 //!
 //! What is not the image's: this host's kernel, so no verified root, a watchdog in shell, and WireGuard as a program
 //! (`wireguard-go`). One that updates itself has the image's disk with both slots, and is started by what GRUB's
-//! configuration says (`bios.rs`), in shell. Who cuts the power of one loses processes, not what the kernel has yet
+//! configuration says (`grub.rs`), in shell. Who cuts the power of one loses processes, not what the kernel has yet
 //! to write.
 
 use std::fs::{self, OpenOptions, Permissions};
@@ -16,12 +16,14 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 
-use super::exec::Done;
-use super::{Start, Wire, uuid_of};
-use crate::authority::write_private;
-use crate::disk::{ESP_START, ROOT_START};
+use super::command::Done;
+use super::network::{Door, Wire};
+use super::start::Start;
+use crate::assemble::layout::{ESP_START, ROOT_START};
 use crate::error::{Error, Result, fail};
-use crate::tools::run;
+use crate::project::machine_id::uuid_of;
+use crate::util::fs::write_private;
+use crate::util::process::run;
 
 const SCRIPT: &str = include_str!("container.sh");
 /// How long laying the file systems may take, and ending.
@@ -177,7 +179,7 @@ impl Container<'_> {
             ("WIRE", wire),
             ("MAC", start.wire.mac.clone()),
             ("PORT", start.wire.mac[start.wire.mac.len() - 5..].replace(':', "-")),
-            ("HOST", super::Door::HOST.to_owned()),
+            ("HOST", Door::HOST.to_owned()),
             ("OUTWARDS", door.map_or(String::new(), |door| words(door.outside.iter()))),
             ("DOOR", door.and_then(|door| door.address).map_or(String::new(), |address| address.to_string())),
             ("INWARDS", words(inwards.iter().map(|(outside, inside)| format!("{outside}:{inside}")))),
@@ -343,7 +345,7 @@ mod tests {
     fn a_container_looks_for_entries_where_grub_does() {
         let names = |text: &str| text.lines().map(str::trim).find(|l| l.starts_with("for end in ")).map(str::to_owned);
         assert!(names(SCRIPT).is_some());
-        assert_eq!(names(SCRIPT), names(crate::bios::CONFIG));
+        assert_eq!(names(SCRIPT), names(crate::assemble::grub::CONFIG));
     }
 
     /// What its unit runs, but for what it does then.

@@ -79,7 +79,7 @@ entry() {
     done
 }
 
-# Counts and chooses as GRUB does (bios.rs), and mounts what the image's kernel would: the root that its entry names.
+# Counts and chooses as GRUB does (grub.rs), and mounts what the image's kernel would: the root that its entry names.
 start_disk() {
     slot= chosen= tries=$(block tries)
     if [ "$tries" -gt 0 ]; then

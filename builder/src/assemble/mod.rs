@@ -1,0 +1,11 @@
+//! From a layer and the baked files to the parts of a disk: initrd, root, UKI, boot loaders, partitions, manifest.
+
+pub(crate) mod disk;
+pub(crate) mod grub;
+pub(crate) mod initrd;
+pub(crate) mod layout;
+pub(crate) mod manifest;
+pub(crate) mod root;
+pub(crate) mod secure_boot;
+pub(crate) mod spdx;
+pub mod uki;

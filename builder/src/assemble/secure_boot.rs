@@ -1,0 +1,152 @@
+//! Secure Boot: programs for firmware are signed with the fleet's own key, and the ESP has what
+//! firmware in setup mode enrols that key with.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use uuid::{Uuid, uuid};
+
+use crate::error::{Error, Result, fail};
+use crate::format::efi_signature::{authenticated, signature_list, signed_data, signed_part};
+use crate::project::Project;
+use crate::toolchain::Tools;
+use crate::util::digest::sha256;
+use crate::util::fs::{write_atomic, write_private};
+use crate::util::process::run;
+
+const GLOBAL: Uuid = uuid!("8be4df61-93ca-11d2-aa0d-00e098032b8c");
+const IMAGE_SECURITY: Uuid = uuid!("d719b2cb-3d3a-4596-a3bc-dad00e67656f");
+/// The fleet's key for programs of firmware.
+pub struct Signer {
+    key: PathBuf,
+    certificate: PathBuf,
+}
+
+impl Signer {
+    /// That of `[secure_boot]`.
+    #[must_use]
+    pub fn of(project: &Project) -> Option<Self> {
+        let given = project.fleet.secure_boot.as_ref()?;
+        Some(Self { key: project.dir.join(&given.key), certificate: project.dir.join(&given.certificate) })
+    }
+
+    /// Makes a key and a certificate that signs itself, unless they are there; says whether it did.
+    ///
+    /// # Errors
+    /// openssl fails; the folder can't be written.
+    pub fn init(&self, fleet: &str) -> Result<bool> {
+        if self.key.exists() && self.certificate.exists() {
+            return Ok(false);
+        }
+        for path in [&self.key, &self.certificate] {
+            let dir = path.parent().unwrap_or(Path::new("."));
+            fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        }
+        let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
+        let (key, certificate) = (dir.path().join("key"), dir.path().join("certificate"));
+        let mut make = Command::new("openssl");
+        // RSA, 2048: what firmware has to know. It has no clock that it trusts, and asks for no end.
+        make.args(["req", "-x509", "-newkey", "rsa:2048", "-sha256", "-nodes", "-days", "36500"]);
+        make.args(["-subj", &format!("/CN={fleet} Secure Boot"), "-keyout"]).arg(&key).arg("-out").arg(&certificate);
+        run(&mut make, "openssl (apt install openssl)")?;
+        let read = |path: &Path| fs::read(path).map_err(Error::io("read", path));
+        write_private(&self.key, &read(&key)?)?;
+        write_atomic(&self.certificate, &read(&certificate)?)?;
+        Ok(true)
+    }
+
+    /// The file that holds the key.
+    #[must_use]
+    pub fn key(&self) -> &Path {
+        &self.key
+    }
+
+    /// What images of this key differ by from those of another.
+    ///
+    /// # Errors
+    /// The certificate can't be read.
+    pub fn id(&self) -> Result<String> {
+        Ok(sha256(&self.certificate()?))
+    }
+
+    /// The certificate, DER.
+    fn certificate(&self) -> Result<Vec<u8>> {
+        let path = &self.certificate;
+        let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let body = text.split_once("-----BEGIN CERTIFICATE-----").and_then(|(_, rest)| rest.split_once("-----END"));
+        let base64 = body.map(|(body, _)| body.split_whitespace().collect::<String>());
+        base64
+            .and_then(|b| BASE64.decode(b).ok())
+            .ok_or_else(|| Error::Failed(format!("{} is no certificate in PEM's form", path.display())))
+    }
+
+    /// The program, signed. The same program and key give the same bytes.
+    ///
+    /// # Errors
+    /// The key can't be read, or is not the certificate's.
+    pub fn sign(&self, tools: &Tools, program: &[u8], epoch: u64) -> Result<Vec<u8>> {
+        let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
+        let (from, to) = (dir.path().join("program"), dir.path().join("signed"));
+        fs::write(&from, program).map_err(Error::io("write", &from))?;
+        let mut sign = tools.command("usr/lib/systemd/systemd-sbsign");
+        let option = |name: &str, path: &Path| format!("--{name}={}", path.display());
+        sign.arg("sign").arg(option("certificate", &self.certificate)).arg(option("private-key", &self.key));
+        sign.arg(option("output", &to)).arg(&from);
+        // It writes down when it signs, and can't be told: the packages' time.
+        sign.env("LD_PRELOAD", tools.file("usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"));
+        sign.env("FAKETIME_FMT", "%s").env("FAKETIME", epoch.to_string());
+        run(&mut sign, "systemd-sbsign")?;
+        fs::read(&to).map_err(Error::io("read", &to))
+    }
+
+    /// Files of the ESP from which systemd-boot enrols the key, where firmware has none: it is
+    /// its owner's, and may sign programs.
+    ///
+    /// # Errors
+    /// As of [`Self::sign`].
+    pub fn enrolment(&self, tools: &Tools) -> Result<BTreeMap<String, Vec<u8>>> {
+        let list = signature_list(&self.certificate()?);
+        let file = |(name, vendor): (&str, Uuid)| {
+            let signature = self.signature(tools, &signed_part(name, vendor, &list))?;
+            let Some(signature) = signed_data(&signature) else { return fail("openssl made no PKCS #7 signature") };
+            Ok((format!("loader/keys/auto/{name}.auth"), authenticated(signature, &list)))
+        };
+        [("PK", GLOBAL), ("KEK", GLOBAL), ("db", IMAGE_SECURITY)].into_iter().map(file).collect()
+    }
+
+    /// PKCS #7, detached, of nothing but the content: the same content gives the same bytes.
+    fn signature(&self, tools: &Tools, content: &[u8]) -> Result<Vec<u8>> {
+        let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
+        let (from, to) = (dir.path().join("content"), dir.path().join("signature"));
+        fs::write(&from, content).map_err(Error::io("write", &from))?;
+        let mut sign = tools.command("usr/bin/openssl");
+        sign.env("OPENSSL_CONF", "/dev/null").args(["smime", "-sign", "-binary", "-noattr", "-md", "sha256"]);
+        sign.args(["-outform", "DER", "-signer"]).arg(&self.certificate).arg("-inkey").arg(&self.key);
+        run(sign.arg("-in").arg(&from).arg("-out").arg(&to), "openssl smime")?;
+        fs::read(&to).map_err(Error::io("read", &to))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_key_is_made_once_and_is_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join("secure-boot").join(name);
+        let signer = Signer { key: at("db.key"), certificate: at("db.crt") };
+        assert!(signer.init("acme").unwrap());
+        let id = signer.id().unwrap();
+        assert!(!signer.init("acme").unwrap());
+        assert_eq!(signer.id().unwrap(), id);
+        assert_eq!(fs::metadata(signer.key()).unwrap().permissions().mode() & 0o777, 0o600);
+        fs::write(at("db.crt"), "nothing").unwrap();
+        assert!(signer.id().unwrap_err().to_string().contains("no certificate"));
+    }
+}

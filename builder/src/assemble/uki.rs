@@ -1,0 +1,54 @@
+//! A unified kernel image: systemd's EFI stub with kernel, initrd and command line as
+//! sections of the PE file.
+
+use crate::assemble::grub;
+use crate::error::{Result, fail};
+use crate::format::pe::append;
+
+/// Texts of the sections.
+pub struct Text<'a> {
+    pub cmdline: &'a str,
+    pub os_release: &'a str,
+    pub uname: &'a str,
+}
+
+/// `bios` says whether a legacy BIOS may start it, by GRUB.
+///
+/// # Errors
+/// The stub is not a PE file with room for the sections.
+pub fn build(stub: &[u8], kernel: &[u8], initrd: &[u8], text: &Text, bios: bool) -> Result<Vec<u8>> {
+    // Filled when it is known where the others are. They follow without a gap.
+    let room = if bios { grub::SCRIPT.end.saturating_sub(stub.len()) } else { 0 };
+    let blank = vec![b'\n'; room];
+    let sections: [(&[u8; 8], &[u8]); 6] = [
+        (b".grub\0\0\0", &blank),
+        (b".osrel\0\0", text.os_release.as_bytes()),
+        (b".cmdline", text.cmdline.as_bytes()),
+        (b".uname\0\0", text.uname.as_bytes()),
+        (b".initrd\0", initrd),
+        (b".linux\0\0", kernel),
+    ];
+    let Some((mut uki, places)) = append(stub, &sections[usize::from(!bios)..]) else {
+        return fail("systemd's EFI stub is not the PE file it should be; run `bakehouse lock --update`");
+    };
+    if let ([grub, .., initrd, kernel], true) = (&places[..], bios) {
+        let script = grub::script(text.cmdline, kernel, initrd)?;
+        if grub.start > grub::SCRIPT.start || grub.end != grub::SCRIPT.end || script.len() > grub::SCRIPT.len() {
+            return fail("systemd's EFI stub and the kernel's command line leave no room for GRUB's lines");
+        }
+        uki[grub::SCRIPT.start..][..script.len()].copy_from_slice(script.as_bytes());
+    }
+    Ok(uki)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_stub_is_refused() {
+        let text = Text { cmdline: "", os_release: "", uname: "" };
+        assert!(build(b"", b"", b"", &text, true).is_err());
+        assert!(build(b"MZ nothing more", b"", b"", &text, false).is_err());
+    }
+}

@@ -1,0 +1,283 @@
+//! A node's disk and its definition for somebody else's hypervisor.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use clap::ValueEnum;
+use fleet::Ticket;
+use serde::Serialize;
+
+use crate::assemble::layout::{slots, var_size};
+use crate::deploy::flash::{Carried, put_ticket};
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::keys::authority::Authority;
+use crate::keys::ticket::{CARRIED, Terms, mint};
+use crate::keys::ticket_log;
+use crate::progress::Progress;
+use crate::project::Project;
+use crate::project::machine_id::uuid_of;
+use crate::toolchain::Tools;
+use crate::util::fs::write_private;
+use crate::util::process::run;
+
+/// Room for /var beyond the least that the node's roles ask for.
+const SPARE: u64 = 16 << 30;
+
+/// Formats that hypervisors read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Raw,
+    Qcow2,
+    Vmdk,
+    Vhd,
+}
+
+/// How the machine gets its ticket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Way {
+    /// From the hypervisor, in the definitions (SMBIOS)
+    Smbios,
+    /// On the disk's EFI partition
+    Disk,
+    /// As user data on a small second disk (NoCloud)
+    Seed,
+}
+
+/// What is to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct Order<'a> {
+    pub node: &'a str,
+    pub format: Format,
+    pub way: Way,
+    /// Whether the ticket takes the node's place from the machine that has it.
+    pub replace: bool,
+}
+
+/// What was written for a node.
+#[derive(Debug, Serialize)]
+pub struct Export {
+    pub disk: PathBuf,
+    /// NoCloud's disk.
+    pub seed: Option<PathBuf>,
+    /// For `virsh define`.
+    pub libvirt: PathBuf,
+    /// A script for a Proxmox host.
+    pub proxmox: PathBuf,
+}
+
+impl Format {
+    /// The format's name, as files end and libvirt says it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Vmdk => "vmdk",
+            Self::Vhd => "vhd",
+        }
+    }
+
+    /// QEMU's own name for it.
+    fn driver(self) -> &'static str {
+        if self == Self::Vhd { "vpc" } else { self.name() }
+    }
+}
+
+/// Writes a node's disk into `out`, and definitions beside it.
+///
+/// # Errors
+/// No such node; the disk is full.
+pub fn export(
+    project: &Project,
+    image: &Image,
+    &Order { node, format, way, replace }: &Order,
+    out: &Path,
+    tools: &Tools,
+    progress: &Progress,
+) -> Result<Export> {
+    let authority = Authority::of(project)?;
+    let ticket = mint(&authority, &project.topology, node, &Terms { replace, ..CARRIED }, BTreeMap::new())?;
+    ticket_log::note(&project.dir, &ticket)?;
+    fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    let out = out.canonicalize().map_err(Error::io("find", out))?;
+    let path = |suffix: &str| out.join(format!("{node}{suffix}"));
+    let export = Export {
+        disk: path(&format!(".{}", format.name())),
+        seed: (way == Way::Seed).then(|| path("-seed.img")),
+        libvirt: path(".xml"),
+        proxmox: path(".proxmox.sh"),
+    };
+    let step = progress.step("vm", &format!("{}: {}", node, export.disk.display()));
+    let recipe = project.recipe(&image.group);
+    let size = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE;
+    // Nobody else's folder: there may be a ticket in what is written. Gone again, whatever happens.
+    let scratch = tempfile::tempdir_in(&out).map_err(Error::io("create a folder in", &out))?;
+    let path = |name: &str| scratch.path().join(name);
+    let mut from = image.disk.canonicalize().map_err(Error::io("find", &image.disk))?;
+    if way == Way::Disk {
+        let copy = path("disk");
+        run(
+            Command::new("cp").args(["--sparse=always", "--reflink=auto"]).args([&from, &copy]),
+            "cp, of the image's disk",
+        )?;
+        let secure = project.fleet.secure_boot.is_some();
+        let disk = OpenOptions::new().read(true).write(true).open(&copy).map_err(Error::io("open", &copy))?;
+        put_ticket(&disk, &copy, &Carried { ticket: &ticket, secure, tools })?;
+        from = copy;
+    }
+    let qemu_img = |args: &[&str], files: &[&Path]| {
+        let mut command = Command::new("qemu-img");
+        command.args(args).args(files);
+        run(&mut command, "qemu-img (apt install qemu-utils)")
+    };
+    // Made larger before it is converted: not every format can be afterwards.
+    let (larger, whole) = (path("larger"), path("whole"));
+    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &[&from, &larger])?;
+    qemu_img(&["resize", "-q", "-f", "qcow2"], &[&larger, Path::new(&size.to_string())])?;
+    if way == Way::Disk {
+        write_private(&whole, b"")?;
+    }
+    qemu_img(&["convert", "-f", "qcow2", "-O", format.driver()], &[&larger, &whole])?;
+    fs::rename(&whole, &export.disk).map_err(Error::io("rename", &whole))?;
+    if let Some(seed) = &export.seed {
+        write_seed(seed, &ticket, tools)?;
+    }
+    let machine = project.machine(&image.group);
+    let definition = Definition {
+        name: node.to_owned(),
+        uuid: uuid_of(&format!("{}/{node}", project.topology.name)),
+        memory: machine.memory,
+        cpus: machine.cpus,
+        format,
+        disk: export.disk.clone(),
+        seed: export.seed.clone(),
+        ticket: (way == Way::Smbios).then(|| text(&ticket)).transpose()?,
+    };
+    // Whoever reads them may have the ticket.
+    write_private(&export.libvirt, definition.to_string().as_bytes())?;
+    write_private(&export.proxmox, definition.proxmox().as_bytes())?;
+    step.done(&format!("{node}: {}", export.disk.display()));
+    Ok(export)
+}
+
+fn text(ticket: &Ticket) -> Result<String> {
+    serde_json::to_string(ticket).map_err(|e| Error::Failed(e.to_string()))
+}
+
+/// A FAT disk with the label that NoCloud's is known by.
+fn write_seed(seed: &Path, ticket: &Ticket, tools: &Tools) -> Result<()> {
+    write_private(seed, &vec![0; 2 << 20])?;
+    let mut format = tools.command("usr/sbin/mkfs.vfat");
+    run(format.args(["--invariant", "-n", "CIDATA"]).arg(seed), "mkfs.vfat")?;
+    let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
+    for (name, content) in [("user-data", text(ticket)?), ("meta-data", "{}\n".to_owned())] {
+        let file = dir.path().join(name);
+        write_private(&file, content.as_bytes())?;
+        let mut copy = tools.command("usr/bin/mcopy");
+        run(copy.env("MTOOLS_SKIP_CHECK", "1").arg("-i").arg(seed).arg(&file).arg(format!("::{name}")), "mcopy")?;
+    }
+    Ok(())
+}
+
+/// A machine, in libvirt's words.
+struct Definition {
+    name: String,
+    uuid: String,
+    /// MiB.
+    memory: u64,
+    cpus: u64,
+    format: Format,
+    disk: PathBuf,
+    seed: Option<PathBuf>,
+    ticket: Option<String>,
+}
+
+impl Definition {
+    fn credential(ticket: &str) -> String {
+        format!("io.systemd.credential.binary:{}={}", Ticket::CREDENTIAL, BASE64.encode(ticket))
+    }
+
+    /// Commands for a Proxmox host, to which the disk was copied.
+    fn proxmox(&self) -> String {
+        let Self { name, uuid, memory, cpus, disk, .. } = self;
+        let file = disk.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
+        let mut text = format!(
+            "#!/bin/sh\n\
+             # Makes {name} on a Proxmox host (8 or newer), from the folder with its disk:\n\
+             #   sh {name}.proxmox.sh NUMBER [STORAGE] [BRIDGE]\n\
+             set -eu\n\
+             id=${{1:?the machine\\'s number}} storage=${{2:-local-lvm}} bridge=${{3:-vmbr0}}\n\
+             here=$(cd \"$(dirname \"$0\")\" && pwd)\n\
+             qm create \"$id\" --name {name} --ostype l26 --machine q35 --bios ovmf --memory {memory} --cores {cpus} \\\n    \
+             --cpu host --scsihw virtio-scsi-single --rng0 source=/dev/urandom --serial0 socket --onboot 1 \\\n    \
+             --smbios1 uuid={uuid} --net0 \"virtio,bridge=$bridge\" --efidisk0 \"$storage:1,efitype=4m,pre-enrolled-keys=0\"\n\
+             qm set \"$id\" --virtio0 \"$storage:0,import-from=$here/{file}\" --boot order=virtio0\n"
+        );
+        if let Some(seed) = &self.seed {
+            let file = seed.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
+            text.push_str(&format!("qm set \"$id\" --virtio1 \"$storage:0,import-from=$here/{file}\"\n"));
+        }
+        if let Some(ticket) = &self.ticket {
+            // In a file: the machine's arguments can be read by every user of the host.
+            text.push_str(&format!(
+                "umask 077\n\
+                 mkdir -p /etc/pve/priv/bakehouse\n\
+                 printf %s '{}' >/etc/pve/priv/bakehouse/$id\n\
+                 qm set \"$id\" --args \"-smbios type=11,path=/etc/pve/priv/bakehouse/$id\"\n",
+                Self::credential(ticket)
+            ));
+        }
+        text
+    }
+}
+
+impl fmt::Display for Definition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, uuid, memory, cpus, .. } = self;
+        let disk = |path: &Path, driver: &str, device: &str| {
+            format!(
+                "    <disk type='file' device='disk'>\n      <driver name='qemu' type='{driver}' discard='unmap'/>\n      \
+                 <source file='{}'/>\n      <target dev='{device}' bus='virtio'/>\n    </disk>\n",
+                escaped(&path.display().to_string())
+            )
+        };
+        writeln!(f, "<domain type='kvm'>\n  <name>{name}</name>\n  <uuid>{uuid}</uuid>")?;
+        writeln!(f, "  <memory unit='MiB'>{memory}</memory>\n  <vcpu>{cpus}</vcpu>")?;
+        writeln!(f, "  <os firmware='efi'>\n    <type arch='x86_64' machine='q35'>hvm</type>")?;
+        // Its own keys are not enrolled.
+        writeln!(f, "    <firmware>\n      <feature enabled='no' name='secure-boot'/>\n    </firmware>")?;
+        if self.ticket.is_some() {
+            writeln!(f, "    <smbios mode='sysinfo'/>")?;
+        }
+        writeln!(f, "  </os>")?;
+        if let Some(ticket) = &self.ticket {
+            let entry = escaped(&Self::credential(ticket));
+            writeln!(
+                f,
+                "  <sysinfo type='smbios'>\n    <oemStrings>\n      <entry>{entry}</entry>\n    </oemStrings>\n  </sysinfo>"
+            )?;
+        }
+        writeln!(f, "  <features>\n    <acpi/>\n  </features>\n  <cpu mode='host-passthrough'/>")?;
+        writeln!(f, "  <on_crash>restart</on_crash>\n  <devices>")?;
+        write!(f, "{}", disk(&self.disk, self.format.driver(), "vda"))?;
+        if let Some(seed) = &self.seed {
+            write!(f, "{}", disk(seed, "raw", "vdb"))?;
+        }
+        writeln!(
+            f,
+            "    <interface type='network'>\n      <source network='default'/>\n      <model type='virtio'/>\n    </interface>"
+        )?;
+        writeln!(f, "    <serial type='pty'/>\n    <console type='pty'/>")?;
+        writeln!(f, "    <rng model='virtio'>\n      <backend model='random'>/dev/urandom</backend>\n    </rng>")?;
+        writeln!(f, "  </devices>\n</domain>")
+    }
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('\'', "&apos;")
+}

@@ -1,0 +1,260 @@
+//! age's file format (<https://age-encryption.org/v1>), as far as one passphrase goes: `age` reads
+//! what is written here, and the other way round. Its crate would bring recipients, plug-ins and
+//! translations along; what is hard in it is `ring`'s and `scrypt`'s here.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD as BASE64;
+use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use ring::hkdf::{HKDF_SHA256, Salt};
+use ring::hmac;
+
+use crate::error::{Result, fail};
+use crate::util::random::random;
+
+const VERSION: &str = "age-encryption.org/v1";
+/// What a passphrase costs to try, as a power of two: a second and 256 MiB, as in `age`.
+const WORK: u8 = 18;
+/// The most that is done for a file, which somebody else may have written.
+const MOST_WORK: u8 = 22;
+const CHUNK: usize = 64 << 10;
+const TAG: usize = 16;
+const FILE_KEY: usize = 16;
+
+/// Why a file stays closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    Passphrase,
+    Damaged,
+}
+
+/// Whether that is a file of age's.
+#[must_use]
+pub fn is_sealed(bytes: &[u8]) -> bool {
+    bytes.strip_prefix(VERSION.as_bytes()).is_some_and(|rest| rest.starts_with(b"\n"))
+}
+
+/// Encrypts for whoever knows the passphrase.
+///
+/// # Errors
+/// The machine has no randomness.
+pub fn seal(plain: &[u8], passphrase: &str) -> Result<Vec<u8>> {
+    let (file_key, salt, nonce) = (random::<FILE_KEY>()?, random::<16>()?, random::<16>()?);
+    let sealed = wrap_key(passphrase, &salt, WORK).and_then(|key| encrypt(&key, [0; 12], &file_key));
+    let Some(wrapped) = sealed else { return fail("the passphrase could not be used") };
+    let header = format!("{VERSION}\n-> scrypt {} {WORK}\n{}\n---", BASE64.encode(salt), BASE64.encode(wrapped));
+    let mac = hmac::sign(&mac_key(&file_key), header.as_bytes());
+    let mut bytes = format!("{header} {}\n", BASE64.encode(mac)).into_bytes();
+    bytes.extend(nonce);
+    let key = derive(&file_key, &nonce, b"payload");
+    for (i, (chunk, last)) in chunks(plain, CHUNK).enumerate() {
+        let Some(sealed) = encrypt(&key, counter(i, last), chunk) else { return fail("the key could not be used") };
+        bytes.extend(sealed);
+    }
+    Ok(bytes)
+}
+
+/// Decrypts.
+///
+/// # Errors
+/// Another passphrase, or not every byte is as it was.
+pub fn open(bytes: &[u8], passphrase: &str) -> std::result::Result<Vec<u8>, Closed> {
+    let header = Header::read(bytes).ok_or(Closed::Damaged)?;
+    let key = wrap_key(passphrase, &header.salt, header.work).ok_or(Closed::Damaged)?;
+    let file_key = decrypt(&key, [0; 12], &header.wrapped).ok_or(Closed::Passphrase)?;
+    let file_key: [u8; FILE_KEY] = file_key.try_into().map_err(|_| Closed::Damaged)?;
+    hmac::verify(&mac_key(&file_key), header.signed, &header.mac).map_err(|_| Closed::Damaged)?;
+    let (nonce, payload) = header.rest.split_at_checked(16).ok_or(Closed::Damaged)?;
+    let key = derive(&file_key, nonce, b"payload");
+    let mut plain = Vec::new();
+    for (i, (chunk, last)) in chunks(payload, CHUNK + TAG).enumerate() {
+        let text = decrypt(&key, counter(i, last), chunk).ok_or(Closed::Damaged)?;
+        // The specification allows an empty last chunk only as the only one.
+        if text.is_empty() && i > 0 {
+            return Err(Closed::Damaged);
+        }
+        plain.extend(text);
+    }
+    Ok(plain)
+}
+
+/// What stands before the payload.
+struct Header<'a> {
+    salt: [u8; 16],
+    work: u8,
+    wrapped: Vec<u8>,
+    /// What the code is of.
+    signed: &'a [u8],
+    mac: Vec<u8>,
+    rest: &'a [u8],
+}
+
+impl<'a> Header<'a> {
+    fn read(bytes: &'a [u8]) -> Option<Self> {
+        let mut at = 0;
+        let mut line = || {
+            let rest = bytes.get(at..)?;
+            let length = rest.iter().take(200).position(|&b| b == b'\n')?;
+            at += length + 1;
+            std::str::from_utf8(&rest[..length]).ok()
+        };
+        if line()? != VERSION {
+            return None;
+        }
+        let (salt, work) = line()?.strip_prefix("-> scrypt ")?.split_once(' ')?;
+        let wrapped = BASE64.decode(line()?).ok()?;
+        let mac = line()?.strip_prefix("--- ")?;
+        let signed = &bytes[..at - 1 - " ".len() - mac.len()];
+        Some(Self {
+            salt: BASE64.decode(salt).ok()?.try_into().ok()?,
+            work: work_factor(work)?,
+            wrapped,
+            signed,
+            mac: BASE64.decode(mac).ok()?,
+            rest: &bytes[at..],
+        })
+    }
+}
+
+/// Decimal without sign and leading zeros, as the specification has it.
+fn work_factor(text: &str) -> Option<u8> {
+    let is_canonical = text.bytes().all(|b| b.is_ascii_digit()) && !text.starts_with('0');
+    text.parse().ok().filter(|work| is_canonical && (1..=MOST_WORK).contains(work))
+}
+
+/// The pieces, and whether each is the last; of nothing there is one.
+fn chunks(bytes: &[u8], size: usize) -> impl Iterator<Item = (&[u8], bool)> {
+    let count = bytes.len().div_ceil(size).max(1);
+    (0..count).map(move |i| (&bytes[i * size..bytes.len().min((i + 1) * size)], i + 1 == count))
+}
+
+fn counter(chunk: usize, last: bool) -> [u8; 12] {
+    let mut nonce = [0; 12];
+    nonce[3..11].copy_from_slice(&(chunk as u64).to_be_bytes());
+    nonce[11] = u8::from(last);
+    nonce
+}
+
+fn wrap_key(passphrase: &str, salt: &[u8; 16], work: u8) -> Option<[u8; 32]> {
+    let salt = [format!("{VERSION}/scrypt").as_bytes(), salt].concat();
+    let mut key = [0; 32];
+    scrypt::scrypt(passphrase.as_bytes(), &salt, &scrypt::Params::new(work, 8, 1).ok()?, &mut key).ok()?;
+    Some(key)
+}
+
+fn derive(file_key: &[u8; FILE_KEY], salt: &[u8], info: &[u8]) -> [u8; 32] {
+    let mut key = [0; 32];
+    let derived = Salt::new(HKDF_SHA256, salt).extract(file_key);
+    derived.expand(&[info], HKDF_SHA256).and_then(|okm| okm.fill(&mut key)).expect("32 bytes of a hash of 32");
+    key
+}
+
+fn mac_key(file_key: &[u8; FILE_KEY]) -> hmac::Key {
+    hmac::Key::new(hmac::HMAC_SHA256, &derive(file_key, &[], b"header"))
+}
+
+fn cipher(key: &[u8; 32]) -> Option<LessSafeKey> {
+    UnboundKey::new(&CHACHA20_POLY1305, key).ok().map(LessSafeKey::new)
+}
+
+fn encrypt(key: &[u8; 32], nonce: [u8; 12], plain: &[u8]) -> Option<Vec<u8>> {
+    let mut text = plain.to_vec();
+    let nonce = Nonce::assume_unique_for_key(nonce);
+    cipher(key)?.seal_in_place_append_tag(nonce, Aad::empty(), &mut text).ok()?;
+    Some(text)
+}
+
+fn decrypt(key: &[u8; 32], nonce: [u8; 12], sealed: &[u8]) -> Option<Vec<u8>> {
+    let mut text = sealed.to_vec();
+    let nonce = Nonce::assume_unique_for_key(nonce);
+    let length = cipher(key)?.open_in_place(nonce, Aad::empty(), &mut text).ok()?.len();
+    text.truncate(length);
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// `printf 'from age itself' | age --passphrase | base64`, age 1.1.1, of "open sesame".
+    const AGES_OWN: &str = "YWdlLWVuY3J5cHRpb24ub3JnL3YxCi0+IHNjcnlwdCBnY1ZOMzJWZSszVUpsTVRsOTZWVk5BIDE4CkxTcDJSb3F2VUxqT0NrdjlR\
+        Ymh5dGJ5d0QxWTRJMXFOanBYMi8zYStDNTAKLS0tIERORldUSStxUk1mOWhvamduazBTU0lFcDBJSElRQlJxYzVPNjNKOENaMzAK\
+        mkutWRd20cVyeLKM/RWg17WnPO5f8v7xSp6RSu/Bozjcv97puIjT35hKbReFLbc=";
+
+    #[test]
+    fn what_age_wrote_is_read() {
+        let bytes = base64::engine::general_purpose::STANDARD.decode(AGES_OWN).unwrap();
+        assert!(is_sealed(&bytes));
+        assert_eq!(open(&bytes, "open sesame").unwrap(), b"from age itself");
+        assert_eq!(open(&bytes, "open barley"), Err(Closed::Passphrase));
+    }
+
+    #[test]
+    fn no_byte_can_be_changed_or_left_out() {
+        let plain = vec![7; CHUNK + 100];
+        let sealed = seal(&plain, "a phrase").unwrap();
+        assert_eq!(open(&sealed, "a phrase").unwrap(), plain);
+        let end = sealed.len();
+        let header = sealed.windows(5).position(|w| w == b"\n--- ").unwrap() + 5 + 43 + 1;
+        // The code: another one that is as well written.
+        let mut other = sealed.clone();
+        other[header - 44] = if other[header - 44] == b'A' { b'B' } else { b'A' };
+        assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged));
+        // The nonce, the first piece and the last; and without the last piece.
+        for at in [header, header + 16, header + 200, end - 1] {
+            let mut other = sealed.clone();
+            other[at] ^= 1;
+            assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged), "{at}");
+        }
+        assert_eq!(open(&sealed[..end - 100 - TAG], "a phrase"), Err(Closed::Damaged));
+    }
+
+    #[test]
+    fn pieces_end_where_ages_do() {
+        let of = |length: usize| chunks(&vec![0; length], 4).map(|(c, last)| (c.len(), last)).collect::<Vec<_>>();
+        assert_eq!(of(0), [(0, true)]);
+        assert_eq!(of(4), [(4, true)]);
+        assert_eq!(of(5), [(4, false), (1, true)]);
+    }
+
+    #[test]
+    fn rejects_empty_last_chunk_after_full_ones() {
+        let sealed = seal(&vec![7; CHUNK], "a phrase").unwrap();
+        let header = Header::read(&sealed).unwrap();
+        let file_key = decrypt(&wrap_key("a phrase", &header.salt, header.work).unwrap(), [0; 12], &header.wrapped);
+        let (nonce, _) = header.rest.split_at(16);
+        let key = derive(&file_key.unwrap().try_into().unwrap(), nonce, b"payload");
+        let mut other = sealed[..sealed.len() - CHUNK - TAG].to_vec();
+        other.extend(encrypt(&key, counter(0, false), &[7; CHUNK]).unwrap());
+        other.extend(encrypt(&key, counter(1, true), b"").unwrap());
+        assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged));
+    }
+
+    #[test]
+    fn rejects_work_factor_that_is_not_canonical() {
+        for text in ["018", "+18", "-1", "0", "", " 18", "23", "256"] {
+            assert_eq!(work_factor(text), None, "{text}");
+        }
+        assert_eq!(work_factor("18"), Some(18));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_that_is_read_makes_it_fall(
+            salt in any::<[u8; 16]>(),
+            work in "1|2|0|64|-1|",
+            wrapped in proptest::collection::vec(any::<u8>(), 0..40),
+            mac in "[A-Za-z0-9+/]{0,50}",
+            tail in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let (salt, wrapped) = (BASE64.encode(salt), BASE64.encode(wrapped));
+            let mut bytes = format!("{VERSION}\n-> scrypt {salt} {work}\n{wrapped}\n--- {mac}\n").into_bytes();
+            bytes.extend(&tail);
+            prop_assert!(open(&bytes, "x").is_err());
+            for end in 0..bytes.len().min(150) {
+                prop_assert!(open(&bytes[..end], "x").is_err());
+            }
+            prop_assert!(open(&tail, "x").is_err());
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! File formats of others, read and written: each module names its specification.
+
+pub mod age;
+pub(crate) mod cpio;
+pub mod deb;
+pub(crate) mod deb822;
+pub mod efi_signature;
+pub mod elf;
+pub(crate) mod openpgp;
+pub(crate) mod pe;
+pub(crate) mod systemd_credential;
+pub(crate) mod verity;

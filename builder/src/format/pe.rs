@@ -1,0 +1,69 @@
+//! Sections of [PE](https://learn.microsoft.com/windows/win32/debug/pe-format) files.
+
+use std::ops::Range;
+
+const SECTION: usize = 40;
+/// Initialised data, readable.
+const FLAGS: u32 = 0x4000_0040;
+
+/// The file with these sections added, and the range of each section's content in it; `None` if `stub` is not a PE
+/// file with room for them.
+pub fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, Vec<Range<usize>>)> {
+    let u16_at = |at: usize| Some(u16::from_le_bytes(stub.get(at..at + 2)?.try_into().ok()?));
+    let u32_at = |at: usize| Some(u32::from_le_bytes(stub.get(at..at + 4)?.try_into().ok()?));
+    let pe = u32_at(0x3c)? as usize;
+    if stub.get(..2)? != b"MZ" || stub.get(pe..pe + 4)? != b"PE\0\0" {
+        return None;
+    }
+    let count = usize::from(u16_at(pe + 6)?);
+    let optional = pe + 24;
+    let table = optional + usize::from(u16_at(pe + 20)?);
+    let (section_align, file_align) = (u32_at(optional + 32)?, u32_at(optional + 36)?);
+    let headers = u32_at(optional + 60)? as usize;
+    if table + (count + sections.len()) * SECTION > headers
+        || !section_align.is_power_of_two()
+        || !file_align.is_power_of_two()
+    {
+        return None;
+    }
+    let last = table + (count.checked_sub(1)?) * SECTION;
+    let mut address = (u32_at(last + 12)?.checked_add(u32_at(last + 8)?)?).next_multiple_of(section_align);
+    let mut out = stub.to_vec();
+    let mut places = Vec::new();
+    for (i, (name, content)) in sections.iter().enumerate() {
+        let size = u32::try_from(content.len()).ok()?;
+        out.resize(out.len().next_multiple_of(file_align as usize), 0);
+        let offset = u32::try_from(out.len()).ok()?;
+        places.push(out.len()..out.len() + content.len());
+        out.extend_from_slice(content);
+        out.resize(out.len().next_multiple_of(file_align as usize), 0);
+        let raw = u32::try_from(out.len()).ok()? - offset;
+        let mut header = name.to_vec();
+        for field in [size, address, raw, offset, 0, 0, 0, FLAGS] {
+            header.extend_from_slice(&field.to_le_bytes());
+        }
+        let at = table + (count + i) * SECTION;
+        out.get_mut(at..at + SECTION)?.copy_from_slice(&header);
+        address = address.checked_add(size)?.next_multiple_of(section_align);
+    }
+    let count = u16::try_from(count + sections.len()).ok()?;
+    out.get_mut(pe + 6..pe + 8)?.copy_from_slice(&count.to_le_bytes());
+    out.get_mut(optional + 56..optional + 60)?.copy_from_slice(&address.to_le_bytes());
+    Some((out, places))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn no_stub_panics(mut stub in proptest::collection::vec(proptest::num::u8::ANY, 0..600), pe in 0u32..700) {
+            if stub.len() > 0x40 {
+                stub[..2].copy_from_slice(b"MZ");
+                stub[0x3c..0x40].copy_from_slice(&pe.to_le_bytes());
+            }
+            let _ = append(&stub, &[(b".linux\0\0", b"x")]);
+        }
+    }
+}

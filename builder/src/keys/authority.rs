@@ -1,0 +1,237 @@
+//! A fleet's root and passwords, on the operator's disk: readable by nobody else, never in an
+//! image.
+
+use std::fs;
+use std::path::Path;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use fleet::{CertificateError, Issuer, Membership, Node, PrivateKey, Secrets, Tls, Topology, etcd_client_anchor};
+use ring::hkdf::{HKDF_SHA256, Salt};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result, fail};
+use crate::keys::passphrase;
+use crate::keys::update_key::UpdateKey;
+use crate::project::Project;
+use crate::util::fs::{write_new, write_private};
+use crate::util::random::random;
+
+/// What a fleet's nodes believe, and what their services share.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Authority {
+    fleet: String,
+    pub root: Issuer,
+    pub secrets: Secrets,
+}
+
+impl Authority {
+    /// Name of the operator's file, beside `fleet.toml`.
+    pub const FILE: &str = "fleet.key";
+
+    /// A new one, of fresh randomness.
+    ///
+    /// # Errors
+    /// The machine has no randomness.
+    pub fn create(fleet: &str) -> Result<Self> {
+        let secrets = Secrets {
+            postgres: password()?,
+            replication: password()?,
+            rewind: password()?,
+            odoo: password()?,
+            odoo_master: password()?,
+            odoo_admin: password()?,
+            metrics: password()?,
+            s3_key: given("BAKEHOUSE_S3_KEY"),
+            s3_secret: given("BAKEHOUSE_S3_SECRET"),
+            etcd_root: password()?,
+            etcd_patroni: password()?,
+        };
+        Ok(Self { fleet: fleet.to_owned(), root: Issuer::root(fleet)?, secrets })
+    }
+
+    /// The fleet's own, which `bakehouse init` made.
+    ///
+    /// # Errors
+    /// There is none, it can't be read, or it is another fleet's.
+    pub fn of(project: &Project) -> Result<Self> {
+        let path = project.dir.join(Self::FILE);
+        Self::read(&path, &project.topology.name)?.ok_or_else(|| {
+            Error::Failed(format!("{} is missing: make it with `bakehouse init`, once for a fleet", path.display()))
+        })
+    }
+
+    /// Makes the fleet's own, unless there is one; says whether it did.
+    ///
+    /// # Errors
+    /// It can't be written; there is nobody to ask for a passphrase.
+    pub fn init(dir: &Path, fleet: &str, passphrase: bool) -> Result<bool> {
+        let path = dir.join(Self::FILE);
+        if path.exists() {
+            return Ok(false);
+        }
+        let plain = Self::create(fleet)?.bytes()?;
+        write_new(&path, &if passphrase { passphrase::seal(&path, &plain)? } else { plain })
+    }
+
+    /// Encrypts the fleet's own with a passphrase that is asked for, or with another one.
+    ///
+    /// # Errors
+    /// There is nobody to ask; it can't be written.
+    pub fn seal(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(Self::FILE);
+        write_private(&path, &passphrase::seal(&path, &self.bytes()?)?)
+    }
+
+    /// That of the fleet's local machines: the fleet's own if there is one, else one that is
+    /// made when it is first asked for.
+    ///
+    /// # Errors
+    /// It can't be read or written, or is another fleet's.
+    pub fn of_vms(project: &Project) -> Result<Self> {
+        let fleet = &project.topology.name;
+        if let Some(own) = Self::read(&project.dir.join(Self::FILE), fleet)? {
+            return Ok(own);
+        }
+        let path = project.dir.join("build/vm").join(Self::FILE);
+        if let Some(found) = Self::read(&path, fleet)? {
+            return Ok(found);
+        }
+        let made = Self::create(fleet)?;
+        // Two machines may be started at once: the first to write wins, for both.
+        if write_new(&path, &made.bytes()?)? { Ok(made) } else { Self::of_vms(project) }
+    }
+
+    /// Signs updates.
+    ///
+    /// # Errors
+    /// Never in practice.
+    pub fn update_key(&self) -> Result<UpdateKey> {
+        UpdateKey::of(&self.fleet, self.root.key())
+    }
+
+    fn read(path: &Path, fleet: &str) -> Result<Option<Self>> {
+        let bytes = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("read", path)(e)),
+        };
+        let mut found: Self = serde_json::from_slice(&passphrase::open(path, bytes)?)
+            .map_err(|e| Error::Failed(format!("{} is damaged ({e}); bring back a copy of it", path.display())))?;
+        if found.fleet != fleet {
+            return fail(format!("{} is of the fleet `{}`, not of `{fleet}`", path.display(), found.fleet));
+        }
+        found.complete()?;
+        Ok(Some(found))
+    }
+
+    /// Fills in the passwords that `fleet.key` of an earlier version does not have. They are derived from
+    /// the root's private key, so every reading of the file gives the same ones.
+    fn complete(&mut self) -> Result<()> {
+        let root = self.root.key();
+        for (secret, label) in
+            [(&mut self.secrets.etcd_root, "etcd root, v1"), (&mut self.secrets.etcd_patroni, "etcd patroni, v1")]
+        {
+            if secret.is_empty() {
+                *secret = derived(root, label)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn bytes(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(|e| Error::Failed(e.to_string()))
+    }
+
+    /// What a node would have, for those who only look at configurations.
+    ///
+    /// # Errors
+    /// Nothing that a fleet's names could bring about.
+    pub fn membership(&self, topology: &Topology, node: &Node) -> Result<Membership> {
+        let key = PrivateKey::generate()?;
+        let cert = self.root.founder_issuer(topology, node)?.node(topology, node, &key.public()?)?;
+        Ok(Membership {
+            tls: Tls {
+                ca: self.root.certificate().to_owned(),
+                cert,
+                key: key.pem().to_owned(),
+                etcd_clients: etcd_client_anchor(self.root.certificate(), topology, node)?,
+            },
+            secrets: self.secrets.clone(),
+        })
+    }
+}
+
+impl From<CertificateError> for Error {
+    fn from(e: CertificateError) -> Self {
+        Self::Failed(e.to_string())
+    }
+}
+
+/// A secret that is not ours to make.
+fn given(variable: &str) -> String {
+    std::env::var(variable).unwrap_or_default()
+}
+
+/// 192 bits, in letters that no configuration language minds.
+fn password() -> Result<String> {
+    Ok(URL_SAFE_NO_PAD.encode(random::<24>()?))
+}
+
+/// A password that follows from the root's private key and a label: 192 bits.
+fn derived(root: &str, label: &str) -> Result<String> {
+    let mut bytes = [0; 32];
+    let failed = |_| Error::Failed(format!("the password `{label}` can't be derived from the fleet's root key"));
+    let secret = Salt::new(HKDF_SHA256, b"bakehouse").extract(root.as_bytes());
+    secret.expand(&[label.as_bytes()], HKDF_SHA256).and_then(|k| k.fill(&mut bytes)).map_err(failed)?;
+    Ok(URL_SAFE_NO_PAD.encode(&bytes[..24]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn each_node_has_a_key_of_its_own_and_the_fleets_passwords() {
+        let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\n";
+        let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
+        let authority = Authority::create("acme").unwrap();
+        let of = |name: &str| authority.membership(&topology, topology.node(name).unwrap()).unwrap();
+        let (one, two) = (of("hub-1"), of("hub-2"));
+        assert_ne!(one.tls.key, two.tls.key);
+        assert_eq!((one.tls.ca, one.secrets), (two.tls.ca, two.secrets));
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_version_always_gives_the_same_etcd_passwords() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(Authority::FILE);
+        let authority = Authority::create("acme").unwrap();
+        let mut earlier = serde_json::to_value(&authority).unwrap();
+        let secrets = earlier["secrets"].as_object_mut().unwrap();
+        assert!(secrets.remove("etcd_root").is_some() && secrets.remove("etcd_patroni").is_some());
+        fs::write(&path, earlier.to_string()).unwrap();
+        let read = || Authority::read(&path, "acme").unwrap().unwrap().secrets;
+        let (one, two) = (read(), read());
+        assert!(one == two && one.etcd_root.len() == 32 && one.etcd_root != one.etcd_patroni);
+        assert_ne!(one.etcd_root, authority.secrets.etcd_root);
+        write_private(&path, &authority.bytes().unwrap()).unwrap();
+        assert!(read() == authority.secrets, "passwords that are in the file stay");
+    }
+
+    #[test]
+    fn the_file_is_made_once_and_is_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(Authority::FILE);
+        let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        assert!(Authority::init(dir.path(), "acme", false).unwrap());
+        let first = fs::read(&path).unwrap();
+        assert!(!Authority::init(dir.path(), "acme", false).unwrap(), "a second takes the first's place");
+        assert_eq!((fs::read(&path).unwrap(), mode()), (first, 0o600));
+        assert!(Authority::read(&path, "other").is_err());
+        write_private(&path, b"three").unwrap();
+        assert_eq!(mode(), 0o600);
+    }
+}

@@ -1,0 +1,123 @@
+//! Minting tickets. Nobody has to be reachable for it: hubs believe what the fleet's root signed.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fleet::{Claims, Founder, Joiner, Node, Right, Ticket, Topology};
+
+use crate::error::{Error, Result};
+use crate::keys::authority::Authority;
+use crate::util::digest::hex;
+use crate::util::random::random;
+
+/// What a token is good for, beside its group.
+pub struct Terms {
+    pub uses: u32,
+    pub lasts: Duration,
+    /// Takes the slot from whoever has it.
+    pub replace: bool,
+}
+
+/// Of a ticket on a disk, until that was carried to where it is to run.
+pub const CARRIED: Terms = Terms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
+
+/// A ticket for one slot, or for any of a group's.
+///
+/// # Errors
+/// No such slot or group; a group whose nodes each have a ticket of their own.
+pub fn mint(
+    authority: &Authority,
+    topology: &Topology,
+    to: &str,
+    terms: &Terms,
+    endpoints: BTreeMap<String, String>,
+) -> Result<Ticket> {
+    let right = match topology.node(to) {
+        Some(node) if topology.is_founder(node) => founder(authority, topology, node, terms)?,
+        Some(node) => Right::Joiner(joiner(authority, topology, &node.group, Some(to), terms)?),
+        None if topology.nodes.iter().any(|n| n.group == to) => {
+            if topology.nodes.iter().filter(|n| n.group == to).all(|n| topology.is_founder(n)) {
+                let slots: Vec<&str> =
+                    topology.nodes.iter().filter(|n| n.group == to).map(|n| n.name.as_str()).collect();
+                return Err(Error::Usage(format!(
+                    "the nodes of `{to}` found the fleet: each has a ticket of its own; name one of {}",
+                    slots.join(", ")
+                )));
+            }
+            Right::Joiner(joiner(authority, topology, to, None, terms)?)
+        }
+        None => {
+            let known: Vec<&str> = topology.nodes.iter().map(|n| n.name.as_str()).collect();
+            return Err(Error::Usage(format!("there is no node or group `{to}`; there are: {}", known.join(", "))));
+        }
+    };
+    Ok(Ticket {
+        version: Ticket::VERSION,
+        fleet: topology.name.clone(),
+        root: authority.root.certificate().to_owned(),
+        endpoints,
+        right,
+    })
+}
+
+fn founder(authority: &Authority, topology: &Topology, node: &Node, terms: &Terms) -> Result<Right> {
+    // A hub hands out what any node may need; another founder is told what it needs itself.
+    let secrets = if node.hub > 0 { authority.secrets.clone() } else { authority.secrets.for_roles(&node.roles) };
+    let issuer = authority.root.founder_issuer(topology, node)?;
+    let replaces =
+        if terms.replace { Some(joiner(authority, topology, &node.group, Some(&node.name), terms)?) } else { None };
+    Ok(Right::Founder(Founder { slot: node.name.clone(), issuer, secrets, replaces }))
+}
+
+fn joiner(
+    authority: &Authority,
+    topology: &Topology,
+    group: &str,
+    slot: Option<&str>,
+    terms: &Terms,
+) -> Result<Joiner> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let claims = Claims {
+        fleet: topology.name.clone(),
+        id: hex(&random::<16>()?),
+        group: group.to_owned(),
+        slot: slot.map(str::to_owned),
+        replace: terms.replace,
+        uses: terms.uses,
+        expires: (now + terms.lasts).as_secs(),
+        key: String::new(),
+    };
+    Ok(Joiner::mint(&authority.root, claims)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONCE: Terms = Terms { uses: 1, lasts: Duration::from_secs(60), replace: false };
+
+    fn minted(to: &str) -> Result<Ticket> {
+        let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
+        let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
+        mint(&Authority::create("acme").unwrap(), &topology, to, &ONCE, BTreeMap::new())
+    }
+
+    #[test]
+    fn founders_have_their_slot_and_others_a_token() {
+        assert!(matches!(minted("hub-1").unwrap().right, Right::Founder(f) if f.slot == "hub-1"));
+        let claims = |to: &str| match minted(to).unwrap().right {
+            Right::Joiner(joiner) => joiner.token.read().unwrap(),
+            Right::Founder(_) => panic!("{to} founds nothing"),
+        };
+        assert_eq!((claims("db").slot, claims("db-2").slot.as_deref()), (None, Some("db-2")));
+        assert_ne!(claims("db").id, claims("db").id);
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        for (to, words) in [("hub", "name one of hub-1, hub-2, hub-3"), ("web", "there is no node or group `web`")] {
+            let e = minted(to).map(drop).unwrap_err();
+            assert!(e.to_string().contains(words), "{e}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Tickets that were minted, as the operator's machine remembers them: their claims, never a key.
+
+use std::fs::{self, OpenOptions};
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use fleet::{Claims, Ticket, Token, Tokens};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// Beside `fleet.toml`: a line of JSON for each.
+const FILE: &str = "tickets.jsonl";
+
+/// A ticket, for people and scripts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Row {
+    pub number: String,
+    /// A node, or a group.
+    pub to: String,
+    /// How often it was used, of how often it may be; none where no hub was asked.
+    pub used: Option<u32>,
+    pub uses: u32,
+    /// Seconds since 1970.
+    pub expires: u64,
+    pub state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Good,
+    Spent,
+    Expired,
+    Revoked,
+}
+
+/// Writes a ticket down, if hubs count how often it is used.
+///
+/// # Errors
+/// The folder can't be written.
+pub fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
+    let Some(claims) = ticket.token().and_then(Token::read) else { return Ok(()) };
+    let path = dir.join(FILE);
+    let mut line = serde_json::to_vec(&claims).map_err(|e| Error::Failed(e.to_string()))?;
+    line.push(b'\n');
+    let mut written = || {
+        let mut file = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(&path)?;
+        let size = file.metadata()?.len();
+        let mut last = [b'\n'];
+        if size > 0 {
+            file.read_exact_at(&mut last, size - 1)?;
+        }
+        // What a power cut left half takes no other line along.
+        if last != [b'\n'] {
+            line.insert(0, b'\n');
+        }
+        file.write_all(&line)?;
+        file.sync_all()
+    };
+    written().map_err(Error::io("write", &path))
+}
+
+/// What was written down, oldest first, with what a hub knows of it.
+///
+/// # Errors
+/// The file can't be read.
+pub fn rows(dir: &Path, known: Option<&Tokens>) -> Result<Vec<Row>> {
+    let path = dir.join(FILE);
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
+        Err(e) => return Err(Error::io("read", &path)(e)),
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    // A line that a power cut left half is of a ticket that nobody got.
+    let minted = text.lines().filter_map(|line| serde_json::from_str::<Claims>(line).ok());
+    Ok(minted.map(|claims| row(claims, known, now)).collect())
+}
+
+fn row(claims: Claims, known: Option<&Tokens>, now: u64) -> Row {
+    let used = known.map(|k| k.used.get(&claims.id).copied().unwrap_or(0));
+    let state = if known.is_some_and(|k| k.revoked.contains(&claims.id)) {
+        State::Revoked
+    } else if used.is_some_and(|used| used >= claims.uses) {
+        State::Spent
+    } else if now > claims.expires {
+        State::Expired
+    } else {
+        State::Good
+    };
+    Row {
+        number: claims.id,
+        to: claims.slot.unwrap_or(claims.group),
+        used,
+        uses: claims.uses,
+        expires: claims.expires,
+        state,
+    }
+}
+
+/// Lines for a person.
+#[must_use]
+pub fn table(rows: &[Row]) -> String {
+    let mut text = format!("{:<32} {:<12} {:>7} {:<20} {}\n", "number", "for", "used", "expires", "state");
+    for row in rows {
+        let used = row.used.map_or_else(|| "?".to_owned(), |n| n.to_string());
+        let state = match row.state {
+            State::Good => "good",
+            State::Spent => "spent",
+            State::Expired => "expired",
+            State::Revoked => "revoked",
+        };
+        let expires = crate::util::time::rfc3339(row.expires);
+        text +=
+            &format!("{:<32} {:<12} {:>7} {expires:<20} {state}\n", row.number, row.to, format!("{used}/{}", row.uses));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    fn claims(id: &str, uses: u32, expires: u64) -> Claims {
+        Claims {
+            fleet: "acme".into(),
+            id: id.into(),
+            group: "db".into(),
+            slot: None,
+            replace: false,
+            uses,
+            expires,
+            key: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_ticket_is_what_the_hubs_know_of_it() {
+        let known = Tokens {
+            used: BTreeMap::from([("a".to_owned(), 2), ("b".to_owned(), 1)]),
+            revoked: BTreeSet::from(["d".to_owned()]),
+        };
+        let of = |id: &str, known: Option<&Tokens>| row(claims(id, 2, 100), known, 50);
+        assert_eq!((of("a", Some(&known)).state, of("a", Some(&known)).used), (State::Spent, Some(2)));
+        assert_eq!((of("b", Some(&known)).state, of("b", None).used), (State::Good, None));
+        assert_eq!(of("d", Some(&known)).state, State::Revoked);
+        assert_eq!(row(claims("c", 2, 100), Some(&known), 101).state, State::Expired);
+    }
+
+    #[test]
+    fn half_a_line_is_left_out_and_takes_no_other_along() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(rows(dir.path(), None).unwrap(), []);
+        let whole = serde_json::to_string(&claims("a", 1, 1)).unwrap();
+        fs::write(dir.path().join(FILE), format!("{whole}\n{}", &whole[..20])).unwrap();
+        let first = rows(dir.path(), None).unwrap();
+        assert_eq!(first.len(), 1);
+        assert!(table(&first).contains("1970-01-01T00:00:01Z expired"), "{}", table(&first));
+        let authority = crate::keys::authority::Authority::create("acme").unwrap();
+        let joiner = fleet::Joiner::mint(&authority.root, claims("b", 1, u64::MAX)).unwrap();
+        let ticket = Ticket {
+            version: Ticket::VERSION,
+            fleet: "acme".into(),
+            root: String::new(),
+            endpoints: BTreeMap::new(),
+            right: fleet::Right::Joiner(joiner),
+        };
+        note(dir.path(), &ticket).unwrap();
+        let all: Vec<String> = rows(dir.path(), None).unwrap().into_iter().map(|r| r.number).collect();
+        assert_eq!(all, ["a", "b"]);
+    }
+}

@@ -1,0 +1,97 @@
+//! The fleet's update key: derived from the root's key.
+
+use fleet::encoding::encode;
+use fleet::netboot::{ImageStatement, SignedImage};
+use ring::hkdf::{HKDF_SHA256, Salt};
+use ring::signature::{Ed25519KeyPair, KeyPair as _};
+
+use crate::error::{Error, Result};
+use crate::format::openpgp;
+
+/// Signs updates; images trust it and nothing else.
+pub struct UpdateKey {
+    pair: Ed25519KeyPair,
+    name: String,
+}
+
+impl UpdateKey {
+    /// The one that belongs to a fleet's root: who has the root has it, and nobody else.
+    ///
+    /// # Errors
+    /// Never in practice: any 32 bytes are a key.
+    pub fn of(fleet: &str, root_key: &str) -> Result<Self> {
+        let mut seed = [0; 32];
+        let secret = Salt::new(HKDF_SHA256, b"bakehouse").extract(root_key.as_bytes());
+        let told = |_| Error::Failed("the update key can't be derived".to_owned());
+        secret.expand(&[b"update key, v1"], HKDF_SHA256).and_then(|k| k.fill(&mut seed)).map_err(told)?;
+        let pair = Ed25519KeyPair::from_seed_unchecked(&seed)
+            .map_err(|e| Error::Failed(format!("the update key can't be derived: {e}")))?;
+        Ok(Self { pair, name: format!("{fleet} fleet updates") })
+    }
+
+    /// The public half, as a keyring.
+    #[must_use]
+    pub fn keyring(&self) -> Vec<u8> {
+        openpgp::keyring(&self.pair, &self.name)
+    }
+
+    /// A detached signature, as of `time` (seconds since 1970).
+    #[must_use]
+    pub fn sign(&self, content: &[u8], time: u64) -> Vec<u8> {
+        openpgp::sign(&self.pair, content, time)
+    }
+
+    /// The public half as it is, for those who read no OpenPGP: Ed25519, 32 bytes.
+    #[must_use]
+    pub fn public(&self) -> &[u8] {
+        self.pair.public_key().as_ref()
+    }
+
+    /// Signs that machines which boot from the network may run an image from their memory.
+    ///
+    /// # Errors
+    /// The statement can't be written as JSON.
+    pub fn sign_image(&self, statement: &ImageStatement) -> Result<SignedImage> {
+        let statement = serde_json::to_string(statement).map_err(|e| Error::Failed(e.to_string()))?;
+        let signature = encode(self.pair.sign(&SignedImage::message(&statement)).as_ref());
+        Ok(SignedImage { statement, signature })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::process::Command;
+
+    #[test]
+    fn gnupg_believes_the_key_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            let path = dir.path().join(name);
+            fs::write(&path, bytes).unwrap();
+            path
+        };
+        let verified = |keyring: &[u8], signature: &[u8], content: &[u8]| {
+            let (ring, sig, data) = (write("ring.gpg", keyring), write("sums.gpg", signature), write("sums", content));
+            let mut gpgv = Command::new("gpgv");
+            gpgv.env("GNUPGHOME", dir.path()).arg("--keyring").arg(ring).arg(sig).arg(data);
+            let done = gpgv.output().expect("gpgv: apt needs it");
+            (done.status.success(), String::from_utf8_lossy(&done.stderr).into_owned())
+        };
+        // Many: r and s are of every length.
+        for i in 0..40 {
+            let key = UpdateKey::of("acme", &format!("root {i}")).unwrap();
+            let content = format!("{i}  file\n").repeat(i + 1).into_bytes();
+            let signature = key.sign(&content, 1_760_000_000);
+            assert_eq!(signature, key.sign(&content, 1_760_000_000), "not the same bytes");
+            let (ok, said) = verified(&key.keyring(), &signature, &content);
+            assert!(ok && said.contains("acme fleet updates"), "{said}");
+            if i < 3 {
+                assert!(!verified(&key.keyring(), &signature, b"changed").0);
+                let other = UpdateKey::of("acme", "another root").unwrap();
+                assert!(!verified(&other.keyring(), &signature, &content).0);
+            }
+        }
+    }
+}

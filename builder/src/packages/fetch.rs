@@ -1,0 +1,335 @@
+//! Packages into the store: in parallel, resumed where a transfer broke, and held against
+//! the lock's size and sha256 while they stream.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use ureq::Agent;
+
+use crate::error::{Error, Result, fail};
+use crate::packages::lock::Package;
+use crate::packages::mirror::Mirror;
+use crate::progress::{Progress, Step};
+use crate::store::{Kind, Store};
+use crate::util::digest::hex;
+
+const CONNECTIONS: usize = 8;
+const ATTEMPTS: u32 = 4;
+
+/// Brings what is missing; returns how many packages were.
+///
+/// # Errors
+/// A package that could not be had whole in a few attempts, by name.
+pub fn fetch(packages: &[&Package], mirror: &Mirror, store: &Store, progress: &Progress) -> Result<usize> {
+    let missing: Vec<&Package> = {
+        let mut seen = std::collections::BTreeSet::new();
+        packages
+            .iter()
+            .copied()
+            .filter(|p| seen.insert(&p.sha256) && store.get(Kind::Deb, &p.sha256).is_none())
+            .collect()
+    };
+    if missing.is_empty() {
+        return Ok(0);
+    }
+    let total: u64 = missing.iter().map(|p| p.size).sum();
+    let step = progress.bytes("fetch", total);
+    let fetcher = Fetcher { mirror, store, step: &step };
+    let (next, stop, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None));
+    std::thread::scope(|scope| {
+        for _ in 0..CONNECTIONS.min(missing.len()) {
+            scope.spawn(|| {
+                let mut agents = Agents::default();
+                while !stop.load(Ordering::Relaxed) {
+                    let Some(package) = missing.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+                    if let Err(e) = fetcher.package(package, &mut agents) {
+                        stop.store(true, Ordering::Relaxed);
+                        failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(e);
+                    }
+                }
+            });
+        }
+    });
+    if let Some(e) = failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        return Err(e);
+    }
+    step.done(&format!("{} packages, {:.1} MB", missing.len(), total as f64 / 1e6));
+    Ok(missing.len())
+}
+
+#[derive(Default)]
+struct Agents(std::collections::BTreeMap<String, Agent>);
+
+impl Agents {
+    fn of(&mut self, scheme: &str, mirror: &Mirror) -> Result<&Agent> {
+        if !self.0.contains_key(scheme) {
+            let mut config = Agent::config_builder()
+                .timeout_connect(Some(Duration::from_secs(20)))
+                .timeout_recv_response(Some(Duration::from_secs(60)))
+                .user_agent(concat!("bakehouse/", env!("CARGO_PKG_VERSION")));
+            if let Some(proxy) = mirror.proxy(scheme) {
+                let proxy = ureq::Proxy::new(&proxy)
+                    .map_err(|e| Error::Failed(format!("apt's proxy `{proxy}` can't be used: {e}")))?;
+                config = config.proxy(Some(proxy));
+            }
+            self.0.insert(scheme.to_owned(), config.build().new_agent());
+        }
+        Ok(&self.0[scheme])
+    }
+}
+
+struct Fetcher<'a> {
+    mirror: &'a Mirror,
+    store: &'a Store,
+    step: &'a Step,
+}
+
+/// Why an attempt failed, and whether another may do better.
+enum Broken {
+    Retry(String),
+    Never(String),
+}
+
+impl Fetcher<'_> {
+    fn package(&self, package: &Package, agents: &mut Agents) -> Result<()> {
+        let _guard = self.store.lock(Kind::Deb, &package.sha256)?;
+        if self.store.get(Kind::Deb, &package.sha256).is_some() {
+            self.step.advance(package.size);
+            return Ok(());
+        }
+        self.step.message(&package.name);
+        let url = self.mirror.url(&package.archive, &package.path)?;
+        // Not named by process: whoever holds the lock goes on where the last one was cut.
+        let part = self.store.path(Kind::Deb, &package.sha256).with_extension("part");
+        let mut counted = 0;
+        let mut why = String::new();
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                std::thread::sleep(Duration::from_millis(250 << (2 * attempt)));
+            }
+            match self.attempt(package, &url, &part, agents, &mut counted) {
+                Ok(()) => {
+                    let file = File::open(&part).map_err(Error::io("open", &part))?;
+                    file.sync_data().map_err(Error::io("sync", &part))?;
+                    self.store.put(Kind::Deb, &package.sha256, &part)?;
+                    return Ok(());
+                }
+                Err(Broken::Retry(e)) => why = e,
+                Err(Broken::Never(e)) => {
+                    why = e;
+                    break;
+                }
+            }
+        }
+        fail(format!("{} {} could not be fetched from {url}: {why}", package.name, package.version))
+    }
+
+    fn attempt(
+        &self,
+        package: &Package,
+        url: &str,
+        part: &Path,
+        agents: &mut Agents,
+        counted: &mut u64,
+    ) -> Result<(), Broken> {
+        let disk = |e: io::Error| Broken::Never(format!("the store can't be written: {e}"));
+        let mut hash = Sha256::new();
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(part).map_err(disk)?;
+        let mut have = file.metadata().map_err(disk)?.len();
+        if have > package.size {
+            file.set_len(0).map_err(disk)?;
+            have = 0;
+        }
+        if have > 0 {
+            let mut buffer = Vec::new();
+            file.read_to_end(&mut buffer).map_err(disk)?;
+            hash.update(&buffer);
+        }
+        if have < package.size {
+            let (mut body, resumed) = self.open(url, have, part, agents)?;
+            if !resumed && have > 0 {
+                file.set_len(0).map_err(disk)?;
+                hash = Sha256::new();
+                have = 0;
+            }
+            self.count(have, counted);
+            let mut buffer = vec![0; 1 << 16];
+            loop {
+                let n = body.read(&mut buffer).map_err(|e| Broken::Retry(format!("the transfer broke: {e}")))?;
+                if n == 0 {
+                    break;
+                }
+                have += n as u64;
+                if have > package.size {
+                    let _ = fs::remove_file(part);
+                    return Err(Broken::Retry(format!("the mirror sends more than the lock's {} bytes", package.size)));
+                }
+                hash.update(&buffer[..n]);
+                file.write_all(&buffer[..n]).map_err(disk)?;
+                self.count(have, counted);
+            }
+        }
+        if have < package.size {
+            return Err(Broken::Retry(format!("the mirror sends {have} bytes, the lock says {}", package.size)));
+        }
+        let got = hex(&hash.finalize());
+        if got != package.sha256 {
+            let _ = fs::remove_file(part);
+            return Err(Broken::Retry(format!("the mirror's file has sha256 {got}, the lock says {}", package.sha256)));
+        }
+        Ok(())
+    }
+
+    /// Bytes of one package are counted once, however often they are fetched.
+    fn count(&self, have: u64, counted: &mut u64) {
+        if have > *counted {
+            self.step.advance(have - *counted);
+            *counted = have;
+        }
+    }
+
+    fn open(&self, url: &str, from: u64, scratch: &Path, agents: &mut Agents) -> Result<(Box<dyn Read>, bool), Broken> {
+        let scheme = url.split(':').next().unwrap_or_default();
+        if let Some(path) = url.strip_prefix("file://").or_else(|| url.strip_prefix("file:")) {
+            let file = File::open(path).map_err(|e| Broken::Never(e.to_string()))?;
+            return Ok((Box::new(file), false));
+        }
+        if scheme != "http" {
+            return apt_helper(url, scratch).map(|file| (Box::new(file) as Box<dyn Read>, false));
+        }
+        let agent = agents.of(scheme, self.mirror).map_err(|e| Broken::Never(e.to_string()))?;
+        let mut request = agent.get(url);
+        if from > 0 {
+            request = request.header("Range", format!("bytes={from}-"));
+        }
+        match request.call() {
+            Ok(response) => {
+                let resumed = response.status() == 206;
+                Ok((Box::new(response.into_body().into_reader()), resumed))
+            }
+            Err(ureq::Error::StatusCode(404)) => Err(Broken::Never(
+                "the mirror no longer has it (404); take newer packages with `bakehouse lock --update`".to_owned(),
+            )),
+            Err(ureq::Error::StatusCode(code @ (400..=407 | 410))) => {
+                Err(Broken::Never(format!("the mirror answers {code}; check the address")))
+            }
+            Err(e) => Err(Broken::Retry(e.to_string())),
+        }
+    }
+}
+
+/// Any other kind of address is apt's to fetch: it has TLS, credentials and certificates as
+/// the host's administrator set them up.
+fn apt_helper(url: &str, beside: &Path) -> Result<File, Broken> {
+    let path = beside.with_extension("apt");
+    let _ = fs::remove_file(&path);
+    let done = Command::new("/usr/lib/apt/apt-helper").args(["-qq", "download-file", url]).arg(&path).output();
+    let output = done.map_err(|e| Broken::Never(format!("cannot run apt-helper: {e}; install apt")))?;
+    let file = File::open(&path);
+    let _ = fs::remove_file(&path);
+    match file {
+        Ok(file) if output.status.success() => Ok(file),
+        _ => Err(Broken::Retry(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::util::digest::sha256;
+    use std::io::{BufRead, BufReader};
+    use std::net::TcpListener;
+    use std::sync::Arc;
+
+    /// A mirror on loopback that answers each connection's request with the next of `answers`.
+    fn mirror(answers: Vec<Vec<u8>>) -> (Mirror, Arc<Mutex<Vec<String>>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let log = asked.clone();
+        std::thread::spawn(move || {
+            for (answer, stream) in answers.into_iter().zip(listener.incoming()) {
+                let mut stream = stream.unwrap();
+                let mut request = String::new();
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                while !request.ends_with("\r\n\r\n") {
+                    reader.read_line(&mut request).unwrap();
+                }
+                log.lock().unwrap().push(request);
+                stream.write_all(&answer).unwrap();
+            }
+        });
+        (Mirror { archives: [("debian".to_owned(), base)].into(), ..Mirror::default() }, asked)
+    }
+
+    fn ok(body: &[u8], length: usize) -> Vec<u8> {
+        [format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n").as_bytes(), body].concat()
+    }
+
+    fn package(body: &[u8]) -> Package {
+        Package {
+            name: "thing".to_owned(),
+            version: "1".to_owned(),
+            arch: "all".to_owned(),
+            suite: "s".to_owned(),
+            archive: "debian".to_owned(),
+            path: "pool/thing.deb".to_owned(),
+            sha256: sha256(body),
+            size: body.len() as u64,
+            installed_size: 1,
+            essential: false,
+        }
+    }
+
+    fn run(answers: Vec<Vec<u8>>, body: &[u8]) -> (Result<usize>, Vec<String>, Option<Vec<u8>>) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path()).unwrap();
+        let (mirror, asked) = mirror(answers);
+        let package = package(body);
+        let result = fetch(&[&package], &mirror, &store, &Progress::new(true, false));
+        let stored = store.get(Kind::Deb, &package.sha256).map(|p| fs::read(p).unwrap());
+        let asked = asked.lock().unwrap().clone();
+        (result, asked, stored)
+    }
+
+    #[test]
+    fn a_cut_transfer_goes_on_where_it_broke() {
+        let body = b"0123456789";
+        let rest = b"HTTP/1.1 206 Partial Content\r\ncontent-length: 6\r\nconnection: close\r\n\r\n456789".to_vec();
+        let (result, asked, stored) = run(vec![ok(b"0123", 10), rest], body);
+        assert_eq!(result.unwrap(), 1);
+        assert!(asked[1].to_lowercase().contains("range: bytes=4-"), "{asked:?}");
+        assert_eq!(stored.unwrap(), body);
+    }
+
+    #[test]
+    fn wrong_bytes_are_fetched_again_and_never_stored() {
+        let body = b"0123456789";
+        let (result, asked, stored) = run(vec![ok(b"012345678X", 10), ok(body, 10)], body);
+        assert_eq!(result.unwrap(), 1);
+        assert_eq!(asked.len(), 2);
+        assert_eq!(stored.unwrap(), body);
+    }
+
+    #[test]
+    fn a_mirror_that_only_lies_is_named() {
+        let (result, asked, stored) = run(vec![ok(b"012345678X", 10); 4], b"0123456789");
+        let words = result.unwrap_err().to_string();
+        assert!(words.contains("thing 1") && words.contains("sha256"), "{words}");
+        assert_eq!((asked.len(), stored), (4, None));
+    }
+
+    #[test]
+    fn a_missing_file_is_not_asked_for_twice_and_names_the_fix() {
+        let gone = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".to_vec();
+        let (result, asked, _) = run(vec![gone; 4], b"0123456789");
+        assert!(result.unwrap_err().to_string().contains("bakehouse lock --update"));
+        assert_eq!(asked.len(), 1);
+    }
+}

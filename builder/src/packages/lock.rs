@@ -1,0 +1,190 @@
+//! `bakehouse.lock`: every package of every image, exactly. Paths are relative to the
+//! archive, so that the same lock works with any mirror.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result, fail};
+use crate::packages::requests::requests;
+use crate::project::Project;
+use crate::util::digest::sha256;
+use crate::util::fs::write_atomic;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lock {
+    pub format: u32,
+    /// Seconds since 1970 of the newest Release file that was read: the time of every file
+    /// in the images.
+    pub epoch: u64,
+    /// Images: the groups', and [`TOOLS`].
+    pub images: BTreeMap<String, LockedImage>,
+    #[serde(rename = "package")]
+    pub packages: Vec<Package>,
+    /// sha256 of the file.
+    #[serde(skip)]
+    pub digest: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LockedImage {
+    /// What was asked for.
+    pub request: Vec<String>,
+    /// What that comes to, each as `name=version`.
+    pub packages: Vec<String>,
+    /// The part of `packages` that every image shares: what `base` comes to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub base: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Package {
+    pub name: String,
+    pub version: String,
+    pub arch: String,
+    pub suite: String,
+    /// Archive the path is relative to.
+    pub archive: String,
+    pub path: String,
+    pub sha256: String,
+    /// Bytes of the .deb.
+    pub size: u64,
+    /// KiB on disk when installed, as the package says.
+    pub installed_size: u64,
+    /// Part of the essential set and what it needs: configured first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub essential: bool,
+}
+
+impl Package {
+    #[must_use]
+    pub fn id(&self) -> String {
+        format!("{}={}", self.name, self.version)
+    }
+}
+
+impl Lock {
+    pub const FORMAT: u32 = 1;
+
+    #[must_use]
+    pub fn path(project: &Project) -> PathBuf {
+        project.dir.join("bakehouse.lock")
+    }
+
+    /// Reads the lock and holds it against the fleet.
+    ///
+    /// # Errors
+    /// No lock, one that doesn't parse, or one made for other packages than the fleet asks for.
+    pub fn load(project: &Project) -> Result<Self> {
+        let path = Self::path(project);
+        let lock = Self::read(&path)?
+            .ok_or_else(|| Error::Failed(format!("{} does not exist; run `bakehouse lock` once", path.display())))?;
+        lock.matches(project, &path)?;
+        Ok(lock)
+    }
+
+    /// # Errors
+    /// Unreadable or not a lock.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("read", path)(e)),
+        };
+        match toml::from_str::<Self>(&text) {
+            Ok(lock) if lock.format == Self::FORMAT => Ok(Some(Self { digest: sha256(text.as_bytes()), ..lock })),
+            Ok(lock) => fail(format!(
+                "{} has format {}, this bakehouse reads {}; run `bakehouse lock --update`",
+                path.display(),
+                lock.format,
+                Self::FORMAT
+            )),
+            Err(e) => fail(format!("{} is damaged: {}; run `bakehouse lock --update`", path.display(), e.message())),
+        }
+    }
+
+    fn matches(&self, project: &Project, path: &Path) -> Result<()> {
+        let file = path.display();
+        for (image, request) in requests(project) {
+            let Some(locked) = self.images.get(&image) else {
+                return fail(format!("{file} has no image `{image}`, which fleet.toml does; run `bakehouse lock`"));
+            };
+            let (have, want): (BTreeSet<_>, BTreeSet<_>) = (locked.request.iter().collect(), request.iter().collect());
+            if let Some(missing) = want.difference(&have).next() {
+                return fail(format!(
+                    "{file} lacks the package `{missing}`, which `{image}` asks for; run `bakehouse lock`"
+                ));
+            }
+            if let Some(extra) = have.difference(&want).next() {
+                return fail(format!(
+                    "{file} was made when `{image}` asked for the package `{extra}`, which it no longer does; run `bakehouse lock`"
+                ));
+            }
+        }
+        let ids: BTreeSet<String> = self.packages.iter().map(Package::id).collect();
+        for (image, locked) in &self.images {
+            if let Some(id) = locked.packages.iter().chain(&locked.base).find(|id| !ids.contains(*id)) {
+                return fail(format!(
+                    "{file} is damaged: `{image}` has `{id}`, which is not listed; run `bakehouse lock --update`"
+                ));
+            }
+        }
+        for package in &self.packages {
+            let whole = package.sha256.len() == 64 && package.sha256.bytes().all(|b| b.is_ascii_hexdigit());
+            if !whole || package.path.split('/').any(|part| part == "..") {
+                return fail(format!("{file} is damaged at `{}`; run `bakehouse lock --update`", package.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the lock; the same content gives the same bytes.
+    ///
+    /// # Errors
+    /// The disk says no.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let mut text =
+            String::from("# Made by `bakehouse lock`; commit it. To take newer packages: `bakehouse lock --update`.\n");
+        text.push_str(&toml::to_string(self).map_err(|e| Error::Failed(format!("cannot write the lock: {e}")))?);
+        write_atomic(path, text.as_bytes())
+    }
+
+    /// An image's packages, or only the part every image shares.
+    #[must_use]
+    pub fn packages_of(&self, image: &str, base_only: bool) -> Vec<&Package> {
+        let Some(locked) = self.images.get(image) else { return Vec::new() };
+        let wanted: BTreeSet<&str> =
+            if base_only { &locked.base } else { &locked.packages }.iter().map(String::as_str).collect();
+        self.packages.iter().filter(|p| wanted.contains(p.id().as_str())).collect()
+    }
+
+    /// What changed from `old`, a line each.
+    #[must_use]
+    pub fn changes_from(&self, old: &Self) -> Vec<String> {
+        let versions = |lock: &Self| -> BTreeMap<String, BTreeSet<String>> {
+            let mut map = BTreeMap::<_, BTreeSet<_>>::new();
+            for p in &lock.packages {
+                map.entry(p.name.clone()).or_default().insert(p.version.clone());
+            }
+            map
+        };
+        let (old, new) = (versions(old), versions(self));
+        let join = |v: &BTreeSet<String>| v.iter().cloned().collect::<Vec<_>>().join(", ");
+        let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+        names
+            .into_iter()
+            .filter_map(|name| match (old.get(name), new.get(name)) {
+                (Some(a), Some(b)) if a == b => None,
+                (Some(a), Some(b)) => Some(format!("~ {name} {} → {}", join(a), join(b))),
+                (None, Some(b)) => Some(format!("+ {name} {}", join(b))),
+                (Some(a), None) => Some(format!("- {name} {}", join(a))),
+                (None, None) => None,
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,338 @@
+//! A fleet's folder: `fleet.toml`, and profiles and overlays that are the built-in ones,
+//! added to or replaced by path from the folder's own.
+
+pub(crate) mod check;
+pub(crate) mod machine_id;
+pub(crate) mod secrets;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use fleet::{
+    Diagnostic, Diagnostics, ExtraSource, Fleet, Machine, Membership, Node, NodeContext, OverlayManifest, Profile,
+    Profiles, Severity, Topology, parse_size,
+};
+
+use crate::error::{Error, Result};
+
+mod assets {
+    include!(concat!(env!("OUT_DIR"), "/assets.rs"));
+}
+
+/// Everything a build reads from the user, loaded and linted.
+#[derive(Clone)]
+pub struct Project {
+    /// Folder of `fleet.toml`.
+    pub dir: PathBuf,
+    pub fleet: Fleet,
+    pub topology: Topology,
+    pub profiles: Profiles,
+    /// Warnings of the lint; errors end the loading.
+    pub warnings: Vec<Diagnostic>,
+    files: BTreeMap<String, Vec<u8>>,
+}
+
+/// An overlay's manifest and files, by path relative to the image's root.
+pub struct Overlay<'a> {
+    pub name: String,
+    pub manifest: OverlayManifest,
+    pub files: Vec<(&'a str, &'a [u8])>,
+}
+
+/// What a group's image is made of: its roles' profiles merged.
+#[derive(Debug)]
+pub struct Recipe {
+    pub group: String,
+    pub roles: Vec<String>,
+    /// `base` first, then the roles in their order.
+    pub profiles: Vec<Profile>,
+    pub packages: Vec<String>,
+    pub base_packages: Vec<String>,
+    pub overlays: Vec<String>,
+}
+
+impl Project {
+    /// A node, by its name.
+    ///
+    /// # Errors
+    /// There is none: with those that there are.
+    pub fn node(&self, name: &str) -> Result<&Node> {
+        self.topology.node(name).ok_or_else(|| {
+            let known: Vec<&str> = self.topology.nodes.iter().map(|n| n.name.as_str()).collect();
+            Error::Usage(format!("there is no node `{name}`; there are: {}", known.join(", ")))
+        })
+    }
+
+    /// The public half of the key that signs updates, beside `fleet.toml`.
+    pub const UPDATE_KEYRING: &str = "update-key.gpg";
+
+    /// What nodes verify updates with; none where `bakehouse init` has not made it.
+    #[must_use]
+    pub fn update_keyring(&self) -> Option<Vec<u8>> {
+        fs::read(self.dir.join(Self::UPDATE_KEYRING)).ok()
+    }
+
+    /// Loads `path`, a `fleet.toml` or its folder.
+    ///
+    /// # Errors
+    /// Unreadable files; anything the loader or the lint calls an error.
+    pub fn load(path: &Path) -> Result<Self> {
+        let file = if path.is_dir() { path.join("fleet.toml") } else { path.to_owned() };
+        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+        let dir = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
+        let name = file.display().to_string();
+        let fleet = Fleet::parse(&name, &bytes)?;
+
+        let mut files: BTreeMap<String, Vec<u8>> =
+            assets::FILES.iter().map(|(name, bytes)| ((*name).to_owned(), bytes.to_vec())).collect();
+        for top in ["profiles", "overlays"] {
+            overlay_folder(&dir, top, &mut files)?;
+        }
+        for folder in &fleet.odoo.get_ref().addons {
+            addons_folder(&dir, folder, &mut files)?;
+        }
+        if let Some(ca) = fleet.backup.get_ref().s3.as_ref().and_then(|s3| s3.ca.as_ref()) {
+            let path = dir.join(ca);
+            let bytes = fs::read(&path).map_err(Error::io("read [backup.s3] ca,", &path))?;
+            files.insert("overlays/pgbackrest/usr/share/bakehouse/s3-ca.crt".to_owned(), bytes);
+        }
+        let mut profiles = Profiles::new();
+        for (path, bytes) in &files {
+            if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {
+                profiles.insert(role.to_owned(), Profile::parse(path, bytes)?);
+            }
+        }
+        let found = fleet::lint(&fleet, &profiles);
+        let (errors, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| d.severity == Severity::Error);
+        if !errors.is_empty() {
+            return Err(Error::Config(Diagnostics(errors)));
+        }
+        let mut topology = Topology::of(&fleet);
+        topology.reclaim(&profiles);
+        topology.open_ports(&profiles);
+        Ok(Self { dir, fleet, topology, profiles, warnings, files })
+    }
+
+    /// A built-in or the user's file, by path (`profiles/initrd.toml`).
+    pub fn file(&self, path: &str) -> Result<&[u8]> {
+        match self.files.get(path) {
+            Some(bytes) => Ok(bytes),
+            None => crate::error::fail(format!("{path} is missing from this build of bakehouse")),
+        }
+    }
+
+    /// Every profile's and overlay's file.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice()))
+    }
+
+    /// Groups by name, as asked for on the command line; none named means all.
+    ///
+    /// # Errors
+    /// A name that is not a group.
+    pub fn groups(&self, names: &[String]) -> Result<Vec<&str>> {
+        let known = || self.fleet.groups.keys().map(String::as_str);
+        if names.is_empty() {
+            return Ok(known().collect());
+        }
+        names
+            .iter()
+            .map(|name| {
+                known().find(|g| g == name).ok_or_else(|| {
+                    let known = known().collect::<Vec<_>>().join(", ");
+                    Error::Usage(format!("no group `{name}` in {}; there are: {known}", self.fleet.source.name))
+                })
+            })
+            .collect()
+    }
+
+    /// Apt sources beside Debian's own: the user's, and those of the profiles in use. Two
+    /// profiles that take packages from one source add up.
+    #[must_use]
+    pub fn sources(&self) -> Vec<ExtraSource> {
+        let mut sources = self.fleet.debian.sources.clone();
+        let own = sources.len();
+        let used: BTreeSet<String> = self.fleet.groups.keys().flat_map(|g| self.recipe_roles(g)).collect();
+        for source in used.iter().filter_map(|r| self.profiles.get(r)).flat_map(|p| &p.sources) {
+            match sources.iter().position(|s| s.name.get_ref() == source.name.get_ref()) {
+                None => sources.push(source.clone()),
+                Some(i) if i >= own => {
+                    let more = source.packages.iter().filter(|p| !sources[i].packages.contains(p)).cloned();
+                    let more: Vec<String> = more.collect();
+                    sources[i].packages.extend(more);
+                }
+                Some(_) => {}
+            }
+        }
+        sources
+    }
+
+    /// Roles of a group's image: its own, and what the fleet gives one of its nodes.
+    fn recipe_roles(&self, group: &str) -> Vec<String> {
+        let mut roles: Vec<String> = Vec::new();
+        for role in self.topology.nodes.iter().filter(|n| n.group == group).flat_map(|n| &n.roles) {
+            if !roles.contains(role) {
+                roles.push(role.clone());
+            }
+        }
+        roles
+    }
+
+    /// What a group's image is made of.
+    #[must_use]
+    pub fn recipe(&self, group_name: &str) -> Recipe {
+        let group = &self.fleet.groups[group_name];
+        let roles = self.recipe_roles(group_name);
+        let hardware = self.fleet.image.hardware.as_str();
+        let mut profiles: Vec<Profile> =
+            std::iter::once("base").chain(roles.iter().map(String::as_str)).map(|r| self.profiles[r].clone()).collect();
+        for trim in profiles.iter_mut().map(|p| &mut p.trim) {
+            let wanted = trim.languages.iter().flat_map(|pattern| {
+                self.topology.odoo.languages.iter().flat_map(move |language| {
+                    // A variant builds on its language: pt_BR on pt.
+                    let parent = language.split_once('_').map(|(parent, _)| parent);
+                    std::iter::once(language.as_str()).chain(parent).map(move |l| pattern.replace("LANGUAGE", l))
+                })
+            });
+            let wanted: Vec<String> = wanted.collect();
+            trim.include.extend(wanted);
+        }
+        let packages_of = |profiles: &[Profile]| -> BTreeSet<String> {
+            profiles
+                .iter()
+                .flat_map(|p| p.packages.iter().chain(p.hardware.get(hardware).into_iter().flatten()))
+                .cloned()
+                .collect()
+        };
+        let mut packages = packages_of(&profiles);
+        packages.extend(group.packages.iter().cloned());
+        let mut overlays = Vec::new();
+        let named = group.overlays.iter().map(toml::Spanned::get_ref);
+        for overlay in profiles.iter().flat_map(|p| &p.overlays).chain(named) {
+            if !overlays.contains(overlay) {
+                overlays.push(overlay.clone());
+            }
+        }
+        Recipe {
+            group: group_name.to_owned(),
+            roles,
+            packages: packages.into_iter().collect(),
+            base_packages: packages_of(&profiles[..1]).into_iter().collect(),
+            profiles,
+            overlays,
+        }
+    }
+
+    /// Memory, CPUs and /var that the profiles give a group's virtual machine: what every role asks for, added up.
+    #[must_use]
+    pub fn machine(&self, group: &str) -> Machine {
+        let recipe = self.recipe(group);
+        let sizes = || recipe.profiles.iter().map(|p| &p.vm);
+        let memory: u64 = sizes().filter_map(|vm| parse_size(vm.memory.as_deref()?)).sum();
+        let var: u64 = recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).sum();
+        let cpus = sizes().filter_map(|vm| vm.cpus).max().unwrap_or(2).into();
+        Machine { memory: memory >> 20, var: var >> 20, cpus, patience: 1 }
+    }
+
+    /// What a node's templates see, on a machine as large as the profiles say.
+    #[must_use]
+    pub fn context<'a>(&'a self, node: &'a fleet::Node, member: &'a Membership) -> NodeContext<'a> {
+        NodeContext {
+            fleet: &self.topology,
+            node,
+            machine: self.machine(&node.group),
+            epoch: 1,
+            tls: &member.tls,
+            secrets: &member.secrets,
+            web: &member.tls.cert,
+        }
+    }
+
+    /// One overlay.
+    ///
+    /// # Errors
+    /// No such overlay, or its manifest is wrong.
+    pub fn overlay(&self, name: &str) -> Result<Overlay<'_>> {
+        let prefix = format!("overlays/{name}/");
+        let mut manifest = OverlayManifest::default();
+        let mut files = Vec::new();
+        let mut any = false;
+        for (path, bytes) in self.files.range(prefix.clone()..).take_while(|(p, _)| p.starts_with(&prefix)) {
+            any = true;
+            match &path[prefix.len()..] {
+                "overlay.toml" => manifest = OverlayManifest::parse(path, bytes)?,
+                inner => files.push((inner, bytes.as_slice())),
+            }
+        }
+        if !any {
+            let known: BTreeSet<&str> =
+                self.files.keys().filter_map(|p| p.strip_prefix("overlays/")?.split('/').next()).collect();
+            return Err(Error::Usage(format!(
+                "there is no overlay `{name}`; there are: {}",
+                known.into_iter().collect::<Vec<_>>().join(", ")
+            )));
+        }
+        Ok(Overlay { name: name.to_owned(), manifest, files })
+    }
+
+    /// Where the group's image goes.
+    #[must_use]
+    pub fn out_dir(&self, group: &str) -> PathBuf {
+        self.dir.join("build").join(group)
+    }
+}
+
+/// Further Odoo add-ons are a part of the `odoo` overlay: they lie where its own do.
+fn addons_folder(dir: &Path, folder: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
+    if !dir.join(folder).is_dir() {
+        return crate::error::fail(format!(
+            "[odoo] addons: there is no folder {}; paths are relative to fleet.toml",
+            dir.join(folder).display()
+        ));
+    }
+    let mut found = BTreeMap::new();
+    overlay_folder(dir, folder, &mut found)?;
+    let prefix = format!("{}/", folder.trim_end_matches('/'));
+    for (path, bytes) in found {
+        // What Python leaves behind is made again, the same for everybody.
+        let Some(inner) = path.strip_prefix(&prefix).filter(|p| !p.contains("__pycache__")) else { continue };
+        files.insert(format!("overlays/odoo/usr/share/bakehouse/addons/{inner}"), bytes);
+    }
+    Ok(())
+}
+
+fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
+    if !dir.join(top).is_dir() {
+        return Ok(());
+    }
+    for entry in walkdir::WalkDir::new(dir.join(top)).sort_by_file_name() {
+        let entry = entry.map_err(|e| Error::Failed(format!("cannot read {top}/: {e}")))?;
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        let Ok(name) = entry.path().strip_prefix(dir) else { continue };
+        let Some(name) = name.to_str() else {
+            return crate::error::fail(format!("{} is not a UTF-8 file name; rename it", entry.path().display()));
+        };
+        files.insert(name.to_owned(), fs::read(entry.path()).map_err(Error::io("read", entry.path()))?);
+    }
+    Ok(())
+}
+/// A built-in fleet's TOML, by name.
+///
+/// # Errors
+/// There is none of that name.
+pub fn built_in_fleet(name: &str) -> Result<String> {
+    let fleets = assets::FILES
+        .iter()
+        .filter_map(|(path, bytes)| Some((path.strip_prefix("profiles/fleets/")?.strip_suffix(".toml")?, *bytes)));
+    let mut known = Vec::new();
+    for (fleet, bytes) in fleets {
+        if fleet == name {
+            return Ok(String::from_utf8_lossy(bytes).into_owned());
+        }
+        known.push(fleet);
+    }
+    Err(Error::Usage(format!("there is no built-in fleet `{name}`; there are: {}", known.join(", "))))
+}

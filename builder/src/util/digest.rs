@@ -1,0 +1,59 @@
+//! SHA-256, and keys of build steps.
+
+use sha2::{Digest as _, Sha256};
+use std::fmt::Write as _;
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut s, b| {
+        let _ = write!(s, "{b:02x}");
+        s
+    })
+}
+
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// The key of a build step: a digest over named inputs, each with its length, so that no two
+/// lists of inputs give the same bytes.
+pub struct Key {
+    hash: Sha256,
+}
+
+impl Key {
+    /// `step` is the digest of the step's own code, as `build.rs` makes it, where results are kept in the store.
+    pub fn new(step: &str) -> Self {
+        let mut key = Self { hash: Sha256::new() };
+        key.add("step", step.as_bytes());
+        key
+    }
+
+    pub fn add(&mut self, name: &str, value: impl AsRef<[u8]>) -> &mut Self {
+        for part in [name.as_bytes(), value.as_ref()] {
+            self.hash.update((part.len() as u64).to_le_bytes());
+            self.hash.update(part);
+        }
+        self
+    }
+
+    pub fn finish(&self) -> String {
+        hex(&self.hash.clone().finalize())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inputs_do_not_run_into_each_other() {
+        let ab_c = Key::new("s").add("ab", "c").finish();
+        let a_bc = Key::new("s").add("a", "bc").finish();
+        assert_ne!(ab_c, a_bc);
+    }
+
+    #[test]
+    fn sha256_is_sha256() {
+        assert_eq!(sha256(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+}

@@ -1,0 +1,338 @@
+//! An HTTP server for files and for requests with a body. It serves only the names that its caller lists; no path of a
+//! request reaches a file of this host.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::unfold;
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full, Limited, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+
+use super::connections::{Acceptor, Limits};
+
+/// A machine says no more than this in a request, in bytes.
+const LONGEST: usize = 64 << 10;
+/// Bytes of a file that are in memory for a connection.
+const CHUNK: u64 = 256 << 10;
+/// Bytes of a connection's buffer: the longest head of a request.
+const BUFFER: usize = 16 << 10;
+
+type Body = BoxBody<Bytes, io::Error>;
+
+/// Answers a request's body at a path. Runs beside the server; it may wait for the disk.
+pub type Desk = dyn Fn(&str, &[u8]) -> Result<Vec<u8>, String> + Send + Sync;
+
+/// What there is to be had.
+pub struct Shelf {
+    /// By path.
+    pub files: BTreeMap<String, Arc<File>>,
+    pub desk: Box<Desk>,
+}
+
+/// Serves until the process ends.
+pub async fn serve(listener: TcpListener, shelf: Arc<Shelf>) -> Infallible {
+    serve_within(listener, shelf, Limits::default()).await
+}
+
+async fn serve_within(listener: TcpListener, shelf: Arc<Shelf>, limits: Limits) -> Infallible {
+    let acceptor = Acceptor::new(listener, limits);
+    loop {
+        let (stream, place) = acceptor.accept().await;
+        let shelf = shelf.clone();
+        tokio::spawn(async move {
+            let answer = service_fn(|request| {
+                let shelf = shelf.clone();
+                async move { Ok::<_, Infallible>(answer(&shelf, request, limits.patience).await) }
+            });
+            // A machine whose connection ends asks again.
+            let _ = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(limits.patience)
+                .max_buf_size(BUFFER)
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
+            drop(place);
+        });
+    }
+}
+
+async fn answer(shelf: &Arc<Shelf>, request: Request<Incoming>, patience: Duration) -> Response<Body> {
+    let path = request.uri().path().to_owned();
+    match *request.method() {
+        Method::GET | Method::HEAD => match shelf.files.get(&path) {
+            Some(file) => {
+                part(file, &request).unwrap_or_else(|e| plain(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()))
+            }
+            None => plain(StatusCode::NOT_FOUND, "there is no such file"),
+        },
+        Method::POST => {
+            let body = tokio::time::timeout(patience, Limited::new(request.into_body(), LONGEST).collect()).await;
+            let Ok(Ok(body)) = body else { return plain(StatusCode::BAD_REQUEST, "too long, or cut off") };
+            let shelf = shelf.clone();
+            let asked = tokio::task::spawn_blocking(move || (shelf.desk)(&path, &body.to_bytes())).await;
+            match asked {
+                Ok(Ok(json)) => {
+                    let body = Full::from(json).map_err(|never| match never {}).boxed();
+                    with(Response::builder().header(CONTENT_TYPE, "application/json"), body)
+                }
+                Ok(Err(why)) => plain(StatusCode::BAD_REQUEST, &why),
+                Err(e) => plain(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
+            }
+        }
+        _ => plain(StatusCode::METHOD_NOT_ALLOWED, "GET, HEAD or POST"),
+    }
+}
+
+/// A file, or the range of it that is asked for.
+fn part(file: &Arc<File>, request: &Request<Incoming>) -> io::Result<Response<Body>> {
+    let size = file.metadata()?.len();
+    let asked = request.headers().get(RANGE).and_then(|v| v.to_str().ok());
+    let (start, end) = match asked.map(|text| range(text, size)) {
+        None => (0, size),
+        Some(Some(found)) => found,
+        Some(None) => {
+            let mut refused = plain(StatusCode::RANGE_NOT_SATISFIABLE, "the file is shorter");
+            if let Ok(value) = format!("bytes */{size}").parse() {
+                refused.headers_mut().insert(CONTENT_RANGE, value);
+            }
+            return Ok(refused);
+        }
+    };
+    let mut response = Response::builder()
+        .header(CONTENT_TYPE, "application/octet-stream")
+        .header(ACCEPT_RANGES, "bytes")
+        .header(CONTENT_LENGTH, end - start);
+    if asked.is_some() {
+        response = response
+            .status(StatusCode::PARTIAL_CONTENT)
+            .header(CONTENT_RANGE, format!("bytes {start}-{}/{size}", end.saturating_sub(1)));
+    }
+    let body = if request.method() == Method::HEAD { empty() } else { stream(file.clone(), start, end) };
+    Ok(with(response, body))
+}
+
+/// A first and a last byte: what firmware and installers ask for.
+fn range(text: &str, size: u64) -> Option<(u64, u64)> {
+    let (first, last) = text.strip_prefix("bytes=")?.split_once('-')?;
+    let first: u64 = first.parse().ok()?;
+    let end = if last.is_empty() { size } else { last.parse::<u64>().ok()?.checked_add(1)?.min(size) };
+    (first < end).then_some((first, end))
+}
+
+fn stream(file: Arc<File>, start: u64, end: u64) -> Body {
+    let chunks = unfold(start, move |at| {
+        let file = file.clone();
+        async move {
+            if at >= end {
+                return None;
+            }
+            let size = CHUNK.min(end - at);
+            let read = tokio::task::spawn_blocking(move || {
+                let mut chunk = vec![0; usize::try_from(size).unwrap_or(0)];
+                file.read_exact_at(&mut chunk, at).map(|()| Frame::data(Bytes::from(chunk)))
+            });
+            Some((read.await.map_err(io::Error::other).and_then(|r| r), at + size))
+        }
+    });
+    BodyExt::boxed(StreamBody::new(Box::pin(chunks)))
+}
+
+fn empty() -> Body {
+    Full::default().map_err(|never| match never {}).boxed()
+}
+
+fn plain(status: StatusCode, text: &str) -> Response<Body> {
+    let body = Full::from(format!("{text}\n")).map_err(|never| match never {}).boxed();
+    with(Response::builder().status(status).header(CONTENT_TYPE, "text/plain"), body)
+}
+
+fn with(response: hyper::http::response::Builder, body: Body) -> Response<Body> {
+    // Every header is one by construction.
+    response.body(body).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read as _, Write as _};
+    use std::net::{SocketAddr, TcpStream};
+
+    #[test]
+    fn ranges() {
+        assert_eq!(range("bytes=0-9", 100), Some((0, 10)));
+        assert_eq!(range("bytes=90-", 100), Some((90, 100)));
+        assert_eq!(range("bytes=90-900", 100), Some((90, 100)));
+        for text in ["bytes=100-", "bytes=5-4", "bytes=-5", "bytes=a-b", "x", "bytes=0-18446744073709551615x"] {
+            assert_eq!(range(text, 100), None, "{text}");
+        }
+        assert_eq!(range("bytes=0-18446744073709551615", 100), None);
+    }
+
+    fn served() -> SocketAddr {
+        served_within(Limits::default())
+    }
+
+    fn served_within(limits: Limits) -> SocketAddr {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; 3 << 20]).unwrap();
+        let shelf = Shelf {
+            files: BTreeMap::from([("/a".to_owned(), Arc::new(file))]),
+            desk: Box::new(|path, body| if path == "/v1/x" { Ok(body.to_vec()) } else { Err("no".into()) }),
+        };
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                tell.send(listener.local_addr().unwrap()).unwrap();
+                serve_within(listener, Arc::new(shelf), limits).await
+            })
+        });
+        told.recv().unwrap()
+    }
+
+    fn ask(to: SocketAddr, text: &str) -> String {
+        let mut stream = TcpStream::connect(to).unwrap();
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    #[test]
+    fn files_by_name_and_nothing_else() {
+        let to = served();
+        let get = |path: &str, more: &str| {
+            ask(to, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{more}\r\n"))
+        };
+        assert!(get("/a", "").ends_with(&"\u{7}".repeat(3 << 20)));
+        let part = get("/a", "range: bytes=1048570-1048580\r\n");
+        assert!(part.starts_with("HTTP/1.1 206") && part.ends_with(&"\u{7}".repeat(11)), "{part}");
+        assert!(part.contains("content-range: bytes 1048570-1048580/3145728"), "{part}");
+        assert!(get("/a", "range: bytes=9999999-\r\n").starts_with("HTTP/1.1 416"));
+        for path in ["/", "/b", "/../a", "/a/../../etc/passwd", "/%2e%2e/etc/passwd", "//etc/passwd"] {
+            assert!(get(path, "").starts_with("HTTP/1.1 404"), "{path}");
+        }
+        assert!(ask(to, "DELETE /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").starts_with("HTTP/1.1 405"));
+        let post = |path: &str, body: &str| {
+            ask(
+                to,
+                &format!(
+                    "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+                    body.len()
+                ),
+            )
+        };
+        assert!(post("/v1/x", "hello").ends_with("hello"));
+        assert!(post("/v1/y", "hello").starts_with("HTTP/1.1 400"));
+        assert!(post("/v1/x", &"x".repeat(LONGEST + 1)).starts_with("HTTP/1.1 400"));
+    }
+
+    /// A connection from an address of this host's loopback, which has 2^24.
+    fn from(address: &str, to: SocketAddr) -> TcpStream {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(format!("{address}:0").parse().unwrap()).unwrap();
+        let stream = runtime.block_on(socket.connect(to)).unwrap().into_std().unwrap();
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    }
+
+    /// Whether a small part of the file comes.
+    fn is_served(mut stream: TcpStream) -> bool {
+        let part = b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\nrange: bytes=0-9\r\n\r\n";
+        let mut answer = Vec::new();
+        stream.write_all(part).is_ok() && stream.read_to_end(&mut answer).is_ok() && answer.ends_with(&[7; 10])
+    }
+
+    #[test]
+    fn one_address_does_not_take_all_places() {
+        let to = served_within(Limits { connections: 4, per_address: 2, ..Limits::default() });
+        // They say nothing, for as long as they may.
+        let _idle: Vec<TcpStream> = (0..20).map(|_| from("127.0.0.2", to)).collect();
+        assert!(is_served(from("127.0.0.3", to)));
+    }
+
+    #[test]
+    fn downloads_that_nobody_reads_end() {
+        let patience = Duration::from_secs(1);
+        let to = served_within(Limits { connections: 2, per_address: 2, patience, ..Limits::default() });
+        let stalled: Vec<TcpStream> = (0..2)
+            .map(|_| {
+                let mut stream = from("127.0.0.2", to);
+                // Of many parts: more than the kernel keeps for a reader.
+                for _ in 0..10 {
+                    stream.write_all(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+                }
+                stream
+            })
+            .collect();
+        assert!(is_served(from("127.0.0.3", to)));
+        drop(stalled);
+    }
+
+    /// A machine that reads, slower than the network could, is not sent away.
+    #[test]
+    fn a_slow_reader_gets_it_all() {
+        let patience = Duration::from_millis(300);
+        let to = served_within(Limits { patience, rate: 1 << 20, ..Limits::default() });
+        let mut stream = from("127.0.0.2", to);
+        stream.write_all(b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        let (mut chunk, mut bytes) = (vec![0; 128 << 10], 0);
+        loop {
+            let read = stream.read(&mut chunk).unwrap();
+            if read == 0 {
+                break;
+            }
+            bytes += read;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(bytes > 3 << 20);
+    }
+
+    /// Started by the test below, with a limit of its own on open files.
+    #[test]
+    #[ignore = "serves until it is killed"]
+    fn server_process() {
+        println!("serves at {}", served());
+        std::thread::sleep(Duration::from_secs(60));
+    }
+
+    #[test]
+    fn the_server_lives_when_it_can_open_no_more_files() {
+        use std::io::{BufRead as _, BufReader};
+        let own = std::env::current_exe().unwrap();
+        let test = concat!(module_path!(), "::server_process").trim_start_matches("builder::");
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "ulimit -n 24; exec \"$0\" \"$@\""])
+            .arg(own)
+            .args(["--exact", test, "--ignored", "--nocapture"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let to = lines.find_map(|line| line.split_once("serves at ").map(|(_, at)| at.to_owned())).unwrap();
+        let to: SocketAddr = to.trim().parse().unwrap();
+        let many: Vec<TcpStream> = (0..60).map(|_| from("127.0.0.2", to)).collect();
+        std::thread::sleep(Duration::from_millis(500));
+        drop(many);
+        let served = is_served(from("127.0.0.3", to));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(served, "the server ended");
+    }
+}

@@ -1,0 +1,11 @@
+//! Helpers that know nothing of a fleet: files, digests, processes, HTTP.
+
+mod connections;
+pub(crate) mod digest;
+pub(crate) mod fs;
+pub(crate) mod http_server;
+pub(crate) mod json;
+pub(crate) mod memory;
+pub(crate) mod process;
+pub(crate) mod random;
+pub(crate) mod time;

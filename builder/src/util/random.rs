@@ -1,0 +1,18 @@
+//! Random bytes of the kernel.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// Bytes of chance.
+///
+/// # Errors
+/// The machine has no randomness.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    let path = Path::new("/dev/urandom");
+    File::open(path).and_then(|mut f| f.read_exact(&mut bytes)).map_err(Error::io("read", path))?;
+    Ok(bytes)
+}

@@ -1,0 +1,240 @@
+//! A fleet's machines: how each is started, and all that a command names.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::thread::ScopedJoinHandle;
+use std::time::Duration;
+
+use fleet::{Node, Ticket};
+
+use super::container::take_away;
+use super::firmware::{Firmware, accelerator, is_emulated};
+use super::machine::{AGENT, READY, SPARE_DISK, Vm, host_cpus};
+use super::network::Wire;
+use super::start::Start;
+use crate::assemble::layout::{image_id, slots, var_size};
+use crate::error::{Error, Result, fail};
+use crate::keys::authority::Authority;
+use crate::keys::ticket::{Terms, mint};
+use crate::progress::Progress;
+use crate::project::Project;
+use crate::util::fs::private_dir;
+
+/// Groups of the named nodes.
+///
+/// # Errors
+/// A name that is no node.
+pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
+    let mut groups = Vec::new();
+    for name in nodes {
+        let group = &project.node(name)?.group;
+        if !groups.contains(group) {
+            groups.push(group.clone());
+        }
+    }
+    Ok(groups)
+}
+
+/// The fleet's machines are containers while this is in their folder.
+const CONTAINERS: &str = "build/vm/containers";
+
+/// Says whether the fleet's machines are containers from now on.
+///
+/// # Errors
+/// Some run, and are not.
+pub fn are_containers(project: &Project, containers: bool) -> Result<()> {
+    let mark = project.dir.join(CONTAINERS);
+    if mark.exists() == containers {
+        return Ok(());
+    }
+    let vms = project.topology.nodes.iter().map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)));
+    if let Some(runs) = vms.into_iter().find(Vm::is_running) {
+        let (is, wanted) = if containers { ("machine", "container") } else { ("container", "machine") };
+        return fail(format!("{} runs as a {is}; to have it as a {wanted}, `bakehouse down` first", runs.node));
+    }
+    if containers {
+        let dir = project.dir.join("build/vm");
+        private_dir(&dir)?;
+        return fs::write(&mark, "").map_err(Error::io("write", &mark));
+    }
+    fs::remove_file(&mark).map_err(Error::io("remove", &mark))
+}
+
+/// Starts nodes with a ticket each, all when none is named, and waits until they serve.
+///
+/// # Errors
+/// A machine does not start or does not come up.
+pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
+    // Where they take turns, who waits for others comes after them.
+    let topology = &project.topology;
+    let (founders, others): (Vec<&Node>, Vec<&Node>) = topology.nodes.iter().partition(|n| topology.is_founder(n));
+    let all = founders.into_iter().chain(others).map(|n| &n.name);
+    let chosen: Vec<&String> = all.filter(|n| nodes.is_empty() || nodes.contains(n)).collect();
+    let at_once = boot_at_once(project, chosen.len())?;
+    let machines = chosen.len();
+    let queue: Vec<_> = chosen.into_iter().map(|n| (n, progress.step("boot", &format!("{n}: off")))).collect();
+    let queue = Mutex::new(queue.into_iter());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    std::thread::scope(|scope| {
+        let turns = || -> Result<()> {
+            let mut booted = Vec::new();
+            while let Some((name, step)) = next() {
+                let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?.of_machines(machines));
+                if !vm.is_running() {
+                    vm.start(&start.as_start())?;
+                }
+                vm.comes_so_far(AGENT, &step)?;
+                booted.push(
+                    scope.spawn(move || vm.comes_so_far(READY, &step).map(|()| step.done(&format!("{name} is ready")))),
+                );
+            }
+            joined(booted)
+        };
+        joined((0..at_once).map(|_| scope.spawn(turns)).collect())
+    })
+}
+
+fn joined(threads: Vec<ScopedJoinHandle<Result<()>>>) -> Result<()> {
+    threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+}
+
+/// How many of so many machines boot at once. One that is emulated takes a processor for itself, and where more
+/// boot than there are, all of them wait for all the others.
+fn boot_at_once(project: &Project, machines: usize) -> Result<usize> {
+    if project.dir.join(CONTAINERS).exists() {
+        return Ok(machines);
+    }
+    let dir = project.dir.join("build/vm");
+    private_dir(&dir)?;
+    let emulated = is_emulated(accelerator(&Firmware::find(false)?, &dir)?);
+    Ok(if emulated { host_cpus().min(machines) } else { machines })
+}
+
+/// A node's machine as the profiles describe it, with a ticket minted for it.
+pub struct Described {
+    image: PathBuf,
+    memory: u64,
+    cpus: u16,
+    machines: usize,
+    disk: u64,
+    keep: bool,
+    secure_boot: bool,
+    wire: Wire,
+    ticket: Vec<u8>,
+    container: Option<Vec<String>>,
+}
+
+impl Described {
+    /// With no ticket: it is on the disk that it boots from.
+    #[must_use]
+    pub fn without_ticket(mut self) -> Self {
+        self.ticket.clear();
+        self
+    }
+
+    /// As one of so many that run at the same time, not all of the fleet.
+    #[must_use]
+    pub fn of_machines(self, machines: usize) -> Self {
+        Self { machines, ..self }
+    }
+
+    /// With this ticket instead, from whoever minted it; hubs are where they are on the wire.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn with_ticket(self, ticket: &str) -> Result<Self> {
+        let read = |bytes: &[u8]| Ticket::parse(bytes).map_err(|e| Error::Failed(e.to_string()));
+        let endpoints = read(&self.ticket)?.endpoints;
+        let ticket = Ticket { endpoints, ..read(ticket.as_bytes())? };
+        Ok(Self { ticket: serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?, ..self })
+    }
+
+    #[must_use]
+    pub fn as_start(&self) -> Start<'_> {
+        let mut credentials = vec![("network.network.05-wire".to_owned(), self.wire.network().into_bytes())];
+        if !self.ticket.is_empty() {
+            credentials.push((Ticket::CREDENTIAL.to_owned(), self.ticket.clone()));
+        }
+        if let Some(door) = &self.wire.door {
+            credentials.push(("network.network.06-door".to_owned(), door.network().into_bytes()));
+        }
+        Start {
+            image: &self.image,
+            memory: self.memory,
+            cpus: self.cpus,
+            machines: self.machines,
+            disk: self.disk,
+            keep: self.keep,
+            wire: self.wire.clone(),
+            seed: None,
+            tpm: None,
+            netboot: None,
+            secure_boot: self.secure_boot,
+            bios: false,
+            credentials,
+            container: self.container.clone(),
+        }
+    }
+}
+
+/// How a node's machine is started, with a ticket for its slot.
+///
+/// # Errors
+/// No such node.
+pub fn start_of(project: &Project, name: &str) -> Result<Described> {
+    /// Machines may be started from the same folder for a long time.
+    const TERMS: Terms = Terms { uses: 1, lasts: Duration::from_secs(365 * 86_400), replace: false };
+    let node = project.node(name)?;
+    let machine = project.machine(&node.group);
+    let file = format!("{}_{}.raw", image_id(project, &node.group), project.topology.version);
+    let topology = &project.topology;
+    let hubs = topology.hubs.iter().map(|h| (h.name.clone(), Wire::address(topology, h).to_string()));
+    let ticket = mint(&Authority::of_vms(project)?, topology, name, &TERMS, hubs.collect())?;
+    let ticket = serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
+    let image = project.out_dir(&node.group).join(file);
+    let recipe = project.recipe(&node.group);
+    let disk = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE_DISK;
+    Ok(Described {
+        image,
+        memory: machine.memory << 20,
+        cpus: machine.cpus as u16,
+        machines: topology.nodes.len(),
+        disk,
+        // Machines that update themselves are not made anew.
+        keep: topology.update.url.is_some(),
+        secure_boot: project.fleet.secure_boot.is_some(),
+        wire: Wire::of(project, node),
+        ticket,
+        container: project.dir.join(CONTAINERS).exists().then(|| topology.wireguard(node)),
+    })
+}
+
+/// Powers nodes down; all when none is named.
+///
+/// # Errors
+/// One does not go.
+pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
+    for name in nodes {
+        Vm::of(project, name)?;
+    }
+    // All at once: each waits for its own services to end.
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (project.topology.nodes.iter())
+            .filter(|n| nodes.is_empty() || nodes.contains(&n.name))
+            .map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)))
+            .filter(Vm::is_running)
+            .map(|vm| {
+                let step = progress.step("down", &vm.node);
+                scope.spawn(move || vm.power_down().map(|()| step.done(&vm.node)))
+            })
+            .collect();
+        joined(asked)
+    })?;
+    let vms = project.topology.nodes.iter().map(|n| (n, Vm::at(&n.name, project.dir.join("build/vm").join(&n.name))));
+    let (off, on): (Vec<_>, Vec<_>) = vms.partition(|(_, vm)| !vm.is_running());
+    match off.first() {
+        Some((node, _)) if on.is_empty() => take_away(&Wire::of(project, node)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,200 @@
+//! Everything that explains what happened, from all machines, in one archive. Without secrets.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use flate2::write::GzEncoder;
+use fleet::{Node, Secrets};
+
+use super::machine::Vm;
+use super::status::Board;
+use crate::error::{Error, Result};
+use crate::keys::authority::Authority;
+use crate::progress::Progress;
+use crate::project::Project;
+
+/// File in the archive and the command that fills it, on every machine.
+const EVERYWHERE: [(&str, &str); 7] = [
+    ("journal.txt", "journalctl -b --no-pager -o short-iso-precise -n 20000"),
+    ("units.txt", "systemctl --no-pager --failed; systemctl list-units --no-pager --all 'role-*'"),
+    ("agent.json", "firstboot status --json"),
+    ("addresses.txt", "ip address; ip route; ip -s link"),
+    (
+        "mesh.txt",
+        "wg show all | sed 's/private key: .*/private key: (taken out)/'; birdc -s /run/bird/bird.ctl show protocols; birdc -s /run/bird/bird.ctl show route",
+    ),
+    ("packet-filter.txt", "nft list ruleset"),
+    // Configurations as they are now; keys and certificates are no configuration.
+    (
+        "configurations.txt",
+        "cd /run/bakehouse && for f in $(find . -type f -not -path './tls/*' | sort); do echo \"== $f\"; cat $f; done",
+    ),
+];
+const ETCD: (&str, &str) = (
+    "etcd.txt",
+    "PATH=/usr/lib/bakehouse:$PATH; \
+     etcdctl member list -w table; etcdctl endpoint status --cluster -w table; etcdctl get --prefix /bakehouse/audit/",
+);
+const PATRONI: (&str, &str) =
+    ("patroni.txt", "patronictl -c /run/bakehouse/patroni.yml list; patronictl -c /run/bakehouse/patroni.yml history");
+const HAPROXY: (&str, &str) =
+    ("haproxy.csv", "exec 3<>/dev/tcp/ADDRESS/8404; printf 'GET /;csv HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3");
+
+/// Collects it all into a `.tar.gz`.
+///
+/// # Errors
+/// The archive can't be written. A machine that does not answer says so in it.
+pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<()> {
+    let step = progress.step("report", "asking every machine");
+    let secrets = words(&Authority::of_vms(project)?.secrets);
+    let all: Vec<Vec<(String, String)>> = std::thread::scope(|scope| {
+        let nodes = project.topology.nodes.iter();
+        let asked: Vec<_> = nodes.map(|node| scope.spawn(|| ask(project, node))).collect();
+        asked.into_iter().filter_map(|thread| thread.join().ok()).collect()
+    });
+    let mut files = vec![("board.txt".to_owned(), Board::read(project).to_string())];
+    files.push(("timeline.txt".to_owned(), timeline(&all)));
+    files.extend(all.into_iter().flatten());
+
+    let file = private(output).map_err(Error::io("create", output))?;
+    let mut archive = tar::Builder::new(GzEncoder::new(file, flate2::Compression::default()));
+    for (path, text) in &files {
+        let text = redact(text, &secrets);
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o600);
+        archive
+            .append_data(&mut header, format!("report/{path}"), text.as_bytes())
+            .map_err(Error::io("write", output))?;
+    }
+    archive.into_inner().and_then(GzEncoder::finish).map_err(Error::io("write", output))?;
+    step.done(&format!("{}: {} files", output.display(), files.len()));
+    Ok(())
+}
+
+/// An empty file that its owner alone reads, whatever the umask and the mode of one that was there: journals may hold
+/// what no pattern finds.
+fn private(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    Ok(file)
+}
+
+/// A node's files.
+fn ask(project: &Project, node: &Node) -> Vec<(String, String)> {
+    let vm = Vm::at(&node.name, project.dir.join("build/vm").join(&node.name));
+    let file = |name: &str, text: String| (format!("{}/{name}", node.name), text);
+    let mut files = vec![file("console.txt", vm.console())];
+    if !vm.is_running() {
+        files.push(file("off.txt", "this machine is off\n".to_owned()));
+        return files;
+    }
+    let mut wanted = EVERYWHERE.to_vec();
+    for (role, more) in [("voter", ETCD), ("db", PATRONI), ("hub", HAPROXY)] {
+        if node.has_role(role) {
+            wanted.push(more);
+        }
+    }
+    for (name, command) in wanted {
+        // Packed: a serial line is slow.
+        let command = command.replace("ADDRESS", &node.address.to_string());
+        let said = vm.exec(&format!("{{ {command}; }} 2>&1 | gzip -c | base64 -w0"));
+        let text = said.and_then(|done| {
+            let damaged = |e: &dyn std::fmt::Display| Error::Failed(format!("{} answered nonsense: {e}", node.name));
+            let packed = BASE64.decode(done.output.trim()).map_err(|e| damaged(&e))?;
+            io::read_to_string(flate2::read::GzDecoder::new(&packed[..])).map_err(|e| damaged(&e))
+        });
+        files.push(file(name, text.unwrap_or_else(|e| format!("{e}\n"))));
+    }
+    files
+}
+
+/// What the agents, Patroni and keepalived said, of all machines, by time.
+fn timeline(all: &[Vec<(String, String)>]) -> String {
+    let journals = all.iter().flatten().filter(|(path, _)| path.ends_with("/journal.txt"));
+    let mut lines: Vec<&str> = journals
+        .flat_map(|(_, text)| text.lines())
+        .filter(|line| {
+            let who = line.split_whitespace().nth(2).unwrap_or_default();
+            ["firstboot[", "patroni[", "Keepalived", "etcd[", "haproxy[", "bird["].iter().any(|w| who.starts_with(w))
+        })
+        .collect();
+    // They begin with the time.
+    lines.sort_unstable();
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// Every password there is.
+fn words(secrets: &Secrets) -> Vec<String> {
+    let value = serde_json::to_value(secrets).unwrap_or_default();
+    let all = value.as_object().into_iter().flatten().filter_map(|(_, v)| v.as_str());
+    all.filter(|v| !v.is_empty()).map(str::to_owned).collect()
+}
+
+/// The text without passwords and private keys.
+fn redact(text: &str, secrets: &[String]) -> String {
+    let mut text = text.to_owned();
+    for secret in secrets {
+        text = text.replace(secret.as_str(), "(taken out)");
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut inside = false;
+    for line in text.split_inclusive('\n') {
+        if line.contains("-----BEGIN") && line.contains("PRIVATE KEY") {
+            inside = true;
+            out += "(a private key was taken out)\n";
+        }
+        if !inside {
+            out += line;
+        }
+        if line.contains("-----END") {
+            inside = false;
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_secret_is_told() {
+        let secrets = words(&Secrets::sample());
+        let mut text = String::new();
+        for secret in &secrets {
+            text += &format!("password: {secret}!\n");
+        }
+        let kind = "PRIVATE KEY";
+        text += &format!("-----BEGIN {kind}-----\nMIGH\n-----END {kind}-----\nafter\n");
+        let told = redact(&text, &secrets);
+        assert!(secrets.len() > 5 && secrets.iter().all(|s| !told.contains(s.as_str())), "{told}");
+        assert!(!told.contains("MIGH") && told.ends_with("(a private key was taken out)\nafter\n"), "{told}");
+    }
+
+    #[test]
+    fn the_archive_is_its_owners() {
+        let dir = tempfile::tempdir().unwrap();
+        let (new, old) = (dir.path().join("new"), dir.path().join("old"));
+        std::fs::write(&old, "an earlier report").unwrap();
+        std::fs::set_permissions(&old, Permissions::from_mode(0o644)).unwrap();
+        for path in [&new, &old] {
+            let meta = private(path).unwrap().metadata().unwrap();
+            assert_eq!((meta.permissions().mode() & 0o777, meta.len()), (0o600, 0), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn the_timeline_is_of_all_machines() {
+        let of = |node: &str, lines: &str| vec![(format!("{node}/journal.txt"), lines.to_owned())];
+        let text = timeline(&[
+            of("a", "2026-01-01T00:00:02 a patroni[1]: two\n2026-01-01T00:00:03 a kernel: no\n"),
+            of("b", "2026-01-01T00:00:01 b firstboot[1]: one\n"),
+        ]);
+        assert_eq!(text, "2026-01-01T00:00:01 b firstboot[1]: one\n2026-01-01T00:00:02 a patroni[1]: two\n");
+    }
+}
