@@ -9,22 +9,22 @@ use fleet::{Node, NodeContext, Tls, etcd_client_anchor};
 use futures_util::future::try_join_all;
 
 use crate::boots::ENTRIES;
-use crate::console::say;
 use crate::database::Patroni;
 use crate::error::{Error, Result};
+use crate::host::console::say;
+use crate::host::dbus::{Phase, Status};
+use crate::host::journal::Event;
+use crate::host::machine;
+use crate::host::notify::notify;
+use crate::host::systemd::{self, Systemd};
 use crate::identity::{identity, node_of};
 use crate::image::Image;
 use crate::join::{Hubs, Pause};
-use crate::journal::Event;
-use crate::machine;
 use crate::member::{ALL_HAVE_ASKED, Member};
-use crate::notify::notify;
 use crate::render::render_all;
 use crate::renewal::{is_pending, renew, take_missing_passwords};
 use crate::seal::Sealer;
 use crate::state::StateDir;
-use crate::status::{Phase, Status};
-use crate::systemd::{self, Systemd};
 use crate::update::Updates;
 
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::systemd::{Seen, Systemd};
+use crate::host::systemd::{Seen, Systemd};
 
 /// How long everything has to run without a restart.
 const STEADY: Duration = Duration::from_secs(10);

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use fleet::{Founder, Grant, Joiner, MeshKey, Node, Right, Ticket};
 use tokio_rustls::rustls::ClientConfig;
 
-use crate::console::say;
 use crate::error::{Error, Result};
+use crate::host::console::say;
+use crate::host::journal::Event;
 use crate::https;
 use crate::image::Image;
 use crate::join::{Hubs, join};
-use crate::journal::Event;
 use crate::keys::Keys;
 use crate::neighbours::Neighbourhood;
 use crate::state::{State, StateDir};

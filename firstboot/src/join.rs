@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, encoding};
 
-use crate::console::say;
 use crate::error::{Error, Result};
+use crate::host::console::say;
+use crate::host::journal::Event;
 pub use crate::hubs::Hubs;
 use crate::hubs::read;
 use crate::image::Image;
-use crate::journal::Event;
 use crate::keys::Keys;
 
 /// The longest pause between two attempts.

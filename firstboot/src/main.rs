@@ -3,14 +3,14 @@ use std::process::ExitCode;
 
 use firstboot::agent::{Paths, run};
 use firstboot::boots::{Boots, ENTRIES};
-use firstboot::console::say;
 use firstboot::error::{Error, Result};
 use firstboot::grub::{self, keep_in_step};
 use firstboot::health::healthy;
+use firstboot::host::console::say;
+use firstboot::host::dbus::describe;
+use firstboot::host::journal::Event;
+use firstboot::host::systemd::Systemd;
 use firstboot::image::Image;
-use firstboot::journal::Event;
-use firstboot::status::describe;
-use firstboot::systemd::Systemd;
 
 /// Where the EFI partition is mounted.
 const ESP: &str = "/efi";
@@ -74,7 +74,7 @@ async fn status(json: bool) -> Result<()> {
 }
 
 async fn leave() -> Result<()> {
-    firstboot::status::leave(&zbus::Connection::system().await?).await
+    firstboot::host::dbus::leave(&zbus::Connection::system().await?).await
 }
 
 async fn health() -> Result<()> {

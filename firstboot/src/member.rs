@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 
-use crate::console::say;
 use crate::error::{Error, Result};
 use crate::etcd::Etcd;
+use crate::host::console::say;
+use crate::host::journal::Event;
 use crate::https;
 use crate::hub::api::Hub;
 use crate::hub::claims::{ClaimsDesk, Owners};
@@ -22,7 +23,6 @@ use crate::hub::rollout;
 use crate::identity::Identity;
 use crate::image::Image;
 use crate::join::{Hubs, Pause};
-use crate::journal::Event;
 use crate::mesh::Mesh;
 use crate::neighbours::Neighbourhood;
 use crate::state::StateDir;

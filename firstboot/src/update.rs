@@ -9,15 +9,15 @@ use std::time::Duration;
 use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology, compare_versions};
 
 use crate::boots::Boots;
-use crate::console::say;
 use crate::database::Patroni;
 use crate::error::{Error, Result};
 use crate::grub::TRIES;
 use crate::health;
+use crate::host::console::say;
+use crate::host::journal::Event;
+use crate::host::systemd::Systemd;
 use crate::image::ImageInfo;
-use crate::journal::Event;
 use crate::state::{PassedOver, StateDir};
-use crate::systemd::Systemd;
 
 /// How often it is told.
 const ROUND: Duration = Duration::from_secs(30);

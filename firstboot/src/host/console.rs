@@ -6,8 +6,8 @@ use std::sync::LazyLock;
 
 use tokio::sync::watch;
 
-use crate::journal::{Event, record};
-use crate::notify::notify;
+use crate::host::journal::{Event, record};
+use crate::host::notify::notify;
 
 static LAST: LazyLock<watch::Sender<String>> = LazyLock::new(|| watch::Sender::new(String::new()));
 

@@ -4,8 +4,8 @@
 use tokio::sync::{Mutex, mpsc, oneshot};
 use zbus::object_server::InterfaceRef;
 
-use crate::console::said;
 use crate::error::Result;
+use crate::host::console::said;
 
 /// Name on the system bus.
 pub const BUS_NAME: &str = "org.bakehouse.Agent1";
@@ -207,7 +207,7 @@ pub async fn describe(bus: &zbus::Connection, json: bool) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::console::say;
+    use crate::host::console::say;
     use tokio::net::UnixStream;
 
     /// A bus of two: names are not asked for there.
@@ -249,7 +249,7 @@ mod tests {
             _ = status.wishes(refused) => panic!("nobody can ask any more"),
         };
         assert!(answer.unwrap_err().to_string().contains("the only vote"));
-        say(crate::journal::Event::Ready, "something");
+        say(crate::host::journal::Event::Ready, "something");
         assert_eq!(*said().borrow(), "something");
     }
 }
