@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::attack::{Target, endless, join_request, peers, source};
 use bakehouse_tests::site::{Site, ask, granted, refused};
-use firstboot::https::{self, Connection, Identity, request};
+use firstboot::client::https::{self, Connection, Identity, request};
 use fleet::{JoinReply, PrivateKey, Reason};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::JoinSet;

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::attack::{Target, join_request, peers, source};
 use bakehouse_tests::site::{Site, granted};
-use firstboot::etcd::Etcd;
+use firstboot::client::etcd::Etcd;
+use firstboot::client::https::{self, Identity, request};
 use firstboot::host::ticker::Ticker;
-use firstboot::https::{self, Identity, request};
 use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::fence::{self, Fence};

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::Site;
-use firstboot::etcd::{Etcd, Then};
-use firstboot::https::{self, Connection, Identity, request};
+use firstboot::client::etcd::{Etcd, Then};
+use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::departures::Identified;
 use firstboot::hub::etcd_access::{Access, EtcdAccess, PATRONI, ROOT, USER_HEADER};

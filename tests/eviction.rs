@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, scope};
-use firstboot::https::{self, Connection, Identity, request};
+use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::hubs::Hubs;
 use firstboot::member::follow_hubs;
 use firstboot::neighbours::Neighbourhood;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::Site;
-use firstboot::etcd::{Etcd, If, Then};
-use firstboot::https;
+use firstboot::client::etcd::{Etcd, If, Then};
+use firstboot::client::https;
 use firstboot::hub::fence::{self, Fence, FenceState};
 use firstboot::neighbours::Neighbourhood;
 use fleet::MeshKey;

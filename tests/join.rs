@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
-use firstboot::https::{self, Connection, Identity, request};
+use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::identity::identity;
 use firstboot::image::{Image, ImageInfo};
 use firstboot::join::Hubs;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, granted, refused, scope};
-use firstboot::etcd::Then;
-use firstboot::https::{self, Connection, request};
+use firstboot::client::etcd::Then;
+use firstboot::client::https::{self, Connection, request};
 use firstboot::image::{Image, ImageInfo};
 use firstboot::join::{Hubs, join};
 use firstboot::keys::Keys;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use firstboot::https::{self, Connection};
+use firstboot::client::https::{self, Connection};
 use firstboot::join::endpoint;
 use fleet::{
     Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,

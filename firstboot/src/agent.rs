@@ -9,7 +9,7 @@ use fleet::{Node, NodeContext, Tls, etcd_client_anchor};
 use futures_util::future::try_join_all;
 
 use crate::boots::ENTRIES;
-use crate::database::Patroni;
+use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::dbus::{Phase, Status};

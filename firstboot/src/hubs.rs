@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
+use crate::client::https::{Connection, request};
 use crate::error::{Error, Result};
-use crate::https::{Connection, request};
 use crate::hub::etcd_access::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
 use crate::hub::token::signed_by_root;
 use crate::join::{chance, endpoint};

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use fleet::{Founder, Grant, Joiner, MeshKey, Node, Right, Ticket};
 use tokio_rustls::rustls::ClientConfig;
 
+use crate::client::https;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
-use crate::https;
 use crate::image::Image;
 use crate::join::{Hubs, join};
 use crate::keys::Keys;

@@ -5,13 +5,11 @@
 
 pub mod agent;
 pub mod boots;
-pub mod database;
+pub mod client;
 pub mod error;
-pub mod etcd;
 pub mod grub;
 pub mod health;
 pub mod host;
-pub mod https;
 pub mod hub;
 pub mod hubs;
 pub mod identity;

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 
+use crate::client::etcd::Etcd;
+use crate::client::https;
 use crate::error::{Error, Result};
-use crate::etcd::Etcd;
 use crate::host::console::say;
 use crate::host::journal::Event;
-use crate::https;
 use crate::hub::api::Hub;
 use crate::hub::claims::{ClaimsDesk, Owners};
 use crate::hub::etcd_access::{EtcdAccess, ROOT};

@@ -9,7 +9,7 @@ use std::time::Duration;
 use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology, compare_versions};
 
 use crate::boots::Boots;
-use crate::database::Patroni;
+use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
 use crate::grub::TRIES;
 use crate::health;

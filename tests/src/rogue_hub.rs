@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use firstboot::https::{self, Identity};
+use firstboot::client::https::{self, Identity};
 use fleet::{Issuer, PrivateKey, Topology};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use firstboot::etcd::Etcd;
-use firstboot::https::{self, Connection, Identity, request};
+use firstboot::client::etcd::Etcd;
+use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::etcd_access::ROOT;

@@ -238,8 +238,8 @@ fn dbus(bytes: &[u8]) {
 
 /// Answers of etcd's gateway, and lines of a watch.
 fn etcd(bytes: &[u8]) {
-    let _ = firstboot::etcd::pairs(bytes);
-    if let Ok(Some(changes)) = firstboot::etcd::changes(bytes) {
+    let _ = firstboot::client::etcd::pairs(bytes);
+    if let Ok(Some(changes)) = firstboot::client::etcd::changes(bytes) {
         assert!(changes.len() <= bytes.len(), "changes from nowhere");
     }
 }

@@ -23,8 +23,8 @@ use super::silence::{Hearing, seen};
 use super::terms::TokenState;
 use super::token::no;
 use super::useless::UselessTokens;
+use crate::client::etcd::{Change, Etcd, If, Pair, Then};
 use crate::error::{Error, Result};
-use crate::etcd::{Change, Etcd, If, Pair, Then};
 
 pub(super) const SLOTS: &str = "/bakehouse/slots/";
 const TOKENS: &str = "/bakehouse/tokens/";

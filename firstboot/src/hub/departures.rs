@@ -6,8 +6,8 @@ use fleet::{Eviction, Reason, Refusal, SlotRecord};
 
 use super::claims::{ClaimsDesk, Place, SLOTS, audit, forgotten_audit};
 use super::token::no;
+use crate::client::etcd::{If, Then};
 use crate::error::{Error, Result};
-use crate::etcd::{If, Then};
 
 /// Which owner of a slot is meant.
 #[derive(Clone, Copy, Debug)]

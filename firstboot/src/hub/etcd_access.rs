@@ -14,8 +14,8 @@ use std::time::Duration;
 use fleet::{Secrets, SlotRecord, Topology};
 
 use super::claims::{ClaimsDesk, SLOTS};
+use crate::client::etcd::{Etcd, If, Then};
 use crate::error::{Error, Result};
-use crate::etcd::{Etcd, If, Then};
 
 /// Header of `GET /v1/peers`: the etcd user whose password the node's Patroni runs with; of `POST /v1/introduce`:
 /// [`MEMBER`].

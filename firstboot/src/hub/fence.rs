@@ -28,9 +28,9 @@ use std::time::{Duration, Instant};
 use fleet::{Node, Topology};
 use serde::Deserialize;
 
-use crate::database::scope;
+use crate::client::etcd::{Etcd, If, Pair, Then};
+use crate::client::patroni::scope;
 use crate::error::{Error, Result};
-use crate::etcd::{Etcd, If, Pair, Then};
 use crate::host::console::say;
 use crate::host::journal::Event;
 use crate::host::ticker::Ticker;

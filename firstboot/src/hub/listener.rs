@@ -30,8 +30,8 @@ use tokio_rustls::rustls::pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
 use super::api::{Admitted, Hub, answer, plain};
+use crate::client::https;
 use crate::error::{Error, Result};
-use crate::https;
 use admission::{Admission, Limits, Place};
 use metered::Metered;
 

@@ -9,8 +9,8 @@ use std::time::Duration;
 use fleet::{MeshKey, SlotRecord};
 
 use super::claims::{ClaimsDesk, Owners, SLOTS};
+use crate::client::etcd::Change;
 use crate::error::{Error, Result};
-use crate::etcd::Change;
 use crate::state::SlotRecords;
 
 /// Least time between two writes of the records to the disk.

@@ -5,8 +5,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::claims::{ClaimsDesk, Owners, Place};
+use crate::client::etcd::Then;
 use crate::error::Result;
-use crate::etcd::Then;
 
 const SEEN: &str = "/bakehouse/seen/";
 /// How long hubs have to be up themselves before they take an owner's silence for its own: longer

@@ -177,7 +177,7 @@ fn passed_on(answer: Response<Incoming>) -> Response<Body> {
 mod tests {
     use super::super::blocks::BLOCK;
     use super::*;
-    use crate::https::{self, Identity};
+    use crate::client::https::{self, Identity};
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use tokio_rustls::TlsAcceptor;

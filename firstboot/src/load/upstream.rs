@@ -12,8 +12,8 @@ use hyper::{Response, StatusCode, Uri};
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
+use crate::client::https::{self, Connection};
 use crate::error::{Error, Result};
-use crate::https::{self, Connection};
 
 /// For a small file.
 const PATIENCE: Duration = Duration::from_secs(300);

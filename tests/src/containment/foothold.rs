@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
-use firstboot::https::{self, Connection, request};
+use firstboot::client::https::{self, Connection, request};
 use fleet::{Issuer, Joiner, Node, PrivateKey, Right, Ticket};
 use futures_util::future::join_all;
 use nix::sched::{CloneFlags, setns};

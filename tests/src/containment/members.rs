@@ -4,7 +4,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use firstboot::https::{self, Connection};
+use firstboot::client::https::{self, Connection};
 use fleet::{
     BOUND_SIGNATURE_HEADER, Claims, Doing, Grant, Introduction, Issuer, JoinReply, JoinRequest, Joiner, MeshKey,
     PROTOCOL, PrivateKey, Renewal, Report, SIGNATURE_HEADER, SlotRecord, bound_message, encoding,

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use firstboot::https::{Connection, request};
+use firstboot::client::https::{Connection, request};
 use firstboot::install::Key;
 use fleet::netboot::{Errand, Machine};
 use fleet::{Right, Ticket, encoding};

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 
-use firstboot::https;
+use firstboot::client::https;
 use fleet::encoding::{decode, encode};
 use ring::{digest, hmac, pbkdf2};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

@@ -4,7 +4,7 @@
 //! the leader; its entry is a request as etcd itself would have made it, the user's name included. So whoever is let
 //! in as a peer writes any key, whatever etcd's users may do.
 
-use firstboot::https::{self, Connection, request};
+use firstboot::client::https::{self, Connection, request};
 use serde_json::Value;
 
 use super::etcd::voter_doors;

@@ -17,8 +17,8 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
+use crate::client::https::{Connection, PATIENCE, request};
 use crate::error::{Error, Result};
-use crate::https::{Connection, PATIENCE, request};
 
 pub use watch::{Change, Watch, changes};
 

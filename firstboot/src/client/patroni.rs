@@ -8,8 +8,8 @@ use fleet::{Node, Topology};
 use serde_json::Value;
 use tokio_rustls::rustls::ClientConfig;
 
+use crate::client::https::{Connection, request};
 use crate::error::{Error, Result};
-use crate::https::{Connection, request};
 
 const PORT: u16 = 8008;
 /// Longest answer that is read.

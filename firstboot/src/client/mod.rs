@@ -1,0 +1,5 @@
+//! Clients of the services that a node talks to.
+
+pub mod etcd;
+pub mod https;
+pub mod patroni;
