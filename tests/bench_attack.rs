@@ -24,7 +24,7 @@ use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::fence::{self, Fence};
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
-use firstboot::neighbours::Neighbourhood;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::{Issuer, PrivateKey, Secrets, Topology};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::JoinSet;

@@ -12,13 +12,13 @@ use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::departures::Identified;
 use firstboot::hub::etcd_access::{Access, EtcdAccess, PATRONI, ROOT, USER_HEADER};
-use firstboot::identity::identity;
-use firstboot::image::{Image, ImageInfo};
-use firstboot::join::Hubs;
 use firstboot::member::take_in;
-use firstboot::neighbours::Neighbourhood;
-use firstboot::renewal::{renew, take_missing_passwords};
-use firstboot::state::{State, StateDir};
+use firstboot::node::identity::identity;
+use firstboot::node::image::{Image, ImageInfo};
+use firstboot::node::join::Hubs;
+use firstboot::node::neighbours::Neighbourhood;
+use firstboot::node::renewal::{renew, take_missing_passwords};
+use firstboot::node::state::{State, StateDir};
 use fleet::{
     Fleet, Founder, Introduction, Issuer, MeshKey, Node, PROTOCOL, PrivateKey, PublicKey, Right, Secrets, Ticket,
     Topology, encoding,

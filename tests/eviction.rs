@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, scope};
 use firstboot::client::https::{self, Connection, Identity, request};
-use firstboot::hubs::Hubs;
 use firstboot::member::follow_hubs;
-use firstboot::neighbours::Neighbourhood;
+use firstboot::node::hubs::Hubs;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::{
     Answer, Departure, Doing, Grant, Introduction, JoinReply, MeshKey, PROTOCOL, Peers, PrivateKey, Report, SignedOrder,
 };

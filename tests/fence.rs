@@ -9,7 +9,7 @@ use bakehouse_tests::site::Site;
 use firstboot::client::etcd::{Etcd, If, Then};
 use firstboot::client::https;
 use firstboot::hub::fence::{self, Fence, FenceState};
-use firstboot::neighbours::Neighbourhood;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::MeshKey;
 
 /// The hubs depose a primary together: most of them, or nobody; and only where another can follow it.

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
 use firstboot::client::https::{self, Connection, Identity, request};
-use firstboot::identity::identity;
-use firstboot::image::{Image, ImageInfo};
-use firstboot::join::Hubs;
-use firstboot::renewal::{is_pending, renew};
-use firstboot::state::StateDir;
+use firstboot::node::identity::identity;
+use firstboot::node::image::{Image, ImageInfo};
+use firstboot::node::join::Hubs;
+use firstboot::node::renewal::{is_pending, renew};
+use firstboot::node::state::StateDir;
 use fleet::{Issuer, JoinReply, Joiner, PROTOCOL, Reason, Right, Ticket, encoding};
 use tokio::task::JoinSet;
 
@@ -405,7 +405,7 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
     assert!(!renewed && again.state.epoch == 2);
 
     // The hubs know the new keys, and not the old ones; who has those gets nothing with them.
-    let heard = async |who: &firstboot::identity::Identity| -> fleet::Peers {
+    let heard = async |who: &firstboot::node::identity::Identity| -> fleet::Peers {
         let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", who.client().expect("a certificate"));
         hubs.answers().await.pop().expect("an answer").peers
     };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use firstboot::client::https::{self, Connection};
-use firstboot::join::endpoint;
+use firstboot::node::join::endpoint;
 use fleet::{
     Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
     TokensRequest, Topology, compare_versions, encoding,

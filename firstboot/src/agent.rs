@@ -17,14 +17,14 @@ use crate::host::journal::Event;
 use crate::host::machine;
 use crate::host::notify::notify;
 use crate::host::systemd::{self, Systemd};
-use crate::identity::{identity, node_of};
-use crate::image::Image;
-use crate::join::{Hubs, Pause};
 use crate::member::{ALL_HAVE_ASKED, Member};
+use crate::node::identity::{identity, node_of};
+use crate::node::image::Image;
+use crate::node::join::{Hubs, Pause};
+use crate::node::renewal::{is_pending, renew, take_missing_passwords};
+use crate::node::seal::Sealer;
+use crate::node::state::StateDir;
 use crate::render::render_all;
-use crate::renewal::{is_pending, renew, take_missing_passwords};
-use crate::seal::Sealer;
-use crate::state::StateDir;
 use crate::update::Updates;
 
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.

@@ -10,7 +10,7 @@ use firstboot::host::console::say;
 use firstboot::host::dbus::describe;
 use firstboot::host::journal::Event;
 use firstboot::host::systemd::Systemd;
-use firstboot::image::Image;
+use firstboot::node::image::Image;
 
 /// Where the EFI partition is mounted.
 const ESP: &str = "/efi";

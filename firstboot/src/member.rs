@@ -20,13 +20,13 @@ use crate::hub::fence::{self, Fence};
 use crate::hub::listener::serve;
 use crate::hub::orders::OrderLog;
 use crate::hub::rollout;
-use crate::identity::Identity;
-use crate::image::Image;
-use crate::join::{Hubs, Pause};
 use crate::mesh::Mesh;
-use crate::neighbours::Neighbourhood;
-use crate::state::StateDir;
-use crate::trust::{Decision, Heard, Known, Standing, decide};
+use crate::node::identity::Identity;
+use crate::node::image::Image;
+use crate::node::join::{Hubs, Pause};
+use crate::node::neighbours::Neighbourhood;
+use crate::node::state::StateDir;
+use crate::node::trust::{Decision, Heard, Known, Standing, decide};
 use crate::update::Updates;
 
 /// How often a node asks who is where, if nothing has changed.

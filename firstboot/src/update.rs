@@ -16,8 +16,8 @@ use crate::health;
 use crate::host::console::say;
 use crate::host::journal::Event;
 use crate::host::systemd::Systemd;
-use crate::image::ImageInfo;
-use crate::state::{PassedOver, StateDir};
+use crate::node::image::ImageInfo;
+use crate::node::state::{PassedOver, StateDir};
 
 /// How often it is told.
 const ROUND: Duration = Duration::from_secs(30);

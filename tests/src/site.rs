@@ -14,7 +14,7 @@ use firstboot::hub::etcd_access::ROOT;
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
 use firstboot::member::take_in;
-use firstboot::neighbours::Neighbourhood;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::{
     Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, OrderScope, PROTOCOL, PrivateKey,
     Reason, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, SignedOrder, Tokens, TokensRequest, Topology,

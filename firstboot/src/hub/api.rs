@@ -21,7 +21,7 @@ use super::orders::{OrderLog, Signed};
 use super::token::{no, verify};
 use super::{refusals, rollout};
 use crate::error::{Error, Result};
-use crate::neighbours::Neighbourhood;
+use crate::node::neighbours::Neighbourhood;
 
 /// What the API answers from.
 pub struct Hub {

@@ -35,7 +35,7 @@ use crate::host::console::say;
 use crate::host::journal::Event;
 use crate::host::ticker::Ticker;
 use crate::mesh::Routes;
-use crate::neighbours::Neighbourhood;
+use crate::node::neighbours::Neighbourhood;
 
 const SHUT: &str = "/bakehouse/shut/";
 /// How often hubs look.

@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 
 use crate::boots::{self, Boots, ENTRIES};
 use crate::error::{Error, Result};
-use crate::image::ImageInfo;
+use crate::node::image::ImageInfo;
 use server::{Here, Server};
 
 const SYSUPDATE: &str = "/usr/lib/systemd/systemd-sysupdate";

@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use fleet::{MeshKey, Node, Topology};
 use ipnet::Ipv4Net;
 
-use crate::join::endpoint;
+use crate::node::join::endpoint;
 
 /// One WireGuard interface; `E` is an endpoint, a name at first and then an address.
 #[derive(Clone, Debug, PartialEq, Eq)]

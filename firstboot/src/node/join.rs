@@ -8,10 +8,10 @@ use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, enco
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
-pub use crate::hubs::Hubs;
-use crate::hubs::read;
-use crate::image::Image;
-use crate::keys::Keys;
+pub use crate::node::hubs::Hubs;
+use crate::node::hubs::read;
+use crate::node::image::Image;
+use crate::node::keys::Keys;
 
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);

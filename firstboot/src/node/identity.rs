@@ -12,11 +12,11 @@ use crate::client::https;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
-use crate::image::Image;
-use crate::join::{Hubs, join};
-use crate::keys::Keys;
-use crate::neighbours::Neighbourhood;
-use crate::state::{State, StateDir};
+use crate::node::image::Image;
+use crate::node::join::{Hubs, join};
+use crate::node::keys::Keys;
+use crate::node::neighbours::Neighbourhood;
+use crate::node::state::{State, StateDir};
 
 /// Everything a node is, on its disk by the time this is returned.
 pub struct Identity {
@@ -161,7 +161,7 @@ fn wrong(why: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::ImageInfo;
+    use crate::node::image::ImageInfo;
     use fleet::{Claims, Issuer, Secrets, Topology};
 
     struct Lab {

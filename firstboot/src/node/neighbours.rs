@@ -10,8 +10,8 @@ use std::thread::JoinHandle;
 use fleet::MeshKey;
 use tokio::sync::watch;
 
-use crate::state::Neighbours;
-use crate::trust::Decision;
+use crate::node::state::Neighbours;
+use crate::node::trust::Decision;
 
 /// Mesh keys by slot; whoever follows is woken by each change.
 pub struct Neighbourhood {

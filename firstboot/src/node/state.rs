@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::seal::{Sealer, not_here};
+use crate::node::seal::{Sealer, not_here};
 
 /// The folder of what a node remembers.
 #[derive(Clone, Debug)]
@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn what_is_secret_is_sealed_and_what_was_there_before_is_read() {
         let dir = tempfile::tempdir().unwrap();
-        let sealer = crate::seal::tests::machine(dir.path(), 1);
+        let sealer = crate::node::seal::tests::machine(dir.path(), 1);
         let states = StateDir::new(dir.path(), Some(sealer));
         state().store(&StateDir::new(dir.path(), None)).unwrap();
         assert_eq!(State::load(&states).unwrap(), Some(state()));
@@ -409,7 +409,7 @@ mod tests {
             let state = State::load(&states).unwrap().unwrap();
             assert_eq!((state.slot.as_str(), state.secrets.odoo.as_str()), ("hub-1", "password of odoo"));
             assert_eq!(Neighbours::load(&dir).keys.len(), 2);
-            let keys = crate::keys::Keys::load_or_make(&states).unwrap();
+            let keys = crate::node::keys::Keys::load_or_make(&states).unwrap();
             assert_eq!(keys.mesh_public().unwrap().to_string(), "B07PggAHt1Z+blnesUGIXbtvHiydXHGEoaAWxICOiHk=");
             read::<State>(&dir.join("state.json"));
             // In etcd.

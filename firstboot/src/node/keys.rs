@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::error::{Error, Result};
-use crate::state::StateDir;
+use crate::node::state::StateDir;
 
 const FILE: &str = "keys.json";
 

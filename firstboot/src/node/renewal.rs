@@ -7,11 +7,11 @@ use fleet::{Grant, JoinReply, Node};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::identity::{Identity, node_of};
-use crate::image::Image;
-use crate::join::Hubs;
-use crate::keys::Keys;
-use crate::state::{State, StateDir};
+use crate::node::identity::{Identity, node_of};
+use crate::node::image::Image;
+use crate::node::join::Hubs;
+use crate::node::keys::Keys;
+use crate::node::state::{State, StateDir};
 
 /// How long keys serve.
 const LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
