@@ -8,7 +8,6 @@ use std::time::UNIX_EPOCH;
 use fleet::{Node, NodeContext, Tls, etcd_client_anchor};
 use futures_util::future::try_join_all;
 
-use crate::boots::ENTRIES;
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
 use crate::host::console::say;
@@ -26,6 +25,7 @@ use crate::node::seal::Sealer;
 use crate::node::state::StateDir;
 use crate::render::render_all;
 use crate::update::Updates;
+use crate::update::boot_entries::ENTRIES;
 
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.
 const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";

@@ -4,15 +4,11 @@
 //! D-Bus → say so. Each persisted step is whole or not there, and is not done twice.
 
 pub mod agent;
-pub mod boots;
 pub mod client;
 pub mod error;
-pub mod grub;
-pub mod health;
 pub mod host;
 pub mod hub;
 pub mod install;
-pub mod load;
 pub mod member;
 pub mod mesh;
 pub mod node;

@@ -6,10 +6,10 @@
 use std::sync::LazyLock;
 
 use builder::compose::deb::{Deb, data_entries};
-use firstboot::grub::Block;
 use firstboot::hub::token::verify;
 use firstboot::install::Key;
-use firstboot::load::blocks::{BLOCK, Blocks, missing, pieces};
+use firstboot::update::download::blocks::{BLOCK, Blocks, missing, pieces};
+use firstboot::update::grub::Block;
 use fleet::netboot::{Errand, Machine, News, SealedTicket};
 use fleet::{
     Departure, Diagnostic, Fleet, Introduction, Issuer, JoinReply, JoinRequest, OverlayManifest, Peers, Profile,

@@ -19,7 +19,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use firstboot::load::blocks::{Blocks, missing, pieces};
+use firstboot::update::download::blocks::{Blocks, missing, pieces};
 use fleet::compare_versions;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
@@ -293,7 +293,7 @@ mod tests {
             let (out, ring) = (self.0.path().join("out/db"), scratch.path().join("ring.gpg"));
             fs::write(&ring, keyring).unwrap();
             let read = |name: &str| fs::read(out.join(name)).unwrap();
-            firstboot::load::date::signed_at(&ring, &read(SUMS), &read("SHA256SUMS.gpg"), scratch.path())
+            firstboot::update::download::date::signed_at(&ring, &read(SUMS), &read("SHA256SUMS.gpg"), scratch.path())
         }
 
         fn files(&self) -> Vec<String> {

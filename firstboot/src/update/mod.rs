@@ -2,22 +2,26 @@
 //! when its turn comes. systemd-sysupdate loads and verifies; the boot loader counts the tries;
 //! firstboot-healthy says whether the new image is a good one.
 
+pub mod boot_entries;
+pub mod download;
+pub mod grub;
+pub mod health;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology, compare_versions};
 
-use crate::boots::Boots;
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
-use crate::grub::TRIES;
-use crate::health;
 use crate::host::console::say;
 use crate::host::journal::Event;
 use crate::host::systemd::Systemd;
 use crate::node::image::ImageInfo;
 use crate::node::state::{PassedOver, StateDir};
+use crate::update::boot_entries::Boots;
+use crate::update::grub::TRIES;
 
 /// How often it is told.
 const ROUND: Duration = Duration::from_secs(30);

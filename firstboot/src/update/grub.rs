@@ -6,8 +6,8 @@ use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::path::Path;
 
-use crate::boots::{Boots, ENTRIES, split};
 use crate::error::{Error, Result};
+use crate::update::boot_entries::{Boots, ENTRIES, split};
 
 /// GRUB's environment block, below the EFI partition.
 pub const BLOCK: &str = "grub/grubenv";

@@ -15,9 +15,9 @@ use std::process::Command;
 
 use tokio::net::TcpListener;
 
-use crate::boots::{self, Boots, ENTRIES};
 use crate::error::{Error, Result};
 use crate::node::image::ImageInfo;
+use crate::update::boot_entries::{self, Boots, ENTRIES};
 use server::{Here, Server};
 
 const SYSUPDATE: &str = "/usr/lib/systemd/systemd-sysupdate";
@@ -93,7 +93,8 @@ impl Here {
         let tree = tree.ok_or_else(|| Error::Failed("the kernel's command line has no root hash".to_owned()))?;
         let entries = esp.join(ENTRIES);
         let names = fs::read_dir(&entries).map_err(Error::io("read", &entries))?;
-        let runs = |name: &str| boots::split(name, &image.id).is_some_and(|(version, _)| version == image.version);
+        let runs =
+            |name: &str| boot_entries::split(name, &image.id).is_some_and(|(version, _)| version == image.version);
         let uki = names
             .filter_map(|e| Some(e.ok()?.path()))
             .find(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(runs));
