@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
 use firstboot::client::https::{self, Connection, Identity, request};
+use firstboot::node::hubs::Hubs;
 use firstboot::node::identity::identity;
 use firstboot::node::image::{Image, ImageInfo};
-use firstboot::node::join::Hubs;
 use firstboot::node::renewal::{is_pending, renew};
 use firstboot::node::state::StateDir;
 use fleet::{Issuer, JoinReply, Joiner, PROTOCOL, Reason, Right, Ticket, encoding};

@@ -8,8 +8,9 @@ use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, granted, refused, scope};
 use firstboot::client::etcd::Then;
 use firstboot::client::https::{self, Connection, request};
+use firstboot::node::hubs::Hubs;
 use firstboot::node::image::{Image, ImageInfo};
-use firstboot::node::join::{Hubs, join};
+use firstboot::node::join::join;
 use firstboot::node::keys::Keys;
 use fleet::{
     Departure, JoinReply, PROTOCOL, PrivateKey, Reason, Refusal, Renewal, SignedOrder, SlotRecord, TokensRequest,

@@ -8,6 +8,7 @@ use std::time::UNIX_EPOCH;
 use fleet::{Node, NodeContext, Tls, etcd_client_anchor};
 use futures_util::future::try_join_all;
 
+use crate::client::backoff::Pause;
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
 use crate::host::console::say;
@@ -17,9 +18,9 @@ use crate::host::machine;
 use crate::host::notify::notify;
 use crate::host::systemd::{self, Systemd};
 use crate::member::{ALL_HAVE_ASKED, Member};
+use crate::node::hubs::Hubs;
 use crate::node::identity::{identity, node_of};
 use crate::node::image::Image;
-use crate::node::join::{Hubs, Pause};
 use crate::node::renewal::{is_pending, renew, take_missing_passwords};
 use crate::node::seal::Sealer;
 use crate::node::state::StateDir;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 
+use crate::client::backoff::{Pause, round};
 use crate::client::etcd::Etcd;
 use crate::client::https;
 use crate::error::{Error, Result};
@@ -21,16 +22,14 @@ use crate::hub::listener::serve;
 use crate::hub::orders::OrderLog;
 use crate::hub::rollout;
 use crate::mesh::Mesh;
+use crate::node::hubs::Hubs;
 use crate::node::identity::Identity;
 use crate::node::image::Image;
-use crate::node::join::{Hubs, Pause};
 use crate::node::neighbours::Neighbourhood;
 use crate::node::state::StateDir;
 use crate::node::trust::{Decision, Heard, Known, Standing, decide};
 use crate::update::Updates;
 
-/// How often a node asks who is where, if nothing has changed.
-const ROUND: Duration = Duration::from_secs(30);
 /// How soon it asks again where the hubs do not agree yet.
 const SOON: Duration = Duration::from_secs(3);
 /// By then every node that is up has asked, and has been answered.
@@ -349,12 +348,4 @@ async fn sent_away(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<Error
 fn fenced(slot: &str, epoch: u64) -> Error {
     say(Event::Fenced, &format!("another machine is {slot} now (epoch {epoch})"));
     Error::Fenced { slot: slot.to_owned(), epoch }
-}
-
-/// [`ROUND`], for each node a little different, so that a fleet that started at once does not
-/// ask at once.
-fn round() -> Duration {
-    let mut byte = [0; 1];
-    let _ = getrandom::fill(&mut byte);
-    ROUND.mul_f64(0.75 + f64::from(byte[0]) / 512.0)
 }

@@ -1,5 +1,6 @@
 //! Clients of the services that a node talks to.
 
+pub mod backoff;
 pub mod etcd;
 pub mod https;
 pub mod patroni;

@@ -23,6 +23,7 @@ use super::silence::{Hearing, seen};
 use super::terms::TokenState;
 use super::token::no;
 use super::useless::UselessTokens;
+use crate::client::backoff::jitter;
 use crate::client::etcd::{Change, Etcd, If, Pair, Then};
 use crate::error::{Error, Result};
 
@@ -506,11 +507,4 @@ pub(super) fn audit(slot: &str, epoch: u64) -> String {
 /// The record of a slot's grants that is dropped with a new one: etcd's space has an end.
 pub(super) fn forgotten_audit(slot: &str, epoch: u64) -> Option<String> {
     epoch.checked_sub(AUDITED).filter(|epoch| *epoch > 0).map(|epoch| audit(slot, epoch))
-}
-
-/// Milliseconds until the next attempt: longer each time, never the same for two hubs.
-fn jitter(attempt: u64) -> u64 {
-    let mut byte = [0; 1];
-    let _ = getrandom::fill(&mut byte);
-    (2 << attempt.min(6)) * (128 + u64::from(byte[0])) / 256
 }

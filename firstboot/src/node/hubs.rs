@@ -13,11 +13,12 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
+use crate::client::backoff::chance;
 use crate::client::https::{Connection, request};
 use crate::error::{Error, Result};
 use crate::hub::etcd_access::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
 use crate::hub::token::signed_by_root;
-use crate::node::join::{chance, endpoint};
+use crate::node::join::endpoint;
 use crate::node::keys::Keys;
 use crate::node::neighbours::Neighbourhood;
 use crate::node::trust::{Decision, Heard, HubAnswer};

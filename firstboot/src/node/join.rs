@@ -1,20 +1,16 @@
 //! A node's side of joining: asks the hubs for a slot until one gives it.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, encoding};
 
+use crate::client::backoff::Pause;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
-pub use crate::node::hubs::Hubs;
-use crate::node::hubs::read;
+use crate::node::hubs::{Hubs, read};
 use crate::node::image::Image;
 use crate::node::keys::Keys;
-
-/// The longest pause between two attempts.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Asks until a hub gives a slot.
 ///
@@ -86,25 +82,6 @@ pub fn endpoint(hub: &Node, endpoints: &BTreeMap<String, String>) -> Option<Stri
     endpoints.get(&hub.name).or(hub.endpoint.as_ref()).cloned()
 }
 
-/// Pauses that grow from half a second to a minute, each by chance up to a half shorter.
-#[derive(Default)]
-pub struct Pause(u32);
-
-impl Pause {
-    pub fn longer(&mut self) -> Duration {
-        let full = (Duration::from_millis(500) * 2_u32.pow(self.0.min(8))).min(LONGEST_PAUSE);
-        self.0 += 1;
-        full.mul_f64(0.5 + chance(512) as f64 / 1024.0)
-    }
-}
-
-/// A number below `n`.
-pub(crate) fn chance(n: usize) -> usize {
-    let mut bytes = [0; 8];
-    let _ = getrandom::fill(&mut bytes);
-    usize::from_le_bytes(bytes) % n.max(1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,14 +95,5 @@ mod tests {
         other.reverse();
         assert_eq!(summed_up(one), "hub-1, hub-3: taken; hub-2 does not answer; hub-4: later");
         assert_eq!(summed_up(other), "hub-1, hub-3: taken; hub-2 does not answer; hub-4: later");
-    }
-
-    #[test]
-    fn pauses_grow_and_differ() {
-        let mut pause = Pause::default();
-        let pauses: Vec<Duration> = std::iter::repeat_with(|| pause.longer()).take(20).collect();
-        assert!(pauses[0] <= Duration::from_millis(500));
-        assert!(pauses[19] >= LONGEST_PAUSE / 2 && pauses.iter().all(|p| *p <= LONGEST_PAUSE));
-        assert!(pauses[10..].windows(2).any(|w| w[0] != w[1]));
     }
 }

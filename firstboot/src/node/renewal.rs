@@ -7,9 +7,9 @@ use fleet::{Grant, JoinReply, Node};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::node::hubs::Hubs;
 use crate::node::identity::{Identity, node_of};
 use crate::node::image::Image;
-use crate::node::join::Hubs;
 use crate::node::keys::Keys;
 use crate::node::state::{State, StateDir};
 
