@@ -18,8 +18,9 @@ use super::departures::Identified;
 use super::etcd_access::{MEMBER, PATRONI, USER_HEADER};
 use super::listener::{Member, Peer};
 use super::orders::{OrderLog, Signed};
-use super::token::{no, verify};
-use super::{refusals, rollout};
+use super::refusal::{self, no};
+use super::rollout;
+use super::token::verify;
 use crate::error::{Error, Result};
 use crate::node::neighbours::Neighbourhood;
 
@@ -277,7 +278,7 @@ fn reply(granted: Result<Grant, Refusal>) -> JoinReply {
     match granted {
         Ok(grant) => JoinReply::Granted(grant),
         Err(refusal) => {
-            refusals::log(&refusal);
+            refusal::log(&refusal);
             JoinReply::Refused(refusal)
         }
     }

@@ -18,10 +18,9 @@ use fleet::{Claims, JoinRequest, MeshKey, Node, Reason, Refusal, SlotRecord, Tok
 use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{oneshot, watch};
 
-use super::departures::gone;
+use super::refusal::{gone, no};
 use super::silence::{Hearing, seen};
 use super::terms::TokenState;
-use super::token::no;
 use super::useless::UselessTokens;
 use crate::client::backoff::jitter;
 use crate::client::etcd::{Change, Etcd, If, Pair, Then};

@@ -9,7 +9,7 @@ pub mod listener;
 pub mod orders;
 mod owners;
 mod rate;
-mod refusals;
+mod refusal;
 mod renewals;
 pub mod rollout;
 mod silence;

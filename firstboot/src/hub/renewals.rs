@@ -6,8 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fleet::{Reason, Refusal, Renewal, SlotRecord};
 
 use super::claims::{ClaimsDesk, Given, Keys, Taking};
-use super::departures::gone;
-use super::token::no;
+use super::refusal::{gone, no};
 use crate::client::etcd::Then;
 use crate::error::Result;
 

@@ -3,8 +3,7 @@
 use fleet::{Claims, JoinRequest, Reason, Refusal, SlotRecord};
 
 use super::claims::{ClaimsDesk, Given};
-use super::departures::gone;
-use super::token::no;
+use super::refusal::{gone, no};
 use crate::client::etcd::Pair;
 use crate::error::Result;
 

@@ -17,11 +17,10 @@ use crate::client::backoff::chance;
 use crate::client::https::{Connection, request};
 use crate::error::{Error, Result};
 use crate::hub::etcd_access::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
-use crate::hub::token::signed_by_root;
 use crate::node::join::endpoint;
 use crate::node::keys::Keys;
 use crate::node::neighbours::Neighbourhood;
-use crate::node::trust::{Decision, Heard, HubAnswer};
+use crate::node::trust::{Decision, Heard, HubAnswer, signed_by_root};
 
 /// How long a hub's mesh address may take before its public endpoint is asked.
 const MESH_PATIENCE: Duration = Duration::from_secs(2);

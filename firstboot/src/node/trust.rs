@@ -10,6 +10,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fleet::{MeshKey, Peers};
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use webpki::{EndEntityCert, ring::ECDSA_P256_SHA256};
 
 /// One hub's answer, and the TLS key that it came with.
 #[derive(Clone, Debug)]
@@ -210,6 +213,13 @@ fn agreed<T: Clone + PartialEq>(
         _ if values.is_empty() => Agreed::No,
         _ => Agreed::Open(values.into_iter().map(|(value, _)| value).collect()),
     }
+}
+
+/// Whether the fleet root's key made this signature.
+pub(crate) fn signed_by_root(root: &str, message: &[u8], signature: &[u8]) -> bool {
+    let Ok(cert) = CertificateDer::from_pem_slice(root.as_bytes()) else { return false };
+    EndEntityCert::try_from(&cert)
+        .is_ok_and(|cert| cert.verify_signature(ECDSA_P256_SHA256, message, signature).is_ok())
 }
 
 #[cfg(test)]

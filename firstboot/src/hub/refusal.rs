@@ -1,13 +1,23 @@
-//! The journal's part of refused joins: strangers must not fill it.
+//! Refusals: how they are made, and the journal's part of refused joins, which strangers must not fill.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fleet::Refusal;
+use fleet::{Reason, Refusal};
 
 /// Refusals that are logged within [`WINDOW`]; of the others the number.
 const MOST: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(10);
+
+/// Returns a refusal with this reason and text.
+pub(super) fn no(reason: Reason, text: &str) -> Refusal {
+    Refusal { reason, text: text.to_owned() }
+}
+
+/// Text for a machine whose slot has no owner any more.
+pub(super) fn gone(slot: &str) -> String {
+    format!("this machine was {slot}, and has left the fleet; wipe it and give it a new ticket to have it again")
+}
 
 /// The lines of one window.
 struct Window {
