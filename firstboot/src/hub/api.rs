@@ -15,13 +15,13 @@ use serde::Serialize;
 
 use super::claims::ClaimsDesk;
 use super::departures::Identified;
-use super::etcd_access::{MEMBER, PATRONI, USER_HEADER};
 use super::listener::{Member, Peer};
 use super::orders::{OrderLog, Signed};
 use super::refusal::{self, no};
 use super::rollout;
 use super::token::verify;
 use crate::error::{Error, Result};
+use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER};
 use crate::node::neighbours::Neighbourhood;
 
 /// What the API answers from.

@@ -16,7 +16,7 @@ use tokio_rustls::rustls::ClientConfig;
 use crate::client::backoff::chance;
 use crate::client::https::{Connection, request};
 use crate::error::{Error, Result};
-use crate::hub::etcd_access::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
+use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
 use crate::node::join::endpoint;
 use crate::node::keys::Keys;
 use crate::node::neighbours::Neighbourhood;

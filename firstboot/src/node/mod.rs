@@ -1,5 +1,6 @@
 //! What a node is and keeps: its identity, its keys, its state on the disk, its peers, and the hubs as it reaches them.
 
+pub mod etcd_user;
 pub mod hubs;
 pub mod identity;
 pub mod image;
