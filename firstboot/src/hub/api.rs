@@ -15,8 +15,8 @@ use serde::Serialize;
 
 use super::claims::ClaimsDesk;
 use super::departures::Identified;
-use super::listener::{Member, Peer};
 use super::orders::{OrderLog, Signed};
+use super::peer::{Member, Peer};
 use super::refusal::{self, no};
 use super::rollout;
 use super::token::verify;

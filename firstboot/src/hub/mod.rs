@@ -8,6 +8,7 @@ pub mod fence;
 pub mod listener;
 pub mod orders;
 mod owners;
+mod peer;
 mod rate;
 mod refusal;
 mod renewals;

@@ -11,7 +11,7 @@ use fleet::{
 };
 use hyper::http::request::Parts;
 
-use super::listener::Peer;
+use super::peer::Peer;
 use super::refusal::no;
 use crate::node::trust::signed_by_root;
 
