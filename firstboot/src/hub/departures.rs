@@ -4,7 +4,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{Eviction, Reason, Refusal, SlotRecord};
 
-use super::claims::{ClaimsDesk, Place, SLOTS, audit, forgotten_audit};
+use super::claims::ClaimsDesk;
+use super::records::{Place, SLOTS, audit, forgotten_audit};
 use super::refusal::no;
 use crate::client::etcd::{If, Then};
 use crate::error::{Error, Result};

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use fleet::{Secrets, SlotRecord, Topology};
 
-use super::claims::{ClaimsDesk, SLOTS};
+use super::claims::ClaimsDesk;
+use super::records::SLOTS;
 use crate::client::etcd::{Etcd, If, Then};
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{PATRONI, patroni_runs_with};

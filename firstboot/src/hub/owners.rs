@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use fleet::{MeshKey, SlotRecord};
 
-use super::claims::{ClaimsDesk, Owners, SLOTS};
+use super::claims::ClaimsDesk;
+use super::records::{Owners, SLOTS};
 use crate::client::etcd::Change;
 use crate::error::{Error, Result};
 use crate::node::state::SlotRecords;

@@ -5,7 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{Reason, Refusal, Renewal, SlotRecord};
 
-use super::claims::{ClaimsDesk, Given, Keys, Taking};
+use super::claims::ClaimsDesk;
+use super::records::{Given, Keys, Taking};
 use super::refusal::{gone, no};
 use crate::client::etcd::Then;
 use crate::error::Result;

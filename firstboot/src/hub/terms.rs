@@ -2,7 +2,8 @@
 
 use fleet::{Claims, JoinRequest, Reason, Refusal, SlotRecord};
 
-use super::claims::{ClaimsDesk, Given};
+use super::claims::ClaimsDesk;
+use super::records::Given;
 use super::refusal::{gone, no};
 use crate::client::etcd::Pair;
 use crate::error::Result;
