@@ -10,8 +10,10 @@ use std::process::Command;
 use fleet::Ticket;
 use fleet::netboot::Run;
 
+use super::command::{output, run};
+use super::progress::Tenths;
 use super::server::Server;
-use super::{output, run, trust};
+use super::trust;
 use crate::error::{Error, Result};
 
 /// A file system of its own: /run has no room for it.
@@ -71,7 +73,7 @@ fn fetch(server: &Server, errand: &Run) -> Result<()> {
     let told = || Error::io("write", Path::new(IMAGE));
     let mut file = File::create(IMAGE).map_err(told())?;
     let mut chunk = vec![0; CHUNK];
-    let mut tenths = super::Tenths::of(size);
+    let mut tenths = Tenths::of(size);
     for extent in [errand.root, errand.verity] {
         let mut body = server.read(&errand.image, extent)?;
         let mut left = extent.size;
