@@ -5,7 +5,7 @@ use fleet::encoding::encode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Etcd, contains};
+use super::gateway::{Etcd, contains};
 use crate::error::Result;
 
 const EXISTS: [&str; 2] = ["user name already exists", "role name already exists"];

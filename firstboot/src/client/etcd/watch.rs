@@ -11,7 +11,7 @@ use serde_json::json;
 use std::sync::atomic::Ordering;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::{Etcd, Kv, LONGEST, after, foreign, read};
+use super::gateway::{Etcd, Kv, LONGEST, after, foreign, read};
 use crate::client::https::Connection;
 use crate::error::{Error, Result};
 

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use super::sysupdate::{AUTHORITIES, TRANSFERS, source, transfers};
 use super::upstream::Upstream;
-use super::{AUTHORITIES, TRANSFERS, source, transfers};
 use crate::error::{Error, Result};
 
 /// What systemd-sysupdate verifies with, too.

@@ -313,7 +313,7 @@ mod tests {
         let list = folder.files["/db/a_2.blocks"].len() as u64;
         assert_eq!(folder.sent.load(Ordering::Relaxed), list + 1 + BLOCK as u64);
         // A Debian's own list of them, of more than a hundred.
-        https::client(&fs::read_to_string(super::super::AUTHORITIES).unwrap(), None).unwrap();
+        https::client(&fs::read_to_string(super::super::sysupdate::AUTHORITIES).unwrap(), None).unwrap();
         assert_ne!(loaded_from(&url, other.certificate(), &old, "a_2.efi").await.0, StatusCode::OK);
     }
 
