@@ -51,7 +51,7 @@ fn seeds_are_read_to_their_end() {
     accepts("profile", &|b| fleet::OverlayManifest::parse("f", b).is_ok());
     accepts("join", &|b| serde_json::from_slice::<fleet::JoinRequest>(b).is_ok());
     accepts("netboot", &|b| serde_json::from_slice::<fleet::netboot::Machine>(b).is_ok());
-    accepts("update", &|b| firstboot::update::download::blocks::Blocks::of_list(b).is_some());
+    accepts("update", &|b| fleet::blocks::Blocks::of_list(b).is_some());
     accepts("deb", &|b| builder::compose::deb::Deb::parse(b.to_vec()).is_ok());
     accepts("elf", &|b| builder::elf::needs(b).is_some());
 }

@@ -23,6 +23,10 @@ pub enum Error {
         "this machine was {slot}, and has left the fleet: it may be switched off; wiped and given a new ticket, it is a new node"
     )]
     Left { slot: String },
+    #[error(transparent)]
+    Ticket(#[from] fleet::netboot::SealError),
+    #[error(transparent)]
+    Image(#[from] fleet::netboot::UntrustedImage),
     /// Something that is not there now; trying again may help.
     #[error("{0}")]
     Failed(String),

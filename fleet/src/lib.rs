@@ -4,6 +4,7 @@
 //! Nothing here does I/O: callers hand in bytes and get values or [`Diagnostic`]s back, so
 //! that every rule can be tested without a disk, and fuzzed.
 
+pub mod blocks;
 mod certificate;
 mod diagnostic;
 pub mod encoding;

@@ -7,10 +7,9 @@ use std::sync::LazyLock;
 
 use builder::compose::deb::{Deb, data_entries};
 use firstboot::hub::token::verify;
-use firstboot::install::Key;
-use firstboot::update::download::blocks::{BLOCK, Blocks, missing, pieces};
 use firstboot::update::grub::Block;
-use fleet::netboot::{Errand, Machine, News, SealedTicket};
+use fleet::blocks::{BLOCK, Blocks, missing, pieces};
+use fleet::netboot::{Errand, Key, Machine, News, SealedTicket};
 use fleet::{
     Departure, Diagnostic, Fleet, Introduction, Issuer, JoinReply, JoinRequest, OverlayManifest, Peers, Profile,
     Profiles, Renewal, Report, Revocation, Rollout, RolloutRequest, SlotRecord, Ticket, Token, TokensRequest, Topology,

@@ -19,7 +19,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use firstboot::update::download::blocks::{Blocks, missing, pieces};
+use fleet::blocks::{Blocks, missing, pieces};
 use fleet::compare_versions;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};

@@ -10,7 +10,6 @@ mod disk;
 mod machine;
 mod memory;
 mod progress;
-mod sealed;
 mod server;
 mod trust;
 
@@ -18,14 +17,12 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use fleet::netboot::{Errand, Install, Machine, Step};
+use fleet::netboot::{Errand, Install, Key, Machine, Step, code};
 
 use command::run;
 use disk::Target;
 use progress::{Tenths, tell};
-pub use sealed::{Key, ReportKey, code, read_code, seal};
 use server::Server;
-pub use trust::signed_root;
 
 use crate::error::{Error, Result};
 

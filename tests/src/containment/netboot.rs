@@ -7,8 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use firstboot::client::https::{Connection, request};
-use firstboot::install::Key;
-use fleet::netboot::{Errand, Machine};
+use fleet::netboot::{Errand, Key, Machine};
 use fleet::{Right, Ticket, encoding};
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::digest::{SHA256, digest};

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use fleet::blocks::Piece;
 use http_body_util::BodyExt as _;
 use hyper::StatusCode;
 use hyper::body::Incoming;
 use tokio::time::{sleep, timeout};
 
-use super::blocks::Piece;
 use super::upstream::Upstream;
 use crate::client::https::Connection;
 use crate::error::{Error, Result};

@@ -4,7 +4,6 @@
 //! sums as anything else, and if that fails, everything is loaded.
 
 mod assembly;
-pub mod blocks;
 pub mod date;
 mod server;
 mod sysupdate;

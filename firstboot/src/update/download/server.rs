@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use fleet::blocks::{Blocks, missing, pieces};
 use futures_util::stream::try_unfold;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full, StreamBody};
@@ -16,7 +17,6 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
 use super::assembly::Assembly;
-use super::blocks::{Blocks, missing, pieces};
 use super::upstream::Upstream;
 use crate::error::{Error, Result};
 
@@ -175,9 +175,9 @@ fn passed_on(answer: Response<Incoming>) -> Response<Body> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::blocks::BLOCK;
     use super::*;
     use crate::client::https::{self, Identity};
+    use fleet::blocks::BLOCK;
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use tokio_rustls::TlsAcceptor;

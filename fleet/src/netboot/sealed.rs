@@ -1,8 +1,6 @@
 //! A ticket on its way over a network that others listen on: encrypted for the machine that asked. The
 //! same key agreement gives the key that the machine's reports are authenticated with.
 
-use fleet::encoding::{decode, encode};
-use fleet::netboot::{News, SealedTicket};
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::hkdf::{HKDF_SHA256, KeyType, Prk, Salt};
 use ring::hmac;
@@ -10,12 +8,18 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use crate::error::{Error, Result};
+use super::messages::{News, SealedTicket};
+use crate::encoding::{decode, encode};
 
 /// Symbols of a code: Crockford's base 32, which has no letter that looks like a digit.
 const SYMBOLS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
 /// Symbols of a code: 80 bits, so that no one can search for another key with the same code.
 const CODE: usize = 16;
+
+/// A ticket that cannot be encrypted or decrypted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct SealError(String);
 
 /// The machine's key pair, made for this boot and never written down.
 pub struct Key {
@@ -28,7 +32,7 @@ impl Key {
     ///
     /// # Errors
     /// The kernel gives no randomness.
-    pub fn generate() -> Result<Self> {
+    pub fn generate() -> Result<Self, SealError> {
         let mut bytes = [0; 32];
         getrandom::fill(&mut bytes).map_err(|e| failed(&format!("the kernel gives no randomness: {e}")))?;
         let secret = StaticSecret::from(bytes);
@@ -46,7 +50,7 @@ impl Key {
     ///
     /// # Errors
     /// The ticket was encrypted for another key, or was changed on its way.
-    pub fn open(&self, sealed: &SealedTicket) -> Result<(Vec<u8>, ReportKey)> {
+    pub fn open(&self, sealed: &SealedTicket) -> Result<(Vec<u8>, ReportKey), SealError> {
         let mut content = decode(&sealed.content).ok_or_else(|| failed("the ticket is not base64"))?;
         let (key, report) = agree(&self.secret, &sealed.key, &sealed.key, &self.public)?;
         let open = key.open_in_place(nonce(), Aad::empty(), &mut content);
@@ -59,7 +63,7 @@ impl Key {
 ///
 /// # Errors
 /// `to` is not an X25519 key.
-pub fn seal(content: &[u8], to: &str) -> Result<(SealedTicket, ReportKey)> {
+pub fn seal(content: &[u8], to: &str) -> Result<(SealedTicket, ReportKey), SealError> {
     let own = Key::generate()?;
     let mut content = content.to_vec();
     let (key, report) = agree(&own.secret, to, &own.public, to)?;
@@ -142,7 +146,12 @@ impl KeyType for Secret32 {
 }
 
 /// The ticket's key and the reports' key that `secret` and the other's public key agree on.
-fn agree(secret: &StaticSecret, other: &str, server: &str, machine: &str) -> Result<(LessSafeKey, ReportKey)> {
+fn agree(
+    secret: &StaticSecret,
+    other: &str,
+    server: &str,
+    machine: &str,
+) -> Result<(LessSafeKey, ReportKey), SealError> {
     let bytes = decode(other).and_then(|b| <[u8; 32]>::try_from(b).ok());
     let other = PublicKey::from(bytes.ok_or_else(|| failed("the key is not an X25519 key in base64"))?);
     let shared = secret.diffie_hellman(&other);
@@ -168,14 +177,14 @@ fn nonce() -> Nonce {
     Nonce::assume_unique_for_key([0; 12])
 }
 
-fn failed(why: &str) -> Error {
-    Error::Failed(why.to_owned())
+fn failed(why: &str) -> SealError {
+    SealError(why.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::messages::{Machine, Step};
     use super::*;
-    use fleet::netboot::{Machine, Step};
 
     #[test]
     fn only_who_asked_reads_it() {

@@ -1,5 +1,4 @@
-//! What a machine that booted from the network and `bakehouse netboot` say to each other: JSON over
-//! HTTP, on the network that both are on.
+//! Messages between a machine and the server.
 
 use std::fmt;
 use std::str::FromStr;
