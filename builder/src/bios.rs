@@ -7,7 +7,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use firstboot::update::grub::Block;
+use fleet::grubenv::Block;
 
 use crate::error::{Error, Result, fail};
 use crate::tools::{Tools, run};
@@ -120,7 +120,7 @@ fn placed(boot: &[u8], core: &mut [u8]) -> Option<[u8; RECORD]> {
 pub fn files(image: &str) -> Result<[(String, Vec<u8>); 2]> {
     let block = Block { good: image.to_owned(), ..Block::default() };
     let block = block.render().map_err(|e| Error::Failed(e.to_string()))?;
-    Ok([("grub/grub.cfg".to_owned(), CONFIG.into()), (firstboot::update::grub::BLOCK.to_owned(), block)])
+    Ok([("grub/grub.cfg".to_owned(), CONFIG.into()), (fleet::grubenv::BLOCK.to_owned(), block)])
 }
 
 /// What GRUB executes in a UKI, which is its disk `uki`: kernel and initrd are at these bytes of it.
@@ -202,8 +202,8 @@ mod tests {
     fn grub_executes_what_an_image_brings() {
         let place = format!("source (uki){}+{}\n", SCRIPT.start / SECTOR, SCRIPT.len() / SECTOR);
         assert!(CONFIG.contains(&place), "{place}");
-        for left in 0..=firstboot::update::grub::TRIES {
-            assert!(CONFIG.contains(&format!(" +{left}-{}.efi", firstboot::update::grub::TRIES - left)));
+        for left in 0..=fleet::grubenv::TRIES {
+            assert!(CONFIG.contains(&format!(" +{left}-{}.efi", fleet::grubenv::TRIES - left)));
         }
     }
 

@@ -27,6 +27,8 @@ pub enum Error {
     Ticket(#[from] fleet::netboot::SealError),
     #[error(transparent)]
     Image(#[from] fleet::netboot::UntrustedImage),
+    #[error(transparent)]
+    Grub(#[from] fleet::grubenv::TooLong),
     /// Something that is not there now; trying again may help.
     #[error("{0}")]
     Failed(String),

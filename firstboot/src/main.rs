@@ -9,8 +9,9 @@ use firstboot::host::journal::Event;
 use firstboot::host::systemd::Systemd;
 use firstboot::node::image::Image;
 use firstboot::update::boot_entries::{Boots, ENTRIES};
-use firstboot::update::grub::{self, keep_in_step};
+use firstboot::update::grub::keep_in_step;
 use firstboot::update::health::healthy;
+use fleet::grubenv::BLOCK;
 
 /// Where the EFI partition is mounted.
 const ESP: &str = "/efi";
@@ -110,7 +111,7 @@ async fn signed() -> Result<()> {
 async fn in_step(good: bool) -> Result<()> {
     let esp = Path::new(ESP);
     // Under UEFI systemd-boot counts; a disk of an older version has no GRUB.
-    if Path::new("/sys/firmware/efi").exists() || !esp.join(grub::BLOCK).exists() {
+    if Path::new("/sys/firmware/efi").exists() || !esp.join(BLOCK).exists() {
         return Ok(());
     }
     let image = Image::read(&Paths::of_node().image)?;

@@ -8,6 +8,7 @@ pub mod blocks;
 mod certificate;
 mod diagnostic;
 pub mod encoding;
+pub mod grubenv;
 mod join;
 mod lint;
 mod membership;

@@ -7,8 +7,8 @@ use std::sync::LazyLock;
 
 use builder::compose::deb::{Deb, data_entries};
 use firstboot::hub::token::verify;
-use firstboot::update::grub::Block;
 use fleet::blocks::{BLOCK, Blocks, missing, pieces};
+use fleet::grubenv::Block;
 use fleet::netboot::{Errand, Key, Machine, News, SealedTicket};
 use fleet::{
     Departure, Diagnostic, Fleet, Introduction, Issuer, JoinReply, JoinRequest, OverlayManifest, Peers, Profile,

@@ -6,60 +6,20 @@ use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::path::Path;
 
+use fleet::grubenv::{BLOCK, Block, TRIES};
+
 use crate::error::{Error, Result};
 use crate::update::boot_entries::{Boots, ENTRIES, split};
 
-/// GRUB's environment block, below the EFI partition.
-pub const BLOCK: &str = "grub/grubenv";
-/// How often a new image is tried.
-pub const TRIES: u32 = 3;
-
-/// What a block begins with; the rest is lines of `name=value`, filled up with `#`.
-const HEAD: &str = "# GRUB Environment Block\n";
-const SIZE: usize = 1024;
-
-/// What GRUB knows: entries are names of images (`ID_VERSION`).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Block {
-    /// The image that it starts.
-    pub good: String,
-    /// A newer one, which it tries first while there are tries.
-    pub next: String,
-    pub tries: u32,
+fn read(path: &Path) -> Result<Block> {
+    fs::read_to_string(path).map(|text| Block::parse(&text)).map_err(Error::io("read", path))
 }
 
-impl Block {
-    #[must_use]
-    pub fn parse(text: &str) -> Self {
-        let value = |name: &str| {
-            text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default().to_owned()
-        };
-        Self { good: value("good"), next: value("next"), tries: value("tries").parse().unwrap_or(0) }
-    }
-
-    /// # Errors
-    /// The names are too long.
-    pub fn render(&self) -> Result<Vec<u8>> {
-        let Self { good, next, tries } = self;
-        let mut bytes = format!("{HEAD}good={good}\nnext={next}\ntries={tries}\n").into_bytes();
-        // What changes is in one sector, which a disk writes whole or not at all.
-        if bytes.len() > SIZE / 2 {
-            return Err(Error::Failed(format!("{good} and {next} don't fit in GRUB's environment block")));
-        }
-        bytes.resize(SIZE, b'#');
-        Ok(bytes)
-    }
-
-    fn read(path: &Path) -> Result<Self> {
-        fs::read_to_string(path).map(|text| Self::parse(&text)).map_err(Error::io("read", path))
-    }
-
-    /// Over what is there: GRUB knows the file by its sectors.
-    fn write(&self, path: &Path) -> Result<()> {
-        let bytes = self.render()?;
-        let mut file = OpenOptions::new().write(true).open(path).map_err(Error::io("open", path))?;
-        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", path))
-    }
+/// Over what is there: GRUB knows the file by its sectors.
+fn write(block: &Block, path: &Path) -> Result<()> {
+    let bytes = block.render()?;
+    let mut file = OpenOptions::new().write(true).open(path).map_err(Error::io("open", path))?;
+    file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", path))
 }
 
 /// Brings the entries' names and GRUB's block in step on the EFI partition `esp`; `good` says that
@@ -71,13 +31,13 @@ impl Block {
 pub fn keep_in_step(esp: &Path, id: &str, running: &str, good: bool) -> Result<bool> {
     let (path, entries) = (esp.join(BLOCK), esp.join(ENTRIES));
     let name = |version: &str| format!("{id}_{version}");
-    let before = Block::read(&path)?;
+    let before = read(&path)?;
     let mut block = before.clone();
     if good {
         // GRUB first: an entry without tries that GRUB doesn't start would look like one that failed.
         block = Block { good: name(running), ..Block::default() };
         if block != before {
-            block.write(&path)?;
+            write(&block, &path)?;
         }
         rename(&entries, id, running, "")?;
     } else if let Some(version) = block.next.strip_prefix(id).and_then(|v| v.strip_prefix('_')) {
@@ -87,7 +47,7 @@ pub fn keep_in_step(esp: &Path, id: &str, running: &str, good: bool) -> Result<b
     let boots = Boots::read(&entries, id)?;
     if let Some(version) = boots.pending(running).filter(|v| block.next != name(v)) {
         let block = Block { good: name(running), next: name(version), tries: TRIES };
-        block.write(&path)?;
+        write(&block, &path)?;
     }
     Ok(!boots.is_blessed(running))
 }
@@ -139,13 +99,13 @@ mod tests {
         }
 
         fn block(&self) -> Block {
-            Block::read(&self.0.path().join(BLOCK)).unwrap()
+            read(&self.0.path().join(BLOCK)).unwrap()
         }
 
         /// As GRUB does before it starts the next image.
         fn tried(&self) {
             let block = self.block();
-            Block { tries: block.tries - 1, ..block }.write(&self.0.path().join(BLOCK)).unwrap();
+            write(&Block { tries: block.tries - 1, ..block }, &self.0.path().join(BLOCK)).unwrap();
         }
     }
 
@@ -209,20 +169,5 @@ mod tests {
         assert!(esp.step("2", false), "the name was not changed yet");
         assert!(!esp.step("2", true));
         assert_eq!(esp.names(), ["up-hub_1.efi", "up-hub_2.efi"]);
-    }
-
-    #[test]
-    fn a_block_is_of_grubs_form() {
-        let bytes = block("a_1", "a_2", 3).render().unwrap();
-        assert_eq!(bytes.len(), SIZE);
-        assert!(bytes.starts_with(b"# GRUB Environment Block\ngood=a_1\nnext=a_2\ntries=3\n####"));
-        assert!(block(&"x".repeat(600), "", 0).render().is_err());
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn no_text_panics(text: String) {
-            let _ = Block::parse(&text);
-        }
     }
 }

@@ -11,6 +11,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use fleet::grubenv::TRIES;
 use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology, compare_versions};
 
 use crate::client::patroni::Patroni;
@@ -21,7 +22,6 @@ use crate::host::systemd::Systemd;
 use crate::node::image::ImageInfo;
 use crate::node::state::{PassedOver, StateDir};
 use crate::update::boot_entries::Boots;
-use crate::update::grub::TRIES;
 
 /// How often it is told.
 const ROUND: Duration = Duration::from_secs(30);
