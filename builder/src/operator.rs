@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use firstboot::client::https::{self, Connection};
-use firstboot::node::join::endpoint;
 use fleet::{
     Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
     TokensRequest, Topology, compare_versions, encoding,
@@ -104,7 +103,7 @@ impl Hubs<'_> {
         let runtime = runtime.map_err(|e| Error::Failed(format!("cannot reach the network: {e}")))?;
         let mut said = Vec::new();
         for hub in hubs {
-            let Some(host) = endpoint(hub, &self.endpoints) else { continue };
+            let Some(host) = hub.endpoint_in(&self.endpoints) else { continue };
             let order = order.clone().with_scope(OrderScope {
                 path: T::PATH.to_owned(),
                 hub: hub.name.clone(),

@@ -17,7 +17,6 @@ use crate::client::backoff::chance;
 use crate::client::https::{Connection, request};
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
-use crate::node::join::endpoint;
 use crate::node::keys::Keys;
 use crate::node::neighbours::Neighbourhood;
 use crate::node::trust::{Decision, Heard, HubAnswer, signed_by_root};
@@ -58,7 +57,7 @@ impl Hubs {
     #[must_use]
     pub fn of(topology: &Topology, endpoints: &BTreeMap<String, String>, own: &str, tls: Arc<ClientConfig>) -> Self {
         let of = |hub: &Node| {
-            let public = endpoint(hub, endpoints)?;
+            let public = hub.endpoint_in(endpoints)?;
             Some(HubAddress { slot: hub.name.clone(), public, mesh: hub.address.to_string() })
         };
         let hubs = topology.hubs.iter().filter(|h| h.name != own).filter_map(of).collect();

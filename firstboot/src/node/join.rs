@@ -1,8 +1,6 @@
 //! A node's side of joining: asks the hubs for a slot until one gives it.
 
-use std::collections::BTreeMap;
-
-use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, Node, PROTOCOL, encoding};
+use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, PROTOCOL, encoding};
 
 use crate::client::backoff::Pause;
 use crate::error::{Error, Result};
@@ -74,12 +72,6 @@ fn summed_up(mut answers: Vec<(&str, std::result::Result<String, String>)>) -> S
         if hubs.is_empty() { text } else { format!("{}: {text}", hubs.join(", ")) }
     };
     lines.into_iter().map(line).collect::<Vec<_>>().join("; ")
-}
-
-/// Where a hub is reached.
-#[must_use]
-pub fn endpoint(hub: &Node, endpoints: &BTreeMap<String, String>) -> Option<String> {
-    endpoints.get(&hub.name).or(hub.endpoint.as_ref()).cloned()
 }
 
 #[cfg(test)]

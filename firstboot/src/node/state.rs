@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use fleet::{Issuer, MeshKey, Secrets, SlotRecord, Topology};
+use fleet::{Issuer, MeshKey, STATE_VERSION, Secrets, SlotRecord, Topology};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -66,9 +66,7 @@ pub struct Neighbours {
 }
 
 impl State {
-    /// Format of the file where it is sealed.
-    pub const VERSION: u16 = 3;
-    /// Format of what is in it, and of a file that is not sealed.
+    /// Format of what is in the file, and of a file that is not sealed; [`STATE_VERSION`] is the sealed file's.
     const OPEN: u16 = 2;
     const FILE: &str = "state.json";
 
@@ -90,13 +88,13 @@ impl State {
     /// # Errors
     /// The file is there and is not a state: nothing is guessed.
     pub fn load(dir: &StateDir) -> Result<Option<Self>> {
-        dir.read(Self::FILE, Self::OPEN..=Self::VERSION)
+        dir.read(Self::FILE, Self::OPEN..=STATE_VERSION)
     }
 
     /// # Errors
     /// The disk says no; what was there before still is.
     pub fn store(&self, dir: &StateDir) -> Result<()> {
-        dir.write(Self::FILE, Self::VERSION, self)
+        dir.write(Self::FILE, STATE_VERSION, self)
     }
 }
 
