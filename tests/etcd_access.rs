@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::Site;
 use firstboot::client::etcd::{Etcd, Then};
-use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::departures::Identified;
 use firstboot::hub::etcd_access::{Access, EtcdAccess, ROOT};
@@ -24,6 +23,7 @@ use fleet::{
     Fleet, Founder, Introduction, Issuer, MeshKey, Node, PROTOCOL, PrivateKey, PublicKey, Right, Secrets, Ticket,
     Topology, encoding,
 };
+use fleet_https::{Connection, Identity, request};
 
 /// A node's certificate and key, PEM.
 struct Shown {
@@ -73,7 +73,7 @@ async fn only_hubs_and_databases_are_clients_of_etcd_and_only_voters_are_peers()
         [("hub-2", true, true), ("db-1", true, false), ("app-1", false, false), ("monitor-1", false, false)]
     {
         let shown = Shown::node(&site, name);
-        let tls = https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
         for (what, (host, port), method, path, may) in [
             ("client", site.cluster.clients()[0].clone(), "POST", "/v3/kv/range", is_client),
             ("peer", site.cluster.peer(0), "GET", "/members", is_peer),
@@ -123,7 +123,7 @@ async fn a_password_is_for_hubs_and_patronis_own_keys() {
     assert_eq!(access(2).step().await.expect("etcd"), Access::WaitsForRollout);
     connected.transact(&[], &[Then::Delete("/bakehouse/rollout/turn")]).await.expect("etcd");
     assert_eq!(access(2).step().await.expect("etcd"), waits(&["db-1"]));
-    let tls = https::client(site.root.certificate(), Some(Identity { cert: &grant.cert, key: db.tls.pem() }))
+    let tls = fleet_https::client(site.root.certificate(), Some(Identity { cert: &grant.cert, key: db.tls.pem() }))
         .expect("a certificate");
     let mut hub = Connection::open("127.0.0.1", 26_300, "hub-1", &tls).await.expect("the hub answers");
     let asked = request("GET", "hub", "/v1/peers", &[(USER_HEADER, PATRONI)], bytes::Bytes::new()).expect("a request");
@@ -288,10 +288,10 @@ async fn an_issuer_signs_what_is_its_own() {
 
 /// Whether a client of the fleet believes that a server is `name`, and the server believes the client.
 async fn handshake(root: &Issuer, shown: &Shown, name: &str) -> bool {
-    let server = https::server(root.certificate(), shown.identity()).expect("a certificate");
+    let server = fleet_https::server(root.certificate(), shown.identity()).expect("a certificate");
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let port = listener.local_addr().expect("loopback").port();
-    let client = https::client(root.certificate(), Some(shown.identity())).expect("a certificate");
+    let client = fleet_https::client(root.certificate(), Some(shown.identity())).expect("a certificate");
     let served = tokio::spawn(async move {
         let (tcp, _) = listener.accept().await.expect("loopback");
         tokio_rustls::TlsAcceptor::from(server).accept(tcp).await.is_ok()
@@ -322,12 +322,12 @@ async fn a_voter_that_is_no_hub_is_entered_by_hubs_and_signs_nobody_to_etcd() {
         (0, &Shown::of(&issuer, &site.topology, node("hub-1")), false),
         (0, &Shown::of(&issuer, &site.topology, node("db-1")), false),
     ] {
-        let tls = https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
         let one = vec![site.cluster.clients()[member].clone()];
         assert_eq!(Etcd::new(one, tls).get(&["/bakehouse/test"]).await.is_ok(), may, "member {member}");
     }
 
-    let tls = https::client(site.root.certificate(), Some(own.identity())).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(own.identity())).expect("a certificate");
     let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
     let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([7; 32]), epoch: 1 };
     let answers = hubs.introduce(&introduction, |_| false).await;
@@ -347,7 +347,7 @@ async fn a_voter_that_is_no_hub_is_entered_by_hubs_and_signs_nobody_to_etcd() {
     }
     // Another machine with the founder's ticket is told that the slot is taken, and changes nothing.
     let other = Shown::of(&issuer, &site.topology, node("hub-3"));
-    let tls = https::client(site.root.certificate(), Some(other.identity())).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(other.identity())).expect("a certificate");
     let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
     let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([8; 32]), epoch: 1 };
     let begun = Instant::now();

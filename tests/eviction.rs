@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, scope};
-use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::member::follow_hubs;
 use firstboot::node::hubs::Hubs;
 use firstboot::node::neighbours::Neighbourhood;
 use fleet::{
     Answer, Departure, Doing, Grant, Introduction, JoinReply, MeshKey, PROTOCOL, Peers, PrivateKey, Report, SignedOrder,
 };
+use fleet_https::{Connection, Identity, request};
 
 const ATTACKER: MeshKey = MeshKey([66; 32]);
 
@@ -164,7 +164,7 @@ impl Worker {
         let dir = tempfile::tempdir().expect("a folder");
         let known = Arc::new(Neighbourhood::load(dir.path(), grant.hubs.clone()));
         let own = Identity { cert: &grant.cert, key: node.tls.pem() };
-        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
         let hubs = Hubs::of(&site.topology, &BTreeMap::new(), &grant.slot, tls);
         let hubs = hubs.known_by(known.clone()).with_root(site.root.certificate()).over_mesh();
         let hubs = Arc::new(hubs);
@@ -202,7 +202,7 @@ async fn an_evicted_founder_is_refused_by_a_hub_that_has_just_started_without_et
         let issuer = site.root.issuer("acme", slot).expect("a root");
         let cert = issuer.node(&site.topology, &site.topology.hubs[i], &key.public().expect("a key")).expect("a key");
         let own = Identity { cert: &cert, key: key.pem() };
-        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
         let ask = async |method: &str, path: &str, body: Vec<u8>| {
             let mut hub = Connection::open("127.0.0.1", 25_000, "hub-1", &tls).await.expect("a hub");
             hub.ask(request(method, "hub", path, &[], body.into()).expect("HTTP"), 1 << 16).await

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::Site;
 use firstboot::client::etcd::{Etcd, If, Then};
-use firstboot::client::https;
 use firstboot::hub::fence::{self, Fence, FenceState};
 use firstboot::node::neighbours::Neighbourhood;
 use fleet::MeshKey;
@@ -112,7 +111,7 @@ async fn a_member_that_does_not_answer_is_given_up_for_the_next() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     // Others may have to choose a leader; whoever waits for the frozen one does for ten seconds.
-    assert!(asked.elapsed() < https::PATIENCE, "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < fleet_https::PATIENCE, "{:?}", asked.elapsed());
 }
 
 /// etcd is gone just when a hub has shut the primary out and is about to say so.

@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
-use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::node::hubs::Hubs;
 use firstboot::node::identity::identity;
 use firstboot::node::image::{Image, ImageInfo};
 use firstboot::node::renewal::{is_pending, renew};
 use firstboot::node::state::StateDir;
 use fleet::{Issuer, JoinReply, Joiner, PROTOCOL, Reason, Right, Ticket, encoding};
+use fleet_https::{Connection, Identity, request};
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -78,7 +78,7 @@ async fn a_token_is_good_for_what_it_says_and_the_same_key_gets_the_same_grant()
     assert_eq!((new.slot.as_str(), new.epoch), ("db-1", 2));
     assert_eq!(refused(site.insist(&node, 1).await), Reason::Fenced);
     let own = Identity { cert: &first.cert, key: node.tls.pem() };
-    let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let mut hub = Connection::open("127.0.0.2", 21_300, "hub-2", &tls).await.expect("a hub");
@@ -218,7 +218,7 @@ async fn who_leaves_makes_room_and_does_not_come_back() {
 async fn who_shows_no_certificate_is_told_nothing() {
     let site = Site::open(21_600, "db.count = 1\n");
     site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await;
-    let tls = https::client(site.root.certificate(), None).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), None).expect("a certificate");
     for (method, path, status) in
         [("GET", "/v1/peers", "401"), ("POST", "/v1/introduce", "401"), ("GET", "/", "404"), ("GET", "/v1/join", "404")]
     {
@@ -425,7 +425,7 @@ async fn old_keys_are_renewed_once_and_are_nobodys_from_then_on() {
         tls_key: encoding::encode(other.tls.public().expect("a key").as_bytes()),
     };
     let own = Identity { cert: &second.state.cert, key: second.keys.tls.pem() };
-    let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
     let mut hub = Connection::open("127.0.0.1", 23_500, "hub-1", &tls).await.expect("a hub");
     let body = serde_json::to_vec(&asked).expect("JSON");
     let answer = hub.ask(request("POST", "hub", "/v1/renew", &[], body.into()).expect("HTTP"), 1 << 16).await;

@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use firstboot::client::https::{self, Connection};
 use fleet::{
     Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
     TokensRequest, Topology, compare_versions, encoding,
 };
+use fleet_https::{self as https, Connection};
 use serde::de::DeserializeOwned;
 
 use crate::authority::{Authority, random};

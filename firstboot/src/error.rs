@@ -54,3 +54,14 @@ impl Error {
         if matches!(self, Self::Configuration(_) | Self::Fenced { .. } | Self::Left { .. }) { 78 } else { 1 }
     }
 }
+
+impl From<fleet_https::Error> for Error {
+    fn from(e: fleet_https::Error) -> Self {
+        match e {
+            fleet_https::Error::Configuration(why) => Self::Configuration(why),
+            fleet_https::Error::Failed(why) => Self::Failed(why),
+            fleet_https::Error::Network { to, why } => Self::Network { to, why },
+            fleet_https::Error::Certificate(e) => Self::Certificate(e),
+        }
+    }
+}

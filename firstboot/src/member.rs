@@ -10,7 +10,6 @@ use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 
 use crate::client::backoff::{Pause, round};
 use crate::client::etcd::Etcd;
-use crate::client::https;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
@@ -180,9 +179,9 @@ impl Member {
             neighbourhood: self.who.neighbourhood.clone(),
             orders: OrderLog::default(),
         };
-        let own = https::Identity { cert: &state.cert, key: self.who.keys.tls.pem() };
+        let own = fleet_https::Identity { cert: &state.cert, key: self.who.keys.tls.pem() };
         let at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, self.topology.mesh.port));
-        serve(Arc::new(hub), at, https::server(&state.root, own)?).await
+        serve(Arc::new(hub), at, fleet_https::server(&state.root, own)?).await
     }
 
     /// Introduces this hub to the others, again and again: founders find each other before there is an etcd.

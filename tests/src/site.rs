@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use firstboot::client::etcd::Etcd;
-use firstboot::client::https::{self, Connection, Identity, request};
 use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::etcd_access::ROOT;
@@ -20,6 +19,7 @@ use fleet::{
     Reason, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, SignedOrder, Tokens, TokensRequest, Topology,
     encoding,
 };
+use fleet_https::{Connection, Identity, request};
 
 use crate::Cluster;
 
@@ -139,7 +139,7 @@ impl Site {
             orders: OrderLog::default(),
         });
         let at: SocketAddr = format!("127.0.0.{}:{}", i + 1, self.topology.mesh.port).parse().expect("an address");
-        let tls = https::server(self.root.certificate(), own).expect("a certificate");
+        let tls = fleet_https::server(self.root.certificate(), own).expect("a certificate");
         let topology = self.topology.clone();
         tokio::spawn(async move {
             let followed = async {
@@ -172,7 +172,7 @@ impl Site {
         let issuer = self.root.issuer("acme", &node.name).expect("a root");
         let cert = issuer.node(&self.topology, node, &self.keys[0].public().expect("a key")).expect("an issuer");
         let own = Identity { cert: &cert, key: self.keys[0].pem() };
-        let tls = https::client(self.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(self.root.certificate(), Some(own)).expect("a certificate");
         let (host, port) = &self.cluster.clients()[0];
         let mut etcd = Connection::open(host, *port, host, &tls).await.expect("etcd");
         let body = serde_json::to_vec(body).expect("JSON");
@@ -185,7 +185,7 @@ impl Site {
         let mut members = self.cluster.clients();
         let first = i % members.len();
         members.rotate_left(first);
-        Etcd::new(members, https::client(self.root.certificate(), Some(own)).expect("a certificate"))
+        Etcd::new(members, fleet_https::client(self.root.certificate(), Some(own)).expect("a certificate"))
     }
 
     /// A token of the fleet's root: good for one node, for ever, unless changed.
@@ -228,7 +228,7 @@ impl Site {
         body: Vec<u8>,
     ) -> Result<bytes::Bytes, String> {
         let own = Identity { cert: &grant.cert, key: who.tls.pem() };
-        let tls = https::client(self.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(self.root.certificate(), Some(own)).expect("a certificate");
         let (host, name) = (format!("127.0.0.{}", hub + 1), self.topology.hubs[hub].name.clone());
         let asked = async {
             let mut connection = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
@@ -254,7 +254,7 @@ impl Site {
         root: &Issuer,
     ) -> Result<bytes::Bytes, String> {
         let body = serde_json::to_vec(order).expect("JSON");
-        let tls = https::client(self.root.certificate(), None).expect("a certificate");
+        let tls = fleet_https::client(self.root.certificate(), None).expect("a certificate");
         let asked = async {
             let (host, name) = (format!("127.0.0.{}", hub + 1), format!("hub-{}", hub + 1));
             let mut hub = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
@@ -349,7 +349,7 @@ pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot
     };
     let body = serde_json::to_vec(&asked).expect("JSON");
     let host = format!("127.0.0.{}", hub + 1);
-    let tls = https::client(&root, None).expect("a certificate");
+    let tls = fleet_https::client(&root, None).expect("a certificate");
     let mut connection = Connection::open(&host, port, &format!("hub-{}", hub + 1), &tls).await?;
     let sign = |message: &[u8]| asker.joiner.key.sign(message);
     let answer = connection.post_signed("/v1/join", &body, sign, fleet::LONGEST).await?;

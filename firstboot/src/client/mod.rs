@@ -2,5 +2,4 @@
 
 pub mod backoff;
 pub mod etcd;
-pub mod https;
 pub mod patroni;

@@ -8,8 +8,8 @@ use fleet::{Node, Topology};
 use serde_json::Value;
 use tokio_rustls::rustls::ClientConfig;
 
-use crate::client::https::{Connection, request};
 use crate::error::{Error, Result};
+use fleet_https::{Connection, request};
 
 const PORT: u16 = 8008;
 /// Longest answer that is read.
@@ -97,7 +97,7 @@ impl Patroni {
     async fn ask(&self, method: &str, path: &str, body: &str) -> Result<Bytes> {
         let mut connection = Connection::open(&self.address, PORT, &self.address, &self.tls).await?;
         let headers = [("content-type", "application/json")];
-        connection.ask(request(method, &self.address, path, &headers, body.to_owned().into())?, LONGEST).await
+        Ok(connection.ask(request(method, &self.address, path, &headers, body.to_owned().into())?, LONGEST).await?)
     }
 }
 

@@ -4,8 +4,6 @@ use fleet::ChannelBinding;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
-use crate::client::https;
-
 /// The other end of a connection.
 pub(super) struct Peer {
     /// The node that it authenticated as; `None` without a client certificate.
@@ -26,7 +24,7 @@ impl Member {
     pub(super) fn of(cert: &CertificateDer) -> Option<Self> {
         let cert = EndEntityCert::try_from(cert).ok()?;
         let slot = cert.valid_dns_names().next()?.to_owned();
-        let tls_key = https::tls_key(&cert)?;
+        let tls_key = fleet_https::tls_key(&cert)?;
         Some(Self { slot, tls_key })
     }
 }

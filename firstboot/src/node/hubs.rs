@@ -14,12 +14,12 @@ use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
 use crate::client::backoff::chance;
-use crate::client::https::{Connection, request};
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
 use crate::node::keys::Keys;
 use crate::node::neighbours::Neighbourhood;
 use crate::node::trust::{Decision, Heard, HubAnswer, signed_by_root};
+use fleet_https::{Connection, request};
 
 /// How long a hub's mesh address may take before its public endpoint is asked.
 const MESH_PATIENCE: Duration = Duration::from_secs(2);
@@ -131,7 +131,7 @@ impl Hubs {
 
     /// Opens a connection at the public endpoint.
     pub(crate) async fn public(&self, hub: &HubAddress) -> Result<Connection> {
-        Connection::open(&hub.public, self.port, &hub.slot, &self.tls).await
+        Ok(Connection::open(&hub.public, self.port, &hub.slot, &self.tls).await?)
     }
 
     async fn connect(&self, hub: &HubAddress) -> Result<Connection> {
@@ -152,7 +152,7 @@ impl Hubs {
             let why = "the other hubs know it by another key: it is not asked until they name this one".to_owned();
             return Err(Error::Network { to: hub.slot.clone(), why });
         }
-        connection.ask(request(method, "hub", path, &[], body.to_vec().into())?, LONGEST).await
+        Ok(connection.ask(request(method, "hub", path, &[], body.to_vec().into())?, LONGEST).await?)
     }
 
     /// The first hub's answer, of those that are current.

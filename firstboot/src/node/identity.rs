@@ -8,7 +8,6 @@ use std::sync::Arc;
 use fleet::{Founder, Grant, Joiner, MeshKey, Node, Right, Ticket};
 use tokio_rustls::rustls::ClientConfig;
 
-use crate::client::https;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
@@ -32,7 +31,8 @@ impl Identity {
     /// # Errors
     /// What it keeps does not fit together.
     pub fn client(&self) -> Result<Arc<ClientConfig>> {
-        https::client(&self.state.root, Some(https::Identity { cert: &self.state.cert, key: self.keys.tls.pem() }))
+        let own = fleet_https::Identity { cert: &self.state.cert, key: self.keys.tls.pem() };
+        Ok(fleet_https::client(&self.state.root, Some(own))?)
     }
 }
 
@@ -68,8 +68,12 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
             match &founder.replaces {
                 None => (keys, state, BTreeMap::new()),
                 Some(joiner) => {
-                    let hubs =
-                        Hubs::of(&image.topology, &ticket.endpoints, &node.name, https::client(&ticket.root, None)?);
+                    let hubs = Hubs::of(
+                        &image.topology,
+                        &ticket.endpoints,
+                        &node.name,
+                        fleet_https::client(&ticket.root, None)?,
+                    );
                     let grant = join(&hubs, joiner, image, &keys).await?;
                     (keys, State { epoch: grant.epoch, ..state }, grant.hubs)
                 }
@@ -78,7 +82,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
         Right::Joiner(joiner) => {
             check_token(joiner, image)?;
             let keys = Keys::load_or_make(dir)?;
-            let hubs = Hubs::of(&image.topology, &ticket.endpoints, "", https::client(&ticket.root, None)?);
+            let hubs = Hubs::of(&image.topology, &ticket.endpoints, "", fleet_https::client(&ticket.root, None)?);
             let grant = join(&hubs, joiner, image, &keys).await?;
             let (state, known) = granted(first(&grant.slot, grant.epoch), grant);
             node_of(&state, image)?;
@@ -299,10 +303,10 @@ mod tests {
         let lab = lab();
         lab.founder("acme", "hub-1");
         let who = lab.who().await.unwrap();
-        let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
-        https::server(&who.state.root, own).unwrap();
-        https::client(&who.state.root, Some(own)).unwrap();
+        let own = fleet_https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
+        fleet_https::server(&who.state.root, own).unwrap();
+        fleet_https::client(&who.state.root, Some(own)).unwrap();
         let other = fleet::PrivateKey::generate().unwrap();
-        assert!(https::server(&who.state.root, https::Identity { key: other.pem(), ..own }).is_err());
+        assert!(fleet_https::server(&who.state.root, fleet_https::Identity { key: other.pem(), ..own }).is_err());
     }
 }

@@ -33,7 +33,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
             let slot = &hub.slot;
             let answer = async {
                 let mut connection = hubs.public(hub).await?;
-                connection.post_signed("/v1/join", &body, |message| joiner.key.sign(message), LONGEST).await
+                Ok(connection.post_signed("/v1/join", &body, |message| joiner.key.sign(message), LONGEST).await?)
             };
             match answer.await.and_then(|b| read(slot, &b)) {
                 Ok(JoinReply::Granted(grant)) => return Ok(grant),

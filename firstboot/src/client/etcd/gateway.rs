@@ -14,8 +14,8 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
-use crate::client::https::{Connection, PATIENCE, request};
 use crate::error::{Error, Result};
+use fleet_https::{Connection, PATIENCE, request};
 
 /// Longest answer: every slot of the largest fleet, several times over.
 pub(super) const LONGEST: usize = 64 << 20;
@@ -276,7 +276,7 @@ impl Etcd {
             // Only a member that reaches the quorum can answer it.
             let body = Bytes::from_static(br#"{"linearizable":true}"#);
             let asked = self.request(host, "/v3/cluster/member/list", body)?;
-            match connection.ask(asked, LONGEST).await {
+            match connection.ask(asked, LONGEST).await.map_err(Error::from) {
                 Err(e) if !contains(&e, &TOKEN_REFUSED) => Err(e),
                 _ => Ok(()),
             }
@@ -352,7 +352,7 @@ impl Etcd {
         // A watch without it goes on at a member that has lost the others.
         let mut headers = vec![("grpc-metadata-hasleader", "true")];
         headers.extend(token.as_deref().map(|token| ("authorization", token)));
-        request("POST", host, path, &headers, body)
+        Ok(request("POST", host, path, &headers, body)?)
     }
 
     pub(super) async fn connect(&self) -> Result<(String, Connection)> {
@@ -367,9 +367,13 @@ impl Etcd {
         Err(last)
     }
 
-    pub(super) async fn in_time<T>(&self, member: &str, answer: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(super) async fn in_time<T>(
+        &self,
+        member: &str,
+        answer: impl Future<Output = Result<T, fleet_https::Error>>,
+    ) -> Result<T> {
         let late = |_| Err(Error::Network { to: member.to_owned(), why: "no answer".to_owned() });
-        timeout(self.patience, answer).await.unwrap_or_else(late)
+        timeout(self.patience, answer).await.map_or_else(late, |answer| Ok(answer?))
     }
 }
 

@@ -12,8 +12,8 @@ use std::sync::atomic::Ordering;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::gateway::{Etcd, Kv, LONGEST, after, foreign, read};
-use crate::client::https::Connection;
 use crate::error::{Error, Result};
+use fleet_https::Connection;
 
 /// How long a member may send nothing: it tells its progress each five seconds (`etcd.yml`), so one that is
 /// silent for longer hangs, or the way to it is cut.

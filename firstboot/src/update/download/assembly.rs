@@ -14,8 +14,8 @@ use hyper::body::Incoming;
 use tokio::time::{sleep, timeout};
 
 use super::upstream::Upstream;
-use crate::client::https::Connection;
 use crate::error::{Error, Result};
+use fleet_https::Connection;
 
 const CHUNK: u64 = 256 << 10;
 /// Without a byte for so long, a connection is dead.

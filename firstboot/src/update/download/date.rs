@@ -62,3 +62,33 @@ pub fn signed_at(keyring: &Path, content: &[u8], signature: &[u8], scratch: &Pat
 fn time_of(line: &str) -> Option<u64> {
     line.strip_prefix("[GNUPG:] VALIDSIG ")?.split(' ').nth(2)?.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fleet::encoding::decode;
+
+    /// Made by gpg: an Ed25519 key, and its signature of [`CONTENT`] at 2025-10-09 08:53:20 UTC.
+    const RING: &str = "mDMEaNxvABYJKwYBBAHaRw8BAQdAp0fETbBd9teA5mU0Vi7k+/WIUAGh0426DxmJyLJvZ8y0F1Rlc3QgPHRlc3RAZXhhbXBsZS5u\
+        ZXQ+iJAEExYIADgWIQRlfkjIeQSWq9aaYeIKRN23cgXfogUCaNxvAAIbAwULCQgHAgYVCgkICwIEFgIDAQIeAQIXgAAKCRAKRN23\
+        cgXfotsNAQDpbCjlgwEW7jMX8f0Uc1J28j6Y92DoVCkkeGkCPk+S4QEAh6o2Ge4v+3tFb0UPdyfw1vX/2Qb78btaehLNWyCImQ0=";
+    const SIGNATURE: &str = "iHUEABYIAB0WIQRlfkjIeQSWq9aaYeIKRN23cgXfogUCaOd4AAAKCRAKRN23cgXfoq/SAP4x3Mlf7t7vUh3ONWwbSoMyaQx1o35t\
+        RB2Yns/t0pHHAwD9GhHrwWJ+5j1xyQYx6tSyTKpJ3W4gD5LLlQ0OHvmMMAQ=";
+    const CONTENT: &[u8] = b"0  more\n";
+
+    #[test]
+    fn reads_the_time_of_a_valid_signature_only() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (ring, empty) = (scratch.path().join("ring.gpg"), scratch.path().join("empty.gpg"));
+        fs::write(&ring, decode(RING).unwrap()).unwrap();
+        fs::write(&empty, b"").unwrap();
+        let at = |keyring: &Path, content: &[u8]| {
+            signed_at(keyring, content, &decode(SIGNATURE).unwrap(), scratch.path()).map_err(|e| e.to_string())
+        };
+        assert_eq!(at(&ring, CONTENT), Ok(1_760_000_000));
+        for (keyring, content) in [(&ring, b"1  more\n"), (&empty, b"0  more\n")] {
+            let e = at(keyring, content).unwrap_err();
+            assert!(e.contains("no valid signature"), "{e}");
+        }
+    }
+}

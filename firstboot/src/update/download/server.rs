@@ -176,8 +176,8 @@ fn passed_on(answer: Response<Incoming>) -> Response<Body> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::https::{self, Identity};
     use fleet::blocks::BLOCK;
+    use fleet_https::Identity;
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use tokio_rustls::TlsAcceptor;
@@ -307,13 +307,13 @@ mod tests {
         let key = fleet::PrivateKey::generate().unwrap();
         let cert = authority.node(&topology, &topology.nodes[0], &key.public().unwrap()).unwrap();
         let own = Identity { cert: &cert, key: key.pem() };
-        let url = folder.clone().open(Some(https::server(authority.certificate(), own).unwrap())).await;
+        let url = folder.clone().open(Some(fleet_https::server(authority.certificate(), own).unwrap())).await;
         let (status, bytes) = loaded_from(&url, authority.certificate(), &old, "a_2.efi").await;
         assert!(status == StatusCode::OK && bytes == new);
         let list = folder.files["/db/a_2.blocks"].len() as u64;
         assert_eq!(folder.sent.load(Ordering::Relaxed), list + 1 + BLOCK as u64);
         // A Debian's own list of them, of more than a hundred.
-        https::client(&fs::read_to_string(super::super::sysupdate::AUTHORITIES).unwrap(), None).unwrap();
+        fleet_https::client(&fs::read_to_string(super::super::sysupdate::AUTHORITIES).unwrap(), None).unwrap();
         assert_ne!(loaded_from(&url, other.certificate(), &old, "a_2.efi").await.0, StatusCode::OK);
     }
 

@@ -12,8 +12,8 @@ use hyper::{Response, StatusCode, Uri};
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
-use crate::client::https::{self, Connection};
 use crate::error::{Error, Result};
+use fleet_https::Connection;
 
 /// For a small file.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -38,7 +38,7 @@ impl Upstream {
             Some("http") => (None, 80),
             Some("https") => {
                 let roots = fs::read_to_string(authorities).map_err(Error::io("read", authorities))?;
-                (Some(https::client(&roots, None)?), 443)
+                (Some(fleet_https::client(&roots, None)?), 443)
             }
             _ => return Err(unusable()),
         };
@@ -52,10 +52,10 @@ impl Upstream {
     }
 
     pub(super) async fn connect(&self) -> Result<Connection> {
-        match &self.tls {
-            Some(tls) => Connection::open(&self.host, self.port, &self.host, tls).await,
-            None => Connection::plain(&self.host, self.port).await,
-        }
+        Ok(match &self.tls {
+            Some(tls) => Connection::open(&self.host, self.port, &self.host, tls).await?,
+            None => Connection::plain(&self.host, self.port).await?,
+        })
     }
 
     /// A file, or a part of it (first byte and length) where the server has parts: then the status
@@ -69,7 +69,7 @@ impl Upstream {
         let range = part.map(|(at, len)| format!("bytes={at}-{}", at + len - 1));
         let headers: Vec<(&str, &str)> = range.iter().map(|r| ("range", r.as_str())).collect();
         let path = format!("{}{name}", self.path);
-        connection.send(https::request("GET", &self.authority, &path, &headers, Bytes::new())?).await
+        Ok(connection.send(fleet_https::request("GET", &self.authority, &path, &headers, Bytes::new())?).await?)
     }
 
     /// The whole of a small file.

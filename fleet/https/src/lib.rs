@@ -26,7 +26,22 @@ use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use webpki::EndEntityCert;
 
-use crate::error::{Error, Result};
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A certificate or a key cannot be used. A later attempt fails, too.
+    #[error("{0}")]
+    Configuration(String),
+    /// A request cannot be made.
+    #[error("{0}")]
+    Failed(String),
+    /// A peer cannot be reached, is not the one that was expected, or does not answer as it should.
+    #[error("{to}: {why}")]
+    Network { to: String, why: String },
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+}
 
 /// How long a connection, or an answer, may take.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -208,7 +223,8 @@ pub fn request(
 }
 
 /// Base64 of a certificate's P-256 public key; `None` for a key of another kind.
-pub(crate) fn tls_key(cert: &EndEntityCert) -> Option<String> {
+#[must_use]
+pub fn tls_key(cert: &EndEntityCert) -> Option<String> {
     let spki = cert.subject_public_key_info();
     // An uncompressed P-256 point is the end of it.
     let point = spki.as_ref().get(spki.as_ref().len().checked_sub(65)?..)?;
