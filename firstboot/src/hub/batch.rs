@@ -22,14 +22,14 @@ const ATTEMPTS: u64 = 16;
 const TOGETHER: usize = 24;
 
 impl ClaimsDesk {
-    /// Gives a slot to whoever asks with a token that was verified. The same keys get the same
-    /// slot again, before anything else is looked at.
+    /// Gives a slot to a node whose token was verified. The same keys get the same slot again, before anything
+    /// else is looked at.
     ///
-    /// Those who ask while etcd is busy with others are answered together, by one transaction:
-    /// a rack that starts shares one token, and each claim changes its count.
+    /// Claims that come while etcd is busy with others are decided together, by one transaction: the nodes of a
+    /// rack share one token, and each claim changes its count.
     ///
     /// # Errors
-    /// etcd does not answer: nobody knows whether it took place, and asking again tells.
+    /// etcd does not answer. The transaction may have taken place: the same claim again returns its result.
     pub async fn claim(&self, claims: &Claims, request: &JoinRequest) -> Result<Result<Given, Refusal>> {
         // A token that gives nothing any more may still be of a node that asks again for its grant, which etcd
         // knows better than this hub. Strangers with such tokens must not keep etcd busy.
@@ -40,7 +40,7 @@ impl ClaimsDesk {
         self.queue().push_back(Waiting { claims: claims.clone(), request: request.clone(), reply });
         let _turn = self.turn.lock().await;
         loop {
-            // Whoever had the turn before may have asked for this one too.
+            // The claim that had the turn before may have been decided together with this one.
             match answer.try_recv() {
                 Ok(answer) => return answer,
                 Err(TryRecvError::Closed) => return Err(Error::Failed("the claim was cut off".to_owned())),
@@ -61,7 +61,7 @@ impl ClaimsDesk {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers everybody of a batch.
+    /// Answers every claim of a batch.
     async fn decide(&self, mut batch: Vec<Waiting>) {
         for attempt in 0..ATTEMPTS {
             if let Err(e) = self.attempt(&mut batch, attempt).await {
@@ -81,7 +81,7 @@ impl ClaimsDesk {
         }
     }
 
-    /// Answers whom it can; leaves those who have to be looked at again.
+    /// Answers the claims that it can; leaves those that have to be looked at again.
     async fn attempt(&self, batch: &mut Vec<Waiting>, attempt: u64) -> Result<()> {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let now = clock.max(self.time_floor());
@@ -104,7 +104,7 @@ impl ClaimsDesk {
         let mut taking = Vec::new();
         let mut later = Vec::new();
         let mut asking = std::mem::take(batch).into_iter().zip(keys).zip(found.chunks(3));
-        // Whoever is not answered yet stays in the batch if etcd fails.
+        // Claims that are not answered yet stay in the batch if etcd fails.
         let failed = loop {
             let Some(((waiting, keys), found)) = asking.next() else { break None };
             let [owner, token, revoked] = found else {

@@ -8,8 +8,8 @@ use super::refusal::no;
 use crate::error::Result;
 
 impl ClaimsDesk {
-    /// The slot a token leads to: its own, or the first that is free. None where somebody else of
-    /// the batch is about to have it: whether he gets it is known the next time.
+    /// Returns the slot for a token: its own, or the first that is free. `None` if an earlier claim of this batch
+    /// reserved the slot: the claim is retried with the next batch.
     pub(super) async fn choose(&self, claims: &Claims, takings: &[Taking]) -> Result<Result<Option<Place>, Refusal>> {
         let promised = |slot: &str| takings.iter().any(|t| t.place.slot == slot);
         if let Some(slot) = &claims.slot {

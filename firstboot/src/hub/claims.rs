@@ -198,7 +198,7 @@ impl ClaimsDesk {
     }
 }
 
-/// Somebody who asked, and is not answered yet.
+/// A claim that is not answered yet.
 pub(super) struct Waiting {
     pub(super) claims: Claims,
     pub(super) request: JoinRequest,
@@ -207,7 +207,7 @@ pub(super) struct Waiting {
 
 impl Waiting {
     pub(super) fn tell(self, answer: Result<Result<Given, Refusal>>) {
-        // Who has hung up asks again.
+        // A node that has hung up asks again.
         let _ = self.reply.send(answer);
     }
 }

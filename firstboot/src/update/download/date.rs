@@ -69,11 +69,12 @@ mod tests {
     use fleet::encoding::decode;
 
     /// Made by gpg: an Ed25519 key, and its signature of [`CONTENT`] at 2025-10-09 08:53:20 UTC.
-    const RING: &str = "mDMEaNxvABYJKwYBBAHaRw8BAQdAp0fETbBd9teA5mU0Vi7k+/WIUAGh0426DxmJyLJvZ8y0F1Rlc3QgPHRlc3RAZXhhbXBsZS5u\
-        ZXQ+iJAEExYIADgWIQRlfkjIeQSWq9aaYeIKRN23cgXfogUCaNxvAAIbAwULCQgHAgYVCgkICwIEFgIDAQIeAQIXgAAKCRAKRN23\
-        cgXfotsNAQDpbCjlgwEW7jMX8f0Uc1J28j6Y92DoVCkkeGkCPk+S4QEAh6o2Ge4v+3tFb0UPdyfw1vX/2Qb78btaehLNWyCImQ0=";
-    const SIGNATURE: &str = "iHUEABYIAB0WIQRlfkjIeQSWq9aaYeIKRN23cgXfogUCaOd4AAAKCRAKRN23cgXfoq/SAP4x3Mlf7t7vUh3ONWwbSoMyaQx1o35t\
-        RB2Yns/t0pHHAwD9GhHrwWJ+5j1xyQYx6tSyTKpJ3W4gD5LLlQ0OHvmMMAQ=";
+    const RING: &str = "mDMEaNxvABYJKwYBBAHaRw8BAQdAp0fETbBd9teA5mU0Vi7k+/WIUAGh0426DxmJyLJvZ8y0F1Rlc3QgPHRlc3RA\
+        ZXhhbXBsZS5uZXQ+iJAEExYIADgWIQRlfkjIeQSWq9aaYeIKRN23cgXfogUCaNxvAAIbAwULCQgHAgYVCgkICwIE\
+        FgIDAQIeAQIXgAAKCRAKRN23cgXfotsNAQDpbCjlgwEW7jMX8f0Uc1J28j6Y92DoVCkkeGkCPk+S4QEAh6o2Ge4v\
+        +3tFb0UPdyfw1vX/2Qb78btaehLNWyCImQ0=";
+    const SIGNATURE: &str = "iHUEABYIAB0WIQRlfkjIeQSWq9aaYeIKRN23cgXfogUCaOd4AAAKCRAKRN23cgXfoq/SAP4x3Mlf7t7vUh3ONWwb\
+        SoMyaQx1o35tRB2Yns/t0pHHAwD9GhHrwWJ+5j1xyQYx6tSyTKpJ3W4gD5LLlQ0OHvmMMAQ=";
     const CONTENT: &[u8] = b"0  more\n";
 
     #[test]
