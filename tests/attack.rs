@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::attack::{Target, endless, join_request, peers, source};
 use bakehouse_tests::site::{Site, ask, granted, refused};
-use firstboot::https::{self, Connection, Identity, request};
 use fleet::{JoinReply, PrivateKey, Reason};
+use fleet_https::{Connection, Identity, request};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::JoinSet;
 
@@ -40,7 +40,7 @@ async fn members_get_replies_during_connection_flood() {
     let target = Target::new(site.root.certificate(), "127.0.0.1:25000".parse().expect("an address"), "hub-1");
     let (who, grant) = &members[0];
     let own = Identity { cert: &grant.cert, key: who.tls.pem() };
-    let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
     let member = Target { tls, ..target.clone() };
     // The member connects from an address before an attacker uses it too.
     let (alone, shared) = ("127.0.0.1".parse().expect("an address"), source(3));
@@ -84,7 +84,7 @@ async fn invalid_tokens_cost_few_etcd_requests() {
         let issuer = site.root.issuer("acme", &node.name).expect("a root");
         let cert = issuer.node(&site.topology, node, &key.public().expect("a key")).expect("an issuer");
         let own = Identity { cert: &cert, key: key.pem() };
-        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
         let mut sum = 0;
         for (host, port) in site.cluster.clients() {
             let mut etcd = Connection::open(&host, port, &host, &tls).await.expect("etcd");

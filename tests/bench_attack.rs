@@ -16,16 +16,16 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::attack::{Target, join_request, peers, source};
 use bakehouse_tests::site::{Site, granted};
-use firstboot::etcd::Etcd;
-use firstboot::https::{self, Identity, request};
+use firstboot::client::etcd::Etcd;
+use firstboot::host::ticker::Ticker;
 use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::fence::{self, Fence};
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
-use firstboot::neighbours::Neighbourhood;
-use firstboot::ticker::Ticker;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::{Issuer, PrivateKey, Secrets, Topology};
+use fleet_https::{Identity, request};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::JoinSet;
 
@@ -75,7 +75,7 @@ fn hub(dir: &Path) {
     let key = PrivateKey::generate().expect("randomness");
     let cert = issuer.node(&topology, node, &key.public().expect("a key")).expect("an issuer");
     let own = Identity { cert: &cert, key: key.pem() };
-    let etcd = || Etcd::new(members.clone(), https::client(&root, Some(own)).expect("a certificate"));
+    let etcd = || Etcd::new(members.clone(), fleet_https::client(&root, Some(own)).expect("a certificate"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let neighbourhood = Arc::new(Neighbourhood::load(dir, BTreeMap::new()));
@@ -91,7 +91,7 @@ fn hub(dir: &Path) {
             orders: OrderLog::default(),
         });
         let at: SocketAddr = format!("{AT}:{PORT}").parse().expect("an address");
-        let tls = https::server(&root, own).expect("a certificate");
+        let tls = fleet_https::server(&root, own).expect("a certificate");
         let fencing = etcd().with_patience(fence::ANSWER);
         let fence = Fence { etcd: &fencing, topology: &topology, own: node, neighbourhood: &neighbourhood, slow: 1 };
         let followed = async {
@@ -269,7 +269,7 @@ async fn ask_all(site: &Site, members: &[(bakehouse_tests::site::Asker, fleet::G
         let behind = i >= MEMBERS - BEHIND_ATTACKERS;
         let from = if behind { source(i) } else { "127.0.0.1".parse().expect("an address") };
         let own = Identity { cert: &grant.cert, key: who.tls.pem() };
-        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
         let (member, answers) = (Target { tls, ..target.clone() }, answers.clone());
         asking.spawn(async move {
             tokio::time::sleep(Duration::from_millis(50 * i as u64)).await;
@@ -286,7 +286,7 @@ async fn ask_all(site: &Site, members: &[(bakehouse_tests::site::Asker, fleet::G
     while Instant::now() < until {
         let asked = Instant::now();
         let fetched = async {
-            let mut haproxy = https::Connection::plain("127.0.0.1", PAGE).await?;
+            let mut haproxy = fleet_https::Connection::plain("127.0.0.1", PAGE).await?;
             haproxy.ask(request("GET", "page", "/", &[], "".into())?, 1 << 16).await
         };
         if fetched.await.is_ok() {

@@ -7,22 +7,23 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::Site;
-use firstboot::etcd::{Etcd, Then};
-use firstboot::https::{self, Connection, Identity, request};
+use firstboot::client::etcd::{Etcd, Then};
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::departures::Identified;
-use firstboot::hub::etcd_access::{Access, EtcdAccess, PATRONI, ROOT, USER_HEADER};
-use firstboot::identity::identity;
-use firstboot::image::{Image, ImageInfo};
-use firstboot::join::Hubs;
+use firstboot::hub::etcd_access::{Access, EtcdAccess, ROOT};
 use firstboot::member::take_in;
-use firstboot::neighbours::Neighbourhood;
-use firstboot::renewal::{renew, take_missing_passwords};
-use firstboot::state::{State, StateDir};
+use firstboot::node::etcd_user::{PATRONI, USER_HEADER};
+use firstboot::node::hubs::Hubs;
+use firstboot::node::identity::identity;
+use firstboot::node::image::{Image, ImageInfo};
+use firstboot::node::neighbours::Neighbourhood;
+use firstboot::node::renewal::{renew, take_missing_passwords};
+use firstboot::node::state::{State, StateDir};
 use fleet::{
     Fleet, Founder, Introduction, Issuer, MeshKey, Node, PROTOCOL, PrivateKey, PublicKey, Right, Secrets, Ticket,
     Topology, encoding,
 };
+use fleet_https::{Connection, Identity, request};
 
 /// A node's certificate (PEM) and key.
 struct Shown {
@@ -72,7 +73,7 @@ async fn etcd_accepts_hubs_and_databases_as_clients_and_voters_as_peers() {
         [("hub-2", true, true), ("db-1", true, false), ("app-1", false, false), ("monitor-1", false, false)]
     {
         let shown = Shown::node(&site, name);
-        let tls = https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
         for (what, (host, port), method, path, may) in [
             ("client", site.cluster.clients()[0].clone(), "POST", "/v3/kv/range", is_client),
             ("peer", site.cluster.peer(0), "GET", "/members", is_peer),
@@ -122,7 +123,7 @@ async fn etcd_users_limit_patroni_to_its_own_keys() {
     assert_eq!(access(2).step().await.expect("etcd"), Access::WaitsForRollout);
     connected.transact(&[], &[Then::Delete("/bakehouse/rollout/turn")]).await.expect("etcd");
     assert_eq!(access(2).step().await.expect("etcd"), waits(&["db-1"]));
-    let tls = https::client(site.root.certificate(), Some(Identity { cert: &grant.cert, key: db.tls.pem() }))
+    let tls = fleet_https::client(site.root.certificate(), Some(Identity { cert: &grant.cert, key: db.tls.pem() }))
         .expect("a certificate");
     let mut hub = Connection::open("127.0.0.1", 26_300, "hub-1", &tls).await.expect("the hub answers");
     let asked = request("GET", "hub", "/v1/peers", &[(USER_HEADER, PATRONI)], bytes::Bytes::new()).expect("a request");
@@ -287,10 +288,10 @@ async fn verifiers_enforce_name_constraints_of_issuers() {
 
 /// Returns whether a client of the fleet accepts the certificate for `name`, and a server accepts it from a client.
 async fn handshake(root: &Issuer, shown: &Shown, name: &str) -> bool {
-    let server = https::server(root.certificate(), shown.identity()).expect("a certificate");
+    let server = fleet_https::server(root.certificate(), shown.identity()).expect("a certificate");
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let port = listener.local_addr().expect("loopback").port();
-    let client = https::client(root.certificate(), Some(shown.identity())).expect("a certificate");
+    let client = fleet_https::client(root.certificate(), Some(shown.identity())).expect("a certificate");
     let served = tokio::spawn(async move {
         let (tcp, _) = listener.accept().await.expect("loopback");
         tokio_rustls::TlsAcceptor::from(server).accept(tcp).await.is_ok()
@@ -321,12 +322,12 @@ async fn hubs_register_a_non_hub_voter_and_etcd_rejects_its_issuer() {
         (0, &Shown::of(&issuer, &site.topology, node("hub-1")), false),
         (0, &Shown::of(&issuer, &site.topology, node("db-1")), false),
     ] {
-        let tls = https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
         let one = vec![site.cluster.clients()[member].clone()];
         assert_eq!(Etcd::new(one, tls).get(&["/bakehouse/test"]).await.is_ok(), may, "member {member}");
     }
 
-    let tls = https::client(site.root.certificate(), Some(own.identity())).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(own.identity())).expect("a certificate");
     let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
     let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([7; 32]), epoch: 1 };
     let answers = hubs.introduce(&introduction, |_| false).await;
@@ -346,7 +347,7 @@ async fn hubs_register_a_non_hub_voter_and_etcd_rejects_its_issuer() {
     }
     // The hubs fence another machine with the same founder's ticket, and the slot's record stays unchanged.
     let other = Shown::of(&issuer, &site.topology, node("hub-3"));
-    let tls = https::client(site.root.certificate(), Some(other.identity())).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(other.identity())).expect("a certificate");
     let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
     let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([8; 32]), epoch: 1 };
     let begun = Instant::now();

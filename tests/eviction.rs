@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, scope};
-use builder::keys::authority::Authority;
 use builder::deploy::hub_client::Hubs as Operator;
-use firstboot::https::{self, Connection, Identity, request};
-use firstboot::hubs::Hubs;
+use builder::keys::authority::Authority;
 use firstboot::member::follow_hubs;
-use firstboot::neighbours::Neighbourhood;
+use firstboot::node::hubs::Hubs;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::{
     Answer, Departure, Doing, Grant, Introduction, JoinReply, MeshKey, PROTOCOL, Peers, PrivateKey, Report, Secrets,
     SignedOrder, SlotRecord,
 };
+use fleet_https::{Connection, Identity, request};
 use serde_json::json;
 
 const ATTACKER: MeshKey = MeshKey([66; 32]);
@@ -188,7 +188,7 @@ impl Worker {
         let dir = tempfile::tempdir().expect("a folder");
         let known = Arc::new(Neighbourhood::load(dir.path(), grant.hubs.clone()));
         let own = Identity { cert: &grant.cert, key: node.tls.pem() };
-        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
         let hubs = Hubs::of(&site.topology, &BTreeMap::new(), &grant.slot, tls);
         let hubs = hubs.known_by(known.clone()).with_root(site.root.certificate()).over_mesh();
         let hubs = Arc::new(hubs);
@@ -225,7 +225,7 @@ async fn restarted_hub_refuses_evicted_founder_without_quorum() {
         let issuer = site.root.issuer("acme", slot).expect("a root");
         let cert = issuer.node(&site.topology, &site.topology.hubs[i], &key.public().expect("a key")).expect("a key");
         let own = Identity { cert: &cert, key: key.pem() };
-        let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
         let ask = async |method: &str, path: &str, body: Vec<u8>| {
             let mut hub = Connection::open("127.0.0.1", 25_000, "hub-1", &tls).await.expect("a hub");
             hub.ask(request(method, "hub", path, &[], body.into()).expect("HTTP"), 1 << 16).await

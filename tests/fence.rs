@@ -6,10 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::Site;
-use firstboot::etcd::{Etcd, If, Then};
-use firstboot::https;
+use firstboot::client::etcd::{Etcd, If, Then};
 use firstboot::hub::fence::{self, Fence, FenceState};
-use firstboot::neighbours::Neighbourhood;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::MeshKey;
 
 /// A majority of the hubs deletes the leader key, and only if a reachable synchronous standby can take over.
@@ -112,7 +111,7 @@ async fn client_switches_from_hung_etcd_member_to_the_next() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     // The other members may need an election. A client that waits for the frozen member does so for 10 s.
-    assert!(asked.elapsed() < https::PATIENCE, "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < fleet_https::PATIENCE, "{:?}", asked.elapsed());
 }
 
 /// etcd fails after a hub has fenced the primary and before the hub has recorded it.

@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
-use firstboot::https::{self, Connection, Identity, request};
-use firstboot::identity::identity;
-use firstboot::image::{Image, ImageInfo};
-use firstboot::join::Hubs;
-use firstboot::renewal::{is_pending, renew};
-use firstboot::state::StateDir;
+use firstboot::node::hubs::Hubs;
+use firstboot::node::identity::identity;
+use firstboot::node::image::{Image, ImageInfo};
+use firstboot::node::renewal::{is_pending, renew};
+use firstboot::node::state::StateDir;
 use fleet::{Issuer, JoinReply, Joiner, PROTOCOL, Reason, Right, Ticket, encoding};
+use fleet_https::{Connection, Identity, request};
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -78,7 +78,7 @@ async fn hubs_enforce_claims_of_tokens_and_repeat_a_grant_for_the_same_key() {
     assert_eq!((new.slot.as_str(), new.epoch), ("db-1", 2));
     assert_eq!(refused(site.insist(&node, 1).await), Reason::Fenced);
     let own = Identity { cert: &first.cert, key: node.tls.pem() };
-    let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let mut hub = Connection::open("127.0.0.2", 21_300, "hub-2", &tls).await.expect("a hub");
@@ -217,7 +217,7 @@ async fn departed_nodes_free_their_slots_and_cannot_rejoin() {
 async fn rejects_requests_without_client_certificate() {
     let site = Site::open(21_600, "db.count = 1\n");
     site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await;
-    let tls = https::client(site.root.certificate(), None).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), None).expect("a certificate");
     for (method, path, status) in
         [("GET", "/v1/peers", "401"), ("POST", "/v1/introduce", "401"), ("GET", "/", "404"), ("GET", "/v1/join", "404")]
     {
@@ -403,7 +403,7 @@ async fn renews_old_keys_once_and_fences_them() {
     assert!(!renewed && again.state.epoch == 2);
 
     // The hubs accept the new keys and fence the old ones, with which an attacker cannot renew.
-    let heard = async |who: &firstboot::identity::Identity| -> fleet::Peers {
+    let heard = async |who: &firstboot::node::identity::Identity| -> fleet::Peers {
         let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", who.client().expect("a certificate"));
         hubs.answers().await.pop().expect("a reply").peers
     };
@@ -423,7 +423,7 @@ async fn renews_old_keys_once_and_fences_them() {
         tls_key: encoding::encode(other.tls.public().expect("a key").as_bytes()),
     };
     let own = Identity { cert: &second.state.cert, key: second.keys.tls.pem() };
-    let tls = https::client(site.root.certificate(), Some(own)).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
     let mut hub = Connection::open("127.0.0.1", 23_500, "hub-1", &tls).await.expect("a hub");
     let body = serde_json::to_vec(&asked).expect("JSON");
     let answer = hub.ask(request("POST", "hub", "/v1/renew", &[], body.into()).expect("HTTP"), 1 << 16).await;

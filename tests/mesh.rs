@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::wire;
-use firstboot::keys::Keys;
 use firstboot::mesh::Mesh;
-use firstboot::neighbours::Neighbourhood;
+use firstboot::node::keys::Keys;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::{Fleet, MeshKey, Topology};
 use nix::sched::{CloneFlags, unshare};
 

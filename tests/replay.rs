@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
 use bakehouse_tests::site::{Asker, Site, departure, granted, refused, scope};
-use firstboot::etcd::Then;
-use firstboot::https::{self, Connection, request};
-use firstboot::image::{Image, ImageInfo};
-use firstboot::join::{Hubs, join};
-use firstboot::keys::Keys;
+use firstboot::client::etcd::Then;
+use firstboot::node::hubs::Hubs;
+use firstboot::node::image::{Image, ImageInfo};
+use firstboot::node::join::join;
+use firstboot::node::keys::Keys;
 use fleet::{
     Departure, JoinReply, PROTOCOL, PrivateKey, Reason, Refusal, Renewal, SignedOrder, SlotRecord, TokensRequest,
     encoding,
 };
+use fleet_https::{Connection, request};
 
 fn busy() -> Vec<u8> {
     let refusal = Refusal { reason: Reason::Busy, text: "later".to_owned() };
@@ -23,7 +24,7 @@ fn busy() -> Vec<u8> {
 
 /// Sends a recorded request to a hub over a new connection.
 async fn replay(site: &Site, hub: usize, captured: &Captured) -> Result<bytes::Bytes, String> {
-    let tls = https::client(site.root.certificate(), None).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), None).expect("a certificate");
     let (method, path) = captured.target();
     let names = ["bakehouse-bound-signature", "bakehouse-signature"];
     let headers: Vec<(&str, String)> = names.into_iter().filter_map(|n| Some((n, captured.header(n)?))).collect();
@@ -53,7 +54,7 @@ async fn rejects_join_request_replayed_on_another_connection() {
     let keys = Keys::make().expect("randomness");
     let mut reach = site.topology.clone();
     reach.hubs.retain(|hub| hub.name == "hub-2");
-    let tls = https::client(site.root.certificate(), None).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), None).expect("a certificate");
     let hubs = Hubs::of(&reach, &BTreeMap::new(), "", tls.clone());
     let info = ImageInfo {
         id: "acme-db".to_owned(),
@@ -115,7 +116,7 @@ async fn order_is_valid_once_at_one_hub_for_one_path() {
     let key = PrivateKey::generate().expect("randomness");
     let at = "127.0.0.9:24400".parse().expect("an address");
     let rogue = RogueHub::start(&site.topology, &site.root, ("hub-1", &key), at, |_| Vec::new()).await;
-    let tls = https::client(site.root.certificate(), None).expect("a certificate");
+    let tls = fleet_https::client(site.root.certificate(), None).expect("a certificate");
     let mut connection = Connection::open("127.0.0.9", 24_400, "hub-1", &tls).await.expect("a connection");
     let body = serde_json::to_vec(&order(|_| {})).expect("JSON");
     connection.post_signed(Departure::PATH, &body, |m| site.root.sign(m), 100).await.expect("a reply");

@@ -23,6 +23,12 @@ pub enum Error {
         "this machine was {slot}, and has left the fleet: it may be switched off; wiped and given a new ticket, it is a new node"
     )]
     Left { slot: String },
+    #[error(transparent)]
+    Ticket(#[from] fleet::netboot::SealError),
+    #[error(transparent)]
+    Image(#[from] fleet::netboot::UntrustedImage),
+    #[error(transparent)]
+    Grub(#[from] fleet::grubenv::TooLong),
     /// Something that is not there now; trying again may help.
     #[error("{0}")]
     Failed(String),
@@ -46,5 +52,16 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         if matches!(self, Self::Configuration(_) | Self::Fenced { .. } | Self::Left { .. }) { 78 } else { 1 }
+    }
+}
+
+impl From<fleet_https::Error> for Error {
+    fn from(e: fleet_https::Error) -> Self {
+        match e {
+            fleet_https::Error::Configuration(why) => Self::Configuration(why),
+            fleet_https::Error::Failed(why) => Self::Failed(why),
+            fleet_https::Error::Network { to, why } => Self::Network { to, why },
+            fleet_https::Error::Certificate(e) => Self::Certificate(e),
+        }
     }
 }

@@ -2,15 +2,16 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use firstboot::agent::{Paths, run};
-use firstboot::boots::{Boots, ENTRIES};
-use firstboot::console::say;
 use firstboot::error::{Error, Result};
-use firstboot::grub::{self, keep_in_step};
-use firstboot::health::healthy;
-use firstboot::image::Image;
-use firstboot::journal::Event;
-use firstboot::status::describe;
-use firstboot::systemd::Systemd;
+use firstboot::host::console::say;
+use firstboot::host::dbus::describe;
+use firstboot::host::journal::Event;
+use firstboot::host::systemd::Systemd;
+use firstboot::node::image::Image;
+use firstboot::update::boot_entries::{Boots, ENTRIES};
+use firstboot::update::grub::keep_in_step;
+use firstboot::update::health::healthy;
+use fleet::grubenv::BLOCK;
 
 /// Where the EFI partition is mounted.
 const ESP: &str = "/efi";
@@ -74,7 +75,7 @@ async fn status(json: bool) -> Result<()> {
 }
 
 async fn leave() -> Result<()> {
-    firstboot::status::leave(&zbus::Connection::system().await?).await
+    firstboot::host::dbus::leave(&zbus::Connection::system().await?).await
 }
 
 async fn health() -> Result<()> {
@@ -98,19 +99,19 @@ async fn load() -> Result<()> {
     let scratch = std::env::var_os("RUNTIME_DIRECTORY");
     let scratch = scratch.ok_or_else(|| Error::Failed("it is firstboot-install.service that loads".to_owned()))?;
     let image = Image::read(&Paths::of_node().image)?;
-    firstboot::load::load(&image.info, Path::new(ESP), Path::new(&scratch)).await
+    firstboot::update::download::load(&image.info, Path::new(ESP), Path::new(&scratch)).await
 }
 
 async fn signed() -> Result<()> {
     let scratch = std::env::var_os("RUNTIME_DIRECTORY");
     let scratch = scratch.ok_or_else(|| Error::Failed("only firstboot-check.service runs this".to_owned()))?;
-    firstboot::load::date::record(Path::new("/run/bakehouse/metrics"), Path::new(&scratch)).await
+    firstboot::update::download::date::record(Path::new("/run/bakehouse/metrics"), Path::new(&scratch)).await
 }
 
 async fn in_step(good: bool) -> Result<()> {
     let esp = Path::new(ESP);
     // Under UEFI systemd-boot counts; a disk of an older version has no GRUB.
-    if Path::new("/sys/firmware/efi").exists() || !esp.join(grub::BLOCK).exists() {
+    if Path::new("/sys/firmware/efi").exists() || !esp.join(BLOCK).exists() {
         return Ok(());
     }
     let image = Image::read(&Paths::of_node().image)?;

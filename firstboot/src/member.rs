@@ -8,29 +8,28 @@ use std::time::Duration;
 
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 
-use crate::console::say;
+use crate::client::backoff::{Pause, round};
+use crate::client::etcd::Etcd;
 use crate::error::{Error, Result};
-use crate::etcd::Etcd;
-use crate::https;
+use crate::host::console::say;
+use crate::host::journal::Event;
 use crate::hub::api::Hub;
-use crate::hub::claims::{ClaimsDesk, Owners};
+use crate::hub::claims::ClaimsDesk;
 use crate::hub::etcd_access::{EtcdAccess, ROOT};
 use crate::hub::fence::{self, Fence};
 use crate::hub::listener::serve;
 use crate::hub::orders::OrderLog;
+use crate::hub::records::Owners;
 use crate::hub::rollout;
-use crate::identity::Identity;
-use crate::image::Image;
-use crate::join::{Hubs, Pause};
-use crate::journal::Event;
 use crate::mesh::Mesh;
-use crate::neighbours::Neighbourhood;
-use crate::state::StateDir;
-use crate::trust::{Decision, Heard, Known, Standing, decide};
+use crate::node::hubs::Hubs;
+use crate::node::identity::Identity;
+use crate::node::image::Image;
+use crate::node::neighbours::Neighbourhood;
+use crate::node::state::StateDir;
+use crate::node::trust::{Decision, Heard, Known, Standing, decide};
 use crate::update::Updates;
 
-/// How often a node asks who is where, if nothing has changed.
-const ROUND: Duration = Duration::from_secs(30);
 /// How soon it asks again where the hubs do not agree yet.
 const SOON: Duration = Duration::from_secs(3);
 /// By then every node that is up has asked, and has been answered.
@@ -89,141 +88,162 @@ impl Member {
         Ok(mesh)
     }
 
-    /// Keeps it all in step, for ever; `slow` is how much longer time-outs are on this machine.
+    /// Runs this node's part until the process ends; `slow` is how much longer time-outs are on this machine.
     ///
     /// # Errors
-    /// The kernel or this machine says no, or another node has this one's place.
+    /// The kernel refuses the mesh, the port of the join API is in use, a hub's state has no issuer, or another
+    /// node has this one's slot.
     pub async fn keep(self, mesh: Mesh, updates: &Updates<'_>, slow: u32) -> Result<()> {
-        let Self { topology, node, version, who, hubs, dir, built } = self;
-        let own_epoch = who.state.epoch;
-        let tls = who.client()?;
-        let neighbourhood = who.neighbourhood.clone();
-        let mesh_key = who.keys.mesh_public()?;
-        let kept = mesh.keep(neighbourhood.clone());
-        if node.hub == 0 {
-            let asked = follow_hubs(&hubs, &neighbourhood, (&node.name, own_epoch));
-            let introduced = async {
-                if !topology.voters.contains(&node.name) {
-                    return std::future::pending().await;
-                }
-                let introduction = Introduction { version: PROTOCOL, mesh_key, epoch: own_epoch };
-                introduce_voter(&hubs, &neighbourhood, &node.name, introduction).await
-            };
-            let updated = updates.keep(async |report| hubs.turn(report).await);
-            return tokio::try_join!(kept, asked, introduced, updated).map(|((), (), (), ())| ());
+        if self.node.hub == 0 {
+            Box::pin(self.keep_node(mesh, updates)).await
+        } else {
+            Box::pin(self.keep_hub(mesh, updates, slow)).await
         }
-        let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
-        let own = https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
-        let etcd = || Etcd::new(members(&topology, &node), tls.clone()).with_user(ROOT, &who.state.secrets.etcd_root);
-        let fencing = etcd().with_patience(fence::ANSWER * slow);
-        let desk = ClaimsDesk::new(etcd(), topology.clone(), &node.name).with_records(&dir).built_at(built);
-        let desk = Arc::new(desk);
-        neighbourhood.learn(&node.name, mesh_key);
-        let served = async {
-            let issuer = who.state.issuer.clone().ok_or_else(|| {
-                let text =
-                    format!("{}: state.json of a hub has no issuer; wipe /var and give it a new ticket", node.name);
-                Error::Configuration(text)
-            })?;
-            let hub = Hub {
-                topology: topology.clone(),
-                root: who.state.root.clone(),
-                issuer,
-                secrets: who.state.secrets.clone(),
-                epoch: own_epoch,
-                // On connections of its own: they belong to the API's thread.
-                desk: Arc::new(desk.beside(etcd())),
-                neighbourhood: neighbourhood.clone(),
-                orders: OrderLog::default(),
-            };
-            let at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, topology.mesh.port));
-            serve(Arc::new(hub), at, https::server(&who.state.root, own)?).await
-        };
-        // Founders find each other before there is an etcd.
+    }
+
+    /// The part of a node that is not a hub.
+    async fn keep_node(&self, mesh: Mesh, updates: &Updates<'_>) -> Result<()> {
+        let neighbourhood = &self.who.neighbourhood;
+        let introduction = self.introduction()?;
+        let kept = mesh.keep(neighbourhood.clone());
+        let asked = follow_hubs(&self.hubs, neighbourhood, (&self.node.name, self.who.state.epoch));
         let introduced = async {
-            let own = Introduction { version: PROTOCOL, mesh_key, epoch: own_epoch };
-            let plan: Vec<String> = topology.hubs.iter().map(|hub| hub.name.clone()).collect();
-            let mut pause = Pause::default();
-            loop {
-                let owners = desk.owners();
-                // A key that etcd has is known for good; an introduction may be of an older one. What
-                // was on the disk may be old itself.
-                let mut answers = hubs.introduce(&own, |slot| desk.has_heard() && owners.contains_key(slot)).await;
-                // Where all are known, they are still asked: a founder that was cut off while another
-                // machine took its place hears of it from nowhere else.
-                if answers.is_empty() {
-                    answers = hubs.answers().await;
-                }
-                let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
-                // Before there are pins: it is to be stopped, and knows nothing.
-                answers.retain(|a| {
-                    let key = a.peers.keys.get(&a.hub);
-                    !pins.is_empty() || !key.is_some_and(|key| neighbourhood.is_stranger(&a.hub, *key))
-                });
-                let own = (node.name.as_str(), own_epoch);
-                let known = Known { own, plan: &plan, pins: &pins, keys: &keys, is_new: owners.is_empty() };
-                let decision = decide(&known, &answers);
-                if let Some(why) = sent_away(&hubs, &node.name, &decision).await {
-                    return Err(why);
-                }
-                // A founder that was off while the others had new keys does not reach etcd without them.
-                if decision.heard == Heard::Confirmed && !desk.has_heard() {
-                    neighbourhood.apply(&decision);
-                }
-                for (slot, key) in answers.iter().flat_map(|a| &a.peers.keys).filter(|(slot, _)| **slot != node.name) {
-                    if !owners.contains_key(slot) {
-                        neighbourhood.learn(slot, *key);
-                    }
-                }
-                tokio::time::sleep(pause.longer().min(round())).await;
+            if !self.topology.voters.contains(&self.node.name) {
+                return std::future::pending().await;
             }
+            introduce_voter(&self.hubs, neighbourhood, &self.node.name, introduction).await
         };
-        let registered = register(&desk, &node.name, (mesh_key, &tls_key), &version);
-        let followed = async || -> Result<()> {
-            let mut pause = Pause::default();
-            loop {
-                match desk.follow(|owners| take_in(&topology, &neighbourhood, owners)).await {
-                    // It ends each minute.
-                    Ok(()) => pause = Pause::default(),
-                    Err(e) => println!("{e}"),
-                }
-                tokio::time::sleep(pause.longer()).await;
-            }
-        };
+        let updated = updates.keep(async |report| self.hubs.turn(report).await);
+        tokio::try_join!(kept, asked, introduced, updated).map(|((), (), (), ())| ())
+    }
+
+    /// The part of a hub.
+    async fn keep_hub(&self, mesh: Mesh, updates: &Updates<'_>, slow: u32) -> Result<()> {
+        let Self { topology, node, version, who, dir, .. } = self;
+        let (own_epoch, secrets, neighbourhood) = (who.state.epoch, &who.state.secrets, &who.neighbourhood);
+        let introduction = self.introduction()?;
+        let tls = who.client()?;
+        let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
+        let etcd = || Etcd::new(members(topology, node), tls.clone()).with_user(ROOT, &secrets.etcd_root);
+        let fencing = etcd().with_patience(fence::ANSWER * slow);
+        let desk = ClaimsDesk::new(etcd(), topology.clone(), &node.name).with_records(dir).built_at(self.built);
+        neighbourhood.learn(&node.name, introduction.mesh_key);
+
+        let kept = mesh.keep(neighbourhood.clone());
+        // On connections of its own: they belong to the API's thread.
+        let served = self.serve_api(desk.beside(etcd()));
+        let introduced = self.introduce_hub(&desk, &introduction);
+        let registered = register(&desk, &node.name, (introduction.mesh_key, &tls_key), version);
+        let followed = self.follow_claims(&desk);
         let recorded = async {
-            desk.keep_records(&dir).await;
+            desk.keep_records(dir).await;
             Ok(())
         };
-        let exported = async {
-            if node.hub > 0 && node.has_role(fleet::UPDATE) {
-                rollout::export(desk.etcd(), Path::new(METRICS)).await;
-            }
-            Ok(())
-        };
+        let exported = self.export_rollout(&desk);
         // Apart from what follows etcd, which may wait for a member that hangs.
         let replaced = until_replaced(&desk, &node.name, (&tls_key, own_epoch));
-        let secrets = &who.state.secrets;
-        let access = EtcdAccess { desk: &desk, topology: &topology, secrets, slot: &node.name, tls_key: &tls_key };
+        let access = EtcdAccess { desk: &desk, topology, secrets, slot: &node.name, tls_key: &tls_key };
+        let access = access.keep();
         let fenced_off = async {
             let (etcd, neighbourhood) = (&fencing, neighbourhood.as_ref());
-            Box::pin(Fence { etcd, topology: &topology, own: &node, neighbourhood, slow }.keep()).await
+            Box::pin(Fence { etcd, topology, own: node, neighbourhood, slow }.keep()).await
         };
-        let updated = updates.keep(async |report| rollout::report(desk.etcd(), &topology, &node.name, report).await);
-        let access = access.keep();
+        let updated = updates.keep(async |report| rollout::report(desk.etcd(), topology, &node.name, report).await);
         tokio::try_join!(
-            kept,
-            served,
-            introduced,
-            registered,
-            followed(),
-            recorded,
-            exported,
-            replaced,
-            access,
-            fenced_off,
-            updated
+            kept, served, introduced, registered, followed, recorded, exported, replaced, access, fenced_off, updated
         )
         .map(|((), (), (), (), (), (), (), (), (), (), ())| ())
+    }
+
+    /// What this node tells hubs of itself.
+    fn introduction(&self) -> Result<Introduction> {
+        let mesh_key = self.who.keys.mesh_public()?;
+        Ok(Introduction { version: PROTOCOL, mesh_key, epoch: self.who.state.epoch })
+    }
+
+    /// Serves the join API.
+    async fn serve_api(&self, desk: ClaimsDesk) -> Result<()> {
+        let state = &self.who.state;
+        let issuer = state.issuer.clone().ok_or_else(|| {
+            let text =
+                format!("{}: state.json of a hub has no issuer; wipe /var and give it a new ticket", self.node.name);
+            Error::Configuration(text)
+        })?;
+        let hub = Hub {
+            topology: self.topology.clone(),
+            root: state.root.clone(),
+            issuer,
+            secrets: state.secrets.clone(),
+            epoch: state.epoch,
+            desk: Arc::new(desk),
+            neighbourhood: self.who.neighbourhood.clone(),
+            orders: OrderLog::default(),
+        };
+        let own = fleet_https::Identity { cert: &state.cert, key: self.who.keys.tls.pem() };
+        let at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, self.topology.mesh.port));
+        serve(Arc::new(hub), at, fleet_https::server(&state.root, own)?).await
+    }
+
+    /// Introduces this hub to the others, again and again: founders find each other before there is an etcd.
+    async fn introduce_hub(&self, desk: &ClaimsDesk, introduction: &Introduction) -> Result<()> {
+        let Self { topology, node, hubs, .. } = self;
+        let neighbourhood = &self.who.neighbourhood;
+        let plan: Vec<String> = topology.hubs.iter().map(|hub| hub.name.clone()).collect();
+        let mut pause = Pause::default();
+        loop {
+            let owners = desk.owners();
+            // A key that etcd has is known for good; an introduction may be of an older one. What
+            // was on the disk may be old itself.
+            let mut answers = hubs.introduce(introduction, |slot| desk.has_heard() && owners.contains_key(slot)).await;
+            // Where all are known, they are still asked: a founder that was cut off while another
+            // machine took its place hears of it from nowhere else.
+            if answers.is_empty() {
+                answers = hubs.answers().await;
+            }
+            let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
+            // Before there are pins: it is to be stopped, and knows nothing.
+            answers.retain(|a| {
+                let key = a.peers.keys.get(&a.hub);
+                !pins.is_empty() || !key.is_some_and(|key| neighbourhood.is_stranger(&a.hub, *key))
+            });
+            let own = (node.name.as_str(), introduction.epoch);
+            let known = Known { own, plan: &plan, pins: &pins, keys: &keys, is_new: owners.is_empty() };
+            let decision = decide(&known, &answers);
+            if let Some(why) = sent_away(hubs, &node.name, &decision).await {
+                return Err(why);
+            }
+            // A founder that was off while the others had new keys does not reach etcd without them.
+            if decision.heard == Heard::Confirmed && !desk.has_heard() {
+                neighbourhood.apply(&decision);
+            }
+            for (slot, key) in answers.iter().flat_map(|a| &a.peers.keys).filter(|(slot, _)| **slot != node.name) {
+                if !owners.contains_key(slot) {
+                    neighbourhood.learn(slot, *key);
+                }
+            }
+            tokio::time::sleep(pause.longer().min(round())).await;
+        }
+    }
+
+    /// Follows the owners of all slots in etcd.
+    async fn follow_claims(&self, desk: &ClaimsDesk) -> Result<()> {
+        let mut pause = Pause::default();
+        loop {
+            match desk.follow(|owners| take_in(&self.topology, &self.who.neighbourhood, owners)).await {
+                // It ends each minute.
+                Ok(()) => pause = Pause::default(),
+                Err(e) => println!("{e}"),
+            }
+            tokio::time::sleep(pause.longer()).await;
+        }
+    }
+
+    /// Exports the rollout as metrics, on the hub that has this role.
+    async fn export_rollout(&self, desk: &ClaimsDesk) -> Result<()> {
+        if self.node.hub > 0 && self.node.has_role(fleet::UPDATE) {
+            rollout::export(desk.etcd(), Path::new(METRICS)).await;
+        }
+        Ok(())
     }
 }
 
@@ -349,12 +369,4 @@ async fn sent_away(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<Error
 fn fenced(slot: &str, epoch: u64) -> Error {
     say(Event::Fenced, &format!("another machine is {slot} now (epoch {epoch})"));
     Error::Fenced { slot: slot.to_owned(), epoch }
-}
-
-/// [`ROUND`], for each node a little different, so that a fleet that started at once does not
-/// ask at once.
-fn round() -> Duration {
-    let mut byte = [0; 1];
-    let _ = getrandom::fill(&mut byte);
-    ROUND.mul_f64(0.75 + f64::from(byte[0]) / 512.0)
 }

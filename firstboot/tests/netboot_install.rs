@@ -8,9 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use firstboot::install::{code, seal};
 use fleet::encoding::encode;
-use fleet::netboot::{Errand, Extent, ImageStatement, InstallerTrust, Machine, Run, SignedImage};
+use fleet::netboot::{Errand, Extent, ImageStatement, InstallerTrust, Machine, Run, SignedImage, code, seal};
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -4,9 +4,11 @@
 //! Nothing here does I/O: callers hand in bytes and get values or [`Diagnostic`]s back, so
 //! that every rule can be tested without a disk, and fuzzed.
 
+pub mod blocks;
 mod certificate;
 mod diagnostic;
 pub mod encoding;
+pub mod grubenv;
 mod join;
 mod lint;
 mod membership;
@@ -30,7 +32,7 @@ pub use join::{
     Refusal, Renewal, Revocation, SIGNATURE_HEADER, SlotRecord, Tokens, TokensRequest,
 };
 pub use lint::{HaRow, ha_table, lint};
-pub use membership::{Membership, Secrets, Tls};
+pub use membership::{Membership, STATE_VERSION, Secrets, Tls};
 pub use overlay::{Check, FileMeta, MIGRATIONS, Make, Migration, OverlayManifest, is_of};
 pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
 pub use rollout::{Answer, Doing, Report, Rollout, RolloutOrder, RolloutRequest, Turn, Verdict, rank};

@@ -4,6 +4,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+/// Format of a node's sealed `state.json`. An image names it in its manifest: `bakehouse plan` warns where an older
+/// image cannot read what a newer one wrote.
+pub const STATE_VERSION: u16 = 3;
+
 /// Certificate and passwords of one node. Never in an image, never in a log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {

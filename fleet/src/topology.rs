@@ -1,6 +1,7 @@
 //! What follows from a `fleet.toml`: slots, addresses, voters. Baked into every image as
 //! `usr/lib/bakehouse/fleet.json`, and the variables every template sees.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
@@ -73,6 +74,12 @@ impl Node {
     #[must_use]
     pub fn has_role(&self, role: &str) -> bool {
         self.roles.iter().any(|r| r == role)
+    }
+
+    /// Where the node is reached: the endpoint that `endpoints` gives it, else its own of `fleet.toml`.
+    #[must_use]
+    pub fn endpoint_in(&self, endpoints: &BTreeMap<String, String>) -> Option<String> {
+        endpoints.get(&self.name).or(self.endpoint.as_ref()).cloned()
     }
 }
 

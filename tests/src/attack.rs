@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use firstboot::https;
 use fleet::{JoinRequest, PROTOCOL, SIGNATURE_HEADER, encoding};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
@@ -39,7 +38,7 @@ impl Target {
     /// If `root` is not a certificate.
     #[must_use]
     pub fn new(root: &str, at: SocketAddr, name: &str) -> Self {
-        let tls = https::client(root, None).expect("a certificate");
+        let tls = fleet_https::client(root, None).expect("a certificate");
         Self { at, name: name.to_owned(), tls, made: Arc::default() }
     }
 

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use firstboot::https::{self, Identity};
 use fleet::{Issuer, PrivateKey, Topology};
+use fleet_https::Identity;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
@@ -55,7 +55,8 @@ impl RogueHub {
         let issuer = root.issuer(&topology.name, slot).expect("a root");
         let node = topology.node(slot).expect("a node");
         let cert = issuer.node(topology, node, &key.public().expect("a key")).expect("an issuer");
-        let tls = https::server(root.certificate(), Identity { cert: &cert, key: key.pem() }).expect("a certificate");
+        let tls =
+            fleet_https::server(root.certificate(), Identity { cert: &cert, key: key.pem() }).expect("a certificate");
         let acceptor = TlsAcceptor::from(tls);
         let listener = TcpListener::bind(at).await.expect("the port is free");
         let requests = Arc::new(Mutex::new(Vec::new()));

@@ -6,20 +6,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use firstboot::etcd::Etcd;
-use firstboot::https::{self, Connection, Identity, request};
+use firstboot::client::etcd::Etcd;
 use firstboot::hub::api::Hub;
 use firstboot::hub::claims::ClaimsDesk;
 use firstboot::hub::etcd_access::ROOT;
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
 use firstboot::member::take_in;
-use firstboot::neighbours::Neighbourhood;
+use firstboot::node::neighbours::Neighbourhood;
 use fleet::{
     Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, OrderScope, PROTOCOL, PrivateKey,
     Reason, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, SignedOrder, Tokens, TokensRequest, Topology,
     encoding,
 };
+use fleet_https::{Connection, Identity, request};
 use serde_json::{Value, json};
 
 use crate::Cluster;
@@ -140,7 +140,7 @@ impl Site {
             orders: OrderLog::default(),
         });
         let at: SocketAddr = format!("127.0.0.{}:{}", i + 1, self.topology.mesh.port).parse().expect("an address");
-        let tls = https::server(self.root.certificate(), own).expect("a certificate");
+        let tls = fleet_https::server(self.root.certificate(), own).expect("a certificate");
         let topology = self.topology.clone();
         tokio::spawn(async move {
             let followed = async {
@@ -172,12 +172,12 @@ impl Site {
         self.etcd_ask(0, path, body).await.expect("etcd takes it");
     }
 
-    async fn etcd_ask(&self, member: usize, path: &str, body: &Value) -> firstboot::error::Result<bytes::Bytes> {
+    async fn etcd_ask(&self, member: usize, path: &str, body: &Value) -> Result<bytes::Bytes, fleet_https::Error> {
         let node = &self.topology.hubs[0];
         let issuer = self.root.issuer("acme", &node.name).expect("a root");
         let cert = issuer.node(&self.topology, node, &self.keys[0].public().expect("a key")).expect("an issuer");
         let own = Identity { cert: &cert, key: self.keys[0].pem() };
-        let tls = https::client(self.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(self.root.certificate(), Some(own)).expect("a certificate");
         let (host, port) = &self.cluster.clients()[member];
         let mut etcd = Connection::open(host, *port, host, &tls).await.expect("etcd");
         let body = serde_json::to_vec(body).expect("JSON");
@@ -207,7 +207,7 @@ impl Site {
         let mut members = self.cluster.clients();
         let first = i % members.len();
         members.rotate_left(first);
-        Etcd::new(members, https::client(self.root.certificate(), Some(own)).expect("a certificate"))
+        Etcd::new(members, fleet_https::client(self.root.certificate(), Some(own)).expect("a certificate"))
     }
 
     /// Mints a token for one node, without expiry. `change` edits its claims.
@@ -250,7 +250,7 @@ impl Site {
         body: Vec<u8>,
     ) -> Result<bytes::Bytes, String> {
         let own = Identity { cert: &grant.cert, key: who.tls.pem() };
-        let tls = https::client(self.root.certificate(), Some(own)).expect("a certificate");
+        let tls = fleet_https::client(self.root.certificate(), Some(own)).expect("a certificate");
         let (host, name) = (format!("127.0.0.{}", hub + 1), self.topology.hubs[hub].name.clone());
         let asked = async {
             let mut connection = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
@@ -276,7 +276,7 @@ impl Site {
         root: &Issuer,
     ) -> Result<bytes::Bytes, String> {
         let body = serde_json::to_vec(order).expect("JSON");
-        let tls = https::client(self.root.certificate(), None).expect("a certificate");
+        let tls = fleet_https::client(self.root.certificate(), None).expect("a certificate");
         let asked = async {
             let (host, name) = (format!("127.0.0.{}", hub + 1), format!("hub-{}", hub + 1));
             let mut hub = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
@@ -371,7 +371,7 @@ pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot
     };
     let body = serde_json::to_vec(&asked).expect("JSON");
     let host = format!("127.0.0.{}", hub + 1);
-    let tls = https::client(&root, None).expect("a certificate");
+    let tls = fleet_https::client(&root, None).expect("a certificate");
     let mut connection = Connection::open(&host, port, &format!("hub-{}", hub + 1), &tls).await?;
     let sign = |message: &[u8]| asker.joiner.key.sign(message);
     let answer = connection.post_signed("/v1/join", &body, sign, fleet::LONGEST).await?;

@@ -6,11 +6,10 @@
 use std::sync::LazyLock;
 
 use builder::format::deb::{Deb, data_entries};
-use firstboot::grub::Block;
 use firstboot::hub::token::verify;
-use firstboot::install::Key;
-use firstboot::load::blocks::{BLOCK, Blocks, missing, pieces};
-use fleet::netboot::{Errand, Machine, News, SealedTicket};
+use fleet::blocks::{BLOCK, Blocks, missing, pieces};
+use fleet::grubenv::Block;
+use fleet::netboot::{Errand, Key, Machine, News, SealedTicket};
 use fleet::{
     Departure, Diagnostic, Fleet, Introduction, Issuer, JoinReply, JoinRequest, OverlayManifest, Peers, Profile,
     Profiles, Renewal, Report, Revocation, Rollout, RolloutRequest, SlotRecord, Ticket, Token, TokensRequest, Topology,
@@ -238,8 +237,8 @@ fn dbus(bytes: &[u8]) {
 
 /// Replies of etcd's gateway, and lines of a watch.
 fn etcd(bytes: &[u8]) {
-    let _ = firstboot::etcd::pairs(bytes);
-    if let Ok(Some(changes)) = firstboot::etcd::changes(bytes) {
+    let _ = firstboot::client::etcd::pairs(bytes);
+    if let Ok(Some(changes)) = firstboot::client::etcd::changes(bytes) {
         assert!(changes.len() <= bytes.len(), "more changes than bytes");
     }
 }

@@ -7,7 +7,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use firstboot::grub::Block;
+use fleet::grubenv::Block;
 
 use crate::error::{Error, Result, fail};
 use crate::toolchain::Tools;
@@ -39,7 +39,7 @@ const MODULES: [&str; 12] = [
     "test",
 ];
 
-/// `firstboot::grub` writes what is read here, and follows the count. An entry's file has whatever count
+/// `firstboot::update::grub` writes what is read here, and follows the count. An entry's file has whatever count
 /// it had when it was last seen.
 pub(crate) const CONFIG: &str = r#"load_env good next tries
 
@@ -118,7 +118,7 @@ fn placed(boot: &[u8], core: &mut [u8]) -> Option<[u8; RECORD]> {
 pub fn files(image: &str) -> Result<[(String, Vec<u8>); 2]> {
     let block = Block { good: image.to_owned(), ..Block::default() };
     let block = block.render().map_err(|e| Error::Failed(e.to_string()))?;
-    Ok([("grub/grub.cfg".to_owned(), CONFIG.into()), (firstboot::grub::BLOCK.to_owned(), block)])
+    Ok([("grub/grub.cfg".to_owned(), CONFIG.into()), (fleet::grubenv::BLOCK.to_owned(), block)])
 }
 
 /// What GRUB executes in a UKI, which is its disk `uki`: kernel and initrd are at these bytes of it.
@@ -200,8 +200,8 @@ mod tests {
     fn grub_executes_what_an_image_brings() {
         let place = format!("source (uki){}+{}\n", SCRIPT.start / SECTOR, SCRIPT.len() / SECTOR);
         assert!(CONFIG.contains(&place), "{place}");
-        for left in 0..=firstboot::grub::TRIES {
-            assert!(CONFIG.contains(&format!(" +{left}-{}.efi", firstboot::grub::TRIES - left)));
+        for left in 0..=fleet::grubenv::TRIES {
+            assert!(CONFIG.contains(&format!(" +{left}-{}.efi", fleet::grubenv::TRIES - left)));
         }
     }
 

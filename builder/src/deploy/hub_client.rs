@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use firstboot::error::Error as Failure;
-use firstboot::https::{self, ClientConfig, Connection};
-use firstboot::join::{Pause, endpoint};
 use fleet::{
     Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
     TokensRequest, Topology, compare_versions, encoding,
 };
+use fleet_https::backoff::Pause;
+use fleet_https::{self as https, ClientConfig, Connection, Error as Failure};
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result, fail};
@@ -114,7 +113,7 @@ impl Hubs<'_> {
         loop {
             let mut failures = Vec::new();
             for hub in hubs {
-                let Some(host) = endpoint(hub, &self.endpoints) else { continue };
+                let Some(host) = hub.endpoint_in(&self.endpoints) else { continue };
                 match runtime.block_on(self.ask_one(order, hub, &host, &tls)) {
                     Ok(answer) => return Ok((hub.name.clone(), answer)),
                     Err(e) => failures.push(e),

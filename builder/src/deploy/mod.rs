@@ -2,6 +2,6 @@
 
 pub(crate) mod export;
 pub(crate) mod flash;
-pub(crate) mod hub_client;
+pub mod hub_client;
 pub mod netboot;
 pub(crate) mod publish;

@@ -225,7 +225,7 @@ mod tests {
         let (nonce, _) = header.rest.split_at(16);
         let key = derive(&file_key.unwrap().try_into().unwrap(), nonce, b"payload");
         let mut other = sealed[..sealed.len() - CHUNK - TAG].to_vec();
-        other.extend(encrypt(&key, counter(0, false), &[7; CHUNK]).unwrap());
+        other.extend(encrypt(&key, counter(0, false), &vec![7; CHUNK]).unwrap());
         other.extend(encrypt(&key, counter(1, true), b"").unwrap());
         assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged));
     }

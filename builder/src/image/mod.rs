@@ -184,7 +184,7 @@ impl Build<'_> {
                 .filter(|n| n.group == group)
                 .map(|n| (n.name.as_str(), n.address))
                 .collect(),
-            state: firstboot::state::State::VERSION,
+            state: fleet::STATE_VERSION,
             mesh: self.project.topology.mesh.subnet.to_string(),
             migrations: baked.migrations.iter().map(|m| m.name.as_str()).collect(),
             restore: self.project.topology.backup.restore.as_deref().filter(|_| recipe.roles.iter().any(|r| r == "db")),

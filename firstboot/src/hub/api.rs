@@ -15,13 +15,14 @@ use serde::Serialize;
 
 use super::claims::ClaimsDesk;
 use super::departures::Identified;
-use super::etcd_access::{MEMBER, PATRONI, USER_HEADER};
-use super::listener::{Member, Peer};
 use super::orders::{OrderLog, Signed};
-use super::token::{no, verify};
-use super::{refusals, rollout};
+use super::peer::{Member, Peer};
+use super::refusal::{self, no};
+use super::rollout;
+use super::token::verify;
 use crate::error::{Error, Result};
-use crate::neighbours::Neighbourhood;
+use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER};
+use crate::node::neighbours::Neighbourhood;
 
 /// What the API answers from.
 pub struct Hub {
@@ -277,7 +278,7 @@ fn reply(granted: Result<Grant, Refusal>) -> JoinReply {
     match granted {
         Ok(grant) => JoinReply::Granted(grant),
         Err(refusal) => {
-            refusals::log(&refusal);
+            refusal::log(&refusal);
             JoinReply::Refused(refusal)
         }
     }

@@ -4,10 +4,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{Eviction, Reason, Refusal, SlotRecord};
 
-use super::claims::{ClaimsDesk, Place, SLOTS, audit, forgotten_audit};
-use super::token::no;
+use super::claims::ClaimsDesk;
+use super::records::{Place, SLOTS, audit, forgotten_audit};
+use super::refusal::no;
+use crate::client::etcd::{If, Then};
 use crate::error::{Error, Result};
-use crate::etcd::{If, Then};
 
 /// Which owner of a slot is meant.
 #[derive(Clone, Copy, Debug)]
@@ -109,9 +110,4 @@ impl ClaimsDesk {
         println!("{slot} has no owner any more (epoch {})", record.epoch);
         Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })
     }
-}
-
-/// What a machine is told that had a slot which nobody has now.
-pub(super) fn gone(slot: &str) -> String {
-    format!("this machine was {slot}, and has left the fleet; wipe it and give it a new ticket to have it again")
 }

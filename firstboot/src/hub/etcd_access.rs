@@ -7,31 +7,21 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 use fleet::{Secrets, SlotRecord, Topology};
 
-use super::claims::{ClaimsDesk, SLOTS};
+use super::claims::ClaimsDesk;
+use super::records::SLOTS;
+use crate::client::etcd::{Etcd, If, Then};
 use crate::error::{Error, Result};
-use crate::etcd::{Etcd, If, Then};
+use crate::node::etcd_user::{PATRONI, patroni_runs_with};
 
-/// Header of `GET /v1/peers`: the etcd user whose password the node's Patroni runs with; of `POST /v1/introduce`:
-/// [`MEMBER`].
-pub const USER_HEADER: &str = "bakehouse-etcd-user";
 /// etcd's administrator: its own name for the user that must exist before access control is turned on.
 pub const ROOT: &str = "root";
-/// Patroni's user, and the role that it has.
-pub const PATRONI: &str = "patroni";
-/// No user: the node's etcd takes its clients' passwords.
-pub const MEMBER: &str = "member";
 const READY: &str = "/bakehouse/etcd-ready/";
 /// Some node changes its image now (`hub/rollout.rs`).
 const TURN: &str = "/bakehouse/rollout/turn";
-/// The configuration that Patroni was started with, whatever was rendered since. Its unit copies it there: systemd
-/// shows the credentials of a unit to no other one.
-const PATRONI_CONFIGURATION: &str = "/run/bakehouse/patroni.started.yml";
 /// Pause between two looks, in seconds, until access control is on, and afterwards.
 const LOOK: u64 = 10;
 const LOOK_AGAIN: u64 = 300;
@@ -104,7 +94,7 @@ impl EtcdAccess<'_> {
             return Ok(Access::Enabled);
         }
         let has_database = self.topology.node(self.slot).is_some_and(|n| n.has_role("db"));
-        if !has_database || patroni_has(&self.secrets.etcd_patroni, Path::new(PATRONI_CONFIGURATION)) {
+        if !has_database || patroni_runs_with(&self.secrets.etcd_patroni) {
             self.desk.has_etcd_password(self.slot, self.tls_key).await?;
         }
         if etcd.get(&[TURN]).await?.iter().any(|turn| turn.revision != 0) {
@@ -164,16 +154,6 @@ impl ClaimsDesk {
     }
 }
 
-/// Whether the Patroni that runs on this node was started with a configuration that has this password.
-#[must_use]
-pub fn patroni_runs_with(password: &str) -> bool {
-    patroni_has(password, Path::new(PATRONI_CONFIGURATION))
-}
-
-fn patroni_has(password: &str, configuration: &Path) -> bool {
-    !password.is_empty() && fs::read_to_string(configuration).is_ok_and(|text| text.contains(password))
-}
-
 /// Patroni's keys: those of the fleet's own scope, `NAME`, and of restored databases, `NAME@TIME`.
 async fn permit_patroni(etcd: &Etcd, fleet: &str) -> Result<()> {
     for last in ["/", "@"] {
@@ -185,20 +165,4 @@ async fn permit_patroni(etcd: &Etcd, fleet: &str) -> Result<()> {
         etcd.permit(PATRONI, first.as_bytes(), &end).await?;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_patroni_that_was_started_before_its_password_came_does_not_have_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("patroni.yml");
-        assert!(!patroni_has("secret", &file));
-        fs::write(&file, "etcd3:\n  protocol: https\n").unwrap();
-        assert!(!patroni_has("secret", &file) && !patroni_has("", &file));
-        fs::write(&file, "etcd3:\n  username: patroni\n  password: \"secret\"\n").unwrap();
-        assert!(patroni_has("secret", &file));
-    }
 }

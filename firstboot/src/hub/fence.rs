@@ -28,14 +28,14 @@ use std::time::{Duration, Instant};
 use fleet::{Node, Topology};
 use serde::Deserialize;
 
-use crate::console::say;
-use crate::database::scope;
+use crate::client::etcd::{Etcd, If, Pair, Then};
+use crate::client::patroni::scope;
 use crate::error::{Error, Result};
-use crate::etcd::{Etcd, If, Pair, Then};
-use crate::journal::Event;
+use crate::host::console::say;
+use crate::host::journal::Event;
+use crate::host::ticker::Ticker;
 use crate::mesh::Routes;
-use crate::neighbours::Neighbourhood;
-use crate::ticker::Ticker;
+use crate::node::neighbours::Neighbourhood;
 
 const SHUT: &str = "/bakehouse/shut/";
 /// How often hubs look.

@@ -1,15 +1,20 @@
 //! What a hub does for the others: lets nodes in, and tells who is where.
 
 pub mod api;
+mod batch;
+mod choice;
 pub mod claims;
 pub mod departures;
 pub mod etcd_access;
 pub mod fence;
+mod hearing;
 pub mod listener;
 pub mod orders;
 mod owners;
+mod peer;
 mod rate;
-mod refusals;
+pub mod records;
+mod refusal;
 mod renewals;
 pub mod rollout;
 mod silence;

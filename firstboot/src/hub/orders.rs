@@ -11,8 +11,9 @@ use fleet::{
 };
 use hyper::http::request::Parts;
 
-use super::listener::Peer;
-use super::token::{no, signed_by_root};
+use super::peer::Peer;
+use super::refusal::no;
+use crate::node::trust::signed_by_root;
 
 /// A request's body, and the signature that has to cover it on this connection.
 pub(super) struct Signed<'a> {

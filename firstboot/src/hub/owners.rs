@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use fleet::{MeshKey, SlotRecord};
 
-use super::claims::{ClaimsDesk, Owners, SLOTS};
+use super::claims::ClaimsDesk;
+use super::records::{Owners, SLOTS};
+use crate::client::etcd::Change;
 use crate::error::{Error, Result};
-use crate::etcd::Change;
-use crate::state::SlotRecords;
+use crate::node::state::SlotRecords;
 
 /// Least time between two writes of the records to the disk.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -5,11 +5,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{Reason, Refusal, Renewal, SlotRecord};
 
-use super::claims::{ClaimsDesk, Given, Keys, Taking};
-use super::departures::gone;
-use super::token::no;
+use super::claims::ClaimsDesk;
+use super::records::{Given, Keys, Taking};
+use super::refusal::{gone, no};
+use crate::client::etcd::Then;
 use crate::error::Result;
-use crate::etcd::Then;
 
 /// Seconds between two renewals of a slot: each is a write in etcd and on every hub's disk, and a
 /// node that was taken over must not fill them.

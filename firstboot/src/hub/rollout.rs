@@ -18,9 +18,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::{Answer, Report, Rollout, RolloutOrder, SlotRecord, Topology, Verdict};
 
-use super::claims::SLOTS;
+use super::records::SLOTS;
+use crate::client::etcd::{Etcd, If, Then};
 use crate::error::{Error, Result};
-use crate::etcd::{Etcd, If, Then};
 
 const PREFIX: &str = "/bakehouse/rollout/";
 const TURN: &str = "/bakehouse/rollout/turn";

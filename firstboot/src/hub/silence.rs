@@ -1,46 +1,13 @@
 //! Owners that have fallen silent: a blank machine may take the slot of one that keeps nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::claims::{ClaimsDesk, Owners, Place};
+use super::claims::ClaimsDesk;
+use super::hearing::{SEEN, lock, seen};
+use super::records::{Owners, Place};
+use crate::client::etcd::Then;
 use crate::error::Result;
-use crate::etcd::Then;
-
-const SEEN: &str = "/bakehouse/seen/";
-/// How long hubs have to be up themselves before they take an owner's silence for its own: longer
-/// than the pause between two of its questions.
-const SETTLED: Duration = Duration::from_secs(120);
-
-/// Which members this hub has answered.
-pub(super) struct Hearing {
-    began: Instant,
-    /// When this hub last answered each slot's owner.
-    heard: Mutex<BTreeMap<String, Instant>>,
-    /// When it last wrote so to etcd.
-    written: Mutex<BTreeMap<String, Instant>>,
-}
-
-impl Default for Hearing {
-    fn default() -> Self {
-        Self { began: Instant::now(), heard: Mutex::default(), written: Mutex::default() }
-    }
-}
-
-impl Hearing {
-    /// Whether this hub can tell an owner's silence from a fault of its own: it has run for long enough, and has
-    /// heard of another member within `patience` where there is one. A hub that no member reaches (its
-    /// endpoint is flooded, or its network is down) would else give the slots of members that live to strangers.
-    fn is_good(&self, owners: &Owners, slot: &str, own: &str, patience: Duration) -> bool {
-        if self.began.elapsed() < patience.min(SETTLED) {
-            return false;
-        }
-        let heard = lock(&self.heard);
-        let mut others = owners.iter().filter(|(name, r)| !r.vacant && *name != slot && *name != own).peekable();
-        others.peek().is_none() || others.any(|(name, _)| heard.get(name).is_some_and(|at| at.elapsed() < patience))
-    }
-}
 
 impl ClaimsDesk {
     /// Notes that this hub has answered the owner of a slot. Writes it to etcd where another machine could take the
@@ -106,12 +73,4 @@ impl ClaimsDesk {
 fn is_young(at: u64, after: u32) -> bool {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     now.saturating_sub(Duration::from_secs(at)) < Duration::from_secs(after.into())
-}
-
-pub(super) fn seen(slot: &str) -> String {
-    format!("{SEEN}{slot}")
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

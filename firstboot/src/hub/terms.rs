@@ -2,11 +2,11 @@
 
 use fleet::{Claims, JoinRequest, Reason, Refusal, SlotRecord};
 
-use super::claims::{ClaimsDesk, Given};
-use super::departures::gone;
-use super::token::no;
+use super::claims::ClaimsDesk;
+use super::records::Given;
+use super::refusal::{gone, no};
+use crate::client::etcd::Pair;
 use crate::error::Result;
-use crate::etcd::Pair;
 
 /// Seconds after a grant in which the same keys get it again with the same token: the reply may have
 /// been lost. A node keeps its grant on its disk, and does not ask later.

@@ -2,9 +2,9 @@
 
 use fleet::{Claims, JoinRequest, Reason, Refusal, encoding};
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
-use tokio_rustls::rustls::pki_types::CertificateDer;
-use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use webpki::{EndEntityCert, ring::ECDSA_P256_SHA256};
+
+use super::refusal::no;
+use crate::node::trust::signed_by_root;
 
 /// Verifies the token's signature, the request's, which covers `message`, and what does not change:
 /// fleet, group, form. The claim looks at expiry and uses later: who has its grant may ask again.
@@ -48,17 +48,6 @@ pub fn verify(
         return Err(no(Reason::OtherGroup, &text));
     }
     Ok(claims)
-}
-
-/// Whether the fleet root's key made this signature.
-pub(crate) fn signed_by_root(root: &str, message: &[u8], signature: &[u8]) -> bool {
-    let Ok(cert) = CertificateDer::from_pem_slice(root.as_bytes()) else { return false };
-    EndEntityCert::try_from(&cert)
-        .is_ok_and(|cert| cert.verify_signature(ECDSA_P256_SHA256, message, signature).is_ok())
-}
-
-pub(crate) fn no(reason: Reason, text: &str) -> Refusal {
-    Refusal { reason, text: text.to_owned() }
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 use fleet::MeshKey;
 
 use super::claims::ClaimsDesk;
+use crate::client::etcd::{If, Then};
 use crate::error::{Error, Result};
-use crate::etcd::{If, Then};
 
 /// Epoch of the machine that etcd made room for, by slot.
 const READMITTED: &str = "/bakehouse/readmitted/";

@@ -12,7 +12,7 @@ use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::libc;
 use sha2::{Digest as _, Sha256};
 
-use super::run;
+use super::command::run;
 use super::server::Server;
 use crate::error::{Error, Result};
 

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 
 /// As the kernel tells it.
 pub(super) fn look() -> Result<Machine> {
-    let memory = crate::machine::read("")?.memory << 20;
+    let memory = crate::host::machine::read("")?.memory << 20;
     Ok(Machine { memory, ..look_in(Path::new("/sys"))? })
 }
 

@@ -1,5 +1,5 @@
 //! A machine that runs an image from its memory. dm-verity checks each block when it is read, as it does on a
-//! disk, against a root hash that the fleet signed (`trust.rs`).
+//! disk, against a root hash that the fleet signed ([`signed_root`]).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -8,10 +8,12 @@ use std::path::Path;
 use std::process::Command;
 
 use fleet::Ticket;
-use fleet::netboot::Run;
+use fleet::netboot::{Run, signed_root};
 
+use super::command::{output, run};
+use super::progress::Tenths;
 use super::server::Server;
-use super::{output, run, trust};
+use super::trust;
 use crate::error::{Error, Result};
 
 /// A file system of its own: /run has no room for it.
@@ -27,7 +29,7 @@ const CHUNK: usize = 1 << 20;
 /// # Errors
 /// The fleet did not sign the image's root hash; the image can't be loaded or mounted.
 pub(super) fn prepare(server: &Server, errand: &Run, ticket: &[u8]) -> Result<()> {
-    let roothash = trust::signed_root(&trust::load(Path::new("/"))?, errand)?;
+    let roothash = signed_root(&trust::load(Path::new("/"))?, errand)?;
     clear();
     fetch(server, errand)?;
     let device = output(Command::new("/usr/sbin/losetup").args(["--find", "--show", "--read-only", IMAGE]), "losetup")?;
@@ -71,7 +73,7 @@ fn fetch(server: &Server, errand: &Run) -> Result<()> {
     let told = || Error::io("write", Path::new(IMAGE));
     let mut file = File::create(IMAGE).map_err(told())?;
     let mut chunk = vec![0; CHUNK];
-    let mut tenths = super::Tenths::of(size);
+    let mut tenths = Tenths::of(size);
     for extent in [errand.root, errand.verity] {
         let mut body = server.read(&errand.image, extent)?;
         let mut left = extent.size;

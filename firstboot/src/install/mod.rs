@@ -5,24 +5,24 @@
 //! The partition table comes last: a machine whose power fails before has a disk that no firmware
 //! starts from, boots from the network again, and starts over.
 
+mod command;
 mod disk;
 mod machine;
 mod memory;
-mod sealed;
+mod progress;
 mod server;
 mod trust;
 
-use std::fmt::Display;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use fleet::netboot::{Errand, Install, Machine, Step, printable};
+use fleet::netboot::{Errand, Install, Key, Machine, Step, code};
 
+use command::run;
 use disk::Target;
-pub use sealed::{Key, ReportKey, code, read_code, seal};
+use progress::{Tenths, tell};
 use server::Server;
-pub use trust::signed_root;
 
 use crate::error::{Error, Result};
 
@@ -116,43 +116,4 @@ fn write(server: &Server, install: &Install, ticket: &[u8]) -> Result<()> {
     target.verify()?;
     target.put_ticket(ticket)?;
     target.finish()
-}
-
-/// How far it is: a line for each tenth.
-struct Tenths {
-    bytes: u64,
-    of: u64,
-}
-
-impl Tenths {
-    fn of(of: u64) -> Self {
-        Self { bytes: 0, of: of.max(1) }
-    }
-
-    fn advance(&mut self, server: &Server, bytes: u64) {
-        let before = self.bytes * 10 / self.of;
-        self.bytes += bytes;
-        let now = self.bytes * 10 / self.of;
-        if now > before {
-            tell(format!("{} % of {} MB", now * 10, self.of / 1_000_000));
-            server.news(Step::Writing { bytes: self.bytes, of: self.of });
-        }
-    }
-}
-
-fn run(command: &mut Command, what: &str) -> Result<()> {
-    output(command, what).map(drop)
-}
-
-/// What a command that must succeed prints.
-fn output(command: &mut Command, what: &str) -> Result<String> {
-    let output = command.output().map_err(|e| Error::Failed(format!("{what} does not start: {e}")))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    }
-    Err(Error::Failed(format!("{what} failed: {}", String::from_utf8_lossy(&output.stderr).trim())))
-}
-
-fn tell(what: impl Display) {
-    println!("bakehouse: {}", printable(&what.to_string()));
 }

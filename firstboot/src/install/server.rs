@@ -3,10 +3,9 @@
 use std::io::Read;
 use std::time::Duration;
 
-use fleet::netboot::{Errand, Extent, Mac, Machine, News, Step};
+use fleet::netboot::{Errand, Extent, Mac, Machine, News, ReportKey, Step};
 use ureq::Agent;
 
-use super::sealed::ReportKey;
 use crate::error::{Error, Result};
 
 /// Without a byte for so long, a connection is dead.

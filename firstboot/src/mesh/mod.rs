@@ -15,8 +15,8 @@ use std::time::{Duration, Instant, SystemTime};
 use fleet::{MeshKey, Node, Topology};
 
 use crate::error::Result;
-use crate::keys::Keys;
-use crate::neighbours::Neighbourhood;
+use crate::node::keys::Keys;
+use crate::node::neighbours::Neighbourhood;
 use plan::{Interface, Peer, interfaces};
 use resolver::{Resolver, choose};
 use wireguard::Wireguard;

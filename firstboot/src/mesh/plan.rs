@@ -7,8 +7,6 @@ use std::net::Ipv4Addr;
 use fleet::{MeshKey, Node, Topology};
 use ipnet::Ipv4Net;
 
-use crate::join::endpoint;
-
 /// One WireGuard interface; `E` is an endpoint, a name at first and then an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface<E> {
@@ -64,7 +62,7 @@ pub fn interfaces(
         let port = topology.mesh.port + node.hub;
         let peer = keys.get(&hub.name).map(|key| Peer {
             key: *key,
-            endpoint: endpoint(hub, endpoints).map(|host| (host, port)),
+            endpoint: hub.endpoint_in(endpoints).map(|host| (host, port)),
             allowed: vec![topology.mesh.subnet, topology.mesh.transport],
             keepalive: Some(KEEPALIVE),
         });

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
-use firstboot::https::{self, Connection, request};
 use fleet::{Issuer, Joiner, Node, PrivateKey, Right, Ticket};
+use fleet_https::{Connection, request};
 use futures_util::future::join_all;
 use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
@@ -217,8 +217,8 @@ impl Foothold {
         headers: &[(&str, &str)],
         body: Vec<u8>,
     ) -> Result<Bytes, String> {
-        let identity = shown.map(|own| https::Identity { cert: &own.cert, key: &own.key });
-        let tls = https::client(&self.root, identity).map_err(|e| e.to_string())?;
+        let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
+        let tls = fleet_https::client(&self.root, identity).map_err(|e| e.to_string())?;
         let asked = async {
             let mut connection = Connection::open(&door.host, door.port, &door.name, &tls).await?;
             connection.ask(request(method, &door.host, path, headers, body.into())?, 16 << 20).await

@@ -4,11 +4,11 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use firstboot::https::{self, Connection};
 use fleet::{
     BOUND_SIGNATURE_HEADER, Claims, Doing, Grant, Introduction, Issuer, JoinReply, JoinRequest, Joiner, MeshKey,
     PROTOCOL, PrivateKey, Renewal, Report, SIGNATURE_HEADER, SlotRecord, bound_message, encoding,
 };
+use fleet_https::Connection;
 use serde::Serialize;
 use tokio::time::timeout;
 
@@ -226,7 +226,7 @@ pub async fn ask_to_join(
     joiner: &Joiner,
     body: &[u8],
 ) -> Result<(Grant, Captured), String> {
-    let tls = https::client(&from.root, None).map_err(|e| e.to_string())?;
+    let tls = fleet_https::client(&from.root, None).map_err(|e| e.to_string())?;
     let asked = async {
         let mut hub = Connection::open(&door.host, door.port, &door.name, &tls).await?;
         let binding = *hub.binding().expect("a connection with TLS");

@@ -6,10 +6,9 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use firstboot::https::{Connection, request};
-use firstboot::install::Key;
-use fleet::netboot::{Errand, Machine};
+use fleet::netboot::{Errand, Key, Machine};
 use fleet::{Right, Ticket, encoding};
+use fleet_https::{Connection, request};
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::digest::{SHA256, digest};
 use serde_json::{Value, json};

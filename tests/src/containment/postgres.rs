@@ -2,7 +2,6 @@
 
 use std::num::NonZeroU32;
 
-use firstboot::https;
 use fleet::encoding::{decode, encode};
 use ring::{digest, hmac, pbkdf2};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -91,8 +90,8 @@ async fn session(
 
 /// Opens a TLS connection. Behind HAProxy either database may be the primary, so this accepts both names.
 async fn encrypted(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Result<TlsStream<TcpStream>, String> {
-    let identity = shown.map(|own| https::Identity { cert: &own.cert, key: &own.key });
-    let tls = https::client(&from.root, identity).map_err(|e| e.to_string())?;
+    let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
+    let tls = fleet_https::client(&from.root, identity).map_err(|e| e.to_string())?;
     let mut last = String::new();
     for name in ["db-1", "db-2"] {
         let tried = async {

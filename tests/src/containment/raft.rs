@@ -4,7 +4,7 @@
 //! leader, and its entry is a complete request with the user's name. So a client that passes the peers' TLS
 //! verification can write any key, whatever permissions etcd's users have.
 
-use firstboot::https::{self, Connection, request};
+use fleet_https::{Connection, request};
 use serde_json::Value;
 
 use super::etcd::voter_doors;
@@ -72,8 +72,8 @@ async fn members<'a>(arena: &Arena, from: &'a Foothold) -> Result<(Door, Option<
 }
 
 async fn list(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Result<Members, String> {
-    let identity = shown.map(|own| https::Identity { cert: &own.cert, key: &own.key });
-    let tls = https::client(&from.root, identity).map_err(|e| e.to_string())?;
+    let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
+    let tls = fleet_https::client(&from.root, identity).map_err(|e| e.to_string())?;
     let asked = async {
         let mut connection = Connection::open(&door.host, door.port, &door.name, &tls).await?;
         let answer = connection.send(request("GET", &door.host, "/members", &[], bytes::Bytes::new())?).await?;

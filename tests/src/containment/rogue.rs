@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use firstboot::https;
 use fleet::{MeshKey, Peers};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -48,8 +47,8 @@ impl RogueHub {
         };
         let lie = serde_json::to_string(&lie).expect("JSON");
         let own = from.own();
-        let identity = https::Identity { cert: &own.cert, key: &own.key };
-        let tls = TlsAcceptor::from(https::server(&from.root, identity).expect("a certificate"));
+        let identity = fleet_https::Identity { cert: &own.cert, key: &own.key };
+        let tls = TlsAcceptor::from(fleet_https::server(&from.root, identity).expect("a certificate"));
         let (stop, captured, asked) = (rogue.stop.clone(), rogue.captured.clone(), rogue.asked.clone());
         let (port, from) = (arena.topology.mesh.port, from.clone());
         let serve = move || {

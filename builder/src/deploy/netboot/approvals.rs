@@ -6,7 +6,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use firstboot::install::read_code;
+use fleet::netboot::read_code;
 
 use super::record::now;
 use crate::error::{Error, Result};

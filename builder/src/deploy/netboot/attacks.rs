@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use firstboot::install::{Key, ReportKey, code, signed_root};
 use fleet::netboot::{Errand, Extent, ImageStatement, News, Step};
+use fleet::netboot::{Key, ReportKey, code, signed_root};
 use serde_json::{Value, json};
 
 use super::*;
@@ -213,7 +213,7 @@ fn news_are_believed_of_the_machine_that_has_the_ticket_and_of_no_other() {
     let old = json!({ "version": 1, "mac": KNOWN, "step": "installed" });
     assert!(attacked.post("/v1/news", &old).is_err());
     assert!(attacked.tell(&installed).is_err());
-    let (_, other) = firstboot::install::seal(b"x", hostile.public()).unwrap();
+    let (_, other) = fleet::netboot::seal(b"x", hostile.public()).unwrap();
     assert!(attacked.tell(&other.prove(installed.clone())).is_err());
     assert!(attacked.tell(&other.prove(news(&hostile, Step::Installed))).is_err());
     assert_eq!(attacked.files(), [""; 0]);

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use firstboot::install::seal;
 use fleet::Ticket;
+use fleet::netboot::seal;
 use fleet::netboot::{Errand, Extent, Install, Mac, Machine, News, Run, Step};
 
 use super::dnsmasq::HOSTS;

@@ -7,9 +7,9 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use firstboot::install::ReportKey;
 use fleet::Ticket;
 use fleet::netboot::Mac;
+use fleet::netboot::ReportKey;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

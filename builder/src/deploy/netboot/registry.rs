@@ -7,8 +7,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use firstboot::install::{ReportKey, code};
 use fleet::netboot::{Mac, Machine, MachineDisk, News, Step, printable};
+use fleet::netboot::{ReportKey, code};
 use fleet::{Netboot, Ticket};
 
 use super::approvals::Approvals;

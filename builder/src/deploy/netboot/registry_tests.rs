@@ -119,8 +119,8 @@ fn a_machine_gets_its_ticket_again_until_it_is_installed_also_from_a_server_that
     let ask = || open().decide(&machine(ONE, "", &DISK), &acme).unwrap();
     let first = yes(ask()).ticket;
     assert!(yes(ask()).ticket == first);
-    let key = firstboot::install::Key::generate().unwrap();
-    let (sealed, server) = firstboot::install::seal(b"x", key.public()).unwrap();
+    let key = fleet::netboot::Key::generate().unwrap();
+    let (sealed, server) = fleet::netboot::seal(b"x", key.public()).unwrap();
     open().believe(ONE, key.public(), server).unwrap();
     let news = News {
         version: Machine::VERSION,

@@ -18,7 +18,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use firstboot::load::blocks::{Blocks, missing, pieces};
+use fleet::blocks::{Blocks, missing, pieces};
 use fleet::compare_versions;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
@@ -286,13 +286,18 @@ mod tests {
             publish(image, &self.0.path().join("out"), &key, time, &Progress::new(true, false))
         }
 
-        /// The date that a node finds, with the keyring of a fleet.
-        fn date(&self, keyring: &[u8]) -> firstboot::error::Result<u64> {
+        /// The date that gpgv finds, with the keyring of a fleet.
+        fn date(&self, keyring: &[u8]) -> Result<u64> {
             let scratch = tempfile::tempdir().unwrap();
             let (out, ring) = (self.0.path().join("out/db"), scratch.path().join("ring.gpg"));
             fs::write(&ring, keyring).unwrap();
-            let read = |name: &str| fs::read(out.join(name)).unwrap();
-            firstboot::load::date::signed_at(&ring, &read(SUMS), &read("SHA256SUMS.gpg"), scratch.path())
+            let mut gpgv = std::process::Command::new("gpgv");
+            gpgv.env("GNUPGHOME", scratch.path()).arg("--status-fd=1").arg("--keyring").arg(ring);
+            let output = gpgv.arg(out.join("SHA256SUMS.gpg")).arg(out.join(SUMS)).output().unwrap();
+            let status = String::from_utf8(output.stdout).unwrap();
+            let valid = status.lines().find_map(|line| line.strip_prefix("[GNUPG:] VALIDSIG "));
+            let time = valid.and_then(|words| words.split(' ').nth(2)?.parse().ok());
+            time.filter(|_| output.status.success()).ok_or_else(|| Error::Failed("no valid signature".to_owned()))
         }
 
         fn files(&self) -> Vec<String> {

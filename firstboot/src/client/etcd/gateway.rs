@@ -1,0 +1,448 @@
+//! etcd, by its JSON gateway: the same way Patroni takes, without a gRPC stack in the agent.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use fleet::encoding::{decode, encode};
+use http_body_util::Full;
+use hyper::Request;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+use tokio_rustls::rustls::ClientConfig;
+
+use crate::error::{Error, Result};
+use fleet_https::{Connection, PATIENCE, request};
+
+/// Longest answer: every slot of the largest fleet, several times over.
+pub(super) const LONGEST: usize = 64 << 20;
+/// How long the local member may take to show that it is of use again.
+const PROBE: Duration = Duration::from_secs(2);
+/// Errors by which etcd refuses a request before it looks at it: its token is missing, unknown or too old.
+const TOKEN_REFUSED: [&str; 3] = ["user name is empty", "invalid auth token", "revision of auth store is old"];
+const AUTH_NOT_ENABLED: &str = "authentication is not enabled";
+
+/// A cluster, reached by whichever member answers.
+pub struct Etcd {
+    /// Addresses of members, the nearest first.
+    members: Vec<(String, u16)>,
+    tls: Arc<ClientConfig>,
+    pub(super) connection: Mutex<Option<(String, Connection)>>,
+    /// Where to begin: another member after each failure. One that answers may still be of no
+    /// use, as a learner is, or a member that has lost the others.
+    pub(super) first: AtomicUsize,
+    /// How long a member may take to be reached, or to answer in full: as its connection's own limits, or less.
+    patience: Duration,
+    /// Name and password of the etcd user, where this node has one.
+    user: Option<(String, String)>,
+    /// Of the last authentication. Tokens end after some time, and with the member's process.
+    token: RwLock<Option<String>>,
+}
+
+/// One key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pair {
+    pub key: String,
+    pub value: Vec<u8>,
+    /// Revision of its last change; 0 where there is no such key.
+    pub revision: u64,
+}
+
+/// What must hold for a transaction to take place.
+#[derive(Clone, Copy, Debug)]
+pub enum If<'a> {
+    /// The key's last change is this one; 0: there is no such key.
+    Unchanged(&'a str, u64),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Then<'a> {
+    Put(&'a str, &'a [u8]),
+    /// As long as a lease lasts.
+    PutFor(&'a str, &'a [u8], &'a str),
+    Delete(&'a str),
+}
+
+#[derive(Deserialize)]
+pub(super) struct Kv {
+    pub(super) key: String,
+    #[serde(default)]
+    pub(super) value: String,
+    #[serde(default)]
+    mod_revision: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Range {
+    kvs: Vec<Kv>,
+}
+
+#[derive(Deserialize)]
+struct Header {
+    revision: String,
+}
+
+#[derive(Deserialize)]
+struct Answered {
+    header: Header,
+    #[serde(default)]
+    kvs: Vec<Kv>,
+    #[serde(default)]
+    succeeded: bool,
+    #[serde(default)]
+    responses: Vec<Response>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Response {
+    response_range: Range,
+}
+
+/// One of the cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct EtcdMember {
+    #[serde(rename = "ID")]
+    pub id: String,
+    /// Empty until it has started.
+    pub name: String,
+    #[serde(rename = "peerURLs")]
+    pub peer_urls: Vec<String>,
+    #[serde(rename = "isLearner")]
+    pub is_learner: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Members {
+    members: Vec<EtcdMember>,
+}
+
+impl Etcd {
+    #[must_use]
+    pub fn new(members: Vec<(String, u16)>, tls: Arc<ClientConfig>) -> Self {
+        Self {
+            members,
+            tls,
+            connection: Mutex::new(None),
+            first: AtomicUsize::new(0),
+            patience: 2 * PATIENCE,
+            user: None,
+            token: RwLock::default(),
+        }
+    }
+
+    /// Authenticates as this etcd user where etcd asks for it; an empty password means no user.
+    #[must_use]
+    pub fn with_user(self, name: &str, password: &str) -> Self {
+        let user = (!password.is_empty()).then(|| (name.to_owned(), password.to_owned()));
+        Self { user, ..self }
+    }
+
+    /// Gives a member up, and asks the next, when it has not answered for so long.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// The same cluster and user by a connection of its own: calls of the two don't wait for each other.
+    #[must_use]
+    pub fn reconnected(&self) -> Self {
+        let own = Self::new(self.members.clone(), self.tls.clone()).with_patience(self.patience);
+        Self { user: self.user.clone(), ..own }
+    }
+
+    /// Every key below a prefix, and the revision they are of.
+    ///
+    /// # Errors
+    /// No member answers.
+    pub async fn list(&self, prefix: &str) -> Result<(u64, Vec<Pair>)> {
+        let body = json!({ "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)) });
+        listed(&self.call("/v3/kv/range", &body).await?)
+    }
+
+    /// These keys, as of one moment, in this order; revision 0 where there is none.
+    ///
+    /// # Errors
+    /// No member answers.
+    pub async fn get(&self, keys: &[&str]) -> Result<Vec<Pair>> {
+        let ranges: Vec<Value> =
+            keys.iter().map(|k| json!({ "request_range": { "key": encode(k.as_bytes()) } })).collect();
+        let answered: Answered = self.call("/v3/kv/txn", &json!({ "success": ranges })).await?;
+        if answered.responses.len() != keys.len() {
+            return Err(foreign());
+        }
+        let of = |(key, response): (&&str, &Response)| match response.response_range.kvs.first() {
+            Some(kv) => pair(kv),
+            None => Some(Pair { key: (*key).to_owned(), value: Vec::new(), revision: 0 }),
+        };
+        keys.iter().zip(&answered.responses).map(of).collect::<Option<_>>().ok_or_else(foreign)
+    }
+
+    /// All of `then`, or nothing when something of `when` does not hold. Says which.
+    ///
+    /// # Errors
+    /// No member answers: it may have taken place, or not.
+    pub async fn transact(&self, when: &[If<'_>], then: &[Then<'_>]) -> Result<bool> {
+        let compare = |c: &If| match c {
+            If::Unchanged(key, revision) => json!({
+                "key": encode(key.as_bytes()), "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string(),
+            }),
+        };
+        let operation = |o: &Then| match o {
+            Then::Put(key, value) => {
+                json!({ "request_put": { "key": encode(key.as_bytes()), "value": encode(value) } })
+            }
+            Then::PutFor(key, value, lease) => json!({
+                "request_put": { "key": encode(key.as_bytes()), "value": encode(value), "lease": lease },
+            }),
+            Then::Delete(key) => json!({ "request_delete_range": { "key": encode(key.as_bytes()) } }),
+        };
+        let body = json!({
+            "compare": when.iter().map(compare).collect::<Vec<_>>(),
+            "success": then.iter().map(operation).collect::<Vec<_>>(),
+        });
+        let answered: Answered = self.call("/v3/kv/txn", &body).await?;
+        Ok(answered.succeeded)
+    }
+
+    /// A lease of so many seconds: its name.
+    ///
+    /// # Errors
+    /// No member answers.
+    pub async fn lease(&self, seconds: u32) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Granted {
+            #[serde(rename = "ID")]
+            id: String,
+        }
+        let granted: Granted = self.call("/v3/lease/grant", &json!({ "TTL": seconds.to_string() })).await?;
+        Ok(granted.id)
+    }
+
+    /// Ends a lease, and what was put for it.
+    ///
+    /// # Errors
+    /// No member answers.
+    pub async fn revoke(&self, lease: &str) -> Result<()> {
+        self.call("/v3/lease/revoke", &json!({ "ID": lease })).await.map(|_: Value| ())
+    }
+
+    /// The cluster, as it agrees that it is.
+    ///
+    /// # Errors
+    /// It does not agree now.
+    pub async fn members(&self) -> Result<Vec<EtcdMember>> {
+        let found: Members = self.call("/v3/cluster/member/list", &json!({ "linearizable": true })).await?;
+        Ok(found.members)
+    }
+
+    /// # Errors
+    /// The cluster says no, as it does where it would lose its quorum.
+    pub async fn remove(&self, member: &EtcdMember) -> Result<()> {
+        self.call("/v3/cluster/member/remove", &json!({ "ID": member.id })).await.map(|_: Value| ())
+    }
+
+    /// Adds one that listens and has no vote yet.
+    ///
+    /// # Errors
+    /// The cluster says no.
+    pub async fn add_learner(&self, peer_url: &str) -> Result<()> {
+        let body = json!({ "peerURLs": [peer_url], "isLearner": true });
+        self.call("/v3/cluster/member/add", &body).await.map(|_: Value| ())
+    }
+
+    /// Gives a learner its vote.
+    ///
+    /// # Errors
+    /// It has not caught up yet.
+    pub async fn promote(&self, member: &EtcdMember) -> Result<()> {
+        self.call("/v3/cluster/member/promote", &json!({ "ID": member.id })).await.map(|_: Value| ())
+    }
+
+    /// Goes back to the first member, this node's own, if another one was asked last and the first answers again.
+    pub async fn prefer_first(&self) {
+        if self.first.load(Ordering::Relaxed).is_multiple_of(self.members.len().max(1)) {
+            return;
+        }
+        let Some((host, port)) = self.members.first() else { return };
+        let probed = timeout(PROBE, async {
+            let mut connection = Connection::open(host, *port, host, &self.tls).await?;
+            // Only a member that reaches the quorum can answer it.
+            let body = Bytes::from_static(br#"{"linearizable":true}"#);
+            let asked = self.request(host, "/v3/cluster/member/list", body)?;
+            match connection.ask(asked, LONGEST).await.map_err(Error::from) {
+                Err(e) if !contains(&e, &TOKEN_REFUSED) => Err(e),
+                _ => Ok(()),
+            }
+        });
+        if let Ok(Ok(())) = probed.await {
+            self.first.store(0, Ordering::Relaxed);
+            *self.connection.lock().await = None;
+        }
+    }
+
+    pub(super) async fn call<T: for<'de> Deserialize<'de>>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        let body = Bytes::from(serde_json::to_vec(body).map_err(|e| Error::Failed(e.to_string()))?);
+        let mut kept = self.connection.lock().await;
+        let answer = match self.ask(&mut kept, path, &body).await {
+            // etcd has not carried it out: a transaction, too, may be sent again.
+            Err(e) if self.user.is_some() && contains(&e, &TOKEN_REFUSED) => {
+                self.authenticate(&mut kept).await?;
+                self.ask(&mut kept, path, &body).await?
+            }
+            answer => answer?,
+        };
+        read(&answer)
+    }
+
+    /// Asks over the connection that was kept, or a new one, which is kept.
+    async fn ask(&self, kept: &mut Option<(String, Connection)>, path: &str, body: &Bytes) -> Result<Bytes> {
+        // The one that was kept may have ended meanwhile: then a new one, once.
+        if let Some((host, connection)) = kept.as_mut() {
+            let asked = self.request(host, path, body.clone())?;
+            match self.in_time(host, connection.ask(asked, LONGEST)).await {
+                Ok(answer) => return Ok(answer),
+                Err(e) if contains(&e, &TOKEN_REFUSED) => return Err(e),
+                Err(e) => {
+                    *kept = None;
+                    self.first.fetch_add(1, Ordering::Relaxed);
+                    // It may have been carried out: the caller has to look first.
+                    if path.ends_with("txn") {
+                        return Err(e);
+                    }
+                }
+            }
+        }
+        let (host, mut connection) = self.connect().await?;
+        let asked = self.request(&host, path, body.clone())?;
+        let answer = self.in_time(&host, connection.ask(asked, LONGEST)).await;
+        match &answer {
+            Err(e) if !contains(e, &TOKEN_REFUSED) => drop(self.first.fetch_add(1, Ordering::Relaxed)),
+            _ => *kept = Some((host, connection)),
+        }
+        answer
+    }
+
+    /// Gets a token for this node's user, or finds that etcd asks for none.
+    async fn authenticate(&self, kept: &mut Option<(String, Connection)>) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Token {
+            token: String,
+        }
+        let Some((name, password)) = &self.user else { return Ok(()) };
+        let body = json!({ "name": name, "password": password }).to_string();
+        *self.token.write().unwrap_or_else(PoisonError::into_inner) = None;
+        let token = match self.ask(kept, "/v3/auth/authenticate", &body.into()).await {
+            Ok(answer) => Some(read::<Token>(&answer)?.token),
+            Err(e) if contains(&e, &[AUTH_NOT_ENABLED]) => None,
+            Err(e) => return Err(e),
+        };
+        *self.token.write().unwrap_or_else(PoisonError::into_inner) = token;
+        Ok(())
+    }
+
+    pub(super) fn request(&self, host: &str, path: &str, body: Bytes) -> Result<Request<Full<Bytes>>> {
+        let token = self.token.read().unwrap_or_else(PoisonError::into_inner).clone();
+        // A watch without it goes on at a member that has lost the others.
+        let mut headers = vec![("grpc-metadata-hasleader", "true")];
+        headers.extend(token.as_deref().map(|token| ("authorization", token)));
+        Ok(request("POST", host, path, &headers, body)?)
+    }
+
+    pub(super) async fn connect(&self) -> Result<(String, Connection)> {
+        let mut last = Error::Failed("etcd has no members".to_owned());
+        let first = self.first.load(Ordering::Relaxed) % self.members.len().max(1);
+        for (host, port) in self.members[first..].iter().chain(&self.members[..first]) {
+            match self.in_time(host, Connection::open(host, *port, host, &self.tls)).await {
+                Ok(connection) => return Ok((format!("{host}:{port}"), connection)),
+                Err(e) => last = e,
+            }
+        }
+        Err(last)
+    }
+
+    pub(super) async fn in_time<T>(
+        &self,
+        member: &str,
+        answer: impl Future<Output = Result<T, fleet_https::Error>>,
+    ) -> Result<T> {
+        let late = |_| Err(Error::Network { to: member.to_owned(), why: "no answer".to_owned() });
+        timeout(self.patience, answer).await.map_or_else(late, |answer| Ok(answer?))
+    }
+}
+
+/// The first key that does not begin with `prefix`.
+pub(super) fn after(prefix: &str) -> Vec<u8> {
+    let mut end = prefix.as_bytes().to_vec();
+    if let Some(last) = end.last_mut() {
+        // Prefixes are ours and end in `/`.
+        *last += 1;
+    }
+    end
+}
+
+fn number(text: &str) -> u64 {
+    text.parse().unwrap_or_default()
+}
+
+fn pair(kv: &Kv) -> Option<Pair> {
+    Some(Pair {
+        key: String::from_utf8(decode(&kv.key)?).ok()?,
+        value: decode(&kv.value)?,
+        revision: number(&kv.mod_revision),
+    })
+}
+
+/// Reads an answer to a range request: the revision that it is of, and its keys.
+///
+/// # Errors
+/// The bytes are no such answer, or a key is not UTF-8.
+pub fn pairs(bytes: &[u8]) -> Result<(u64, Vec<Pair>)> {
+    listed(&read(bytes)?)
+}
+
+fn listed(answered: &Answered) -> Result<(u64, Vec<Pair>)> {
+    let pairs: Option<Vec<Pair>> = answered.kvs.iter().map(pair).collect();
+    Ok((number(&answered.header.revision), pairs.ok_or_else(foreign)?))
+}
+
+pub(super) fn read<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|_| foreign())
+}
+
+pub(super) fn contains(e: &Error, words: &[&str]) -> bool {
+    matches!(e, Error::Network { why, .. } if words.iter().any(|w| why.contains(w)))
+}
+
+pub(super) fn foreign() -> Error {
+    Error::Network { to: "etcd".to_owned(), why: "it answers what this agent does not understand".to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_ends_before_its_neighbour() {
+        assert_eq!(after("/bakehouse/slots/"), b"/bakehouse/slots0");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn pairs_are_read_as_they_were_written(all: Vec<(String, Vec<u8>, u64)>, revision: u64) {
+            let kvs: Vec<Value> = all.iter().map(|(key, value, revision)| json!({
+                "key": encode(key.as_bytes()), "value": encode(value), "mod_revision": revision.to_string(),
+            })).collect();
+            let answer = json!({ "header": { "revision": revision.to_string() }, "kvs": kvs, "count": "1" });
+            let read = pairs(answer.to_string().as_bytes()).unwrap();
+            let written = all.into_iter().map(|(key, value, revision)| Pair { key, value, revision }).collect();
+            proptest::prop_assert_eq!(read, (revision, written));
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Changes below a prefix, as they happen.
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use fleet::encoding::{decode, encode};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use serde::Deserialize;
+use serde_json::json;
+use std::sync::atomic::Ordering;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::gateway::{Etcd, Kv, LONGEST, after, foreign, read};
+use crate::error::{Error, Result};
+use fleet_https::Connection;
+
+/// How long a member may send nothing: it tells its progress each five seconds (`etcd.yml`), so one that is
+/// silent for longer hangs, or the way to it is cut.
+const SILENCE: Duration = Duration::from_secs(12);
+/// After so long everything is listed again, whatever the watch has brought.
+const LONGEST_WATCH: Duration = Duration::from_secs(60);
+
+/// Changes as they happen.
+pub struct Watch {
+    /// Dropped with the watch, which ends the answer.
+    _connection: Connection,
+    body: Incoming,
+    rest: BytesMut,
+    ends: Instant,
+    silence: Duration,
+}
+
+/// One change: the key, and its value if it has one now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub key: String,
+    pub value: Option<Vec<u8>>,
+}
+
+#[derive(Deserialize)]
+struct Watched {
+    result: Outcome,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Outcome {
+    events: Vec<Event>,
+    canceled: bool,
+    cancel_reason: String,
+}
+
+#[derive(Deserialize)]
+struct Event {
+    #[serde(default, rename = "type")]
+    kind: String,
+    kv: Kv,
+}
+
+impl Etcd {
+    /// Every change below a prefix from a revision on, for up to a minute.
+    ///
+    /// # Errors
+    /// No member answers.
+    pub async fn watch(&self, prefix: &str, revision: u64) -> Result<Watch> {
+        let body = json!({ "create_request": {
+            "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)),
+            "start_revision": revision.to_string(), "progress_notify": true,
+        } });
+        let body = serde_json::to_vec(&body).map_err(|e| Error::Failed(e.to_string()))?;
+        // A connection of its own: the answer lasts as long as the watch.
+        let (host, mut connection) = self.connect().await?;
+        let asked = self.request(&host, "/v3/watch", body.into())?;
+        let response = self.in_time(&host, connection.send(asked)).await.inspect_err(|_| {
+            self.first.fetch_add(1, Ordering::Relaxed);
+        })?;
+        if !response.status().is_success() {
+            self.first.fetch_add(1, Ordering::Relaxed);
+            return Err(Error::Network { to: host, why: format!("{} to a watch", response.status()) });
+        }
+        Ok(Watch {
+            _connection: connection,
+            body: response.into_body(),
+            rest: BytesMut::new(),
+            ends: Instant::now() + LONGEST_WATCH,
+            silence: SILENCE,
+        })
+    }
+
+    /// The watch ended without a word of its member: the next request goes to another one.
+    pub(super) async fn give_up_member(&self) {
+        self.first.fetch_add(1, Ordering::Relaxed);
+        *self.connection.lock().await = None;
+    }
+
+    /// The next changes of a watch; none when it has ended and everything has to be listed again.
+    ///
+    /// # Errors
+    /// The connection broke, or the member was silent for 12 seconds: the next request asks another member.
+    pub async fn next(&self, watch: &mut Watch) -> Result<Option<Vec<Change>>> {
+        match watch.next().await {
+            Err(e) => {
+                self.give_up_member().await;
+                Err(e)
+            }
+            next => Ok(next?),
+        }
+    }
+}
+
+impl Watch {
+    async fn next(&mut self) -> Result<Option<Vec<Change>>> {
+        let broken = |why: String| Error::Network { to: "etcd".to_owned(), why };
+        loop {
+            if let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
+                let line = self.rest.split_to(end + 1);
+                let changes = changes(&line)?;
+                match changes {
+                    Some(changes) if changes.is_empty() => continue,
+                    changes => return Ok(changes),
+                }
+            }
+            if self.rest.len() > LONGEST {
+                return Err(broken("a line without end".to_owned()));
+            }
+            let Ok(frame) = timeout_at(self.ends, timeout(self.silence, self.body.frame())).await else {
+                return Ok(None);
+            };
+            match frame.map_err(|_| broken(format!("a watch was silent for {} s", self.silence.as_secs())))? {
+                None => return Ok(None),
+                Some(Err(e)) => return Err(broken(e.to_string())),
+                Some(Ok(frame)) => {
+                    if let Some(data) = frame.data_ref() {
+                        self.rest.extend_from_slice(data);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Reads one line of a watch: the changes in it; `None` if the member has ended the watch.
+///
+/// # Errors
+/// The line is none of a watch, or a key is not UTF-8.
+pub fn changes(line: &[u8]) -> Result<Option<Vec<Change>>> {
+    let watched: Watched = read(line)?;
+    if watched.result.canceled {
+        println!("etcd ended a watch: {}", watched.result.cancel_reason);
+        return Ok(None);
+    }
+    let changes = watched.result.events.iter().map(|e| {
+        let value = if e.kind == "DELETE" { None } else { Some(decode(&e.kv.value)?) };
+        Some(Change { key: String::from_utf8(decode(&e.kv.key)?).ok()?, value })
+    });
+    changes.collect::<Option<_>>().map(Some).ok_or_else(foreign)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_no_change_and_a_cancelled_watch_ends() {
+        let progress = br#"{"result":{"header":{"revision":"7"}}}"#;
+        assert_eq!(changes(progress).unwrap(), Some(Vec::new()));
+        let cancelled = br#"{"result":{"canceled":true,"created":true,"cancel_reason":"permission denied"}}"#;
+        assert_eq!(changes(cancelled).unwrap(), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn changes_are_read_as_they_were_written(all: Vec<(String, Option<Vec<u8>>)>) {
+            let events: Vec<_> = all.iter().map(|(key, value)| match value {
+                Some(value) => json!({ "kv": { "key": encode(key.as_bytes()), "value": encode(value) } }),
+                None => json!({ "type": "DELETE", "kv": { "key": encode(key.as_bytes()) } }),
+            }).collect();
+            let line = json!({ "result": { "events": events } }).to_string();
+            let written = all.into_iter().map(|(key, value)| Change { key, value }).collect();
+            proptest::prop_assert_eq!(changes(line.as_bytes()).unwrap(), Some(written));
+        }
+    }
+}

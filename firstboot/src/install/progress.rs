@@ -1,0 +1,34 @@
+//! Progress of the installer, on the console and for the server.
+
+use std::fmt::Display;
+
+use fleet::netboot::{Step, printable};
+
+use super::server::Server;
+
+/// How far it is: a line for each tenth.
+pub(super) struct Tenths {
+    bytes: u64,
+    of: u64,
+}
+
+impl Tenths {
+    pub(super) fn of(of: u64) -> Self {
+        Self { bytes: 0, of: of.max(1) }
+    }
+
+    pub(super) fn advance(&mut self, server: &Server, bytes: u64) {
+        let before = self.bytes * 10 / self.of;
+        self.bytes += bytes;
+        let now = self.bytes * 10 / self.of;
+        if now > before {
+            tell(format!("{} % of {} MB", now * 10, self.of / 1_000_000));
+            server.news(Step::Writing { bytes: self.bytes, of: self.of });
+        }
+    }
+}
+
+/// Prints a line on the console.
+pub(super) fn tell(what: impl Display) {
+    println!("bakehouse: {}", printable(&what.to_string()));
+}

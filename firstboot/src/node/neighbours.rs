@@ -1,0 +1,305 @@
+//! Who is where in the mesh, as far as this node knows: kept on the disk, so that the mesh
+//! comes back when nobody can be asked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use fleet::MeshKey;
+use tokio::sync::watch;
+
+use crate::node::state::Neighbours;
+use crate::node::trust::Decision;
+
+/// Mesh keys by slot; whoever follows is woken by each change.
+pub struct Neighbourhood {
+    file: Writer,
+    keys: watch::Sender<BTreeMap<String, MeshKey>>,
+    /// Slots whose keys are etcd's word.
+    granted: Mutex<BTreeSet<String>>,
+    /// TLS keys of the current hubs, by slot.
+    pins: Mutex<BTreeMap<String, String>>,
+    /// Those whom nothing is let through from for now, and those of them whom the kernel does not know any more.
+    shut: Mutex<BTreeSet<String>>,
+    out: watch::Sender<BTreeSet<String>>,
+}
+
+impl Neighbourhood {
+    /// What is on the disk, and `first` in addition.
+    #[must_use]
+    pub fn load(dir: &Path, first: BTreeMap<String, MeshKey>) -> Self {
+        let Neighbours { mut keys, granted, hubs, .. } = Neighbours::load(dir);
+        keys.extend(first);
+        Self {
+            file: Writer::start(dir),
+            keys: watch::Sender::new(keys),
+            granted: Mutex::new(granted),
+            pins: Mutex::new(hubs),
+            shut: Mutex::default(),
+            out: watch::Sender::default(),
+        }
+    }
+
+    /// Lets nothing through from a slot's owner any more; returns when the kernel does not.
+    pub async fn shut_out(&self, slot: &str) {
+        self.shut().insert(slot.to_owned());
+        self.keys.send_modify(|_| {});
+        // The mesh lives as long as this process.
+        let _ = self.out.subscribe().wait_for(|out| out.contains(slot)).await;
+    }
+
+    /// Its packets are let through again.
+    pub fn let_in(&self, slot: &str) {
+        self.shut().remove(slot);
+        self.keys.send_modify(|_| {});
+    }
+
+    /// Who is to be shut out.
+    #[must_use]
+    pub fn out(&self) -> BTreeSet<String> {
+        self.shut().clone()
+    }
+
+    /// The kernel knows none of these.
+    pub fn are_out(&self, out: BTreeSet<String>) {
+        self.out.send_replace(out);
+    }
+
+    #[must_use]
+    pub fn keys_without(&self, out: &BTreeSet<String>) -> BTreeMap<String, MeshKey> {
+        let mut keys = self.keys();
+        keys.retain(|slot, _| !out.contains(slot));
+        keys
+    }
+
+    fn shut(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.shut.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[must_use]
+    pub fn keys(&self) -> BTreeMap<String, MeshKey> {
+        self.keys.borrow().clone()
+    }
+
+    #[must_use]
+    pub fn follow(&self) -> watch::Receiver<BTreeMap<String, MeshKey>> {
+        self.keys.subscribe()
+    }
+
+    /// One more, or another key for one.
+    pub fn learn(&self, slot: &str, key: MeshKey) {
+        self.change(|keys, _, _| keys.insert(slot.to_owned(), key) != Some(key));
+    }
+
+    /// Whether a founder that introduces itself is not the one that etcd has let in there: a blank machine
+    /// with an ordinary ticket, or one that was evicted. It must not get a vote: it has forgotten what it
+    /// voted for. The key of a granted slot changes by etcd's word alone, whatever epoch is said.
+    #[must_use]
+    pub fn is_stranger(&self, slot: &str, key: MeshKey) -> bool {
+        self.granted().contains(slot) && self.keys.borrow().get(slot).is_some_and(|known| *known != key)
+    }
+
+    /// TLS keys of the current hubs, by slot; empty where they are not known yet.
+    #[must_use]
+    pub fn pins(&self) -> BTreeMap<String, String> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes in what enough hubs have agreed on.
+    pub fn apply(&self, decision: &Decision) {
+        self.change(|keys, _, pins| {
+            let before = (keys.clone(), pins.clone());
+            update(keys, &decision.keys);
+            update(pins, &decision.pins);
+            before != (keys.clone(), pins.clone())
+        });
+    }
+
+    /// What etcd says: these mesh keys are known now, and these hubs' TLS keys; of the other mesh keys,
+    /// those that `keep` says stay.
+    pub fn are_granted(
+        &self,
+        new: &BTreeMap<String, MeshKey>,
+        hubs: BTreeMap<String, String>,
+        keep: impl Fn(&str) -> bool,
+    ) {
+        self.change(|keys, granted, pins| {
+            let before = std::mem::replace(granted, new.keys().cloned().collect());
+            let pinned = std::mem::replace(pins, hubs);
+            replaced(keys, new, keep) || before != *granted || pinned != *pins
+        });
+    }
+
+    /// Waits until all changes so far are on the disk.
+    pub fn flush(&self) {
+        let (done, flushed) = channel();
+        self.file.send(Order::Flush(done));
+        // Without a thread there is nothing to wait for.
+        let _ = flushed.recv();
+    }
+
+    fn granted(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.granted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(
+        &self,
+        change: impl FnOnce(&mut BTreeMap<String, MeshKey>, &mut BTreeSet<String>, &mut BTreeMap<String, String>) -> bool,
+    ) {
+        self.keys.send_if_modified(|keys| {
+            let mut granted = self.granted();
+            let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+            let changed = change(keys, &mut granted, &mut pins);
+            if changed {
+                self.file.send(Order::Write(Neighbours::of(keys.clone(), granted.clone(), pins.clone())));
+            }
+            changed
+        });
+    }
+}
+
+/// Writes the file on a thread of its own: a slow disk delays neither the mesh nor the fence. Of several changes
+/// that wait, the last one is written. Dropped, it returns when that one is on the disk.
+struct Writer {
+    orders: Option<Sender<Order>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Order {
+    Write(Neighbours),
+    /// Answers when everything before it is on the disk.
+    Flush(Sender<()>),
+}
+
+impl Writer {
+    fn start(dir: &Path) -> Self {
+        let (orders, waiting) = channel();
+        let dir = dir.to_owned();
+        let thread = std::thread::Builder::new().name("neighbours".to_owned()).spawn(move || {
+            while let Ok(first) = waiting.recv() {
+                let (mut last, mut flushed) = (None, Vec::new());
+                for order in std::iter::once(first).chain(waiting.try_iter()) {
+                    match order {
+                        Order::Write(neighbours) => last = Some(neighbours),
+                        Order::Flush(done) => flushed.push(done),
+                    }
+                }
+                // A full disk must not cost the mesh: after a boot, the hubs are asked again.
+                if let Some(Err(e)) = last.map(|last| last.store(&dir)) {
+                    eprintln!("{e}");
+                }
+                // The one that waits may be gone.
+                for done in flushed {
+                    let _ = done.send(());
+                }
+            }
+        });
+        let thread = thread.inspect_err(|e| eprintln!("peers' keys are not kept: no thread can be started: {e}"));
+        Self { orders: Some(orders), thread: thread.ok() }
+    }
+
+    fn send(&self, order: Order) {
+        if let Some(orders) = &self.orders {
+            // Without a thread nothing is kept: that has been logged.
+            let _ = orders.send(order);
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        drop(self.orders.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn update<T: Clone>(known: &mut BTreeMap<String, T>, changes: &BTreeMap<String, Option<T>>) {
+    for (slot, change) in changes {
+        match change {
+            Some(value) => drop(known.insert(slot.clone(), value.clone())),
+            None => drop(known.remove(slot)),
+        }
+    }
+}
+
+fn replaced(
+    keys: &mut BTreeMap<String, MeshKey>,
+    new: &BTreeMap<String, MeshKey>,
+    keep: impl Fn(&str) -> bool,
+) -> bool {
+    let mut next = keys.clone();
+    next.retain(|slot, _| keep(slot));
+    next.extend(new.iter().map(|(slot, key)| (slot.clone(), *key)));
+    let changed = next != *keys;
+    *keys = next;
+    changed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_learnt_is_there_after_a_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (MeshKey([1; 32]), MeshKey([2; 32]));
+        let all = Neighbourhood::load(dir.path(), BTreeMap::from([("hub-1".to_owned(), one)]));
+        let mut changes = all.follow();
+        all.learn("hub-2", two);
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        all.learn("hub-2", two);
+        assert!(!changes.has_changed().unwrap(), "nothing new");
+        let agreed = Decision {
+            keys: BTreeMap::from([("hub-2".to_owned(), None), ("hub-3".to_owned(), Some(one))]),
+            pins: BTreeMap::from([("hub-3".to_owned(), Some("key".to_owned()))]),
+            ..Decision::default()
+        };
+        all.apply(&agreed);
+        drop(all);
+        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        assert_eq!(all.keys().into_keys().collect::<Vec<_>>(), ["hub-1", "hub-3"]);
+        assert_eq!(all.pins(), BTreeMap::from([("hub-3".to_owned(), "key".to_owned())]));
+    }
+
+    /// The file that is written beside is a pipe that nobody reads: opening it takes until somebody does.
+    #[test]
+    fn a_disk_that_hangs_delays_no_change() {
+        use std::time::{Duration, Instant};
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("neighbours.new");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_secs(3));
+            // Each write, until the folder is gone.
+            while std::fs::read(&pipe).is_ok() {}
+        });
+        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        let begun = Instant::now();
+        for i in 0..9 {
+            all.learn(&format!("hub-{i}"), MeshKey([i; 32]));
+        }
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        assert_eq!(all.follow().borrow().len(), 9);
+    }
+
+    #[test]
+    fn who_founds_a_slot_that_etcd_gave_to_another_is_a_stranger() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (MeshKey([1; 32]), MeshKey([2; 32]));
+        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        // Before there is an etcd, a founder may lose its disk and come again.
+        all.learn("hub-1", old);
+        assert!(!all.is_stranger("hub-1", new));
+        all.learn("hub-2", old);
+        all.are_granted(&BTreeMap::from([("hub-1".to_owned(), old)]), BTreeMap::new(), |_| true);
+        drop(all);
+        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        assert!(all.is_stranger("hub-1", new));
+        assert!(!all.is_stranger("hub-1", old) && !all.is_stranger("hub-2", new));
+    }
+}

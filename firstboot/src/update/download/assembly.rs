@@ -1,0 +1,136 @@
+//! A file that is put together from what is here and what the server has.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use fleet::blocks::Piece;
+use http_body_util::BodyExt as _;
+use hyper::StatusCode;
+use hyper::body::Incoming;
+use tokio::time::{sleep, timeout};
+
+use super::upstream::Upstream;
+use crate::error::{Error, Result};
+use fleet_https::Connection;
+
+const CHUNK: u64 = 256 << 10;
+/// Without a byte for so long, a connection is dead.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often in a row a broken connection is made again; systemd waits for a minute.
+const TRIES: u32 = 4;
+
+pub(super) struct Assembly {
+    pieces: VecDeque<Piece>,
+    /// What this node has.
+    here: File,
+    upstream: Arc<Upstream>,
+    name: String,
+    connection: Option<Connection>,
+    /// What comes of the first piece.
+    body: Option<Incoming>,
+    /// Since the last byte.
+    failures: u32,
+}
+
+impl Assembly {
+    pub(super) fn of(pieces: Vec<Piece>, here: File, upstream: Arc<Upstream>, name: &str) -> Self {
+        let name = name.to_owned();
+        Self { pieces: pieces.into(), here, upstream, name, connection: None, body: None, failures: 0 }
+    }
+
+    /// The next bytes; none at the end.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>> {
+        while let Some(piece) = self.pieces.front_mut() {
+            let Some(here) = piece.here else {
+                if let Some(bytes) = self.there().await? {
+                    return Ok(Some(bytes));
+                }
+                continue;
+            };
+            let mut bytes = vec![0; CHUNK.min(piece.len) as usize];
+            if self.here.read_exact_at(&mut bytes, here).is_err() {
+                // A bad block: the server has a good one.
+                piece.here = None;
+                continue;
+            }
+            piece.here = Some(here + bytes.len() as u64);
+            self.advance(bytes.len() as u64);
+            return Ok(Some(bytes.into()));
+        }
+        Ok(None)
+    }
+
+    /// Bytes of the first piece, which is not here; none where the connection broke.
+    async fn there(&mut self) -> Result<Option<Bytes>> {
+        match self.more().await {
+            Ok(bytes) => {
+                self.failures = 0;
+                self.advance(bytes.len() as u64);
+                Ok(Some(bytes))
+            }
+            // The server won't: it would not the next time.
+            Err(e @ Error::Failed(_)) => Err(e),
+            Err(e) => {
+                (self.connection, self.body) = (None, None);
+                if self.failures == TRIES {
+                    return Err(e);
+                }
+                sleep(Duration::from_secs(1 << self.failures)).await;
+                self.failures += 1;
+                Ok(None)
+            }
+        }
+    }
+
+    async fn more(&mut self) -> Result<Bytes> {
+        let Some(Piece { at, len, .. }) = self.pieces.front().copied() else { return Ok(Bytes::new()) };
+        let broke = |why: String| Error::Network { to: self.name.clone(), why };
+        let body = match &mut self.body {
+            Some(body) => body,
+            none => {
+                let part = Some((at, len));
+                let used = match self.connection.as_mut() {
+                    Some(used) => self.upstream.get(used, &self.name, part).await.ok(),
+                    None => None,
+                };
+                let answer = if let Some(answer) = used {
+                    answer
+                } else {
+                    // The first, or the server had enough of the one before.
+                    let connection = self.connection.insert(self.upstream.connect().await?);
+                    self.upstream.get(connection, &self.name, part).await?
+                };
+                let status = answer.status();
+                if status != StatusCode::PARTIAL_CONTENT {
+                    let why = format!("{}: {status} where a part was asked for", self.name);
+                    return Err(if status.is_server_error() { broke(why) } else { Error::Failed(why) });
+                }
+                none.insert(answer.into_body())
+            }
+        };
+        loop {
+            let frame = timeout(PATIENCE, body.frame()).await.map_err(|_| broke("no more comes".to_owned()))?;
+            let frame = frame.ok_or_else(|| broke("it ended too early".to_owned()))?;
+            let Ok(bytes) = frame.map_err(|e| broke(e.to_string()))?.into_data() else { continue };
+            if bytes.len() as u64 > len {
+                return Err(Error::Failed(format!("{}: more came than was asked for", self.name)));
+            }
+            return Ok(bytes);
+        }
+    }
+
+    fn advance(&mut self, by: u64) {
+        if let Some(piece) = self.pieces.front_mut() {
+            piece.at += by;
+            piece.len -= by;
+            if piece.len == 0 {
+                self.pieces.pop_front();
+                self.body = None;
+            }
+        }
+    }
+}

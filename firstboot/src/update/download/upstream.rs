@@ -1,0 +1,85 @@
+//! The update folder, as any HTTP server serves it.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
+use hyper::{Response, StatusCode, Uri};
+use tokio::time::timeout;
+use tokio_rustls::rustls::ClientConfig;
+
+use crate::error::{Error, Result};
+use fleet_https::Connection;
+
+/// For a small file.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+pub(super) struct Upstream {
+    host: String,
+    port: u16,
+    /// Host and port, as the server is to hear it.
+    authority: String,
+    /// Ends with `/`.
+    path: String,
+    tls: Option<Arc<ClientConfig>>,
+}
+
+impl Upstream {
+    /// By the folder's URL; TLS servers are believed by `authorities`, a file of certificates.
+    pub(super) fn of(url: &str, authorities: &Path) -> Result<Self> {
+        let unusable = || Error::Failed(format!("{url} is no address that the agent loads from"));
+        let uri: Uri = url.parse().map_err(|_| unusable())?;
+        let authority = uri.authority().filter(|a| !a.as_str().contains('@')).ok_or_else(unusable)?;
+        let (tls, port) = match uri.scheme_str() {
+            Some("http") => (None, 80),
+            Some("https") => {
+                let roots = fs::read_to_string(authorities).map_err(Error::io("read", authorities))?;
+                (Some(fleet_https::client(&roots, None)?), 443)
+            }
+            _ => return Err(unusable()),
+        };
+        Ok(Self {
+            host: authority.host().trim_start_matches('[').trim_end_matches(']').to_owned(),
+            port: authority.port_u16().unwrap_or(port),
+            authority: authority.to_string(),
+            path: format!("{}/", uri.path().trim_end_matches('/')),
+            tls,
+        })
+    }
+
+    pub(super) async fn connect(&self) -> Result<Connection> {
+        Ok(match &self.tls {
+            Some(tls) => Connection::open(&self.host, self.port, &self.host, tls).await?,
+            None => Connection::plain(&self.host, self.port).await?,
+        })
+    }
+
+    /// A file, or a part of it (first byte and length) where the server has parts: then the status
+    /// is 206.
+    pub(super) async fn get(
+        &self,
+        connection: &mut Connection,
+        name: &str,
+        part: Option<(u64, u64)>,
+    ) -> Result<Response<Incoming>> {
+        let range = part.map(|(at, len)| format!("bytes={at}-{}", at + len - 1));
+        let headers: Vec<(&str, &str)> = range.iter().map(|r| ("range", r.as_str())).collect();
+        let path = format!("{}{name}", self.path);
+        Ok(connection.send(fleet_https::request("GET", &self.authority, &path, &headers, Bytes::new())?).await?)
+    }
+
+    /// The whole of a small file.
+    pub(super) async fn read(&self, name: &str, longest: usize) -> Result<Bytes> {
+        let failed = |why: String| Error::Network { to: format!("{}{}{name}", self.authority, self.path), why };
+        let answer = self.get(&mut self.connect().await?, name, None).await?;
+        if answer.status() != StatusCode::OK {
+            return Err(failed(answer.status().to_string()));
+        }
+        let body = timeout(PATIENCE, Limited::new(answer.into_body(), longest).collect()).await;
+        Ok(body.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?.to_bytes())
+    }
+}
