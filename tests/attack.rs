@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::attack::{Target, endless, join_request, peers, source};
-use bakehouse_tests::site::{Site, ask, granted, refused};
+use bakehouse_tests::site::{TestCluster, ask, granted, refused};
 use fleet::{JoinReply, PrivateKey, Reason};
 use fleet_https::{Connection, Identity, request};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 /// The hub limits the size of a header and the time to receive it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rejects_endless_header() {
-    let site = Site::open(24_700, "db.count = 1\n");
+    let site = TestCluster::open(24_700, "db.count = 1\n");
     let target = Target::new(site.root.certificate(), "127.0.0.1:24700".parse().expect("an address"), "hub-1");
     let begun = Instant::now();
     // The hub either responds, or resets the connection while the client still sends.
@@ -34,7 +34,7 @@ async fn rejects_endless_header() {
 async fn members_get_replies_during_connection_flood() {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
     setrlimit(Resource::RLIMIT_NOFILE, most.min(16_384), most).expect("a limit");
-    let site = Site::open(25_000, "app.count = 2\n");
+    let site = TestCluster::open(25_000, "app.count = 2\n");
     let members = site.members("app", 1).await;
     let token = site.token("app", |_| {});
     let target = Target::new(site.root.certificate(), "127.0.0.1:25000".parse().expect("an address"), "hub-1");
@@ -67,7 +67,7 @@ async fn members_get_replies_during_connection_flood() {
         assert!(took[3] < Duration::from_secs(1) && took[6] < Duration::from_secs(3), "from {from}: {took:?}");
     }
     let asked = Instant::now();
-    let asker = Site::asker(&token, "app");
+    let asker = TestCluster::asker(&token, "app");
     let joined = ask(site.root.certificate().to_owned(), 25_000, asker, 0).await.expect("a reply");
     assert_eq!(granted(joined).slot, "app-2");
     assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
@@ -77,7 +77,7 @@ async fn members_get_replies_during_connection_flood() {
 /// The hub refuses spent and expired tokens without a request to etcd for each.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn invalid_tokens_cost_few_etcd_requests() {
-    let site = Site::open(25_300, "app.count = 3\n");
+    let site = TestCluster::open(25_300, "app.count = 3\n");
     let reads = async || -> u64 {
         let node = &site.topology.hubs[0];
         let key = PrivateKey::generate().expect("randomness");
@@ -98,7 +98,7 @@ async fn invalid_tokens_cost_few_etcd_requests() {
         sum
     };
     let spent = site.token("app", |_| {});
-    let owner = Site::asker(&spent, "app");
+    let owner = TestCluster::asker(&spent, "app");
     granted(site.insist(&owner, 0).await);
     let expired = site.token("app", |c| c.expires = 1);
     for token in [spent, expired] {
@@ -107,7 +107,7 @@ async fn invalid_tokens_cost_few_etcd_requests() {
         let target = Target::new(site.root.certificate(), "127.0.0.1:25300".parse().expect("an address"), "hub-1");
         let mut attackers = JoinSet::new();
         for i in 0..16 {
-            let join = Arc::new(join_request(&Site::asker(&token, "app")));
+            let join = Arc::new(join_request(&TestCluster::asker(&token, "app")));
             attackers.spawn(target.clone().joins(source(i), join, Duration::from_millis(20)));
         }
         tokio::time::sleep(Duration::from_secs(3)).await;
@@ -122,6 +122,6 @@ async fn invalid_tokens_cost_few_etcd_requests() {
         panic!("the hub refuses the slot's owner")
     };
     // Without a flood, the reply to an expired token has the reason.
-    let late = Site::asker(&site.token("app", |c| c.expires = 1), "app");
+    let late = TestCluster::asker(&site.token("app", |c| c.expires = 1), "app");
     assert_eq!(refused(site.insist(&late, 1).await), Reason::Expired);
 }

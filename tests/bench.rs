@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use bakehouse_tests::{Lab, root};
+use bakehouse_tests::{TestFleet, root};
 use builder::packages::lock::Lock;
 use builder::packages::mirror::Mirror;
 use builder::project::Project;
@@ -58,7 +58,7 @@ struct Times {
 
 fn main() {
     assert!(nix::unistd::geteuid().is_root(), "the peers need root: run `make bench` as root");
-    let lab = Lab::of_fleet("bench", "ha");
+    let lab = TestFleet::of_fleet("bench", "ha");
     lab.ok(&["fetch"]);
     let project = Project::load(&lab.dir).expect("a valid fleet.toml");
     let lock = Lock::load(&project).expect("a lock");
@@ -70,7 +70,7 @@ fn main() {
     for round in 1..=ROUNDS {
         eprintln!("round {round} of {ROUNDS}");
         // A store with only the packages.
-        let cold = Lab::of_fleet(&format!("bench-{round}"), "ha").with_own_store();
+        let cold = TestFleet::of_fleet(&format!("bench-{round}"), "ha").with_own_store();
         times[0].add(&mut cold.command(&["build", "hub"]));
         times[1].add(&mut peers.mkosi("default", &["-f", "--incremental=no", "--cache-directory=/bench/none"]));
         times[2].add(&mut peers.mkosi("tuned", &["-f", "--incremental=no", "--cache-directory=/bench/none"]));

@@ -15,15 +15,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::attack::{Target, join_request, peers, source};
-use bakehouse_tests::site::{Site, granted};
+use bakehouse_tests::site::{TestCluster, granted};
 use firstboot::client::etcd::Etcd;
 use firstboot::host::ticker::Ticker;
 use firstboot::hub::api::Hub;
-use firstboot::hub::claims::ClaimsDesk;
+use firstboot::hub::claims::SlotAllocator;
 use firstboot::hub::fence::{self, Fence};
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
-use firstboot::node::neighbours::Neighbourhood;
+use firstboot::node::neighbours::PeerTable;
 use fleet::{Issuer, PrivateKey, Secrets, Topology};
 use fleet_https::{Identity, request};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -78,8 +78,8 @@ fn hub(dir: &Path) {
     let etcd = || Etcd::new(members.clone(), fleet_https::client(&root, Some(own)).expect("a certificate"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let neighbourhood = Arc::new(Neighbourhood::load(dir, BTreeMap::new()));
-        let desk = ClaimsDesk::new(etcd(), topology.clone(), "hub-1");
+        let neighbourhood = Arc::new(PeerTable::load(dir, BTreeMap::new()));
+        let desk = SlotAllocator::new(etcd(), topology.clone(), "hub-1");
         let hub = Arc::new(Hub {
             topology: topology.clone(),
             root: root.clone(),
@@ -194,7 +194,7 @@ fn bench() {
 }
 
 async fn measure() -> Vec<Row> {
-    let site = Site::open(PORT, "app.count = 40\ndb.count = 2\n");
+    let site = TestCluster::open(PORT, "app.count = 40\ndb.count = 2\n");
     let members = site.members("app", MEMBERS).await;
     let dir = tempfile::tempdir().expect("a folder");
     let write = |file: &str, bytes: &[u8]| fs::write(dir.path().join(file), bytes).expect("a folder");
@@ -204,11 +204,11 @@ async fn measure() -> Vec<Row> {
     write("etcd.json", &serde_json::to_vec(&site.cluster.clients()).expect("JSON"));
     write("root.pem", site.root.certificate().as_bytes());
     let spent = site.token("app", |_| {});
-    granted(site.insist(&Site::asker(&spent, "app"), 0).await);
-    write("spent", &join_request(&Site::asker(&spent, "app")));
+    granted(site.insist(&TestCluster::asker(&spent, "app"), 0).await);
+    write("spent", &join_request(&TestCluster::asker(&spent, "app")));
     let mut forged = site.token("app", |_| {});
     forged.token.claims = forged.token.claims.replace("\"uses\":1", "\"uses\":9");
-    write("forged", &join_request(&Site::asker(&forged, "app")));
+    write("forged", &join_request(&TestCluster::asker(&forged, "app")));
 
     let this = std::env::current_exe().expect("a path");
     let mut hub = Command::new(&this);
@@ -258,12 +258,16 @@ async fn measure() -> Vec<Row> {
 }
 
 /// Whether a member shares an attacker's address, and the duration of its request if that succeeded.
-type Answer = (bool, Option<Duration>);
+type UpdateDecision = (bool, Option<Duration>);
 
 /// Sends one request a second for each member, and 20 a second to HAProxy, until shortly before the attack ends.
-async fn ask_all(site: &Site, members: &[(bakehouse_tests::site::Asker, fleet::Grant)], target: &Target) -> Row {
+async fn ask_all(
+    site: &TestCluster,
+    members: &[(bakehouse_tests::site::TestJoiner, fleet::Grant)],
+    target: &Target,
+) -> Row {
     let until = Instant::now() + MEASURED;
-    let answers: Arc<Mutex<Vec<Answer>>> = Arc::default();
+    let answers: Arc<Mutex<Vec<UpdateDecision>>> = Arc::default();
     let mut asking = JoinSet::new();
     for (i, (who, grant)) in members.iter().enumerate() {
         let behind = i >= MEMBERS - BEHIND_ATTACKERS;

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::site::{Asker, Site, granted, insist};
+use bakehouse_tests::site::{TestCluster, TestJoiner, granted, insist};
 use tokio::task::JoinSet;
 
 const NODES: usize = 3000;
@@ -13,9 +13,9 @@ const PORT: u16 = 23_000;
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
-    let site = Site::open(PORT, &format!("app.count = {NODES}\n"));
+    let site = TestCluster::open(PORT, &format!("app.count = {NODES}\n"));
     let token = site.token("app", |c| c.uses = NODES as u32);
-    let askers: Vec<Asker> = (0..NODES).map(|_| Site::asker(&token, "app")).collect();
+    let askers: Vec<TestJoiner> = (0..NODES).map(|_| TestCluster::asker(&token, "app")).collect();
     // The first claim waits for etcd's election, which is not part of the measurement.
     granted(site.insist(&askers[0], 0).await);
     let begun = Instant::now();

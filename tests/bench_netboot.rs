@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::rack::{ADDRESS, Rack};
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::rack::{ADDRESS, NetbootRack};
+use bakehouse_tests::{Machine, TestFleet};
 
 const MACHINES: usize = 50;
 const ROUNDS: usize = 3;
@@ -17,7 +17,7 @@ const ROUNDS: usize = 3;
 const PORTS: [u16; 2] = [8470, 8471];
 
 fn main() {
-    let lab = Lab::empty("bench-netboot");
+    let lab = TestFleet::empty("bench-netboot");
     lab.write(
         "fleet.toml",
         "name = \"rack\"\n[netboot]\ntrust_lan = true\nothers = \"hub-1\"\n[groups.hub]\ncount = 1\nendpoints = [\"198.18.0.1\"]\n",
@@ -25,7 +25,7 @@ fn main() {
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let mut rack = Rack::open(&lab, &Machine::of(&lab, "hub-1").wire());
+    let mut rack = NetbootRack::open(&lab, &Machine::of(&lab, "hub-1").wire());
     rack.serve(&lab, &[]);
     let nginx = Nginx::start(&lab);
 
@@ -102,7 +102,7 @@ struct Nginx(Child);
 
 impl Nginx {
     /// Starts nginx with the settings that its documentation recommends for large files.
-    fn start(lab: &Lab) -> Self {
+    fn start(lab: &TestFleet) -> Self {
         let dir = lab.dir.display();
         let host = ADDRESS.split('/').next().expect("an address");
         let text = format!(

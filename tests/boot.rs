@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::{Lab, Machine, first_difference};
+use bakehouse_tests::{Machine, TestFleet, first_difference};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -20,8 +20,8 @@ const FAILED_CLOSED: &str = "bakehouse: the root file system could not be verifi
 const SEALED_BY_NULL: &str = "BYRp2vb1QySABUnaD46i";
 const ESP: &str = "/dev/disk/by-partlabel/esp";
 
-fn lab(name: &str) -> Lab {
-    let lab = Lab::of_fleet(name, "ha");
+fn lab(name: &str) -> TestFleet {
+    let lab = TestFleet::of_fleet(name, "ha");
     lab.ok(&["build", "hub"]);
     lab
 }
@@ -141,7 +141,7 @@ fn hub_boots_starts_its_role_and_keeps_its_identity() {
 }
 
 /// Returns the process id of hub-1's QEMU.
-fn qemu(lab: &Lab) -> Pid {
+fn qemu(lab: &TestFleet) -> Pid {
     Pid::from_raw(lab.read("build/vm/hub-1/pid").trim().parse().expect("a number"))
 }
 
@@ -203,7 +203,7 @@ fn boot_fails_closed_on_one_changed_byte_of_the_root() {
 
 #[test]
 fn secure_boot_rejects_modified_kernel_image() {
-    let lab = Lab::empty("secure");
+    let lab = TestFleet::empty("secure");
     lab.write(
         "fleet.toml",
         "name = \"safe\"\nversion = \"1\"\n[secure_boot]\n[groups.hub]\ncount = 1\nendpoints = [\"hub.example.net\"]\n",

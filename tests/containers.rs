@@ -4,12 +4,12 @@
 
 use std::time::Instant;
 
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::{Machine, TestFleet};
 use serde_json::Value;
 
 #[test]
 fn quick_ha_containers_survive_single_failures() {
-    let lab = Lab::of_fleet("containers", "quick-ha");
+    let lab = TestFleet::of_fleet("containers", "quick-ha");
     // `Drop` switches them off when the test ends, also after a panic.
     let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::of(&lab, name));
     let begun = Instant::now();

@@ -10,7 +10,7 @@ use bakehouse_tests::containment::{
     Arena, Door, Foothold, GROUP, HUB_MAC, Matrix, NetbootServer, Place, RogueHub, Target, ask_to_join, attack,
     attack_netboot, join, publish, request_of, rogue_effect,
 };
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::{Machine, TestFleet};
 
 const NODES: [&str; 8] = ["hub-1", "hub-2", "db-1", "db-2", "app-1", "monitor-1", "watch-1", "vault-1"];
 
@@ -27,7 +27,7 @@ fn fleet() -> String {
 
 #[test]
 fn attacks_in_containers_reach_only_what_the_table_expects() {
-    let lab = Lab::empty("containment");
+    let lab = TestFleet::empty("containment");
     lab.write("fleet.toml", &fleet());
     lab.has_idle_role("vault", false);
     lab.init();

@@ -6,13 +6,13 @@ use std::thread::sleep;
 use std::time::Instant;
 
 use bakehouse_tests::updates::{LOOK, comes_up, is_blessed, is_denied, lab_of_one, publish, runs, version};
-use bakehouse_tests::{ETCDCTL, Lab, Machine};
+use bakehouse_tests::{ETCDCTL, Machine, TestFleet};
 
 const CUTS: u32 = 20;
 
 #[test]
 fn interrupted_join_completes_after_power_loss() {
-    let lab = Lab::empty("joins");
+    let lab = TestFleet::empty("joins");
     lab.write(
         "fleet.toml",
         "name = \"cut\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n[groups.edge]\ncount = 1\n",
@@ -82,7 +82,7 @@ fn interrupted_join_completes_after_power_loss() {
 /// A TPM counts a shutdown without `TPM2_Shutdown` as a failed authorisation, and a virtual TPM locks after three.
 #[test]
 fn tpm_unseals_state_after_many_power_cuts() {
-    let lab = Lab::empty("tpm");
+    let lab = TestFleet::empty("tpm");
     lab.write("fleet.toml", "name = \"sealed\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n");
     lab.init();
     lab.ok(&["lock"]);

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::site::Site;
-use firstboot::client::etcd::{Etcd, Then};
-use firstboot::hub::claims::ClaimsDesk;
+use bakehouse_tests::site::TestCluster;
+use firstboot::client::etcd::{Etcd, Op};
+use firstboot::hub::claims::SlotAllocator;
 use firstboot::hub::departures::Identified;
 use firstboot::hub::etcd_access::{Access, EtcdAccess, ROOT};
 use firstboot::member::take_in;
@@ -16,11 +16,11 @@ use firstboot::node::etcd_user::{PATRONI, USER_HEADER};
 use firstboot::node::hubs::Hubs;
 use firstboot::node::identity::identity;
 use firstboot::node::image::{Image, ImageInfo};
-use firstboot::node::neighbours::Neighbourhood;
+use firstboot::node::neighbours::PeerTable;
 use firstboot::node::renewal::{renew, take_missing_passwords};
 use firstboot::node::state::{State, StateDir};
 use fleet::{
-    Fleet, Founder, Introduction, Issuer, MeshKey, Node, PROTOCOL, PrivateKey, PublicKey, Right, Secrets, Ticket,
+    Credential, Fleet, Founder, Introduction, Issuer, MeshKey, Node, PROTOCOL, PrivateKey, PublicKey, Secrets, Ticket,
     Topology, encoding,
 };
 use fleet_https::{Connection, Identity, request};
@@ -39,7 +39,7 @@ impl Shown {
         Self { cert: issuer.node(topology, node, &public).expect("an issuer"), key }
     }
 
-    fn node(site: &Site, name: &str) -> Self {
+    fn node(site: &TestCluster, name: &str) -> Self {
         let hub = &site.topology.hubs[0];
         let issuer = site.root.issuer("acme", &hub.name).expect("a root");
         Self::of(&issuer, &site.topology, site.topology.node(name).expect("a node"))
@@ -60,14 +60,14 @@ fn told<T>(answer: firstboot::error::Result<T>) -> String {
 
 /// Puts a key, and retries until etcd accepts it, because the cluster may have just started.
 async fn put(etcd: &Etcd, key: &str, value: &str) {
-    while etcd.transact(&[], &[Then::Put(key, value.as_bytes())]).await.is_err() {
+    while etcd.transact(&[], &[Op::Put(key, value.as_bytes())]).await.is_err() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn etcd_accepts_hubs_and_databases_as_clients_and_voters_as_peers() {
-    let site = Site::open(26_000, "db.count = 1\napp.count = 1\nmonitor.count = 1\n");
+    let site = TestCluster::open(26_000, "db.count = 1\napp.count = 1\nmonitor.count = 1\n");
     put(&site.etcd(0), "/bakehouse/test", "x").await;
     for (name, is_client, is_peer) in
         [("hub-2", true, true), ("db-1", true, false), ("app-1", false, false), ("monitor-1", false, false)]
@@ -91,12 +91,12 @@ async fn etcd_accepts_hubs_and_databases_as_clients_and_voters_as_peers() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn etcd_users_limit_patroni_to_its_own_keys() {
-    let site = Site::open(26_300, "db.count = 1\napp.count = 1\n");
+    let site = TestCluster::open(26_300, "db.count = 1\napp.count = 1\n");
     let secrets = Secrets::sample();
     let hubs: Vec<Shown> = (1..=3).map(|i| Shown::node(&site, &format!("hub-{i}"))).collect();
     let desk = |i: usize| {
         let etcd = site.etcd_of(i, hubs[i].identity()).with_user(ROOT, &secrets.etcd_root);
-        ClaimsDesk::new(etcd, site.topology.clone(), &site.topology.hubs[i].name)
+        SlotAllocator::new(etcd, site.topology.clone(), &site.topology.hubs[i].name)
     };
     let desks = [desk(0), desk(1), desk(2)];
     let keys: Vec<String> = hubs.iter().map(Shown::tls_key).collect();
@@ -121,7 +121,7 @@ async fn etcd_users_limit_patroni_to_its_own_keys() {
     assert_eq!(access(1).step().await.expect("etcd"), waits(&["db-1", "hub-3"]));
     put(&connected, "/bakehouse/rollout/turn", "{}").await;
     assert_eq!(access(2).step().await.expect("etcd"), Access::WaitsForRollout);
-    connected.transact(&[], &[Then::Delete("/bakehouse/rollout/turn")]).await.expect("etcd");
+    connected.transact(&[], &[Op::Delete("/bakehouse/rollout/turn")]).await.expect("etcd");
     assert_eq!(access(2).step().await.expect("etcd"), waits(&["db-1"]));
     let tls = fleet_https::client(site.root.certificate(), Some(Identity { cert: &grant.cert, key: db.tls.pem() }))
         .expect("a certificate");
@@ -143,7 +143,7 @@ async fn etcd_users_limit_patroni_to_its_own_keys() {
     assert_eq!(connected.get(&["/bakehouse/test"]).await.expect("etcd")[0].value, b"x");
     for anonymous in [site.etcd(0), site.etcd_of(0, Identity { cert: &grant.cert, key: db.tls.pem() })] {
         assert!(told(anonymous.list("/bakehouse/").await).contains("user name is empty"));
-        let put = [Then::Put("/bakehouse/slots/hub-1", b"")];
+        let put = [Op::Put("/bakehouse/slots/hub-1", b"")];
         assert!(told(anonymous.transact(&[], &put).await).contains("user name is empty"));
     }
 
@@ -151,15 +151,15 @@ async fn etcd_users_limit_patroni_to_its_own_keys() {
     let identity = Identity { cert: &grant.cert, key: db.tls.pem() };
     let patroni = site.etcd_of(0, identity).with_user(PATRONI, &grant.secrets.etcd_patroni);
     for key in ["/bakehouse/acme/leader", "/bakehouse/acme@latest/leader"] {
-        assert_eq!(told(patroni.transact(&[], &[Then::Put(key, b"db-1")]).await), "done", "{key}");
+        assert_eq!(told(patroni.transact(&[], &[Op::Put(key, b"db-1")]).await), "done", "{key}");
         assert_eq!(patroni.get(&[key]).await.expect("etcd")[0].value, b"db-1");
     }
     patroni.list("/bakehouse/acme/").await.expect("a permission");
     let lease = patroni.lease(60).await.expect("a permission");
-    let then = [Then::PutFor("/bakehouse/acme/leader", b"db-1", &lease)];
+    let then = [Op::PutFor("/bakehouse/acme/leader", b"db-1", &lease)];
     assert_eq!(told(patroni.transact(&[], &then).await), "done");
     for key in ["/bakehouse/slots/hub-1", "/bakehouse/acmeb/leader", "/bakehouse/rollout/paused", "/x"] {
-        for then in [Then::Put(key, b"x"), Then::Delete(key)] {
+        for then in [Op::Put(key, b"x"), Op::Delete(key)] {
             let answer = told(patroni.transact(&[], &[then]).await);
             assert!(answer.contains("permission denied"), "{then:?}: {answer}");
         }
@@ -182,7 +182,7 @@ async fn etcd_users_limit_patroni_to_its_own_keys() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn client_logs_in_again_after_members_restart() {
-    let mut site = Site::open(26_600, "app.count = 1\n");
+    let mut site = TestCluster::open(26_600, "app.count = 1\n");
     let secrets = Secrets::sample();
     let root = site.etcd(0).with_user(ROOT, &secrets.etcd_root);
     put(&root, "/bakehouse/test", "x").await;
@@ -209,12 +209,12 @@ async fn client_logs_in_again_after_members_restart() {
 /// The etcd member that a hub watches freezes and keeps its connections, while another hub evicts a node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hub_sees_an_eviction_within_a_minute_although_its_watch_hangs() {
-    let site = Site::open(26_900, "db.count = 1\n");
+    let site = TestCluster::open(26_900, "db.count = 1\n");
     let (_, grant) = site.members("db", 1).await.remove(0);
     assert_eq!(grant.slot, "db-1");
-    let desk = ClaimsDesk::new(site.etcd(0), site.topology.clone(), "hub-1");
+    let desk = SlotAllocator::new(site.etcd(0), site.topology.clone(), "hub-1");
     let dir = tempfile::tempdir().expect("a folder");
-    let neighbourhood = Neighbourhood::load(dir.path(), BTreeMap::new());
+    let neighbourhood = PeerTable::load(dir.path(), BTreeMap::new());
     let followed = async {
         loop {
             let _ = desk.follow(|owners| take_in(&site.topology, &neighbourhood, owners)).await;
@@ -228,7 +228,7 @@ async fn hub_sees_an_eviction_within_a_minute_although_its_watch_hangs() {
         // The hub has opened its watch by then.
         tokio::time::sleep(Duration::from_secs(1)).await;
         site.cluster.freeze(0);
-        let other = ClaimsDesk::new(site.etcd(1), site.topology.clone(), "hub-2");
+        let other = SlotAllocator::new(site.etcd(1), site.topology.clone(), "hub-2");
         while other.leave("db-1", true, Identified::Epoch(None), None).await.is_err() {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -304,7 +304,7 @@ async fn handshake(root: &Issuer, shown: &Shown, name: &str) -> bool {
 /// register it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hubs_register_a_non_hub_voter_and_etcd_rejects_its_issuer() {
-    let site = Site::open_with(27_200, "db.count = 1\n", |topology| {
+    let site = TestCluster::open_with(27_200, "db.count = 1\n", |topology| {
         // Two hubs and a third voter.
         topology.hubs.truncate(2);
         for node in topology.nodes.iter_mut().filter(|n| n.name == "hub-3") {
@@ -361,7 +361,7 @@ async fn hubs_register_a_non_hub_voter_and_etcd_rejects_its_issuer() {
 }
 
 /// Creates folders, a ticket and an image for a node's first boot.
-fn first_boot(site: &Site, group: &str, right: Right) -> (tempfile::TempDir, StateDir, PathBuf, Image) {
+fn first_boot(site: &TestCluster, group: &str, right: Credential) -> (tempfile::TempDir, StateDir, PathBuf, Image) {
     let dir = tempfile::tempdir().expect("a folder");
     let (state, credentials) = (dir.path().join("state"), dir.path().join("credentials"));
     for folder in [&state, &credentials] {
@@ -382,9 +382,10 @@ fn first_boot(site: &Site, group: &str, right: Right) -> (tempfile::TempDir, Sta
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn updated_node_fetches_its_missing_etcd_password_at_start() {
-    let site = Site::open(27_500, "db.count = 1\napp.count = 1\n");
+    let site = TestCluster::open(27_500, "db.count = 1\napp.count = 1\n");
     for (group, password) in [("db", "sample-etcd-patroni"), ("app", "")] {
-        let (_dir, states, credentials, image) = first_boot(&site, group, Right::Joiner(site.token(group, |_| {})));
+        let (_dir, states, credentials, image) =
+            first_boot(&site, group, Credential::Joiner(site.token(group, |_| {})));
         let mut who = identity(&states, Some(&credentials), &image).await.expect("a node");
         assert_eq!(who.state.secrets.etcd_patroni, password);
         who.state.secrets.etcd_patroni.clear();
@@ -401,14 +402,14 @@ async fn updated_node_fetches_its_missing_etcd_password_at_start() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hub_signs_its_own_renewed_certificate() {
-    let site = Site::open(27_800, "");
+    let site = TestCluster::open(27_800, "");
     let hub = &site.topology.hubs[0];
     let issuer = site.root.founder_issuer(&site.topology, hub).expect("a root");
     let founder =
         Founder { slot: hub.name.clone(), issuer: issuer.clone(), secrets: Secrets::sample(), replaces: None };
-    let (dir, states, credentials, image) = first_boot(&site, "hub", Right::Founder(founder));
+    let (dir, states, credentials, image) = first_boot(&site, "hub", Credential::Founder(founder));
     let who = identity(&states, Some(&credentials), &image).await.expect("a node");
-    let desk = ClaimsDesk::new(site.etcd(0), site.topology.clone(), "hub-1");
+    let desk = SlotAllocator::new(site.etcd(0), site.topology.clone(), "hub-1");
     put(&site.etcd(0), "/bakehouse/test", "x").await;
     let tls_key = encoding::encode(who.keys.tls.public().expect("a key").as_bytes());
     let mesh_key = who.keys.mesh_public().expect("a key");

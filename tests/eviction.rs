@@ -5,15 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
-use bakehouse_tests::site::{Asker, Site, departure, scope};
+use bakehouse_tests::site::{TestCluster, TestJoiner, departure, scope};
 use builder::deploy::hub_client::Hubs as Operator;
-use builder::keys::authority::Authority;
+use builder::keys::authority::FleetKey;
 use firstboot::member::follow_hubs;
 use firstboot::node::hubs::Hubs;
-use firstboot::node::neighbours::Neighbourhood;
+use firstboot::node::neighbours::PeerTable;
 use fleet::{
-    Answer, Departure, Doing, Grant, Introduction, JoinReply, MeshKey, PROTOCOL, Peers, PrivateKey, Report, Secrets,
-    SignedOrder, SlotRecord,
+    Departure, Grant, Introduction, JoinReply, MeshKey, PROTOCOL, Peers, PrivateKey, Report, Secrets, SignedOrder,
+    SlotRecord, UpdateDecision, UpdateState,
 };
 use fleet_https::{Connection, Identity, request};
 use serde_json::json;
@@ -39,7 +39,7 @@ fn lies(request: &Captured) -> Vec<u8> {
             vacant,
             evicted: Vec::new(),
         }),
-        "/v1/turn" => serde_json::to_vec(&Answer { go: true, why: String::new() }),
+        "/v1/turn" => serde_json::to_vec(&UpdateDecision { granted: true, why: String::new() }),
         "/v1/renew" => serde_json::to_vec(&JoinReply::Granted(Grant {
             slot: "db-1".to_owned(),
             epoch: 99_999,
@@ -55,7 +55,7 @@ fn lies(request: &Captured) -> Vec<u8> {
 /// The operator evicts a compromised hub, which keeps its address, its key and its issuer, and keeps replying.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_drop_evicted_hub_within_a_minute_and_ignore_its_replies() {
-    let mut site = Site::open(24_700, "db.count = 1\n");
+    let mut site = TestCluster::open(24_700, "db.count = 1\n");
     site.register_hubs().await;
     let (node, grant) = site.members("db", 1).await.remove(0);
     // Each worker asks two random hubs at a time.
@@ -90,9 +90,9 @@ async fn workers_drop_evicted_hub_within_a_minute_and_ignore_its_replies() {
     are_unharmed("as the hub that it was");
     let hubs = &workers[0].hubs;
     let asked = rogue.captured().len();
-    let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: Doing::Serving };
+    let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: UpdateState::Serving };
     for _ in 0..12 {
-        assert!(!hubs.turn(&report).await.expect("a hub answers").go, "the attacker granted the update lock");
+        assert!(!hubs.turn(&report).await.expect("a hub answers").granted, "the attacker granted the update lock");
     }
     assert_eq!(rogue.captured().len(), asked, "a worker asked the evicted hub");
     // With certificates of its own issuer the attacker cannot impersonate the other hubs.
@@ -114,7 +114,7 @@ async fn workers_drop_evicted_hub_within_a_minute_and_ignore_its_replies() {
 /// distributes, decides. Without an order, neither hub can remove the other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn signed_order_decides_which_of_two_hubs_is_evicted() {
-    let mut site = Site::open_with(25_200, "db.count = 1\n", |topology| {
+    let mut site = TestCluster::open_with(25_200, "db.count = 1\n", |topology| {
         topology.nodes.retain(|node| node.name != "hub-3");
         topology.hubs.retain(|hub| hub.name != "hub-3");
         topology.voters = vec!["hub-1".to_owned(), "hub-2".to_owned()];
@@ -157,13 +157,13 @@ async fn signed_order_decides_which_of_two_hubs_is_evicted() {
 /// The evicted hub's etcd member leads the cluster: etcd elects another leader while the order is carried out.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_hub_whose_etcd_member_leads_is_evicted_by_one_order() {
-    let site = Site::open(25_500, "db.count = 1\n");
+    let site = TestCluster::open(25_500, "db.count = 1\n");
     site.register_hubs().await;
     site.lead_etcd("hub-2").await;
     let authority = json!({ "fleet": "acme", "root": site.root, "secrets": Secrets::sample() });
     let topology = site.topology.clone();
     let evicted = tokio::task::spawn_blocking(move || {
-        let authority: Authority = serde_json::from_value(authority).expect("a fleet key");
+        let authority: FleetKey = serde_json::from_value(authority).expect("a fleet key");
         Operator { authority: &authority, topology: &topology, endpoints: BTreeMap::new() }.leave("hub-2", true)
     });
     evicted.await.expect("no panic").expect("one of the hubs evicts hub-2");
@@ -177,16 +177,16 @@ async fn the_hub_whose_etcd_member_leads_is_evicted_by_one_order() {
 
 /// The part of a worker's agent that asks hubs for peers.
 struct Worker {
-    known: Arc<Neighbourhood>,
+    known: Arc<PeerTable>,
     hubs: Arc<Hubs>,
     task: tokio::task::JoinHandle<firstboot::error::Result<()>>,
     _dir: tempfile::TempDir,
 }
 
 impl Worker {
-    fn start(site: &Site, node: &Asker, grant: &Grant) -> Self {
+    fn start(site: &TestCluster, node: &TestJoiner, grant: &Grant) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        let known = Arc::new(Neighbourhood::load(dir.path(), grant.hubs.clone()));
+        let known = Arc::new(PeerTable::load(dir.path(), grant.hubs.clone()));
         let own = Identity { cert: &grant.cert, key: node.tls.pem() };
         let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
         let hubs = Hubs::of(&site.topology, &BTreeMap::new(), &grant.slot, tls);
@@ -201,7 +201,7 @@ impl Worker {
 /// etcd has no quorum, a hub's agent has just restarted, and an evicted founder claims to be owner 99 of its slot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn restarted_hub_refuses_evicted_founder_without_quorum() {
-    let mut site = Site::open(25_000, "db.count = 1\n");
+    let mut site = TestCluster::open(25_000, "db.count = 1\n");
     site.register_hubs().await;
     let order = departure("hub-2", true, None).with_scope(scope(Departure::PATH, "hub-1"));
     site.order(0, Departure::PATH, &order, &site.root).await.expect("a hub accepts the order");
@@ -241,7 +241,7 @@ async fn restarted_hub_refuses_evicted_founder_without_quorum() {
         );
         let peers = read(ask("GET", "/v1/peers", Vec::new()).await.expect("a reply"));
         assert!(peers.fenced.is_some() && !peers.keys.values().any(|key| *key == ATTACKER), "{slot}: {peers:?}");
-        let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: Doing::Serving };
+        let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: UpdateState::Serving };
         let e = ask("POST", "/v1/turn", serde_json::to_vec(&report).expect("JSON"))
             .await
             .expect_err("the hub accepted the report");

@@ -5,24 +5,24 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::site::Site;
-use firstboot::client::etcd::{Etcd, If, Then};
+use bakehouse_tests::site::TestCluster;
+use firstboot::client::etcd::{Compare, Etcd, Op};
 use firstboot::hub::fence::{self, Fence, FenceState};
-use firstboot::node::neighbours::Neighbourhood;
+use firstboot::node::neighbours::PeerTable;
 use fleet::MeshKey;
 
 /// A majority of the hubs deletes the leader key, and only if a reachable synchronous standby can take over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn majority_of_hubs_deletes_leader_key_of_unreachable_primary() {
-    let site = Site::open_with(24_100, "db.count = 3\n", |topology| topology.database.ttl = TTL);
+    let site = TestCluster::open_with(24_100, "db.count = 3\n", |topology| topology.database.ttl = TTL);
     let dir = tempfile::tempdir().expect("a folder");
     let etcds: Vec<Etcd> = (0..3).map(|i| site.etcd(i)).collect();
-    let neighbourhoods: Vec<Arc<Neighbourhood>> = (0..3)
+    let neighbourhoods: Vec<Arc<PeerTable>> = (0..3)
         .map(|i| {
             let own = dir.path().join(i.to_string());
             fs::create_dir(&own).expect("a folder");
             let keys = BTreeMap::from([("db-1".to_owned(), MeshKey([1; 32])), ("db-2".to_owned(), MeshKey([2; 32]))]);
-            let all = Arc::new(Neighbourhood::load(&own, keys));
+            let all = Arc::new(PeerTable::load(&own, keys));
             // Stands in for the kernel's WireGuard and confirms each change immediately.
             let (mesh, mut changes) = (all.clone(), all.follow());
             tokio::spawn(async move {
@@ -45,7 +45,7 @@ async fn majority_of_hubs_deletes_leader_key_of_unreachable_primary() {
     let put = async |what: &str, value: &str| {
         let key = format!("/bakehouse/acme/{what}");
         // etcd may not serve yet.
-        while etcds[0].transact(&[], &[Then::Put(&key, value.as_bytes())]).await.is_err() {
+        while etcds[0].transact(&[], &[Op::Put(&key, value.as_bytes())]).await.is_err() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
@@ -59,47 +59,47 @@ async fn majority_of_hubs_deletes_leader_key_of_unreachable_primary() {
     // The hubs leave a lost standby to Patroni, and a primary without a reachable synchronous standby keeps its key.
     put("leader", "db-3").await;
     put("sync", r#"{"leader":"db-3","sync_standby":"db-2"}"#).await;
-    assert!(hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
+    assert!(hub(0).release_leader_key("db-1", &reached, &shut[0]).await.expect("etcd"));
     put("leader", "db-1").await;
-    assert!(!hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
+    assert!(!hub(0).release_leader_key("db-1", &reached, &shut[0]).await.expect("etcd"));
     put("sync", r#"{"leader":"db-1","sync_standby":"db-2"}"#).await;
-    assert!(!hub(0).depose("db-1", &none_reached, &shut[0]).await.expect("etcd"));
+    assert!(!hub(0).release_leader_key("db-1", &none_reached, &shut[0]).await.expect("etcd"));
     for (i, shut) in shut.iter().enumerate() {
-        assert!(!hub(i).depose("db-1", &reached, shut).await.expect("etcd"), "deleted a young leader key");
+        assert!(!hub(i).release_leader_key("db-1", &reached, shut).await.expect("etcd"), "deleted a young leader key");
     }
     tokio::time::sleep(AGE).await;
-    assert!(!hub(0).depose("db-1", &none_reached, &shut[0]).await.expect("etcd"));
+    assert!(!hub(0).release_leader_key("db-1", &none_reached, &shut[0]).await.expect("etcd"));
     assert!(neighbourhoods[0].out().is_empty() && !shut[0].contains("db-1"));
 
     // One hub alone fences the node and never deletes the leader key.
     for _ in 0..3 {
-        assert!(!hub(0).depose("db-1", &reached, &shut[0]).await.expect("etcd"));
+        assert!(!hub(0).release_leader_key("db-1", &reached, &shut[0]).await.expect("etcd"));
     }
     let out = neighbourhoods[0].out();
     assert_eq!(neighbourhoods[0].keys_without(&out).into_keys().collect::<Vec<_>>(), ["db-2"]);
     assert_eq!(neighbourhoods[0].keys().len(), 2, "the hub no longer distributes the node's key");
     // An expired record does not count, nor does one of a node that is not a hub or one for another slot.
     let said = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-3"];
-    let then = [Then::Delete(said[0]), Then::Put(said[1], b""), Then::Put(said[2], b"")];
+    let then = [Op::Delete(said[0]), Op::Put(said[1], b""), Op::Put(said[2], b"")];
     etcds[0].transact(&[], &then).await.expect("etcd");
-    assert!(!hub(1).depose("db-1", &reached, &shut[1]).await.expect("etcd"));
+    assert!(!hub(1).release_leader_key("db-1", &reached, &shut[1]).await.expect("etcd"));
     assert_eq!(leader().await, "db-1");
     // Two of three hubs delete the leader key. They must not delete the key of its next owner.
-    assert!(hub(2).depose("db-1", &reached, &shut[2]).await.expect("etcd"));
+    assert!(hub(2).release_leader_key("db-1", &reached, &shut[2]).await.expect("etcd"));
     assert_eq!(leader().await, "");
     put("leader", "db-2").await;
     for (i, shut) in shut.iter().enumerate() {
-        assert!(hub(i).depose("db-1", &reached, shut).await.expect("etcd"));
+        assert!(hub(i).release_leader_key("db-1", &reached, shut).await.expect("etcd"));
     }
     assert_eq!(leader().await, "db-2");
-    neighbourhoods[2].let_in("db-1");
+    neighbourhoods[2].unfence_node("db-1");
     assert_eq!(neighbourhoods[2].keys_without(&neighbourhoods[2].out()).len(), 2);
 }
 
 /// The etcd member that a hub uses may be on the unreachable machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn client_switches_from_hung_etcd_member_to_the_next() {
-    let site = Site::open(24_300, "db.count = 2\n");
+    let site = TestCluster::open(24_300, "db.count = 2\n");
     let etcd = site.etcd(0).with_patience(fence::ANSWER);
     while etcd.get(&["/bakehouse/acme/leader"]).await.is_err() {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -117,11 +117,11 @@ async fn client_switches_from_hung_etcd_member_to_the_next() {
 /// etcd fails after a hub has fenced the primary and before the hub has recorded it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hub_retries_to_record_an_exclusion() {
-    let site = Arc::new(Site::open_with(24_500, "db.count = 2\n", |topology| topology.database.ttl = TTL));
+    let site = Arc::new(TestCluster::open_with(24_500, "db.count = 2\n", |topology| topology.database.ttl = TTL));
     let dir = tempfile::tempdir().expect("a folder");
     let etcd = site.etcd(0).with_patience(fence::ANSWER);
     let keys = BTreeMap::from([("db-1".to_owned(), MeshKey([1; 32]))]);
-    let neighbourhood = Arc::new(Neighbourhood::load(dir.path(), keys));
+    let neighbourhood = Arc::new(PeerTable::load(dir.path(), keys));
     let (mesh, mut changes, cut) = (neighbourhood.clone(), neighbourhood.follow(), site.clone());
     tokio::spawn(async move {
         changes.changed().await.expect("the sender exists");
@@ -139,19 +139,19 @@ async fn hub_retries_to_record_an_exclusion() {
         slow: 1,
     };
     let sync: &[u8] = br#"{"leader":"db-1","sync_standby":"db-2"}"#;
-    let then = [Then::Put("/bakehouse/acme/leader", b"db-1"), Then::Put("/bakehouse/acme/sync", sync)];
+    let then = [Op::Put("/bakehouse/acme/leader", b"db-1"), Op::Put("/bakehouse/acme/sync", sync)];
     while etcd.transact(&[], &then).await.is_err() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let (reached, shut) = (BTreeSet::from(["db-2".to_owned()]), FenceState::default());
-    assert!(!hub.depose("db-1", &reached, &shut).await.expect("etcd"));
+    assert!(!hub.release_leader_key("db-1", &reached, &shut).await.expect("etcd"));
     tokio::time::sleep(AGE).await;
-    hub.depose("db-1", &reached, &shut).await.expect_err("etcd is frozen");
+    hub.release_leader_key("db-1", &reached, &shut).await.expect_err("etcd is frozen");
     assert!(neighbourhood.out().contains("db-1") && shut.contains("db-1"));
 
     (0..3).for_each(|i| site.cluster.thaw(i));
     // One of three hubs is no majority and must not delete the leader key.
-    while !matches!(hub.depose("db-1", &reached, &shut).await, Ok(false)) {
+    while !matches!(hub.release_leader_key("db-1", &reached, &shut).await, Ok(false)) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let said = etcd.get(&["/bakehouse/shut/db-1/hub-1"]).await.expect("etcd");
@@ -168,10 +168,10 @@ const ALONE: &[u8] = br#"{"leader":"db-1","sync_standby":null}"#;
 
 /// One hub of the test cluster, with its own etcd client and mesh.
 struct TestHub {
-    site: Arc<Site>,
+    site: Arc<TestCluster>,
     number: usize,
     etcd: Etcd,
-    neighbourhood: Arc<Neighbourhood>,
+    neighbourhood: Arc<PeerTable>,
     exclusions: FenceState,
     _dir: tempfile::TempDir,
 }
@@ -179,13 +179,13 @@ struct TestHub {
 impl TestHub {
     /// Creates a hub that runs `first` before its mesh drops the packets of db-1.
     fn with<F: Future<Output = ()> + Send + 'static>(
-        site: &Arc<Site>,
+        site: &Arc<TestCluster>,
         number: usize,
         first: impl Fn(Etcd) -> F + Send + Sync + 'static,
     ) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let keys = BTreeMap::from([("db-1".to_owned(), MeshKey([1; 32])), ("db-2".to_owned(), MeshKey([2; 32]))]);
-        let neighbourhood = Arc::new(Neighbourhood::load(dir.path(), keys));
+        let neighbourhood = Arc::new(PeerTable::load(dir.path(), keys));
         let (mesh, mut changes, of) = (neighbourhood.clone(), neighbourhood.follow(), site.clone());
         tokio::spawn(async move {
             while changes.changed().await.is_ok() {
@@ -199,7 +199,7 @@ impl TestHub {
         Self { site: site.clone(), number, etcd, neighbourhood, exclusions: FenceState::default(), _dir: dir }
     }
 
-    fn new(site: &Arc<Site>, number: usize) -> Self {
+    fn new(site: &Arc<TestCluster>, number: usize) -> Self {
         Self::with(site, number, |_| std::future::ready(()))
     }
 
@@ -212,14 +212,14 @@ impl TestHub {
     /// Lets the hubs read the leader key, and waits until it is old enough to be deleted.
     async fn wait(hubs: &[&Self]) {
         for hub in hubs {
-            assert!(!hub.depose().await && !hub.excludes("db-1"), "acted on a young leader key");
+            assert!(!hub.release_leader_key().await && !hub.excludes("db-1"), "acted on a young leader key");
         }
         tokio::time::sleep(AGE).await;
     }
 
-    async fn depose(&self) -> bool {
+    async fn release_leader_key(&self) -> bool {
         let reached = BTreeSet::from(["db-2".to_owned()]);
-        self.fence().depose("db-1", &reached, &self.exclusions).await.expect("etcd answers")
+        self.fence().release_leader_key("db-1", &reached, &self.exclusions).await.expect("etcd answers")
     }
 
     fn excludes(&self, slot: &str) -> bool {
@@ -243,10 +243,10 @@ impl TestHub {
 }
 
 /// Starts a test cluster in which db-1 is primary and db-2 its synchronous standby.
-async fn led_by_db_1(port: u16) -> (Arc<Site>, Etcd) {
-    let site = Arc::new(Site::open_with(port, "db.count = 2\n", |topology| topology.database.ttl = TTL));
+async fn led_by_db_1(port: u16) -> (Arc<TestCluster>, Etcd) {
+    let site = Arc::new(TestCluster::open_with(port, "db.count = 2\n", |topology| topology.database.ttl = TTL));
     let etcd = site.etcd(0);
-    let then = [Then::Put(LEADER, b"db-1"), Then::Put(SYNC, FOLLOWED)];
+    let then = [Op::Put(LEADER, b"db-1"), Op::Put(SYNC, FOLLOWED)];
     while etcd.transact(&[], &then).await.is_err() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -262,14 +262,14 @@ async fn patroni_cycle_older_than_the_deposition_cannot_write_sync() {
     let mut events = etcd.watch("/bakehouse/acme/", loaded.revision + 1).await.expect("etcd answers");
     let (one, two) = (TestHub::new(&site, 0), TestHub::new(&site, 1));
     TestHub::wait(&[&one, &two]).await;
-    assert!(!one.depose().await && two.depose().await);
+    assert!(!one.release_leader_key().await && two.release_leader_key().await);
 
     let found = etcd.get(&[LEADER, SYNC]).await.expect("etcd answers");
     assert_eq!(found[0].revision, 0, "the leader key exists");
     assert_eq!(found[1].value, FOLLOWED, "the standby is no longer eligible");
     assert!(found[1].revision > loaded.revision, "sync keeps its revision");
-    let stale = [If::Unchanged(SYNC, loaded.revision)];
-    assert!(!etcd.transact(&stale, &[Then::Put(SYNC, ALONE)]).await.expect("etcd answers"));
+    let stale = [Compare::Unchanged(SYNC, loaded.revision)];
+    assert!(!etcd.transact(&stale, &[Op::Put(SYNC, ALONE)]).await.expect("etcd answers"));
     // Patroni's cache applies events one by one, and a cycle may read it between two of them. The old primary must not
     // see the new revision while its cache has the leader key.
     let mut keys = Vec::new();
@@ -278,8 +278,8 @@ async fn patroni_cycle_older_than_the_deposition_cannot_write_sync() {
     }
     assert_eq!([&keys[0].key[..], &keys[1].key[..]], [LEADER, SYNC]);
     assert!(keys[0].value.is_none() && keys[1].value.is_some());
-    let heir = [If::Unchanged(SYNC, found[1].revision), If::Unchanged(LEADER, 0)];
-    assert!(etcd.transact(&heir, &[Then::Put(LEADER, b"db-2")]).await.expect("etcd answers"));
+    let heir = [Compare::Unchanged(SYNC, found[1].revision), Compare::Unchanged(LEADER, 0)];
+    assert!(etcd.transact(&heir, &[Op::Put(LEADER, b"db-2")]).await.expect("etcd answers"));
 }
 
 /// Attack: the standby leaves `sync` while the hubs exclude the primary. Deleting the leader key then would
@@ -289,24 +289,24 @@ async fn primary_whose_standby_left_meanwhile_keeps_its_leader_key_and_is_readmi
     let (site, etcd) = led_by_db_1(24_900).await;
     let one = TestHub::new(&site, 0);
     let two = TestHub::with(&site, 1, |etcd| async move {
-        etcd.transact(&[], &[Then::Put(SYNC, ALONE)]).await.expect("etcd answers");
+        etcd.transact(&[], &[Op::Put(SYNC, ALONE)]).await.expect("etcd answers");
     });
     TestHub::wait(&[&one, &two]).await;
-    assert!(!one.depose().await && !two.depose().await);
+    assert!(!one.release_leader_key().await && !two.release_leader_key().await);
     let found = etcd.get(&[LEADER, SYNC]).await.expect("etcd answers");
     assert_eq!((&found[0].value[..], &found[1].value[..]), (&b"db-1"[..], ALONE));
     assert!(one.excludes("db-1") && two.excludes("db-1"));
 
     for hub in [&one, &two] {
-        assert!(!hub.depose().await);
+        assert!(!hub.release_leader_key().await);
         assert!(!hub.excludes("db-1") && !hub.exclusions.contains("db-1"));
     }
     assert!(etcd.list("/bakehouse/shut/").await.expect("etcd answers").1.is_empty());
     // The hubs can depose it again.
-    etcd.transact(&[], &[Then::Put(SYNC, FOLLOWED)]).await.expect("etcd answers");
+    etcd.transact(&[], &[Op::Put(SYNC, FOLLOWED)]).await.expect("etcd answers");
     let two = TestHub::new(&site, 1);
     TestHub::wait(&[&two]).await;
-    assert!(!one.depose().await && two.depose().await);
+    assert!(!one.release_leader_key().await && two.release_leader_key().await);
     assert_eq!(etcd.get(&[LEADER]).await.expect("etcd answers")[0].revision, 0);
 }
 
@@ -323,10 +323,10 @@ async fn every_hub_excludes_a_node_that_a_majority_excludes() {
     third.etcd = third.etcd.with_user("root", "secret");
     // One hub, a node that is not a hub, and a hub's record for another slot are no majority.
     let others = ["/bakehouse/shut/db-1/hub-1", "/bakehouse/shut/db-1/db-2", "/bakehouse/shut/db-11/hub-2"];
-    etcd.transact(&[], &others.map(|key| Then::Put(key, b""))).await.expect("etcd answers");
+    etcd.transact(&[], &others.map(|key| Op::Put(key, b""))).await.expect("etcd answers");
     assert!(!third.keep(Duration::from_millis(1500)).await);
     // Another node has the leader key by then.
-    let then = [Then::Put("/bakehouse/shut/db-1/hub-2", b""), Then::Put(LEADER, b"db-2")];
+    let then = [Op::Put("/bakehouse/shut/db-1/hub-2", b""), Op::Put(LEADER, b"db-2")];
     etcd.transact(&[], &then).await.expect("etcd answers");
     assert!(third.keep(Duration::from_secs(6)).await);
     assert!(!third.excludes("db-2"));
@@ -341,7 +341,7 @@ async fn restarted_agent_still_excludes_the_old_primary() {
     let (site, etcd) = led_by_db_1(25_300).await;
     let (one, two) = (TestHub::new(&site, 0), TestHub::new(&site, 1));
     TestHub::wait(&[&one, &two]).await;
-    assert!(!one.depose().await && two.depose().await);
+    assert!(!one.release_leader_key().await && two.release_leader_key().await);
     drop(one);
     let restarted = TestHub::new(&site, 0);
     assert!(!restarted.excludes("db-1"));
@@ -350,7 +350,7 @@ async fn restarted_agent_still_excludes_the_old_primary() {
     assert_eq!(recorded.len(), 2, "the restart removed a recorded exclusion");
 
     // Also if this hub is the only one that excludes the node.
-    etcd.transact(&[], &[Then::Delete("/bakehouse/shut/db-1/hub-2")]).await.expect("etcd answers");
+    etcd.transact(&[], &[Op::Delete("/bakehouse/shut/db-1/hub-2")]).await.expect("etcd answers");
     assert!(TestHub::new(&site, 0).keep(Duration::from_secs(6)).await);
     assert!(!TestHub::new(&site, 2).keep(Duration::from_secs(1)).await);
 }

@@ -3,22 +3,22 @@
 
 use std::thread;
 
-use bakehouse_tests::{ETCDCTL, Lab, Machine};
+use bakehouse_tests::{ETCDCTL, Machine, TestFleet};
 
 #[test]
 fn machines_join_and_survive_the_loss_of_a_hub() {
-    come_up_and_outlive_a_hub(&Lab::of_fleet("fleet", "ha"));
+    come_up_and_outlive_a_hub(&TestFleet::of_fleet("fleet", "ha"));
 }
 
 /// Containers run at the host's speed and on its kernel, with wireguard-go.
 #[test]
 fn containers_join_and_survive_the_loss_of_a_hub() {
-    let lab = Lab::of_fleet("fleet-containers", "ha");
+    let lab = TestFleet::of_fleet("fleet-containers", "ha");
     lab.is_of_containers();
     come_up_and_outlive_a_hub(&lab);
 }
 
-fn come_up_and_outlive_a_hub(lab: &Lab) {
+fn come_up_and_outlive_a_hub(lab: &TestFleet) {
     lab.init();
     lab.ok(&["build", "hub", "db"]);
     let hubs = ["hub-1", "hub-2", "hub-3"].map(|name| Machine::of(lab, name));
@@ -26,7 +26,7 @@ fn come_up_and_outlive_a_hub(lab: &Lab) {
 
     // A ticket of another group: the agent prints the reason on the console and stores nothing.
     let wrong = lab.ok(&["ticket", "app"]).out;
-    let elsewhere = Lab::of_fleet("fleet-elsewhere", "ha");
+    let elsewhere = TestFleet::of_fleet("fleet-elsewhere", "ha");
     elsewhere.init();
     let foreign = elsewhere.ok(&["ticket", "db"]).out;
     thread::scope(|scope| {
@@ -142,7 +142,7 @@ fn holder(hubs: &[&Machine]) -> usize {
 /// Stops keepalived on the hub with the VIP. A request that is under way is answered, and HAProxy resets a longer
 /// connection instead of leaving its client without a reply.
 #[track_caller]
-fn vip_goes(lab: &Lab, client: &Machine, holder: &Machine) {
+fn vip_goes(lab: &TestFleet, client: &Machine, holder: &Machine) {
     let sleeps = sql(lab, "SELECT pg_sleep(3000)");
     client.ok(&format!("({sleeps}; echo told) >/tmp/waits 2>&1 & sleep 1"));
     client.ok(&until("ss -Htn state established dst 10.10.0.100:5000 | wc -l", "1"));
@@ -196,12 +196,12 @@ fn until(command: &str, wanted: &str) -> String {
 }
 
 /// Returns a command that writes through the VIP and retries until it succeeds.
-fn write(lab: &Lab) -> String {
+fn write(lab: &TestFleet) -> String {
     format!("for i in $(seq 20); do {} && exit; sleep 2; done; exit 1", sql(lab, "CREATE TEMP TABLE t (x int)"))
 }
 
 /// Returns a command that runs SQL on the primary through the VIP.
-fn sql(lab: &Lab, statement: &str) -> String {
+fn sql(lab: &TestFleet, statement: &str) -> String {
     let key: serde_json::Value = serde_json::from_str(&lab.read("fleet.key")).expect("JSON");
     let password = key["secrets"]["odoo"].as_str().expect("a password");
     format!(

@@ -6,7 +6,7 @@ use std::fs;
 use std::thread::sleep;
 use std::time::Duration;
 
-use bakehouse_tests::{ETCDCTL, Lab, Machine};
+use bakehouse_tests::{ETCDCTL, Machine, TestFleet};
 
 const APART: Duration = Duration::from_secs(120);
 const ETCD: &str = "/var/lib/etcd/duo/member";
@@ -14,7 +14,7 @@ const STATE: &str = "/var/lib/bakehouse/state.json";
 
 #[test]
 fn founders_started_minutes_apart_form_one_cluster() {
-    let lab = Lab::empty("founders");
+    let lab = TestFleet::empty("founders");
     lab.write(
         "fleet.toml",
         "name = \"duo\"\n[groups.hub]\ncount = 2\nendpoints = [\"hub1.example.net\", \"hub2.example.net\"]\n\

@@ -59,7 +59,7 @@ fn each_target_accepts_a_seed() {
     accepts("profile", &|b| fleet::Profile::parse("f", b).is_ok());
     accepts("profile", &|b| fleet::OverlayManifest::parse("f", b).is_ok());
     accepts("join", &|b| serde_json::from_slice::<fleet::JoinRequest>(b).is_ok());
-    accepts("netboot", &|b| serde_json::from_slice::<fleet::netboot::Machine>(b).is_ok());
+    accepts("netboot", &|b| serde_json::from_slice::<fleet::netboot::NetbootMachine>(b).is_ok());
     accepts("update", &|b| fleet::blocks::Blocks::of_list(b).is_some());
     accepts("deb", &|b| builder::format::deb::Deb::parse(b.to_vec()).is_ok());
     accepts("elf", &|b| builder::format::elf::needs(b).is_some());

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::UNIX_EPOCH;
 
-use bakehouse_tests::{Answer, Lab, first_difference, root, shared_store, tar_differences};
+use bakehouse_tests::{TestFleet, UpdateDecision, first_difference, root, shared_store, tar_differences};
 
 const ARTEFACTS: [&str; 5] =
     ["ha-hub_1.raw", "ha-hub_1.efi", "ha-hub_1.manifest.json", "ha-hub_1.spdx.json", "SHA256SUMS"];
@@ -24,8 +24,8 @@ fn built_layer(store: &Path) -> PathBuf {
 
 #[test]
 fn two_cold_builds_are_identical() {
-    let one = Lab::of_fleet("same-1", "ha").with_own_store();
-    let two = Lab::of_fleet("same-2-in-a-longer-path", "ha").with_own_store();
+    let one = TestFleet::of_fleet("same-1", "ha").with_own_store();
+    let two = TestFleet::of_fleet("same-2-in-a-longer-path", "ha").with_own_store();
     one.ok(&["build", "hub"]);
     // The second build has another umask, time zone, language, time, and current folder.
     let mut other = two.command(&["build", "hub"]);
@@ -34,7 +34,7 @@ fn two_cold_builds_are_identical() {
     let mut shell = Command::new("sh");
     shell.arg("-c").arg(line).arg(other.get_program()).args(other.get_args());
     shell.envs(other.get_envs().filter_map(|(k, v)| Some((k, v?)))).current_dir("/");
-    let answer = Answer::of(&shell.output().expect("sh"));
+    let answer = UpdateDecision::of(&shell.output().expect("sh"));
     assert_eq!(answer.status, 0, "{}", answer.err);
 
     let (a, b) = (one.dir.join("build/hub"), two.dir.join("build/hub"));
@@ -55,7 +55,7 @@ fn two_cold_builds_are_identical() {
 
 #[test]
 fn changed_template_rebuilds_from_bake_and_equals_a_cold_build() {
-    let lab = Lab::of_fleet("warm", "ha");
+    let lab = TestFleet::of_fleet("warm", "ha");
     lab.ok(&["build", "hub"]);
     let again = lab.ok(&["build", "hub"]);
     assert!(again.err.contains("hub: unchanged"), "{}", again.err);
@@ -66,7 +66,7 @@ fn changed_template_rebuilds_from_bake_and_equals_a_cold_build() {
     for step in [" compose ", " erofs ", " initrd ", " tools "] {
         assert!(!warm.err.contains(step), "{step} ran again:\n{}", warm.err);
     }
-    let cold = Lab::of_fleet("cold", "ha").with_own_store();
+    let cold = TestFleet::of_fleet("cold", "ha").with_own_store();
     cold.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "maxconn 4000", "maxconn 4001");
     cold.ok(&["build", "hub"]);
     let difference =
@@ -93,13 +93,13 @@ fn verity_agrees(disk: &Path, manifest: &str) {
     let verity = part("verity", 257 + (slot >> 20), 64);
     let mut check = Command::new("veritysetup");
     check.arg("verify").args([&root, &verity]).arg(manifest["roothash"].as_str().expect("a hash"));
-    let answer = Answer::of(&check.output().expect("veritysetup"));
+    let answer = UpdateDecision::of(&check.output().expect("veritysetup"));
     assert_eq!(answer.status, 0, "{}{}", answer.out, answer.err);
 }
 
 #[test]
 fn failed_daemon_check_reports_its_message_and_the_templates_line() {
-    let lab = Lab::of_fleet("refused", "ha");
+    let lab = TestFleet::of_fleet("refused", "ha");
     lab.ok(&["build", "hub"]);
     let before = sha256(&lab.dir.join("build/hub/ha-hub_1.efi"));
     let run = |overlay: &str, file: &str| format!("overlays/{overlay}/run/bakehouse/{file}.j2");
@@ -144,7 +144,7 @@ fn failed_daemon_check_reports_its_message_and_the_templates_line() {
 
 #[test]
 fn generated_file_is_cached_by_its_inputs() {
-    let lab = Lab::of_fleet("made", "ha");
+    let lab = TestFleet::of_fleet("made", "ha");
     lab.edit("fleet.toml", "[groups.hub]", "[groups.hub]\noverlays = [\"mine\"]");
     let toml = |command: &str| {
         format!(
@@ -158,7 +158,7 @@ fn generated_file_is_cached_by_its_inputs() {
     lab.write("overlays/mine/overlay.toml", &toml("sh /usr/share/mine/by > /usr/share/mine/users"));
     let first = lab.ok(&["build", "hub"]);
     assert!(first.err.contains("make hub: usr/share/mine/users"), "{}", first.err);
-    let sum = |lab: &Lab| {
+    let sum = |lab: &TestFleet| {
         let manifest: serde_json::Value =
             serde_json::from_str(&lab.read("build/hub/ha-hub_1.manifest.json")).expect("JSON");
         manifest["files"]["usr/share/mine/users"].as_str().map(str::to_owned).expect("a file of the image")
@@ -202,7 +202,7 @@ fn base_backup_of_a_stalled_standby_completes() {
 /// Builds a group's image with an additional check, a Python program that runs in the image's tree.
 #[track_caller]
 fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
-    let lab = Lab::of_fleet(name, "ha");
+    let lab = TestFleet::of_fleet(name, "ha");
     let table = format!("[groups.{group}]");
     lab.edit("fleet.toml", &table, &format!("{table}\noverlays = [\"{name}\"]"));
     let folder = format!("usr/share/{name}");
@@ -219,7 +219,7 @@ fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
 
 #[test]
 fn rejects_colliding_overlays_unknown_variables_and_secrets() {
-    let lab = Lab::of_fleet("overlays", "ha");
+    let lab = TestFleet::of_fleet("overlays", "ha");
     lab.edit("fleet.toml", "[groups.db]", "overlays = [\"mine\"]\n\n[groups.db]");
     lab.write("overlays/mine/etc/fstab", "nothing\n");
     lab.run(&["build", "hub"]).fails(2, &["both overlays/base/etc/fstab and overlays/mine/etc/fstab lay /etc/fstab"]);
@@ -246,8 +246,8 @@ fn rejects_colliding_overlays_unknown_variables_and_secrets() {
 
 #[test]
 fn closed_output_ends_a_command_quietly_after_its_work() {
-    let lab = Lab::of_fleet("unread", "ha");
-    let run = |command: &mut Command| Answer::of(&command.output().expect("bakehouse starts"));
+    let lab = TestFleet::of_fleet("unread", "ha");
+    let run = |command: &mut Command| UpdateDecision::of(&command.output().expect("bakehouse starts"));
     let unread = || {
         let (reader, writer) = io::pipe().expect("a pipe");
         drop(reader);
@@ -272,7 +272,7 @@ fn closed_output_ends_a_command_quietly_after_its_work() {
 
 #[test]
 fn errors_in_fleet_and_lock_name_the_fix() {
-    let lab = Lab::of_fleet("wrong", "ha");
+    let lab = TestFleet::of_fleet("wrong", "ha");
     lab.edit("fleet.toml", "[groups.db]", "packages = [\"jq\"]\n\n[groups.db]");
     lab.run(&["build", "hub"]).fails(1, &["lacks the package `jq`, which `hub` asks for", "bakehouse lock"]);
     lab.edit("fleet.toml", "jq", "no-such-package");
@@ -295,7 +295,7 @@ fn errors_in_fleet_and_lock_name_the_fix() {
 
 #[test]
 fn unreachable_or_false_mirror_is_reported_and_leaves_the_store_valid() {
-    let lab = Lab::of_fleet("mirrors", "ha");
+    let lab = TestFleet::of_fleet("mirrors", "ha");
     // No server listens on this port.
     lab.run(&["lock", "--update", "--mirror", "http://127.0.0.1:9/debian"])
         .fails(1, &["127.0.0.1:9", "check the mirror"]);
@@ -313,7 +313,7 @@ fn unreachable_or_false_mirror_is_reported_and_leaves_the_store_valid() {
     let store = tempfile::tempdir().expect("a folder");
     let mut fetch = lab.command(&["fetch", "--mirror", &format!("file://{}/debian", liar.display())]);
     fetch.env("BAKEHOUSE_STORE", store.path());
-    Answer::of(&fetch.output().expect("bakehouse")).fails(1, &["could not be fetched", "the lock says"]);
+    UpdateDecision::of(&fetch.output().expect("bakehouse")).fails(1, &["could not be fetched", "the lock says"]);
     let stored = fs::read_dir(store.path().join("debs")).expect("a store").flatten();
     let whole: Vec<_> = stored.map(|e| e.path()).filter(|p| p.extension().is_none()).collect();
     assert_eq!(whole, Vec::<PathBuf>::new());
@@ -321,7 +321,7 @@ fn unreachable_or_false_mirror_is_reported_and_leaves_the_store_valid() {
 
 #[test]
 fn full_disk_is_reported_before_the_build_and_leaves_no_files() {
-    let lab = Lab::of_fleet("full", "ha");
+    let lab = TestFleet::of_fleet("full", "ha");
     // The small disk is a tmpfs in a mount namespace.
     let build_with = |size: &str, at: &str, then: &str| {
         let script = format!(
@@ -331,7 +331,7 @@ fn full_disk_is_reported_before_the_build_and_leaves_no_files() {
         );
         let output =
             Command::new("unshare").args(["--map-root-user", "--user", "--mount", "sh", "-c", &script]).output();
-        Answer::of(&output.expect("unshare"))
+        UpdateDecision::of(&output.expect("unshare"))
     };
     let answer = build_with("64M", "build", "");
     answer.fails(1, &["hub: the image may take", "are free; make room"]);
@@ -354,7 +354,7 @@ fn full_disk_is_reported_before_the_build_and_leaves_no_files() {
 
 #[test]
 fn interrupted_build_leaves_no_partial_files_and_the_next_one_completes() {
-    let lab = Lab::of_fleet("interrupted", "ha").with_own_store();
+    let lab = TestFleet::of_fleet("interrupted", "ha").with_own_store();
     let layers = lab.dir.join("store/tmp");
     // Interrupts while the sandbox composes.
     let composing = |_: u32| {
@@ -368,7 +368,7 @@ fn interrupted_build_leaves_no_partial_files_and_the_next_one_completes() {
         .take_while(|line| !line.contains("unchanged"))
         .collect();
     assert!((3..20).contains(&steps.len()), "{steps:#?}");
-    let other = Lab::of_fleet("uninterrupted", "ha");
+    let other = TestFleet::of_fleet("uninterrupted", "ha");
     other.ok(&["build", "hub"]);
     let folders = [&lab, &other].map(|l| l.dir.join("build/hub"));
     assert_eq!(first_difference(&folders[0], &folders[1], &ARTEFACTS.map(str::to_owned)), None);
@@ -379,7 +379,7 @@ fn interrupted_build_leaves_no_partial_files_and_the_next_one_completes() {
 
 #[test]
 fn interrupted_lock_changes_nothing_and_interrupted_fetch_resumes() {
-    let lab = Lab::of_fleet("interrupted-fetch", "ha").with_empty_store();
+    let lab = TestFleet::of_fleet("interrupted-fetch", "ha").with_empty_store();
     let before = lab.read("bakehouse.lock");
     // Interrupts while apt runs.
     let children = |pid: u32| {
@@ -405,7 +405,7 @@ fn interrupted_lock_changes_nothing_and_interrupted_fetch_resumes() {
 /// Without root the builder uses user namespaces.
 #[test]
 fn unprivileged_user_builds_the_same_image() {
-    let lab = Lab::of_fleet("user", "ha");
+    let lab = TestFleet::of_fleet("user", "ha");
     lab.ok(&["build", "hub"]);
     let user = "bakehouse-test";
     let have = Command::new("id").arg(user).output().expect("id").status.success();
@@ -428,7 +428,7 @@ fn unprivileged_user_builds_the_same_image() {
     let line = format!("cd {h} && BAKEHOUSE_STORE={h}/store ./bakehouse -C {h} build hub", h = home.display());
     let output =
         Command::new("setpriv").args(["--reuid", user, "--regid", user, "--init-groups", "sh", "-c", &line]).output();
-    let answer = Answer::of(&output.expect("setpriv"));
+    let answer = UpdateDecision::of(&output.expect("setpriv"));
     assert_eq!(answer.status, 0, "{}", answer.err);
     let difference =
         first_difference(&lab.dir.join("build/hub"), &home.join("build/hub"), &ARTEFACTS.map(str::to_owned));
@@ -440,7 +440,7 @@ fn unprivileged_user_builds_the_same_image() {
 
 #[test]
 fn init_creates_the_fleet_key_once_and_it_signs_tickets() {
-    let lab = Lab::empty("tickets");
+    let lab = TestFleet::empty("tickets");
     let dir = &lab.dir;
     let path = dir.to_str().expect("a UTF-8 path");
     lab.run(&["init", path, "--from", "no-such"]).fails(2, &["there is no built-in fleet `no-such`", "quick-ha"]);
@@ -457,9 +457,9 @@ fn init_creates_the_fleet_key_once_and_it_signs_tickets() {
     let founder = ticket(&["hub-1", "--endpoint", "hub-2=192.0.2.2"]).out;
     let founder = fleet::Ticket::parse(founder.as_bytes()).expect("a ticket");
     assert_eq!(founder.endpoints["hub-2"], "192.0.2.2");
-    assert!(matches!(founder.right, fleet::Right::Founder(f) if f.slot == "hub-1" && f.replaces.is_none()));
+    assert!(matches!(founder.right, fleet::Credential::Founder(f) if f.slot == "hub-1" && f.replaces.is_none()));
     let joiner = fleet::Ticket::parse(ticket(&["app", "--uses", "5"]).out.as_bytes()).expect("a ticket");
-    let fleet::Right::Joiner(joiner) = joiner.right else { panic!("app has founders' tickets") };
+    let fleet::Credential::Joiner(joiner) = joiner.right else { panic!("app has founders' tickets") };
     assert_eq!(joiner.token.read().expect("claims").uses, 5);
     let file = dir.join("hub-1.ticket");
     assert_eq!(ticket(&["hub-1", "-o", file.to_str().expect("a UTF-8 path")]).out, "");
@@ -482,14 +482,14 @@ fn init_creates_the_fleet_key_once_and_it_signs_tickets() {
 
 #[test]
 fn encrypted_fleet_key_requires_its_passphrase() {
-    let lab = Lab::empty("sealed");
+    let lab = TestFleet::empty("sealed");
     let path = lab.dir.to_str().expect("a UTF-8 path").to_owned();
     lab.write("right", "correct horse\n");
     lab.write("wrong", "battery staple\n");
     let run = |phrase: &str, args: &[&str]| {
         let mut command = lab.command(args);
         command.env("BAKEHOUSE_PASSPHRASE_FILE", lab.dir.join(phrase));
-        Answer::of(&command.output().expect("bakehouse starts"))
+        UpdateDecision::of(&command.output().expect("bakehouse starts"))
     };
     // `--passphrase` encrypts an existing key without changing it, and creates a new key encrypted.
     lab.ok(&["init", &path]);
@@ -536,7 +536,7 @@ impl Drop for Disk {
 #[test]
 fn flash_writes_the_image_and_rejects_mounted_or_small_disks() {
     const ESP_END: u64 = 257 << 20;
-    let lab = Lab::of_fleet("disk", "ha");
+    let lab = TestFleet::of_fleet("disk", "ha");
     lab.init();
     lab.ok(&["build", "hub"]);
     let image = lab.dir.join("build/hub/ha-hub_1.raw");

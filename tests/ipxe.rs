@@ -1,12 +1,12 @@
 //! Network boot of a machine whose network card has iPXE.
 
-use bakehouse_tests::rack::Rack;
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::rack::NetbootRack;
+use bakehouse_tests::{Machine, TestFleet};
 use builder::vm::Netboot;
 
 #[test]
 fn ipxe_starts_the_installer() {
-    let lab = Lab::empty("ipxe");
+    let lab = TestFleet::empty("ipxe");
     lab.write(
         "fleet.toml",
         "name = \"ipxe\"\nversion = \"1\"\n[netboot]\ntrust_lan = true\n[netboot.machines]\n\"52:54:00:12:00:01\" = \"hub-1\"\n\
@@ -16,7 +16,7 @@ fn ipxe_starts_the_installer() {
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     let mut hub = Machine::alone(&lab, "hub-1");
-    let mut rack = Rack::open(&lab, &hub.wire());
+    let mut rack = NetbootRack::open(&lab, &hub.wire());
     rack.serve(&lab, &[]);
     hub.start_bare_by(&lab, Netboot::Ipxe);
     hub.wait_for(&["bakehouse.ipxe... ok"]);

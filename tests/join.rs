@@ -6,21 +6,21 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::site::{Asker, Site, ask, granted, insist, refused};
+use bakehouse_tests::site::{TestCluster, TestJoiner, ask, granted, insist, refused};
 use firstboot::node::hubs::Hubs;
 use firstboot::node::identity::identity;
 use firstboot::node::image::{Image, ImageInfo};
 use firstboot::node::renewal::{is_pending, renew};
 use firstboot::node::state::StateDir;
-use fleet::{Issuer, JoinReply, Joiner, PROTOCOL, Reason, Right, Ticket, encoding};
+use fleet::{Credential, Issuer, JoinReply, Joiner, PROTOCOL, Reason, Ticket, encoding};
 use fleet_https::{Connection, Identity, request};
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_claims_for_two_slots_get_two_grants_and_eight_refusals() {
-    let site = Site::open(21_000, "db.count = 2\n");
+    let site = TestCluster::open(21_000, "db.count = 2\n");
     let token = site.token("db", |c| c.uses = 10);
-    let askers: Vec<Asker> = (0..10).map(|_| Site::asker(&token, "db")).collect();
+    let askers: Vec<TestJoiner> = (0..10).map(|_| TestCluster::asker(&token, "db")).collect();
     let mut asked = JoinSet::new();
     for (i, asker) in askers.iter().enumerate() {
         asked.spawn(insist(site.root.certificate().to_owned(), 21_000, asker.clone(), i));
@@ -40,9 +40,9 @@ async fn ten_claims_for_two_slots_get_two_grants_and_eight_refusals() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hubs_enforce_claims_of_tokens_and_repeat_a_grant_for_the_same_key() {
-    let site = Site::open(21_300, "db.count = 3\napp.count = 2\n");
+    let site = TestCluster::open(21_300, "db.count = 3\napp.count = 2\n");
     let once = site.token("db", |_| {});
-    let node = Site::asker(&once, "db");
+    let node = TestCluster::asker(&once, "db");
     let first = granted(site.insist(&node, 0).await);
     assert_eq!((first.slot.as_str(), first.epoch), ("db-1", 1));
     assert_eq!((first.secrets.odoo_admin.as_str(), first.secrets.rewind.as_str()), ("", "sample-rewind"));
@@ -51,14 +51,17 @@ async fn hubs_enforce_claims_of_tokens_and_repeat_a_grant_for_the_same_key() {
         let again = granted(site.insist(&node, hub).await);
         assert_eq!((again.slot, again.epoch), (first.slot.clone(), 1));
     }
-    assert_eq!(refused(site.insist(&Site::asker(&once, "db"), 1).await), Reason::Spent);
+    assert_eq!(refused(site.insist(&TestCluster::asker(&once, "db"), 1).await), Reason::Spent);
     assert_eq!(
-        refused(site.insist(&Site::asker(&site.token("db", |c| c.expires = 1), "db"), 1).await),
+        refused(site.insist(&TestCluster::asker(&site.token("db", |c| c.expires = 1), "db"), 1).await),
         Reason::Expired
     );
-    assert_eq!(refused(site.insist(&Site::asker(&site.token("db", |_| {}), "app"), 1).await), Reason::OtherGroup);
+    assert_eq!(
+        refused(site.insist(&TestCluster::asker(&site.token("db", |_| {}), "app"), 1).await),
+        Reason::OtherGroup
+    );
     let foreign = Joiner::mint(&Issuer::root("acme").expect("randomness"), once.token.read().expect("claims"));
-    assert_eq!(refused(site.insist(&Site::asker(&foreign.expect("a root"), "db"), 1).await), Reason::Forged);
+    assert_eq!(refused(site.insist(&TestCluster::asker(&foreign.expect("a root"), "db"), 1).await), Reason::Forged);
     let revoked = site.token("db", |_| {});
     let number = revoked.token.read().expect("claims").id;
     let stranger = Issuer::root("acme").expect("randomness");
@@ -68,13 +71,13 @@ async fn hubs_enforce_claims_of_tokens_and_repeat_a_grant_for_the_same_key() {
     let tokens = site.tokens(&site.root).await.expect("a hub replies");
     let used = once.token.read().expect("claims").id;
     assert_eq!((tokens.used, tokens.revoked), (BTreeMap::from([(used, 1)]), BTreeSet::from([number])));
-    assert_eq!(refused(site.insist(&Site::asker(&revoked, "db"), 1).await), Reason::Revoked);
+    assert_eq!(refused(site.insist(&TestCluster::asker(&revoked, "db"), 1).await), Reason::Revoked);
     let taken = site.token("db", |c| c.slot = Some("db-1".to_owned()));
-    assert_eq!(refused(site.insist(&Site::asker(&taken, "db"), 2).await), Reason::Taken);
+    assert_eq!(refused(site.insist(&TestCluster::asker(&taken, "db"), 2).await), Reason::Taken);
 
     // A replacement gets the slot. The hubs fence the previous owner, and refuse its next claim.
     let place = site.token("db", |c| (c.slot, c.replace) = (Some("db-1".to_owned()), true));
-    let new = granted(site.insist(&Site::asker(&place, "db"), 0).await);
+    let new = granted(site.insist(&TestCluster::asker(&place, "db"), 0).await);
     assert_eq!((new.slot.as_str(), new.epoch), ("db-1", 2));
     assert_eq!(refused(site.insist(&node, 1).await), Reason::Fenced);
     let own = Identity { cert: &first.cert, key: node.tls.pem() };
@@ -96,17 +99,17 @@ async fn hubs_enforce_claims_of_tokens_and_repeat_a_grant_for_the_same_key() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blank_machine_reclaims_only_the_slot_of_a_silent_owner() {
     const AFTER: u64 = 3;
-    let site = Site::open_with(21_900, "db.count = 1\napp.count = 1\n", |topology| {
+    let site = TestCluster::open_with(21_900, "db.count = 1\napp.count = 1\n", |topology| {
         for node in topology.nodes.iter_mut().filter(|n| n.group == "app") {
             node.reclaim_after = Some(AFTER as u32);
         }
     });
-    let first = Site::asker(&site.token("app", |_| {}), "app");
+    let first = TestCluster::asker(&site.token("app", |_| {}), "app");
     let owner = granted(site.insist(&first, 0).await);
-    let other = Site::asker(&site.token("db", |_| {}), "db");
+    let other = TestCluster::asker(&site.token("db", |_| {}), "db");
     let database = granted(site.insist(&other, 0).await);
-    let blank = |group: &str| Site::asker(&site.token(group, |_| {}), group);
-    let bound = Site::asker(&site.token("app", |c| c.slot = Some("app-1".to_owned())), "app");
+    let blank = |group: &str| TestCluster::asker(&site.token(group, |_| {}), group);
+    let bound = TestCluster::asker(&site.token("app", |c| c.slot = Some("app-1".to_owned())), "app");
     // The owner has just joined. Then it stays in contact with one hub, and the blank machine claims from another.
     assert_eq!(refused(site.insist(&blank("app"), 1).await), Reason::Full);
     let until = Instant::now() + Duration::from_secs(2 * AFTER);
@@ -141,7 +144,7 @@ async fn blank_machine_reclaims_only_the_slot_of_a_silent_owner() {
 /// their slots.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn departed_nodes_free_their_slots_and_cannot_rejoin() {
-    let site = Site::open(22_900, "db.count = 3\n");
+    let site = TestCluster::open(22_900, "db.count = 3\n");
     let members = site.members("db", 3).await;
     let peers = async |i: usize, hub: usize| -> fleet::Peers {
         let (asker, grant) = &members[i];
@@ -168,7 +171,7 @@ async fn departed_nodes_free_their_slots_and_cannot_rejoin() {
     site.leave("db-1", false, &site.root).await.expect("a hub accepts the order");
     hears(0, "the hub does not ask it to leave", |p| p.leaving && p.fenced.is_none()).await;
     assert!(!peers(1, 2).await.leaving, "the hub asks another node to leave");
-    assert_eq!(refused(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await), Reason::Full);
+    assert_eq!(refused(site.insist(&TestCluster::asker(&site.token("db", |_| {}), "db"), 0).await), Reason::Full);
     for hub in 0..3 {
         says(0, hub, "/v1/left").await.expect("a hub accepts the order");
     }
@@ -184,7 +187,7 @@ async fn departed_nodes_free_their_slots_and_cannot_rejoin() {
         assert_eq!(refused(site.insist(asker, 1).await), Reason::Fenced);
     }
     // New machines claim a slot by name and by group, concurrently.
-    let named = Site::asker(&site.token("db", |c| c.slot = Some("db-2".to_owned())), "db");
+    let named = TestCluster::asker(&site.token("db", |c| c.slot = Some("db-2".to_owned())), "db");
     let heir = granted(site.insist(&named, 2).await);
     assert_eq!((heir.slot.as_str(), heir.epoch), ("db-2", 3));
     // The previous owner of a slot cannot make the new owner leave.
@@ -195,7 +198,7 @@ async fn departed_nodes_free_their_slots_and_cannot_rejoin() {
     let token = site.token("db", |c| c.uses = 3);
     let mut asked = JoinSet::new();
     for i in 0..3 {
-        asked.spawn(insist(site.root.certificate().to_owned(), 22_900, Site::asker(&token, "db"), i));
+        asked.spawn(insist(site.root.certificate().to_owned(), 22_900, TestCluster::asker(&token, "db"), i));
     }
     let replies = asked.join_all().await;
     let mut got: Vec<String> = Vec::new();
@@ -208,15 +211,16 @@ async fn departed_nodes_free_their_slots_and_cannot_rejoin() {
     got.sort_unstable();
     assert_eq!(got, ["db-1 3", "db-3 3"]);
 
-    let lonely = Site::open_with(23_200, "db.count = 1\n", |topology| topology.voters = vec!["hub-1".to_owned()]);
+    let lonely =
+        TestCluster::open_with(23_200, "db.count = 1\n", |topology| topology.voters = vec!["hub-1".to_owned()]);
     let e = lonely.leave("hub-1", false, &lonely.root).await.expect_err("the last voter");
     assert!(e.contains("the fleet's only vote"), "{e}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rejects_requests_without_client_certificate() {
-    let site = Site::open(21_600, "db.count = 1\n");
-    site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await;
+    let site = TestCluster::open(21_600, "db.count = 1\n");
+    site.insist(&TestCluster::asker(&site.token("db", |_| {}), "db"), 0).await;
     let tls = fleet_https::client(site.root.certificate(), None).expect("a certificate");
     for (method, path, status) in
         [("GET", "/v1/peers", "401"), ("POST", "/v1/introduce", "401"), ("GET", "/", "404"), ("GET", "/v1/join", "404")]
@@ -236,7 +240,7 @@ async fn rejects_requests_without_client_certificate() {
 /// frozen. No node gets two slots, no slot gets two owners, and no grant is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn crashes_neither_grant_a_slot_twice_nor_lose_a_grant() {
-    let mut site = Site::open(22_000, "app.count = 40\n");
+    let mut site = TestCluster::open(22_000, "app.count = 40\n");
     let token = site.token("app", |c| c.uses = 1000);
     let seed =
         u64::from_le_bytes(encoding::decode(&token.token.signature).expect("base64")[8..16].try_into().expect("8"));
@@ -249,7 +253,7 @@ async fn crashes_neither_grant_a_slot_twice_nor_lose_a_grant() {
         chance ^= chance << 17;
         chance % n
     };
-    let askers: Vec<Asker> = (0..60).map(|_| Site::asker(&token, "app")).collect();
+    let askers: Vec<TestJoiner> = (0..60).map(|_| TestCluster::asker(&token, "app")).collect();
     let mut acknowledged: BTreeMap<usize, (String, u64)> = BTreeMap::new();
     for round in 0..12 {
         let cut_off = (round % 4 == 3).then(|| roll(3) as usize);
@@ -312,7 +316,7 @@ async fn crashes_neither_grant_a_slot_twice_nor_lose_a_grant() {
 /// A power cut after any of the agent's steps leaves the same keys, the same slot, and one use of the token.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn interrupted_join_resumes_with_the_same_keys_and_slot() {
-    let site = Site::open(22_300, "db.count = 3\n");
+    let site = TestCluster::open(22_300, "db.count = 3\n");
     let Bare { dir, states, credentials, image } = Bare::of(&site);
     let state = dir.path().join("state");
     let files = |keep: &[&str]| {
@@ -344,7 +348,7 @@ async fn interrupted_join_resumes_with_the_same_keys_and_slot() {
 /// A node renews old keys once, also after power cuts and lost replies, and the hubs fence the old keys.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn renews_old_keys_once_and_fences_them() {
-    let site = Site::open(23_500, "db.count = 3\n");
+    let site = TestCluster::open(23_500, "db.count = 3\n");
     let Bare { dir, states, credentials, image } = Bare::of(&site);
     let path = |file: &str| dir.path().join("state").join(file);
     let read = |file: &str| fs::read_to_string(path(file)).expect("a file");
@@ -445,7 +449,7 @@ struct Bare {
 }
 
 impl Bare {
-    fn of(site: &Site) -> Self {
+    fn of(site: &TestCluster) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let (state, credentials) = (dir.path().join("state"), dir.path().join("credentials"));
         for folder in [&state, &credentials] {
@@ -456,7 +460,7 @@ impl Bare {
             fleet: "acme".to_owned(),
             root: site.root.certificate().to_owned(),
             endpoints: BTreeMap::new(),
-            right: Right::Joiner(site.token("db", |_| {})),
+            right: Credential::Joiner(site.token("db", |_| {})),
         };
         fs::write(credentials.join(Ticket::CREDENTIAL), serde_json::to_vec(&ticket).expect("JSON")).expect("a folder");
         let info = ImageInfo {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bakehouse_tests::wire;
 use firstboot::mesh::Mesh;
 use firstboot::node::keys::Keys;
-use firstboot::node::neighbours::Neighbourhood;
+use firstboot::node::neighbours::PeerTable;
 use fleet::{Fleet, MeshKey, Topology};
 use nix::sched::{CloneFlags, unshare};
 
@@ -42,7 +42,7 @@ fn shut_out_without_dns() {
 
     let key = |i: u8| MeshKey([i; 32]);
     let keys = [("hub-2", key(2)), ("hub-3", key(3)), ("app-1", key(9))].map(|(slot, key)| (slot.to_owned(), key));
-    let neighbourhood = Arc::new(Neighbourhood::load(dir.path(), keys.into()));
+    let neighbourhood = Arc::new(PeerTable::load(dir.path(), keys.into()));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let keys = Keys::make().expect("randomness");
@@ -56,7 +56,7 @@ fn shut_out_without_dns() {
         // All lookups are pending by then.
         tokio::time::sleep(Duration::from_millis(500)).await;
         let begun = Instant::now();
-        neighbourhood.shut_out("app-1").await;
+        neighbourhood.fence_node("app-1").await;
         assert!(begun.elapsed() < Duration::from_millis(100), "it took {:?}", begun.elapsed());
         assert!(!ask("wg0").contains(&hex(9)), "WireGuard still has the peer");
 
@@ -66,7 +66,7 @@ fn shut_out_without_dns() {
             assert!(Instant::now() < until, "no endpoints: {}", ask("wg-hub2"));
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        neighbourhood.let_in("app-1");
+        neighbourhood.unfence_node("app-1");
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert!(ask("wg0").contains(&hex(9)));
     });

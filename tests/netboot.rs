@@ -1,8 +1,8 @@
 //! Network boot of bare machines with blank disks, by the firmware's own PXE client and dnsmasq. The installer writes
 //! one machine's disk, one machine is diskless, and one runs from memory with /var on its disk.
 
-use bakehouse_tests::rack::Rack;
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::rack::NetbootRack;
+use bakehouse_tests::{Machine, TestFleet};
 use builder::vm::Netboot;
 
 const MAC: &str = "52:54:00:12:00:01";
@@ -35,7 +35,7 @@ first = "10.10.0.50"
 
 #[test]
 fn bare_machines_become_the_nodes_that_fleet_toml_assigns() {
-    let lab = Lab::empty("netboot");
+    let lab = TestFleet::empty("netboot");
     lab.write("fleet.toml", FLEET);
     lab.has_idle_role("edge", true);
     lab.has_idle_role("shed", false);
@@ -43,7 +43,7 @@ fn bare_machines_become_the_nodes_that_fleet_toml_assigns() {
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     let mut hub = Machine::alone(&lab, "hub-1");
-    let mut rack = Rack::open(&lab, &hub.wire());
+    let mut rack = NetbootRack::open(&lab, &hub.wire());
 
     // No rule matches the machine: the server assigns nothing, and both sides print the reason.
     rack.serve(&lab, &[]);

@@ -3,11 +3,11 @@
 
 use std::time::Instant;
 
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::{Machine, TestFleet};
 
 #[test]
 fn quick_ha_machines_survive_single_failures() {
-    let lab = Lab::of_fleet("quick-ha", "quick-ha");
+    let lab = TestFleet::of_fleet("quick-ha", "quick-ha");
     // `Drop` switches them off when the test ends, also after a panic.
     let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::of(&lab, name));
     let begun = Instant::now();

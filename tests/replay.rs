@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bakehouse_tests::rogue_hub::{Captured, RogueHub};
-use bakehouse_tests::site::{Asker, Site, departure, granted, refused, scope};
-use firstboot::client::etcd::Then;
+use bakehouse_tests::site::{TestCluster, TestJoiner, departure, granted, refused, scope};
+use firstboot::client::etcd::Op;
 use firstboot::node::hubs::Hubs;
 use firstboot::node::image::{Image, ImageInfo};
 use firstboot::node::join::join;
@@ -23,7 +23,7 @@ fn busy() -> Vec<u8> {
 }
 
 /// Sends a recorded request to a hub over a new connection.
-async fn replay(site: &Site, hub: usize, captured: &Captured) -> Result<bytes::Bytes, String> {
+async fn replay(site: &TestCluster, hub: usize, captured: &Captured) -> Result<bytes::Bytes, String> {
     let tls = fleet_https::client(site.root.certificate(), None).expect("a certificate");
     let (method, path) = captured.target();
     let names = ["bakehouse-bound-signature", "bakehouse-signature"];
@@ -41,7 +41,7 @@ async fn replay(site: &Site, hub: usize, captured: &Captured) -> Result<bytes::B
 /// It must get neither the node's secrets nor a slot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rejects_join_request_replayed_on_another_connection() {
-    let mut site = Site::open(24_100, "db.count = 2\n");
+    let mut site = TestCluster::open(24_100, "db.count = 2\n");
     site.hubs.remove(1).abort();
     let key = PrivateKey::generate().expect("randomness");
     let at = "127.0.0.2:24100".parse().expect("an address");
@@ -93,7 +93,7 @@ async fn rejects_join_request_replayed_on_another_connection() {
 /// An operator's order is valid at one hub, for one path, for some minutes, once, and for the owner in it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn order_is_valid_once_at_one_hub_for_one_path() {
-    let site = Site::open(24_400, "db.count = 1\n");
+    let site = TestCluster::open(24_400, "db.count = 1\n");
     let first = site.members("db", 1).await;
     let order = |scope_of: fn(&mut fleet::OrderScope)| {
         let mut scope = scope(Departure::PATH, "hub-1");
@@ -128,7 +128,7 @@ async fn order_is_valid_once_at_one_hub_for_one_path() {
     let given = order(|_| {});
     site.order(0, Departure::PATH, &given, &site.root).await.expect("a hub accepts the order");
     refused(0, "/v1/leave", &given, &["already"]).await;
-    let next = granted(site.insist(&Site::asker(&site.token("db", |_| {}), "db"), 0).await);
+    let next = granted(site.insist(&TestCluster::asker(&site.token("db", |_| {}), "db"), 0).await);
     assert_eq!((next.slot.as_str(), next.epoch), ("db-1", 3));
     refused(0, "/v1/leave", &order(|_| {}), &["another machine's since epoch 3"]).await;
     assert_eq!(first[0].1.epoch, 1);
@@ -142,7 +142,7 @@ async fn order_is_valid_once_at_one_hub_for_one_path() {
 /// revoked token gives no grant a second time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeated_replacement_of_a_founder_removes_no_voter() {
-    let site = Site::open(25_300, "db.count = 1\n");
+    let site = TestCluster::open(25_300, "db.count = 1\n");
     site.register_hubs().await;
     let etcd = site.etcd(0);
     let member = async |name: &str| {
@@ -157,7 +157,8 @@ async fn repeated_replacement_of_a_founder_removes_no_voter() {
         site.etcd_call("/v3/cluster/member/update", &body).await;
     };
     stands_in("hub-2").await;
-    let heir = Site::asker(&site.token("hub", |c| (c.slot, c.replace) = (Some("hub-2".to_owned()), true)), "hub");
+    let heir =
+        TestCluster::asker(&site.token("hub", |c| (c.slot, c.replace) = (Some("hub-2".to_owned()), true)), "hub");
     assert_eq!(granted(site.insist(&heir, 0).await).epoch, 2);
     let members = etcd.members().await.expect("etcd answers");
     let learner = members.iter().find(|m| m.peer_urls == [place]).expect("the new machine is a learner");
@@ -182,9 +183,9 @@ async fn repeated_replacement_of_a_founder_removes_no_voter() {
 /// Hubs limit renewals to one a day and prune old records, so a compromised member cannot fill etcd with renewals.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_are_renewed_at_most_once_a_day() {
-    let site = Site::open(25_600, "db.count = 1\n");
+    let site = TestCluster::open(25_600, "db.count = 1\n");
     let (node, grant) = site.members("db", 1).await.remove(0);
-    let renew = async |with: (&Asker, &fleet::Grant), next: &Asker| {
+    let renew = async |with: (&TestJoiner, &fleet::Grant), next: &TestJoiner| {
         let asked = Renewal {
             version: PROTOCOL,
             mesh_key: next.mesh_key,
@@ -194,12 +195,12 @@ async fn keys_are_renewed_at_most_once_a_day() {
         let answer = site.member(0, with, ("POST", "/v1/renew"), body).await.expect("a reply");
         serde_json::from_slice::<JoinReply>(&answer).expect("JSON")
     };
-    let next = Site::asker(&node.joiner, "db");
+    let next = TestCluster::asker(&node.joiner, "db");
     let second = granted(renew((&node, &grant), &next).await);
     assert_eq!(second.epoch, 2);
     // The reply was lost, and the node repeats the request.
     assert_eq!(granted(renew((&node, &grant), &next).await).epoch, 2);
-    let third = Site::asker(&node.joiner, "db");
+    let third = TestCluster::asker(&node.joiner, "db");
     let JoinReply::Refused(refusal) = renew((&next, &second), &third).await else { panic!("a second renewal") };
     assert!(refusal.text.contains("may have others in 24 h"), "{}", refusal.text);
     let keys = async |prefix: &str| site.etcd(0).list(prefix).await.expect("etcd answers").1;
@@ -212,11 +213,11 @@ async fn keys_are_renewed_at_most_once_a_day() {
     record.epoch = 60;
     let value = serde_json::to_vec(&record).expect("JSON");
     let audits: Vec<String> = (29..=60).map(|epoch| format!("/bakehouse/audit/db-1/{epoch:08}")).collect();
-    let mut then = vec![Then::Put("/bakehouse/slots/db-1", &value)];
-    then.extend(audits.iter().map(|key| Then::Put(key, b"{}")));
+    let mut then = vec![Op::Put("/bakehouse/slots/db-1", &value)];
+    then.extend(audits.iter().map(|key| Op::Put(key, b"{}")));
     assert!(site.etcd(0).transact(&[], &then).await.expect("etcd answers"));
     site.leave("db-1", true, &site.root).await.expect("a hub accepts the order");
-    let heir = Site::asker(&site.token("db", |_| {}), "db");
+    let heir = TestCluster::asker(&site.token("db", |_| {}), "db");
     assert_eq!(granted(site.insist(&heir, 0).await).epoch, 62);
     let kept = keys("/bakehouse/audit/db-1/").await;
     let numbers: Vec<&str> = kept.iter().filter_map(|pair| pair.key.rsplit('/').next()).collect();
@@ -227,12 +228,12 @@ async fn keys_are_renewed_at_most_once_a_day() {
 /// hubs are a lower bound of the time. The record of one hub is not, because that hub's clock may be wrong.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hub_with_slow_clock_rejects_expired_token() {
-    let site = Site::open(26_200, "db.count = 3\n");
+    let site = TestCluster::open(26_200, "db.count = 3\n");
     site.register_hubs().await;
     let now = scope("/", "hub-1").issued_at;
     let asks = async |change: fn(&mut fleet::Claims, u64)| {
         let token = site.token("db", |claims| change(claims, now));
-        site.insist(&Site::asker(&token, "db"), 0).await
+        site.insist(&TestCluster::asker(&token, "db"), 0).await
     };
     // Gives a hub's record a time 3 h in the future.
     let later = async |hub: usize| {
@@ -242,7 +243,7 @@ async fn hub_with_slow_clock_rejects_expired_token() {
         let mut record: SlotRecord = serde_json::from_slice(&found[0].value).expect("a record");
         (record.by, record.at) = (name.clone(), now + 10_800);
         let value = serde_json::to_vec(&record).expect("JSON");
-        assert!(site.etcd(0).transact(&[], &[Then::Put(&key, &value)]).await.expect("etcd answers"));
+        assert!(site.etcd(0).transact(&[], &[Op::Put(&key, &value)]).await.expect("etcd answers"));
         let heard = || {
             let text = std::fs::read_to_string(site.state(0).join("slots.json")).unwrap_or_default();
             let slots: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
@@ -261,6 +262,6 @@ async fn hub_with_slow_clock_rejects_expired_token() {
     // A damaged counter of uses must not count as zero.
     let token = site.token("db", |_| {});
     let key = format!("/bakehouse/tokens/{}", token.token.read().expect("claims").id);
-    assert!(site.etcd(0).transact(&[], &[Then::Put(&key, b"?")]).await.expect("etcd answers"));
-    assert_eq!(refused(site.insist(&Site::asker(&token, "db"), 0).await), Reason::Spent);
+    assert!(site.etcd(0).transact(&[], &[Op::Put(&key, b"?")]).await.expect("etcd answers"));
+    assert_eq!(refused(site.insist(&TestCluster::asker(&token, "db"), 0).await), Reason::Spent);
 }

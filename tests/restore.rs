@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::wire::{end, enter};
-use bakehouse_tests::{Lab, Machine, root};
+use bakehouse_tests::{Machine, TestFleet, root};
 
 const PSQL: &str = "setpriv --reuid=postgres --regid=postgres --clear-groups psql -AtXq -v ON_ERROR_STOP=1";
 const PGBACKREST: &str = "setpriv --reuid=postgres --regid=postgres --clear-groups pgbackrest \
@@ -50,19 +50,19 @@ fn restores_database_from_object_store() {
     assert!(kept.count() > 1, "the object store has no backup");
 }
 
-fn lab_of(name: &str) -> Lab {
-    let lab = Lab::empty(name);
+fn lab_of(name: &str) -> TestFleet {
+    let lab = TestFleet::empty(name);
     fs::copy(root().join("tests/fleets/restore.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab
 }
 
-fn build(lab: &Lab) -> (Machine, Machine) {
+fn build(lab: &TestFleet) -> (Machine, Machine) {
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     (Machine::of(lab, "hub-1"), Machine::of(lab, "db-1"))
 }
 
-fn goes_back(lab: &Lab, hub: &Machine, db: Machine) {
+fn goes_back(lab: &TestFleet, hub: &Machine, db: Machine) {
     hub.start();
     db.start();
     hub.wait_for(&["bakehouse: ready (hub-1)"]);

@@ -4,7 +4,7 @@
 use std::fs;
 use std::process::Command;
 
-use bakehouse_tests::{ETCDCTL, Lab, Machine, root};
+use bakehouse_tests::{ETCDCTL, Machine, TestFleet, root};
 
 const MONITORS: &str = "prometheus prometheus-alertmanager prometheus-blackbox-exporter prometheus-node-exporter \
     prometheus-postgres-exporter";
@@ -90,7 +90,7 @@ fn python(script: &str) -> String {
 
 #[test]
 fn all_roles_work_on_one_machine() {
-    let lab = Lab::empty("solo");
+    let lab = TestFleet::empty("solo");
     fs::copy(root().join("tests/fleets/solo.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
@@ -179,7 +179,7 @@ const ROOT_BY_TRADE: [&str; 5] = ["bird", "early-filter", "haproxy", "keepalived
 
 #[test]
 fn each_roles_image_boots_in_a_fleet_of_four() {
-    let lab = Lab::empty("four");
+    let lab = TestFleet::empty("four");
     fs::copy(root().join("tests/fleets/four.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
@@ -213,10 +213,10 @@ fn well(node: &Machine, units: &[&str]) {
 
 #[test]
 fn odoo_database_seed_is_reproducible_and_has_no_secrets() {
-    let lab = Lab::empty("seed").with_own_store();
+    let lab = TestFleet::empty("seed").with_own_store();
     fs::copy(root().join("tests/fleets/four.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab.ok(&["lock"]);
-    let made = |lab: &Lab| {
+    let made = |lab: &TestFleet| {
         lab.ok(&["build", "app"]);
         let made = fs::read_dir(lab.dir.join("store/made")).expect("a store").flatten().map(|e| e.path());
         made.collect::<Vec<_>>().pop().expect("a generated file")

@@ -5,7 +5,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::updates::{LOOK, is_blessed, is_denied, offer, prepare, runs, serve_updates};
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::{Machine, TestFleet};
 use builder::project::Project;
 use fleet::Node;
 
@@ -30,13 +30,13 @@ fn eight_containers_stop_rollout_of_failing_version() {
 }
 
 /// Returns the fleet's nodes. `Drop` switches their machines off when the test ends, also after a panic.
-fn machines(lab: &Lab) -> Vec<(Node, Machine)> {
+fn machines(lab: &TestFleet) -> Vec<(Node, Machine)> {
     let nodes = Project::load(&lab.dir).expect("a valid fleet.toml").topology.nodes;
     nodes.into_iter().map(|node| (node.clone(), Machine::of(lab, &node.name))).collect()
 }
 
 fn changes_under_load(name: &str, fleet: &str, up: &[&str]) {
-    let lab = Lab::of_fleet(name, fleet);
+    let lab = TestFleet::of_fleet(name, fleet);
     let _server = serve_updates(&lab);
     let machines = machines(&lab);
     prepare(&lab, "overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
@@ -59,7 +59,7 @@ fn changes_under_load(name: &str, fleet: &str, up: &[&str]) {
 }
 
 fn stops_at_what_does_not_work(name: &str, fleet: &str, up: &[&str]) {
-    let lab = Lab::of_fleet(name, fleet);
+    let lab = TestFleet::of_fleet(name, fleet);
     let _server = serve_updates(&lab);
     let machines = machines(&lab);
     // Odoo accepts this configuration, but PostgreSQL rejects the password in it.
@@ -93,7 +93,8 @@ fn stops_at_what_does_not_work(name: &str, fleet: &str, up: &[&str]) {
         let runs = runs(machine);
         println!("{} runs version {runs}", node.name);
         // Nodes without Odoo may have updated before.
-        let may_have_changed = !node.has_role("app") && fleet::rank(node) <= fleet::rank(failed);
+        let may_have_changed =
+            !node.has_role("app") && fleet::disruption_order(node) <= fleet::disruption_order(failed);
         assert!(runs == "1" || may_have_changed && runs == "2", "{}: {runs}", node.name);
         let unwell = machine.console().matches("this image is not well").count();
         assert_eq!(unwell, if node.name == failed.name { 3 } else { 0 }, "{}", node.name);

@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 
-use bakehouse_tests::rack::Rack;
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::rack::NetbootRack;
+use bakehouse_tests::{Machine, TestFleet};
 
 const MAC: &str = "52:54:00:12:00:01";
 
@@ -15,7 +15,7 @@ fn fleet(secure: &str) -> String {
 }
 
 /// Approves the code on the machine's console, as the operator does from a second terminal. Returns the code.
-fn confirm(lab: &Lab, hub: &Machine, not: Option<&str>) -> String {
+fn confirm(lab: &TestFleet, hub: &Machine, not: Option<&str>) -> String {
     let shown = |console: &str| {
         let codes = console.split("bakehouse netboot --approve ").skip(1).filter_map(|rest| rest.get(..19));
         codes.map(str::to_owned).find(|code| Some(code.as_str()) != not)
@@ -29,19 +29,19 @@ fn confirm(lab: &Lab, hub: &Machine, not: Option<&str>) -> String {
 
 #[test]
 fn secure_boot_firmware_starts_only_the_fleets_installer() {
-    let lab = Lab::empty("secure-rack");
+    let lab = TestFleet::empty("secure-rack");
     lab.write("fleet.toml", &fleet("[secure_boot]\n"));
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     // Another fleet. It is built now because the rack's network namespace has no route to a Debian archive.
-    let stranger = Lab::empty("secure-rack-stranger");
+    let stranger = TestFleet::empty("secure-rack-stranger");
     stranger.write("fleet.toml", &fleet(""));
     stranger.init();
     stranger.ok(&["lock"]);
     stranger.ok(&["build"]);
     let mut hub = Machine::alone(&lab, "hub-1");
-    let mut rack = Rack::open(&lab, &hub.wire());
+    let mut rack = NetbootRack::open(&lab, &hub.wire());
     let ready = "bakehouse: ready (hub-1)";
     let status = "bootctl status --no-pager 2>/dev/null | sed -n 's/^ *Secure Boot: //p'";
 

@@ -3,11 +3,11 @@
 use std::fs;
 use std::process::Command;
 
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::{Machine, TestFleet};
 
 #[test]
 fn reads_ticket_from_config_drive() {
-    let lab = Lab::of_fleet("config-drive", "ha");
+    let lab = TestFleet::of_fleet("config-drive", "ha");
     lab.init();
     lab.ok(&["build", "hub"]);
     // The layout of OpenStack's config drive, which other clouds use too.

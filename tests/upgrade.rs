@@ -9,7 +9,7 @@ use bakehouse_tests::updates::{
     LOOK, READY, broken, comes_up, converting, goes_back, is_blessed, is_denied, lab_of_one, mended, publish, runs,
     version,
 };
-use bakehouse_tests::{Lab, Machine};
+use bakehouse_tests::{Machine, TestFleet};
 
 /// Identity of the node. Its peer table may change during a test.
 const KEPT: &str = "sha256sum /var/lib/bakehouse/keys.json /var/lib/bakehouse/state.json /etc/machine-id";
@@ -112,7 +112,7 @@ fn containers_install_valid_updates_and_refuse_others() {
     assert_eq!(hub.ok(LOOK), "", "the node was offered the running version");
 
     // An attacker who controls the update server: a signature of another key, and no signature.
-    let thief = Lab::empty("upgrade-thief");
+    let thief = TestFleet::empty("upgrade-thief");
     fs::copy(lab.dir.join("fleet.toml"), thief.dir.join("fleet.toml")).expect("a copy");
     thief.edit("fleet.toml", "overlays = [\"converting\"]\n", "");
     fs::copy(lab.dir.join("bakehouse.lock"), thief.dir.join("bakehouse.lock")).expect("a copy");

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::root;
-use builder::keys::authority::Authority;
+use builder::keys::authority::FleetKey;
 use builder::project::Project;
 
 /// Connections of the slow client, more than HAProxy's global `maxconn`.
@@ -71,7 +71,7 @@ fn slow_client_leaves_connections_for_others() {
     let dir = tempfile::tempdir().expect("a folder");
     let project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     let hub = project.topology.node("hub-1").expect("hub-1");
-    let authority = Authority::create("ha").expect("an authority");
+    let authority = FleetKey::create("ha").expect("an authority");
     let member = authority.membership(&project.topology, hub).expect("a member");
     let path = |name: &str| dir.path().join(name);
     for (name, text) in [

@@ -29,13 +29,13 @@ pub enum Kind {
     Erofs,
     Initrd,
     Check,
-    Made,
+    GeneratedFile,
     Apt,
 }
 
 impl Kind {
     const ALL: [Self; 8] =
-        [Self::Deb, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::Made, Self::Apt];
+        [Self::Deb, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::GeneratedFile, Self::Apt];
 
     fn folder(self) -> &'static str {
         match self {
@@ -45,7 +45,7 @@ impl Kind {
             Self::Erofs => "erofs",
             Self::Initrd => "initrd",
             Self::Check => "checks",
-            Self::Made => "made",
+            Self::GeneratedFile => "made",
             Self::Apt => "apt",
         }
     }

@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use fleet::{Node, NodeContext, Tls, etcd_client_anchor};
 use futures_util::future::try_join_all;
 
-use crate::client::backoff::Pause;
+use crate::client::backoff::Backoff;
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
 use crate::host::console::say;
@@ -121,8 +121,8 @@ pub async fn run(paths: &Paths) -> Result<()> {
         status.enter(Phase::Ready).await
     };
     // Whoever asks on this machine asks a hub, as the operator does; then the node hears of it.
-    let wishes = status.wishes(async || hubs.leave().await);
-    let kept = tokio::try_join!(member.keep(mesh, &updates, slow), serve, wishes).map(|((), (), ())| ());
+    let leave_requests = status.leave_requests(async || hubs.leave().await);
+    let kept = tokio::try_join!(member.keep(mesh, &updates, slow), serve, leave_requests).map(|((), (), ())| ());
     match &kept {
         Err(Error::Leaving) => leave(&units, node, &hubs, updates.patroni.as_ref()).await,
         Err(Error::Fenced { .. }) if is_pending(&paths.state) => {
@@ -158,10 +158,10 @@ async fn leave(units: &Systemd, node: &Node, hubs: &Hubs, patroni: Option<&Patro
         println!("{e}");
     }
     stop(units, node).await?;
-    let mut pause = Pause::default();
+    let mut pause = Backoff::default();
     while let Err(e) = hubs.left().await {
         println!("{e}");
-        tokio::time::sleep(pause.longer()).await;
+        tokio::time::sleep(pause.next_delay()).await;
     }
     Err(Error::Left { slot: node.name.clone() })
 }

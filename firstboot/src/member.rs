@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 
-use crate::client::backoff::{Pause, round};
+use crate::client::backoff::{Backoff, round};
 use crate::client::etcd::Etcd;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
 use crate::hub::api::Hub;
-use crate::hub::claims::ClaimsDesk;
+use crate::hub::claims::SlotAllocator;
 use crate::hub::etcd_access::{EtcdAccess, ROOT};
 use crate::hub::fence::{self, Fence};
 use crate::hub::listener::serve;
@@ -25,7 +25,7 @@ use crate::mesh::Mesh;
 use crate::node::hubs::Hubs;
 use crate::node::identity::Identity;
 use crate::node::image::Image;
-use crate::node::neighbours::Neighbourhood;
+use crate::node::neighbours::PeerTable;
 use crate::node::state::StateDir;
 use crate::node::trust::{Decision, Heard, Known, Standing, decide};
 use crate::update::Updates;
@@ -126,7 +126,7 @@ impl Member {
         let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
         let etcd = || Etcd::new(members(topology, node), tls.clone()).with_user(ROOT, &secrets.etcd_root);
         let fencing = etcd().with_patience(fence::ANSWER * slow);
-        let desk = ClaimsDesk::new(etcd(), topology.clone(), &node.name).with_records(dir).built_at(self.built);
+        let desk = SlotAllocator::new(etcd(), topology.clone(), &node.name).with_records(dir).built_at(self.built);
         neighbourhood.learn(&node.name, introduction.mesh_key);
 
         let kept = mesh.keep(neighbourhood.clone());
@@ -162,7 +162,7 @@ impl Member {
     }
 
     /// Serves the join API.
-    async fn serve_api(&self, desk: ClaimsDesk) -> Result<()> {
+    async fn serve_api(&self, desk: SlotAllocator) -> Result<()> {
         let state = &self.who.state;
         let issuer = state.issuer.clone().ok_or_else(|| {
             let text =
@@ -185,11 +185,11 @@ impl Member {
     }
 
     /// Introduces this hub to the others, again and again: founders find each other before there is an etcd.
-    async fn introduce_hub(&self, desk: &ClaimsDesk, introduction: &Introduction) -> Result<()> {
+    async fn introduce_hub(&self, desk: &SlotAllocator, introduction: &Introduction) -> Result<()> {
         let Self { topology, node, hubs, .. } = self;
         let neighbourhood = &self.who.neighbourhood;
         let plan: Vec<String> = topology.hubs.iter().map(|hub| hub.name.clone()).collect();
-        let mut pause = Pause::default();
+        let mut pause = Backoff::default();
         loop {
             let owners = desk.owners();
             // A key that etcd has is known for good; an introduction may be of an older one. What
@@ -221,25 +221,25 @@ impl Member {
                     neighbourhood.learn(slot, *key);
                 }
             }
-            tokio::time::sleep(pause.longer().min(round())).await;
+            tokio::time::sleep(pause.next_delay().min(round())).await;
         }
     }
 
     /// Follows the owners of all slots in etcd.
-    async fn follow_claims(&self, desk: &ClaimsDesk) -> Result<()> {
-        let mut pause = Pause::default();
+    async fn follow_claims(&self, desk: &SlotAllocator) -> Result<()> {
+        let mut pause = Backoff::default();
         loop {
             match desk.follow(|owners| take_in(&self.topology, &self.who.neighbourhood, owners)).await {
                 // It ends each minute.
-                Ok(()) => pause = Pause::default(),
+                Ok(()) => pause = Backoff::default(),
                 Err(e) => println!("{e}"),
             }
-            tokio::time::sleep(pause.longer()).await;
+            tokio::time::sleep(pause.next_delay()).await;
         }
     }
 
     /// Exports the rollout as metrics, on the hub that has this role.
-    async fn export_rollout(&self, desk: &ClaimsDesk) -> Result<()> {
+    async fn export_rollout(&self, desk: &SlotAllocator) -> Result<()> {
         if self.node.hub > 0 && self.node.has_role(fleet::UPDATE) {
             rollout::export(desk.etcd(), Path::new(METRICS)).await;
         }
@@ -248,8 +248,8 @@ impl Member {
 }
 
 /// Enters a hub as its slot's owner, and gives it its vote.
-async fn register(desk: &ClaimsDesk, slot: &str, keys: (MeshKey, &str), version: &str) -> Result<()> {
-    let mut pause = Pause::default();
+async fn register(desk: &SlotAllocator, slot: &str, keys: (MeshKey, &str), version: &str) -> Result<()> {
+    let mut pause = Backoff::default();
     loop {
         match desk.register(slot, keys.0, keys.1, version).await {
             Ok(Ok(_)) => match desk.vote(slot).await {
@@ -260,12 +260,12 @@ async fn register(desk: &ClaimsDesk, slot: &str, keys: (MeshKey, &str), version:
             Ok(Err(no)) => println!("{}", no.text),
             Err(e) => println!("{e}"),
         }
-        tokio::time::sleep(pause.longer()).await;
+        tokio::time::sleep(pause.next_delay()).await;
     }
 }
 
 /// Ends when another machine has this hub's slot, or the slot has no owner any more, as far as the hub has heard.
-async fn until_replaced(desk: &ClaimsDesk, slot: &str, own: (&str, u64)) -> Result<()> {
+async fn until_replaced(desk: &SlotAllocator, slot: &str, own: (&str, u64)) -> Result<()> {
     loop {
         // By etcd's word, not by what was on the disk: that may be from before this node's new keys.
         let fenced_since = desk.fenced(slot, own.0).filter(|epoch| *epoch >= own.1);
@@ -289,7 +289,7 @@ fn members(topology: &Topology, node: &Node) -> Vec<(String, u16)> {
 }
 
 /// Takes etcd's word into what a founder knows of the others.
-pub fn take_in(topology: &Topology, neighbourhood: &Neighbourhood, owners: &Owners) {
+pub fn take_in(topology: &Topology, neighbourhood: &PeerTable, owners: &Owners) {
     let held = || owners.iter().filter(|(_, record)| !record.vacant);
     let keys = held().map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
     let is_hub = |slot: &str| topology.node(slot).is_some_and(|n| n.hub > 0);
@@ -304,9 +304,9 @@ pub fn take_in(topology: &Topology, neighbourhood: &Neighbourhood, owners: &Owne
 ///
 /// # Errors
 /// Another machine has the node's slot, or it is to leave.
-async fn introduce_voter(hubs: &Hubs, neighbourhood: &Neighbourhood, slot: &str, own: Introduction) -> Result<()> {
+async fn introduce_voter(hubs: &Hubs, neighbourhood: &PeerTable, slot: &str, own: Introduction) -> Result<()> {
     let plan = hubs.slots();
-    let mut pause = Pause::default();
+    let mut pause = Backoff::default();
     loop {
         let answers = hubs.introduce(&own, |_| false).await;
         let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
@@ -321,7 +321,7 @@ async fn introduce_voter(hubs: &Hubs, neighbourhood: &Neighbourhood, slot: &str,
                 neighbourhood.learn(hub, *key);
             }
         }
-        tokio::time::sleep(pause.longer().min(round())).await;
+        tokio::time::sleep(pause.next_delay().min(round())).await;
     }
 }
 
@@ -329,7 +329,7 @@ async fn introduce_voter(hubs: &Hubs, neighbourhood: &Neighbourhood, slot: &str,
 ///
 /// # Errors
 /// Another machine has the node's slot, or it is to leave.
-pub async fn follow_hubs(hubs: &Hubs, neighbourhood: &Neighbourhood, own: (&str, u64)) -> Result<()> {
+pub async fn follow_hubs(hubs: &Hubs, neighbourhood: &PeerTable, own: (&str, u64)) -> Result<()> {
     // Answers that one hub alone gives are asked again soon, a few times.
     let mut open = 0;
     // This node is no hub: these are all of them.

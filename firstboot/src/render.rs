@@ -64,7 +64,7 @@ fn mode(path: &Path, mode: u32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fleet::{Fleet, Machine, Membership, Topology};
+    use fleet::{Fleet, MachineSize, Membership, Topology};
 
     #[test]
     fn every_boot_gives_the_same_files() {
@@ -77,7 +77,7 @@ mod tests {
         let topology = Topology::of(&Fleet::parse("f", b"name = \"acme\"\ngroups.hub.count = 3\n").unwrap());
         let node = topology.node("hub-2").unwrap();
         let member = Membership::sample();
-        let machine = Machine { memory: 1024, var: 1024, cpus: 2, patience: 1 };
+        let machine = MachineSize { memory: 1024, var: 1024, cpus: 2, patience: 1 };
         let context = NodeContext {
             fleet: &topology,
             node,

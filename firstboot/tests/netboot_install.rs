@@ -9,7 +9,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use fleet::encoding::encode;
-use fleet::netboot::{Errand, Extent, ImageStatement, InstallerTrust, Machine, Run, SignedImage, code, seal};
+use fleet::netboot::{
+    Assignment, Extent, ImageStatement, InstallerTrust, NetbootMachine, Run, SignedImage, code, seal,
+};
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -33,7 +35,7 @@ struct Installer {
 
 impl Installer {
     /// Starts it; the server gives each machine the answer.
-    fn start(answer: impl Fn(&Machine) -> Errand + Send + 'static) -> Self {
+    fn start(answer: impl Fn(&NetbootMachine) -> Assignment + Send + 'static) -> Self {
         let (tell, events) = channel();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("a port").port();
@@ -52,7 +54,8 @@ impl Installer {
             key: encode(update_key(1).public_key().as_ref()),
         };
         fs::write(path("trust"), serde_json::to_vec(&trust).expect("JSON")).expect("a file");
-        fs::write(path("cmdline"), format!("quiet {}=http://127.0.0.1:{port}\n", Machine::SERVER)).expect("a file");
+        fs::write(path("cmdline"), format!("quiet {}=http://127.0.0.1:{port}\n", NetbootMachine::SERVER))
+            .expect("a file");
         let (etc, name) = InstallerTrust::PATH.rsplit_once('/').expect("a folder and a name");
         // losetup would detach this host's own devices.
         let script = format!(
@@ -87,7 +90,7 @@ impl Drop for Installer {
     }
 }
 
-fn serve(stream: TcpStream, answer: &impl Fn(&Machine) -> Errand, tell: &Sender<Event>) {
+fn serve(stream: TcpStream, answer: &impl Fn(&NetbootMachine) -> Assignment, tell: &Sender<Event>) {
     let mut reader = BufReader::new(stream);
     let (mut first, mut length) = (String::new(), 0);
     reader.read_line(&mut first).expect("a request");
@@ -119,12 +122,12 @@ fn serve(stream: TcpStream, answer: &impl Fn(&Machine) -> Errand, tell: &Sender<
 }
 
 /// An image to be run from memory, signed by the key of this seed.
-fn run(machine: &Machine, roothash: &str, signed: &str, seed: u8) -> Errand {
+fn run(machine: &NetbootMachine, roothash: &str, signed: &str, seed: u8) -> Assignment {
     let statement =
         ImageStatement { fleet: "acme".into(), group: "app".into(), version: "1".into(), roothash: signed.to_owned() };
     let statement = serde_json::to_string(&statement).expect("JSON");
     let signature = encode(update_key(seed).sign(&SignedImage::message(&statement)).as_ref());
-    Errand::Run(Run {
+    Assignment::Run(Run {
         to: "app-1".to_owned(),
         image: "/images/app.raw".to_owned(),
         root: Extent { start: 0, size: 4096 },
@@ -174,7 +177,7 @@ fn the_installer_shows_the_code_of_its_key() {
     let (tell, keys) = channel();
     let installer = Installer::start(move |machine| {
         tell.send(machine.key.clone()).expect("the test listens");
-        Errand::Confirm { to: "hub-1".to_owned() }
+        Assignment::Confirm { to: "hub-1".to_owned() }
     });
     let key = keys.recv_timeout(PATIENCE).expect("it asks");
     let Event::Said(line) = installer.next() else { panic!("it loads something") };

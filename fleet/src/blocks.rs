@@ -86,7 +86,7 @@ impl Blocks {
 
 /// A part of the newer file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct BlockRange {
     /// Where it is in the newer file; bytes, as below.
     pub at: u64,
     pub len: u64,
@@ -96,7 +96,7 @@ pub struct Piece {
 
 /// The whole newer file, in order, of pieces that are as long as can be.
 #[must_use]
-pub fn pieces(old: &Blocks, new: &Blocks) -> Vec<Piece> {
+pub fn pieces(old: &Blocks, new: &Blocks) -> Vec<BlockRange> {
     let mut sorted: Vec<u32> = if old.salt == new.salt { (0..old.count() as u32).collect() } else { Vec::new() };
     let compare = |a: u32, digest: Option<&[u8]>| old.digest(a as usize).cmp(&digest);
     sorted.sort_unstable_by(|a, b| compare(*a, old.digest(*b as usize)).then(a.cmp(b)));
@@ -104,7 +104,7 @@ pub fn pieces(old: &Blocks, new: &Blocks) -> Vec<Piece> {
         let first = sorted.partition_point(|a| compare(*a, digest) == Ordering::Less);
         sorted.get(first).map(|a| *a as usize).filter(|a| old.digest(*a) == digest)
     };
-    let mut found: Vec<Piece> = Vec::new();
+    let mut found: Vec<BlockRange> = Vec::new();
     let mut next = None;
     for block in 0..new.count() {
         let digest = new.digest(block);
@@ -113,30 +113,30 @@ pub fn pieces(old: &Blocks, new: &Blocks) -> Vec<Piece> {
         next = here.map(|h| h + 1);
         let at = (block * BLOCK) as u64;
         let len = (new.size - at).min(BLOCK as u64);
-        join(&mut found, Piece { at, len, here: here.map(|h| (h * BLOCK) as u64) });
+        join(&mut found, BlockRange { at, len, here: here.map(|h| (h * BLOCK) as u64) });
     }
     bridged(&found)
 }
 
 /// Bytes that are not in the older file, or not worth a request less.
 #[must_use]
-pub fn missing(pieces: &[Piece]) -> u64 {
+pub fn missing(pieces: &[BlockRange]) -> u64 {
     pieces.iter().filter(|p| p.here.is_none()).map(|p| p.len).sum()
 }
 
 /// A short piece between two that are not here comes with them.
-fn bridged(found: &[Piece]) -> Vec<Piece> {
+fn bridged(found: &[BlockRange]) -> Vec<BlockRange> {
     let mut all = Vec::new();
     for (i, piece) in found.iter().enumerate() {
         let between =
             i > 0 && found.get(i + 1).is_some_and(|after| after.here.is_none()) && found[i - 1].here.is_none();
         let here = piece.here.filter(|_| !between || piece.len > BRIDGE);
-        join(&mut all, Piece { here, ..*piece });
+        join(&mut all, BlockRange { here, ..*piece });
     }
     all
 }
 
-fn join(pieces: &mut Vec<Piece>, piece: Piece) {
+fn join(pieces: &mut Vec<BlockRange>, piece: BlockRange) {
     if let Some(last) = pieces.last_mut()
         && last.here.map(|h| h + last.len) == piece.here
     {
@@ -158,9 +158,9 @@ mod tests {
         bytes
     }
 
-    fn put_together(old: &[u8], new: &[u8], pieces: &[Piece]) -> Vec<u8> {
+    fn put_together(old: &[u8], new: &[u8], pieces: &[BlockRange]) -> Vec<u8> {
         let mut out = Vec::new();
-        for Piece { at, len, here } in pieces {
+        for BlockRange { at, len, here } in pieces {
             assert_eq!(*at, out.len() as u64);
             let (from, start) = here.map_or((new, *at), |h| (old, h));
             out.extend(&from[start as usize..(start + len) as usize]);
@@ -181,7 +181,7 @@ mod tests {
         // Two that are missing with a little between them are one request.
         let far = file(&[8, 1, 7, 3, 4], 9);
         let found = pieces(&Blocks::of_bytes(&old), &Blocks::of_bytes(&far));
-        assert_eq!(found[0], Piece { at: 0, len: 3 * BLOCK as u64, here: None });
+        assert_eq!(found[0], BlockRange { at: 0, len: 3 * BLOCK as u64, here: None });
         assert_eq!(put_together(&old, &far, &found), far);
     }
 

@@ -31,7 +31,7 @@ impl Block {
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let value = |name: &str| {
-            text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default().to_owned()
+            text.split('\n').find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default().to_owned()
         };
         Self { good: value("good"), next: value("next"), tries: value("tries").parse().unwrap_or(0) }
     }
@@ -64,10 +64,18 @@ mod tests {
         assert!(Block { good: "x".repeat(600), ..Block::default() }.render().is_err());
     }
 
+    #[test]
+    fn keeps_carriage_return_of_last_line() {
+        let block = Block::parse("# M\ngood=a\r");
+        assert_eq!(Block::parse(std::str::from_utf8(&block.render().unwrap()).unwrap()), block);
+    }
+
     proptest::proptest! {
         #[test]
-        fn no_text_panics(text: String) {
-            let _ = Block::parse(&text);
+        fn rendered_block_parses_to_itself(text in "(good=[a-z\r=]{0,9}\n|next=.{0,9}\n|tries=[0-9-]{0,3}\n|\\PC){0,6}") {
+            let block = Block::parse(&text);
+            let rendered = block.render().unwrap();
+            proptest::prop_assert_eq!(Block::parse(std::str::from_utf8(&rendered).unwrap()), block);
         }
     }
 }

@@ -35,7 +35,9 @@ pub use lint::{HaRow, ha_table, lint};
 pub use membership::{Membership, STATE_VERSION, Secrets, Tls};
 pub use overlay::{Check, FileMeta, MIGRATIONS, Make, Migration, OverlayManifest, is_of};
 pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
-pub use rollout::{Answer, Doing, Report, Rollout, RolloutOrder, RolloutRequest, Turn, Verdict, rank};
+pub use rollout::{
+    Report, Rollout, RolloutOrder, RolloutRequest, UpdateDecision, UpdateLock, UpdateState, Verdict, disruption_order,
+};
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
 pub use settings::{
     Alerts, Backup, Database, Email, Firewall, Netboot, Odoo, OpenPort, Promise, Proto, S3, SecureBoot, Update, Web,
@@ -43,8 +45,8 @@ pub use settings::{
 pub use signed::{
     BOUND_SIGNATURE_HEADER, ChannelBinding, EXPORTER_LABEL, ORDER_VALIDITY, OrderScope, SignedOrder, bound_message,
 };
-pub use template::{EMULATED, Machine, NodeContext, RenderError, line_map, render, variables};
-pub use ticket::{Claims, Founder, Joiner, Right, Ticket, TicketError, Token};
+pub use template::{EMULATED_TIMEOUT_SCALE, MachineSize, NodeContext, RenderError, line_map, render, variables};
+pub use ticket::{Claims, Credential, Founder, Joiner, Ticket, TicketError, Token};
 pub use topology::{BACKUP, GIVEN, Node, Topology, UPDATE, VOTER, slot_parts};
 pub use version::compare_versions;
 

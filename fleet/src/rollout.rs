@@ -16,18 +16,19 @@ pub struct Report {
     pub version: u16,
     /// Version of the image that runs.
     pub image: String,
-    pub doing: Doing,
+    pub doing: UpdateState,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Doing {
+pub enum UpdateState {
     /// This boot has not proven itself yet.
     Starting,
     /// All is well, and nothing newer is offered.
     Serving,
     /// All is well, and this newer image is offered.
-    Wants {
+    #[serde(rename = "wants")]
+    Available {
         image: String,
         /// It holds the VIP or has the primary: the others of its kind go first.
         leads: bool,
@@ -40,13 +41,14 @@ pub enum Doing {
         unwell: bool,
     },
     /// This newer image was tried, and did not come up.
-    WentBack { from: String },
+    #[serde(rename = "went_back")]
+    RolledBack { from: String },
 }
 
-impl Doing {
+impl UpdateState {
     /// It may be what the newer image mends.
     fn is_unwell(&self) -> bool {
-        matches!(self, Self::Wants { unwell: true, .. })
+        matches!(self, Self::Available { unwell: true, .. })
     }
 
     /// The node serves, whatever it runs.
@@ -56,10 +58,10 @@ impl Doing {
     }
 
     /// Of two of a kind, the heavier goes later.
-    fn weight(&self) -> u8 {
+    fn disruption(&self) -> u8 {
         match self {
-            Self::Wants { primary: true, .. } => 2,
-            Self::Wants { leads: true, .. } => 1,
+            Self::Available { primary: true, .. } => 2,
+            Self::Available { leads: true, .. } => 1,
             _ => 0,
         }
     }
@@ -67,16 +69,17 @@ impl Doing {
 
 /// The answer to a report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Answer {
+pub struct UpdateDecision {
     /// The turn is the node's: it may change to the image it wants.
-    pub go: bool,
+    #[serde(rename = "go")]
+    pub granted: bool,
     /// For people: what is waited for; empty where nothing is wanted.
     pub why: String,
 }
 
 /// Who changes its image now.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Turn {
+pub struct UpdateLock {
     pub slot: String,
     pub from: String,
     pub to: String,
@@ -99,7 +102,7 @@ pub enum RolloutOrder {
     /// Only tell.
     Tell,
     /// Nobody gets a turn; who has one ends it.
-    Pause {
+    Backoff {
         why: String,
     },
     Resume,
@@ -116,7 +119,7 @@ pub enum RolloutOrder {
 /// How far the fleet is, as etcd has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rollout {
-    pub turn: Option<Turn>,
+    pub turn: Option<UpdateLock>,
     /// The turn's time is not over.
     pub held: bool,
     pub paused: Option<String>,
@@ -148,7 +151,7 @@ pub enum Verdict {
     /// The node has the turn already.
     Go,
     /// The turn is free: the node may take it.
-    Take(Turn),
+    Take(UpdateLock),
     /// The node's turn is over.
     Release,
     /// Nobody is to try this version any more; with it ends the turn that led there.
@@ -163,32 +166,32 @@ impl Rollout {
             return match &report.doing {
                 // Of a version that it had no turn for, a node is not believed: one that was taken
                 // over could keep any version from the fleet.
-                Doing::WentBack { from } if *from == turn.to => {
+                UpdateState::RolledBack { from } if *from == turn.to => {
                     let why = format!("it did not come up on {slot}, which went back to {}", report.image);
                     Verdict::Deny { image: from.clone(), why }
                 }
-                Doing::Wants { image, .. } if *image == turn.to && self.held => Verdict::Go,
+                UpdateState::Available { image, .. } if *image == turn.to && self.held => Verdict::Go,
                 // It came up, and so was not tried again; but it does not do what it is for.
-                Doing::Wants { unwell: true, .. } if report.image == turn.to => {
+                UpdateState::Available { unwell: true, .. } if report.image == turn.to => {
                     Verdict::Deny { image: turn.to.clone(), why: format!("with it {slot} is not well") }
                 }
-                Doing::Starting if self.held => Verdict::Wait("this boot has to prove itself".to_owned()),
-                Doing::Starting => lost(turn),
+                UpdateState::Starting if self.held => Verdict::Wait("this boot has to prove itself".to_owned()),
+                UpdateState::Starting => lost(turn),
                 _ => Verdict::Release,
             };
         }
         if let Some(turn) = self.turn.as_ref().filter(|_| !self.held) {
             return lost(turn);
         }
-        let Doing::Wants { image, .. } = &report.doing else { return Verdict::Wait(String::new()) };
+        let UpdateState::Available { image, .. } = &report.doing else { return Verdict::Wait(String::new()) };
         match self.obstacle(topology, slot, image, &report.doing) {
             Some(why) => Verdict::Wait(why),
-            None => Verdict::Take(Turn { slot: slot.to_owned(), from: report.image.clone(), to: image.clone() }),
+            None => Verdict::Take(UpdateLock { slot: slot.to_owned(), from: report.image.clone(), to: image.clone() }),
         }
     }
 
     /// Why a node has to wait, if it has to.
-    fn obstacle(&self, topology: &Topology, slot: &str, image: &str, doing: &Doing) -> Option<String> {
+    fn obstacle(&self, topology: &Topology, slot: &str, image: &str, doing: &UpdateState) -> Option<String> {
         if let Some(why) = &self.paused {
             return Some(format!("the rollout is paused: {why}"));
         }
@@ -207,7 +210,7 @@ impl Rollout {
             return Some(format!("{silent} is silent"));
         }
         let reports = || others().filter_map(|m| Some((m, self.nodes.get(m)?)));
-        if let Some((starting, _)) = reports().find(|(_, r)| r.doing == Doing::Starting) {
+        if let Some((starting, _)) = reports().find(|(_, r)| r.doing == UpdateState::Starting) {
             return Some(format!("{starting} is starting"));
         }
         if !self.is_offered(slot, image) {
@@ -222,11 +225,12 @@ impl Rollout {
         if let Some((unwell, _)) = reports().find(|(_, r)| r.doing.is_unwell()) {
             return Some(format!("{unwell} is not well"));
         }
-        let own = topology.node(slot).map_or(0, rank);
+        let own = topology.node(slot).map_or(0, disruption_order);
         let first = reports().find(|(other, report)| {
-            let rank = topology.node(other).map_or(0, rank);
+            let disruption_order = topology.node(other).map_or(0, disruption_order);
             let older = compare_versions(&report.image, image).is_lt();
-            older && (rank < own || rank == own && report.doing.weight() < doing.weight())
+            older
+                && (disruption_order < own || disruption_order == own && report.doing.disruption() < doing.disruption())
         });
         first.map(|(other, _)| format!("{other} goes first"))
     }
@@ -236,7 +240,8 @@ impl Rollout {
     /// Whether another member is offered this version, or runs it, or the operator named it. One node
     /// alone could ask for any version, and then deny it to the fleet.
     fn is_offered(&self, slot: &str, image: &str) -> bool {
-        let wanted = |doing: &Doing| matches!(doing, Doing::Wants { image: wanted, .. } if wanted == image);
+        let wanted =
+            |doing: &UpdateState| matches!(doing, UpdateState::Available { image: wanted, .. } if wanted == image);
         let others = || self.nodes.iter().filter(|(other, _)| *other != slot && self.members.contains(*other));
         self.allowed.contains(image)
             || self.members.iter().all(|member| member == slot)
@@ -247,18 +252,18 @@ impl Rollout {
     /// paused the rollout.
     #[must_use]
     pub fn is_blocked(&self) -> bool {
-        let wants = |report: &Report| matches!(report.doing, Doing::Wants { .. });
+        let wants = |report: &Report| matches!(report.doing, UpdateState::Available { .. });
         self.turn.is_none() && self.paused.is_none() && self.nodes.values().any(wants)
     }
 }
 
-fn lost(turn: &Turn) -> Verdict {
+fn lost(turn: &UpdateLock) -> Verdict {
     Verdict::Deny { image: turn.to.clone(), why: format!("{} did not come back with it in time", turn.slot) }
 }
 
 /// Whose loss its users notice less goes earlier.
 #[must_use]
-pub fn rank(node: &Node) -> u8 {
+pub fn disruption_order(node: &Node) -> u8 {
     let of = |role: &String| match role.as_str() {
         "hub" => 3,
         "db" => 2,
@@ -271,6 +276,18 @@ pub fn rank(node: &Node) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Hubs and nodes of other versions read these words.
+    #[test]
+    fn wire_format_keeps_its_words() {
+        let json = |state: &UpdateState| serde_json::to_string(state).unwrap();
+        let available = UpdateState::Available { image: "2".into(), leads: false, primary: false, unwell: false };
+        assert!(json(&available).starts_with(r#"{"wants":{"image":"2","#));
+        assert_eq!(json(&UpdateState::RolledBack { from: "3".into() }), r#"{"went_back":{"from":"3"}}"#);
+        assert_eq!(json(&UpdateState::Serving), r#""serving""#);
+        let decision = UpdateDecision { granted: true, why: String::new() };
+        assert_eq!(serde_json::to_string(&decision).unwrap(), r#"{"go":true,"why":""}"#);
+    }
     use crate::join::PROTOCOL;
     use crate::schema::Fleet;
 
@@ -279,12 +296,12 @@ mod tests {
         Topology::of(&Fleet::parse("f", toml).unwrap())
     }
 
-    fn says(image: &str, doing: Doing) -> Report {
+    fn says(image: &str, doing: UpdateState) -> Report {
         Report { version: PROTOCOL, image: image.to_owned(), doing }
     }
 
     fn wants(leads: bool) -> Report {
-        says("1", Doing::Wants { image: "2".to_owned(), leads, primary: false, unwell: false })
+        says("1", UpdateState::Available { image: "2".to_owned(), leads, primary: false, unwell: false })
     }
 
     /// Everybody is up on version 1 and is offered version 2.
@@ -306,7 +323,7 @@ mod tests {
                 .map(|(slot, _)| slot.clone())
                 .collect();
             let slot = may.first().unwrap_or_else(|| panic!("nobody may go after {order:?}")).clone();
-            let turn = Turn { slot: slot.clone(), from: "1".to_owned(), to: "2".to_owned() };
+            let turn = UpdateLock { slot: slot.clone(), from: "1".to_owned(), to: "2".to_owned() };
             fleet.turn = Some(turn);
             fleet.held = true;
             // Everybody else waits for it; it itself may ask again.
@@ -315,9 +332,9 @@ mod tests {
                 assert_eq!(matches!(verdict, Verdict::Go), *other == slot, "{other}: {verdict:?}");
                 assert!(!matches!(verdict, Verdict::Take(_)), "{other}");
             }
-            let starting = says("2", Doing::Starting);
+            let starting = says("2", UpdateState::Starting);
             assert!(matches!(fleet.decide(&topology, &slot, &starting), Verdict::Wait(_)));
-            let done = says("2", Doing::Serving);
+            let done = says("2", UpdateState::Serving);
             assert_eq!(fleet.decide(&topology, &slot, &done), Verdict::Release);
             fleet.turn = None;
             fleet.nodes.insert(slot.clone(), done);
@@ -332,17 +349,18 @@ mod tests {
         let toml = b"name=\"x\"\n[groups]\nhub.count=3\nhub.roles=[\"hub\",\"db\"]\n";
         let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
         let mut fleet = all_want(&topology);
-        let primary = says("1", Doing::Wants { image: "2".into(), leads: true, primary: true, unwell: false });
+        let primary =
+            says("1", UpdateState::Available { image: "2".into(), leads: true, primary: true, unwell: false });
         fleet.nodes.insert("hub-1".into(), primary.clone());
         let holder = wants(true);
         assert_eq!(fleet.decide(&topology, "hub-1", &primary), Verdict::Wait("hub-2 goes first".into()));
         assert_eq!(fleet.decide(&topology, "hub-2", &holder), Verdict::Wait("hub-3 goes first".into()));
-        fleet.nodes.insert("hub-3".into(), says("2", Doing::Serving));
+        fleet.nodes.insert("hub-3".into(), says("2", UpdateState::Serving));
         assert!(matches!(fleet.decide(&topology, "hub-2", &holder), Verdict::Take(_)));
-        fleet.nodes.insert("hub-2".into(), says("2", Doing::Serving));
+        fleet.nodes.insert("hub-2".into(), says("2", UpdateState::Serving));
         assert!(matches!(fleet.decide(&topology, "hub-1", &primary), Verdict::Take(_)));
         // Of an agent before it, it is known that it leads.
-        let older: Doing = serde_json::from_str(r#"{"wants":{"image":"2","leads":true}}"#).unwrap();
+        let older: UpdateState = serde_json::from_str(r#"{"wants":{"image":"2","leads":true}}"#).unwrap();
         assert_eq!(older, holder.doing);
     }
 
@@ -350,12 +368,12 @@ mod tests {
     fn the_first_failure_stops_everybody() {
         let topology = topology();
         let mut fleet = all_want(&topology);
-        fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
+        fleet.turn = Some(UpdateLock { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         fleet.held = true;
-        let back = says("1", Doing::WentBack { from: "2".into() });
+        let back = says("1", UpdateState::RolledBack { from: "2".into() });
         // Only who has the turn says so, and of the version it has it for.
         assert_eq!(fleet.decide(&topology, "app-2", &back), Verdict::Wait(String::new()));
-        let other = says("1", Doing::WentBack { from: "3".into() });
+        let other = says("1", UpdateState::RolledBack { from: "3".into() });
         assert_eq!(fleet.decide(&topology, "app-1", &other), Verdict::Release);
         let Verdict::Deny { image, why } = fleet.decide(&topology, "app-1", &back) else { panic!() };
         assert_eq!(image, "2");
@@ -367,7 +385,7 @@ mod tests {
             assert!(matches!(fleet.decide(&topology, slot, report), Verdict::Wait(_)), "{slot}");
         }
         // A version after it is another matter.
-        let next = says("1", Doing::Wants { image: "3".into(), leads: false, primary: false, unwell: false });
+        let next = says("1", UpdateState::Available { image: "3".into(), leads: false, primary: false, unwell: false });
         fleet.nodes.insert("app-2".into(), next.clone());
         assert!(matches!(fleet.decide(&topology, "monitor-1", &next), Verdict::Take(_)));
     }
@@ -378,11 +396,13 @@ mod tests {
         let topology = topology();
         let mut fleet = all_want(&topology);
         for unwell in [false, true] {
-            let made_up = says("1", Doing::Wants { image: "999".into(), leads: false, primary: false, unwell });
+            let made_up =
+                says("1", UpdateState::Available { image: "999".into(), leads: false, primary: false, unwell });
             let verdict = fleet.decide(&topology, "monitor-1", &made_up);
             assert!(matches!(&verdict, Verdict::Wait(why) if why.contains("--allow 999")), "{verdict:?}");
         }
-        let made_up = says("1", Doing::Wants { image: "999".into(), leads: false, primary: false, unwell: false });
+        let made_up =
+            says("1", UpdateState::Available { image: "999".into(), leads: false, primary: false, unwell: false });
         // One that is no member says it, too.
         fleet.nodes.insert("stranger-1".into(), made_up.clone());
         assert!(matches!(fleet.decide(&topology, "monitor-1", &made_up), Verdict::Wait(_)));
@@ -396,9 +416,9 @@ mod tests {
     #[test]
     fn a_skipped_node_holds_nobody_up_and_has_no_turn() {
         let topology = topology();
-        for doing in [None, Some(Doing::Starting)] {
+        for doing in [None, Some(UpdateState::Starting)] {
             let mut fleet = all_want(&topology);
-            let unwell = Doing::Wants { image: "2".into(), leads: false, primary: false, unwell: true };
+            let unwell = UpdateState::Available { image: "2".into(), leads: false, primary: false, unwell: true };
             for doing in [doing.clone(), Some(unwell)] {
                 match &doing {
                     Some(doing) => drop(fleet.nodes.insert("db-2".into(), says("1", doing.clone()))),
@@ -423,7 +443,7 @@ mod tests {
         fleet.paused = Some("month's end".into());
         assert!(!fleet.is_blocked());
         fleet.paused = None;
-        fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
+        fleet.turn = Some(UpdateLock { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         assert!(!fleet.is_blocked() && !Rollout::default().is_blocked());
         // Hubs of the version before say nothing of what is new.
         let old = r#"{"turn":null,"held":false,"paused":null,"denied":{},"nodes":{},"members":["hub-1"]}"#;
@@ -434,12 +454,12 @@ mod tests {
     fn who_does_not_come_back_is_a_failure_too() {
         let topology = topology();
         let mut fleet = all_want(&topology);
-        fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
+        fleet.turn = Some(UpdateLock { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         fleet.nodes.remove("app-1");
-        let verdict = fleet.decide(&topology, "hub-1", &says("1", Doing::Serving));
+        let verdict = fleet.decide(&topology, "hub-1", &says("1", UpdateState::Serving));
         assert!(matches!(verdict, Verdict::Deny { ref image, .. } if image == "2"), "{verdict:?}");
         // If it has come back after all, it is none.
-        assert_eq!(fleet.decide(&topology, "app-1", &says("2", Doing::Serving)), Verdict::Release);
+        assert_eq!(fleet.decide(&topology, "app-1", &says("2", UpdateState::Serving)), Verdict::Release);
     }
 
     /// Version 2 came up on app-1 and was taken for a good one, without doing its work; 3 mends that.
@@ -447,22 +467,23 @@ mod tests {
     fn who_is_not_well_takes_what_may_mend_it_and_goes_first() {
         let topology = topology();
         let mut fleet = all_want(&topology);
-        fleet.turn = Some(Turn { slot: "app-1".into(), from: "1".into(), to: "2".into() });
+        fleet.turn = Some(UpdateLock { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         fleet.held = true;
-        let unwell = |image: &str| Doing::Wants { image: image.into(), leads: false, primary: false, unwell: true };
+        let unwell =
+            |image: &str| UpdateState::Available { image: image.into(), leads: false, primary: false, unwell: true };
         let report = says("2", unwell("3"));
         fleet.nodes.insert("app-1".into(), report.clone());
         let Verdict::Deny { image, why } = fleet.decide(&topology, "app-1", &report) else { panic!() };
         assert_eq!((image.as_str(), why.as_str()), ("2", "with it app-1 is not well"));
         fleet.denied.insert(image, why);
         fleet.turn = None;
-        let of_three = Doing::Wants { image: "3".into(), leads: false, primary: false, unwell: false };
+        let of_three = UpdateState::Available { image: "3".into(), leads: false, primary: false, unwell: false };
         let monitor = says("1", of_three);
         assert_eq!(fleet.decide(&topology, "monitor-1", &monitor), Verdict::Wait("app-1 is not well".into()));
         // Another one like it is nothing to wait for; one that starts is.
         fleet.nodes.insert("hub-1".into(), says("1", unwell("3")));
         assert!(matches!(fleet.decide(&topology, "app-1", &report), Verdict::Take(turn) if turn.to == "3"));
-        fleet.nodes.insert("db-1".into(), says("1", Doing::Starting));
+        fleet.nodes.insert("db-1".into(), says("1", UpdateState::Starting));
         assert_eq!(fleet.decide(&topology, "app-1", &report), Verdict::Wait("db-1 is starting".into()));
         // To an older hub it is one that wants.
         let said = serde_json::to_string(&unwell("3")).unwrap();
@@ -475,7 +496,7 @@ mod tests {
         let mut fleet = all_want(&topology);
         let monitor = |fleet: &Rollout| fleet.decide(&topology, "monitor-1", &wants(false));
         assert!(matches!(monitor(&fleet), Verdict::Take(_)));
-        fleet.nodes.insert("db-2".into(), says("1", Doing::Starting));
+        fleet.nodes.insert("db-2".into(), says("1", UpdateState::Starting));
         assert_eq!(monitor(&fleet), Verdict::Wait("db-2 is starting".into()));
         fleet.nodes.remove("db-2");
         assert_eq!(monitor(&fleet), Verdict::Wait("db-2 is silent".into()));

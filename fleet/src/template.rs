@@ -19,7 +19,7 @@ pub struct NodeContext<'a> {
     pub node: &'a Node,
     /// Counts the owners the node's slot has had: 1 for the first.
     pub epoch: u64,
-    pub machine: Machine,
+    pub machine: MachineSize,
     pub tls: &'a Tls,
     pub secrets: &'a Secrets,
     /// Certificate and key for browsers, PEM; the node's own where the user gave none.
@@ -34,7 +34,7 @@ impl Serialize for NodeContext<'_> {
             fleet: &'a Topology,
             node: &'a Node,
             epoch: u64,
-            machine: Machine,
+            machine: MachineSize,
             tls: &'a Tls,
             secrets: &'a Secrets,
             web: &'a str,
@@ -48,20 +48,20 @@ impl Serialize for NodeContext<'_> {
 
 /// The machine a node runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Machine {
+pub struct MachineSize {
     /// MiB of memory.
     pub memory: u64,
     /// MiB that /var can hold.
     pub var: u64,
     pub cpus: u64,
     /// Multiplies the time-outs of failure detection (BFD, VRRP, etcd's elections, health
-    /// checks): 1 on real processors, [`EMULATED`] on one that QEMU emulates.
+    /// checks): 1 on real processors, [`EMULATED_TIMEOUT_SCALE`] on one that QEMU emulates.
     pub patience: u64,
 }
 
 /// How much slower an emulated machine is in the worst moments of a host that runs several:
 /// with less, BFD and etcd take slowness for death.
-pub const EMULATED: u64 = 10;
+pub const EMULATED_TIMEOUT_SCALE: u64 = 10;
 
 /// A template that does not render.
 #[derive(Debug, thiserror::Error)]

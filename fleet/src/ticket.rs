@@ -23,13 +23,13 @@ pub struct Ticket {
     /// Where hubs are reached from this node, by slot, where that is not what `fleet.toml` says.
     #[serde(default)]
     pub endpoints: BTreeMap<String, String>,
-    pub right: Right,
+    pub right: Credential,
 }
 
 /// Why this machine may be a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Right {
+pub enum Credential {
     /// It is one of those that make the fleet: nobody has to be asked.
     Founder(Founder),
     /// It may ask the hubs for a slot.
@@ -121,7 +121,7 @@ impl Ticket {
             return Err(TicketError::Version(version));
         }
         let ticket: Self = serde_json::from_slice(bytes)?;
-        if let Right::Founder(Founder { slot, .. }) = &ticket.right
+        if let Credential::Founder(Founder { slot, .. }) = &ticket.right
             && slot_parts(slot).is_none()
         {
             return Err(TicketError::Slot(slot.clone()));
@@ -135,8 +135,8 @@ impl Ticket {
     #[must_use]
     pub fn token(&self) -> Option<&Token> {
         match &self.right {
-            Right::Founder(founder) => founder.replaces.as_ref().map(|joiner| &joiner.token),
-            Right::Joiner(joiner) => Some(&joiner.token),
+            Credential::Founder(founder) => founder.replaces.as_ref().map(|joiner| &joiner.token),
+            Credential::Joiner(joiner) => Some(&joiner.token),
         }
     }
 }
@@ -192,7 +192,7 @@ mod tests {
         let root = Issuer::root("acme").unwrap();
         let issuer = root.issuer("acme", "hub-1").unwrap();
         let founder = Founder { slot: "hub-1".into(), issuer, secrets: Secrets::sample(), replaces: None };
-        for right in [Right::Founder(founder), Right::Joiner(Joiner::mint(&root, claims()).unwrap())] {
+        for right in [Credential::Founder(founder), Credential::Joiner(Joiner::mint(&root, claims()).unwrap())] {
             let ticket = Ticket {
                 version: Ticket::VERSION,
                 fleet: "acme".into(),

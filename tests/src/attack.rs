@@ -14,7 +14,7 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::ClientConfig;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use crate::site::Asker;
+use crate::site::TestJoiner;
 
 /// The hub under attack, and a counter of the attackers' connections or requests.
 #[derive(Clone)]
@@ -199,7 +199,7 @@ async fn response(stream: &mut TlsStream<TcpStream>) -> std::io::Result<bool> {
 /// # Panics
 /// If the joiner's keys cannot sign.
 #[must_use]
-pub fn join_request(asker: &Asker) -> Vec<u8> {
+pub fn join_request(asker: &TestJoiner) -> Vec<u8> {
     let asked = JoinRequest {
         version: PROTOCOL,
         token: asker.joiner.token.clone(),

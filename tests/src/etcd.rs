@@ -7,11 +7,11 @@ use std::sync::OnceLock;
 
 use builder::packages::lock::Lock;
 use builder::project::Project;
-use fleet::{Issuer, Machine, Membership, NodeContext, PrivateKey, Topology, etcd_client_anchor};
+use fleet::{Issuer, MachineSize, Membership, NodeContext, PrivateKey, Topology, etcd_client_anchor};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{Lab, shared_store};
+use crate::{TestFleet, shared_store};
 
 /// An etcd cluster. Each member has a folder of its own, with certificates of the fleet.
 pub struct Cluster {
@@ -93,7 +93,7 @@ impl Cluster {
             fleet: topology,
             node,
             epoch: 1,
-            machine: Machine { var: 4096, memory: 1024, cpus: 2, patience: 1 },
+            machine: MachineSize { var: 4096, memory: 1024, cpus: 2, patience: 1 },
             tls: &member.tls,
             secrets: &member.secrets,
             web: "",
@@ -150,7 +150,7 @@ fn binary() -> PathBuf {
 }
 
 fn unpack() -> PathBuf {
-    let lab = Lab::of_fleet("etcd", "ha");
+    let lab = TestFleet::of_fleet("etcd", "ha");
     lab.ok(&["fetch"]);
     let lock = Lock::load(&Project::load(&lab.dir).expect("a valid fleet.toml")).expect("a lock");
     let package = lock.packages.iter().find(|p| p.name == "etcd-server").expect("the lock contains etcd-server");

@@ -30,20 +30,20 @@ pub use machine::Machine;
 pub const ETCDCTL: &str = "ETCD_CLIENT_DEBUG=error /usr/lib/bakehouse/etcdctl";
 
 /// A fleet's folder under `target/lab`, and the `bakehouse` binary that runs in it.
-pub struct Lab {
+pub struct TestFleet {
     pub dir: PathBuf,
     store: Option<PathBuf>,
     bakehouse: PathBuf,
 }
 
 /// Exit status and output of a `bakehouse` command.
-pub struct Answer {
+pub struct UpdateDecision {
     pub status: i32,
     pub out: String,
     pub err: String,
 }
 
-impl Lab {
+impl TestFleet {
     /// Creates an empty folder, copies `profiles/fleets/{fleet}.toml` into it and locks its packages.
     pub fn of_fleet(name: &str, fleet: &str) -> Self {
         let lab = Self::empty(name);
@@ -128,13 +128,13 @@ impl Lab {
         command
     }
 
-    pub fn run(&self, args: &[&str]) -> Answer {
-        Answer::of(&self.command(args).output().expect("bakehouse starts"))
+    pub fn run(&self, args: &[&str]) -> UpdateDecision {
+        UpdateDecision::of(&self.command(args).output().expect("bakehouse starts"))
     }
 
     /// Runs a command that must succeed. Returns its output.
     #[track_caller]
-    pub fn ok(&self, args: &[&str]) -> Answer {
+    pub fn ok(&self, args: &[&str]) -> UpdateDecision {
         let answer = self.run(args);
         assert_eq!(answer.status, 0, "bakehouse {args:?} failed:\n{}{}", answer.out, answer.err);
         answer
@@ -172,7 +172,7 @@ impl Lab {
     }
 }
 
-impl Answer {
+impl UpdateDecision {
     pub fn of(output: &Output) -> Self {
         Self {
             status: output.status.code().unwrap_or(-1),

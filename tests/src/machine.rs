@@ -6,9 +6,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use builder::project::Project;
-use builder::vm::{Described, Done, Netboot, Start, Vm, start_of};
+use builder::vm::{Described, Done, Netboot, Vm, VmOptions, start_of};
 
-use crate::Lab;
+use crate::TestFleet;
 
 /// Longest wait for a line on the console. A boot under emulation on two busy cores takes about 1 min, and creating
 /// Odoo's database about 10 min.
@@ -26,14 +26,14 @@ pub struct Machine {
 
 impl Machine {
     /// Creates the machine of a node, switched off and with a blank disk.
-    pub fn of(lab: &Lab, node: &str) -> Self {
+    pub fn of(lab: &TestFleet, node: &str) -> Self {
         let project = Project::load(&lab.dir).expect("a valid fleet.toml");
         let vm = Vm::of(&project, node).expect("a node of the fleet");
         Self { vm, project, image: None, tpm: None, alone: false, bios: false }
     }
 
     /// Creates the machine of a node for a test that runs few of the fleet's machines at the same time.
-    pub fn alone(lab: &Lab, node: &str) -> Self {
+    pub fn alone(lab: &TestFleet, node: &str) -> Self {
         let mut machine = Self::of(lab, node);
         machine.alone = true;
         machine
@@ -113,18 +113,18 @@ impl Machine {
         let described = self.described().without_ticket();
         let start = described.as_start();
         self.vm
-            .start(&Start { image: disk, seed: Some(seed), bios: self.bios, ..start })
+            .start(&VmOptions { image: disk, seed: Some(seed), bios: self.bios, ..start })
             .unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// Starts the machine from the network by PXE, with a blank disk and without a ticket. A hub keeps its public
     /// address, which other nodes connect to.
-    pub fn start_bare(&mut self, lab: &Lab) {
+    pub fn start_bare(&mut self, lab: &TestFleet) {
         self.start_bare_by(lab, Netboot::Pxe);
     }
 
     /// Like [`Self::start_bare`], with this network boot protocol.
-    pub fn start_bare_by(&mut self, lab: &Lab, netboot: Netboot) {
+    pub fn start_bare_by(&mut self, lab: &TestFleet, netboot: Netboot) {
         let blank = lab.dir.join("blank");
         std::fs::File::create(&blank).and_then(|f| f.set_len(1 << 20)).expect("the lab is writable");
         self.image = Some(blank.clone());
@@ -132,7 +132,7 @@ impl Machine {
         // `keep` preserves an installed disk although the blank image is newer. The installer holds an image in memory.
         let start = described.as_start();
         let memory = start.memory + (1 << 30);
-        let mut start = Start { image: &blank, netboot: Some(netboot), keep: true, memory, ..start };
+        let mut start = VmOptions { image: &blank, netboot: Some(netboot), keep: true, memory, ..start };
         if self.project.topology.node(&self.vm.node).is_none_or(|node| node.hub == 0) {
             start.credentials.clear();
         }
@@ -149,7 +149,7 @@ impl Machine {
         let start = described.as_start();
         let image = self.image.as_deref().unwrap_or(start.image);
         self.vm
-            .start(&Start { image, tpm: self.tpm.as_deref(), bios: self.bios, ..start })
+            .start(&VmOptions { image, tpm: self.tpm.as_deref(), bios: self.bios, ..start })
             .unwrap_or_else(|e| panic!("{e}"));
     }
 

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::Lab;
+use crate::TestFleet;
 use crate::wire::{end, enter, wait};
 
 /// Interface of this host on the machines' network.
@@ -20,7 +20,7 @@ const OTHER: &str = "rack1";
 const OTHER_ADDRESS: &str = "198.18.255.253/16";
 const OTHER_RANGE: &str = "198.18.64.1,198.18.64.99,255.255.0.0";
 
-pub struct Rack {
+pub struct NetbootRack {
     wire: String,
     bridge: Child,
     log: PathBuf,
@@ -29,20 +29,20 @@ pub struct Rack {
     other: Option<[Child; 2]>,
 }
 
-impl Rack {
+impl NetbootRack {
     /// Moves this thread and its child processes into a network namespace with an interface on the machines' network.
     ///
     /// # Panics
     /// If the process is not root.
     #[must_use]
-    pub fn open(lab: &Lab, wire: &str) -> Self {
+    pub fn open(lab: &TestFleet, wire: &str) -> Self {
         enter();
         let bridge = end(wire, &format!("TUN:{ADDRESS},tun-type=tap,tun-name={CARD},iff-no-pi,iff-up"), CARD);
         Self { wire: wire.to_owned(), bridge, log: lab.dir.join("netboot.log"), server: None, other: None }
     }
 
     /// Starts `bakehouse netboot`, or restarts it.
-    pub fn serve(&mut self, lab: &Lab, more: &[&str]) {
+    pub fn serve(&mut self, lab: &TestFleet, more: &[&str]) {
         self.stop();
         let log = File::create(&self.log).expect("the lab is writable");
         let mut command = lab.command(&["netboot", "--interface", CARD]);
@@ -110,7 +110,7 @@ impl Rack {
     }
 }
 
-impl Drop for Rack {
+impl Drop for NetbootRack {
     fn drop(&mut self) {
         self.stop();
         for child in self.other.iter_mut().flatten().chain([&mut self.bridge]) {

@@ -8,12 +8,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use firstboot::client::etcd::Etcd;
 use firstboot::hub::api::Hub;
-use firstboot::hub::claims::ClaimsDesk;
+use firstboot::hub::claims::SlotAllocator;
 use firstboot::hub::etcd_access::ROOT;
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
 use firstboot::member::take_in;
-use firstboot::node::neighbours::Neighbourhood;
+use firstboot::node::neighbours::PeerTable;
 use fleet::{
     Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, OrderScope, PROTOCOL, PrivateKey,
     Reason, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, SignedOrder, Tokens, TokensRequest, Topology,
@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use crate::Cluster;
 
 /// Three hubs at 127.0.0.1 to 127.0.0.3, and three etcd members.
-pub struct Site {
+pub struct TestCluster {
     pub topology: Topology,
     pub root: Issuer,
     pub cluster: Cluster,
@@ -37,14 +37,14 @@ pub struct Site {
 
 /// A node that joins: its keys, and its ticket's token.
 #[derive(Clone)]
-pub struct Asker {
+pub struct TestJoiner {
     pub joiner: Joiner,
     pub tls: PrivateKey,
     pub mesh_key: MeshKey,
     pub group: String,
 }
 
-impl Site {
+impl TestCluster {
     /// Starts the hubs' API on `port` and etcd from `port + 100` on. `groups` are TOML lines of the other groups.
     #[must_use]
     pub fn open(port: u16, groups: &str) -> Self {
@@ -93,7 +93,7 @@ impl Site {
     /// Tests of an empty cluster do not call it.
     pub async fn register_hubs(&self) {
         for (i, (node, key)) in self.topology.hubs.iter().zip(&self.keys).enumerate() {
-            let desk = ClaimsDesk::new(self.etcd(i), self.topology.clone(), &node.name);
+            let desk = SlotAllocator::new(self.etcd(i), self.topology.clone(), &node.name);
             let tls_key = encoding::encode(key.public().expect("a key").as_bytes());
             let mesh_key = MeshKey([i as u8 + 1; 32]);
             let mut left = 100;
@@ -106,7 +106,7 @@ impl Site {
         let hubs = self.topology.hubs.len();
         for i in 0..hubs {
             let mut left = 100;
-            while Neighbourhood::load(&self.state(i), BTreeMap::new()).pins().len() < hubs {
+            while PeerTable::load(&self.state(i), BTreeMap::new()).pins().len() < hubs {
                 left -= 1;
                 assert!(left > 0, "hub-{} has not read the records of the others", i + 1);
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -125,10 +125,10 @@ impl Site {
         let dir = self.state(i);
         std::fs::create_dir_all(&dir).expect("a folder");
         let etcd = || self.etcd_of(i, own).with_user(ROOT, &Secrets::sample().etcd_root);
-        let desk = Arc::new(ClaimsDesk::new(etcd(), self.topology.clone(), &node.name).with_records(&dir));
+        let desk = Arc::new(SlotAllocator::new(etcd(), self.topology.clone(), &node.name).with_records(&dir));
         // Like the agent: the API uses etcd connections of its own thread.
         let served = Arc::new(desk.beside(etcd()));
-        let neighbourhood = Arc::new(Neighbourhood::load(&dir, BTreeMap::new()));
+        let neighbourhood = Arc::new(PeerTable::load(&dir, BTreeMap::new()));
         let hub = Arc::new(Hub {
             topology: self.topology.clone(),
             root: self.root.certificate().to_owned(),
@@ -227,7 +227,7 @@ impl Site {
     }
 
     /// Joins `count` nodes of a group, through one hub after the other.
-    pub async fn members(&self, group: &str, count: usize) -> Vec<(Asker, Grant)> {
+    pub async fn members(&self, group: &str, count: usize) -> Vec<(TestJoiner, Grant)> {
         let token = self.token(group, |c| c.uses = count as u32);
         let mut members = Vec::new();
         for i in 0..count {
@@ -245,7 +245,7 @@ impl Site {
     pub async fn member(
         &self,
         hub: usize,
-        (who, grant): (&Asker, &Grant),
+        (who, grant): (&TestJoiner, &Grant),
         (method, path): (&str, &str),
         body: Vec<u8>,
     ) -> Result<bytes::Bytes, String> {
@@ -319,14 +319,14 @@ impl Site {
 
     /// Creates a node with new keys.
     #[must_use]
-    pub fn asker(joiner: &Joiner, group: &str) -> Asker {
+    pub fn asker(joiner: &Joiner, group: &str) -> TestJoiner {
         let tls = PrivateKey::generate().expect("randomness");
         let mesh_key = MeshKey(tls.public().expect("a key").as_bytes()[1..33].try_into().expect("32 bytes"));
-        Asker { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
+        TestJoiner { joiner: joiner.clone(), tls, mesh_key, group: group.to_owned() }
     }
 
     /// Claims a slot until a hub replies with something else than `Busy`.
-    pub async fn insist(&self, asker: &Asker, first: usize) -> JoinReply {
+    pub async fn insist(&self, asker: &TestJoiner, first: usize) -> JoinReply {
         insist(self.root.certificate().to_owned(), self.topology.mesh.port, asker.clone(), first).await
     }
 }
@@ -360,7 +360,7 @@ pub fn departure(slot: &str, now: bool, epoch: Option<u64>) -> Departure {
 ///
 /// # Errors
 /// If the hub does not reply.
-pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot::error::Result<JoinReply> {
+pub async fn ask(root: String, port: u16, asker: TestJoiner, hub: usize) -> firstboot::error::Result<JoinReply> {
     let asked = JoinRequest {
         version: PROTOCOL,
         token: asker.joiner.token.clone(),
@@ -379,7 +379,7 @@ pub async fn ask(root: String, port: u16, asker: Asker, hub: usize) -> firstboot
 }
 
 /// Claims a slot from one hub after the other until one replies with something else than `Busy`.
-pub async fn insist(root: String, port: u16, asker: Asker, first: usize) -> JoinReply {
+pub async fn insist(root: String, port: u16, asker: TestJoiner, first: usize) -> JoinReply {
     for attempt in 0..400 {
         match ask(root.clone(), port, asker.clone(), (first + attempt) % 3).await {
             Ok(JoinReply::Refused(no)) if no.reason == Reason::Busy => {}

@@ -9,11 +9,11 @@ use builder::format::deb::{Deb, data_entries};
 use firstboot::hub::token::verify;
 use fleet::blocks::{BLOCK, Blocks, missing, pieces};
 use fleet::grubenv::Block;
-use fleet::netboot::{Errand, Key, Machine, News, SealedTicket};
+use fleet::netboot::{Assignment, Key, NetbootMachine, ProgressReport, SealedTicket};
 use fleet::{
     Departure, Diagnostic, Fleet, Introduction, Issuer, JoinReply, JoinRequest, OverlayManifest, Peers, Profile,
     Profiles, Renewal, Report, Revocation, Rollout, RolloutRequest, SlotRecord, Ticket, Token, TokensRequest, Topology,
-    Turn, Verdict, encoding,
+    UpdateLock, Verdict, encoding,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -86,7 +86,7 @@ fn rollout(bytes: &[u8]) {
         Topology::of(&Fleet::parse("f", toml).expect("a fleet"))
     });
     round_trip::<RolloutRequest>(bytes);
-    round_trip::<Turn>(bytes);
+    round_trip::<UpdateLock>(bytes);
     let mut parts = bytes.splitn(2, |b| *b == b'\n');
     let report = parts.next().and_then(round_trip::<Report>);
     let state = parts.next().and_then(round_trip::<Rollout>).unwrap_or_default();
@@ -104,9 +104,9 @@ fn rollout(bytes: &[u8]) {
 
 /// Messages between machines that boot from the network and their server, and encrypted tickets.
 fn netboot(bytes: &[u8]) {
-    round_trip::<Machine>(bytes);
-    round_trip::<News>(bytes);
-    round_trip::<Errand>(bytes);
+    round_trip::<NetbootMachine>(bytes);
+    round_trip::<ProgressReport>(bytes);
+    round_trip::<Assignment>(bytes);
     if let Some(sealed) = round_trip::<SealedTicket>(bytes) {
         let key = Key::generate().expect("randomness");
         assert!(key.open(&sealed).is_err(), "decrypts a ticket with the wrong key");

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 
-use crate::{ETCDCTL, Lab, Machine};
+use crate::{ETCDCTL, Machine, TestFleet};
 
 /// Starts a node's check for updates, and prints the version that is offered.
 pub const LOOK: &str = "systemctl start firstboot-check; cat /run/bakehouse/offer";
@@ -15,7 +15,7 @@ pub const READY: &str = "bakehouse: ready (hub-1)";
 pub struct Server(Child);
 
 impl Server {
-    fn of(lab: &Lab, port: u16) -> Self {
+    fn of(lab: &TestFleet, port: u16) -> Self {
         fs::create_dir_all(lab.dir.join("updates")).expect("the lab is writable");
         let mut httpd = Command::new("busybox");
         httpd.args(["httpd", "-f", "-p", &format!("127.0.0.1:{port}"), "-h"]).arg(lab.dir.join("updates"));
@@ -30,7 +30,7 @@ impl Drop for Server {
 }
 
 /// Edits the fleet's version.
-pub fn version(lab: &Lab, from: &str, to: &str) {
+pub fn version(lab: &TestFleet, from: &str, to: &str) {
     lab.edit("fleet.toml", &format!("version = \"{from}\""), &format!("version = \"{to}\""));
 }
 
@@ -53,13 +53,13 @@ pub fn is_blessed(node: &Machine) {
 }
 
 /// Publishes the version of fleet.toml.
-pub fn publish(lab: &Lab) {
+pub fn publish(lab: &TestFleet) {
     lab.ok(&["publish", lab.dir.join("updates").to_str().expect("a UTF-8 path")]);
 }
 
 /// Builds version 2 with one changed file for [`offer`], before the machines start: a build beside emulated machines
 /// slows a primary down until its watchdog resets it.
-pub fn prepare(lab: &Lab, file: &str, from: &str, to: &str) {
+pub fn prepare(lab: &TestFleet, file: &str, from: &str, to: &str) {
     version(lab, "1", "2");
     lab.edit(file, from, to);
     lab.ok(&["publish", lab.dir.join("next").to_str().expect("a UTF-8 path")]);
@@ -68,7 +68,7 @@ pub fn prepare(lab: &Lab, file: &str, from: &str, to: &str) {
 }
 
 /// Publishes the version that [`prepare`] built.
-pub fn offer(lab: &Lab) {
+pub fn offer(lab: &TestFleet) {
     for entry in fs::read_dir(lab.dir.join("next")).expect("a prepared version").flatten() {
         fs::rename(entry.path(), lab.dir.join("updates").join(entry.file_name())).expect("the lab is writable");
     }
@@ -76,8 +76,8 @@ pub fn offer(lab: &Lab) {
 
 /// Builds the fleet `up` of one hub, which checks for updates only when a test starts the check. Returns it with its
 /// update server.
-pub fn lab_of_one(name: &str) -> (Lab, Server) {
-    let lab = Lab::empty(name);
+pub fn lab_of_one(name: &str) -> (TestFleet, Server) {
+    let lab = TestFleet::empty(name);
     lab.write(
         "fleet.toml",
         "name = \"up\"\nversion = \"1\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub1.example.net\"]\n",
@@ -88,7 +88,7 @@ pub fn lab_of_one(name: &str) -> (Lab, Server) {
 }
 
 /// Starts an update server and points `[update]` of the fleet to it. Nodes check only when a test starts the check.
-pub fn serve_updates(lab: &Lab) -> Server {
+pub fn serve_updates(lab: &TestFleet) -> Server {
     let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
     let fleet = lab.read("fleet.toml");
     let update = format!("[update]\nurl = \"http://192.0.2.100:{port}/\"\nwhen = \"2099-01-01\"\n");
@@ -100,7 +100,7 @@ pub fn serve_updates(lab: &Lab) -> Server {
 }
 
 /// Adds a migration to the next version, which appends a line to `/var/lib/converted` at each run.
-pub fn converting(lab: &Lab) {
+pub fn converting(lab: &TestFleet) {
     lab.edit("fleet.toml", "[groups.hub]", "[groups.hub]\noverlays = [\"converting\"]");
     let program = "usr/lib/bakehouse/migrations/lines";
     let migration = "[[migration]]\nname = \"lines\"\nbefore = \"haproxy.service\"\n";
@@ -109,7 +109,7 @@ pub fn converting(lab: &Lab) {
 }
 
 /// Adds a failing service to the next version: the image builds, and its health check fails.
-pub fn broken(lab: &Lab) {
+pub fn broken(lab: &TestFleet) {
     lab.edit(
         "profiles/roles/hub.toml",
         "[health]\nunits = [",
@@ -124,7 +124,7 @@ pub fn broken(lab: &Lab) {
 }
 
 /// Repairs the failing service in the version after that.
-pub fn mended(lab: &Lab) {
+pub fn mended(lab: &TestFleet) {
     lab.edit("overlays/broken/usr/lib/systemd/system/broken.service", "/usr/bin/false", "/usr/bin/true");
 }
 

@@ -12,8 +12,8 @@ use gpt::partition::Partition;
 use gpt::partition_types::{BIOS, EFI, LINUX_ROOT_X64, OperatingSystem, Type};
 use uuid::{Uuid, uuid};
 
-use crate::assemble::grub::{CORE_SECTOR, Start};
-use crate::assemble::layout::{ESP_SIZE, ESP_START, ROOT_START, Slots};
+use crate::assemble::grub::{BootSector, CORE_SECTOR};
+use crate::assemble::layout::{ESP_SIZE, ESP_START, PartitionSizes, ROOT_START};
 use crate::error::{Error, Result, fail};
 use crate::toolchain::Tools;
 use crate::util::process::run;
@@ -35,7 +35,7 @@ pub struct Content<'a> {
     pub verity: &'a [u8],
     pub roothash: &'a str,
     /// What a legacy BIOS finds.
-    pub bios: Start,
+    pub bios: BootSector,
     /// Files of the ESP: path → content.
     pub esp: BTreeMap<String, Vec<u8>>,
     /// Time of the files in the ESP.
@@ -46,7 +46,7 @@ pub struct Content<'a> {
 ///
 /// # Errors
 /// Something does not fit, a tool fails, the disk is full.
-pub fn write(out: &Path, slots: Slots, content: &Content, tools: &Tools, scratch: &Path) -> Result<()> {
+pub fn write(out: &Path, slots: PartitionSizes, content: &Content, tools: &Tools, scratch: &Path) -> Result<()> {
     let file = OpenOptions::new()
         .create(true)
         .truncate(true)
@@ -66,7 +66,7 @@ pub fn write(out: &Path, slots: Slots, content: &Content, tools: &Tools, scratch
     boot_files(out, esp, content, tools, scratch)
 }
 
-fn partitions(file: &File, slots: Slots, content: &Content, starts: [u64; 3]) -> Result<(), String> {
+fn partitions(file: &File, slots: PartitionSizes, content: &Content, starts: [u64; 3]) -> Result<(), String> {
     let half = |range: std::ops::Range<usize>| Uuid::parse_str(&content.roothash[range]).map_err(|e| e.to_string());
     let partition = |kind: Type, id: Uuid, start: u64, size: u64, flags: u64, name: String| Partition {
         part_type_guid: kind,

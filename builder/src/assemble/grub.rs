@@ -67,7 +67,7 @@ reboot
 "#;
 
 /// A disk's start.
-pub struct Start {
+pub struct BootSector {
     /// The master boot record's program.
     pub record: [u8; RECORD],
     /// What it loads from [`CORE_SECTOR`]; none where it only says something.
@@ -78,7 +78,7 @@ pub struct Start {
 ///
 /// # Errors
 /// GRUB is not what it should be.
-pub fn grub(tools: &Tools, scratch: &Path) -> Result<Start> {
+pub fn grub(tools: &Tools, scratch: &Path) -> Result<BootSector> {
     let modules = tools.file("usr/lib/grub/i386-pc");
     let path = scratch.join("core");
     let mut make = tools.command("usr/bin/grub-mkimage");
@@ -89,7 +89,7 @@ pub fn grub(tools: &Tools, scratch: &Path) -> Result<Start> {
     let boot = fs::read(&boot).map_err(Error::io("read", &boot))?;
     core.resize(core.len().next_multiple_of(SECTOR), 0);
     match placed(&boot, &mut core) {
-        Some(record) => Ok(Start { record, core }),
+        Some(record) => Ok(BootSector { record, core }),
         None => fail("GRUB is not what it should be; run `bakehouse lock --update`"),
     }
 }
@@ -153,7 +153,7 @@ const ORIGIN: u16 = 0x7c00;
 
 /// Prints the text, letter by letter, and waits for ever.
 #[must_use]
-pub fn refusal() -> Start {
+pub fn refusal() -> BootSector {
     const LENGTH: usize = 25;
     let [low, high] = (ORIGIN + LENGTH as u16).to_le_bytes();
     let code: [u8; LENGTH] = [
@@ -174,7 +174,7 @@ pub fn refusal() -> Start {
     let mut record = [0; RECORD];
     record[..LENGTH].copy_from_slice(&code);
     record[LENGTH..LENGTH + TEXT.len()].copy_from_slice(TEXT.as_bytes());
-    Start { record, core: Vec::new() }
+    BootSector { record, core: Vec::new() }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use crate::util::process::run;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Recipe {
+struct InitrdRecipe {
     programs: Vec<String>,
     links: Vec<String>,
     files: Vec<String>,
@@ -40,7 +40,7 @@ const LIBRARY_DIRS: [&str; 3] = ["usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib
 const UNIT_DIR: &str = "usr/lib/systemd/system";
 
 /// What an initrd is made by.
-pub struct Order<'a> {
+pub struct InitrdSpec<'a> {
     /// Recipes: path, and content. Later ones add to earlier ones.
     pub recipes: Vec<(&'static str, &'a [u8])>,
     /// Programs that are not the image's: path, and content.
@@ -59,7 +59,7 @@ pub struct Source<'a> {
     pub tools: &'a Tools,
 }
 
-impl Order<'_> {
+impl InitrdSpec<'_> {
     /// The initrd, compressed; from the store if it is there.
     ///
     /// # Errors
@@ -95,11 +95,12 @@ impl Order<'_> {
 ///
 /// # Errors
 /// A recipe is wrong, or names what the image does not have.
-fn compose(tree: &Tree, kernel: &str, order: &Order) -> Result<Vec<u8>> {
-    let mut recipe = Recipe::default();
+fn compose(tree: &Tree, kernel: &str, order: &InitrdSpec) -> Result<Vec<u8>> {
+    let mut recipe = InitrdRecipe::default();
     for (path, text) in &order.recipes {
         let text = String::from_utf8_lossy(text);
-        let more: Recipe = toml::from_str(&text).map_err(|e| Error::Failed(format!("{path}: {}", e.message())))?;
+        let more: InitrdRecipe =
+            toml::from_str(&text).map_err(|e| Error::Failed(format!("{path}: {}", e.message())))?;
         recipe.add(more);
     }
     let mut initrd = Initrd { tree, not_opened: &recipe.not_opened, files: BTreeMap::new(), missing: Vec::new() };
@@ -150,7 +151,7 @@ fn compose(tree: &Tree, kernel: &str, order: &Order) -> Result<Vec<u8>> {
     Ok(cpio(&initrd.files))
 }
 
-impl Recipe {
+impl InitrdRecipe {
     fn add(&mut self, more: Self) {
         self.programs.extend(more.programs);
         self.links.extend(more.links);

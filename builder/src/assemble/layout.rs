@@ -4,7 +4,7 @@ use fleet::parse_size;
 
 use crate::error::{Error, Result};
 use crate::format::verity::tree_size;
-use crate::project::{Project, Recipe};
+use crate::project::{ImageSpec, Project};
 
 const MIB: u64 = 1 << 20;
 /// Room for two versions of a metal node's UKI, and for a third while one is replaced.
@@ -16,12 +16,12 @@ pub const ROOT_START: u64 = ESP_START + ESP_SIZE;
 
 /// Sizes of the slots, fixed for an installation's life.
 #[derive(Clone, Copy, Debug)]
-pub struct Slots {
+pub struct PartitionSizes {
     pub root: u64,
     pub verity: u64,
 }
 
-impl Slots {
+impl PartitionSizes {
     #[must_use]
     pub fn of(root: u64) -> Self {
         let root = root.next_multiple_of(MIB);
@@ -57,17 +57,17 @@ pub fn image_id(project: &Project, group: &str) -> String {
 ///
 /// # Errors
 /// No profile says a size.
-pub fn slots(project: &Project, recipe: &Recipe) -> Result<Slots> {
+pub fn slots(project: &Project, recipe: &ImageSpec) -> Result<PartitionSizes> {
     let wish = project.fleet.image.root_size.as_ref().map(|s| s.get_ref().as_str());
     let size = match wish {
         Some(size) => parse_size(size),
         None => recipe.profiles.iter().filter_map(|p| parse_size(p.disk.root.as_deref()?)).max(),
     };
-    size.map(Slots::of).ok_or_else(|| Error::Failed("profiles/roles/base.toml sets no `disk.root`".to_owned()))
+    size.map(PartitionSizes::of).ok_or_else(|| Error::Failed("profiles/roles/base.toml sets no `disk.root`".to_owned()))
 }
 
 /// Least size of /var: what every role keeps there, added up.
 #[must_use]
-pub fn var_size(recipe: &Recipe) -> u64 {
+pub fn var_size(recipe: &ImageSpec) -> u64 {
     recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).sum()
 }

@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use crate::bake::{Baked, OverlayCheck};
 use crate::compose::{ImageTree, Layer};
 use crate::error::{Error, Result};
-use crate::keys::authority::Authority;
+use crate::keys::authority::FleetKey;
 use crate::progress::Progress;
-use crate::project::{Project, Recipe};
-use crate::sandbox::chroot::{Commands, Said};
+use crate::project::{ImageSpec, Project};
+use crate::sandbox::chroot::{CommandOutput, Commands};
 use crate::sandbox::tree_root::Runner;
 use crate::sandbox::{self, Files, Limits};
 use crate::store::{Kind, Store};
@@ -49,7 +49,7 @@ struct Case {
 /// A daemon says no: its words, with the template and its line.
 pub fn check(
     project: &Project,
-    recipe: &Recipe,
+    recipe: &ImageSpec,
     layer: &Layer,
     baked: &Baked,
     baked_tar: &Path,
@@ -58,7 +58,7 @@ pub fn check(
 ) -> Result<usize> {
     let mut open = Vec::new();
     // Real certificates of an authority that is thrown away: daemons look into them.
-    let authority = Authority::create(&project.topology.name)?;
+    let authority = FleetKey::create(&project.topology.name)?;
     let nodes: Vec<&fleet::Node> = project.topology.nodes.iter().filter(|n| n.group == recipe.group).collect();
     for check in &baked.checks {
         let per_node = check.check.of.iter().any(|f| f.starts_with("run/"));
@@ -88,7 +88,7 @@ pub fn check(
             .collect(),
     };
     let files = job.tree.host_files();
-    let said: Result<Vec<Said>> = sandbox::run(TASK, &job, &files, &work, &Limits::for_folder(&work));
+    let said: Result<Vec<CommandOutput>> = sandbox::run(TASK, &job, &files, &work, &Limits::for_folder(&work));
     let _ = fs::remove_dir_all(&work);
     let mut wrong = Vec::new();
     for ((check, node, key, _), said) in open.iter().zip(said?) {
@@ -106,11 +106,11 @@ pub fn check(
 }
 
 /// The sandbox's part: the tree once, the cases side by side.
-pub fn work(job: &Job, files: &Files) -> Result<Vec<Said>, String> {
+pub fn work(job: &Job, files: &Files) -> Result<Vec<CommandOutput>, String> {
     job.tree.with(files, |_, runner| Ok(ask(job, runner)))
 }
 
-fn ask(job: &Job, runner: &Runner) -> Vec<Said> {
+fn ask(job: &Job, runner: &Runner) -> Vec<CommandOutput> {
     let next = AtomicUsize::new(0);
     let answers = Mutex::new(BTreeMap::new());
     std::thread::scope(|scope| {
@@ -130,8 +130,8 @@ fn ask(job: &Job, runner: &Runner) -> Vec<Said> {
                     let commands =
                         Commands { commands, stand_ins: Vec::new(), files: case.files.clone(), own_network: true };
                     let answer = match runner.run(commands) {
-                        Ok(()) => Said { ok: true, text: String::new() },
-                        Err(text) => Said { ok: false, text },
+                        Ok(()) => CommandOutput { ok: true, text: String::new() },
+                        Err(text) => CommandOutput { ok: false, text },
                     };
                     answers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(i, answer);
                 }

@@ -7,11 +7,11 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::bake::{Baked, Made};
+use crate::bake::{Baked, GeneratedFile};
 use crate::compose::{ImageTree, Layer};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::project::Recipe;
+use crate::project::ImageSpec;
 use crate::sandbox::chroot::Commands;
 use crate::sandbox::{self, Files, HostFile, Limits};
 use crate::store::{Kind, Store};
@@ -35,13 +35,13 @@ pub struct Job {
 /// # Errors
 /// A program fails: its words.
 pub fn make(
-    recipe: &Recipe,
+    recipe: &ImageSpec,
     layer: &Layer,
     baked: &Baked,
     baked_tar: &Path,
     store: &Store,
     progress: &Progress,
-) -> Result<Vec<Made>> {
+) -> Result<Vec<GeneratedFile>> {
     let mut all = Vec::new();
     for wanted in &baked.makes {
         let mut key = Key::new(env!("CODE_GENERATE"));
@@ -52,11 +52,11 @@ pub fn make(
         baked.add_to(&mut key, &wanted.make.of);
         let key = key.finish();
         // Groups with the same packages wait for the first to make it.
-        let _guard = store.lock(Kind::Made, &key)?;
-        let path = store.path(Kind::Made, &key);
-        if store.get(Kind::Made, &key).is_none() {
+        let _guard = store.lock(Kind::GeneratedFile, &key)?;
+        let path = store.path(Kind::GeneratedFile, &key);
+        if store.get(Kind::GeneratedFile, &key).is_none() {
             let step = progress.step("make", &format!("{}: {}", recipe.group, wanted.make.file));
-            let work = store.scratch(Kind::Made, &key);
+            let work = store.scratch(Kind::GeneratedFile, &key);
             fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
             let out = work.with_extension("file");
             let job = Job {
@@ -76,7 +76,7 @@ pub fn make(
             step.done(&format!("{}: {} ({:.1} MB)", recipe.group, wanted.make.file, bytes.len() as f64 / 1e6));
         }
         let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        all.push(Made { overlay: wanted.overlay.clone(), path: wanted.make.file.clone(), bytes });
+        all.push(GeneratedFile { overlay: wanted.overlay.clone(), path: wanted.make.file.clone(), bytes });
     }
     Ok(all)
 }

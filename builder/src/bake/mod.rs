@@ -16,7 +16,7 @@ use crate::assemble::layout::{image_id, slots, var_size};
 use crate::compose::tar_index::Tree;
 use crate::error::{Error, Result, fail};
 use crate::project::secrets::secret;
-use crate::project::{Project, Recipe};
+use crate::project::{ImageSpec, Project};
 use crate::util::digest::{Key, sha256};
 use crate::util::json::pretty_json;
 
@@ -78,7 +78,7 @@ pub struct OverlayMake {
 }
 
 /// A file that was made.
-pub struct Made {
+pub struct GeneratedFile {
     pub overlay: String,
     pub path: String,
     pub bytes: Vec<u8>,
@@ -113,7 +113,7 @@ struct ImageVars {
 ///
 /// # Errors
 /// Templates that don't render, overlays that collide, unknown users, secrets.
-pub fn bake(project: &Project, recipe: &Recipe, tree: &Tree, agent: &[u8]) -> Result<Baked> {
+pub fn bake(project: &Project, recipe: &ImageSpec, tree: &Tree, agent: &[u8]) -> Result<Baked> {
     let slots = slots(project, recipe)?;
     let group = &recipe.group;
     let image = ImageVars {
@@ -229,7 +229,7 @@ impl Baked {
     ///
     /// # Errors
     /// An overlay has it too, or a secret is in it.
-    pub fn add(&mut self, made: Made) -> Result<()> {
+    pub fn add(&mut self, made: GeneratedFile) -> Result<()> {
         secret(&made.path, &made.bytes)?;
         let origin = format!("overlays/{}/overlay.toml", made.overlay);
         self.put(&made.path, Entry { mode: 0o644, uid: 0, gid: 0, content: Content::File(made.bytes), origin })
@@ -254,7 +254,7 @@ impl Baked {
     }
 
     /// The agent, what it reads, and the image's name.
-    fn own(&mut self, project: &Project, recipe: &Recipe, context: &Context, agent: &[u8]) -> Result<()> {
+    fn own(&mut self, project: &Project, recipe: &ImageSpec, context: &Context, agent: &[u8]) -> Result<()> {
         #[derive(Serialize)]
         struct ImageFile<'a> {
             id: &'a str,

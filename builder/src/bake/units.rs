@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use crate::bake::Baked;
 use crate::compose::tar_index::Tree;
 use crate::error::{Result, fail};
-use crate::project::Recipe;
+use crate::project::ImageSpec;
 
 impl Baked {
     /// Links that start units, and masks.
-    pub(super) fn units(&mut self, recipe: &Recipe, tree: &Tree) -> Result<()> {
+    pub(super) fn units(&mut self, recipe: &ImageSpec, tree: &Tree) -> Result<()> {
         let dir = "usr/lib/systemd/system";
         let mut links: BTreeMap<String, String> = BTreeMap::new();
         for profile in &recipe.profiles {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::deploy::export::{Format, Way};
+use crate::deploy::export::{Format, TicketTransport};
 use crate::rehearse;
 
 /// Turns a fleet.toml into bootable, immutable Debian images.
@@ -134,7 +134,7 @@ pub(super) enum Command {
         format: Format,
         /// How the machine gets its ticket
         #[arg(long, value_enum, default_value = "smbios")]
-        ticket: Way,
+        ticket: TicketTransport,
         /// Take the node's place from the machine that has it
         #[arg(long)]
         replace: bool,

@@ -4,14 +4,14 @@ use super::args::MirrorArg;
 use super::output::print;
 use crate::compose;
 use crate::error::Result;
-use crate::image::{Build, Image};
+use crate::image::{Build, BuiltImage};
 use crate::packages::fetch::fetch;
 use crate::packages::lock::Lock;
 use crate::packages::mirror::Mirror;
 use crate::packages::requests::TOOLS;
 use crate::packages::resolve::resolve;
 use crate::progress::Progress;
-use crate::project::{Project, Recipe};
+use crate::project::{ImageSpec, Project};
 use crate::store::Store;
 
 pub(super) fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress, update: bool) -> Result<()> {
@@ -33,11 +33,11 @@ pub(super) fn build(
     revision: Option<&str>,
     mirror: &MirrorArg,
     progress: &Progress,
-) -> Result<Vec<Image>> {
+) -> Result<Vec<BuiltImage>> {
     let store = Store::open()?;
     let lock = Lock::load(project)?;
     let groups = project.groups(groups)?;
-    let recipes: Vec<Recipe> = groups.iter().map(|g| project.recipe(g)).collect();
+    let recipes: Vec<ImageSpec> = groups.iter().map(|g| project.recipe(g)).collect();
     let missing: Vec<_> = recipes
         .iter()
         .filter(|r| compose::in_store(r, &lock, &store).is_none())

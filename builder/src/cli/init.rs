@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use crate::assemble::secure_boot::Signer;
 use crate::error::{Error, Result};
-use crate::keys::authority::Authority;
+use crate::keys::authority::FleetKey;
 use crate::progress::Progress;
 use crate::project::{self, Project};
 use crate::util::fs::write_atomic;
@@ -34,11 +34,11 @@ pub(super) fn init(
         progress.say("init", &format!("{}: change it to what you want", path.display()));
     }
     let project = Project::load(dir)?;
-    let key = project.dir.join(Authority::FILE);
-    if Authority::init(&project.dir, &project.topology.name, passphrase)? {
+    let key = project.dir.join(FleetKey::FILE);
+    if FleetKey::init(&project.dir, &project.topology.name, passphrase)? {
         progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
     } else if passphrase {
-        Authority::of(&project)?.seal(&project.dir)?;
+        FleetKey::of(&project)?.seal(&project.dir)?;
         progress.say("init", &format!("{}: of use only with its new passphrase", key.display()));
     }
     if let Some(signer) = Signer::of(&project) {
@@ -50,7 +50,7 @@ pub(super) fn init(
         return Err(Error::Usage(format!("{} has no [secure_boot]; add it", path.display())));
     }
     let keyring = project.dir.join(Project::UPDATE_KEYRING);
-    let wanted = Authority::of(&project)?.update_key()?.keyring();
+    let wanted = FleetKey::of(&project)?.update_key()?.keyring();
     if std::fs::read(&keyring).ok().as_ref() != Some(&wanted) {
         write_atomic(&keyring, &wanted)?;
         progress.say("init", &format!("{}: what nodes verify updates with; public", keyring.display()));

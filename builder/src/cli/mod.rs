@@ -17,8 +17,8 @@ use crate::deploy::hub_client::{Hubs, describe};
 use crate::deploy::{flash, netboot, publish};
 use crate::error::{Error, Result};
 use crate::image::Build;
-use crate::keys::authority::Authority;
-use crate::keys::ticket::{CARRIED, Terms, mint};
+use crate::keys::authority::FleetKey;
+use crate::keys::ticket::{DEFAULT_TERMS, TicketTerms, mint};
 use crate::keys::ticket_log;
 use crate::packages::explain::explain;
 use crate::packages::fetch::fetch;
@@ -93,7 +93,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             }
         }
         Command::Ticket { list: true, endpoint, .. } => {
-            let (authority, endpoints) = (Authority::of(&project)?, asked_at(&project, endpoint)?);
+            let (authority, endpoints) = (FleetKey::of(&project)?, asked_at(&project, endpoint)?);
             let known = Hubs { authority: &authority, topology: &project.topology, endpoints }.tokens();
             if let Err(e) = &known {
                 progress.say("ticket", &format!("nobody says how often each was used: {e}"));
@@ -105,14 +105,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             }
         }
         Command::Ticket { revoke: Some(number), endpoint, .. } => {
-            let authority = Authority::of(&project)?;
+            let authority = FleetKey::of(&project)?;
             let endpoints = asked_at(&project, endpoint)?;
             let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.revoke(number)?;
             progress.say("ticket", &format!("{number} is revoked, says {hub}"));
         }
         Command::Leave { node, now, endpoint } => {
             project.node(node)?;
-            let authority = Authority::of(&project)?;
+            let authority = FleetKey::of(&project)?;
             let endpoints = asked_at(&project, endpoint)?;
             let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.leave(node, *now)?;
             let what = if *now { "is shut out" } else { "is told to leave" };
@@ -120,10 +120,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None, list: false } => {
             let lasts = Duration::from_secs(u64::from(*days) * 86_400);
-            let terms = Terms { uses: *uses, lasts, replace: *replace };
+            let terms = TicketTerms { uses: *uses, lasts, replace: *replace };
             let to = to.as_deref().unwrap_or_default();
-            let ticket =
-                mint(&Authority::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
+            let ticket = mint(&FleetKey::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
             ticket_log::note(&project.dir, &ticket)?;
             if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
                 progress.say("ticket", &format!("number {}: for {to}, {uses} times within {days} days", claims.id));
@@ -136,23 +135,23 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Flash { to, target, yes, force, replace, no_ticket, mirror } => {
             let group = flash::group_of(&project.topology, to)?.to_owned();
-            let terms = Terms { replace: *replace, ..CARRIED };
-            let mint = || mint(&Authority::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
+            let terms = TicketTerms { replace: *replace, ..DEFAULT_TERMS };
+            let mint = || mint(&FleetKey::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
             // Said before the work: there may be no such ticket.
             let ticket = if *no_ticket { None } else { Some(mint()?) };
             ticket.iter().try_for_each(|ticket| ticket_log::note(&project.dir, ticket))?;
             let images = build(&project, &[group], None, mirror, &progress)?;
-            let order = flash::Order { target, yes: *yes, force: force.as_deref(), json: cli.json };
+            let order = flash::FlashOptions { target, yes: *yes, force: force.as_deref(), json: cli.json };
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
             for image in &images {
                 let secure = project.fleet.secure_boot.is_some();
-                let carried = ticket.as_ref().map(|ticket| flash::Carried { ticket, secure, tools: &tools });
+                let carried = ticket.as_ref().map(|ticket| flash::TicketFile { ticket, secure, tools: &tools });
                 flash::flash(&image.disk, carried.as_ref(), &order, &progress)?;
             }
         }
         Command::Vm { node, format, ticket, replace, output, mirror } => {
             let group = vm::groups_of(&project, std::slice::from_ref(node))?;
-            let order = export::Order { node, format: *format, way: *ticket, replace: *replace };
+            let order = export::ExportOptions { node, format: *format, way: *ticket, replace: *replace };
             let images = build(&project, &group, None, mirror, &progress)?;
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
             for image in &images {
@@ -175,7 +174,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let images = build(&project, &netboot::groups(&project)?, None, mirror, &progress)?;
             let (store, lock) = (Store::open()?, Lock::load(&project)?);
             let build = Build { project: &project, lock: &lock, store: &store, progress: &progress, revision: None };
-            netboot::netboot(&build, &images, &netboot::Order { interface, dhcp: *dhcp, again, json: cli.json })?;
+            netboot::netboot(
+                &build,
+                &images,
+                &netboot::NetbootOptions { interface, dhcp: *dhcp, again, json: cli.json },
+            )?;
         }
         Command::Lock { update, mirror } => {
             let store = Store::open()?;
@@ -195,7 +198,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Plan { dir, groups, mirror } => {
             let images = build(&project, groups, None, mirror, &progress)?;
             let plans = images.iter().map(|i| publish::compare(i, dir)).collect::<Result<Vec<_>>>()?;
-            let course = publish::Course::of(&project.topology, &plans);
+            let course = publish::RolloutSchedule::of(&project.topology, &plans);
             print_json(cli.json, &serde_json::json!({ "groups": plans, "course": course }))?;
             if !cli.json {
                 for plan in &plans {
@@ -209,7 +212,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Publish { dir, groups, mirror } => {
             // Said before the work: there may be no key.
-            let key = Authority::of(&project)?.update_key()?;
+            let key = FleetKey::of(&project)?.update_key()?;
             let images = build(&project, groups, None, mirror, &progress)?;
             // Nodes report a folder that was not signed lately: publishing again has to clear the alert.
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -220,10 +223,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Rollout { pause, resume, allow, skip, endpoint } => {
             skip.as_deref().map_or(Ok(()), |node| project.node(node).map(drop))?;
-            let authority = Authority::of(&project)?;
+            let authority = FleetKey::of(&project)?;
             let endpoints = asked_at(&project, endpoint)?;
             let order = match (pause, allow, skip) {
-                (Some(why), ..) => RolloutOrder::Pause { why: why.clone() },
+                (Some(why), ..) => RolloutOrder::Backoff { why: why.clone() },
                 (_, Some(version), _) => RolloutOrder::Allow { version: version.clone() },
                 (.., Some(node)) => RolloutOrder::Skip { node: node.clone() },
                 _ if *resume => RolloutOrder::Resume,
@@ -283,7 +286,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 }
 
 fn board(project: &Project, json: bool) -> Result<()> {
-    let board = vm::Board::read(project);
+    let board = vm::FleetStatus::read(project);
     print_json(json, &board)?;
     if !json {
         print(board)?;
@@ -293,7 +296,7 @@ fn board(project: &Project, json: bool) -> Result<()> {
 
 /// Where this machine asks the hubs: `local` are those that `up` started.
 fn asked_at(project: &Project, given: &[String]) -> Result<BTreeMap<String, String>> {
-    if given == ["local"] { Ok(vm::doors(project)) } else { endpoints(project, given) }
+    if given == ["local"] { Ok(vm::hub_forwards(project)) } else { endpoints(project, given) }
 }
 
 /// `hub-1=192.0.2.1`, for hubs that there are.

@@ -31,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::format::deb::Deb;
 use crate::packages::lock::{Lock, Package};
 use crate::progress::Progress;
-use crate::project::Recipe;
+use crate::project::ImageSpec;
 use crate::sandbox::{self, HostFile, Limits, Room};
 use crate::store::{Kind, Store};
 use crate::util::digest::Key;
@@ -62,7 +62,7 @@ pub struct PackageSet {
 
 /// The group's layer, if it is made: then no package of it is needed.
 #[must_use]
-pub fn in_store(recipe: &Recipe, lock: &Lock, store: &Store) -> Option<Layer> {
+pub fn in_store(recipe: &ImageSpec, lock: &Lock, store: &Store) -> Option<Layer> {
     let key = plan(recipe, lock).1;
     store.get(Kind::Layer, &key).map(|dir| Layer { key, dir })
 }
@@ -71,7 +71,7 @@ pub fn in_store(recipe: &Recipe, lock: &Lock, store: &Store) -> Option<Layer> {
 ///
 /// # Errors
 /// A package can't be unpacked or configured: its own words.
-pub fn compose(recipe: &Recipe, lock: &Lock, store: &Store, progress: &Progress) -> Result<Layer> {
+pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progress) -> Result<Layer> {
     let (base_key, key) = plan(recipe, lock);
     let _guard = store.lock(Kind::Layer, &key)?;
     if let Some(dir) = store.get(Kind::Layer, &key) {
@@ -194,7 +194,7 @@ fn removed_damage(packages: &[PackageFile]) -> Option<Error> {
 }
 
 /// Keys of the shared base, if this image has one, and of the layer itself.
-fn plan(recipe: &Recipe, lock: &Lock) -> (Option<String>, String) {
+fn plan(recipe: &ImageSpec, lock: &Lock) -> (Option<String>, String) {
     let mut common = Key::new(CODE);
     for rule in rules(recipe) {
         common.add(if rule.keep { "keep" } else { "drop" }, &rule.pattern);
@@ -219,7 +219,7 @@ fn plan(recipe: &Recipe, lock: &Lock) -> (Option<String>, String) {
 }
 
 /// Exclusions of all profiles in their order, then what they keep.
-fn rules(recipe: &Recipe) -> Vec<Rule> {
+fn rules(recipe: &ImageSpec) -> Vec<Rule> {
     let of = |keep: bool| {
         recipe.profiles.iter().flat_map(move |p| {
             let trim: &Trim = &p.trim;
@@ -230,7 +230,7 @@ fn rules(recipe: &Recipe) -> Vec<Rule> {
     of(false).chain(of(true)).collect()
 }
 
-fn users(recipe: &Recipe) -> BTreeMap<String, (u32, String, bool)> {
+fn users(recipe: &ImageSpec) -> BTreeMap<String, (u32, String, bool)> {
     let of = |u: &User| (u.id, u.home.clone(), u.group_only);
     recipe.profiles.iter().flat_map(|p| &p.users).map(|(name, u)| (name.clone(), of(u))).collect()
 }

@@ -13,11 +13,11 @@ use fleet::Ticket;
 use serde::Serialize;
 
 use crate::assemble::layout::{slots, var_size};
-use crate::deploy::flash::{Carried, put_ticket};
+use crate::deploy::flash::{TicketFile, put_ticket};
 use crate::error::{Error, Result};
-use crate::image::Image;
-use crate::keys::authority::Authority;
-use crate::keys::ticket::{CARRIED, Terms, mint};
+use crate::image::BuiltImage;
+use crate::keys::authority::FleetKey;
+use crate::keys::ticket::{DEFAULT_TERMS, TicketTerms, mint};
 use crate::keys::ticket_log;
 use crate::progress::Progress;
 use crate::project::Project;
@@ -40,7 +40,7 @@ pub enum Format {
 
 /// How the machine gets its ticket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Way {
+pub enum TicketTransport {
     /// From the hypervisor, in the definitions (SMBIOS)
     Smbios,
     /// On the disk's EFI partition
@@ -51,10 +51,10 @@ pub enum Way {
 
 /// What is to be written.
 #[derive(Clone, Copy, Debug)]
-pub struct Order<'a> {
+pub struct ExportOptions<'a> {
     pub node: &'a str,
     pub format: Format,
-    pub way: Way,
+    pub way: TicketTransport,
     /// Whether the ticket takes the node's place from the machine that has it.
     pub replace: bool,
 }
@@ -94,21 +94,21 @@ impl Format {
 /// No such node; the disk is full.
 pub fn export(
     project: &Project,
-    image: &Image,
-    &Order { node, format, way, replace }: &Order,
+    image: &BuiltImage,
+    &ExportOptions { node, format, way, replace }: &ExportOptions,
     out: &Path,
     tools: &Tools,
     progress: &Progress,
 ) -> Result<Export> {
-    let authority = Authority::of(project)?;
-    let ticket = mint(&authority, &project.topology, node, &Terms { replace, ..CARRIED }, BTreeMap::new())?;
+    let authority = FleetKey::of(project)?;
+    let ticket = mint(&authority, &project.topology, node, &TicketTerms { replace, ..DEFAULT_TERMS }, BTreeMap::new())?;
     ticket_log::note(&project.dir, &ticket)?;
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
     let out = out.canonicalize().map_err(Error::io("find", out))?;
     let path = |suffix: &str| out.join(format!("{node}{suffix}"));
     let export = Export {
         disk: path(&format!(".{}", format.name())),
-        seed: (way == Way::Seed).then(|| path("-seed.img")),
+        seed: (way == TicketTransport::Seed).then(|| path("-seed.img")),
         libvirt: path(".xml"),
         proxmox: path(".proxmox.sh"),
     };
@@ -119,7 +119,7 @@ pub fn export(
     let scratch = tempfile::tempdir_in(&out).map_err(Error::io("create a folder in", &out))?;
     let path = |name: &str| scratch.path().join(name);
     let mut from = image.disk.canonicalize().map_err(Error::io("find", &image.disk))?;
-    if way == Way::Disk {
+    if way == TicketTransport::Disk {
         let copy = path("disk");
         run(
             Command::new("cp").args(["--sparse=always", "--reflink=auto"]).args([&from, &copy]),
@@ -127,7 +127,7 @@ pub fn export(
         )?;
         let secure = project.fleet.secure_boot.is_some();
         let disk = OpenOptions::new().read(true).write(true).open(&copy).map_err(Error::io("open", &copy))?;
-        put_ticket(&disk, &copy, &Carried { ticket: &ticket, secure, tools })?;
+        put_ticket(&disk, &copy, &TicketFile { ticket: &ticket, secure, tools })?;
         from = copy;
     }
     let qemu_img = |args: &[&str], files: &[&Path]| {
@@ -139,7 +139,7 @@ pub fn export(
     let (larger, whole) = (path("larger"), path("whole"));
     qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &[&from, &larger])?;
     qemu_img(&["resize", "-q", "-f", "qcow2"], &[&larger, Path::new(&size.to_string())])?;
-    if way == Way::Disk {
+    if way == TicketTransport::Disk {
         write_private(&whole, b"")?;
     }
     qemu_img(&["convert", "-f", "qcow2", "-O", format.driver()], &[&larger, &whole])?;
@@ -156,7 +156,7 @@ pub fn export(
         format,
         disk: export.disk.clone(),
         seed: export.seed.clone(),
-        ticket: (way == Way::Smbios).then(|| text(&ticket)).transpose()?,
+        ticket: (way == TicketTransport::Smbios).then(|| text(&ticket)).transpose()?,
     };
     // Whoever reads them may have the ticket.
     write_private(&export.libvirt, definition.to_string().as_bytes())?;

@@ -27,7 +27,7 @@ const CHUNK: usize = 4 << 20;
 const TOLD: u64 = 64 << 20;
 
 /// What may be overwritten, and how it is told.
-pub struct Order<'a> {
+pub struct FlashOptions<'a> {
     pub target: &'a Path,
     /// Nobody is asked.
     pub yes: bool,
@@ -41,7 +41,7 @@ pub struct Order<'a> {
 ///
 /// # Errors
 /// The target is not what it should be, or can't be written, or does not keep what was written.
-pub fn flash(image: &Path, ticket: Option<&Carried>, order: &Order, progress: &Progress) -> Result<()> {
+pub fn flash(image: &Path, ticket: Option<&TicketFile>, order: &FlashOptions, progress: &Progress) -> Result<()> {
     let source = File::open(image).map_err(Error::io("open", image))?;
     let size = source.metadata().map_err(Error::io("read", image))?.len();
     let judged = judge(order.target, order.force, size)?;
@@ -64,7 +64,7 @@ pub fn flash(image: &Path, ticket: Option<&Carried>, order: &Order, progress: &P
         target.set_len(0).and_then(|()| target.set_len(size)).map_err(Error::io("size", order.target))?;
     }
     let told = Error::io("write", order.target);
-    let pass = Pass { size, json: order.json, progress };
+    let pass = CopyPass { size, json: order.json, progress };
     pass.over(&source, "write", |at, bytes| write(&target, at, bytes, is_disk)).map_err(told)?;
     target.sync_all().map_err(Error::io("write", order.target))?;
     // From the medium, not from memory.
@@ -91,14 +91,14 @@ pub fn flash(image: &Path, ticket: Option<&Carried>, order: &Order, progress: &P
 }
 
 /// A ticket that goes with a disk.
-pub struct Carried<'a> {
+pub struct TicketFile<'a> {
     pub ticket: &'a Ticket,
     /// Whether the machine has Secure Boot.
     pub secure: bool,
     pub tools: &'a Tools,
 }
 
-impl Carried<'_> {
+impl TicketFile<'_> {
     /// Its path on the EFI partition, and what is there: where systemd's EFI stub looks for credentials;
     /// with Secure Boot, where the agent looks.
     ///
@@ -118,9 +118,9 @@ impl Carried<'_> {
 ///
 /// # Errors
 /// mtools does not find the partition, or can't write it.
-pub(crate) fn put_ticket(disk: &File, shown: &Path, carried: &Carried) -> Result<()> {
-    let Carried { ticket, secure, tools } = carried;
-    let (path, content) = Carried::file(ticket, *secure)?;
+pub(crate) fn put_ticket(disk: &File, shown: &Path, carried: &TicketFile) -> Result<()> {
+    let TicketFile { ticket, secure, tools } = carried;
+    let (path, content) = TicketFile::file(ticket, *secure)?;
     let mut file = tempfile::NamedTempFile::new().map_err(Error::io("create", "a temporary file"))?;
     file.write_all(&content).map_err(Error::io("write", file.path()))?;
     // The disk that is open, whatever has its path by now. Nothing is asked on standard input: -o.
@@ -141,13 +141,13 @@ pub(crate) fn put_ticket(disk: &File, shown: &Path, carried: &Carried) -> Result
 }
 
 /// One walk over the image.
-struct Pass<'a> {
+struct CopyPass<'a> {
     size: u64,
     json: bool,
     progress: &'a Progress,
 }
 
-impl Pass<'_> {
+impl CopyPass<'_> {
     fn over(
         &self,
         mut source: &File,
@@ -306,7 +306,7 @@ fn users(sys: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
-fn ask(order: &Order, what: &str) -> Result<()> {
+fn ask(order: &FlashOptions, what: &str) -> Result<()> {
     if order.yes {
         return Ok(());
     }
@@ -339,7 +339,7 @@ mod tests {
     fn flashed(dir: &Path, image: &[u8], target: &str, yes: bool) -> Result<PathBuf> {
         let (from, to) = (dir.join("image"), dir.join(target));
         fs::write(&from, image).unwrap();
-        let order = Order { target: &to, yes, force: None, json: false };
+        let order = FlashOptions { target: &to, yes, force: None, json: false };
         flash(&from, None, &order, &Progress::new(true, false)).map(|()| to)
     }
 

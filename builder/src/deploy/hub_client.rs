@@ -9,12 +9,12 @@ use fleet::{
     Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
     TokensRequest, Topology, compare_versions, encoding,
 };
-use fleet_https::backoff::Pause;
+use fleet_https::backoff::Backoff;
 use fleet_https::{self as https, ClientConfig, Connection, Error as Failure};
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result, fail};
-use crate::keys::authority::Authority;
+use crate::keys::authority::FleetKey;
 use crate::util::random::random;
 
 /// Longest answer that is read: a fleet's life of tokens.
@@ -25,7 +25,7 @@ const ELECTION: Duration = Duration::from_secs(30);
 
 /// The hubs, as the operator's machine reaches them.
 pub struct Hubs<'a> {
-    pub authority: &'a Authority,
+    pub authority: &'a FleetKey,
     pub topology: &'a Topology,
     /// Where they are, if not where `fleet.toml` says.
     pub endpoints: BTreeMap<String, String>,
@@ -109,7 +109,7 @@ impl Hubs<'_> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|e| Error::Failed(format!("cannot reach the network: {e}")))?;
         let until = Instant::now() + ELECTION;
-        let mut pause = Pause::default();
+        let mut pause = Backoff::default();
         loop {
             let mut failures = Vec::new();
             for hub in hubs {
@@ -124,7 +124,7 @@ impl Hubs<'_> {
                 let failures: Vec<String> = failures.iter().map(ToString::to_string).collect();
                 return fail(format!("no hub takes it: {}", failures.join("; ")));
             }
-            std::thread::sleep(pause.longer());
+            std::thread::sleep(pause.next_delay());
         }
     }
 
@@ -166,11 +166,13 @@ pub fn describe(rollout: &Rollout) -> String {
             None => format!("silent{skipped}"),
             Some(report) => {
                 let doing = match &report.doing {
-                    fleet::Doing::Starting => "starting".to_owned(),
-                    fleet::Doing::Serving => "serving".to_owned(),
-                    fleet::Doing::Wants { image, unwell: true, .. } => format!("not well, would take version {image}"),
-                    fleet::Doing::Wants { image, .. } => format!("serving, would take version {image}"),
-                    fleet::Doing::WentBack { from } => format!("serving, went back from version {from}"),
+                    fleet::UpdateState::Starting => "starting".to_owned(),
+                    fleet::UpdateState::Serving => "serving".to_owned(),
+                    fleet::UpdateState::Available { image, unwell: true, .. } => {
+                        format!("not well, would take version {image}")
+                    }
+                    fleet::UpdateState::Available { image, .. } => format!("serving, would take version {image}"),
+                    fleet::UpdateState::RolledBack { from } => format!("serving, went back from version {from}"),
                 };
                 let mark = if Some(report.image.as_str()) == newest { " " } else { "<" };
                 format!("{mark} version {}, {doing}{skipped}", report.image)
@@ -194,25 +196,28 @@ pub fn describe(rollout: &Rollout) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fleet::{Doing, Report, Turn};
+    use fleet::{Report, UpdateLock, UpdateState};
 
     #[test]
     fn a_rollout_is_told_node_by_node() {
         let says = |image: &str, doing| Report { version: PROTOCOL, image: image.into(), doing };
         let rollout = Rollout {
-            turn: Some(Turn { slot: "hub-1".into(), from: "1".into(), to: "2".into() }),
+            turn: Some(UpdateLock { slot: "hub-1".into(), from: "1".into(), to: "2".into() }),
             held: true,
             paused: Some("month's end".into()),
             denied: BTreeMap::from([("3".into(), "it did not come up on app-1".into())]),
             nodes: BTreeMap::from([
-                ("app-1".into(), says("2", Doing::Serving)),
+                ("app-1".into(), says("2", UpdateState::Serving)),
                 (
                     "app-2".into(),
-                    says("2", Doing::Wants { image: "4".into(), leads: false, primary: false, unwell: true }),
+                    says("2", UpdateState::Available { image: "4".into(), leads: false, primary: false, unwell: true }),
                 ),
                 (
                     "hub-1".into(),
-                    says("1", Doing::Wants { image: "2".into(), leads: false, primary: false, unwell: false }),
+                    says(
+                        "1",
+                        UpdateState::Available { image: "2".into(), leads: false, primary: false, unwell: false },
+                    ),
                 ),
             ]),
             members: ["app-1", "app-2", "db-1", "hub-1"].map(String::from).into(),

@@ -22,7 +22,7 @@ const FILE_KEY: usize = 16;
 
 /// Why a file stays closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Closed {
+pub enum DecryptError {
     Passphrase,
     Damaged,
 }
@@ -57,20 +57,20 @@ pub fn seal(plain: &[u8], passphrase: &str) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// Another passphrase, or not every byte is as it was.
-pub fn open(bytes: &[u8], passphrase: &str) -> std::result::Result<Vec<u8>, Closed> {
-    let header = Header::read(bytes).ok_or(Closed::Damaged)?;
-    let key = wrap_key(passphrase, &header.salt, header.work).ok_or(Closed::Damaged)?;
-    let file_key = decrypt(&key, [0; 12], &header.wrapped).ok_or(Closed::Passphrase)?;
-    let file_key: [u8; FILE_KEY] = file_key.try_into().map_err(|_| Closed::Damaged)?;
-    hmac::verify(&mac_key(&file_key), header.signed, &header.mac).map_err(|_| Closed::Damaged)?;
-    let (nonce, payload) = header.rest.split_at_checked(16).ok_or(Closed::Damaged)?;
+pub fn open(bytes: &[u8], passphrase: &str) -> std::result::Result<Vec<u8>, DecryptError> {
+    let header = Header::read(bytes).ok_or(DecryptError::Damaged)?;
+    let key = wrap_key(passphrase, &header.salt, header.work).ok_or(DecryptError::Damaged)?;
+    let file_key = decrypt(&key, [0; 12], &header.wrapped).ok_or(DecryptError::Passphrase)?;
+    let file_key: [u8; FILE_KEY] = file_key.try_into().map_err(|_| DecryptError::Damaged)?;
+    hmac::verify(&mac_key(&file_key), header.signed, &header.mac).map_err(|_| DecryptError::Damaged)?;
+    let (nonce, payload) = header.rest.split_at_checked(16).ok_or(DecryptError::Damaged)?;
     let key = derive(&file_key, nonce, b"payload");
     let mut plain = Vec::new();
     for (i, (chunk, last)) in chunks(payload, CHUNK + TAG).enumerate() {
-        let text = decrypt(&key, counter(i, last), chunk).ok_or(Closed::Damaged)?;
+        let text = decrypt(&key, counter(i, last), chunk).ok_or(DecryptError::Damaged)?;
         // The specification allows an empty last chunk only as the only one.
         if text.is_empty() && i > 0 {
-            return Err(Closed::Damaged);
+            return Err(DecryptError::Damaged);
         }
         plain.extend(text);
     }
@@ -186,7 +186,7 @@ mod tests {
         let bytes = base64::engine::general_purpose::STANDARD.decode(AGES_OWN).unwrap();
         assert!(is_sealed(&bytes));
         assert_eq!(open(&bytes, "open sesame").unwrap(), b"from age itself");
-        assert_eq!(open(&bytes, "open barley"), Err(Closed::Passphrase));
+        assert_eq!(open(&bytes, "open barley"), Err(DecryptError::Passphrase));
     }
 
     #[test]
@@ -199,14 +199,14 @@ mod tests {
         // The code: another one that is as well written.
         let mut other = sealed.clone();
         other[header - 44] = if other[header - 44] == b'A' { b'B' } else { b'A' };
-        assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged));
+        assert_eq!(open(&other, "a phrase"), Err(DecryptError::Damaged));
         // The nonce, the first piece and the last; and without the last piece.
         for at in [header, header + 16, header + 200, end - 1] {
             let mut other = sealed.clone();
             other[at] ^= 1;
-            assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged), "{at}");
+            assert_eq!(open(&other, "a phrase"), Err(DecryptError::Damaged), "{at}");
         }
-        assert_eq!(open(&sealed[..end - 100 - TAG], "a phrase"), Err(Closed::Damaged));
+        assert_eq!(open(&sealed[..end - 100 - TAG], "a phrase"), Err(DecryptError::Damaged));
     }
 
     #[test]
@@ -227,7 +227,7 @@ mod tests {
         let mut other = sealed[..sealed.len() - CHUNK - TAG].to_vec();
         other.extend(encrypt(&key, counter(0, false), &vec![7; CHUNK]).unwrap());
         other.extend(encrypt(&key, counter(1, true), b"").unwrap());
-        assert_eq!(open(&other, "a phrase"), Err(Closed::Damaged));
+        assert_eq!(open(&other, "a phrase"), Err(DecryptError::Damaged));
     }
 
     #[test]

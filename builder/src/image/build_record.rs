@@ -10,12 +10,12 @@ use serde::{Deserialize, Serialize};
 use crate::assemble::secure_boot::Signer;
 use crate::error::{Error, Result};
 use crate::image::Build;
-use crate::project::Recipe;
+use crate::project::ImageSpec;
 use crate::util::digest::sha256;
 
 /// What an image was made from, kept beside it: to know that nothing changed, and to say what did.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Stamp {
+pub(super) struct BuildRecord {
     pub(super) inputs: BTreeMap<String, String>,
     /// Name, bytes and time of each file made.
     pub(super) outputs: Vec<(String, u64, u64)>,
@@ -23,7 +23,7 @@ pub(super) struct Stamp {
 
 impl Build<'_> {
     /// Everything the image depends on, by name.
-    pub(super) fn inputs(&self, recipe: &Recipe, agent: &[u8]) -> Result<BTreeMap<String, String>> {
+    pub(super) fn inputs(&self, recipe: &ImageSpec, agent: &[u8]) -> Result<BTreeMap<String, String>> {
         let mut inputs = BTreeMap::from([
             ("bakehouse itself".to_owned(), env!("CODE_ALL").to_owned()),
             ("bakehouse.lock".to_owned(), self.lock.digest.clone()),
@@ -46,7 +46,7 @@ impl Build<'_> {
 
     /// Why the image has to be made; `None` when it is there and of these inputs.
     pub(super) fn stale(out: &Path, name: &str, inputs: &BTreeMap<String, String>) -> Option<String> {
-        let stamp = fs::read(out.join("stamp.json")).ok().and_then(|b| serde_json::from_slice::<Stamp>(&b).ok());
+        let stamp = fs::read(out.join("stamp.json")).ok().and_then(|b| serde_json::from_slice::<BuildRecord>(&b).ok());
         let Some(stamp) = stamp else { return Some("there is no finished build of it".to_owned()) };
         let all: BTreeSet<&String> = stamp.inputs.keys().chain(inputs.keys()).collect();
         let changed: Vec<&str> =

@@ -2,18 +2,18 @@
 
 use std::path::Path;
 
-use crate::assemble::layout::Slots;
+use crate::assemble::layout::PartitionSizes;
 use crate::compose;
 use crate::error::{Result, fail};
 use crate::image::Build;
-use crate::project::Recipe;
+use crate::project::ImageSpec;
 
 /// Room that kernels and initrds take while an image is written, bytes.
 const KERNELS: u64 = 128 << 20;
 
 impl Build<'_> {
     /// Refuses an image that does not fit its root slot, the store or its folder.
-    pub(super) fn room(&self, recipe: &Recipe, slots: Slots, out: &Path) -> Result<()> {
+    pub(super) fn room(&self, recipe: &ImageSpec, slots: PartitionSizes, out: &Path) -> Result<()> {
         let packages = self.lock.packages_of(&recipe.group, false);
         // A .deb is compressed harder than a root is, and holds more: less than a third of
         // the slot's overflow can't be known before, two thirds can.

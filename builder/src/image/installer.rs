@@ -43,7 +43,7 @@ impl Build<'_> {
         let scratch = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
         let source = initrd::Source { tree: &tree, layer: &layer, kernel: &kernel, tools: &tools };
         let initrd = order.build(&source, self.store, self.progress, scratch.path())?;
-        let server = format!("{}={server}", fleet::netboot::Machine::SERVER);
+        let server = format!("{}={server}", fleet::netboot::NetbootMachine::SERVER);
         // Of a root that is entered, which is one in memory, no disk is a part.
         let words = ["rd.systemd.unit=netboot.target", "fstab=no", "systemd.mask=systemd-repart.service"];
         let cmdline = [&words.join(" "), server.as_str(), &cmdline(&recipe)].join(" ");

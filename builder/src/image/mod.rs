@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use build_record::{Stamp, outputs};
+use build_record::{BuildRecord, outputs};
 
 use crate::assemble::disk::{self, Content};
 use crate::assemble::layout::{self, image_id};
@@ -28,7 +28,7 @@ use crate::compose::{self, Layer};
 use crate::error::{Error, Result, fail};
 use crate::packages::lock::Lock;
 use crate::progress::Progress;
-use crate::project::{Project, Recipe};
+use crate::project::{ImageSpec, Project};
 use crate::store::{Kind, Store};
 use crate::toolchain::Tools;
 use crate::util::digest::sha256;
@@ -47,7 +47,7 @@ pub struct Build<'a> {
 
 /// A built image.
 #[derive(Clone, Debug, Serialize)]
-pub struct Image {
+pub struct BuiltImage {
     pub group: String,
     pub disk: PathBuf,
     pub uki: PathBuf,
@@ -61,7 +61,7 @@ impl Build<'_> {
     ///
     /// # Errors
     /// Whatever keeps it from being whole; nothing half-made has the final name.
-    pub fn image(&self, group: &str) -> Result<Image> {
+    pub fn image(&self, group: &str) -> Result<BuiltImage> {
         let recipe = self.project.recipe(group);
         let slots = layout::slots(self.project, &recipe)?;
         let agent_path = beside("firstboot")?;
@@ -70,7 +70,7 @@ impl Build<'_> {
         let out = self.project.out_dir(group);
         let name = format!("{}_{}", image_id(self.project, group), self.project.topology.version);
         let path = |suffix: &str| out.join(format!("{name}{suffix}"));
-        let mut image = Image {
+        let mut image = BuiltImage {
             group: group.to_owned(),
             disk: path(".raw"),
             uki: path(".efi"),
@@ -203,7 +203,7 @@ impl Build<'_> {
         write_atomic(&out.join("SHA256SUMS"), sums.as_bytes())?;
         fs::rename(&disk, &image.disk).map_err(Error::io("rename", &disk))?;
         let outputs = outputs(&out, &name)?;
-        write_atomic(&out.join("stamp.json"), &pretty_json(&Stamp { inputs, outputs })?)?;
+        write_atomic(&out.join("stamp.json"), &pretty_json(&BuildRecord { inputs, outputs })?)?;
         step.done(&format!(
             "{group}: {} ({:.1} MB root, {:.1} MB UKI, {:.0} MB disk)",
             image.disk.display(),
@@ -214,9 +214,9 @@ impl Build<'_> {
         Ok(image)
     }
 
-    fn order(&self, recipes: &[&'static str]) -> Result<initrd::Order<'_>> {
+    fn order(&self, recipes: &[&'static str]) -> Result<initrd::InitrdSpec<'_>> {
         let recipes = recipes.iter().map(|path| Ok((*path, self.project.file(path)?)));
-        Ok(initrd::Order { recipes: recipes.collect::<Result<_>>()?, programs: Vec::new(), files: Vec::new() })
+        Ok(initrd::InitrdSpec { recipes: recipes.collect::<Result<_>>()?, programs: Vec::new(), files: Vec::new() })
     }
 
     fn uki(&self, tools: &Tools, layer: &Layer, text: &uki::Text, initrd: &[u8], bios: bool) -> Result<Vec<u8>> {
@@ -233,7 +233,7 @@ impl Build<'_> {
         }
     }
 
-    fn boot_files(&self, recipe: &Recipe, tools: &Tools, uki: Vec<u8>) -> Result<BTreeMap<String, Vec<u8>>> {
+    fn boot_files(&self, recipe: &ImageSpec, tools: &Tools, uki: Vec<u8>) -> Result<BTreeMap<String, Vec<u8>>> {
         let boot = tools.file("usr/lib/systemd/boot/efi/systemd-bootx64.efi");
         let boot = self.signed(tools, fs::read(&boot).map_err(Error::io("read", &boot))?)?;
         let id = image_id(self.project, &recipe.group);
@@ -255,7 +255,7 @@ impl Build<'_> {
 }
 
 /// The profiles' words for the kernel.
-fn cmdline(recipe: &Recipe) -> String {
+fn cmdline(recipe: &ImageSpec) -> String {
     recipe.profiles.iter().flat_map(|p| &p.cmdline).map(String::as_str).collect::<Vec<_>>().join(" ")
 }
 

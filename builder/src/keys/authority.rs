@@ -20,13 +20,13 @@ use crate::util::random::random;
 /// What a fleet's nodes believe, and what their services share.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Authority {
+pub struct FleetKey {
     fleet: String,
     pub root: Issuer,
     pub secrets: Secrets,
 }
 
-impl Authority {
+impl FleetKey {
     /// Name of the operator's file, beside `fleet.toml`.
     pub const FILE: &str = "fleet.key";
 
@@ -197,7 +197,7 @@ mod tests {
     fn each_node_has_a_key_of_its_own_and_the_fleets_passwords() {
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\n";
         let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
-        let authority = Authority::create("acme").unwrap();
+        let authority = FleetKey::create("acme").unwrap();
         let of = |name: &str| authority.membership(&topology, topology.node(name).unwrap()).unwrap();
         let (one, two) = (of("hub-1"), of("hub-2"));
         assert_ne!(one.tls.key, two.tls.key);
@@ -207,13 +207,13 @@ mod tests {
     #[test]
     fn a_file_of_an_earlier_version_always_gives_the_same_etcd_passwords() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(Authority::FILE);
-        let authority = Authority::create("acme").unwrap();
+        let path = dir.path().join(FleetKey::FILE);
+        let authority = FleetKey::create("acme").unwrap();
         let mut earlier = serde_json::to_value(&authority).unwrap();
         let secrets = earlier["secrets"].as_object_mut().unwrap();
         assert!(secrets.remove("etcd_root").is_some() && secrets.remove("etcd_patroni").is_some());
         fs::write(&path, earlier.to_string()).unwrap();
-        let read = || Authority::read(&path, "acme").unwrap().unwrap().secrets;
+        let read = || FleetKey::read(&path, "acme").unwrap().unwrap().secrets;
         let (one, two) = (read(), read());
         assert!(one == two && one.etcd_root.len() == 32 && one.etcd_root != one.etcd_patroni);
         assert_ne!(one.etcd_root, authority.secrets.etcd_root);
@@ -224,13 +224,13 @@ mod tests {
     #[test]
     fn the_file_is_made_once_and_is_nobody_elses() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(Authority::FILE);
+        let path = dir.path().join(FleetKey::FILE);
         let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
-        assert!(Authority::init(dir.path(), "acme", false).unwrap());
+        assert!(FleetKey::init(dir.path(), "acme", false).unwrap());
         let first = fs::read(&path).unwrap();
-        assert!(!Authority::init(dir.path(), "acme", false).unwrap(), "a second takes the first's place");
+        assert!(!FleetKey::init(dir.path(), "acme", false).unwrap(), "a second takes the first's place");
         assert_eq!((fs::read(&path).unwrap(), mode()), (first, 0o600));
-        assert!(Authority::read(&path, "other").is_err());
+        assert!(FleetKey::read(&path, "other").is_err());
         write_private(&path, b"three").unwrap();
         assert_eq!(mode(), 0o600);
     }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result, fail};
-use crate::format::age::{self, Closed};
+use crate::format::age::{self, DecryptError};
 
 /// For scripts: names a file with the passphrase in its first line.
 const VARIABLE: &str = "BAKEHOUSE_PASSPHRASE_FILE";
@@ -30,8 +30,8 @@ pub fn open(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
     let passphrase = ask(&format!("Passphrase of {}:", path.display()))?;
     let plain = age::open(&bytes, &passphrase).map_err(|closed| {
         Error::Failed(match closed {
-            Closed::Passphrase => format!("{}: that is not its passphrase", path.display()),
-            Closed::Damaged => format!("{} is damaged; bring back a copy of it", path.display()),
+            DecryptError::Passphrase => format!("{}: that is not its passphrase", path.display()),
+            DecryptError::Damaged => format!("{} is damaged; bring back a copy of it", path.display()),
         })
     })?;
     opened.insert(bytes, plain.clone());

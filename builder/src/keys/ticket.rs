@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fleet::{Claims, Founder, Joiner, Node, Right, Ticket, Topology};
+use fleet::{Claims, Credential, Founder, Joiner, Node, Ticket, Topology};
 
 use crate::error::{Error, Result};
-use crate::keys::authority::Authority;
+use crate::keys::authority::FleetKey;
 use crate::util::digest::hex;
 use crate::util::random::random;
 
 /// What a token is good for, beside its group.
-pub struct Terms {
+pub struct TicketTerms {
     pub uses: u32,
     pub lasts: Duration,
     /// Takes the slot from whoever has it.
@@ -19,22 +19,22 @@ pub struct Terms {
 }
 
 /// Of a ticket on a disk, until that was carried to where it is to run.
-pub const CARRIED: Terms = Terms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
+pub const DEFAULT_TERMS: TicketTerms = TicketTerms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
 
 /// A ticket for one slot, or for any of a group's.
 ///
 /// # Errors
 /// No such slot or group; a group whose nodes each have a ticket of their own.
 pub fn mint(
-    authority: &Authority,
+    authority: &FleetKey,
     topology: &Topology,
     to: &str,
-    terms: &Terms,
+    terms: &TicketTerms,
     endpoints: BTreeMap<String, String>,
 ) -> Result<Ticket> {
     let right = match topology.node(to) {
         Some(node) if topology.is_founder(node) => founder(authority, topology, node, terms)?,
-        Some(node) => Right::Joiner(joiner(authority, topology, &node.group, Some(to), terms)?),
+        Some(node) => Credential::Joiner(joiner(authority, topology, &node.group, Some(to), terms)?),
         None if topology.nodes.iter().any(|n| n.group == to) => {
             if topology.nodes.iter().filter(|n| n.group == to).all(|n| topology.is_founder(n)) {
                 let slots: Vec<&str> =
@@ -44,7 +44,7 @@ pub fn mint(
                     slots.join(", ")
                 )));
             }
-            Right::Joiner(joiner(authority, topology, to, None, terms)?)
+            Credential::Joiner(joiner(authority, topology, to, None, terms)?)
         }
         None => {
             let known: Vec<&str> = topology.nodes.iter().map(|n| n.name.as_str()).collect();
@@ -60,21 +60,21 @@ pub fn mint(
     })
 }
 
-fn founder(authority: &Authority, topology: &Topology, node: &Node, terms: &Terms) -> Result<Right> {
+fn founder(authority: &FleetKey, topology: &Topology, node: &Node, terms: &TicketTerms) -> Result<Credential> {
     // A hub hands out what any node may need; another founder is told what it needs itself.
     let secrets = if node.hub > 0 { authority.secrets.clone() } else { authority.secrets.for_roles(&node.roles) };
     let issuer = authority.root.founder_issuer(topology, node)?;
     let replaces =
         if terms.replace { Some(joiner(authority, topology, &node.group, Some(&node.name), terms)?) } else { None };
-    Ok(Right::Founder(Founder { slot: node.name.clone(), issuer, secrets, replaces }))
+    Ok(Credential::Founder(Founder { slot: node.name.clone(), issuer, secrets, replaces }))
 }
 
 fn joiner(
-    authority: &Authority,
+    authority: &FleetKey,
     topology: &Topology,
     group: &str,
     slot: Option<&str>,
-    terms: &Terms,
+    terms: &TicketTerms,
 ) -> Result<Joiner> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let claims = Claims {
@@ -94,20 +94,20 @@ fn joiner(
 mod tests {
     use super::*;
 
-    const ONCE: Terms = Terms { uses: 1, lasts: Duration::from_secs(60), replace: false };
+    const ONCE: TicketTerms = TicketTerms { uses: 1, lasts: Duration::from_secs(60), replace: false };
 
     fn minted(to: &str) -> Result<Ticket> {
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
         let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
-        mint(&Authority::create("acme").unwrap(), &topology, to, &ONCE, BTreeMap::new())
+        mint(&FleetKey::create("acme").unwrap(), &topology, to, &ONCE, BTreeMap::new())
     }
 
     #[test]
     fn founders_have_their_slot_and_others_a_token() {
-        assert!(matches!(minted("hub-1").unwrap().right, Right::Founder(f) if f.slot == "hub-1"));
+        assert!(matches!(minted("hub-1").unwrap().right, Credential::Founder(f) if f.slot == "hub-1"));
         let claims = |to: &str| match minted(to).unwrap().right {
-            Right::Joiner(joiner) => joiner.token.read().unwrap(),
-            Right::Founder(_) => panic!("{to} founds nothing"),
+            Credential::Joiner(joiner) => joiner.token.read().unwrap(),
+            Credential::Founder(_) => panic!("{to} founds nothing"),
         };
         assert_eq!((claims("db").slot, claims("db-2").slot.as_deref()), (None, Some("db-2")));
         assert_ne!(claims("db").id, claims("db").id);

@@ -16,7 +16,7 @@ const FILE: &str = "tickets.jsonl";
 
 /// A ticket, for people and scripts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Row {
+pub struct TicketRow {
     pub number: String,
     /// A node, or a group.
     pub to: String,
@@ -25,12 +25,12 @@ pub struct Row {
     pub uses: u32,
     /// Seconds since 1970.
     pub expires: u64,
-    pub state: State,
+    pub state: TicketState,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum TicketState {
     Good,
     Spent,
     Expired,
@@ -67,7 +67,7 @@ pub fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
 ///
 /// # Errors
 /// The file can't be read.
-pub fn rows(dir: &Path, known: Option<&Tokens>) -> Result<Vec<Row>> {
+pub fn rows(dir: &Path, known: Option<&Tokens>) -> Result<Vec<TicketRow>> {
     let path = dir.join(FILE);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
@@ -80,18 +80,18 @@ pub fn rows(dir: &Path, known: Option<&Tokens>) -> Result<Vec<Row>> {
     Ok(minted.map(|claims| row(claims, known, now)).collect())
 }
 
-fn row(claims: Claims, known: Option<&Tokens>, now: u64) -> Row {
+fn row(claims: Claims, known: Option<&Tokens>, now: u64) -> TicketRow {
     let used = known.map(|k| k.used.get(&claims.id).copied().unwrap_or(0));
     let state = if known.is_some_and(|k| k.revoked.contains(&claims.id)) {
-        State::Revoked
+        TicketState::Revoked
     } else if used.is_some_and(|used| used >= claims.uses) {
-        State::Spent
+        TicketState::Spent
     } else if now > claims.expires {
-        State::Expired
+        TicketState::Expired
     } else {
-        State::Good
+        TicketState::Good
     };
-    Row {
+    TicketRow {
         number: claims.id,
         to: claims.slot.unwrap_or(claims.group),
         used,
@@ -103,15 +103,15 @@ fn row(claims: Claims, known: Option<&Tokens>, now: u64) -> Row {
 
 /// Lines for a person.
 #[must_use]
-pub fn table(rows: &[Row]) -> String {
+pub fn table(rows: &[TicketRow]) -> String {
     let mut text = format!("{:<32} {:<12} {:>7} {:<20} {}\n", "number", "for", "used", "expires", "state");
     for row in rows {
         let used = row.used.map_or_else(|| "?".to_owned(), |n| n.to_string());
         let state = match row.state {
-            State::Good => "good",
-            State::Spent => "spent",
-            State::Expired => "expired",
-            State::Revoked => "revoked",
+            TicketState::Good => "good",
+            TicketState::Spent => "spent",
+            TicketState::Expired => "expired",
+            TicketState::Revoked => "revoked",
         };
         let expires = crate::util::time::rfc3339(row.expires);
         text +=
@@ -145,10 +145,10 @@ mod tests {
             revoked: BTreeSet::from(["d".to_owned()]),
         };
         let of = |id: &str, known: Option<&Tokens>| row(claims(id, 2, 100), known, 50);
-        assert_eq!((of("a", Some(&known)).state, of("a", Some(&known)).used), (State::Spent, Some(2)));
-        assert_eq!((of("b", Some(&known)).state, of("b", None).used), (State::Good, None));
-        assert_eq!(of("d", Some(&known)).state, State::Revoked);
-        assert_eq!(row(claims("c", 2, 100), Some(&known), 101).state, State::Expired);
+        assert_eq!((of("a", Some(&known)).state, of("a", Some(&known)).used), (TicketState::Spent, Some(2)));
+        assert_eq!((of("b", Some(&known)).state, of("b", None).used), (TicketState::Good, None));
+        assert_eq!(of("d", Some(&known)).state, TicketState::Revoked);
+        assert_eq!(row(claims("c", 2, 100), Some(&known), 101).state, TicketState::Expired);
     }
 
     #[test]
@@ -160,14 +160,14 @@ mod tests {
         let first = rows(dir.path(), None).unwrap();
         assert_eq!(first.len(), 1);
         assert!(table(&first).contains("1970-01-01T00:00:01Z expired"), "{}", table(&first));
-        let authority = crate::keys::authority::Authority::create("acme").unwrap();
+        let authority = crate::keys::authority::FleetKey::create("acme").unwrap();
         let joiner = fleet::Joiner::mint(&authority.root, claims("b", 1, u64::MAX)).unwrap();
         let ticket = Ticket {
             version: Ticket::VERSION,
             fleet: "acme".into(),
             root: String::new(),
             endpoints: BTreeMap::new(),
-            right: fleet::Right::Joiner(joiner),
+            right: fleet::Credential::Joiner(joiner),
         };
         note(dir.path(), &ticket).unwrap();
         let all: Vec<String> = rows(dir.path(), None).unwrap().into_iter().map(|r| r.number).collect();

@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fleet::{
-    Diagnostic, Diagnostics, ExtraSource, Fleet, Machine, Membership, Node, NodeContext, OverlayManifest, Profile,
+    Diagnostic, Diagnostics, ExtraSource, Fleet, MachineSize, Membership, Node, NodeContext, OverlayManifest, Profile,
     Profiles, Severity, Topology, parse_size,
 };
 
@@ -42,7 +42,7 @@ pub struct Overlay<'a> {
 
 /// What a group's image is made of: its roles' profiles merged.
 #[derive(Debug)]
-pub struct Recipe {
+pub struct ImageSpec {
     pub group: String,
     pub roles: Vec<String>,
     /// `base` first, then the roles in their order.
@@ -181,7 +181,7 @@ impl Project {
 
     /// What a group's image is made of.
     #[must_use]
-    pub fn recipe(&self, group_name: &str) -> Recipe {
+    pub fn recipe(&self, group_name: &str) -> ImageSpec {
         let group = &self.fleet.groups[group_name];
         let roles = self.recipe_roles(group_name);
         let hardware = self.fleet.image.hardware.as_str();
@@ -214,7 +214,7 @@ impl Project {
                 overlays.push(overlay.clone());
             }
         }
-        Recipe {
+        ImageSpec {
             group: group_name.to_owned(),
             roles,
             packages: packages.into_iter().collect(),
@@ -226,13 +226,13 @@ impl Project {
 
     /// Memory, CPUs and /var that the profiles give a group's virtual machine: what every role asks for, added up.
     #[must_use]
-    pub fn machine(&self, group: &str) -> Machine {
+    pub fn machine(&self, group: &str) -> MachineSize {
         let recipe = self.recipe(group);
         let sizes = || recipe.profiles.iter().map(|p| &p.vm);
         let memory: u64 = sizes().filter_map(|vm| parse_size(vm.memory.as_deref()?)).sum();
         let var: u64 = recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).sum();
         let cpus = sizes().filter_map(|vm| vm.cpus).max().unwrap_or(2).into();
-        Machine { memory: memory >> 20, var: var >> 20, cpus, patience: 1 }
+        MachineSize { memory: memory >> 20, var: var >> 20, cpus, patience: 1 }
     }
 
     /// What a node's templates see, on a machine as large as the profiles say.

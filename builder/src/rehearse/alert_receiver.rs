@@ -12,15 +12,15 @@ use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, Result};
-use crate::util::http_server::{Shelf, serve};
-use crate::vm::Door;
+use crate::util::http_server::{FileServer, serve};
+use crate::vm::HostForward;
 
 /// The rule that always fires.
 const DEAD_MAN: &str = "DeadMan";
 
 /// Listens as long as it is there.
-pub(super) struct Told {
-    heard: Arc<Mutex<Heard>>,
+pub(super) struct AlertReceiver {
+    heard: Arc<Mutex<AlertState>>,
     /// People are told here.
     pub people: bool,
     /// The dead man's switch calls here.
@@ -29,7 +29,7 @@ pub(super) struct Told {
 }
 
 #[derive(Default)]
-struct Heard {
+struct AlertState {
     /// Alerts that fire, as far as was told: name and node.
     firing: BTreeSet<(String, String)>,
     called: Option<Instant>,
@@ -47,19 +47,19 @@ struct Alert {
     labels: BTreeMap<String, String>,
 }
 
-impl Told {
+impl AlertReceiver {
     /// None where nobody is told on this host.
     ///
     /// # Errors
     /// Somebody else listens there.
     pub fn listen(alerts: &Alerts) -> Result<Option<Self>> {
-        let ports = Door::told(alerts);
+        let ports = HostForward::told(alerts);
         if ports.is_empty() {
             return Ok(None);
         }
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.map_err(|e| Error::Failed(format!("no threads: {e}")))?;
-        let heard = Arc::<Mutex<Heard>>::default();
+        let heard = Arc::<Mutex<AlertState>>::default();
         for port in ports {
             let at = (Ipv4Addr::LOCALHOST, port);
             let listener = runtime.block_on(TcpListener::bind(at)).map_err(|e| {
@@ -71,9 +71,9 @@ impl Told {
                 locked(&heard).take(message);
                 Ok(Vec::new())
             });
-            runtime.spawn(serve(listener, Arc::new(Shelf { files: BTreeMap::new(), desk })));
+            runtime.spawn(serve(listener, Arc::new(FileServer { files: BTreeMap::new(), desk })));
         }
-        let here = |url: &String| Door::port(url).is_some();
+        let here = |url: &String| HostForward::port(url).is_some();
         Ok(Some(Self {
             heard,
             people: alerts.webhooks.iter().any(here),
@@ -93,11 +93,11 @@ impl Told {
     }
 }
 
-fn locked(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
+fn locked(heard: &Mutex<AlertState>) -> MutexGuard<'_, AlertState> {
     heard.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Heard {
+impl AlertState {
     fn take(&mut self, message: Message) {
         for Alert { status, mut labels } in message.alerts {
             let mut label = |name: &str| labels.remove(name).unwrap_or_default();
@@ -129,9 +129,9 @@ mod tests {
         drop(free);
         let url = format!("http://192.0.2.100:{port}/");
         let alerts = Alerts { webhooks: vec![url], ..Alerts::default() };
-        let told = Told::listen(&alerts).unwrap().expect("it is this host");
+        let told = AlertReceiver::listen(&alerts).unwrap().expect("it is this host");
         assert!(told.people && !told.dead_man);
-        assert!(Told::listen(&alerts).is_err(), "two at one port");
+        assert!(AlertReceiver::listen(&alerts).is_err(), "two at one port");
 
         let alert = |status: &str, name: &str, node: &str| {
             format!(r#"{{"status":"{status}","labels":{{"alertname":"{name}","node":"{node}"}},"startsAt":"x"}}"#)
@@ -150,6 +150,6 @@ mod tests {
     #[test]
     fn elsewhere_is_not_here() {
         let alerts = Alerts { dead_man: Some("https://dead-man.example.net/".into()), ..Alerts::default() };
-        assert!(Told::listen(&alerts).unwrap().is_none());
+        assert!(AlertReceiver::listen(&alerts).unwrap().is_none());
     }
 }

@@ -1,6 +1,6 @@
 //! The kind of a fleet's machines, and how fast they are.
 
-use fleet::EMULATED;
+use fleet::EMULATED_TIMEOUT_SCALE;
 
 /// What a fleet's machines are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +15,7 @@ impl Machines {
     #[must_use]
     pub const fn factor(self) -> u32 {
         match self {
-            Self::Emulated => EMULATED as u32,
+            Self::Emulated => EMULATED_TIMEOUT_SCALE as u32,
             Self::Kvm | Self::Containers => 1,
         }
     }

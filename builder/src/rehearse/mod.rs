@@ -21,21 +21,21 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use fleet::Node;
 use serde_json::{Value, json};
 
-use alert_receiver::Told;
+use alert_receiver::AlertReceiver;
 use machines::Machines;
+use outcome::Observations;
 pub use outcome::Outcome;
-use outcome::Seen;
 pub use page::Page;
 use paths::{Path, Paths};
-use scenario::{Fault, Victim};
+use scenario::{Fault, Target};
 pub use scenario::{SCENARIOS, Scenario, chosen};
 pub use table::table;
 
 use crate::error::{Error, Result, fail};
-use crate::keys::authority::Authority;
+use crate::keys::authority::FleetKey;
 use crate::progress::{Progress, Step};
 use crate::project::Project;
-use crate::vm::{Board, Database, Vm, start_of};
+use crate::vm::{Database, FleetStatus, Vm, start_of};
 
 const PROBE: &str = include_str!("probe.py");
 /// Where the probe lives on its machine.
@@ -55,7 +55,7 @@ pub struct Rehearsal<'a> {
     progress: &'a Progress,
     password: String,
     admin: String,
-    told: Option<Told>,
+    told: Option<AlertReceiver>,
     pub machines: Machines,
     /// How much slower they are than real ones: their time-outs are that much longer.
     factor: u32,
@@ -83,14 +83,14 @@ impl<'a> Rehearsal<'a> {
         let board = whole(project, &step, Duration::from_secs(300))
             .map_err(|e| Error::Failed(format!("{e}\nstart it with `bakehouse up` first")))?;
         drop(step);
-        let secrets = Authority::of_vms(project)?.secrets;
+        let secrets = FleetKey::of_vms(project)?.secrets;
         let any = board.nodes.first().map(|r| r.node.clone()).unwrap_or_default();
         let machines = match Vm::of(project, &any)?.exec("systemd-detect-virt")?.output.trim() {
             "qemu" => Machines::Emulated,
             "container-other" => Machines::Containers,
             _ => Machines::Kvm,
         };
-        let told = Told::listen(&project.topology.alerts)?;
+        let told = AlertReceiver::listen(&project.topology.alerts)?;
         let factor = machines.factor();
         Ok(Self { project, progress, password: secrets.odoo, admin: secrets.odoo_admin, told, machines, factor })
     }
@@ -143,15 +143,15 @@ impl<'a> Rehearsal<'a> {
         std::thread::sleep(Duration::from_secs(WARM_UP * u64::from(self.factor.min(3))));
 
         let vms: Vec<Vm> = victims.iter().map(|name| machine(name)).collect();
-        if scenario.victim == Victim::All {
-            return self.black_out(scenario, &vms, &probe, step).map(Some);
+        if scenario.victim == Target::All {
+            return self.power_loss(scenario, &vms, &probe, step).map(Some);
         }
         let paths = Paths::new(topology, board.holder(), &victims);
         let alarm = self.alarm(scenario, &victims, &step)?;
         step.message(&format!("{}: {}", scenario.about, victims.join(", ")));
         let t0 = probe.clock()?;
         for vm in &vms {
-            scenario.fault.strike(vm, &paths, self.factor)?;
+            scenario.fault.inject(vm, &paths, self.factor)?;
         }
         let (recovered, alert) = self.watch(scenario, &probe, &victims, alarm.as_ref(), &step)?;
 
@@ -161,7 +161,7 @@ impl<'a> Rehearsal<'a> {
             if !vm.is_running() {
                 vm.start(&start_of(self.project, &vm.node)?.as_start())?;
             }
-            scenario.fault.mend(vm)?;
+            scenario.fault.recover(vm)?;
         }
         let mended = whole(self.project, &step, MENDED);
         let mut outcome = probe.end(self.factor)?.outcome(scenario.name, victims, t0);
@@ -186,7 +186,7 @@ impl<'a> Rehearsal<'a> {
         if scenario.fault == Fault::Cut(Path::Hub) {
             return nodes.iter().find(|n| victims.contains(&n.name));
         }
-        let harmless = matches!(scenario.fault, Fault::Freeze("etcd")) || scenario.victim == Victim::All;
+        let harmless = matches!(scenario.fault, Fault::Freeze("etcd")) || scenario.victim == Target::All;
         let may = |n: &&Node| harmless || !victims.contains(&n.name);
         let with = |role: &str| nodes.iter().filter(may).find(|n| n.has_role(role));
         with("app").or_else(|| with("db"))
@@ -267,7 +267,7 @@ impl<'a> Rehearsal<'a> {
     }
 
     /// The power fails everywhere, in the middle of a write: what was acknowledged before must be there after.
-    fn black_out(&self, scenario: &'static Scenario, vms: &[Vm], probe: &Probe, step: Step) -> Result<Outcome> {
+    fn power_loss(&self, scenario: &'static Scenario, vms: &[Vm], probe: &Probe, step: Step) -> Result<Outcome> {
         // The clients' machine fails too: what they have told by now is what is known.
         let acknowledged = probe.acknowledged()?;
         for vm in vms {
@@ -279,7 +279,7 @@ impl<'a> Rehearsal<'a> {
         }
         let board = whole(self.project, &step, MENDED);
         let names = vms.iter().map(|vm| vm.node.clone()).collect();
-        let mut outcome = Seen::default().outcome(scenario.name, names, 0);
+        let mut outcome = Observations::default().outcome(scenario.name, names, 0);
         outcome.acknowledged = acknowledged;
         outcome.whole = if board.is_ok() { since.elapsed().as_secs_f64() } else { f64::INFINITY };
         match board {
@@ -343,7 +343,7 @@ impl<'a> Rehearsal<'a> {
     /// Alerts that fire, or will if nothing changes, and name a victim, or a change of the primary, or etcd as a whole:
     /// as people are told, where that is here, else as a monitor says; none where it does not answer.
     fn alerts(&self, scenario: &Scenario, victims: &[String], pending: bool) -> Option<BTreeSet<(String, String)>> {
-        let people = self.told.as_ref().filter(|told| told.people).map(Told::firing);
+        let people = self.told.as_ref().filter(|told| told.people).map(AlertReceiver::firing);
         let firing = match people {
             Some(firing) if !pending => firing,
             people => {
@@ -413,7 +413,7 @@ impl Probe {
     }
 
     /// Ends the clients; what they saw.
-    fn end(&self, patience: u32) -> Result<Seen> {
+    fn end(&self, patience: u32) -> Result<Observations> {
         // Its last question, whether every write is there, is asked until it is answered.
         let limit = 120 * patience.min(4);
         let said = self.ask(&format!(
@@ -428,18 +428,18 @@ impl Probe {
 }
 
 /// Waits until nothing is missing.
-fn whole(project: &Project, step: &Step, patience: Duration) -> Result<Board> {
+fn whole(project: &Project, step: &Step, patience: Duration) -> Result<FleetStatus> {
     let until = Instant::now() + patience;
     loop {
-        let board = Board::read(project);
-        if board.is_whole() {
+        let board = FleetStatus::read(project);
+        if board.is_healthy() {
             return Ok(board);
         }
         if Instant::now() > until {
             return fail(format!("the fleet is not whole:\n{board}"));
         }
         let missing: Vec<&str> =
-            board.nodes.iter().filter(|r| r.state != crate::vm::State::Ready).map(|r| r.node.as_str()).collect();
+            board.nodes.iter().filter(|r| r.state != crate::vm::MachineState::Ready).map(|r| r.node.as_str()).collect();
         step.message(&format!("waiting for the whole fleet {}", missing.join(", ")));
         std::thread::sleep(Duration::from_secs(3));
     }

@@ -12,7 +12,7 @@ const PAUSE: u64 = 1000;
 /// What the probe wrote down; times in milliseconds of its machine's clock.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Seen {
+pub struct Observations {
     /// Answers to pings, acknowledged writes, good answers of Odoo.
     vip: Vec<u64>,
     writes: Vec<u64>,
@@ -51,7 +51,7 @@ pub struct Outcome {
     pub broken: Vec<String>,
 }
 
-impl Seen {
+impl Observations {
     /// What it comes to, when the fault began at `t0` (milliseconds).
     pub(super) fn outcome(&self, scenario: &'static str, victims: Vec<String>, t0: u64) -> Outcome {
         Outcome {
@@ -173,8 +173,8 @@ fn at_once(primaries: &BTreeMap<String, Vec<(u64, u64)>>) -> usize {
 mod tests {
     use super::*;
 
-    fn seen() -> Seen {
-        Seen {
+    fn seen() -> Observations {
+        Observations {
             vip: vec![100, 150, 200, 900, 950],
             writes: vec![100, 180, 2200, 2300],
             primaries: BTreeMap::from([
@@ -182,7 +182,7 @@ mod tests {
                 ("db-2".into(), vec![(2000, 2010)]),
             ]),
             errors: vec![50, 1000],
-            ..Seen::default()
+            ..Observations::default()
         }
     }
 
@@ -212,12 +212,12 @@ mod tests {
 
     #[test]
     fn what_comes_in_several_blows_is_added_up() {
-        let seen = Seen {
+        let seen = Observations {
             vip: vec![0, 500, 3000],
             writes: vec![0, 1500, 1600, 4000, 4900],
             http: (0..999).map(|t| 5 * t).collect(),
             errors: vec![600, 700],
-            ..Seen::default()
+            ..Observations::default()
         };
         let mut o = seen.outcome_in_all("upgrade", 0, 1);
         assert_eq!((o.vip, o.writes, o.pages), (Some(2.5), Some(3.9), 999));

@@ -8,7 +8,7 @@ use std::process::Command;
 use super::machines::Machines;
 use super::outcome::Outcome;
 use super::scenario::SCENARIOS;
-use super::table::{HEAD, Row, lay_out, row, with_summary};
+use super::table::{HEAD, TableRow, lay_out, row, with_summary};
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
 use crate::util::fs::write_atomic;
@@ -94,7 +94,7 @@ impl<'a> Page<'a> {
         all.sort_by_key(|r| SCENARIOS.iter().position(|s| s.name == r[0]));
         let mut head = HEAD.iter().copied().chain(["date", "revision", "machine"]);
         let head: [&str; MORE] = std::array::from_fn(|_| head.next().unwrap_or_default());
-        let short: Vec<Row> = all.iter().map(|r| std::array::from_fn(|i| r[i].clone())).collect();
+        let short: Vec<TableRow> = all.iter().map(|r| std::array::from_fn(|i| r[i].clone())).collect();
         with_summary(format!("{}{}", self.intro, lay_out(&head, &all)), &short)
     }
 }

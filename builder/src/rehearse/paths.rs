@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use fleet::Topology;
 
-use crate::vm::Wire;
+use crate::vm::VirtualNic;
 
 /// Which paths of a machine are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,11 +27,11 @@ pub(super) struct Paths {
 
 impl Paths {
     pub(super) fn new(topology: &Topology, holder: Option<&str>, victims: &[String]) -> Self {
-        let address = |name: &str| topology.node(name).map(|node| Wire::address(topology, node));
+        let address = |name: &str| topology.node(name).map(|node| VirtualNic::address(topology, node));
         let others = topology.nodes.iter().filter(|n| n.has_role("hub") && !victims.contains(&n.name));
         Self {
             holder: holder.and_then(address).unwrap_or(Ipv4Addr::UNSPECIFIED),
-            hubs: others.map(|n| Wire::address(topology, n)).collect(),
+            hubs: others.map(|n| VirtualNic::address(topology, n)).collect(),
         }
     }
 

@@ -7,13 +7,13 @@ use fleet::{Node, Topology};
 
 use super::paths::{Path, Paths};
 use crate::error::{Error, Result, fail};
-use crate::vm::{Board, Database, Vm};
+use crate::vm::{Database, FleetStatus, Vm};
 
 /// One way to break the fleet.
 pub struct Scenario {
     pub name: &'static str,
     pub about: &'static str,
-    pub victim: Victim,
+    pub victim: Target,
     pub fault: Fault,
     /// Seconds that it lasts at least.
     pub lasts: u64,
@@ -23,7 +23,7 @@ pub struct Scenario {
 
 /// Whom it hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Victim {
+pub enum Target {
     /// The hub that holds the VIP.
     Holder,
     /// The machine whose etcd member leads.
@@ -99,11 +99,11 @@ const APP: Limits = limits(1.5, 1.0, 4.0);
 
 impl Limits {
     fn or_longer(self, other: Self) -> Self {
-        let longer = |a: Option<f64>, b: Option<f64>| Some(a?.max(b?));
+        let next_delay = |a: Option<f64>, b: Option<f64>| Some(a?.max(b?));
         Self {
-            vip: longer(self.vip, other.vip),
-            writes: longer(self.writes, other.writes),
-            http: longer(self.http, other.http),
+            vip: next_delay(self.vip, other.vip),
+            writes: next_delay(self.writes, other.writes),
+            http: next_delay(self.http, other.http),
             errors: self.errors,
         }
     }
@@ -112,7 +112,7 @@ impl Limits {
 impl Scenario {
     /// What is promised when these nodes of a fleet that stands like this are hit: who loses a whole machine
     /// loses all that was on it.
-    pub(super) fn promised(&self, victims: &[String], board: &Board) -> Limits {
+    pub(super) fn promised(&self, victims: &[String], board: &FleetStatus) -> Limits {
         if !matches!(self.fault, Fault::PowerOff | Fault::Wipe | Fault::Unplug | Fault::Flap | Fault::FlapByOneHub) {
             return self.promise;
         }
@@ -134,7 +134,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hub",
         about: "the hub that holds the VIP loses its power",
-        victim: Victim::Holder,
+        victim: Target::Holder,
         fault: Fault::PowerOff,
         lasts: 20,
         promise: HOLDER,
@@ -142,7 +142,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "db",
         about: "the database's primary loses its power",
-        victim: Victim::Primary,
+        victim: Target::Primary,
         fault: Fault::PowerOff,
         lasts: 20,
         promise: PRIMARY,
@@ -150,7 +150,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "app",
         about: "a machine with Odoo loses its power",
-        victim: Victim::App,
+        victim: Target::App,
         fault: Fault::PowerOff,
         lasts: 20,
         promise: APP,
@@ -158,7 +158,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "etcd-leader",
         about: "the machine whose etcd member leads loses its power",
-        victim: Victim::EtcdLeader,
+        victim: Target::EtcdLeader,
         fault: Fault::PowerOff,
         lasts: 20,
         promise: limits(1.5, 5.0, 5.0),
@@ -166,7 +166,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "standby",
         about: "a standby loses its power under load",
-        victim: Victim::Standby,
+        victim: Target::Standby,
         fault: Fault::PowerOff,
         lasts: 20,
         promise: STANDBY,
@@ -174,7 +174,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hub-cable",
         about: "the hub that holds the VIP loses its cable",
-        victim: Victim::Holder,
+        victim: Target::Holder,
         fault: Fault::Unplug,
         lasts: 20,
         promise: HOLDER,
@@ -182,7 +182,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hub-flaps",
         about: "the cable of the hub that holds the VIP comes and goes",
-        victim: Victim::Holder,
+        victim: Target::Holder,
         fault: Fault::Flap,
         lasts: 20,
         promise: HOLDER,
@@ -190,7 +190,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "path",
         about: "one machine's path to the hub that holds the VIP is cut",
-        victim: Victim::Worker,
+        victim: Target::Worker,
         fault: Fault::Cut(Path::Hub),
         lasts: 20,
         promise: limits(1.5, 5.0, 5.0),
@@ -198,7 +198,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "postgres",
         about: "the primary's PostgreSQL is killed",
-        victim: Victim::Primary,
+        victim: Target::Primary,
         fault: Fault::Run("pkill -KILL -o -u postgres -x postgres"),
         lasts: 20,
         promise: limits(0.5, 8.0, 10.0),
@@ -206,7 +206,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "patroni",
         about: "the primary's Patroni is stopped (SIGSTOP)",
-        victim: Victim::Primary,
+        victim: Target::Primary,
         fault: Fault::RunThen(
             "kill -STOP $(systemctl show -P MainPID patroni)",
             "kill -CONT $(systemctl show -P MainPID patroni)",
@@ -217,7 +217,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "db-cable",
         about: "the primary's machine loses its cable",
-        victim: Victim::Primary,
+        victim: Target::Primary,
         fault: Fault::Unplug,
         lasts: 20,
         promise: PRIMARY,
@@ -225,7 +225,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "db-flaps",
         about: "the primary's machine loses its uplink, which comes and goes by way of one hub",
-        victim: Victim::Primary,
+        victim: Target::Primary,
         fault: Fault::FlapByOneHub,
         lasts: 20,
         promise: PRIMARY,
@@ -233,7 +233,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "db-etcd",
         about: "the primary is cut from etcd only",
-        victim: Victim::Primary,
+        victim: Target::Primary,
         fault: Fault::Cut(Path::Etcd),
         lasts: LEASES,
         promise: limits(0.5, 25.0, 30.0),
@@ -241,7 +241,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "switchover",
         about: "the primary hands over on request",
-        victim: Victim::Primary,
+        victim: Target::Primary,
         // It says with 0 that it did not. Where its answer was slow it has, and whoever asks without a name has
         // it back; but who is not the leader at first has not handed over.
         fault: Fault::Run(
@@ -256,7 +256,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "odoo",
         about: "Odoo on one machine hangs",
-        victim: Victim::App,
+        victim: Target::App,
         fault: Fault::Freeze("odoo-http"),
         lasts: 20,
         promise: limits(0.5, 1.0, 10.0),
@@ -264,7 +264,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "etcd",
         about: "every member of etcd hangs",
-        victim: Victim::Voters,
+        victim: Target::Voters,
         fault: Fault::Freeze("etcd"),
         lasts: 180,
         promise: limits(0.5, 5.0, 10.0),
@@ -272,7 +272,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "monitor",
         about: "a monitor loses its power",
-        victim: Victim::Monitor,
+        victim: Target::Monitor,
         fault: Fault::PowerOff,
         lasts: 20,
         promise: limits(0.5, 1.0, 2.0),
@@ -280,7 +280,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "blank",
         about: "a machine loses its disk, and a blank one takes its place without a hand",
-        victim: Victim::Spare,
+        victim: Target::Spare,
         fault: Fault::Wipe,
         lasts: 20,
         promise: APP,
@@ -288,7 +288,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "upgrade",
         about: "every machine changes to the version that is published",
-        victim: Victim::All,
+        victim: Target::All,
         fault: Fault::Upgrade,
         lasts: 20,
         // Of writes, all pauses together.
@@ -297,7 +297,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "power",
         about: "the power fails everywhere",
-        victim: Victim::All,
+        victim: Target::All,
         fault: Fault::PowerOff,
         lasts: 20,
         promise: Limits { vip: None, writes: None, http: None, errors: None },
@@ -321,9 +321,14 @@ pub fn chosen(names: &[String]) -> Result<Vec<&'static Scenario>> {
     names.iter().map(find).collect()
 }
 
-impl Victim {
+impl Target {
     /// The nodes it means, as the fleet stands; none where the fleet has no such node.
-    pub(super) fn find(self, topology: &Topology, board: &Board, machine: &dyn Fn(&str) -> Vm) -> Result<Vec<String>> {
+    pub(super) fn find(
+        self,
+        topology: &Topology,
+        board: &FleetStatus,
+        machine: &dyn Fn(&str) -> Vm,
+    ) -> Result<Vec<String>> {
         let one = |name: Option<&str>| Ok(name.map(str::to_owned).into_iter().collect());
         let with = |role: &str, not: Option<&str>| {
             topology.nodes.iter().find(|n| n.has_role(role) && not != Some(&n.name)).map(|n| n.name.as_str())
@@ -371,7 +376,7 @@ impl Victim {
 
 impl Fault {
     /// Breaks a machine, which is `factor` times slower than a real one.
-    pub(super) fn strike(self, vm: &Vm, paths: &Paths, factor: u32) -> Result<()> {
+    pub(super) fn inject(self, vm: &Vm, paths: &Paths, factor: u32) -> Result<()> {
         match self {
             Self::PowerOff => vm.cut_power(),
             Self::Wipe => {
@@ -411,7 +416,7 @@ impl Fault {
     }
 
     /// Mends it; machines that are off are not started here.
-    pub(super) fn mend(self, vm: &Vm) -> Result<()> {
+    pub(super) fn recover(self, vm: &Vm) -> Result<()> {
         match self {
             Self::PowerOff | Self::Wipe | Self::Flap | Self::Run(_) | Self::Upgrade => Ok(()),
             Self::Unplug => vm.plug(true),
@@ -436,16 +441,16 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::vm::{Row, State};
+    use crate::vm::{MachineState, NodeRow};
 
-    fn row(node: &str, roles: &[&str], vip: bool, database: Option<Database>) -> Row {
+    fn row(node: &str, roles: &[&str], vip: bool, database: Option<Database>) -> NodeRow {
         let roles = roles.iter().map(|r| (*r).to_owned()).collect();
-        Row {
+        NodeRow {
             node: node.into(),
             group: String::new(),
             roles,
             address: String::new(),
-            state: State::Ready,
+            state: MachineState::Ready,
             message: String::new(),
             vip,
             database,
@@ -460,7 +465,7 @@ mod tests {
             row("work-1", &["hub", "db", "app"], false, Some(Database::Standby)),
             row("data-1", &["hub", "db"], true, Some(Database::Primary(vec![]))),
         ];
-        let board = Board { nodes: rows, odoo: BTreeMap::new(), urls: vec![] };
+        let board = FleetStatus { nodes: rows, odoo: BTreeMap::new(), urls: vec![] };
         let promised = |name: &str, victim: &str| {
             let scenario = chosen(&[name.to_owned()]).unwrap()[0];
             scenario.promised(&[victim.to_owned()], &board)

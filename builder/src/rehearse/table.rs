@@ -21,14 +21,14 @@ pub(super) const HEAD: [&str; 11] = [
 /// A table that is readable on a terminal and is Markdown too.
 #[must_use]
 pub fn table(outcomes: &[Outcome]) -> String {
-    let rows: Vec<Row> = outcomes.iter().map(row).collect();
+    let rows: Vec<TableRow> = outcomes.iter().map(row).collect();
     with_summary(lay_out(&HEAD, &rows), &rows)
 }
 
 /// A scenario's run as a line: name, victim, seconds of the VIP, of writes and of Odoo, …
-pub(super) type Row = [String; 11];
+pub(super) type TableRow = [String; 11];
 
-pub(super) fn row(o: &Outcome) -> Row {
+pub(super) fn row(o: &Outcome) -> TableRow {
     // A cell of a Markdown table is on one line.
     let broken = || o.broken.join("; ").replace('\n', " ").replace('|', "/");
     let kept = if o.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN: {}", broken()) };
@@ -49,7 +49,7 @@ pub(super) fn row(o: &Outcome) -> Row {
 }
 
 /// Adds least, median and most of what ran more than once.
-pub(super) fn with_summary(mut text: String, rows: &[Row]) -> String {
+pub(super) fn with_summary(mut text: String, rows: &[TableRow]) -> String {
     let mut names: Vec<&str> = rows.iter().map(|r| r[0].as_str()).collect();
     names.dedup();
     let often = |name: &&str| rows.iter().filter(|r| r[0] == **name).count() > 1;
@@ -61,8 +61,8 @@ pub(super) fn with_summary(mut text: String, rows: &[Row]) -> String {
     text
 }
 
-fn summary(name: &str, rows: &[Row]) -> [String; 5] {
-    let runs: Vec<&Row> = rows.iter().filter(|r| r[0] == name).collect();
+fn summary(name: &str, rows: &[TableRow]) -> [String; 5] {
+    let runs: Vec<&TableRow> = rows.iter().filter(|r| r[0] == name).collect();
     let spread = |column: usize| {
         let mut all: Vec<f64> = runs.iter().filter_map(|r| r[column].parse().ok()).collect();
         all.sort_unstable_by(f64::total_cmp);

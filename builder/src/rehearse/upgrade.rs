@@ -12,7 +12,7 @@ use super::{Rehearsal, WARM_UP, told, whole};
 use crate::error::{Error, Result, fail};
 use crate::progress::Step;
 use crate::util::time::rfc3339;
-use crate::vm::{Board, Vm};
+use crate::vm::{FleetStatus, Vm};
 
 /// For one node: load, restart, prove itself.
 const EACH: Duration = Duration::from_secs(900);
@@ -113,7 +113,7 @@ impl Rehearsal<'_> {
 
 /// Whether a node's turn comes before that of the primary's. Who holds the VIP waits until all of its kind
 /// are offered the version, the primary among them.
-fn goes_before(node: &Node, primary: &Node, board: &Board) -> bool {
-    let (own, its) = (fleet::rank(node), fleet::rank(primary));
+fn goes_before(node: &Node, primary: &Node, board: &FleetStatus) -> bool {
+    let (own, its) = (fleet::disruption_order(node), fleet::disruption_order(primary));
     own < its || own == its && node.name != primary.name && board.holder() != Some(&node.name)
 }

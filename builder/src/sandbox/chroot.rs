@@ -100,7 +100,7 @@ struct Entry {
 
 /// What a command said, and whether it was content.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Said {
+pub struct CommandOutput {
     pub ok: bool,
     pub text: String,
 }
@@ -125,7 +125,8 @@ pub fn start(root: &Path, commands: Commands, scratch: u64) -> Result<(), String
         let _ = stdin.write_all(&job);
     }
     let output = child.wait_with_output().map_err(|e| e.to_string())?;
-    let said: Said = serde_json::from_slice(&output.stdout).map_err(|_| "the tree could not be entered".to_owned())?;
+    let said: CommandOutput =
+        serde_json::from_slice(&output.stdout).map_err(|_| "the tree could not be entered".to_owned())?;
     if said.ok { Ok(()) } else { Err(said.text) }
 }
 
@@ -133,8 +134,8 @@ pub fn start(root: &Path, commands: Commands, scratch: u64) -> Result<(), String
 pub fn enter() -> u8 {
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
     let said = match entered() {
-        Ok(()) => Said { ok: true, text: String::new() },
-        Err(text) => Said { ok: false, text },
+        Ok(()) => CommandOutput { ok: true, text: String::new() },
+        Err(text) => CommandOutput { ok: false, text },
     };
     let answer = serde_json::to_vec(&said).unwrap_or_default();
     u8::from(std::io::stdout().write_all(&answer).is_err())

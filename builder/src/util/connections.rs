@@ -45,7 +45,7 @@ pub struct Acceptor {
 }
 
 /// The place that a connection takes, until it is dropped.
-pub struct Place {
+pub struct AdmittedConnection {
     address: IpAddr,
     by_address: Arc<Mutex<HashMap<IpAddr, usize>>>,
     _permit: OwnedSemaphorePermit,
@@ -58,7 +58,7 @@ impl Acceptor {
 
     /// The next connection, and its place. Errors of a single connection, and a lack of file descriptors, don't end
     /// the server.
-    pub async fn accept(&self) -> (Stream, Place) {
+    pub async fn accept(&self) -> (Stream, AdmittedConnection) {
         loop {
             // It is never closed.
             let Ok(permit) = self.room.clone().acquire_owned().await else { continue };
@@ -75,18 +75,18 @@ impl Acceptor {
     }
 
     /// None where the address has as many as it may have: the connection is closed.
-    fn place(&self, address: IpAddr, permit: OwnedSemaphorePermit) -> Option<Place> {
+    fn place(&self, address: IpAddr, permit: OwnedSemaphorePermit) -> Option<AdmittedConnection> {
         let mut counts = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(address).or_default();
         if *count >= self.limits.per_address {
             return None;
         }
         *count += 1;
-        Some(Place { address, by_address: self.by_address.clone(), _permit: permit })
+        Some(AdmittedConnection { address, by_address: self.by_address.clone(), _permit: permit })
     }
 }
 
-impl Drop for Place {
+impl Drop for AdmittedConnection {
     fn drop(&mut self) {
         let mut counts = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = counts.get_mut(&self.address) {

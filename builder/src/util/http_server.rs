@@ -33,21 +33,21 @@ const BUFFER: usize = 16 << 10;
 type Body = BoxBody<Bytes, io::Error>;
 
 /// Answers a request's body at a path. Runs beside the server; it may wait for the disk.
-pub type Desk = dyn Fn(&str, &[u8]) -> Result<Vec<u8>, String> + Send + Sync;
+pub type RequestHandler = dyn Fn(&str, &[u8]) -> Result<Vec<u8>, String> + Send + Sync;
 
 /// What there is to be had.
-pub struct Shelf {
+pub struct FileServer {
     /// By path.
     pub files: BTreeMap<String, Arc<File>>,
-    pub desk: Box<Desk>,
+    pub desk: Box<RequestHandler>,
 }
 
 /// Serves until the process ends.
-pub async fn serve(listener: TcpListener, shelf: Arc<Shelf>) -> Infallible {
+pub async fn serve(listener: TcpListener, shelf: Arc<FileServer>) -> Infallible {
     serve_within(listener, shelf, Limits::default()).await
 }
 
-async fn serve_within(listener: TcpListener, shelf: Arc<Shelf>, limits: Limits) -> Infallible {
+async fn serve_within(listener: TcpListener, shelf: Arc<FileServer>, limits: Limits) -> Infallible {
     let acceptor = Acceptor::new(listener, limits);
     loop {
         let (stream, place) = acceptor.accept().await;
@@ -69,7 +69,7 @@ async fn serve_within(listener: TcpListener, shelf: Arc<Shelf>, limits: Limits) 
     }
 }
 
-async fn answer(shelf: &Arc<Shelf>, request: Request<Incoming>, patience: Duration) -> Response<Body> {
+async fn answer(shelf: &Arc<FileServer>, request: Request<Incoming>, patience: Duration) -> Response<Body> {
     let path = request.uri().path().to_owned();
     match *request.method() {
         Method::GET | Method::HEAD => match shelf.files.get(&path) {
@@ -188,7 +188,7 @@ mod tests {
     fn served_within(limits: Limits) -> SocketAddr {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![7; 3 << 20]).unwrap();
-        let shelf = Shelf {
+        let shelf = FileServer {
             files: BTreeMap::from([("/a".to_owned(), Arc::new(file))]),
             desk: Box::new(|path, body| if path == "/v1/x" { Ok(body.to_vec()) } else { Err("no".into()) }),
         };

@@ -17,8 +17,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 
 use super::command::Done;
-use super::network::{Door, Wire};
-use super::start::Start;
+use super::network::{HostForward, VirtualNic};
+use super::start::VmOptions;
 use crate::assemble::layout::{ESP_START, ROOT_START};
 use crate::error::{Error, Result, fail};
 use crate::project::machine_id::uuid_of;
@@ -145,7 +145,7 @@ impl Container<'_> {
 
     /// # Errors
     /// Something of this host's is missing; the image can't be mounted.
-    pub(super) fn start(&self, start: &Start, interfaces: &[String]) -> Result<()> {
+    pub(super) fn start(&self, start: &VmOptions, interfaces: &[String]) -> Result<()> {
         if !Uid::effective().is_root() {
             return fail("containers are started by root; machines (`bakehouse up`) are not");
         }
@@ -179,7 +179,7 @@ impl Container<'_> {
             ("WIRE", wire),
             ("MAC", start.wire.mac.clone()),
             ("PORT", start.wire.mac[start.wire.mac.len() - 5..].replace(':', "-")),
-            ("HOST", Door::HOST.to_owned()),
+            ("HOST", HostForward::HOST.to_owned()),
             ("OUTWARDS", door.map_or(String::new(), |door| words(door.outside.iter()))),
             ("DOOR", door.and_then(|door| door.address).map_or(String::new(), |address| address.to_string())),
             ("INWARDS", words(inwards.iter().map(|(outside, inside)| format!("{outside}:{inside}")))),
@@ -225,7 +225,7 @@ impl Container<'_> {
     }
 
     /// Its credentials, and what its units need to know of where they are.
-    fn hand_in(&self, start: &Start, interfaces: &[String]) -> Result<()> {
+    fn hand_in(&self, start: &VmOptions, interfaces: &[String]) -> Result<()> {
         let units: Vec<String> = interfaces.iter().map(|name| format!("wireguard-go@{name}.service")).collect();
         let wanted = format!("[Unit]\nWants={0}\nAfter={0}\n", units.join(" "));
         let ours = [
@@ -291,12 +291,12 @@ impl Container<'_> {
 }
 
 /// Name of the network namespace with the bridge that is the fleet's wire.
-fn name_of(wire: &Wire) -> String {
+fn name_of(wire: &VirtualNic) -> String {
     format!("bakehouse-{}", wire.group.replace([':', '.'], "-"))
 }
 
 /// Takes the wire away, if it is there; nobody is on it any more.
-pub(super) fn take_away(wire: &Wire) -> Result<()> {
+pub(super) fn take_away(wire: &VirtualNic) -> Result<()> {
     let name = name_of(wire);
     if !Path::new("/run/netns").join(&name).exists() {
         return Ok(());
@@ -305,7 +305,7 @@ pub(super) fn take_away(wire: &Wire) -> Result<()> {
 }
 
 /// The fleet's wire.
-fn wire_of(wire: &Wire) -> Result<String> {
+fn wire_of(wire: &VirtualNic) -> Result<String> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let name = name_of(wire);

@@ -11,12 +11,12 @@ use fleet::{Node, Ticket};
 use super::container::take_away;
 use super::firmware::{Firmware, accelerator, is_emulated};
 use super::machine::{AGENT, READY, SPARE_DISK, Vm, host_cpus};
-use super::network::Wire;
-use super::start::Start;
+use super::network::VirtualNic;
+use super::start::VmOptions;
 use crate::assemble::layout::{image_id, slots, var_size};
 use crate::error::{Error, Result, fail};
-use crate::keys::authority::Authority;
-use crate::keys::ticket::{Terms, mint};
+use crate::keys::authority::FleetKey;
+use crate::keys::ticket::{TicketTerms, mint};
 use crate::progress::Progress;
 use crate::project::Project;
 use crate::util::fs::private_dir;
@@ -120,7 +120,7 @@ pub struct Described {
     disk: u64,
     keep: bool,
     secure_boot: bool,
-    wire: Wire,
+    wire: VirtualNic,
     ticket: Vec<u8>,
     container: Option<Vec<String>>,
 }
@@ -151,7 +151,7 @@ impl Described {
     }
 
     #[must_use]
-    pub fn as_start(&self) -> Start<'_> {
+    pub fn as_start(&self) -> VmOptions<'_> {
         let mut credentials = vec![("network.network.05-wire".to_owned(), self.wire.network().into_bytes())];
         if !self.ticket.is_empty() {
             credentials.push((Ticket::CREDENTIAL.to_owned(), self.ticket.clone()));
@@ -159,7 +159,7 @@ impl Described {
         if let Some(door) = &self.wire.door {
             credentials.push(("network.network.06-door".to_owned(), door.network().into_bytes()));
         }
-        Start {
+        VmOptions {
             image: &self.image,
             memory: self.memory,
             cpus: self.cpus,
@@ -184,13 +184,13 @@ impl Described {
 /// No such node.
 pub fn start_of(project: &Project, name: &str) -> Result<Described> {
     /// Machines may be started from the same folder for a long time.
-    const TERMS: Terms = Terms { uses: 1, lasts: Duration::from_secs(365 * 86_400), replace: false };
+    const TERMS: TicketTerms = TicketTerms { uses: 1, lasts: Duration::from_secs(365 * 86_400), replace: false };
     let node = project.node(name)?;
     let machine = project.machine(&node.group);
     let file = format!("{}_{}.raw", image_id(project, &node.group), project.topology.version);
     let topology = &project.topology;
-    let hubs = topology.hubs.iter().map(|h| (h.name.clone(), Wire::address(topology, h).to_string()));
-    let ticket = mint(&Authority::of_vms(project)?, topology, name, &TERMS, hubs.collect())?;
+    let hubs = topology.hubs.iter().map(|h| (h.name.clone(), VirtualNic::address(topology, h).to_string()));
+    let ticket = mint(&FleetKey::of_vms(project)?, topology, name, &TERMS, hubs.collect())?;
     let ticket = serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
     let image = project.out_dir(&node.group).join(file);
     let recipe = project.recipe(&node.group);
@@ -204,7 +204,7 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
         // Machines that update themselves are not made anew.
         keep: topology.update.url.is_some(),
         secure_boot: project.fleet.secure_boot.is_some(),
-        wire: Wire::of(project, node),
+        wire: VirtualNic::of(project, node),
         ticket,
         container: project.dir.join(CONTAINERS).exists().then(|| topology.wireguard(node)),
     })
@@ -234,7 +234,7 @@ pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<
     let vms = project.topology.nodes.iter().map(|n| (n, Vm::at(&n.name, project.dir.join("build/vm").join(&n.name))));
     let (off, on): (Vec<_>, Vec<_>) = vms.partition(|(_, vm)| !vm.is_running());
     match off.first() {
-        Some((node, _)) if on.is_empty() => take_away(&Wire::of(project, node)),
+        Some((node, _)) if on.is_empty() => take_away(&VirtualNic::of(project, node)),
         _ => Ok(()),
     }
 }

@@ -22,7 +22,7 @@ use nix::unistd::Pid;
 use super::command::{EXEC_UNIT, EXEC_WANTED, last_word};
 use super::container::Container;
 use super::firmware::{Firmware, accelerator, is_emulated};
-use super::start::{Netboot, Start};
+use super::start::{Netboot, VmOptions};
 use crate::error::{Error, Result, fail};
 use crate::progress::Step;
 use crate::project::Project;
@@ -122,7 +122,7 @@ impl Vm {
     ///
     /// # Errors
     /// QEMU or the firmware is missing, or does not start.
-    pub fn start(&self, start: &Start) -> Result<()> {
+    pub fn start(&self, start: &VmOptions) -> Result<()> {
         // Disks, consoles and firmware variables hold what the node holds: its keys and the fleet's passwords.
         if let Some(all) = self.dir.parent().filter(|dir| dir.ends_with("build/vm")) {
             private_dir(all)?;

@@ -11,18 +11,18 @@ use crate::util::digest::sha256;
 /// A machine's place on the wire that connects the fleet's machines: frames in multicast
 /// packets that don't leave this host's loopback.
 #[derive(Clone, Debug)]
-pub struct Wire {
+pub struct VirtualNic {
     /// Multicast group and port: the fleet's folder has its own.
     pub group: String,
     pub mac: String,
     address: Ipv4Addr,
-    pub(super) door: Option<Door>,
+    pub(super) door: Option<HostForward>,
 }
 
 /// A second network card, by which this host reaches a hub's ports for browsers and operators, and a machine this
 /// host's loopback, where updates come from or failures are told. Nothing else gets in or out by it.
 #[derive(Clone, Debug)]
-pub struct Door {
+pub struct HostForward {
     /// On this host's loopback; every hub of every fleet has its own.
     pub address: Option<Ipv4Addr>,
     /// Where a hub takes the operator's requests.
@@ -37,12 +37,12 @@ const WIRE: [u8; 2] = [198, 18];
 
 /// Where this host reaches the hubs of a fleet's local machines.
 #[must_use]
-pub fn doors(project: &Project) -> BTreeMap<String, String> {
-    let door = |hub: &Node| Some((hub.name.clone(), Wire::of(project, hub).door?.address?.to_string()));
+pub fn hub_forwards(project: &Project) -> BTreeMap<String, String> {
+    let door = |hub: &Node| Some((hub.name.clone(), VirtualNic::of(project, hub).door?.address?.to_string()));
     project.topology.hubs.iter().filter_map(door).collect()
 }
 
-impl Wire {
+impl VirtualNic {
     pub(super) fn of(project: &Project, node: &Node) -> Self {
         // Every fleet is `.` to who stands in its folder.
         let dir = project.dir.canonicalize().unwrap_or_else(|_| project.dir.clone());
@@ -51,9 +51,9 @@ impl Wire {
         let port = 20_000 + u16::from_be_bytes([byte(2), byte(3)]) % 10_000;
         let address = Self::address(&project.topology, node);
         let [_, _, c, d] = address.octets();
-        let updates = project.topology.update.url.as_deref().and_then(Door::port);
-        let told = if node.has_role("monitor") { Door::told(&project.topology.alerts) } else { BTreeSet::new() };
-        let door = Door {
+        let updates = project.topology.update.url.as_deref().and_then(HostForward::port);
+        let told = if node.has_role("monitor") { HostForward::told(&project.topology.alerts) } else { BTreeSet::new() };
+        let door = HostForward {
             // Browsers go to hubs.
             address: (node.hub > 0).then(|| Ipv4Addr::new(127, byte(0).max(1), byte(1) ^ c, d)),
             requests: project.topology.mesh.port,
@@ -81,7 +81,7 @@ impl Wire {
     }
 }
 
-impl Door {
+impl HostForward {
     /// Port on this host's loopback.
     pub const PORT: u16 = 8443;
     /// Network of the doors, reserved for documentation: no fleet's mesh is there.
@@ -150,7 +150,7 @@ mod tests {
         }
         let wire = |path: &str| {
             let project = Project::load(&dir.path().join(path)).unwrap();
-            Wire::of(&project, &project.topology.nodes[0]).group
+            VirtualNic::of(&project, &project.topology.nodes[0]).group
         };
         assert_eq!(wire("one"), wire("other/../one"));
         assert_ne!(wire("one"), wire("other"));
@@ -158,10 +158,10 @@ mod tests {
 
     #[test]
     fn only_an_address_that_means_this_host_is_served_from_it() {
-        assert_eq!(Door::port("http://192.0.2.100:8000/acme"), Some(8000));
-        assert_eq!(Door::port("http://192.0.2.100:8000"), Some(8000));
+        assert_eq!(HostForward::port("http://192.0.2.100:8000/acme"), Some(8000));
+        assert_eq!(HostForward::port("http://192.0.2.100:8000"), Some(8000));
         for url in ["http://updates.example.net:8000/", "https://192.0.2.100:8000", "http://192.0.2.1001:80", ""] {
-            assert_eq!(Door::port(url), None, "{url}");
+            assert_eq!(HostForward::port(url), None, "{url}");
         }
     }
 }

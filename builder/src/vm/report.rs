@@ -11,9 +11,9 @@ use flate2::write::GzEncoder;
 use fleet::{Node, Secrets};
 
 use super::machine::Vm;
-use super::status::Board;
+use super::status::FleetStatus;
 use crate::error::{Error, Result};
-use crate::keys::authority::Authority;
+use crate::keys::authority::FleetKey;
 use crate::progress::Progress;
 use crate::project::Project;
 
@@ -50,13 +50,13 @@ const HAPROXY: (&str, &str) =
 /// The archive can't be written. A machine that does not answer says so in it.
 pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<()> {
     let step = progress.step("report", "asking every machine");
-    let secrets = words(&Authority::of_vms(project)?.secrets);
+    let secrets = words(&FleetKey::of_vms(project)?.secrets);
     let all: Vec<Vec<(String, String)>> = std::thread::scope(|scope| {
         let nodes = project.topology.nodes.iter();
         let asked: Vec<_> = nodes.map(|node| scope.spawn(|| ask(project, node))).collect();
         asked.into_iter().filter_map(|thread| thread.join().ok()).collect()
     });
-    let mut files = vec![("board.txt".to_owned(), Board::read(project).to_string())];
+    let mut files = vec![("board.txt".to_owned(), FleetStatus::read(project).to_string())];
     files.push(("timeline.txt".to_owned(), timeline(&all)));
     files.extend(all.into_iter().flatten());
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::network::Wire;
+use super::network::VirtualNic;
 
 /// By what its firmware asks the network for something to boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +16,7 @@ pub enum Netboot {
 }
 
 /// How to start a machine.
-pub struct Start<'a> {
+pub struct VmOptions<'a> {
     pub image: &'a Path,
     /// Bytes.
     pub memory: u64,
@@ -27,7 +27,7 @@ pub struct Start<'a> {
     pub disk: u64,
     /// A disk that is there stays, also where the image is another by now.
     pub keep: bool,
-    pub wire: Wire,
+    pub wire: VirtualNic,
     /// A second disk, raw.
     pub seed: Option<&'a Path>,
     /// The folder of what its TPM remembers; it has one then.

@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use super::command::{ANSWER, last_word};
 use super::machine::Vm;
-use super::network::{Door, Wire};
+use super::network::{HostForward, VirtualNic};
 use crate::project::Project;
 
 /// What `bakehouse status` prints.
 #[derive(Clone, Debug, Serialize)]
-pub struct Board {
-    pub nodes: Vec<Row>,
+pub struct FleetStatus {
+    pub nodes: Vec<NodeRow>,
     /// Odoo's servers as the hub that holds the VIP sees them: name → `UP`, `DOWN` …
     pub odoo: BTreeMap<String, String>,
     /// What a browser on this host opens.
@@ -24,12 +24,12 @@ pub struct Board {
 
 /// One machine.
 #[derive(Clone, Debug, Serialize)]
-pub struct Row {
+pub struct NodeRow {
     pub node: String,
     pub group: String,
     pub roles: Vec<String>,
     pub address: String,
-    pub state: State,
+    pub state: MachineState,
     /// The last thing its agent said.
     pub message: String,
     pub vip: bool,
@@ -38,7 +38,7 @@ pub struct Row {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum MachineState {
     Off,
     /// It runs, and does not answer yet.
     Booting,
@@ -66,30 +66,30 @@ pub struct Standby {
     pub lag: u64,
 }
 
-impl Board {
+impl FleetStatus {
     /// Asks every machine that runs, all at once.
     #[must_use]
     pub fn read(project: &Project) -> Self {
         let topology = &project.topology;
-        let seen: Vec<(Row, BTreeMap<String, String>)> = std::thread::scope(|scope| {
+        let seen: Vec<(NodeRow, BTreeMap<String, String>)> = std::thread::scope(|scope| {
             let asked: Vec<_> = topology.nodes.iter().map(|node| scope.spawn(|| look(project, node))).collect();
             asked.into_iter().filter_map(|thread| thread.join().ok()).collect()
         });
         let holder = seen.iter().find(|(row, _)| row.vip).or_else(|| seen.iter().find(|(_, odoo)| !odoo.is_empty()));
         let odoo = holder.map(|(_, odoo)| odoo.clone()).unwrap_or_default();
         let served = topology.nodes.iter().any(|n| n.has_role("app"));
-        let doors = topology.hubs.iter().filter(|_| served).filter_map(|hub| {
-            let up = seen.iter().any(|(row, _)| row.node == hub.name && row.state != State::Off);
-            Wire::of(project, hub).door.filter(|_| up)
+        let hub_forwards = topology.hubs.iter().filter(|_| served).filter_map(|hub| {
+            let up = seen.iter().any(|(row, _)| row.node == hub.name && row.state != MachineState::Off);
+            VirtualNic::of(project, hub).door.filter(|_| up)
         });
-        let urls = doors.filter_map(|door: Door| door.url()).collect();
+        let urls = hub_forwards.filter_map(|door: HostForward| door.url()).collect();
         Self { nodes: seen.into_iter().map(|(row, _)| row).collect(), odoo, urls }
     }
 
     /// Nothing is missing: every node ready, one holder of the VIP, one primary, every standby
     /// with it, every Odoo up.
     #[must_use]
-    pub fn is_whole(&self) -> bool {
+    pub fn is_healthy(&self) -> bool {
         let standbys = self.nodes.iter().filter(|n| n.database == Some(Database::Standby)).count();
         let followed: Vec<&Vec<Standby>> = self
             .nodes
@@ -97,7 +97,7 @@ impl Board {
             .filter_map(|n| if let Some(Database::Primary(standbys)) = &n.database { Some(standbys) } else { None })
             .collect();
         let databases = self.nodes.iter().any(|n| n.roles.iter().any(|r| r == "db"));
-        self.nodes.iter().all(|n| n.state == State::Ready)
+        self.nodes.iter().all(|n| n.state == MachineState::Ready)
             && self.nodes.iter().filter(|n| n.vip).count() == 1
             && (!databases
                 || matches!(followed[..], [with] if with.len() == standbys && (standbys == 0 || with.iter().any(|s| s.sync))))
@@ -109,7 +109,7 @@ impl Board {
     }
 
     #[must_use]
-    pub fn row(&self, node: &str) -> Option<&Row> {
+    pub fn row(&self, node: &str) -> Option<&NodeRow> {
         self.nodes.iter().find(|r| r.node == node)
     }
 
@@ -126,7 +126,7 @@ impl Board {
     }
 }
 
-impl fmt::Display for Board {
+impl fmt::Display for FleetStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let standbys: Vec<&Standby> = self
             .nodes
@@ -152,7 +152,7 @@ impl fmt::Display for Board {
             if let Some(status) = self.odoo.get(&row.node) {
                 notes.push(format!("Odoo {}", status.to_lowercase()));
             }
-            if row.state != State::Ready && !row.message.is_empty() {
+            if row.state != MachineState::Ready && !row.message.is_empty() {
                 notes.push(row.message.clone());
             }
             let roles = row.roles.join("+");
@@ -173,7 +173,7 @@ impl fmt::Display for Board {
     }
 }
 
-impl State {
+impl MachineState {
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -191,14 +191,14 @@ fn bytes(n: u64) -> String {
 }
 
 /// A machine's row, and Odoo's servers if it is a hub.
-fn look(project: &Project, node: &Node) -> (Row, BTreeMap<String, String>) {
+fn look(project: &Project, node: &Node) -> (NodeRow, BTreeMap<String, String>) {
     let vm = Vm::at(&node.name, project.dir.join("build/vm").join(&node.name));
-    let mut row = Row {
+    let mut row = NodeRow {
         node: node.name.clone(),
         group: node.group.clone(),
         roles: node.roles.clone(),
         address: node.address.to_string(),
-        state: State::Off,
+        state: MachineState::Off,
         message: String::new(),
         vip: false,
         database: None,
@@ -207,7 +207,7 @@ fn look(project: &Project, node: &Node) -> (Row, BTreeMap<String, String>) {
     if !vm.is_running() {
         return (row, odoo);
     }
-    row.state = State::Booting;
+    row.state = MachineState::Booting;
     match vm.exec_within(&question(&project.topology, node), ANSWER) {
         Ok(done) => read(&done.output, &mut row, &mut odoo),
         Err(_) => last_word(&vm.console()).clone_into(&mut row.message),
@@ -236,7 +236,7 @@ SELECT 'follower', application_name, sync_state, COALESCE(pg_wal_lsn_diff(pg_cur
     script
 }
 
-fn read(text: &str, row: &mut Row, odoo: &mut BTreeMap<String, String>) {
+fn read(text: &str, row: &mut NodeRow, odoo: &mut BTreeMap<String, String>) {
     #[derive(Deserialize)]
     struct Agent {
         phase: String,
@@ -249,9 +249,9 @@ fn read(text: &str, row: &mut Row, odoo: &mut BTreeMap<String, String>) {
                 if let Ok(agent) = serde_json::from_str::<Agent>(rest) {
                     row.message = agent.message;
                     row.state = match agent.phase.as_str() {
-                        "ready" => State::Ready,
-                        "starting" => State::Starting,
-                        _ => State::Joining,
+                        "ready" => MachineState::Ready,
+                        "starting" => MachineState::Starting,
+                        _ => MachineState::Joining,
                     };
                 }
             }
@@ -284,13 +284,13 @@ fn read(text: &str, row: &mut Row, odoo: &mut BTreeMap<String, String>) {
 mod tests {
     use super::*;
 
-    fn row(node: &str, roles: &[&str], answer: &str) -> (Row, BTreeMap<String, String>) {
-        let mut row = Row {
+    fn row(node: &str, roles: &[&str], answer: &str) -> (NodeRow, BTreeMap<String, String>) {
+        let mut row = NodeRow {
             node: node.into(),
             group: "g".into(),
             roles: roles.iter().map(|r| (*r).to_owned()).collect(),
             address: "10.10.0.1".into(),
-            state: State::Booting,
+            state: MachineState::Booting,
             message: String::new(),
             vip: false,
             database: None,
@@ -300,20 +300,24 @@ mod tests {
         (row, odoo)
     }
 
-    fn board() -> Board {
+    fn board() -> FleetStatus {
         let ready = r#"agent {"fleet":"q","node":"n","epoch":1,"phase":"ready","message":"ready (n)"}"#;
         let servers = "server ,app-1,0,0,0,1,,0,0,0,,0,,0,0,0,0,UP,1\nserver ,BACKEND,0,0,0,1,,0,0,0,,0,,0,0,0,0,UP,1";
         let hub = row("hub-1", &["hub"], &format!("{ready}\nvip\n{servers}\n"));
         let db = row("db-1", &["db"], &format!("{ready}\nprimary\nfollower db-2 sync 12\n"));
         let standby = row("db-2", &["db"], &format!("{ready}\nstandby\n"));
         let app = row("app-1", &["app"], ready);
-        Board { nodes: vec![hub.0, db.0, standby.0, app.0], odoo: hub.1, urls: vec!["https://127.1.1.1:8443/".into()] }
+        FleetStatus {
+            nodes: vec![hub.0, db.0, standby.0, app.0],
+            odoo: hub.1,
+            urls: vec!["https://127.1.1.1:8443/".into()],
+        }
     }
 
     #[test]
     fn a_whole_fleet_at_a_glance() {
         let board = board();
-        assert!(board.is_whole());
+        assert!(board.is_healthy());
         assert_eq!((board.holder(), board.primary()), (Some("hub-1"), Some("db-1")));
         let text = board.to_string();
         for words in ["ready     VIP\n", "ready     primary\n", "sync standby, 12 B behind", "Odoo up", "https://127."]
@@ -324,25 +328,26 @@ mod tests {
 
     #[test]
     fn anything_that_is_missing_counts() {
-        let breaks: [fn(&mut Board); 6] = [
+        let breaks: [fn(&mut FleetStatus); 6] = [
             |b| b.nodes[0].vip = false,
             |b| b.nodes[3].vip = true,
             |b| b.nodes[1].database = Some(Database::Primary(Vec::new())),
             |b| b.nodes[2].database = None,
             |b| b.odoo.clear(),
-            |b| b.nodes[3].state = State::Starting,
+            |b| b.nodes[3].state = MachineState::Starting,
         ];
         for (i, broken) in breaks.iter().enumerate() {
             let mut board = board();
             broken(&mut board);
-            assert!(!board.is_whole(), "{i}");
+            assert!(!board.is_healthy(), "{i}");
         }
     }
 
     #[test]
     fn a_machine_that_starts_says_what_it_waits_for() {
         let answer = r#"agent {"fleet":"q","node":"","epoch":0,"phase":"joining","message":"asking hub-1"}"#;
-        let board = Board { nodes: vec![row("db-1", &["db"], answer).0], odoo: BTreeMap::new(), urls: Vec::new() };
+        let board =
+            FleetStatus { nodes: vec![row("db-1", &["db"], answer).0], odoo: BTreeMap::new(), urls: Vec::new() };
         assert!(board.to_string().contains("joining   asking hub-1"), "{board}");
     }
 

@@ -41,11 +41,11 @@ struct Agent {
     epoch: u64,
     phase: Phase,
     message: String,
-    wishes: mpsc::Sender<Wish>,
+    leave_requests: mpsc::Sender<LeaveRequest>,
 }
 
 /// Somebody wants this node to leave; he is told what a hub says.
-type Wish = oneshot::Sender<Result<()>>;
+type LeaveRequest = oneshot::Sender<Result<()>>;
 
 #[zbus::interface(name = "org.bakehouse.Agent1")]
 impl Agent {
@@ -54,7 +54,7 @@ impl Agent {
     async fn leave(&self) -> zbus::fdo::Result<()> {
         let (wish, answer) = oneshot::channel();
         let failed = |why: &dyn std::fmt::Display| zbus::fdo::Error::Failed(why.to_string());
-        self.wishes.send(wish).await.map_err(|e| failed(&e))?;
+        self.leave_requests.send(wish).await.map_err(|e| failed(&e))?;
         answer.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
     }
 
@@ -92,7 +92,7 @@ impl Agent {
 /// The published state.
 pub struct Status {
     object: InterfaceRef<Agent>,
-    wishes: Mutex<mpsc::Receiver<Wish>>,
+    leave_requests: Mutex<mpsc::Receiver<LeaveRequest>>,
 }
 
 impl Status {
@@ -102,18 +102,19 @@ impl Status {
     /// The bus says no.
     pub async fn publish(bus: &zbus::Connection, fleet: &str) -> Result<Self> {
         let message = said().borrow().clone();
-        let (wish, wishes) = mpsc::channel(1);
+        let (wish, leave_requests) = mpsc::channel(1);
         let agent = Agent {
             fleet: fleet.to_owned(),
             node: String::new(),
             epoch: 0,
             phase: Phase::Joining,
             message,
-            wishes: wish,
+            leave_requests: wish,
         };
         bus.object_server().at(PATH, agent).await?;
         bus.request_name(BUS_NAME).await?;
-        let published = Self { object: bus.object_server().interface(PATH).await?, wishes: Mutex::new(wishes) };
+        let published =
+            Self { object: bus.object_server().interface(PATH).await?, leave_requests: Mutex::new(leave_requests) };
         let object = published.object.clone();
         tokio::spawn(async move {
             let mut said = said();
@@ -141,9 +142,9 @@ impl Status {
     ///
     /// # Errors
     /// Never while the object is published.
-    pub async fn wishes(&self, ask: impl AsyncFn() -> Result<()>) -> Result<()> {
-        let mut wishes = self.wishes.lock().await;
-        while let Some(wish) = wishes.recv().await {
+    pub async fn leave_requests(&self, ask: impl AsyncFn() -> Result<()>) -> Result<()> {
+        let mut leave_requests = self.leave_requests.lock().await;
+        while let Some(wish) = leave_requests.recv().await {
             // Who has hung up asks again.
             let _ = wish.send(ask().await);
         }
@@ -222,18 +223,20 @@ mod tests {
     #[tokio::test]
     async fn what_is_published_is_what_is_read() {
         let (agent, reader) = pair().await;
-        let (wish, wishes) = mpsc::channel(1);
+        let (wish, leave_requests) = mpsc::channel(1);
         let object = Agent {
             fleet: "acme".into(),
             node: String::new(),
             epoch: 0,
             phase: Phase::Joining,
             message: "m".into(),
-            wishes: wish,
+            leave_requests: wish,
         };
         agent.object_server().at(PATH, object).await.unwrap();
-        let status =
-            Status { object: agent.object_server().interface(PATH).await.unwrap(), wishes: Mutex::new(wishes) };
+        let status = Status {
+            object: agent.object_server().interface(PATH).await.unwrap(),
+            leave_requests: Mutex::new(leave_requests),
+        };
         assert_eq!(describe(&reader, false).await.unwrap(), "a node of acme to be: m");
         status.is("db-1", 2).await.unwrap();
         status.enter(Phase::Ready).await.unwrap();
@@ -246,7 +249,7 @@ mod tests {
         let refused = async || Err(crate::error::Error::Failed("the only vote".to_owned()));
         let answer = tokio::select! {
             answer = leave(&reader) => answer,
-            _ = status.wishes(refused) => panic!("nobody can ask any more"),
+            _ = status.leave_requests(refused) => panic!("nobody can ask any more"),
         };
         assert!(answer.unwrap_err().to_string().contains("the only vote"));
         say(crate::host::journal::Event::Ready, "something");

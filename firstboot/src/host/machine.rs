@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::thread;
 
-use fleet::{EMULATED, Machine};
+use fleet::{EMULATED_TIMEOUT_SCALE, MachineSize};
 use nix::sys::statvfs::statvfs;
 
 use crate::error::{Error, Result};
@@ -14,17 +14,17 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// /proc/meminfo cannot be read, or the file system of /var cannot be asked.
-pub fn read(virtualization: &str) -> Result<Machine> {
+pub fn read(virtualization: &str) -> Result<MachineSize> {
     let path = Path::new("/proc/meminfo");
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
     let memory = memory(&text)
         .ok_or_else(|| Error::Configuration("/proc/meminfo does not say how much memory there is".to_owned()))?;
     let cpus = thread::available_parallelism().map_or(1, |n| n.get() as u64);
     // `kvm` is the name of QEMU with real processors.
-    let patience = if virtualization == "qemu" { EMULATED } else { 1 };
+    let patience = if virtualization == "qemu" { EMULATED_TIMEOUT_SCALE } else { 1 };
     let var = statvfs("/var").map_err(|e| Error::io("look at the size of", "/var")(e.into()))?;
     let var = (var.blocks() * var.fragment_size()) >> 20;
-    Ok(Machine { memory, var, cpus, patience })
+    Ok(MachineSize { memory, var, cpus, patience })
 }
 
 /// MiB of `MemTotal`.

@@ -59,7 +59,7 @@ trait Network {
 
 /// A service at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
+pub struct ServiceState {
     /// `active`, `activating` (also where it waits for another unit to start first), `failed` …
     pub state: String,
     /// Another one for each of its starts; empty before the first.
@@ -136,14 +136,14 @@ impl Systemd {
     ///
     /// # Errors
     /// The bus is gone, or there is no such unit.
-    pub async fn unit(&self, unit: &str) -> Result<Seen> {
+    pub async fn unit(&self, unit: &str) -> Result<ServiceState> {
         let path = self.manager.load_unit(unit).await?;
         let of = self.of(path).await?;
         let mut state = of.active_state().await?;
         if state == "inactive" && of.job().await?.0 != 0 {
             "activating".clone_into(&mut state);
         }
-        Ok(Seen { state, invocation: of.invocation_id().await? })
+        Ok(ServiceState { state, invocation: of.invocation_id().await? })
     }
 
     /// With a cache, each look would have systemd tell all that it knows of the unit.

@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use fleet::{
-    Answer, Departure, Grant, Introduction, Issuer, JoinReply, JoinRequest, Node, PROTOCOL, Peers, PublicKey, Reason,
-    Refusal, Renewal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, Tokens, TokensRequest,
-    Topology, encoding,
+    Departure, Grant, Introduction, Issuer, JoinReply, JoinRequest, Node, PROTOCOL, Peers, PublicKey, Reason, Refusal,
+    Renewal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, Tokens, TokensRequest, Topology,
+    UpdateDecision, encoding,
 };
 use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
 
-use super::claims::ClaimsDesk;
+use super::claims::SlotAllocator;
 use super::departures::Identified;
 use super::orders::{OrderLog, Signed};
 use super::peer::{Member, Peer};
@@ -22,7 +22,7 @@ use super::rollout;
 use super::token::verify;
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER};
-use crate::node::neighbours::Neighbourhood;
+use crate::node::neighbours::PeerTable;
 
 /// What the API answers from.
 pub struct Hub {
@@ -33,8 +33,8 @@ pub struct Hub {
     pub secrets: Secrets,
     /// Of this hub's own grant.
     pub epoch: u64,
-    pub desk: Arc<ClaimsDesk>,
-    pub neighbourhood: Arc<Neighbourhood>,
+    pub desk: Arc<SlotAllocator>,
+    pub neighbourhood: Arc<PeerTable>,
     /// The operator's orders that this hub has carried out.
     pub orders: OrderLog,
 }
@@ -211,7 +211,7 @@ impl Hub {
     }
 
     /// A member says what it runs, and may be told to change.
-    async fn turn(&self, member: &Member, body: &[u8]) -> Result<Answer, Refusal> {
+    async fn turn(&self, member: &Member, body: &[u8]) -> Result<UpdateDecision, Refusal> {
         let said: Report = serde_json::from_slice(body)
             .map_err(|e| no(Reason::Malformed, &format!("the report is not readable: {e}")))?;
         if said.version != PROTOCOL {

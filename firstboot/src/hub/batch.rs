@@ -8,12 +8,12 @@ use fleet::{Claims, JoinRequest, Reason, Refusal, SlotRecord};
 use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
 
-use super::claims::{ClaimsDesk, Waiting};
-use super::records::{Count, Given, Keys, SLOTS, Taking};
+use super::claims::{QueuedClaim, SlotAllocator};
+use super::records::{EtcdKeys, GrantedSlot, PendingGrant, SLOTS, TokenUsage};
 use super::refusal::no;
 use super::terms::TokenState;
 use crate::client::backoff::jitter;
-use crate::client::etcd::Change;
+use crate::client::etcd::WatchEvent;
 use crate::error::{Error, Result};
 
 /// Others may claim at the same moment: then again, that often.
@@ -21,7 +21,7 @@ const ATTEMPTS: u64 = 16;
 /// Claims in one transaction: etcd takes 128 operations, each claim needs up to five.
 const TOGETHER: usize = 24;
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// Gives a slot to a node whose token was verified. The same keys get the same slot again, before anything
     /// else is looked at.
     ///
@@ -30,14 +30,14 @@ impl ClaimsDesk {
     ///
     /// # Errors
     /// etcd does not answer. The transaction may have taken place: the same claim again returns its result.
-    pub async fn claim(&self, claims: &Claims, request: &JoinRequest) -> Result<Result<Given, Refusal>> {
+    pub async fn claim(&self, claims: &Claims, request: &JoinRequest) -> Result<Result<GrantedSlot, Refusal>> {
         // A token that gives nothing any more may still be of a node that asks again for its grant, which etcd
         // knows better than this hub. Strangers with such tokens must not keep etcd busy.
         if self.useless.is_refused(claims) && !self.is_owner(request.mesh_key) {
             return Ok(Err(no(Reason::Busy, "too many nodes ask with tokens that are expired, spent or revoked")));
         }
         let (reply, mut answer) = oneshot::channel();
-        self.queue().push_back(Waiting { claims: claims.clone(), request: request.clone(), reply });
+        self.queue().push_back(QueuedClaim { claims: claims.clone(), request: request.clone(), reply });
         let _turn = self.turn.lock().await;
         loop {
             // The claim that had the turn before may have been decided together with this one.
@@ -57,12 +57,12 @@ impl ClaimsDesk {
         }
     }
 
-    fn queue(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
+    fn queue(&self) -> MutexGuard<'_, VecDeque<QueuedClaim>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers every claim of a batch.
-    async fn decide(&self, mut batch: Vec<Waiting>) {
+    async fn decide(&self, mut batch: Vec<QueuedClaim>) {
         for attempt in 0..ATTEMPTS {
             if let Err(e) = self.attempt(&mut batch, attempt).await {
                 let why = e.to_string();
@@ -82,7 +82,7 @@ impl ClaimsDesk {
     }
 
     /// Answers the claims that it can; leaves those that have to be looked at again.
-    async fn attempt(&self, batch: &mut Vec<Waiting>, attempt: u64) -> Result<()> {
+    async fn attempt(&self, batch: &mut Vec<QueuedClaim>, attempt: u64) -> Result<()> {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let now = clock.max(self.time_floor());
         if now > clock {
@@ -93,14 +93,14 @@ impl ClaimsDesk {
             let groups: BTreeSet<&str> = batch.iter().map(|w| w.claims.group.as_str()).collect();
             for group in groups {
                 let (_, pairs) = self.etcd.list(&format!("{SLOTS}{group}-")).await?;
-                self.heard(pairs.into_iter().map(|p| Change { key: p.key, value: Some(p.value) }).collect(), false);
+                self.heard(pairs.into_iter().map(|p| WatchEvent { key: p.key, value: Some(p.value) }).collect(), false);
             }
         }
-        let keys: Vec<Keys> = batch.iter().map(|w| Keys::of(w.request.mesh_key, &w.claims.id)).collect();
+        let keys: Vec<EtcdKeys> = batch.iter().map(|w| EtcdKeys::of(w.request.mesh_key, &w.claims.id)).collect();
         let asked: Vec<&str> = keys.iter().flat_map(|k| [k.owner.as_str(), &k.token, &k.revoked]).collect();
         let found = self.etcd.get(&asked).await?;
-        let mut tokens: BTreeMap<String, Count> = BTreeMap::new();
-        let mut takings: Vec<Taking> = Vec::new();
+        let mut tokens: BTreeMap<String, TokenUsage> = BTreeMap::new();
+        let mut takings: Vec<PendingGrant> = Vec::new();
         let mut taking = Vec::new();
         let mut later = Vec::new();
         let mut asking = std::mem::take(batch).into_iter().zip(keys).zip(found.chunks(3));
@@ -146,7 +146,7 @@ impl ClaimsDesk {
                 }
                 Err(e) => break Some((waiting, e)),
             };
-            let count = Count { used: used + 1, revision: token.revision };
+            let count = TokenUsage { used: used + 1, revision: token.revision };
             tokens.insert(waiting.claims.id.clone(), count);
             let eviction = place.before.as_ref().and_then(|r| r.eviction.clone());
             let record = SlotRecord {
@@ -161,7 +161,7 @@ impl ClaimsDesk {
                 vacant: false,
                 eviction,
             };
-            takings.push(Taking { place, record, keys, former: None });
+            takings.push(PendingGrant { place, record, keys, former: None });
             taking.push(waiting);
         };
         let unanswered = asking.map(|((waiting, _), _)| waiting).collect::<Vec<_>>();
@@ -174,8 +174,8 @@ impl ClaimsDesk {
             }
         };
         if matches!(taken, Ok(true)) {
-            for (waiting, Taking { place, record, .. }) in taking.drain(..).zip(takings) {
-                waiting.tell(Ok(Ok(Given { slot: place.slot, epoch: record.epoch })));
+            for (waiting, PendingGrant { place, record, .. }) in taking.drain(..).zip(takings) {
+                waiting.tell(Ok(Ok(GrantedSlot { slot: place.slot, epoch: record.epoch })));
             }
         }
         batch.extend(taking.into_iter().chain(later).chain(unanswered));

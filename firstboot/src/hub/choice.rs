@@ -2,15 +2,19 @@
 
 use fleet::{Claims, Node, Reason, Refusal};
 
-use super::claims::ClaimsDesk;
-use super::records::{Place, Taking};
+use super::claims::SlotAllocator;
+use super::records::{PendingGrant, SlotState};
 use super::refusal::no;
 use crate::error::Result;
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// Returns the slot for a token: its own, or the first that is free. `None` if an earlier claim of this batch
     /// reserved the slot: the claim is retried with the next batch.
-    pub(super) async fn choose(&self, claims: &Claims, takings: &[Taking]) -> Result<Result<Option<Place>, Refusal>> {
+    pub(super) async fn choose(
+        &self,
+        claims: &Claims,
+        takings: &[PendingGrant],
+    ) -> Result<Result<Option<SlotState>, Refusal>> {
         let promised = |slot: &str| takings.iter().any(|t| t.place.slot == slot);
         if let Some(slot) = &claims.slot {
             if self.topology.node(slot).is_none_or(|n| n.group != claims.group) {
@@ -57,7 +61,7 @@ impl ClaimsDesk {
         }
         let Some(node) = free.into_iter().find(|n| !promised(&n.name)) else { return Ok(Ok(None)) };
         // What was never taken need not be looked up.
-        let new = Place { slot: node.name.clone(), before: None, revision: 0, silent: false };
+        let new = SlotState { slot: node.name.clone(), before: None, revision: 0, silent: false };
         let place = if owners.contains_key(&node.name) { self.place(&node.name).await? } else { new };
         // Somebody was faster.
         let owned = place.before.as_ref().is_some_and(|r| !r.vacant);

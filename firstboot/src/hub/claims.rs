@@ -9,13 +9,15 @@ use fleet::{Claims, JoinRequest, MeshKey, Reason, Refusal, SlotRecord, Tokens, T
 use tokio::sync::{oneshot, watch};
 
 use super::hearing::{Hearing, seen};
-use super::records::{Count, Given, Keys, Owners, Place, REVOKED, SLOTS, TOKENS, Taking, audit, forgotten_audit};
+use super::records::{
+    EtcdKeys, GrantedSlot, Owners, PendingGrant, REVOKED, SLOTS, SlotState, TOKENS, TokenUsage, audit, forgotten_audit,
+};
 use super::refusal::{gone, no};
 use super::useless::UselessTokens;
-use crate::client::etcd::{Etcd, If, Pair, Then};
+use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::error::{Error, Result};
 
-pub struct ClaimsDesk {
+pub struct SlotAllocator {
     pub(super) etcd: Etcd,
     pub(super) topology: Topology,
     /// This hub.
@@ -24,7 +26,7 @@ pub struct ClaimsDesk {
     pub(super) owners: Arc<watch::Sender<Arc<Owners>>>,
     /// etcd's word is among them since this start.
     pub(super) has_heard: Arc<AtomicBool>,
-    pub(super) waiting: Mutex<VecDeque<Waiting>>,
+    pub(super) waiting: Mutex<VecDeque<QueuedClaim>>,
     /// One batch of this hub's is under way at a time: two would only get into each other's way
     /// in etcd.
     pub(super) turn: tokio::sync::Mutex<()>,
@@ -34,7 +36,7 @@ pub struct ClaimsDesk {
     pub(super) built: u64,
 }
 
-impl ClaimsDesk {
+impl SlotAllocator {
     #[must_use]
     pub fn new(etcd: Etcd, topology: Topology, by: &str) -> Self {
         Self {
@@ -81,7 +83,7 @@ impl ClaimsDesk {
         mesh_key: MeshKey,
         tls_key: &str,
         image: &str,
-    ) -> Result<Result<Given, Refusal>> {
+    ) -> Result<Result<GrantedSlot, Refusal>> {
         let place = self.place(slot).await?;
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         match &place.before {
@@ -89,7 +91,7 @@ impl ClaimsDesk {
                 return Ok(Err(no(Reason::Fenced, &gone(slot))));
             }
             Some(record) if record.mesh_key == mesh_key => {
-                return Ok(Ok(Given { slot: slot.to_owned(), epoch: record.epoch }));
+                return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch: record.epoch }));
             }
             Some(record) => {
                 let text = format!(
@@ -112,9 +114,9 @@ impl ClaimsDesk {
             vacant: false,
             eviction: None,
         };
-        let taking = Taking { place, record, keys: Keys::of(mesh_key, ""), former: None };
+        let taking = PendingGrant { place, record, keys: EtcdKeys::of(mesh_key, ""), former: None };
         if self.take(&[taking], &BTreeMap::new()).await? {
-            return Ok(Ok(Given { slot: slot.to_owned(), epoch: 1 }));
+            return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch: 1 }));
         }
         Ok(Err(no(Reason::Busy, "somebody else wrote at the same time")))
     }
@@ -124,8 +126,8 @@ impl ClaimsDesk {
     /// # Errors
     /// etcd does not answer.
     pub async fn revoke(&self, token: &str) -> Result<()> {
-        let keys = Keys::of(MeshKey([0; 32]), token);
-        self.etcd.transact(&[], &[Then::Put(&keys.revoked, b"")]).await.map(drop)
+        let keys = EtcdKeys::of(MeshKey([0; 32]), token);
+        self.etcd.transact(&[], &[Op::Put(&keys.revoked, b"")]).await.map(drop)
     }
 
     /// What became of all tokens.
@@ -133,7 +135,7 @@ impl ClaimsDesk {
     /// # Errors
     /// etcd does not answer.
     pub async fn tokens(&self) -> Result<Tokens> {
-        let ids = |pairs: Vec<Pair>, prefix: &str| -> Vec<(String, Vec<u8>)> {
+        let ids = |pairs: Vec<KeyValue>, prefix: &str| -> Vec<(String, Vec<u8>)> {
             pairs.into_iter().filter_map(|p| Some((p.key.strip_prefix(prefix)?.to_owned(), p.value))).collect()
         };
         let (_, used) = self.etcd.list(TOKENS).await?;
@@ -145,7 +147,7 @@ impl ClaimsDesk {
         })
     }
 
-    pub(super) async fn place(&self, slot: &str) -> Result<Place> {
+    pub(super) async fn place(&self, slot: &str) -> Result<SlotState> {
         let found = self.etcd.get(&[&format!("{SLOTS}{slot}")]).await?;
         let pair = found.into_iter().next().ok_or_else(|| Error::Failed("etcd lost a key".to_owned()))?;
         let before = if pair.revision == 0 {
@@ -154,11 +156,11 @@ impl ClaimsDesk {
             let record = serde_json::from_slice(&pair.value);
             Some(record.map_err(|e| Error::Failed(format!("etcd's record of {slot} is not readable: {e}")))?)
         };
-        Ok(Place { slot: slot.to_owned(), before, revision: pair.revision, silent: false })
+        Ok(SlotState { slot: slot.to_owned(), before, revision: pair.revision, silent: false })
     }
 
     /// One transaction: the slots are as they were seen, the keys new, the tokens as they were seen.
-    pub(super) async fn take(&self, takings: &[Taking], tokens: &BTreeMap<String, Count>) -> Result<bool> {
+    pub(super) async fn take(&self, takings: &[PendingGrant], tokens: &BTreeMap<String, TokenUsage>) -> Result<bool> {
         let mut when = Vec::new();
         let mut then = Vec::new();
         let written: Vec<(String, String, Option<String>, Vec<u8>)> = takings
@@ -171,42 +173,42 @@ impl ClaimsDesk {
             })
             .collect::<Result<_>>()?;
         for (taking, (slot, audit, seen, value)) in takings.iter().zip(&written) {
-            when.extend([If::Unchanged(slot, taking.place.revision), If::Unchanged(&taking.keys.owner, 0)]);
+            when.extend([Compare::Unchanged(slot, taking.place.revision), Compare::Unchanged(&taking.keys.owner, 0)]);
             if let Some(seen) = seen {
-                when.push(If::Unchanged(seen, 0));
+                when.push(Compare::Unchanged(seen, 0));
             }
-            then.push(Then::Put(slot, value));
-            then.push(Then::Put(&taking.keys.owner, taking.place.slot.as_bytes()));
-            then.push(Then::Put(audit, value));
+            then.push(Op::Put(slot, value));
+            then.push(Op::Put(&taking.keys.owner, taking.place.slot.as_bytes()));
+            then.push(Op::Put(audit, value));
             if let Some(former) = &taking.former {
-                then.push(Then::Delete(former));
+                then.push(Op::Delete(former));
             }
         }
         let forgotten: Vec<String> =
             takings.iter().filter_map(|t| forgotten_audit(&t.place.slot, t.record.epoch)).collect();
-        then.extend(forgotten.iter().map(|audit| Then::Delete(audit)));
-        let counts: Vec<(Keys, String, u64)> = tokens
+        then.extend(forgotten.iter().map(|audit| Op::Delete(audit)));
+        let counts: Vec<(EtcdKeys, String, u64)> = tokens
             .iter()
             .filter(|(id, _)| takings.iter().any(|t| t.record.token.as_ref() == Some(id)))
-            .map(|(id, count)| (Keys::of(MeshKey([0; 32]), id), count.used.to_string(), count.revision))
+            .map(|(id, count)| (EtcdKeys::of(MeshKey([0; 32]), id), count.used.to_string(), count.revision))
             .collect();
         for (keys, used, revision) in &counts {
-            when.extend([If::Unchanged(&keys.token, *revision), If::Unchanged(&keys.revoked, 0)]);
-            then.push(Then::Put(&keys.token, used.as_bytes()));
+            when.extend([Compare::Unchanged(&keys.token, *revision), Compare::Unchanged(&keys.revoked, 0)]);
+            then.push(Op::Put(&keys.token, used.as_bytes()));
         }
         self.etcd.transact(&when, &then).await
     }
 }
 
 /// A claim that is not answered yet.
-pub(super) struct Waiting {
+pub(super) struct QueuedClaim {
     pub(super) claims: Claims,
     pub(super) request: JoinRequest,
-    pub(super) reply: oneshot::Sender<Result<Result<Given, Refusal>>>,
+    pub(super) reply: oneshot::Sender<Result<Result<GrantedSlot, Refusal>>>,
 }
 
-impl Waiting {
-    pub(super) fn tell(self, answer: Result<Result<Given, Refusal>>) {
+impl QueuedClaim {
+    pub(super) fn tell(self, answer: Result<Result<GrantedSlot, Refusal>>) {
         // A node that has hung up asks again.
         let _ = self.reply.send(answer);
     }

@@ -4,10 +4,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{Eviction, Reason, Refusal, SlotRecord};
 
-use super::claims::ClaimsDesk;
-use super::records::{Place, SLOTS, audit, forgotten_audit};
+use super::claims::SlotAllocator;
+use super::records::{SLOTS, SlotState, audit, forgotten_audit};
 use super::refusal::no;
-use crate::client::etcd::{If, Then};
+use crate::client::etcd::{Compare, Op};
 use crate::error::{Error, Result};
 
 /// Which owner of a slot is meant.
@@ -19,7 +19,7 @@ pub enum Identified<'a> {
     Epoch(Option<u64>),
 }
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// A node is to go. Its machine hears of it and does so by itself; with `now` it is not
     /// waited for, and is fenced. `owner` is who is meant: another owner of the slot stays. Said
     /// again, it goes on from where it was. `proof` is the operator's order, for nodes to verify.
@@ -63,7 +63,7 @@ impl ClaimsDesk {
             let record = SlotRecord { leaving: true, ..record.clone() };
             let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
             let key = format!("{SLOTS}{slot}");
-            if !self.etcd.transact(&[If::Unchanged(&key, place.revision)], &[Then::Put(&key, &value)]).await? {
+            if !self.etcd.transact(&[Compare::Unchanged(&key, place.revision)], &[Op::Put(&key, &value)]).await? {
                 return Ok(Err(no(Reason::Busy, "somebody else wrote at the same time")));
             }
         }
@@ -88,7 +88,12 @@ impl ClaimsDesk {
 
     /// Nobody has the slot any more, as of the next epoch. Its vote goes first: done again after a
     /// cut, it is gone.
-    async fn vacate(&self, place: &Place, record: &SlotRecord, proof: Option<Eviction>) -> Result<Result<(), Refusal>> {
+    async fn vacate(
+        &self,
+        place: &SlotState,
+        record: &SlotRecord,
+        proof: Option<Eviction>,
+    ) -> Result<Result<(), Refusal>> {
         let slot = &place.slot;
         self.unvote(slot).await?;
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -103,10 +108,10 @@ impl ClaimsDesk {
         };
         let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
         let (key, audit) = (format!("{SLOTS}{slot}"), audit(slot, record.epoch));
-        let mut then = vec![Then::Put(&key, &value), Then::Put(&audit, &value)];
+        let mut then = vec![Op::Put(&key, &value), Op::Put(&audit, &value)];
         let forgotten = forgotten_audit(slot, record.epoch);
-        then.extend(forgotten.iter().map(|audit| Then::Delete(audit)));
-        let done = self.etcd.transact(&[If::Unchanged(&key, place.revision)], &then).await?;
+        then.extend(forgotten.iter().map(|audit| Op::Delete(audit)));
+        let done = self.etcd.transact(&[Compare::Unchanged(&key, place.revision)], &then).await?;
         println!("{slot} has no owner any more (epoch {})", record.epoch);
         Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })
     }

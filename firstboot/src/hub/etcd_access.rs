@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use fleet::{Secrets, SlotRecord, Topology};
 
-use super::claims::ClaimsDesk;
+use super::claims::SlotAllocator;
 use super::records::SLOTS;
-use crate::client::etcd::{Etcd, If, Then};
+use crate::client::etcd::{Compare, Etcd, Op};
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{PATRONI, patroni_runs_with};
 
@@ -39,7 +39,7 @@ pub enum Access {
 
 /// One hub's part.
 pub struct EtcdAccess<'a> {
-    pub desk: &'a ClaimsDesk,
+    pub desk: &'a SlotAllocator,
     pub topology: &'a Topology,
     pub secrets: &'a Secrets,
     /// This hub's slot, and its TLS key.
@@ -137,7 +137,7 @@ impl EtcdAccess<'_> {
     }
 }
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// A hub or database node has shown that it runs with its etcd password, or a voter that its etcd takes
     /// passwords. Written once for each owner.
     ///
@@ -150,7 +150,7 @@ impl ClaimsDesk {
             return Ok(());
         }
         let revision = found.first().map_or(0, |pair| pair.revision);
-        self.etcd.transact(&[If::Unchanged(&key, revision)], &[Then::Put(&key, tls_key.as_bytes())]).await.map(drop)
+        self.etcd.transact(&[Compare::Unchanged(&key, revision)], &[Op::Put(&key, tls_key.as_bytes())]).await.map(drop)
     }
 }
 

@@ -28,14 +28,14 @@ use std::time::{Duration, Instant};
 use fleet::{Node, Topology};
 use serde::Deserialize;
 
-use crate::client::etcd::{Etcd, If, Pair, Then};
+use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::client::patroni::scope;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
 use crate::host::ticker::Ticker;
 use crate::mesh::Routes;
-use crate::node::neighbours::Neighbourhood;
+use crate::node::neighbours::PeerTable;
 
 const SHUT: &str = "/bakehouse/shut/";
 /// How often hubs look.
@@ -53,21 +53,21 @@ pub struct Fence<'a> {
     pub topology: &'a Topology,
     /// This hub.
     pub own: &'a Node,
-    pub neighbourhood: &'a Neighbourhood,
+    pub neighbourhood: &'a PeerTable,
     /// How much longer time-outs are on this machine.
     pub slow: u32,
 }
 
 /// Since when there is no way to a node that there was one to.
 #[derive(Default)]
-struct Absent {
+struct UnreachableTracker {
     reached: BTreeSet<String>,
     since: BTreeMap<String, Instant>,
 }
 
 /// One node that this hub excludes from the mesh.
 #[derive(Clone, Copy, Debug)]
-struct Shut {
+struct FencedNode {
     until: Instant,
     /// This process has recorded it in etcd.
     said: bool,
@@ -77,7 +77,7 @@ struct Shut {
 #[derive(Debug, Default)]
 pub struct FenceState {
     /// The nodes that this hub excludes from the mesh.
-    excluded: Mutex<BTreeMap<String, Shut>>,
+    excluded: Mutex<BTreeMap<String, FencedNode>>,
     /// Revision of Patroni's leader key, and when this hub first read it.
     leader: Mutex<Option<(u64, Instant)>>,
 }
@@ -123,7 +123,7 @@ impl Fence<'_> {
 
     async fn watch(&self, databases: &[&Node], state: &FenceState) -> Result<()> {
         let routes = Routes::open()?;
-        let mut absent = Absent::default();
+        let mut absent = UnreachableTracker::default();
         let mut ticker = Ticker::new("the fence", LOOK * self.slow.min(3));
         loop {
             ticker.tick().await;
@@ -131,7 +131,7 @@ impl Fence<'_> {
             let reached = databases.iter().filter(|n| ways.contains(&n.address)).map(|n| n.name.clone()).collect();
             let now = Instant::now();
             for slot in absent.for_long(reached, now, PATIENCE * self.slow) {
-                match self.depose(&slot, &absent.reached, state).await {
+                match self.release_leader_key(&slot, &absent.reached, state).await {
                     Ok(true) => absent.forget(&slot),
                     Ok(false) => {}
                     Err(e) => println!("{slot} is out of reach: {e}"),
@@ -139,7 +139,7 @@ impl Fence<'_> {
             }
             for slot in state.take_ended(now) {
                 println!("{slot} may come back");
-                self.neighbourhood.let_in(&slot);
+                self.neighbourhood.unfence_node(&slot);
             }
         }
     }
@@ -160,7 +160,7 @@ impl Fence<'_> {
             let own = self.key(slot);
             if self.is_majority(by) || recorded.iter().any(|p| p.key == own) {
                 state.insert(slot, self.excluded(false));
-                self.neighbourhood.shut_out(slot).await;
+                self.neighbourhood.fence_node(slot).await;
                 println!("{slot} is shut out: the hubs have decided so");
             }
         }
@@ -173,7 +173,7 @@ impl Fence<'_> {
     ///
     /// # Errors
     /// etcd does not answer: the next call goes on where this one stopped.
-    pub async fn depose(&self, slot: &str, reached: &BTreeSet<String>, state: &FenceState) -> Result<bool> {
+    pub async fn release_leader_key(&self, slot: &str, reached: &BTreeSet<String>, state: &FenceState) -> Result<bool> {
         let scope = scope(self.topology);
         let (leader, sync) = (format!("{scope}leader"), format!("{scope}sync"));
         let found = self.etcd.get(&[&leader, &sync]).await?;
@@ -181,13 +181,13 @@ impl Fence<'_> {
         if holds.value != slot.as_bytes() {
             return Ok(true);
         }
-        let unchanged = [If::Unchanged(&leader, holds.revision), If::Unchanged(&sync, follows.revision)];
-        let heirs = heirs(slot, follows);
-        if heirs.is_empty() {
+        let unchanged = [Compare::Unchanged(&leader, holds.revision), Compare::Unchanged(&sync, follows.revision)];
+        let sync_standbys = sync_standbys(slot, follows);
+        if sync_standbys.is_empty() {
             self.readmit(slot, &unchanged, state).await?;
             return Ok(false);
         }
-        if !heirs.iter().any(|heir| *heir == self.own.name || reached.contains(heir)) {
+        if !sync_standbys.iter().any(|heir| *heir == self.own.name || reached.contains(heir)) {
             return Ok(false);
         }
         if state.leader_age(holds.revision) < Duration::from_secs(self.lasts().into()) {
@@ -197,39 +197,40 @@ impl Fence<'_> {
         if !state.is_recorded(slot) {
             // A transaction whose answer is lost may have been carried out: the exclusion stands.
             state.insert(slot, self.excluded(false));
-            self.neighbourhood.shut_out(slot).await;
+            self.neighbourhood.fence_node(slot).await;
             let lease = self.etcd.lease(self.lasts()).await?;
-            self.etcd.transact(&[], &[Then::PutFor(&key, b"", &lease)]).await?;
+            self.etcd.transact(&[], &[Op::PutFor(&key, b"", &lease)]).await?;
             state.insert(slot, self.excluded(true));
             println!("{slot}, the primary, is out of reach: it is shut out");
         }
         let (_, said) = self.etcd.list(&format!("{SHUT}{slot}/")).await?;
-        let said: Vec<&Pair> = said.iter().filter(|p| self.is_hubs(slot, &p.key)).collect();
+        let said: Vec<&KeyValue> = said.iter().filter(|p| self.is_hubs(slot, &p.key)).collect();
         if !self.is_majority(said.len()) {
             return Ok(false);
         }
-        let mut when: Vec<If> = said.iter().map(|p| If::Unchanged(&p.key, p.revision)).collect();
+        let mut when: Vec<Compare> = said.iter().map(|p| Compare::Unchanged(&p.key, p.revision)).collect();
         when.extend(unchanged);
         // Patroni's cache takes the events one by one in this order, and a cycle may read it between them: the old
         // primary must not see the new revision of `sync` beside its leader key.
-        let then = [Then::Delete(&leader), Then::Put(&sync, &follows.value)];
+        let then = [Op::Delete(&leader), Op::Put(&sync, &follows.value)];
         if !self.etcd.transact(&when, &then).await? {
             return Ok(false);
         }
-        let text = format!("{slot} is out of reach of {} hubs: {} may take its place", said.len(), heirs.join(" or "));
+        let text =
+            format!("{slot} is out of reach of {} hubs: {} may take its place", said.len(), sync_standbys.join(" or "));
         say(Event::Deposed, &text);
         Ok(true)
     }
 
     /// Ends the exclusion of a primary that no standby can follow any more: its place can't be given away.
-    async fn readmit(&self, slot: &str, unchanged: &[If<'_>], state: &FenceState) -> Result<()> {
+    async fn readmit(&self, slot: &str, unchanged: &[Compare<'_>], state: &FenceState) -> Result<()> {
         if !state.contains(slot) {
             return Ok(());
         }
         // After this no other hub counts this one, unless it has deleted the leader key already.
-        if self.etcd.transact(unchanged, &[Then::Delete(&self.key(slot))]).await? {
+        if self.etcd.transact(unchanged, &[Op::Delete(&self.key(slot))]).await? {
             state.remove(slot);
-            self.neighbourhood.let_in(slot);
+            self.neighbourhood.unfence_node(slot);
             println!("{slot}, the primary, is let in again: it has no synchronous standby");
         }
         Ok(())
@@ -240,8 +241,8 @@ impl Fence<'_> {
         u32::from(self.topology.database.ttl) * self.slow.min(3)
     }
 
-    fn excluded(&self, said: bool) -> Shut {
-        Shut { until: Instant::now() + Duration::from_secs(self.lasts().into()) + MARGIN, said }
+    fn excluded(&self, said: bool) -> FencedNode {
+        FencedNode { until: Instant::now() + Duration::from_secs(self.lasts().into()) + MARGIN, said }
     }
 
     fn is_majority(&self, hubs: usize) -> bool {
@@ -259,7 +260,7 @@ impl Fence<'_> {
 }
 
 /// Standbys that have every acknowledged write of this primary.
-fn heirs(primary: &str, sync: &Pair) -> Vec<String> {
+fn sync_standbys(primary: &str, sync: &KeyValue) -> Vec<String> {
     let sync: Sync = serde_json::from_slice(&sync.value).unwrap_or_default();
     if sync.leader.as_deref() != Some(primary) {
         return Vec::new();
@@ -279,7 +280,7 @@ impl FenceState {
         self.map().get(slot).is_some_and(|shut| shut.said)
     }
 
-    fn insert(&self, slot: &str, shut: Shut) {
+    fn insert(&self, slot: &str, shut: FencedNode) {
         self.map().insert(slot.to_owned(), shut);
     }
 
@@ -303,12 +304,12 @@ impl FenceState {
         ended
     }
 
-    fn map(&self) -> MutexGuard<'_, BTreeMap<String, Shut>> {
+    fn map(&self) -> MutexGuard<'_, BTreeMap<String, FencedNode>> {
         self.excluded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Absent {
+impl UnreachableTracker {
     /// Takes in who is reached now; gives those who were once, and have not been for so long.
     fn for_long(&mut self, reached: BTreeSet<String>, now: Instant, patience: Duration) -> Vec<String> {
         for slot in self.reached.difference(&reached) {
@@ -337,7 +338,7 @@ mod tests {
     fn only_who_was_reached_is_missed_and_not_at_once() {
         let (start, patience) = (Instant::now(), Duration::from_secs(1));
         let at = |ms| start + Duration::from_millis(ms);
-        let mut absent = Absent::default();
+        let mut absent = UnreachableTracker::default();
         assert!(absent.for_long(these(&[]), at(0), patience).is_empty());
         assert!(absent.for_long(these(&["db-1", "db-2"]), at(5000), patience).is_empty());
         assert!(absent.for_long(these(&["db-2"]), at(6000), patience).is_empty());
@@ -356,9 +357,9 @@ mod tests {
 
     #[test]
     fn heirs_are_the_synchronous_standbys_of_this_primary() {
-        let sync = |text: &str| Pair { key: String::new(), value: text.as_bytes().to_vec(), revision: 1 };
+        let sync = |text: &str| KeyValue { key: String::new(), value: text.as_bytes().to_vec(), revision: 1 };
         assert_eq!(
-            heirs("db-1", &sync(r#"{"leader":"db-1","sync_standby":"db-2,db-3","quorum":0}"#)),
+            sync_standbys("db-1", &sync(r#"{"leader":"db-1","sync_standby":"db-2,db-3","quorum":0}"#)),
             ["db-2", "db-3"]
         );
         for nobody in [
@@ -369,7 +370,7 @@ mod tests {
             "",
             "[]",
         ] {
-            assert!(heirs("db-1", &sync(nobody)).is_empty(), "{nobody}");
+            assert!(sync_standbys("db-1", &sync(nobody)).is_empty(), "{nobody}");
         }
     }
 
@@ -378,8 +379,8 @@ mod tests {
         fn heirs_are_whom_patroni_named(names in proptest::collection::btree_set("db-[2-9]", 0..5)) {
             let names: Vec<String> = names.into_iter().collect();
             let value = serde_json::json!({ "leader": "db-1", "sync_standby": names.join(","), "quorum": 0 });
-            let pair = Pair { key: String::new(), value: value.to_string().into_bytes(), revision: 1 };
-            proptest::prop_assert_eq!(heirs("db-1", &pair), names);
+            let pair = KeyValue { key: String::new(), value: value.to_string().into_bytes(), revision: 1 };
+            proptest::prop_assert_eq!(sync_standbys("db-1", &pair), names);
         }
     }
 }

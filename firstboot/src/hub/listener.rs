@@ -30,7 +30,7 @@ use tokio_rustls::rustls::ServerConfig;
 use super::api::{Admitted, Hub, answer, plain};
 use super::peer::{Member, Peer};
 use crate::error::{Error, Result};
-use admission::{Admission, Limits, Place};
+use admission::{Admission, AdmittedConnection, Limits};
 use metered::Metered;
 
 /// Open connections: three quarters of them guests', a quarter members'.
@@ -170,7 +170,13 @@ fn log(admission: &Admission) {
     }
 }
 
-async fn connection(hub: Arc<Hub>, tcp: TcpStream, acceptor: TlsAcceptor, place: Arc<Place>, delay: Duration) {
+async fn connection(
+    hub: Arc<Hub>,
+    tcp: TcpStream,
+    acceptor: TlsAcceptor,
+    place: Arc<AdmittedConnection>,
+    delay: Duration,
+) {
     let _ = tcp.set_nodelay(true);
     if !delay.is_zero() {
         sleep(delay).await;
@@ -204,7 +210,7 @@ async fn connection(hub: Arc<Hub>, tcp: TcpStream, acceptor: TlsAcceptor, place:
 async fn respond(
     hub: &Hub,
     peer: &Peer,
-    place: &Place,
+    place: &AdmittedConnection,
     request: Request<Incoming>,
     charged: bool,
 ) -> Response<Full<Bytes>> {

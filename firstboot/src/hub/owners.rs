@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use fleet::{MeshKey, SlotRecord};
 
-use super::claims::ClaimsDesk;
+use super::claims::SlotAllocator;
 use super::records::{Owners, SLOTS};
-use crate::client::etcd::Change;
+use crate::client::etcd::WatchEvent;
 use crate::error::{Error, Result};
 use crate::node::state::SlotRecords;
 
 /// Least time between two writes of the records to the disk.
 const PAUSE: Duration = Duration::from_secs(1);
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// What this hub has heard of every slot.
     #[must_use]
     pub fn owners(&self) -> Arc<Owners> {
@@ -83,7 +83,8 @@ impl ClaimsDesk {
     pub async fn follow(&self, mut changed: impl FnMut(&Owners)) -> Result<()> {
         self.etcd.prefer_first().await;
         let (revision, pairs) = self.etcd.list(SLOTS).await?;
-        let listed: Vec<Change> = pairs.into_iter().map(|p| Change { key: p.key, value: Some(p.value) }).collect();
+        let listed: Vec<WatchEvent> =
+            pairs.into_iter().map(|p| WatchEvent { key: p.key, value: Some(p.value) }).collect();
         self.heard(listed, true);
         changed(&self.owners());
         let mut watch = self.etcd.watch(SLOTS, revision + 1).await?;
@@ -101,7 +102,7 @@ impl ClaimsDesk {
     }
 
     /// Takes in what etcd says: `all` of it, or changes.
-    pub(super) fn heard(&self, changes: Vec<Change>, all: bool) {
+    pub(super) fn heard(&self, changes: Vec<WatchEvent>, all: bool) {
         self.owners.send_modify(|owners| {
             let owners = Arc::make_mut(owners);
             if all {

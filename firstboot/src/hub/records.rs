@@ -24,27 +24,27 @@ pub type Owners = BTreeMap<String, SlotRecord>;
 
 /// A slot that was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Given {
+pub struct GrantedSlot {
     pub slot: String,
     pub epoch: u64,
 }
 
 /// A slot that somebody is about to have.
-pub(super) struct Taking {
-    pub(super) place: Place,
+pub(super) struct PendingGrant {
+    pub(super) place: SlotState,
     pub(super) record: SlotRecord,
-    pub(super) keys: Keys,
+    pub(super) keys: EtcdKeys,
     /// Key in etcd of the owner that it replaces by itself: of a renewal.
     pub(super) former: Option<String>,
 }
 
 /// How often a token was used, as of a revision.
-pub(super) struct Count {
+pub(super) struct TokenUsage {
     pub(super) used: u32,
     pub(super) revision: u64,
 }
 
-pub(super) struct Place {
+pub(super) struct SlotState {
     pub(super) slot: String,
     pub(super) before: Option<SlotRecord>,
     pub(super) revision: u64,
@@ -52,13 +52,13 @@ pub(super) struct Place {
     pub(super) silent: bool,
 }
 
-pub(super) struct Keys {
+pub(super) struct EtcdKeys {
     pub(super) owner: String,
     pub(super) token: String,
     pub(super) revoked: String,
 }
 
-impl Keys {
+impl EtcdKeys {
     pub(super) fn of(mesh_key: MeshKey, token: &str) -> Self {
         Self {
             owner: format!("/bakehouse/owners/{mesh_key}"),

@@ -5,10 +5,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{Reason, Refusal, Renewal, SlotRecord};
 
-use super::claims::ClaimsDesk;
-use super::records::{Given, Keys, Taking};
+use super::claims::SlotAllocator;
+use super::records::{EtcdKeys, GrantedSlot, PendingGrant};
 use super::refusal::{gone, no};
-use crate::client::etcd::Then;
+use crate::client::etcd::Op;
 use crate::error::Result;
 
 /// Seconds between two renewals of a slot: each is a write in etcd and on every hub's disk, and a
@@ -16,13 +16,13 @@ use crate::error::Result;
 const RENEWAL_INTERVAL: u64 = 24 * 3600;
 const RENEWED: &str = "/bakehouse/renewed/";
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// The owner of a slot, whose TLS key is `own`, has other keys from the next epoch on. Asked
     /// again with the same ones, the answer is the same: the reply may have been lost.
     ///
     /// # Errors
     /// etcd does not answer: nobody knows whether it took place, and asking again tells.
-    pub async fn renew(&self, slot: &str, own: &str, asked: &Renewal) -> Result<Result<Given, Refusal>> {
+    pub async fn renew(&self, slot: &str, own: &str, asked: &Renewal) -> Result<Result<GrantedSlot, Refusal>> {
         let place = self.place(slot).await?;
         let Some(before) = place.before.clone() else {
             return Ok(Err(no(Reason::Busy, &format!("{slot} has not been entered yet"))));
@@ -31,7 +31,7 @@ impl ClaimsDesk {
             return Ok(Err(no(Reason::Fenced, &gone(slot))));
         }
         if (before.mesh_key, &before.tls_key) == (asked.mesh_key, &asked.tls_key) {
-            return Ok(Ok(Given { slot: slot.to_owned(), epoch: before.epoch }));
+            return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch: before.epoch }));
         }
         if before.tls_key != own {
             let text = format!("{slot} is another machine's since epoch {}", before.epoch);
@@ -50,7 +50,7 @@ impl ClaimsDesk {
             );
             return Ok(Err(no(Reason::Busy, &text)));
         }
-        let former = Keys::of(before.mesh_key, "").owner;
+        let former = EtcdKeys::of(before.mesh_key, "").owner;
         let record = SlotRecord {
             epoch: before.epoch + 1,
             mesh_key: asked.mesh_key,
@@ -60,11 +60,11 @@ impl ClaimsDesk {
             ..before
         };
         let epoch = record.epoch;
-        let taking = Taking { place, record, keys: Keys::of(asked.mesh_key, ""), former: Some(former) };
+        let taking = PendingGrant { place, record, keys: EtcdKeys::of(asked.mesh_key, ""), former: Some(former) };
         if self.take(&[taking], &BTreeMap::new()).await? {
             // Cut before this, the slot may renew once more.
-            self.etcd.transact(&[], &[Then::Put(&renewed, now.to_string().as_bytes())]).await?;
-            return Ok(Ok(Given { slot: slot.to_owned(), epoch }));
+            self.etcd.transact(&[], &[Op::Put(&renewed, now.to_string().as_bytes())]).await?;
+            return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch }));
         }
         Ok(Err(no(Reason::Busy, "somebody else wrote at the same time, or the mesh key is in use")))
     }

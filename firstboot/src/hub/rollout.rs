@@ -16,10 +16,10 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fleet::{Answer, Report, Rollout, RolloutOrder, SlotRecord, Topology, Verdict};
+use fleet::{Report, Rollout, RolloutOrder, SlotRecord, Topology, UpdateDecision, Verdict};
 
 use super::records::SLOTS;
-use crate::client::etcd::{Etcd, If, Then};
+use crate::client::etcd::{Compare, Etcd, Op};
 use crate::error::{Error, Result};
 
 const PREFIX: &str = "/bakehouse/rollout/";
@@ -39,26 +39,26 @@ const ATTEMPTS: u32 = 8;
 ///
 /// # Errors
 /// etcd does not answer.
-pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<Answer> {
+pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<UpdateDecision> {
     let text = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
     let lease = etcd.lease(SILENCE).await?;
-    etcd.transact(&[], &[Then::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
+    etcd.transact(&[], &[Op::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
     for _ in 0..ATTEMPTS {
         let (mut rollout, turn) = read(etcd).await?;
         if report.doing.is_well() && rollout.skipped.remove(slot).is_some() {
             println!("{slot} is well, and is not skipped any more");
-            etcd.transact(&[], &[Then::Delete(&skipped(slot))]).await?;
+            etcd.transact(&[], &[Op::Delete(&skipped(slot))]).await?;
         }
         let verdict = rollout.decide(topology, slot, report);
         let done = match &verdict {
-            Verdict::Wait(why) => return Ok(Answer { go: false, why: why.clone() }),
-            Verdict::Go => return Ok(Answer { go: true, why: String::new() }),
+            Verdict::Wait(why) => return Ok(UpdateDecision { granted: false, why: why.clone() }),
+            Verdict::Go => return Ok(UpdateDecision { granted: true, why: String::new() }),
             Verdict::Take(taken) => {
                 let text = serde_json::to_vec(taken).map_err(|e| Error::Failed(e.to_string()))?;
                 let denied = denied(&taken.to);
                 let lease = etcd.lease(LONGEST_TURN).await?;
-                let when = [If::Unchanged(TURN, 0), If::Unchanged(PAUSED, 0), If::Unchanged(&denied, 0)];
-                let then = [Then::Put(TURN, &text), Then::PutFor(HELD, slot.as_bytes(), &lease)];
+                let when = [Compare::Unchanged(TURN, 0), Compare::Unchanged(PAUSED, 0), Compare::Unchanged(&denied, 0)];
+                let then = [Op::Put(TURN, &text), Op::PutFor(HELD, slot.as_bytes(), &lease)];
                 let done = etcd.transact(&when, &then).await?;
                 if !done {
                     // Another was faster: nothing is left behind.
@@ -67,23 +67,23 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
                 done
             }
             Verdict::Release => {
-                etcd.transact(&[If::Unchanged(TURN, turn)], &[Then::Delete(TURN), Then::Delete(HELD)]).await?
+                etcd.transact(&[Compare::Unchanged(TURN, turn)], &[Op::Delete(TURN), Op::Delete(HELD)]).await?
             }
             Verdict::Deny { image, why } => {
                 println!("version {image} is not taken any more: {why}");
                 let denied = denied(image);
-                let mut then = vec![Then::Put(&denied, why.as_bytes())];
+                let mut then = vec![Op::Put(&denied, why.as_bytes())];
                 if rollout.turn.as_ref().is_some_and(|t| t.to == *image) {
-                    then.extend([Then::Delete(TURN), Then::Delete(HELD)]);
+                    then.extend([Op::Delete(TURN), Op::Delete(HELD)]);
                 }
-                etcd.transact(&[If::Unchanged(TURN, turn)], &then).await?
+                etcd.transact(&[Compare::Unchanged(TURN, turn)], &then).await?
             }
         };
         if done && matches!(verdict, Verdict::Take(_)) {
-            return Ok(Answer { go: true, why: String::new() });
+            return Ok(UpdateDecision { granted: true, why: String::new() });
         }
     }
-    Ok(Answer { go: false, why: "too many nodes write at the same time".to_owned() })
+    Ok(UpdateDecision { granted: false, why: "too many nodes write at the same time".to_owned() })
 }
 
 /// Carries out an operator's order; tells how far the fleet is.
@@ -93,15 +93,15 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
 pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
     match order {
         RolloutOrder::Tell => {}
-        RolloutOrder::Pause { why } => drop(etcd.transact(&[], &[Then::Put(PAUSED, why.as_bytes())]).await?),
-        RolloutOrder::Resume => drop(etcd.transact(&[], &[Then::Delete(PAUSED)]).await?),
+        RolloutOrder::Backoff { why } => drop(etcd.transact(&[], &[Op::Put(PAUSED, why.as_bytes())]).await?),
+        RolloutOrder::Resume => drop(etcd.transact(&[], &[Op::Delete(PAUSED)]).await?),
         RolloutOrder::Allow { version } => {
             let (allowed, now) = (format!("{PREFIX}allowed/{version}"), now().to_string());
-            let then = [Then::Delete(&denied(version)), Then::Put(&allowed, now.as_bytes())];
+            let then = [Op::Delete(&denied(version)), Op::Put(&allowed, now.as_bytes())];
             etcd.transact(&[], &then).await?;
         }
         RolloutOrder::Skip { node } => {
-            etcd.transact(&[], &[Then::Put(&skipped(node), now().to_string().as_bytes())]).await?;
+            etcd.transact(&[], &[Op::Put(&skipped(node), now().to_string().as_bytes())]).await?;
         }
     }
     read(etcd).await.map(|(rollout, _)| rollout)

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::claims::ClaimsDesk;
+use super::claims::SlotAllocator;
 use super::hearing::{SEEN, lock, seen};
-use super::records::{Owners, Place};
-use crate::client::etcd::Then;
+use super::records::{Owners, SlotState};
+use crate::client::etcd::Op;
 use crate::error::Result;
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// Notes that this hub has answered the owner of a slot. Writes it to etcd where another machine could take the
     /// slot, and not each time.
     ///
@@ -28,7 +28,7 @@ impl ClaimsDesk {
             written.insert(slot.to_owned(), now);
         }
         let lease = self.etcd.lease(after).await?;
-        self.etcd.transact(&[], &[Then::PutFor(&seen(slot), self.by.as_bytes(), &lease)]).await.map(drop)
+        self.etcd.transact(&[], &[Op::PutFor(&seen(slot), self.by.as_bytes(), &lease)]).await.map(drop)
     }
 
     /// Slots of a group that may be abandoned, by one read of etcd; [`Self::abandoned`] looks at each closely.
@@ -52,7 +52,7 @@ impl ClaimsDesk {
     }
 
     /// The place, if its owner has been silent for so long that another may have it.
-    pub(super) async fn abandoned(&self, place: Place) -> Result<Result<Place, Place>> {
+    pub(super) async fn abandoned(&self, place: SlotState) -> Result<Result<SlotState, SlotState>> {
         let after = self.topology.node(&place.slot).and_then(|n| n.reclaim_after);
         let (Some(after), Some(record)) = (after, &place.before) else { return Ok(Err(place)) };
         let patience = Duration::from_secs(after.into());
@@ -65,7 +65,7 @@ impl ClaimsDesk {
         if silent {
             println!("{}: its owner (epoch {}) has been silent for {after} s", place.slot, record.epoch);
         }
-        Ok(if silent { Ok(Place { silent, ..place }) } else { Err(place) })
+        Ok(if silent { Ok(SlotState { silent, ..place }) } else { Err(place) })
     }
 }
 

@@ -2,10 +2,10 @@
 
 use fleet::{Claims, JoinRequest, Reason, Refusal, SlotRecord};
 
-use super::claims::ClaimsDesk;
-use super::records::Given;
+use super::claims::SlotAllocator;
+use super::records::GrantedSlot;
 use super::refusal::{gone, no};
-use crate::client::etcd::Pair;
+use crate::client::etcd::KeyValue;
 use crate::error::Result;
 
 /// Seconds after a grant in which the same keys get it again with the same token: the reply may have
@@ -23,7 +23,7 @@ pub(super) struct TokenState {
 }
 
 impl TokenState {
-    pub(super) fn of(count: &Pair, revoked: &Pair, now: u64) -> Self {
+    pub(super) fn of(count: &KeyValue, revoked: &KeyValue, now: u64) -> Self {
         let read = || std::str::from_utf8(&count.value).ok().and_then(|text| text.parse().ok());
         Self { used: if count.revision == 0 { Some(0) } else { read() }, revoked: revoked.revision != 0, now }
     }
@@ -75,7 +75,7 @@ impl TokenState {
     }
 }
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// This key has a slot, or had one.
     pub(super) async fn again(
         &self,
@@ -83,14 +83,14 @@ impl ClaimsDesk {
         claims: &Claims,
         request: &JoinRequest,
         token: TokenState,
-    ) -> Result<Result<Given, Refusal>> {
+    ) -> Result<Result<GrantedSlot, Refusal>> {
         Ok(match self.place(slot).await?.before {
             Some(record) if record.mesh_key == request.mesh_key && record.vacant => {
                 Err(no(Reason::Fenced, &gone(slot)))
             }
-            Some(record) if record.mesh_key == request.mesh_key && record.tls_key == request.tls_key => {
-                token.repeats(claims, slot, &record).map(|()| Given { slot: slot.to_owned(), epoch: record.epoch })
-            }
+            Some(record) if record.mesh_key == request.mesh_key && record.tls_key == request.tls_key => token
+                .repeats(claims, slot, &record)
+                .map(|()| GrantedSlot { slot: slot.to_owned(), epoch: record.epoch }),
             Some(record) if record.mesh_key == request.mesh_key => {
                 Err(no(Reason::Forged, "this mesh key is of a node with another TLS key"))
             }
@@ -110,8 +110,8 @@ mod tests {
     use super::*;
     use fleet::MeshKey;
 
-    fn pair(value: &[u8], revision: u64) -> Pair {
-        Pair { key: String::new(), value: value.to_vec(), revision }
+    fn pair(value: &[u8], revision: u64) -> KeyValue {
+        KeyValue { key: String::new(), value: value.to_vec(), revision }
     }
 
     fn token(count: &[u8], revoked: u64, now: u64) -> TokenState {

@@ -16,10 +16,10 @@ const MOST: usize = 1024;
 /// Limits how often such tokens are looked up in etcd: a few times a second, whoever asks. A node whose grant this
 /// hub has not heard of yet is among those few, or asks again.
 #[derive(Default)]
-pub(super) struct UselessTokens(Mutex<State>);
+pub(super) struct UselessTokens(Mutex<UselessState>);
 
 #[derive(Default)]
-struct State {
+struct UselessState {
     /// Tokens that were spent or revoked, by number, and when etcd said so.
     known: BTreeMap<String, Instant>,
     lookups: Meter<()>,

@@ -2,14 +2,14 @@
 
 use fleet::MeshKey;
 
-use super::claims::ClaimsDesk;
-use crate::client::etcd::{If, Then};
+use super::claims::SlotAllocator;
+use crate::client::etcd::{Compare, Op};
 use crate::error::{Error, Result};
 
 /// Epoch of the machine that etcd made room for, by slot.
 const READMITTED: &str = "/bakehouse/readmitted/";
 
-impl ClaimsDesk {
+impl SlotAllocator {
     /// Makes room in etcd for the machine that has a voter's slot since `epoch`, and has not started
     /// etcd yet: its predecessor goes, it may listen. etcd keeps for which epoch that was done: done
     /// again, by a request that was repeated, it changes nothing.
@@ -40,7 +40,7 @@ impl ClaimsDesk {
             self.etcd.add_learner(&url).await?;
         }
         let epoch = epoch.to_string();
-        if self.etcd.transact(&[If::Unchanged(&key, done.revision)], &[Then::Put(&key, epoch.as_bytes())]).await? {
+        if self.etcd.transact(&[Compare::Unchanged(&key, done.revision)], &[Op::Put(&key, epoch.as_bytes())]).await? {
             return Ok(());
         }
         Err(Error::Failed(format!("another hub makes room for {slot} in etcd at this moment")))

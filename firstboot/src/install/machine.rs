@@ -3,17 +3,17 @@
 use std::fs;
 use std::path::Path;
 
-use fleet::netboot::{Mac, Machine, MachineDisk};
+use fleet::netboot::{Mac, MachineDisk, NetbootMachine};
 
 use crate::error::{Error, Result};
 
 /// As the kernel tells it.
-pub(super) fn look() -> Result<Machine> {
+pub(super) fn look() -> Result<NetbootMachine> {
     let memory = crate::host::machine::read("")?.memory << 20;
-    Ok(Machine { memory, ..look_in(Path::new("/sys"))? })
+    Ok(NetbootMachine { memory, ..look_in(Path::new("/sys"))? })
 }
 
-fn look_in(sys: &Path) -> Result<Machine> {
+fn look_in(sys: &Path) -> Result<NetbootMachine> {
     let read = |path: &Path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let mut macs = Vec::new();
     for card in entries(&sys.join("class/net"))? {
@@ -34,7 +34,7 @@ fn look_in(sys: &Path) -> Result<Machine> {
         }
     }
     let serial = read(&sys.join("class/dmi/id/product_serial"));
-    Ok(Machine { version: Machine::VERSION, macs, serial, disks, memory: 0, key: String::new() })
+    Ok(NetbootMachine { version: NetbootMachine::VERSION, macs, serial, disks, memory: 0, key: String::new() })
 }
 
 fn entries(dir: &Path) -> Result<Vec<std::path::PathBuf>> {

@@ -11,7 +11,7 @@ use fleet::Ticket;
 use fleet::netboot::{Run, signed_root};
 
 use super::command::{output, run};
-use super::progress::Tenths;
+use super::progress::ProgressPrinter;
 use super::server::Server;
 use super::trust;
 use crate::error::{Error, Result};
@@ -73,7 +73,7 @@ fn fetch(server: &Server, errand: &Run) -> Result<()> {
     let told = || Error::io("write", Path::new(IMAGE));
     let mut file = File::create(IMAGE).map_err(told())?;
     let mut chunk = vec![0; CHUNK];
-    let mut tenths = Tenths::of(size);
+    let mut tenths = ProgressPrinter::of(size);
     for extent in [errand.root, errand.verity] {
         let mut body = server.read(&errand.image, extent)?;
         let mut left = extent.size;

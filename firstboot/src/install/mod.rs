@@ -17,11 +17,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use fleet::netboot::{Errand, Install, Key, Machine, Step, code};
+use fleet::netboot::{Assignment, Install, Key, NetbootMachine, Step, code};
 
 use command::run;
 use disk::Target;
-use progress::{Tenths, tell};
+use progress::{ProgressPrinter, tell};
 use server::Server;
 
 use crate::error::{Error, Result};
@@ -65,17 +65,17 @@ pub fn install() -> Result<()> {
 
 /// Why there is nothing to do; none when it was done.
 fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
-    let machine = Machine { key: key.public().to_owned(), ..machine::look()? };
+    let machine = NetbootMachine { key: key.public().to_owned(), ..machine::look()? };
     match server.ask(&machine)? {
-        Errand::Nothing { why } => return Ok(Some(why)),
-        Errand::Confirm { to } => {
+        Assignment::Nothing { why } => return Ok(Some(why)),
+        Assignment::Confirm { to } => {
             let code = code(key.public(), &to);
             return Ok(Some(format!(
                 "this machine is to be {to}, whose ticket holds the fleet's secrets; confirm it at the server: \
                  bakehouse netboot --approve {code}"
             )));
         }
-        Errand::Install(install) => {
+        Assignment::Install(install) => {
             let (ticket, reports) = key.open(&install.ticket)?;
             server.reports = Some(reports);
             write(server, &install, &ticket)?;
@@ -88,7 +88,7 @@ fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
             tell(format!("{} is on {}; restarting from there", install.to, install.disk));
             run(Command::new("/usr/bin/systemctl").args(["--no-block", "--force", "reboot"]), "systemctl reboot")?;
         }
-        Errand::Run(errand) => {
+        Assignment::Run(errand) => {
             tell(format!("{} comes to this machine's memory", errand.to));
             let (ticket, reports) = key.open(&errand.ticket)?;
             server.reports = Some(reports);
@@ -111,7 +111,7 @@ fn write(server: &Server, install: &Install, ticket: &[u8]) -> Result<()> {
     tell(format!("{} comes to {}", install.to, install.disk));
     let target = Target::open(install)?;
     target.clear()?;
-    let mut tenths = Tenths::of(install.extents.iter().map(|e| e.size).sum());
+    let mut tenths = ProgressPrinter::of(install.extents.iter().map(|e| e.size).sum());
     target.write(server, |bytes| tenths.advance(server, bytes))?;
     target.verify()?;
     target.put_ticket(ticket)?;

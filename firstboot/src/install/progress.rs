@@ -7,12 +7,12 @@ use fleet::netboot::{Step, printable};
 use super::server::Server;
 
 /// How far it is: a line for each tenth.
-pub(super) struct Tenths {
+pub(super) struct ProgressPrinter {
     bytes: u64,
     of: u64,
 }
 
-impl Tenths {
+impl ProgressPrinter {
     pub(super) fn of(of: u64) -> Self {
         Self { bytes: 0, of: of.max(1) }
     }

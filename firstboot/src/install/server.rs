@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::time::Duration;
 
-use fleet::netboot::{Errand, Extent, Mac, Machine, News, ReportKey, Step};
+use fleet::netboot::{Assignment, Extent, Mac, NetbootMachine, ProgressReport, ReportKey, Step};
 use ureq::Agent;
 
 use crate::error::{Error, Result};
@@ -24,9 +24,9 @@ pub(super) struct Server {
 impl Server {
     /// By the word on the kernel's command line.
     pub(super) fn of(cmdline: &str) -> Result<Self> {
-        let word = cmdline.split_whitespace().find_map(|w| w.strip_prefix(Machine::SERVER)?.strip_prefix('='));
+        let word = cmdline.split_whitespace().find_map(|w| w.strip_prefix(NetbootMachine::SERVER)?.strip_prefix('='));
         let base = word.ok_or_else(|| {
-            Error::Configuration(format!("the kernel's command line has no {}=http://…", Machine::SERVER))
+            Error::Configuration(format!("the kernel's command line has no {}=http://…", NetbootMachine::SERVER))
         })?;
         let config = Agent::config_builder()
             .timeout_connect(Some(PATIENCE))
@@ -39,7 +39,7 @@ impl Server {
 
     /// What this machine is to be. News are this machine's, from now on: its cards come up in their
     /// own time.
-    pub(super) fn ask(&mut self, machine: &Machine) -> Result<Errand> {
+    pub(super) fn ask(&mut self, machine: &NetbootMachine) -> Result<Assignment> {
         self.mac = machine.macs.first().copied();
         self.key.clone_from(&machine.key);
         let body = serde_json::to_vec(machine).map_err(|e| Error::Failed(e.to_string()))?;
@@ -64,7 +64,8 @@ impl Server {
         let (Some(mac), Some(reports)) = (self.mac, &self.reports) else {
             return Err(Error::Failed("this machine has no ticket: it can't prove its news".to_owned()));
         };
-        let news = News { version: Machine::VERSION, mac, step, key: self.key.clone(), proof: String::new() };
+        let news =
+            ProgressReport { version: NetbootMachine::VERSION, mac, step, key: self.key.clone(), proof: String::new() };
         let news = reports.prove(news);
         let body = serde_json::to_vec(&news).map_err(|e| Error::Failed(e.to_string()))?;
         let answer = self.agent.post(self.url("/v1/news")).send(&body[..]).map_err(|e| self.failed(e))?;

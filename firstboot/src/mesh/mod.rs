@@ -16,7 +16,7 @@ use fleet::{MeshKey, Node, Topology};
 
 use crate::error::Result;
 use crate::node::keys::Keys;
-use crate::node::neighbours::Neighbourhood;
+use crate::node::neighbours::PeerTable;
 use plan::{Interface, Peer, interfaces};
 use resolver::{Resolver, choose};
 use wireguard::Wireguard;
@@ -69,7 +69,7 @@ impl Mesh {
     ///
     /// # Errors
     /// The kernel refuses an interface or a peer.
-    pub async fn apply(&mut self, neighbourhood: &Neighbourhood) -> Result<()> {
+    pub async fn apply(&mut self, neighbourhood: &PeerTable) -> Result<()> {
         let out = neighbourhood.out();
         let planned = interfaces(&self.topology, &self.node, &neighbourhood.keys_without(&out), &self.endpoints);
         let wanted: Vec<_> = planned.into_iter().map(|interface| self.resolve(interface)).collect();
@@ -88,7 +88,7 @@ impl Mesh {
     ///
     /// # Errors
     /// The kernel refuses an interface or a peer.
-    pub async fn keep(mut self, neighbourhood: Arc<Neighbourhood>) -> Result<()> {
+    pub async fn keep(mut self, neighbourhood: Arc<PeerTable>) -> Result<()> {
         let mut changes = neighbourhood.follow();
         loop {
             self.apply(&neighbourhood).await?;

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fleet::encoding::{decode, encode};
-use fleet::{Answer, Eviction, Introduction, JoinReply, LONGEST, Node, PROTOCOL, Peers, Renewal, Report, Topology};
+use fleet::{
+    Eviction, Introduction, JoinReply, LONGEST, Node, PROTOCOL, Peers, Renewal, Report, Topology, UpdateDecision,
+};
 use futures_util::future::join_all;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
@@ -17,7 +19,7 @@ use crate::client::backoff::chance;
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
 use crate::node::keys::Keys;
-use crate::node::neighbours::Neighbourhood;
+use crate::node::neighbours::PeerTable;
 use crate::node::trust::{Decision, Heard, HubAnswer, signed_by_root};
 use fleet_https::{Connection, request};
 
@@ -34,7 +36,7 @@ pub struct Hubs {
     port: u16,
     tls: Arc<ClientConfig>,
     /// What a member knows of the hubs; a machine that joins knows nothing.
-    neighbourhood: Option<Arc<Neighbourhood>>,
+    neighbourhood: Option<Arc<PeerTable>>,
     over_mesh: bool,
     /// The last round heard none of the hubs that are known.
     is_lost: AtomicBool,
@@ -89,7 +91,7 @@ impl Hubs {
 
     /// Asks only hubs whose TLS keys are those that the neighbourhood knows, once it knows any.
     #[must_use]
-    pub fn known_by(self, neighbourhood: Arc<Neighbourhood>) -> Self {
+    pub fn known_by(self, neighbourhood: Arc<PeerTable>) -> Self {
         Self { neighbourhood: Some(neighbourhood), ..self }
     }
 
@@ -245,7 +247,7 @@ impl Hubs {
     ///
     /// # Errors
     /// No hub answers, or the one that does refuses.
-    pub async fn turn(&self, report: &Report) -> Result<Answer> {
+    pub async fn turn(&self, report: &Report) -> Result<UpdateDecision> {
         let body = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
         self.first("POST", "/v1/turn", &body, read).await
     }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fleet::{Founder, Grant, Joiner, MeshKey, Node, Right, Ticket};
+use fleet::{Credential, Founder, Grant, Joiner, MeshKey, Node, Ticket};
 use tokio_rustls::rustls::ClientConfig;
 
 use crate::error::{Error, Result};
@@ -15,14 +15,14 @@ use crate::node::hubs::Hubs;
 use crate::node::image::Image;
 use crate::node::join::join;
 use crate::node::keys::Keys;
-use crate::node::neighbours::Neighbourhood;
+use crate::node::neighbours::PeerTable;
 use crate::node::state::{State, StateDir};
 
 /// Everything a node is, on its disk by the time this is returned.
 pub struct Identity {
     pub keys: Keys,
     pub state: State,
-    pub neighbourhood: Arc<Neighbourhood>,
+    pub neighbourhood: Arc<PeerTable>,
 }
 
 impl Identity {
@@ -48,7 +48,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
         }
         println!("{} since an earlier boot", state.slot);
         let keys = Keys::load_or_make(dir)?;
-        return Ok(Identity { keys, state, neighbourhood: Arc::new(Neighbourhood::load(dir.path(), BTreeMap::new())) });
+        return Ok(Identity { keys, state, neighbourhood: Arc::new(PeerTable::load(dir.path(), BTreeMap::new())) });
     }
     let ticket = read_ticket(credentials)?;
     if ticket.fleet != image.topology.name {
@@ -60,7 +60,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
     };
     // A ticket that is wrong leaves no trace: keys are made once it is known to fit.
     let (keys, state, known) = match &ticket.right {
-        Right::Founder(founder) => {
+        Credential::Founder(founder) => {
             let state = first(&founder.slot, 1);
             let node = node_of(&state, image)?.clone();
             let keys = Keys::load_or_make(dir)?;
@@ -79,7 +79,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
                 }
             }
         }
-        Right::Joiner(joiner) => {
+        Credential::Joiner(joiner) => {
             check_token(joiner, image)?;
             let keys = Keys::load_or_make(dir)?;
             let hubs = Hubs::of(&image.topology, &ticket.endpoints, "", fleet_https::client(&ticket.root, None)?);
@@ -89,7 +89,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
             (keys, state, known)
         }
     };
-    let neighbourhood = Arc::new(Neighbourhood::load(dir.path(), BTreeMap::new()));
+    let neighbourhood = Arc::new(PeerTable::load(dir.path(), BTreeMap::new()));
     for (slot, key) in &known {
         neighbourhood.learn(slot, *key);
     }
@@ -192,7 +192,7 @@ mod tests {
     }
 
     impl Lab {
-        fn give(&self, fleet: &str, right: Right) {
+        fn give(&self, fleet: &str, right: Credential) {
             let root = self.root.certificate().to_owned();
             let ticket =
                 Ticket { version: Ticket::VERSION, fleet: fleet.into(), root, endpoints: BTreeMap::new(), right };
@@ -204,7 +204,7 @@ mod tests {
             let issuer = self.root.issuer(fleet, slot).unwrap();
             self.give(
                 fleet,
-                Right::Founder(Founder { slot: slot.into(), issuer, secrets: Secrets::sample(), replaces: None }),
+                Credential::Founder(Founder { slot: slot.into(), issuer, secrets: Secrets::sample(), replaces: None }),
             );
         }
 
@@ -263,7 +263,7 @@ mod tests {
             expires: 1,
             key: String::new(),
         };
-        lab.give("acme", Right::Joiner(Joiner::mint(&lab.root, claims).unwrap()));
+        lab.give("acme", Credential::Joiner(Joiner::mint(&lab.root, claims).unwrap()));
         let e = lab.who().await.map(drop).unwrap_err();
         assert!(e.to_string().contains("for the group `db`"), "{e}");
         assert_eq!(lab.traces(), 0);

@@ -2,7 +2,7 @@
 
 use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, PROTOCOL, encoding};
 
-use crate::client::backoff::Pause;
+use crate::client::backoff::Backoff;
 use crate::error::{Error, Result};
 use crate::host::console::say;
 use crate::host::journal::Event;
@@ -25,7 +25,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
     };
     let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
     say(Event::Asking, &format!("asking {} for a slot in {}", hubs.slots().join(", "), asked.group));
-    let mut pause = Pause::default();
+    let mut pause = Backoff::default();
     let mut told = String::new();
     loop {
         let mut answers = Vec::new();
@@ -50,7 +50,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
             say(Event::Waiting, &format!("still without a slot: {why}"));
             told = why;
         }
-        tokio::time::sleep(pause.longer()).await;
+        tokio::time::sleep(pause.next_delay()).await;
     }
 }
 

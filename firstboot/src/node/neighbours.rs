@@ -14,7 +14,7 @@ use crate::node::state::Neighbours;
 use crate::node::trust::Decision;
 
 /// Mesh keys by slot; whoever follows is woken by each change.
-pub struct Neighbourhood {
+pub struct PeerTable {
     file: Writer,
     keys: watch::Sender<BTreeMap<String, MeshKey>>,
     /// Slots whose keys are etcd's word.
@@ -26,7 +26,7 @@ pub struct Neighbourhood {
     out: watch::Sender<BTreeSet<String>>,
 }
 
-impl Neighbourhood {
+impl PeerTable {
     /// What is on the disk, and `first` in addition.
     #[must_use]
     pub fn load(dir: &Path, first: BTreeMap<String, MeshKey>) -> Self {
@@ -43,7 +43,7 @@ impl Neighbourhood {
     }
 
     /// Lets nothing through from a slot's owner any more; returns when the kernel does not.
-    pub async fn shut_out(&self, slot: &str) {
+    pub async fn fence_node(&self, slot: &str) {
         self.shut().insert(slot.to_owned());
         self.keys.send_modify(|_| {});
         // The mesh lives as long as this process.
@@ -51,7 +51,7 @@ impl Neighbourhood {
     }
 
     /// Its packets are let through again.
-    pub fn let_in(&self, slot: &str) {
+    pub fn unfence_node(&self, slot: &str) {
         self.shut().remove(slot);
         self.keys.send_modify(|_| {});
     }
@@ -135,7 +135,7 @@ impl Neighbourhood {
     /// Waits until all changes so far are on the disk.
     pub fn flush(&self) {
         let (done, flushed) = channel();
-        self.file.send(Order::Flush(done));
+        self.file.send(WriterCommand::Flush(done));
         // Without a thread there is nothing to wait for.
         let _ = flushed.recv();
     }
@@ -153,7 +153,7 @@ impl Neighbourhood {
             let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
             let changed = change(keys, &mut granted, &mut pins);
             if changed {
-                self.file.send(Order::Write(Neighbours::of(keys.clone(), granted.clone(), pins.clone())));
+                self.file.send(WriterCommand::Write(Neighbours::of(keys.clone(), granted.clone(), pins.clone())));
             }
             changed
         });
@@ -163,11 +163,11 @@ impl Neighbourhood {
 /// Writes the file on a thread of its own: a slow disk delays neither the mesh nor the fence. Of several changes
 /// that wait, the last one is written. Dropped, it returns when that one is on the disk.
 struct Writer {
-    orders: Option<Sender<Order>>,
+    orders: Option<Sender<WriterCommand>>,
     thread: Option<JoinHandle<()>>,
 }
 
-enum Order {
+enum WriterCommand {
     Write(Neighbours),
     /// Answers when everything before it is on the disk.
     Flush(Sender<()>),
@@ -182,8 +182,8 @@ impl Writer {
                 let (mut last, mut flushed) = (None, Vec::new());
                 for order in std::iter::once(first).chain(waiting.try_iter()) {
                     match order {
-                        Order::Write(neighbours) => last = Some(neighbours),
-                        Order::Flush(done) => flushed.push(done),
+                        WriterCommand::Write(neighbours) => last = Some(neighbours),
+                        WriterCommand::Flush(done) => flushed.push(done),
                     }
                 }
                 // A full disk must not cost the mesh: after a boot, the hubs are asked again.
@@ -200,7 +200,7 @@ impl Writer {
         Self { orders: Some(orders), thread: thread.ok() }
     }
 
-    fn send(&self, order: Order) {
+    fn send(&self, order: WriterCommand) {
         if let Some(orders) = &self.orders {
             // Without a thread nothing is kept: that has been logged.
             let _ = orders.send(order);
@@ -247,7 +247,7 @@ mod tests {
     fn what_was_learnt_is_there_after_a_boot() {
         let dir = tempfile::tempdir().unwrap();
         let (one, two) = (MeshKey([1; 32]), MeshKey([2; 32]));
-        let all = Neighbourhood::load(dir.path(), BTreeMap::from([("hub-1".to_owned(), one)]));
+        let all = PeerTable::load(dir.path(), BTreeMap::from([("hub-1".to_owned(), one)]));
         let mut changes = all.follow();
         all.learn("hub-2", two);
         assert!(changes.has_changed().unwrap());
@@ -261,7 +261,7 @@ mod tests {
         };
         all.apply(&agreed);
         drop(all);
-        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        let all = PeerTable::load(dir.path(), BTreeMap::new());
         assert_eq!(all.keys().into_keys().collect::<Vec<_>>(), ["hub-1", "hub-3"]);
         assert_eq!(all.pins(), BTreeMap::from([("hub-3".to_owned(), "key".to_owned())]));
     }
@@ -278,7 +278,7 @@ mod tests {
             // Each write, until the folder is gone.
             while std::fs::read(&pipe).is_ok() {}
         });
-        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        let all = PeerTable::load(dir.path(), BTreeMap::new());
         let begun = Instant::now();
         for i in 0..9 {
             all.learn(&format!("hub-{i}"), MeshKey([i; 32]));
@@ -291,14 +291,14 @@ mod tests {
     fn who_founds_a_slot_that_etcd_gave_to_another_is_a_stranger() {
         let dir = tempfile::tempdir().unwrap();
         let (old, new) = (MeshKey([1; 32]), MeshKey([2; 32]));
-        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        let all = PeerTable::load(dir.path(), BTreeMap::new());
         // Before there is an etcd, a founder may lose its disk and come again.
         all.learn("hub-1", old);
         assert!(!all.is_stranger("hub-1", new));
         all.learn("hub-2", old);
         all.are_granted(&BTreeMap::from([("hub-1".to_owned(), old)]), BTreeMap::new(), |_| true);
         drop(all);
-        let all = Neighbourhood::load(dir.path(), BTreeMap::new());
+        let all = PeerTable::load(dir.path(), BTreeMap::new());
         assert!(all.is_stranger("hub-1", new));
         assert!(!all.is_stranger("hub-1", old) && !all.is_stranger("hub-2", new));
     }

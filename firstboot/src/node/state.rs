@@ -413,7 +413,7 @@ mod tests {
             // In etcd.
             read::<fleet::SlotRecord>(&dir.join("slot.json"));
             read::<fleet::Report>(&dir.join("report.json"));
-            read::<fleet::Turn>(&dir.join("turn.json"));
+            read::<fleet::UpdateLock>(&dir.join("turn.json"));
         }
     }
 

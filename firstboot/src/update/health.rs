@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::host::systemd::{Seen, Systemd};
+use crate::host::systemd::{ServiceState, Systemd};
 
 /// How long everything has to run without a restart.
 const STEADY: Duration = Duration::from_secs(10);
@@ -19,7 +19,7 @@ pub const PATIENCE: Duration = Duration::from_secs(600);
 /// They don't in ten minutes, or one has failed for good: which ones.
 pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
     let until = Instant::now() + PATIENCE;
-    let mut before: BTreeMap<String, Seen> = BTreeMap::new();
+    let mut before: BTreeMap<String, ServiceState> = BTreeMap::new();
     let mut first: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     loop {
         let now = look(systemd, units).await?;
@@ -48,10 +48,10 @@ pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
 /// does not wait.
 fn judge(
     first: &BTreeMap<String, Vec<u8>>,
-    before: &BTreeMap<String, Seen>,
-    now: &BTreeMap<String, Seen>,
+    before: &BTreeMap<String, ServiceState>,
+    now: &BTreeMap<String, ServiceState>,
 ) -> Result<()> {
-    let well = |unit: &String, s: &Seen| match s.state.as_str() {
+    let well = |unit: &String, s: &ServiceState| match s.state.as_str() {
         "active" => before.get(unit).is_some_and(|b| b.invocation == s.invocation),
         "activating" => first.get(unit).is_none_or(|i| *i == s.invocation),
         _ => false,
@@ -66,7 +66,7 @@ fn judge(
     }
 }
 
-async fn look(systemd: &Systemd, units: &[String]) -> Result<BTreeMap<String, Seen>> {
+async fn look(systemd: &Systemd, units: &[String]) -> Result<BTreeMap<String, ServiceState>> {
     let mut seen = BTreeMap::new();
     for unit in units {
         seen.insert(unit.clone(), systemd.unit(unit).await?);
@@ -78,9 +78,9 @@ async fn look(systemd: &Systemd, units: &[String]) -> Result<BTreeMap<String, Se
 mod tests {
     use super::*;
 
-    fn seen(state: &str, start: u8) -> BTreeMap<String, Seen> {
+    fn seen(state: &str, start: u8) -> BTreeMap<String, ServiceState> {
         let invocation = if start == 0 { Vec::new() } else { vec![start; 16] };
-        BTreeMap::from([("etcd.service".to_owned(), Seen { state: state.to_owned(), invocation })])
+        BTreeMap::from([("etcd.service".to_owned(), ServiceState { state: state.to_owned(), invocation })])
     }
 
     fn first() -> BTreeMap<String, Vec<u8>> {

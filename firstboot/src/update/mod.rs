@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fleet::grubenv::TRIES;
-use fleet::{Answer, Doing, Node, PROTOCOL, Report, Topology, compare_versions};
+use fleet::{Node, PROTOCOL, Report, Topology, UpdateDecision, UpdateState, compare_versions};
 
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
@@ -49,7 +49,7 @@ impl Updates<'_> {
     ///
     /// # Errors
     /// systemd can't be asked any more.
-    pub async fn keep(&self, tell: impl AsyncFn(&Report) -> Result<Answer>) -> Result<()> {
+    pub async fn keep(&self, tell: impl AsyncFn(&Report) -> Result<UpdateDecision>) -> Result<()> {
         if !self.node.has_role(fleet::UPDATE) {
             return std::future::pending().await;
         }
@@ -59,19 +59,21 @@ impl Updates<'_> {
         });
         let mut told = String::new();
         // The hubs know of a version that failed here once they were told.
-        let mut confessed = None;
+        let mut reported_rollback = None;
         loop {
             let mut pause = ROUND;
-            match self.doing(given_up.as_deref(), confessed.as_deref()).await {
+            match self.doing(given_up.as_deref(), reported_rollback.as_deref()).await {
                 Ok(doing) => {
-                    if !matches!(doing, Doing::Serving | Doing::WentBack { .. }) {
+                    if !matches!(doing, UpdateState::Serving | UpdateState::RolledBack { .. }) {
                         pause = SHORT_ROUND;
                     }
                     let report = Report { version: PROTOCOL, image: self.image.version.clone(), doing };
                     match (tell(&report).await, &report.doing) {
-                        (Ok(Answer { go: true, .. }), Doing::Wants { image, .. }) => self.change(image).await?,
-                        (Ok(_), Doing::WentBack { from }) => {
-                            confessed = Some(from.clone());
+                        (Ok(UpdateDecision { granted: true, .. }), UpdateState::Available { image, .. }) => {
+                            self.change(image).await?
+                        }
+                        (Ok(_), UpdateState::RolledBack { from }) => {
+                            reported_rollback = Some(from.clone());
                             pause = SHORT_ROUND;
                         }
                         (Ok(answer), _) if answer.why != told => {
@@ -102,19 +104,19 @@ impl Updates<'_> {
         Ok((found.boots >= TRIES).then_some(found.image))
     }
 
-    async fn doing(&self, given_up: Option<&str>, confessed: Option<&str>) -> Result<Doing> {
+    async fn doing(&self, given_up: Option<&str>, reported_rollback: Option<&str>) -> Result<UpdateState> {
         let running = &self.image.version;
         let boots = Boots::read(&self.entries, &self.image.id)?;
-        if let Some(from) = boots.failed(running).or(given_up).filter(|from| confessed != Some(from)) {
-            return Ok(Doing::WentBack { from: from.to_owned() });
+        if let Some(from) = boots.failed(running).or(given_up).filter(|from| reported_rollback != Some(from)) {
+            return Ok(UpdateState::RolledBack { from: from.to_owned() });
         }
         if !boots.is_blessed(running) {
-            return Ok(Doing::Starting);
+            return Ok(UpdateState::Starting);
         }
         let unwell = !self.is_whole().await?;
         // Its turn for a newer image would interrupt a start.
         if unwell && uptime()? < health::PATIENCE {
-            return Ok(Doing::Starting);
+            return Ok(UpdateState::Starting);
         }
         // One that is there, and was passed over, is not offered again.
         let pending = boots.pending(running).filter(|v| given_up != Some(v)).map(str::to_owned);
@@ -122,10 +124,10 @@ impl Updates<'_> {
         Ok(match wanted {
             Some(image) => {
                 let primary = self.has_primary().await;
-                Doing::Wants { image, leads: primary || self.holds_vip().await, primary, unwell }
+                UpdateState::Available { image, leads: primary || self.holds_vip().await, primary, unwell }
             }
-            None if unwell => Doing::Starting,
-            None => Doing::Serving,
+            None if unwell => UpdateState::Starting,
+            None => UpdateState::Serving,
         })
     }
 

@@ -9,10 +9,10 @@ const ROUND: Duration = Duration::from_secs(30);
 
 /// Pauses that grow from half a second to a minute, each by chance up to a half shorter.
 #[derive(Default)]
-pub struct Pause(u32);
+pub struct Backoff(u32);
 
-impl Pause {
-    pub fn longer(&mut self) -> Duration {
+impl Backoff {
+    pub fn next_delay(&mut self) -> Duration {
         let full = (Duration::from_millis(500) * 2_u32.pow(self.0.min(8))).min(LONGEST_PAUSE);
         self.0 += 1;
         full.mul_f64(0.5 + chance(512) as f64 / 1024.0)
@@ -47,8 +47,8 @@ mod tests {
 
     #[test]
     fn pauses_grow_and_differ() {
-        let mut pause = Pause::default();
-        let pauses: Vec<Duration> = std::iter::repeat_with(|| pause.longer()).take(20).collect();
+        let mut pause = Backoff::default();
+        let pauses: Vec<Duration> = std::iter::repeat_with(|| pause.next_delay()).take(20).collect();
         assert!(pauses[0] <= Duration::from_millis(500));
         assert!(pauses[19] >= LONGEST_PAUSE / 2 && pauses.iter().all(|p| *p <= LONGEST_PAUSE));
         assert!(pauses[10..].windows(2).any(|w| w[0] != w[1]));

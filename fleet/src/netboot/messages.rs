@@ -55,8 +55,8 @@ impl fmt::Display for Mac {
 
 /// `POST /v1/machine`: this is a machine with nothing on it; what is it to be?
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Machine {
-    /// Format of these messages: [`Machine::VERSION`].
+pub struct NetbootMachine {
+    /// Format of these messages: [`NetbootMachine::VERSION`].
     pub version: u16,
     /// Of its network cards.
     pub macs: Vec<Mac>,
@@ -83,7 +83,7 @@ pub struct MachineDisk {
 /// The answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Errand {
+pub enum Assignment {
     Install(Install),
     Run(Run),
     /// The operator has to confirm this machine's key before it gets the ticket of a hub or a voter.
@@ -202,20 +202,20 @@ impl SignedImage {
 
 /// `POST /v1/news`: how far a machine is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct News {
+pub struct ProgressReport {
     pub version: u16,
     pub mac: Mac,
     pub step: Step,
-    /// The machine's key, as in [`Machine::key`].
+    /// The machine's key, as in [`NetbootMachine::key`].
     #[serde(default)]
     pub key: String,
-    /// Base64 of an HMAC-SHA-256 over [`News::message`], by a key that only this machine and the server
+    /// Base64 of an HMAC-SHA-256 over [`ProgressReport::message`], by a key that only this machine and the server
     /// can derive. News without it are ignored.
     #[serde(default)]
     pub proof: String,
 }
 
-impl News {
+impl ProgressReport {
     /// The bytes that the proof is over.
     #[must_use]
     pub fn message(&self) -> Vec<u8> {
@@ -241,7 +241,7 @@ pub enum Step {
     },
 }
 
-impl Machine {
+impl NetbootMachine {
     /// 1 had no proof in its news and no code for founders.
     pub const VERSION: u16 = 2;
     /// Word on the kernel's command line that has the server's address.
@@ -311,15 +311,16 @@ mod tests {
     #[test]
     fn messages_of_version_1_are_read() {
         let machine = r#"{"version":1,"macs":["52:54:00:aa:bb:cc"],"serial":"","disks":[],"memory":1,"key":"x"}"#;
-        assert_eq!(serde_json::from_str::<Machine>(machine).unwrap().version, 1);
-        let news: News = serde_json::from_str(r#"{"version":1,"mac":"52:54:00:aa:bb:cc","step":"installed"}"#).unwrap();
+        assert_eq!(serde_json::from_str::<NetbootMachine>(machine).unwrap().version, 1);
+        let news: ProgressReport =
+            serde_json::from_str(r#"{"version":1,"mac":"52:54:00:aa:bb:cc","step":"installed"}"#).unwrap();
         assert_eq!((news.key.as_str(), news.proof.as_str()), ("", ""));
     }
 
     #[test]
     fn a_message_has_bounds() {
-        let machine = Machine {
-            version: Machine::VERSION,
+        let machine = NetbootMachine {
+            version: NetbootMachine::VERSION,
             macs: Vec::new(),
             serial: String::new(),
             disks: Vec::new(),
@@ -327,8 +328,8 @@ mod tests {
             key: String::new(),
         };
         assert!(machine.check().is_ok());
-        assert!(Machine { macs: vec![Mac([0; 6]); 257], ..machine.clone() }.check().is_err());
-        assert!(Machine { serial: "x".repeat(257), ..machine }.check().is_err());
+        assert!(NetbootMachine { macs: vec![Mac([0; 6]); 257], ..machine.clone() }.check().is_err());
+        assert!(NetbootMachine { serial: "x".repeat(257), ..machine }.check().is_err());
     }
 
     #[test]

@@ -6,8 +6,8 @@ mod sealed;
 mod trust;
 
 pub use messages::{
-    Errand, Extent, ImageStatement, Install, InstallerTrust, InvalidMac, Mac, Machine, MachineDisk, News, Run,
-    SealedTicket, SignedImage, Step, printable,
+    Assignment, Extent, ImageStatement, Install, InstallerTrust, InvalidMac, Mac, MachineDisk, NetbootMachine,
+    ProgressReport, Run, SealedTicket, SignedImage, Step, printable,
 };
 pub use sealed::{Key, ReportKey, SealError, code, read_code, seal};
 pub use trust::{UntrustedImage, signed_root};

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use super::messages::{News, SealedTicket};
+use super::messages::{ProgressReport, SealedTicket};
 use crate::encoding::{decode, encode};
 
 /// Symbols of a code: Crockford's base 32, which has no letter that looks like a digit.
@@ -120,14 +120,14 @@ impl std::fmt::Debug for ReportKey {
 impl ReportKey {
     /// The news with their proof.
     #[must_use]
-    pub fn prove(&self, mut news: News) -> News {
+    pub fn prove(&self, mut news: ProgressReport) -> ProgressReport {
         news.proof = encode(hmac::sign(&self.hmac(), &news.message()).as_ref());
         news
     }
 
     /// Whether the news come from the machine that shares this key.
     #[must_use]
-    pub fn verify(&self, news: &News) -> bool {
+    pub fn verify(&self, news: &ProgressReport) -> bool {
         decode(&news.proof).is_some_and(|proof| hmac::verify(&self.hmac(), &news.message(), &proof).is_ok())
     }
 
@@ -183,7 +183,7 @@ fn failed(why: &str) -> SealError {
 
 #[cfg(test)]
 mod tests {
-    use super::super::messages::{Machine, Step};
+    use super::super::messages::{NetbootMachine, Step};
     use super::*;
 
     #[test]
@@ -213,11 +213,15 @@ mod tests {
         let (_, machine) = asker.open(&sealed).unwrap();
         let mac = "52:54:00:00:00:01".parse().unwrap();
         let key = asker.public().to_owned();
-        let news = News { version: Machine::VERSION, mac, step: Step::Installed, key, proof: String::new() };
+        let news =
+            ProgressReport { version: NetbootMachine::VERSION, mac, step: Step::Installed, key, proof: String::new() };
         let proven = machine.prove(news.clone());
         assert!(server.verify(&proven));
         assert!(!server.verify(&news));
-        assert!(!server.verify(&News { step: Step::Started, ..proven.clone() }), "another step, the same proof");
+        assert!(
+            !server.verify(&ProgressReport { step: Step::Started, ..proven.clone() }),
+            "another step, the same proof"
+        );
         // A key of another agreement.
         let (sealed, _) = seal(b"a ticket", other.public()).unwrap();
         assert!(!server.verify(&other.open(&sealed).unwrap().1.prove(news)));

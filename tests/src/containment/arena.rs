@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use builder::project::Project;
-use fleet::{Joiner, Node, Right, Ticket, Topology};
+use fleet::{Credential, Joiner, Node, Ticket, Topology};
 
-use crate::{ETCDCTL, Lab, Machine};
+use crate::{ETCDCTL, Machine, TestFleet};
 
 /// Address of an internet host, on the virtual network between the fleet's machines.
 pub const INTERNET: &str = "198.18.250.1";
@@ -18,7 +18,7 @@ pub const SCRATCH: &str = "/bakehouse/containment/";
 
 /// A fleet in containers, on one virtual network that stands for the internet.
 pub struct Arena {
-    pub lab: Lab,
+    pub lab: TestFleet,
     pub topology: Topology,
     pub machines: BTreeMap<String, Machine>,
     /// Every password of the fleet, by name.
@@ -31,7 +31,7 @@ impl Arena {
     /// # Panics
     /// If a node does not become ready.
     #[must_use]
-    pub fn up(lab: Lab, nodes: &[&str]) -> Self {
+    pub fn up(lab: TestFleet, nodes: &[&str]) -> Self {
         let topology = Project::load(&lab.dir).expect("a valid fleet.toml").topology;
         // `Drop` switches them off when the test ends, also after a panic.
         let machines = nodes.iter().map(|name| ((*name).to_owned(), Machine::of(&lab, name))).collect();
@@ -157,8 +157,8 @@ impl Arena {
     pub fn ticket(&self, group: &str, uses: u32) -> Joiner {
         let text = self.lab.ok(&["ticket", group, "--uses", &uses.to_string()]).out;
         match Ticket::parse(text.as_bytes()).expect("a ticket").right {
-            Right::Joiner(joiner) => joiner,
-            Right::Founder(_) => panic!("{group} has founders' tickets"),
+            Credential::Joiner(joiner) => joiner,
+            Credential::Founder(_) => panic!("{group} has founders' tickets"),
         }
     }
 }

@@ -8,7 +8,7 @@ use fleet::encoding::{decode, encode};
 use serde_json::{Value, json};
 
 use super::arena::SCRATCH;
-use super::foothold::{Credential, Door, Foothold, doors};
+use super::foothold::{Door, Foothold, NodeIdentity, doors};
 use super::{Arena, Finding, raft};
 
 pub const CLIENT_PORT: u16 = 2379;
@@ -18,7 +18,7 @@ const USERS: [&str; 2] = ["root", "patroni"];
 /// A member that accepts the attacker as a client.
 struct Session<'a> {
     door: Door,
-    shown: Option<&'a Credential>,
+    shown: Option<&'a NodeIdentity>,
     /// Users that the attacker could log in as, and their tokens. Empty if etcd requires no authentication.
     tokens: Vec<(String, String)>,
 }
@@ -98,7 +98,7 @@ pub fn voter_doors(arena: &Arena, from: &Foothold, port: u16) -> Vec<Door> {
 }
 
 /// Tries every password of the attacker for every user of etcd. Returns the users and tokens of successful logins.
-async fn log_in(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Vec<(String, String)> {
+async fn log_in(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>) -> Vec<(String, String)> {
     let known = from.logins.lock().unwrap_or_else(PoisonError::into_inner).clone();
     if let Some(known) = known {
         return known;
@@ -122,7 +122,7 @@ async fn log_in(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Vec
 async fn post(
     from: &Foothold,
     door: &Door,
-    shown: Option<&Credential>,
+    shown: Option<&NodeIdentity>,
     path: &str,
     headers: &[(&str, &str)],
     body: &Value,

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
-use fleet::{Issuer, Joiner, Node, PrivateKey, Right, Ticket};
+use fleet::{Credential, Issuer, Joiner, Node, PrivateKey, Ticket};
 use fleet_https::{Connection, request};
 use futures_util::future::join_all;
 use nix::sched::{CloneFlags, setns};
@@ -27,7 +27,7 @@ const CONNECT: Duration = Duration::from_millis(1500);
 
 /// A certificate of the attacker and its key, both PEM.
 #[derive(Clone)]
-pub struct Credential {
+pub struct NodeIdentity {
     pub name: String,
     pub cert: String,
     pub key: String,
@@ -55,7 +55,7 @@ pub struct Foothold {
     /// Certificate of the fleet's root, PEM.
     pub root: String,
     /// The node's own certificate, then certificates that the attacker signed with the node's issuer.
-    pub credentials: Vec<Credential>,
+    pub credentials: Vec<NodeIdentity>,
     pub issuer: Option<Issuer>,
     pub passwords: BTreeMap<String, String>,
     /// Joiners' tickets.
@@ -81,7 +81,7 @@ impl Foothold {
         let node = arena.node(name).clone();
         let read = |path: &str| machine.ok(&format!("cat {path}")) + "\n";
         let root = read("/run/bakehouse/tls/ca.crt");
-        let own = Credential {
+        let own = NodeIdentity {
             name: name.to_owned(),
             cert: read("/run/bakehouse/tls/node.crt"),
             key: read("/run/bakehouse/tls/node.key"),
@@ -91,8 +91,8 @@ impl Foothold {
         let right = Ticket::parse(ticket.as_bytes()).expect("a ticket").right;
         let of_state = serde_json::from_value::<Issuer>(state["issuer"].clone()).ok();
         let (issuer, tickets) = match right {
-            Right::Founder(founder) => (of_state.or(Some(founder.issuer)), Vec::new()),
-            Right::Joiner(joiner) => (of_state, vec![joiner]),
+            Credential::Founder(founder) => (of_state.or(Some(founder.issuer)), Vec::new()),
+            Credential::Joiner(joiner) => (of_state, vec![joiner]),
         };
         let passwords: BTreeMap<String, String> =
             serde_json::from_value(state["secrets"].clone()).expect("passwords by name");
@@ -144,18 +144,18 @@ impl Foothold {
         let Some(issuer) = &self.issuer else { return };
         let own = self.node.as_ref().map_or("", |n| n.name.as_str());
         let others = ["hub-1", "hub-2", "db-1", "vault-1"].into_iter().filter(|name| *name != own);
-        let forged: Vec<Credential> = others.filter_map(|name| signed(arena, issuer, name)).collect();
+        let forged: Vec<NodeIdentity> = others.filter_map(|name| signed(arena, issuer, name)).collect();
         self.credentials.extend(forged);
     }
 
     /// Returns the credential of the attacker's own node.
     #[must_use]
-    pub fn own(&self) -> &Credential {
+    pub fn own(&self) -> &NodeIdentity {
         &self.credentials[0]
     }
 
     /// Returns the client certificates to try: the node's own, the forged ones, and none.
-    pub fn shown(&self) -> impl Iterator<Item = Option<&Credential>> {
+    pub fn shown(&self) -> impl Iterator<Item = Option<&NodeIdentity>> {
         self.credentials.iter().map(Some).chain([None])
     }
 
@@ -212,7 +212,7 @@ impl Foothold {
     pub async fn ask(
         &self,
         door: &Door,
-        shown: Option<&Credential>,
+        shown: Option<&NodeIdentity>,
         (method, path): (&str, &str),
         headers: &[(&str, &str)],
         body: Vec<u8>,
@@ -228,10 +228,10 @@ impl Foothold {
 }
 
 /// Signs a certificate of a node with this issuer. `None` if the issuer cannot sign it.
-fn signed(arena: &Arena, issuer: &Issuer, name: &str) -> Option<Credential> {
+fn signed(arena: &Arena, issuer: &Issuer, name: &str) -> Option<NodeIdentity> {
     let key = PrivateKey::generate().expect("randomness");
     let cert = issuer.node(&arena.topology, arena.node(name), &key.public().expect("a key")).ok()?;
-    Some(Credential { name: name.to_owned(), cert, key: key.pem().to_owned() })
+    Some(NodeIdentity { name: name.to_owned(), cert, key: key.pem().to_owned() })
 }
 
 /// Returns a port's addresses on these nodes, in the mesh and on the internet.

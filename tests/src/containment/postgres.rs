@@ -11,7 +11,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use super::foothold::{Credential, Door, Foothold, PATIENCE, doors};
+use super::foothold::{Door, Foothold, NodeIdentity, PATIENCE, doors};
 use super::{Arena, Finding, Place};
 
 /// PostgreSQL's port, and HAProxy's port for the primary.
@@ -48,7 +48,7 @@ fn targets(arena: &Arena) -> Vec<Door> {
 }
 
 /// Tries a role with every password, each over a new connection. Returns the password's name.
-async fn try_role(from: &Foothold, door: &Door, shown: Option<&Credential>, role: &str) -> Result<String, String> {
+async fn try_role(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>, role: &str) -> Result<String, String> {
     let mut last = String::new();
     let none = String::new();
     for (name, word) in from.passwords.iter().map(|(n, w)| (n.as_str(), w)).chain([("an empty password", &none)]) {
@@ -68,7 +68,7 @@ async fn try_role(from: &Foothold, door: &Door, shown: Option<&Credential>, role
 async fn session(
     from: &Foothold,
     door: &Door,
-    shown: Option<&Credential>,
+    shown: Option<&NodeIdentity>,
     role: &str,
     password: &str,
 ) -> Result<(), String> {
@@ -89,7 +89,7 @@ async fn session(
 }
 
 /// Opens a TLS connection. Behind HAProxy either database may be the primary, so this accepts both names.
-async fn encrypted(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Result<TlsStream<TcpStream>, String> {
+async fn encrypted(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>) -> Result<TlsStream<TcpStream>, String> {
     let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
     let tls = fleet_https::client(&from.root, identity).map_err(|e| e.to_string())?;
     let mut last = String::new();

@@ -8,7 +8,7 @@ use fleet_https::{Connection, request};
 use serde_json::Value;
 
 use super::etcd::voter_doors;
-use super::foothold::{Credential, Door, Foothold};
+use super::foothold::{Door, Foothold, NodeIdentity};
 use super::{Arena, Finding};
 
 const PEER_PORT: u16 = 2380;
@@ -23,12 +23,12 @@ struct Members {
 
 /// Tries to connect to a member as a peer.
 pub fn peer(arena: &Arena, from: &Foothold) -> Finding {
-    let let_in = from.run(|| async {
+    let unfence_node = from.run(|| async {
         let (door, shown, members) = members(arena, from).await?;
         let who = shown.map_or("no certificate", |s| s.name.as_str());
         Ok::<_, String>(format!("{}:{PEER_PORT} as {who}: {} members", door.host, members.ids.len()))
     });
-    let_in.map_or_else(Finding::no, Finding::yes)
+    unfence_node.map_or_else(Finding::no, Finding::yes)
 }
 
 /// Proposes a put to the cluster in a member's name. Returns how a member accepted it. The caller verifies the effect.
@@ -58,7 +58,7 @@ pub fn propose(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result
 }
 
 /// Returns the first member that accepts the attacker as a peer, the credential, and the cluster's ids.
-async fn members<'a>(arena: &Arena, from: &'a Foothold) -> Result<(Door, Option<&'a Credential>, Members), String> {
+async fn members<'a>(arena: &Arena, from: &'a Foothold) -> Result<(Door, Option<&'a NodeIdentity>, Members), String> {
     let mut last = format!("port {PEER_PORT} is filtered or closed");
     for door in from.reachable(voter_doors(arena, from, PEER_PORT)).await {
         for shown in from.shown() {
@@ -71,7 +71,7 @@ async fn members<'a>(arena: &Arena, from: &'a Foothold) -> Result<(Door, Option<
     Err(last)
 }
 
-async fn list(from: &Foothold, door: &Door, shown: Option<&Credential>) -> Result<Members, String> {
+async fn list(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>) -> Result<Members, String> {
     let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
     let tls = fleet_https::client(&from.root, identity).map_err(|e| e.to_string())?;
     let asked = async {

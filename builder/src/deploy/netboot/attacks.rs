@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use fleet::netboot::{Errand, Extent, ImageStatement, News, Step};
+use fleet::netboot::{Assignment, Extent, ImageStatement, ProgressReport, Step};
 use fleet::netboot::{Key, ReportKey, code, signed_root};
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ use crate::progress::Progress;
 const KNOWN: &str = "52:54:00:00:00:01";
 
 pub(super) struct Attacked {
-    pub front: Front,
+    pub front: NetbootHandler,
     pub project: tempfile::TempDir,
     pub served: tempfile::TempDir,
     trust: InstallerTrust,
@@ -28,18 +28,18 @@ pub(super) fn attacked(rules: &str) -> Attacked {
     fs::write(project.path().join("fleet.toml"), toml).unwrap();
     let served = tempfile::tempdir().unwrap();
     fs::create_dir(served.path().join(HOSTS)).unwrap();
-    open(project, served, Authority::create("acme").unwrap())
+    open(project, served, FleetKey::create("acme").unwrap())
 }
 
 /// A server that starts with what an earlier one kept.
-fn open(project: tempfile::TempDir, served: tempfile::TempDir, authority: Authority) -> Attacked {
+fn open(project: tempfile::TempDir, served: tempfile::TempDir, authority: FleetKey) -> Attacked {
     let loaded = Project::load(project.path()).unwrap();
     let update = authority.update_key().unwrap();
     let offer = |group: &str| {
         let (fleet, group, version) = ("acme".to_owned(), group.to_owned(), "1".to_owned());
         let roothash = "0".repeat(64);
         let statement = ImageStatement { fleet, group, version, roothash: roothash.clone() };
-        Offer {
+        ImageOffer {
             path: "/images/x.raw".to_owned(),
             size: 1 << 20,
             table: String::new(),
@@ -54,9 +54,14 @@ fn open(project: tempfile::TempDir, served: tempfile::TempDir, authority: Author
     let offers: BTreeMap<_, _> = ["hub", "db", "app"].map(|group| (group.to_owned(), offer(group))).into();
     let trust = InstallerTrust { fleet: "acme".into(), version: "1".into(), key: encode(update.public()) };
     let rules = loaded.fleet.netboot.get_ref().clone();
-    let desk = Desk::open(&project.path().join(RECORDS), &rules).unwrap();
-    let fleet = Known { authority, project: loaded, offers };
-    let front = Front::new(fleet, desk, served.path().to_owned(), Board::new(Progress::new(true, false), false));
+    let desk = MachineRegistry::open(&project.path().join(RECORDS), &rules).unwrap();
+    let fleet = FleetPlan { authority, project: loaded, offers };
+    let front = NetbootHandler::new(
+        fleet,
+        desk,
+        served.path().to_owned(),
+        NetbootProgress::new(Progress::new(true, false), false),
+    );
     Attacked { front, project, served, trust }
 }
 
@@ -71,7 +76,7 @@ impl Attacked {
         Ok(serde_json::from_slice(&answer).unwrap())
     }
 
-    fn ask(&self, macs: &[&str], key: &Key) -> Errand {
+    fn ask(&self, macs: &[&str], key: &Key) -> Assignment {
         let answer = self.post("/v1/machine", &machine(macs, "", key.public())).unwrap();
         serde_json::from_value(answer).unwrap()
     }
@@ -80,8 +85,8 @@ impl Attacked {
     #[track_caller]
     fn is_assigned(&self, macs: &[&str], key: &Key) -> ReportKey {
         match self.ask(macs, key) {
-            Errand::Install(install) => key.open(&install.ticket).unwrap().1,
-            Errand::Run(run) => key.open(&run.ticket).unwrap().1,
+            Assignment::Install(install) => key.open(&install.ticket).unwrap().1,
+            Assignment::Run(run) => key.open(&run.ticket).unwrap().1,
             other => panic!("{other:?}"),
         }
     }
@@ -89,12 +94,12 @@ impl Attacked {
     #[track_caller]
     fn is_refused(&self, macs: &[&str], key: &Key, words: &str) {
         match self.ask(macs, key) {
-            Errand::Nothing { why } => assert!(why.contains(words), "{why}"),
+            Assignment::Nothing { why } => assert!(why.contains(words), "{why}"),
             other => panic!("{other:?}"),
         }
     }
 
-    fn tell(&self, news: &News) -> Result<Value, String> {
+    fn tell(&self, news: &ProgressReport) -> Result<Value, String> {
         self.post("/v1/news", &serde_json::to_value(news).unwrap())
     }
 
@@ -148,9 +153,9 @@ fn one_rule_is_one_record_and_one_ticket_whatever_the_first_mac_address() {
     assert_eq!(minted.lines().count(), 2, "{minted}");
 }
 
-fn news(key: &Key, step: Step) -> News {
+fn news(key: &Key, step: Step) -> ProgressReport {
     let mac = KNOWN.parse().unwrap();
-    News { version: 2, mac, step, key: key.public().to_owned(), proof: String::new() }
+    ProgressReport { version: 2, mac, step, key: key.public().to_owned(), proof: String::new() }
 }
 
 /// With `others`, no MAC address need be known: still no more records than the group has nodes.
@@ -172,7 +177,7 @@ fn made_up_machines_get_no_more_tickets_than_there_are_nodes() {
 fn a_founders_ticket_goes_to_the_key_that_the_operator_confirmed() {
     let attacked = attacked(&format!("[netboot.machines]\n\"{KNOWN}\" = \"hub-1\"\n"));
     let (real, hostile) = (Key::generate().unwrap(), Key::generate().unwrap());
-    let is_unconfirmed = |key: &Key| matches!(attacked.ask(&[KNOWN], key), Errand::Confirm { to } if to == "hub-1");
+    let is_unconfirmed = |key: &Key| matches!(attacked.ask(&[KNOWN], key), Assignment::Confirm { to } if to == "hub-1");
     assert!(is_unconfirmed(&real) && is_unconfirmed(&hostile));
     assert_eq!(attacked.records(), 0, "a ticket was minted before the code was confirmed");
     // The code of this key for another node, a wrong code, the right one.
@@ -235,7 +240,8 @@ fn an_installed_machine_keeps_no_other_from_booting() {
     let (victim, key) = (Key::generate().unwrap(), Key::generate().unwrap());
     attacked.is_assigned(&["52:54:00:00:00:0c"], &victim);
     let body = machine(&["52:54:00:00:00:09", "52:54:00:00:00:0c"], "A1", key.public());
-    let Errand::Install(install) = serde_json::from_value(attacked.post("/v1/machine", &body).unwrap()).unwrap() else {
+    let Assignment::Install(install) = serde_json::from_value(attacked.post("/v1/machine", &body).unwrap()).unwrap()
+    else {
         panic!("it is to be installed")
     };
     assert_eq!(install.to, "db-1");
@@ -250,7 +256,7 @@ fn the_installer_believes_the_server_of_its_own_fleet() {
     let rules = format!("[netboot]\ndiskless = [\"app\"]\n[netboot.machines]\n\"{KNOWN}\" = \"app-1\"\n");
     let (one, two) = (attacked(&rules), attacked(&rules));
     let run = |of: &Attacked| match of.ask(&[KNOWN], &Key::generate().unwrap()) {
-        Errand::Run(run) => run,
+        Assignment::Run(run) => run,
         other => panic!("{other:?}"),
     };
     assert_eq!(signed_root(&one.trust, &run(&one)).unwrap(), "0".repeat(64));
@@ -279,9 +285,10 @@ fn a_machine_that_keeps_nothing_gets_one_ticket_for_a_start() {
 fn records_of_the_version_before_are_read() {
     let mut attacked = attacked(&format!("[netboot.machines]\nA1 = \"db-1\"\n\"{KNOWN}\" = \"hub-1\"\n"));
     let ticket = |to: &str| {
-        let authority = Authority::create("acme").unwrap();
+        let authority = FleetKey::create("acme").unwrap();
         let topology = &Project::load(attacked.project.path()).unwrap().topology;
-        crate::keys::ticket::mint(&authority, topology, to, &crate::keys::ticket::CARRIED, BTreeMap::new()).unwrap()
+        crate::keys::ticket::mint(&authority, topology, to, &crate::keys::ticket::DEFAULT_TERMS, BTreeMap::new())
+            .unwrap()
     };
     let before = json!({
         "52:54:00:00:00:0a": { "to": "db-1", "ticket": ticket("db-1"), "minted": 1, "installed": 1_700_000_000, "heir": false },
@@ -289,14 +296,14 @@ fn records_of_the_version_before_are_read() {
         "/home/op/fleet.key": { "to": "db-2", "ticket": ticket("db-2"), "minted": 1, "installed": 1, "heir": false },
     });
     fs::write(attacked.project.path().join("build/netboot/machines.json"), before.to_string()).unwrap();
-    let authority = Authority::create("acme").unwrap();
+    let authority = FleetKey::create("acme").unwrap();
     attacked = open(attacked.project, attacked.served, authority);
     let key = Key::generate().unwrap();
     // It is installed, and its first MAC address does not matter any more.
     let body = machine(&["52:54:00:00:00:0b"], "A1", key.public());
     let answer = attacked.post("/v1/machine", &body).unwrap().to_string();
     assert!(answer.contains("installed before") && answer.contains("--again A1"), "{answer}");
-    assert!(matches!(attacked.ask(&[KNOWN], &key), Errand::Confirm { .. }));
+    assert!(matches!(attacked.ask(&[KNOWN], &key), Assignment::Confirm { .. }));
     attacked.front.approve(&code(key.public(), "hub-1"));
     attacked.is_assigned(&[KNOWN], &key);
     assert_eq!(attacked.records(), 3);
@@ -316,7 +323,7 @@ fn two_requests_over_http_write_no_file() {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             tell.send(listener.local_addr().unwrap()).unwrap();
             let desk = Box::new(move |path: &str, body: &[u8]| front.answer(path, body));
-            http_server::serve(listener, Arc::new(Shelf { files: BTreeMap::new(), desk })).await
+            http_server::serve(listener, Arc::new(FileServer { files: BTreeMap::new(), desk })).await
         })
     });
     let to = told.recv().unwrap();

@@ -7,28 +7,28 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fleet::Ticket;
 use fleet::netboot::seal;
-use fleet::netboot::{Errand, Extent, Install, Mac, Machine, News, Run, Step};
+use fleet::netboot::{Assignment, Extent, Install, Mac, NetbootMachine, ProgressReport, Run, Step};
 
 use super::dnsmasq::HOSTS;
-use super::offer::Offer;
-use super::progress::Board;
-use super::registry::{Answer, Decision, Desk, Plan, Way};
+use super::offer::ImageOffer;
+use super::progress::NetbootProgress;
+use super::registry::{Decision, InstallMode, MachineRegistry, Plan, RegistryDecision};
 use crate::assemble::layout::{ESP_SIZE, ESP_START, slots, var_size};
-use crate::deploy::flash::Carried;
+use crate::deploy::flash::TicketFile;
 use crate::error::{Error, Result, fail};
-use crate::keys::authority::Authority;
-use crate::keys::ticket::{CARRIED, Terms, mint};
+use crate::keys::authority::FleetKey;
+use crate::keys::ticket::{DEFAULT_TERMS, TicketTerms, mint};
 use crate::keys::ticket_log;
 use crate::project::Project;
 
 /// What the server answers from: the fleet's plan, its keys and its images.
-pub(super) struct Known {
+pub(super) struct FleetPlan {
     pub project: Project,
-    pub authority: Authority,
-    pub offers: BTreeMap<String, Offer>,
+    pub authority: FleetKey,
+    pub offers: BTreeMap<String, ImageOffer>,
 }
 
-impl Plan for Known {
+impl Plan for FleetPlan {
     fn group_of(&self, to: &str) -> String {
         self.project.topology.node(to).map_or(to.to_owned(), |n| n.group.clone())
     }
@@ -46,12 +46,12 @@ impl Plan for Known {
         self.project.recipe(group).profiles.iter().all(|p| p.disk.volatile)
     }
 
-    fn disk(&self, group: &str, way: &Way) -> u64 {
+    fn disk(&self, group: &str, way: &InstallMode) -> u64 {
         let recipe = self.project.recipe(group);
         let var = var_size(&recipe);
         match way {
-            Way::Install(_) => slots(&self.project, &recipe).map_or(0, |slots| slots.machine_disk(var)),
-            Way::Run(_) => var,
+            InstallMode::Install(_) => slots(&self.project, &recipe).map_or(0, |slots| slots.machine_disk(var)),
+            InstallMode::Run(_) => var,
         }
     }
 
@@ -62,7 +62,7 @@ impl Plan for Known {
     }
 
     fn mint(&self, to: &str, replace: bool) -> Result<Ticket> {
-        let terms = Terms { replace, ..CARRIED };
+        let terms = TicketTerms { replace, ..DEFAULT_TERMS };
         let ticket = mint(&self.authority, &self.project.topology, to, &terms, BTreeMap::new())?;
         ticket_log::note(&self.project.dir, &ticket)?;
         Ok(ticket)
@@ -70,17 +70,17 @@ impl Plan for Known {
 }
 
 /// What answers machines.
-pub(super) struct Front {
-    fleet: Known,
-    desk: Mutex<Desk>,
+pub(super) struct NetbootHandler {
+    fleet: FleetPlan,
+    desk: Mutex<MachineRegistry>,
     /// The folder that dnsmasq reads.
     dir: PathBuf,
-    board: Board,
+    board: NetbootProgress,
 }
 
-impl Front {
+impl NetbootHandler {
     /// Answers from `desk`'s records; keeps dnsmasq's list of installed machines below `dir`.
-    pub(super) fn new(fleet: Known, desk: Desk, dir: PathBuf, board: Board) -> Self {
+    pub(super) fn new(fleet: FleetPlan, desk: MachineRegistry, dir: PathBuf, board: NetbootProgress) -> Self {
         Self { fleet, desk: Mutex::new(desk), dir, board }
     }
 
@@ -89,12 +89,12 @@ impl Front {
         let told = |e: Error| e.to_string();
         match path {
             "/v1/machine" => {
-                let machine: Machine = serde_json::from_slice(body).map_err(|e| e.to_string())?;
+                let machine: NetbootMachine = serde_json::from_slice(body).map_err(|e| e.to_string())?;
                 let errand = self.errand(&machine).map_err(told)?;
                 serde_json::to_vec(&errand).map_err(|e| e.to_string())
             }
             "/v1/news" => {
-                let news: News = serde_json::from_slice(body).map_err(|e| e.to_string())?;
+                let news: ProgressReport = serde_json::from_slice(body).map_err(|e| e.to_string())?;
                 if self.news(&news).map_err(told)? {
                     return Ok(b"{}".to_vec());
                 }
@@ -113,27 +113,27 @@ impl Front {
         }
     }
 
-    fn desk(&self) -> MutexGuard<'_, Desk> {
+    fn desk(&self) -> MutexGuard<'_, MachineRegistry> {
         self.desk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn errand(&self, machine: &Machine) -> Result<Errand> {
+    fn errand(&self, machine: &NetbootMachine) -> Result<Assignment> {
         let answer = self.desk().decide(machine, &self.fleet)?;
         match answer {
-            Answer::Assigned(decision) => self.assign(machine, decision),
-            Answer::Unconfirmed { name, to } => {
+            RegistryDecision::Assigned(decision) => self.assign(machine, decision),
+            RegistryDecision::Unconfirmed { name, to } => {
                 self.board.tell(&name, Some(&to), "waits until the code on its console is typed here");
-                Ok(Errand::Confirm { to })
+                Ok(Assignment::Confirm { to })
             }
-            Answer::Refused(why) => {
+            RegistryDecision::Refused(why) => {
                 let mac = machine.macs.first().map_or_else(String::new, Mac::to_string);
                 self.board.tell(&mac, None, &why);
-                Ok(Errand::Nothing { why })
+                Ok(Assignment::Nothing { why })
             }
         }
     }
 
-    fn assign(&self, machine: &Machine, Decision { name, to, way, ticket }: Decision) -> Result<Errand> {
+    fn assign(&self, machine: &NetbootMachine, Decision { name, to, way, ticket }: Decision) -> Result<Assignment> {
         let Some(offer) = self.fleet.offers.get(&self.fleet.group_of(&to)).cloned() else {
             return fail(format!("there is no image of `{to}`"));
         };
@@ -143,12 +143,12 @@ impl Front {
             Ok::<_, Error>(sealed)
         };
         Ok(match way {
-            Way::Install(disk) => {
+            InstallMode::Install(disk) => {
                 let secure = self.fleet.project.fleet.secure_boot.is_some();
-                let (ticket_path, ticket) = Carried::file(&ticket, secure)?;
+                let (ticket_path, ticket) = TicketFile::file(&ticket, secure)?;
                 let ticket = sealed(&ticket)?;
                 self.board.tell(&name, Some(&to), &format!("goes to {disk}"));
-                Errand::Install(Install {
+                Assignment::Install(Install {
                     to,
                     disk,
                     image: offer.path,
@@ -161,10 +161,10 @@ impl Front {
                     ticket,
                 })
             }
-            Way::Run(var) => {
+            InstallMode::Run(var) => {
                 let ticket = sealed(&serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?)?;
                 self.board.tell(&name, Some(&to), "goes to its memory");
-                Errand::Run(Run {
+                Assignment::Run(Run {
                     to,
                     image: offer.path,
                     root: offer.root,
@@ -179,7 +179,7 @@ impl Front {
     }
 
     /// Whether the news were believed.
-    fn news(&self, news: &News) -> Result<bool> {
+    fn news(&self, news: &ProgressReport) -> Result<bool> {
         let mut desk = self.desk();
         let Some(heard) = desk.hear(news)? else { return Ok(false) };
         let line = match &news.step {

@@ -29,16 +29,16 @@ use tokio::net::TcpListener;
 use crate::assemble::layout::slots;
 use crate::deploy::flash::group_of;
 use crate::error::{Error, Result, fail};
-use crate::image::{Build, Image};
-use crate::keys::authority::Authority;
+use crate::image::{Build, BuiltImage};
+use crate::keys::authority::FleetKey;
 use crate::project::Project;
-use crate::util::http_server::{self, Shelf};
+use crate::util::http_server::{self, FileServer};
 use approvals::Approvals;
 use dnsmasq::{HOSTS, LOADER, SCRIPT, Service, TFTP, script};
-use front::{Front, Known, installed};
-use offer::Offer;
-use progress::Board;
-use registry::Desk;
+use front::{FleetPlan, NetbootHandler, installed};
+use offer::ImageOffer;
+use progress::NetbootProgress;
+use registry::MachineRegistry;
 
 /// Of the HTTP server.
 const PORT: u16 = 8470;
@@ -46,7 +46,7 @@ const PORT: u16 = 8470;
 const RECORDS: &str = "build/netboot";
 
 /// Where machines are answered.
-pub struct Order<'a> {
+pub struct NetbootOptions<'a> {
     pub interface: &'a str,
     /// Give addresses of this network out.
     pub dhcp: Option<Ipv4Net>,
@@ -87,7 +87,7 @@ pub fn approve(project: &Project, codes: &[String]) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// No such interface; dnsmasq does not run; a port is taken.
-pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
+pub fn netboot(build: &Build, images: &[BuiltImage], order: &NetbootOptions) -> Result<()> {
     let project = build.project;
     let rules = project.fleet.netboot.get_ref();
     let Some(first) = images.first() else { return fail("there is no image") };
@@ -101,9 +101,9 @@ pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
         port: PORT,
         dir: dir.path().display().to_string(),
     };
-    let mut desk = Desk::open(&project.dir.join(RECORDS), rules)?;
+    let mut desk = MachineRegistry::open(&project.dir.join(RECORDS), rules)?;
     order.again.iter().try_for_each(|name| desk.again(name))?;
-    let authority = Authority::of(project)?;
+    let authority = FleetKey::of(project)?;
 
     // Public, all of it.
     let world = |path: &Path| {
@@ -140,13 +140,13 @@ pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
         let path = format!("/images/{}.raw", image.group);
         let file = open(&image.disk)?;
         let slots = slots(project, &project.recipe(&image.group))?;
-        let offer = Offer::read(&file, path.clone(), image, slots.verity_start(), &authority)?;
+        let offer = ImageOffer::read(&file, path.clone(), image, slots.verity_start(), &authority)?;
         offers.insert(image.group.clone(), offer);
         files.insert(path, file);
     }
-    let fleet = Known { project: project.clone(), authority, offers };
-    let board = Board::new(build.progress.clone(), order.json);
-    let front = Arc::new(Front::new(fleet, desk, dir.path().to_owned(), board));
+    let fleet = FleetPlan { project: project.clone(), authority, offers };
+    let board = NetbootProgress::new(build.progress.clone(), order.json);
+    let front = Arc::new(NetbootHandler::new(fleet, desk, dir.path().to_owned(), board));
     if rules.trust_lan {
         build.progress.say("netboot", "[netboot] trust_lan: tickets of hubs and voters need no code from a console");
     } else if std::io::stdin().is_terminal() {
@@ -156,7 +156,7 @@ pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
             std::io::stdin().lines().map_while(Result::ok).for_each(|line| front.approve(&line));
         });
     }
-    let shelf = Arc::new(Shelf { files, desk: Box::new(move |path, body| front.answer(path, body)) });
+    let shelf = Arc::new(FileServer { files, desk: Box::new(move |path, body| front.answer(path, body)) });
 
     let config = dir.path().join("dnsmasq.conf");
     fs::write(&config, service.config()).map_err(Error::io("write", &config))?;
@@ -176,7 +176,7 @@ pub fn netboot(build: &Build, images: &[Image], order: &Order) -> Result<()> {
 }
 
 /// This host's address on the interface.
-fn address(order: &Order) -> Result<(Ipv4Addr, Ipv4Net)> {
+fn address(order: &NetbootOptions) -> Result<(Ipv4Addr, Ipv4Net)> {
     let all = getifaddrs().map_err(|e| Error::Failed(format!("cannot list network interfaces: {e}")))?;
     let mut known = Vec::new();
     for found in all {

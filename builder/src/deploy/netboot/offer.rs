@@ -12,8 +12,8 @@ use sha2::{Digest as _, Sha256};
 use crate::assemble::layout::ROOT_START;
 use crate::error::{Error, Result};
 use crate::format::verity::tree_size;
-use crate::image::Image;
-use crate::keys::authority::Authority;
+use crate::image::BuiltImage;
+use crate::keys::authority::FleetKey;
 use crate::util::digest::hex;
 
 /// Parts of an image begin and end at multiples of this.
@@ -21,7 +21,7 @@ const GRAIN: u64 = 1 << 20;
 
 /// One image, as the server describes it to machines.
 #[derive(Clone)]
-pub(super) struct Offer {
+pub(super) struct ImageOffer {
     pub path: String,
     pub size: u64,
     pub table: String,
@@ -34,7 +34,7 @@ pub(super) struct Offer {
     pub signed: SignedImage,
 }
 
-impl Offer {
+impl ImageOffer {
     /// An image, read once from beginning to end.
     ///
     /// # Errors
@@ -42,9 +42,9 @@ impl Offer {
     pub(super) fn read(
         file: &File,
         path: String,
-        image: &Image,
+        image: &BuiltImage,
         verity_start: u64,
-        authority: &Authority,
+        authority: &FleetKey,
     ) -> Result<Self> {
         /// What is asked of the manifest.
         #[derive(Deserialize)]

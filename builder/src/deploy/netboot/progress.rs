@@ -14,19 +14,19 @@ const ROWS: usize = 256;
 /// Characters of a line that are shown.
 const LINE: usize = 400;
 
-pub struct Board {
+pub struct NetbootProgress {
     progress: Progress,
     json: bool,
     /// By MAC address or serial number: its line, and what was said of it last.
-    rows: Mutex<BTreeMap<String, Row>>,
+    rows: Mutex<BTreeMap<String, MachineRow>>,
 }
 
-struct Row {
+struct MachineRow {
     step: Step,
     said: String,
 }
 
-impl Board {
+impl NetbootProgress {
     #[must_use]
     pub fn new(progress: Progress, json: bool) -> Self {
         Self { progress, json, rows: Mutex::default() }
@@ -41,9 +41,10 @@ impl Board {
             return;
         }
         let line = shown(machine, node, state);
-        let row = rows
-            .entry(machine.to_owned())
-            .or_insert_with(|| Row { step: self.progress.step("machine", &printable(machine)), said: String::new() });
+        let row = rows.entry(machine.to_owned()).or_insert_with(|| MachineRow {
+            step: self.progress.step("machine", &printable(machine)),
+            said: String::new(),
+        });
         if row.said == line {
             return;
         }
@@ -80,7 +81,7 @@ mod tests {
 
     #[test]
     fn made_up_machines_take_a_bounded_number_of_rows() {
-        let board = Board::new(Progress::new(true, false), false);
+        let board = NetbootProgress::new(Progress::new(true, false), false);
         for i in 0..10_000 {
             board.tell(&format!("machine {i}"), None, "is unknown");
         }

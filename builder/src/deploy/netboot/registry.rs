@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use fleet::netboot::{Mac, Machine, MachineDisk, News, Step, printable};
+use fleet::netboot::{Mac, MachineDisk, NetbootMachine, ProgressReport, Step, printable};
 use fleet::netboot::{ReportKey, code};
 use fleet::{Netboot, Ticket};
 
@@ -25,7 +25,7 @@ const BETWEEN: u64 = 30;
 const WORDS: usize = 300;
 
 /// Machines, by what `[netboot]` says of them.
-pub struct Desk {
+pub struct MachineRegistry {
     rules: Netboot,
     records: Records,
     approvals: Approvals,
@@ -33,7 +33,7 @@ pub struct Desk {
 
 /// The server's answer to a machine.
 #[derive(Clone, Debug)]
-pub enum Answer {
+pub enum RegistryDecision {
     Assigned(Decision),
     /// The operator has to confirm the machine's code; the node or group that it is to be.
     Unconfirmed {
@@ -50,13 +50,13 @@ pub struct Decision {
     /// The record's name: a MAC address or a serial number of fleet.toml.
     pub name: String,
     pub to: String,
-    pub way: Way,
+    pub way: InstallMode,
     pub ticket: Ticket,
 }
 
 /// Where its image goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum InstallMode {
     /// To this disk.
     Install(String),
     /// To its memory; what it keeps goes to this disk, if it keeps something.
@@ -65,7 +65,7 @@ pub enum Way {
 
 /// News that were believed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Heard {
+pub struct AcceptedReport {
     pub name: String,
     pub to: String,
 }
@@ -79,14 +79,14 @@ pub trait Plan {
     /// Whether nothing needs to be kept.
     fn is_volatile(&self, group: &str) -> bool;
     /// Bytes that it needs of the disk that it is on, or that /var is on.
-    fn disk(&self, group: &str, way: &Way) -> u64;
+    fn disk(&self, group: &str, way: &InstallMode) -> u64;
     /// Bytes that it needs when it runs from memory.
     fn memory(&self, group: &str) -> u64;
     /// A ticket, which takes the place of the node's owner if `replace` says so.
     fn mint(&self, to: &str, replace: bool) -> Result<Ticket>;
 }
 
-impl Desk {
+impl MachineRegistry {
     /// The records of the fleet whose folder for them this is.
     ///
     /// # Errors
@@ -154,10 +154,10 @@ impl Desk {
     ///
     /// # Errors
     /// The record can't be written.
-    pub fn decide(&mut self, machine: &Machine, plan: &impl Plan) -> Result<Answer> {
+    pub fn decide(&mut self, machine: &NetbootMachine, plan: &impl Plan) -> Result<RegistryDecision> {
         let (name, to, way) = match self.place(machine, plan) {
             Ok(found) => found,
-            Err(why) => return Ok(Answer::Refused(why)),
+            Err(why) => return Ok(RegistryDecision::Refused(why)),
         };
         let known = self.records.all.get(&name).filter(|r| r.to == to);
         let mut record = known.cloned().unwrap_or_else(|| Record::new(&to));
@@ -166,7 +166,7 @@ impl Desk {
             match &record.confirmed {
                 Some(key) if *key == machine.key => {}
                 Some(_) => {
-                    return Ok(Answer::Refused(format!(
+                    return Ok(RegistryDecision::Refused(format!(
                         "the ticket of {to} was sealed for another machine, or for an earlier boot of this one; if this \
                          machine is to have it: bakehouse netboot --again {name}, and confirm its code"
                     )));
@@ -174,7 +174,7 @@ impl Desk {
                 None => {
                     let code = code(&machine.key, &to);
                     if !self.approvals.has(&code)? {
-                        return Ok(Answer::Unconfirmed { name, to });
+                        return Ok(RegistryDecision::Unconfirmed { name, to });
                     }
                     record.confirmed = Some(machine.key.clone());
                     code_used = Some(code);
@@ -182,17 +182,19 @@ impl Desk {
             }
         }
         // What keeps nothing is new at each start, and takes the place that it had itself.
-        let forgets = way == Way::Run(None);
+        let forgets = way == InstallMode::Run(None);
         let age = now().saturating_sub(record.minted);
         let reused = record.ticket.clone().filter(|_| !forgets || !record.started && age < SAME);
-        if matches!(way, Way::Install(_)) && reused.is_some() && age >= GOOD_FOR {
-            return Ok(Answer::Refused(format!(
+        if matches!(way, InstallMode::Install(_)) && reused.is_some() && age >= GOOD_FOR {
+            return Ok(RegistryDecision::Refused(format!(
                 "the ticket of {to} is older than {} days; bakehouse netboot --again {name} mints another",
                 GOOD_FOR / 86_400
             )));
         }
         if forgets && record.started && age < BETWEEN {
-            return Ok(Answer::Refused(format!("{to} got a ticket {age} s ago; it gets another after {BETWEEN} s")));
+            return Ok(RegistryDecision::Refused(format!(
+                "{to} got a ticket {age} s ago; it gets another after {BETWEEN} s"
+            )));
         }
         let is_new = reused.is_none();
         let ticket = if let Some(ticket) = reused {
@@ -205,7 +207,7 @@ impl Desk {
                     record = Record { minted: now(), started: false, heir, ..record };
                     record.ticket.insert(ticket).clone()
                 }
-                Err(e) => return Ok(Answer::Refused(e.to_string())),
+                Err(e) => return Ok(RegistryDecision::Refused(e.to_string())),
             }
         };
         if is_new || code_used.is_some() {
@@ -217,12 +219,12 @@ impl Desk {
             self.approvals.remove(&code)?;
         }
         let place = match &way {
-            Way::Install(disk) => format!("on {disk}"),
-            Way::Run(None) => "in memory".to_owned(),
-            Way::Run(Some(disk)) => format!("in memory, with /var on {disk}"),
+            InstallMode::Install(disk) => format!("on {disk}"),
+            InstallMode::Run(None) => "in memory".to_owned(),
+            InstallMode::Run(Some(disk)) => format!("in memory, with /var on {disk}"),
         };
         self.records.note(&name, &format!("is to be {to}, {place}"))?;
-        Ok(Answer::Assigned(Decision { name, to, way, ticket }))
+        Ok(RegistryDecision::Assigned(Decision { name, to, way, ticket }))
     }
 
     /// From now on the news of the machine that a ticket was sealed for are believed.
@@ -239,11 +241,11 @@ impl Desk {
     ///
     /// # Errors
     /// The record can't be written.
-    pub fn hear(&mut self, news: &News) -> Result<Option<Heard>> {
+    pub fn hear(&mut self, news: &ProgressReport) -> Result<Option<AcceptedReport>> {
         let speaks = |r: &Record| r.reporters.iter().any(|by| by.key == news.key && by.proof.verify(news));
-        let found = self.records.all.iter_mut().find(|(_, r)| news.version == Machine::VERSION && speaks(r));
+        let found = self.records.all.iter_mut().find(|(_, r)| news.version == NetbootMachine::VERSION && speaks(r));
         let Some((name, record)) = found else { return Ok(None) };
-        let heard = Heard { name: name.clone(), to: record.to.clone() };
+        let heard = AcceptedReport { name: name.clone(), to: record.to.clone() };
         match &news.step {
             Step::Writing { .. } => {}
             Step::Started => {
@@ -267,8 +269,8 @@ impl Desk {
     }
 
     /// The record's name, node or group, and where it goes.
-    fn place(&mut self, machine: &Machine, plan: &impl Plan) -> Result<(String, String, Way), String> {
-        if machine.version != Machine::VERSION {
+    fn place(&mut self, machine: &NetbootMachine, plan: &impl Plan) -> Result<(String, String, InstallMode), String> {
+        if machine.version != NetbootMachine::VERSION {
             return Err("this installer is of another version of bakehouse; boot it again".to_owned());
         }
         machine.check()?;
@@ -300,28 +302,28 @@ impl Desk {
             }
             if plan.is_volatile(&group) {
                 let slot = self.slot(&name, to, plan)?;
-                return Ok((name, slot, Way::Run(None)));
+                return Ok((name, slot, InstallMode::Run(None)));
             }
-            let need = plan.disk(&group, &Way::Run(None));
-            return Ok((name, to, Way::Run(Some(self.disk(&machine.disks, need)?))));
+            let need = plan.disk(&group, &InstallMode::Run(None));
+            return Ok((name, to, InstallMode::Run(Some(self.disk(&machine.disks, need)?))));
         }
         if let Some(at) = self.records.all.get(&name).and_then(|r| r.installed) {
             return Err(format!(
                 "this machine was installed before (at {at}); start it from its disk, or: bakehouse netboot --again {name}"
             ));
         }
-        let disk = self.disk(&machine.disks, plan.disk(&group, &Way::Install(String::new())))?;
-        Ok((name, to, Way::Install(disk)))
+        let disk = self.disk(&machine.disks, plan.disk(&group, &InstallMode::Install(String::new())))?;
+        Ok((name, to, InstallMode::Install(disk)))
     }
 
     /// A machine that no rule names: as it was known before, whichever of its cards came up first.
-    fn name_of_other(&self, machine: &Machine, first: Mac) -> String {
+    fn name_of_other(&self, machine: &NetbootMachine, first: Mac) -> String {
         let mut names = machine.macs.iter().map(Mac::to_string);
         names.find(|name| self.records.all.contains_key(name)).unwrap_or_else(|| first.to_string())
     }
 
     /// Gives a record of an earlier version, which has the machine's first MAC address for a name, the rule's name.
-    fn adopt(&mut self, name: &str, to: &str, machine: &Machine, plan: &impl Plan) {
+    fn adopt(&mut self, name: &str, to: &str, machine: &NetbootMachine, plan: &impl Plan) {
         let slots = plan.slots(to);
         let is_same = |known: &str, record: &Record| {
             let of_machine = machine.macs.iter().any(|mac| mac.to_string() == known);

@@ -27,12 +27,12 @@ use uuid::Uuid;
 
 pub use diff::Comparison;
 use diff::Contents;
-pub use schedule::Course;
+pub use schedule::RolloutSchedule;
 
-use crate::assemble::layout::{ROOT_START, Slots};
+use crate::assemble::layout::{PartitionSizes, ROOT_START};
 use crate::error::{Error, Result, fail};
 use crate::format::verity;
-use crate::image::Image;
+use crate::image::BuiltImage;
 use crate::keys::update_key::UpdateKey;
 use crate::progress::Progress;
 use crate::util::digest::{hex, sha256};
@@ -57,7 +57,7 @@ pub struct Published {
 ///
 /// # Errors
 /// A manifest can't be read.
-pub fn compare(image: &Image, dir: &Path) -> Result<Comparison> {
+pub fn compare(image: &BuiltImage, dir: &Path) -> Result<Comparison> {
     let new = Contents::read(&image.manifest)?;
     let out = dir.join(&image.group);
     let old = newest(&out)?;
@@ -73,7 +73,7 @@ pub fn compare(image: &Image, dir: &Path) -> Result<Comparison> {
 ///
 /// # Errors
 /// Nodes that run what was published before could not take it; the disk is full.
-pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: &Progress) -> Result<Published> {
+pub fn publish(image: &BuiltImage, dir: &Path, key: &UpdateKey, time: u64, progress: &Progress) -> Result<Published> {
     let new = Contents::read(&image.manifest)?;
     let out = dir.join(&image.group);
     let old = newest(&out)?;
@@ -107,7 +107,7 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
     }
     published.unchanged = false;
     fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
-    let slots = Slots::of(new.sizes.root_slot);
+    let slots = PartitionSizes::of(new.sizes.root_slot);
     let name = stem(&new);
     let size = new.sizes.root;
     let [root, tree] = partitions(&new)?;
@@ -157,14 +157,14 @@ pub fn publish(image: &Image, dir: &Path, key: &UpdateKey, time: u64, progress: 
 
 /// Bytes that a node loads which runs the published version: only what it has not. `None` if what
 /// is published does not tell.
-fn differing(image: &Image, new: &Contents, uki: &Blocks, out: &Path, old: &Contents) -> Result<Option<u64>> {
+fn differing(image: &BuiltImage, new: &Contents, uki: &Blocks, out: &Path, old: &Contents) -> Result<Option<u64>> {
     use std::os::unix::fs::FileExt as _;
     let [_, tree] = partitions(old)?;
     let old_root = fs::read(out.join(tree)).ok().and_then(|tree| Blocks::of_tree(&tree));
     let old_uki = fs::read(out.join(format!("{}.blocks", stem(old)))).ok().and_then(|list| Blocks::of_list(&list));
     let mut tree = vec![0; verity::tree_size(new.sizes.root) as usize];
     let disk = File::open(&image.disk).map_err(Error::io("open", &image.disk))?;
-    let at = Slots::of(new.sizes.root_slot).verity_start();
+    let at = PartitionSizes::of(new.sizes.root_slot).verity_start();
     disk.read_exact_at(&mut tree, at).map_err(Error::io("read", &image.disk))?;
     let (Some(old_root), Some(old_uki), Some(root)) = (old_root, old_uki, Blocks::of_tree(&tree)) else {
         return Ok(None);
@@ -251,9 +251,9 @@ mod tests {
     struct Lab(tempfile::TempDir);
 
     impl Lab {
-        fn image(&self, version: &str, more: &serde_json::Value) -> Image {
+        fn image(&self, version: &str, more: &serde_json::Value) -> BuiltImage {
             let path = |name: &str| self.0.path().join(name);
-            let slots = Slots::of(1 << 20);
+            let slots = PartitionSizes::of(1 << 20);
             let mut manifest = json!({
                 "id": "acme-db", "version": version, "group": "db", "kernel": "6.12", "roothash": version.repeat(64)[..64],
                 "sizes": { "root_slot": slots.root, "root": 8192, "uki": 4096 }, "packages": [], "files": {}, "nodes": {},
@@ -268,7 +268,7 @@ mod tests {
             disk.set_len(slots.disk()).unwrap();
             disk.write_all_at(&[7; 8192], ROOT_START).unwrap();
             disk.write_all_at(&[8; 4096], slots.verity_start()).unwrap();
-            Image {
+            BuiltImage {
                 group: "db".into(),
                 disk: path("disk"),
                 uki: path("uki"),
@@ -277,11 +277,11 @@ mod tests {
             }
         }
 
-        fn publish(&self, image: &Image) -> Result<Published> {
+        fn publish(&self, image: &BuiltImage) -> Result<Published> {
             self.publish_at(image, 1_760_000_000)
         }
 
-        fn publish_at(&self, image: &Image, time: u64) -> Result<Published> {
+        fn publish_at(&self, image: &BuiltImage, time: u64) -> Result<Published> {
             let key = UpdateKey::of("acme", "root").unwrap();
             publish(image, &self.0.path().join("out"), &key, time, &Progress::new(true, false))
         }
@@ -352,7 +352,7 @@ mod tests {
         let lab = Lab(tempfile::tempdir().unwrap());
         let postgres = |major: u8| json!({ "packages": [{ "name": format!("postgresql-{major}"), "version": "1" }] });
         lab.publish(&lab.image("2", &postgres(17))).unwrap();
-        let refused = |image: &Image, words: &str| {
+        let refused = |image: &BuiltImage, words: &str| {
             let e = lab.publish(image).unwrap_err().to_string();
             assert!(e.contains(words), "{e}");
         };

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use fleet::{Topology, rank};
+use fleet::{Topology, disruption_order};
 use serde::Serialize;
 
 use super::diff::Comparison;
@@ -14,41 +14,41 @@ const RESTART: u64 = 60;
 
 /// Nodes one after the other, each of which restarts once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Course {
-    pub stops: Vec<Stop>,
+pub struct RolloutSchedule {
+    pub stops: Vec<ScheduledNode>,
     /// At a gigabit, and a minute for each restart.
     pub seconds: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Stop {
+pub struct ScheduledNode {
     pub node: String,
     /// Bytes.
     pub load: u64,
 }
 
-impl Course {
+impl RolloutSchedule {
     /// Of the nodes whose group's image changes. Who leads at the time goes last of its kind,
     /// whatever this says.
     #[must_use]
     pub fn of(topology: &Topology, plans: &[Comparison]) -> Self {
         let changing = |group: &str| plans.iter().find(|p| p.group == group && p.from.is_some() && !p.is_empty());
         let mut nodes: Vec<_> = topology.nodes.iter().collect();
-        nodes.sort_by_key(|n| rank(n));
-        let stops: Vec<Stop> = (nodes.into_iter())
-            .filter_map(|n| Some(Stop { node: n.name.clone(), load: changing(&n.group)?.load }))
+        nodes.sort_by_key(|n| disruption_order(n));
+        let stops: Vec<ScheduledNode> = (nodes.into_iter())
+            .filter_map(|n| Some(ScheduledNode { node: n.name.clone(), load: changing(&n.group)?.load }))
             .collect();
         let seconds = stops.iter().map(|s| s.load / RATE + RESTART).sum();
         Self { stops, seconds }
     }
 }
 
-impl fmt::Display for Course {
+impl fmt::Display for RolloutSchedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.stops.is_empty() {
             return Ok(());
         }
-        let stop = |s: &Stop| format!("{} ({} MB)", s.node, s.load.div_ceil(1_000_000));
+        let stop = |s: &ScheduledNode| format!("{} ({} MB)", s.node, s.load.div_ceil(1_000_000));
         let order: Vec<String> = self.stops.iter().map(stop).collect();
         writeln!(f, "order: {}", order.join(", "))?;
         writeln!(f, "time:  about {} min, at a gigabit and a minute for each restart", self.seconds.div_ceil(60))
@@ -82,11 +82,11 @@ mod tests {
             plan("db", Some("1"), &[]),
             plan("monitor", None, &[]),
         ];
-        let course = Course::of(&topology, &plans);
+        let course = RolloutSchedule::of(&topology, &plans);
         let order: Vec<&str> = course.stops.iter().map(|s| s.node.as_str()).collect();
         assert_eq!(order, ["app-1", "app-2", "hub-1", "hub-2", "hub-3"]);
         assert_eq!(course.seconds, 5 * 62);
         assert!(course.to_string().contains("app-1 (250 MB)"));
-        assert_eq!(Course::of(&topology, &[]).to_string(), "");
+        assert_eq!(RolloutSchedule::of(&topology, &[]).to_string(), "");
     }
 }

@@ -44,7 +44,7 @@ pub struct Etcd {
 
 /// One key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pair {
+pub struct KeyValue {
     pub key: String,
     pub value: Vec<u8>,
     /// Revision of its last change; 0 where there is no such key.
@@ -53,13 +53,13 @@ pub struct Pair {
 
 /// What must hold for a transaction to take place.
 #[derive(Clone, Copy, Debug)]
-pub enum If<'a> {
+pub enum Compare<'a> {
     /// The key's last change is this one; 0: there is no such key.
     Unchanged(&'a str, u64),
 }
 
 #[derive(Clone, Copy, Debug)]
-pub enum Then<'a> {
+pub enum Op<'a> {
     Put(&'a str, &'a [u8]),
     /// As long as a lease lasts.
     PutFor(&'a str, &'a [u8], &'a str),
@@ -161,7 +161,7 @@ impl Etcd {
     ///
     /// # Errors
     /// No member answers.
-    pub async fn list(&self, prefix: &str) -> Result<(u64, Vec<Pair>)> {
+    pub async fn list(&self, prefix: &str) -> Result<(u64, Vec<KeyValue>)> {
         let body = json!({ "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)) });
         listed(&self.call("/v3/kv/range", &body).await?)
     }
@@ -170,7 +170,7 @@ impl Etcd {
     ///
     /// # Errors
     /// No member answers.
-    pub async fn get(&self, keys: &[&str]) -> Result<Vec<Pair>> {
+    pub async fn get(&self, keys: &[&str]) -> Result<Vec<KeyValue>> {
         let ranges: Vec<Value> =
             keys.iter().map(|k| json!({ "request_range": { "key": encode(k.as_bytes()) } })).collect();
         let answered: Answered = self.call("/v3/kv/txn", &json!({ "success": ranges })).await?;
@@ -179,7 +179,7 @@ impl Etcd {
         }
         let of = |(key, response): (&&str, &Response)| match response.response_range.kvs.first() {
             Some(kv) => pair(kv),
-            None => Some(Pair { key: (*key).to_owned(), value: Vec::new(), revision: 0 }),
+            None => Some(KeyValue { key: (*key).to_owned(), value: Vec::new(), revision: 0 }),
         };
         keys.iter().zip(&answered.responses).map(of).collect::<Option<_>>().ok_or_else(foreign)
     }
@@ -188,20 +188,20 @@ impl Etcd {
     ///
     /// # Errors
     /// No member answers: it may have taken place, or not.
-    pub async fn transact(&self, when: &[If<'_>], then: &[Then<'_>]) -> Result<bool> {
-        let compare = |c: &If| match c {
-            If::Unchanged(key, revision) => json!({
+    pub async fn transact(&self, when: &[Compare<'_>], then: &[Op<'_>]) -> Result<bool> {
+        let compare = |c: &Compare| match c {
+            Compare::Unchanged(key, revision) => json!({
                 "key": encode(key.as_bytes()), "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string(),
             }),
         };
-        let operation = |o: &Then| match o {
-            Then::Put(key, value) => {
+        let operation = |o: &Op| match o {
+            Op::Put(key, value) => {
                 json!({ "request_put": { "key": encode(key.as_bytes()), "value": encode(value) } })
             }
-            Then::PutFor(key, value, lease) => json!({
+            Op::PutFor(key, value, lease) => json!({
                 "request_put": { "key": encode(key.as_bytes()), "value": encode(value), "lease": lease },
             }),
-            Then::Delete(key) => json!({ "request_delete_range": { "key": encode(key.as_bytes()) } }),
+            Op::Delete(key) => json!({ "request_delete_range": { "key": encode(key.as_bytes()) } }),
         };
         let body = json!({
             "compare": when.iter().map(compare).collect::<Vec<_>>(),
@@ -391,8 +391,8 @@ fn number(text: &str) -> u64 {
     text.parse().unwrap_or_default()
 }
 
-fn pair(kv: &Kv) -> Option<Pair> {
-    Some(Pair {
+fn pair(kv: &Kv) -> Option<KeyValue> {
+    Some(KeyValue {
         key: String::from_utf8(decode(&kv.key)?).ok()?,
         value: decode(&kv.value)?,
         revision: number(&kv.mod_revision),
@@ -403,12 +403,12 @@ fn pair(kv: &Kv) -> Option<Pair> {
 ///
 /// # Errors
 /// The bytes are no such answer, or a key is not UTF-8.
-pub fn pairs(bytes: &[u8]) -> Result<(u64, Vec<Pair>)> {
+pub fn pairs(bytes: &[u8]) -> Result<(u64, Vec<KeyValue>)> {
     listed(&read(bytes)?)
 }
 
-fn listed(answered: &Answered) -> Result<(u64, Vec<Pair>)> {
-    let pairs: Option<Vec<Pair>> = answered.kvs.iter().map(pair).collect();
+fn listed(answered: &Answered) -> Result<(u64, Vec<KeyValue>)> {
+    let pairs: Option<Vec<KeyValue>> = answered.kvs.iter().map(pair).collect();
     Ok((number(&answered.header.revision), pairs.ok_or_else(foreign)?))
 }
 
@@ -441,7 +441,7 @@ mod tests {
             })).collect();
             let answer = json!({ "header": { "revision": revision.to_string() }, "kvs": kvs, "count": "1" });
             let read = pairs(answer.to_string().as_bytes()).unwrap();
-            let written = all.into_iter().map(|(key, value, revision)| Pair { key, value, revision }).collect();
+            let written = all.into_iter().map(|(key, value, revision)| KeyValue { key, value, revision }).collect();
             proptest::prop_assert_eq!(read, (revision, written));
         }
     }

@@ -4,5 +4,5 @@ mod gateway;
 mod users;
 mod watch;
 
-pub use gateway::{Etcd, EtcdMember, If, Pair, Then, pairs};
-pub use watch::{Change, Watch, changes};
+pub use gateway::{Compare, Etcd, EtcdMember, KeyValue, Op, pairs};
+pub use watch::{Watch, WatchEvent, changes};

@@ -33,7 +33,7 @@ pub struct Watch {
 
 /// One change: the key, and its value if it has one now.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
+pub struct WatchEvent {
     pub key: String,
     pub value: Option<Vec<u8>>,
 }
@@ -98,7 +98,7 @@ impl Etcd {
     ///
     /// # Errors
     /// The connection broke, or the member was silent for 12 seconds: the next request asks another member.
-    pub async fn next(&self, watch: &mut Watch) -> Result<Option<Vec<Change>>> {
+    pub async fn next(&self, watch: &mut Watch) -> Result<Option<Vec<WatchEvent>>> {
         match watch.next().await {
             Err(e) => {
                 self.give_up_member().await;
@@ -110,7 +110,7 @@ impl Etcd {
 }
 
 impl Watch {
-    async fn next(&mut self) -> Result<Option<Vec<Change>>> {
+    async fn next(&mut self) -> Result<Option<Vec<WatchEvent>>> {
         let broken = |why: String| Error::Network { to: "etcd".to_owned(), why };
         loop {
             if let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
@@ -144,7 +144,7 @@ impl Watch {
 ///
 /// # Errors
 /// The line is none of a watch, or a key is not UTF-8.
-pub fn changes(line: &[u8]) -> Result<Option<Vec<Change>>> {
+pub fn changes(line: &[u8]) -> Result<Option<Vec<WatchEvent>>> {
     let watched: Watched = read(line)?;
     if watched.result.canceled {
         println!("etcd ended a watch: {}", watched.result.cancel_reason);
@@ -152,7 +152,7 @@ pub fn changes(line: &[u8]) -> Result<Option<Vec<Change>>> {
     }
     let changes = watched.result.events.iter().map(|e| {
         let value = if e.kind == "DELETE" { None } else { Some(decode(&e.kv.value)?) };
-        Some(Change { key: String::from_utf8(decode(&e.kv.key)?).ok()?, value })
+        Some(WatchEvent { key: String::from_utf8(decode(&e.kv.key)?).ok()?, value })
     });
     changes.collect::<Option<_>>().map(Some).ok_or_else(foreign)
 }
@@ -177,7 +177,7 @@ mod tests {
                 None => json!({ "type": "DELETE", "kv": { "key": encode(key.as_bytes()) } }),
             }).collect();
             let line = json!({ "result": { "events": events } }).to_string();
-            let written = all.into_iter().map(|(key, value)| Change { key, value }).collect();
+            let written = all.into_iter().map(|(key, value)| WatchEvent { key, value }).collect();
             proptest::prop_assert_eq!(changes(line.as_bytes()).unwrap(), Some(written));
         }
     }

@@ -58,11 +58,11 @@ pub(super) struct Admission {
     /// Handshakes and requests a second, of sources without and with a member.
     unknown: Rates,
     known: Rates,
-    state: Mutex<State>,
+    state: Mutex<AdmissionState>,
 }
 
 #[derive(Default)]
-struct State {
+struct AdmissionState {
     next: u64,
     open: BTreeMap<u64, Open>,
     /// Guests that can be closed; unknown addresses first, then by age.
@@ -91,7 +91,7 @@ struct Open {
 }
 
 /// A connection's place; dropped, it is free.
-pub(super) struct Place {
+pub(super) struct AdmittedConnection {
     admission: Arc<Admission>,
     id: u64,
     from: IpAddr,
@@ -108,14 +108,19 @@ impl Admission {
         Arc::new(Self { limits, unknown: rates(50, 150, 400), known: rates(1000, 1000, 1500), state: Mutex::default() })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, AdmissionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a connection in, and closes another for it where there is no place left. Returns its place, and how
     /// long its TLS handshake has to wait; `None` if its source connects too often, or every place is busy.
     /// A connection over the mesh (`member`) is a member's.
-    pub(super) fn enter(self: &Arc<Self>, from: IpAddr, member: bool, now: Instant) -> Option<(Place, Duration)> {
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        from: IpAddr,
+        member: bool,
+        now: Instant,
+    ) -> Option<(AdmittedConnection, Duration)> {
         let mut state = self.state();
         let known = member || state.is_known(from, now);
         let Some(delay) = self.charge(&mut state, from, known, now) else {
@@ -141,10 +146,10 @@ impl Admission {
             state.refused += 1;
             return None;
         }
-        Some((Place { admission: self.clone(), id, from }, delay))
+        Some((AdmittedConnection { admission: self.clone(), id, from }, delay))
     }
 
-    fn charge(&self, state: &mut State, from: IpAddr, known: bool, now: Instant) -> Option<Duration> {
+    fn charge(&self, state: &mut AdmissionState, from: IpAddr, known: bool, now: Instant) -> Option<Duration> {
         if known {
             state.known_meters.take(from, self.known, now)
         } else {
@@ -166,7 +171,7 @@ impl Admission {
     }
 }
 
-impl Place {
+impl AdmittedConnection {
     pub(super) fn id(&self) -> u64 {
         self.id
     }
@@ -205,7 +210,7 @@ impl Place {
     /// Whether a request of this connection is being answered, so that it can't make room.
     pub(super) fn set_busy(&self, busy: bool) {
         let mut state = self.admission.state();
-        let State { open, idle, members, .. } = &mut *state;
+        let AdmissionState { open, idle, members, .. } = &mut *state;
         let Some(open) = open.get_mut(&self.id) else { return };
         open.busy = busy;
         if members.contains(&self.id) {
@@ -219,13 +224,13 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for AdmittedConnection {
     fn drop(&mut self) {
         self.admission.state().remove(self.id);
     }
 }
 
-impl State {
+impl AdmissionState {
     fn is_known(&self, from: IpAddr, now: Instant) -> bool {
         self.known.get(&from).is_some_and(|at| now.saturating_duration_since(*at) < KNOWN)
     }
@@ -330,38 +335,38 @@ mod tests {
     const LIMITS: Limits = Limits { guests: 8, members: 3, address: 2, known_address: 6, network: 4, slot: 2 };
 
     /// Connections, one a second: no rate limit has a part in it.
-    struct Door {
+    struct TestListener {
         admission: Arc<Admission>,
         now: Instant,
     }
 
-    impl Door {
+    impl TestListener {
         fn new() -> Self {
             Self { admission: Admission::new(LIMITS), now: Instant::now() }
         }
 
-        fn enter(&mut self, from: &str) -> Option<Place> {
+        fn enter(&mut self, from: &str) -> Option<AdmittedConnection> {
             self.now += Duration::from_secs(1);
             self.admission.enter(from.parse().unwrap(), false, self.now).map(|(place, _)| place)
         }
 
-        fn is_open(&self, place: &Place) -> bool {
+        fn is_open(&self, place: &AdmittedConnection) -> bool {
             self.admission.state().open.contains_key(&place.id)
         }
 
-        fn open(&self, places: &[Place]) -> Vec<bool> {
+        fn open(&self, places: &[AdmittedConnection]) -> Vec<bool> {
             places.iter().map(|p| self.is_open(p)).collect()
         }
     }
 
     #[test]
     fn the_oldest_guest_of_a_source_makes_room_for_its_next() {
-        let mut door = Door::new();
+        let mut door = TestListener::new();
         let other = door.enter("192.0.2.9").unwrap();
-        let own: Vec<Place> = (0..3).map(|_| door.enter("192.0.2.1").unwrap()).collect();
+        let own: Vec<AdmittedConnection> = (0..3).map(|_| door.enter("192.0.2.1").unwrap()).collect();
         assert_eq!(door.open(&own), [false, true, true]);
         // The network has four places: three are taken, and two more come.
-        let more: Vec<Place> = (2..4).map(|i| door.enter(&format!("192.0.2.{i}")).unwrap()).collect();
+        let more: Vec<AdmittedConnection> = (2..4).map(|i| door.enter(&format!("192.0.2.{i}")).unwrap()).collect();
         assert!(!door.is_open(&other), "the network's oldest");
         assert_eq!((door.open(&own), door.open(&more)), (vec![false, true, true], vec![true, true]));
         drop((own, more, other));
@@ -372,8 +377,8 @@ mod tests {
 
     #[test]
     fn a_full_house_of_guests_keeps_out_neither_guests_nor_members() {
-        let mut door = Door::new();
-        let guests: Vec<Place> = (0..9).map(|i| door.enter(&format!("198.51.{i}.1")).unwrap()).collect();
+        let mut door = TestListener::new();
+        let guests: Vec<AdmittedConnection> = (0..9).map(|i| door.enter(&format!("198.51.{i}.1")).unwrap()).collect();
         assert_eq!(door.open(&guests).iter().filter(|open| !**open).count(), 1);
         assert!(!door.is_open(&guests[0]));
         // A request that is being answered is not closed for others, however old it is.
@@ -393,15 +398,15 @@ mod tests {
 
     #[test]
     fn one_member_does_not_take_every_place_of_members() {
-        let mut door = Door::new();
-        let member = |door: &mut Door, slot: &str, i: u8| {
+        let mut door = TestListener::new();
+        let member = |door: &mut TestListener, slot: &str, i: u8| {
             let place = door.enter(&format!("192.0.{i}.1")).unwrap();
             assert!(place.is_member(slot, door.now));
             place
         };
-        let one: Vec<Place> = (0..3).map(|i| member(&mut door, "app-1", i)).collect();
+        let one: Vec<AdmittedConnection> = (0..3).map(|i| member(&mut door, "app-1", i)).collect();
         assert_eq!(door.open(&one), [false, true, true]);
-        let others: Vec<Place> = (2..4).map(|i| member(&mut door, &format!("app-{i}"), i)).collect();
+        let others: Vec<AdmittedConnection> = (2..4).map(|i| member(&mut door, &format!("app-{i}"), i)).collect();
         assert_eq!((door.open(&one), door.open(&others)), (vec![false, false, true], vec![true, true]));
         // Over the mesh it is a member's at once, whoever fills the guests' places.
         let now = door.now + Duration::from_secs(1);
@@ -411,13 +416,14 @@ mod tests {
 
     #[test]
     fn an_address_with_members_behind_it_has_more_room() {
-        let mut door = Door::new();
+        let mut door = TestListener::new();
         let first = door.enter("192.0.2.1").unwrap();
         assert!(first.is_member("app-1", door.now));
-        let office: Vec<Place> = (0..6).map(|_| door.enter("192.0.2.1").unwrap()).collect();
+        let office: Vec<AdmittedConnection> = (0..6).map(|_| door.enter("192.0.2.1").unwrap()).collect();
         assert_eq!(door.open(&office), [true; 6]);
         // Elsewhere, it makes room last.
-        let strangers: Vec<Place> = (0..9).map(|i| door.enter(&format!("198.51.{i}.1")).unwrap()).collect();
+        let strangers: Vec<AdmittedConnection> =
+            (0..9).map(|i| door.enter(&format!("198.51.{i}.1")).unwrap()).collect();
         assert_eq!(door.open(&office), [true; 6]);
         assert_eq!(door.open(&strangers).iter().filter(|open| **open).count(), 2);
     }

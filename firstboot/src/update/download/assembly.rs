@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use fleet::blocks::Piece;
+use fleet::blocks::BlockRange;
 use http_body_util::BodyExt as _;
 use hyper::StatusCode;
 use hyper::body::Incoming;
@@ -23,8 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How often in a row a broken connection is made again; systemd waits for a minute.
 const TRIES: u32 = 4;
 
-pub(super) struct Assembly {
-    pieces: VecDeque<Piece>,
+pub(super) struct BlockReader {
+    pieces: VecDeque<BlockRange>,
     /// What this node has.
     here: File,
     upstream: Arc<Upstream>,
@@ -36,8 +36,8 @@ pub(super) struct Assembly {
     failures: u32,
 }
 
-impl Assembly {
-    pub(super) fn of(pieces: Vec<Piece>, here: File, upstream: Arc<Upstream>, name: &str) -> Self {
+impl BlockReader {
+    pub(super) fn of(pieces: Vec<BlockRange>, here: File, upstream: Arc<Upstream>, name: &str) -> Self {
         let name = name.to_owned();
         Self { pieces: pieces.into(), here, upstream, name, connection: None, body: None, failures: 0 }
     }
@@ -87,7 +87,7 @@ impl Assembly {
     }
 
     async fn more(&mut self) -> Result<Bytes> {
-        let Some(Piece { at, len, .. }) = self.pieces.front().copied() else { return Ok(Bytes::new()) };
+        let Some(BlockRange { at, len, .. }) = self.pieces.front().copied() else { return Ok(Bytes::new()) };
         let broke = |why: String| Error::Network { to: self.name.clone(), why };
         let body = match &mut self.body {
             Some(body) => body,

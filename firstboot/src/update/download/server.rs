@@ -16,7 +16,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
-use super::assembly::Assembly;
+use super::assembly::BlockReader;
 use super::upstream::Upstream;
 use crate::error::{Error, Result};
 
@@ -31,7 +31,7 @@ const LONGEST_LIST: usize = 16 << 20;
 type Body = UnsyncBoxBody<Bytes, Error>;
 
 /// What this node has.
-pub(super) struct Here {
+pub(super) struct LocalImage {
     /// The root that runs, as dm-verity lets it be read.
     pub root: PathBuf,
     pub tree: PathBuf,
@@ -43,13 +43,13 @@ pub(super) struct Here {
 
 pub(super) struct Server {
     upstream: Arc<Upstream>,
-    here: Here,
+    here: LocalImage,
     /// The hash tree that came last, by its name: it is asked for twice.
     tree: Mutex<Option<(String, Bytes)>>,
 }
 
 impl Server {
-    pub(super) fn of(url: &str, here: Here) -> Result<Self> {
+    pub(super) fn of(url: &str, here: LocalImage) -> Result<Self> {
         Ok(Self { upstream: Arc::new(Upstream::of(url, &here.authorities)?), here, tree: Mutex::default() })
     }
 
@@ -121,7 +121,7 @@ impl Server {
                 return Ok(Some(passed_on(answer)));
             }
         }
-        let assembly = Assembly::of(pieces, here, self.upstream.clone(), name);
+        let assembly = BlockReader::of(pieces, here, self.upstream.clone(), name);
         let bytes = try_unfold(assembly, |mut assembly| async {
             Ok(assembly.next().await?.map(|bytes| (Frame::data(bytes), assembly)))
         });
@@ -264,7 +264,7 @@ mod tests {
         let (uki, pem) = (dir.path().join("own.efi"), dir.path().join("authorities.pem"));
         fs::write(&uki, own).unwrap();
         fs::write(&pem, authorities).unwrap();
-        let here = Here { root: "/nowhere".into(), tree: "/nowhere".into(), uki, authorities: pem.clone() };
+        let here = LocalImage { root: "/nowhere".into(), tree: "/nowhere".into(), uki, authorities: pem.clone() };
         let server = Server::of(url, here).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use tokio::net::TcpListener;
 
-use super::server::{Here, Server};
+use super::server::{LocalImage, Server};
 use crate::error::{Error, Result};
 use crate::node::image::ImageInfo;
 use crate::update::boot_entries::{self, Boots, ENTRIES};
@@ -34,7 +34,7 @@ async fn what_differs(image: &ImageInfo, esp: &Path, scratch: &Path) -> Result<(
     let transfers = transfers(Path::new(TRANSFERS))?;
     let url = transfers.iter().find_map(|(_, text)| source(text));
     let url = url.ok_or_else(|| Error::Failed(format!("{TRANSFERS} names no address")))?;
-    let server = Server::of(url, Here::of_node(image, esp)?)?;
+    let server = Server::of(url, LocalImage::of_node(image, esp)?)?;
     let listener = TcpListener::bind("127.0.0.1:0").await.map_err(Error::io("listen at", "127.0.0.1"))?;
     let here = listener.local_addr().map_err(Error::io("listen at", "127.0.0.1"))?;
     for (name, text) in &transfers {
@@ -74,7 +74,7 @@ pub(super) fn source(transfer: &str) -> Option<&str> {
     transfer.lines().filter_map(|line| line.strip_prefix("Path=")).find(|path| path.starts_with("http"))
 }
 
-impl Here {
+impl LocalImage {
     /// What this machine runs: partitions have the two halves of the root hash for their UUIDs.
     fn of_node(image: &ImageInfo, esp: &Path) -> Result<Self> {
         let path = Path::new("/proc/cmdline");
