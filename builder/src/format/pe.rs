@@ -5,6 +5,8 @@ use std::ops::Range;
 const SECTION: usize = 40;
 /// Initialised data, readable.
 const FLAGS: u32 = 0x4000_0040;
+/// The specification's limit.
+const MAX_FILE_ALIGNMENT: u32 = 64 << 10;
 
 /// The file with these sections added, and the range of each section's content in it; `None` if `stub` is not a PE
 /// file with room for them.
@@ -23,11 +25,12 @@ pub fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, V
     if table + (count + sections.len()) * SECTION > headers
         || !section_align.is_power_of_two()
         || !file_align.is_power_of_two()
+        || file_align > MAX_FILE_ALIGNMENT
     {
         return None;
     }
     let last = table + (count.checked_sub(1)?) * SECTION;
-    let mut address = (u32_at(last + 12)?.checked_add(u32_at(last + 8)?)?).next_multiple_of(section_align);
+    let mut address = u32_at(last + 12)?.checked_add(u32_at(last + 8)?)?.checked_next_multiple_of(section_align)?;
     let mut out = stub.to_vec();
     let mut places = Vec::new();
     for (i, (name, content)) in sections.iter().enumerate() {
@@ -44,7 +47,7 @@ pub fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, V
         }
         let at = table + (count + i) * SECTION;
         out.get_mut(at..at + SECTION)?.copy_from_slice(&header);
-        address = address.checked_add(size)?.next_multiple_of(section_align);
+        address = address.checked_add(size)?.checked_next_multiple_of(section_align)?;
     }
     let count = u16::try_from(count + sections.len()).ok()?;
     out.get_mut(pe + 6..pe + 8)?.copy_from_slice(&count.to_le_bytes());
@@ -55,6 +58,33 @@ pub fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, V
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A PE file of one section, with these alignments.
+    fn stub(section_align: u32, file_align: u32) -> Vec<u8> {
+        let mut bytes = vec![0; 1024];
+        let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+        put(0, b"MZ");
+        put(0x3c, &0x40_u32.to_le_bytes());
+        put(0x40, b"PE\0\0");
+        put(0x46, &1_u16.to_le_bytes());
+        put(0x54, &112_u16.to_le_bytes());
+        put(0x58 + 32, &section_align.to_le_bytes());
+        put(0x58 + 36, &file_align.to_le_bytes());
+        put(0x58 + 60, &1024_u32.to_le_bytes());
+        put(0x58 + 112 + 8, &1_u32.to_le_bytes());
+        put(0x58 + 112 + 12, &4096_u32.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn rejects_alignment_that_overflows_an_address() {
+        let sections: [(&[u8; 8], &[u8]); 2] = [(b".initrd\0", b"x"), (b".linux\0\0", b"y")];
+        let (out, places) = append(&stub(4096, 512), &sections).unwrap();
+        assert_eq!(places, [1024..1025, 1536..1537]);
+        assert_eq!(out.len(), 2048);
+        assert!(append(&stub(1 << 31, 512), &sections).is_none());
+        assert!(append(&stub(4096, 1 << 31), &sections).is_none());
+    }
 
     proptest::proptest! {
         #[test]
