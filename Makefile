@@ -3,7 +3,7 @@
 BAKEHOUSE = target/release/bakehouse
 DEMO = build/demo
 
-.PHONY: all deps build demo test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot containment fuzz lint clean
+.PHONY: all deps build demo test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot containment fuzz check style unit clean
 
 all: build
 
@@ -22,7 +22,7 @@ demo: deps build
 	@echo "hub-1 runs. Run a command:  $(BAKEHOUSE) -C $(DEMO) exec hub-1 -- COMMAND"
 	@echo "Stop it:                    $(BAKEHOUSE) -C $(DEMO) down"
 
-test: deps lint build
+test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, and
 	# wireguard-go is WireGuard in containers.
 	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg
@@ -108,9 +108,30 @@ fuzz:
 	command -v cargo-fuzz >/dev/null || cargo install --locked --version 0.13.2 cargo-fuzz
 	fuzz/run $(SECONDS) $(TARGETS)
 
-lint:
+# Everything that needs no compiled test. ruff comes from PyPI.
+RUFF = build/tools/bin/ruff
+SHELL_SCRIPTS = git grep -lIE '^\#!/bin/(ba|da)?sh' -- .ci builder fuzz overlays tests
+check: $(RUFF)
+	builder/host-deps.sh shellcheck python3-venv
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	tests/dependencies.py
+	$(SHELL_SCRIPTS) | xargs shellcheck -S warning
+	$(RUFF) check overlays tests/dependencies.py
+	$(RUFF) format --check overlays tests/dependencies.py
+
+$(RUFF):
+	builder/host-deps.sh python3-venv
+	python3 -m venv build/tools
+	build/tools/bin/pip install -q ruff==0.17.6
+
+# The language of STYLE.md.
+style:
+	tests/style.sh
+
+# Unit tests, golden files, fuzz seeds.
+unit:
+	cargo test --release --locked --workspace --lib --test golden --test fuzz
 
 clean:
 	rm -rf build target
