@@ -73,7 +73,7 @@ impl EtcdAccess<'_> {
                         println!("etcd's access control waits for the passwords of {}", slots.join(", "));
                     }
                     Ok(Access::WaitsForRollout) => {
-                        println!("etcd's access control waits until no node holds the update lock")
+                        println!("etcd's access control waits until no node holds the update lock");
                     }
                     Err(e) => println!("cannot enable etcd's access control: {e}"),
                 }

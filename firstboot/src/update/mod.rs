@@ -71,7 +71,7 @@ impl Updates<'_> {
                     let report = Report { version: PROTOCOL, image: self.image.version.clone(), doing };
                     match (send(&report).await, &report.doing) {
                         (Ok(UpdateDecision { granted: true, .. }), UpdateState::Available { image, .. }) => {
-                            self.change(image).await?
+                            self.change(image).await?;
                         }
                         (Ok(_), UpdateState::RolledBack { from }) => {
                             reported_rollback = Some(from.clone());
