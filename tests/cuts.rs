@@ -75,7 +75,7 @@ fn interrupted_join_completes_after_power_loss() {
     edge.cut_power();
     edge.wipe();
     edge.start_with(&ticket);
-    edge.wait_for(&["the token was used 1 times, as often as it may be"]);
+    edge.wait_for(&["all uses of the token are spent (1 of 1)"]);
     assert_eq!(ask("/bakehouse/slots/edge-1"), granted);
 }
 

@@ -71,7 +71,7 @@ fn founders_started_minutes_apart_form_one_cluster() {
     two.cut_power();
     two.wipe();
     two.start_with(&ticket("hub-2"));
-    two.wait_for(&["another machine is hub-2 since epoch 1: this one has stopped", "--replace"]);
+    two.wait_for(&["another machine has owned hub-2 since epoch 1: this machine has stopped", "--replace"]);
     is_stopped(&two);
     agree(&[&one, &monitor], "without");
 
@@ -82,7 +82,7 @@ fn founders_started_minutes_apart_form_one_cluster() {
     two.wipe();
     two.start_with(&ticket("hub-2"));
     one.start();
-    two.wait_for(&["another machine is hub-2 since epoch 1: this one has stopped"]);
+    two.wait_for(&["another machine has owned hub-2 since epoch 1: this machine has stopped"]);
     is_stopped(&two);
     let forgotten = one.exec(&format!("{ETCDCTL} put /test/forgotten x"));
     assert_ne!(forgotten.status, 0, "a wiped member completed the quorum: {}", forgotten.output);

@@ -130,7 +130,7 @@ async fn order_is_valid_once_at_one_hub_for_one_path() {
     refused(0, "/v1/leave", &given, &["already"]).await;
     let next = granted(site.insist(&TestCluster::asker(&site.token("db", |_| {}), "db"), 0).await);
     assert_eq!((next.slot.as_str(), next.epoch), ("db-1", 3));
-    refused(0, "/v1/leave", &order(|_| {}), &["another machine's since epoch 3"]).await;
+    refused(0, "/v1/leave", &order(|_| {}), &["another machine has owned db-1 since epoch 3"]).await;
     assert_eq!(first[0].1.epoch, 1);
     // A scoped request for the tokens succeeds.
     let asked =
@@ -202,7 +202,7 @@ async fn keys_are_renewed_at_most_once_a_day() {
     assert_eq!(granted(renew((&node, &grant), &next).await).epoch, 2);
     let third = TestCluster::asker(&node.joiner, "db");
     let JoinReply::Refused(refusal) = renew((&next, &second), &third).await else { panic!("a second renewal") };
-    assert!(refusal.text.contains("may have others in 24 h"), "{}", refusal.text);
+    assert!(refusal.text.contains("can renew them again in 24 h"), "{}", refusal.text);
     let keys = async |prefix: &str| site.etcd(0).list(prefix).await.expect("etcd answers").1;
     let owners: Vec<String> = keys("/bakehouse/owners/").await.into_iter().map(|pair| pair.key).collect();
     assert_eq!(owners, [format!("/bakehouse/owners/{}", next.mesh_key)], "the old key has an owner");

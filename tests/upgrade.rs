@@ -54,7 +54,7 @@ fn machine_rolls_back_failing_update_and_takes_the_next() {
 /// Asserts that the node downloaded less than 8 MB of root and kernel. It copies the other blocks from disk.
 fn loaded_little(hub: &Machine, version: &str) {
     let loaded = format!(
-        "journalctl -o cat -u firstboot-install --no-pager | sed -n 's/^up-hub_{version}[_.].*: \\([0-9.]*\\) of .* loaded$/\\1/p'"
+        "journalctl -o cat -u firstboot-install --no-pager | sed -n 's/^up-hub_{version}[_.].*: \\([0-9.]*\\) of .* downloaded$/\\1/p'"
     );
     let loaded = hub.ok(&loaded);
     let megabytes: Vec<f64> = loaded.lines().map(|n| n.parse().expect("a number")).collect();
@@ -146,7 +146,7 @@ fn containers_install_valid_updates_and_refuse_others() {
     let whole = fs::read(&root).expect("a file");
     fs::write(&root, &whole[..whole.len() / 2]).expect("a file");
     assert_eq!(hub.ok(LOOK), "2");
-    hub.wait_for(&["version 2 was not loaded"]);
+    hub.wait_for(&["version 2 was not downloaded"]);
     assert_eq!(hub.ok("ls /efi/EFI/Linux"), "up-hub_1.efi");
     fs::write(&root, &whole).expect("a file");
 

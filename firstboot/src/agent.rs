@@ -1,4 +1,4 @@
-//! What happens at a boot, in order.
+//! The steps of a boot, in order.
 
 use std::env;
 use std::fs;
@@ -31,17 +31,20 @@ use crate::update::boot_entries::ENTRIES;
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.
 const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";
 
-/// Where things are on a node; another root in tests.
+/// Paths on a node; tests use another root.
 pub struct Paths {
-    /// The image's part: `fleet.json`, `image.json`, `templates/`.
+    /// Folder of the image with `fleet.json`, `image.json` and `templates/`.
     pub image: PathBuf,
+    /// Folder of the agent's state.
     pub state: StateDir,
     /// Root below which templates are rendered.
     pub root: PathBuf,
+    /// Folder of systemd's credentials.
     pub credentials: Option<PathBuf>,
 }
 
 impl Paths {
+    /// Returns the paths of this node, with the folders that systemd sets.
     #[must_use]
     pub fn of_node() -> Self {
         let state = env::var_os("STATE_DIRECTORY").map_or_else(|| "/var/lib/bakehouse".into(), PathBuf::from);
@@ -54,24 +57,25 @@ impl Paths {
     }
 }
 
-/// Makes this machine its node, and keeps it one.
+/// Makes this machine a node, and runs the node until the process ends.
 ///
 /// # Errors
-/// What is wrong; see [`Error::exit_code`] for whether trying again can help.
+/// If a step of the boot fails, or the node is fenced or has left. [`Error::exit_code`] controls whether systemd
+/// restarts the agent.
 pub async fn run(paths: &Paths) -> Result<()> {
     let image = Image::read(&paths.image)?;
     let bus = zbus::Connection::system().await?;
     let status = Status::publish(&bus, &image.topology.name).await?;
-    // Whoever started the agent can ask it now. Units may be ordered after this, never after its
-    // end: hubs may not answer for hours.
+    // D-Bus clients can reach the agent now. Units are ordered after this notification, not after the join, because
+    // the hubs may be unreachable for hours.
     notify("READY=1");
     let units = Systemd::new(&bus).await?;
     let who = identity(&paths.state, paths.credentials.as_ref(), &image).await?;
     let (who, renewed) = renew(&paths.state, who, &image).await?;
     let who = take_missing_passwords(&paths.state, who, &image).await?;
-    // Whoever takes the disk out now finds no ticket on it.
+    // A stolen disk must not contain the ticket.
     if let Err(e) = units.start("firstboot-forget.service").await {
-        println!("{e}");
+        println!("the ticket is not removed from the disk: {e}");
     }
     let node = node_of(&who.state, &image)?;
     let tls = Tls {
@@ -91,11 +95,11 @@ pub async fn run(paths: &Paths) -> Result<()> {
     };
     let slow = u32::try_from(context.machine.patience).unwrap_or(u32::MAX);
     let count = render_all(&paths.image.join("templates"), &paths.root, &context)?;
-    println!("{}: {count} configurations rendered", node.name);
+    println!("{}: rendered {count} configuration files", node.name);
     status.is(&node.name, who.state.epoch).await?;
     status.enter(Phase::Starting).await?;
     systemd::set_hostname(&bus, &node.name).await?;
-    // The node's mesh address is in a file that was just rendered.
+    // networkd reads the node's mesh address from a file that was just rendered.
     systemd::reload_networkd(&bus).await?;
     let updates = Updates {
         systemd: &units,
@@ -113,64 +117,65 @@ pub async fn run(paths: &Paths) -> Result<()> {
     let mesh = member.mesh().await?;
     let serve = async {
         if renewed && node.hub > 0 {
-            // The other hubs are not stopped before every node knows this one again.
+            // The other hubs restart only while this hub is ready. So this hub is not ready before every node has read
+            // its new keys.
             tokio::time::sleep(ALL_HAVE_ASKED).await;
         }
         start(&units, node).await?;
         say(Event::Ready, &format!("ready ({})", node.name));
         status.enter(Phase::Ready).await
     };
-    // Whoever asks on this machine asks a hub, as the operator does; then the node hears of it.
+    // `firstboot leave` sends a request to a hub, as the operator does. The node then receives the hub's order.
     let leave_requests = status.leave_requests(async || hubs.leave().await);
     let kept = tokio::try_join!(member.keep(mesh, &updates, slow), serve, leave_requests).map(|((), (), ())| ());
     match &kept {
         Err(Error::Leaving) => leave(&units, node, &hubs, updates.patroni.as_ref()).await,
         Err(Error::Fenced { .. }) if is_pending(&paths.state) => {
-            Err(Error::Failed("the hubs may know this node by its next keys already: starting again".to_owned()))
+            Err(Error::Failed("the hubs may already have this node's next keys; restarting".to_owned()))
         }
         Err(Error::Fenced { .. } | Error::Left { .. }) => stop(&units, node).await.and(kept),
         _ => kept,
     }
 }
 
-/// When the image was built, in seconds since 1970: all of its files are of that time.
+/// Returns the Unix time of the image's build: the modification time of all its files.
 fn built(image: &Path) -> u64 {
     let modified = fs::metadata(image.join("image.json")).and_then(|m| m.modified()).ok();
     modified.and_then(|at| at.duration_since(UNIX_EPOCH).ok()).map_or(0, |at| at.as_secs())
 }
 
-/// Stops what this node does.
+/// Stops the node's roles.
 async fn stop(units: &Systemd, node: &Node) -> Result<()> {
     for role in &node.roles {
         units.stop_with_all(&format!("role-{role}.target"), &[]).await?;
     }
-    // What goes on running is filtered as before.
+    // nftables keeps filtering for the units that still run.
     units.stop_with_all("role-base.target", &["nftables.service"]).await
 }
 
-/// Leaves the fleet: hands over, stops, and gives the slot back. After a power cut anywhere in
-/// between, a hub says again that this node is to go.
+/// Leaves the fleet: switches the primary over, stops the roles, and reports to a hub that the slot is free. After a
+/// power cut, the hubs repeat the order to leave.
 async fn leave(units: &Systemd, node: &Node, hubs: &Hubs, patroni: Option<&Patroni>) -> Result<()> {
     say(Event::Leaving, &format!("{}: leaving the fleet", node.name));
     if let Some(patroni) = patroni
         && let Err(e) = patroni.hand_over().await
     {
-        println!("{e}");
+        println!("switchover before leaving failed: {e}");
     }
     stop(units, node).await?;
     let mut pause = Backoff::default();
     while let Err(e) = hubs.left().await {
-        println!("{e}");
+        println!("cannot report to a hub that this node has stopped: {e}");
         tokio::time::sleep(pause.next_delay()).await;
     }
     Err(Error::Left { slot: node.name.clone() })
 }
 
-/// Starts what this node does; returns when all of it runs.
+/// Starts the node's roles; returns when all of them run.
 async fn start(units: &Systemd, node: &Node) -> Result<()> {
     units.start("role-base.target").await?;
     say(Event::Starting, &format!("{}: starting {}", node.name, node.roles.join(", ")));
-    // All at once: a role may wait for another one, here or elsewhere.
+    // In parallel, because a role may wait for another one, on this node or elsewhere.
     try_join_all(node.roles.iter().map(async |role| {
         units.start(&format!("role-{role}.target")).await?;
         println!("{}: {role} runs", node.name);
@@ -180,11 +185,10 @@ async fn start(units: &Systemd, node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// Certificate and key that browsers see: the user's, else the node's own, which the fleet's
-/// authority signed.
+/// Returns the certificate and key for browsers: the user's, or the node's own, which the fleet's root signed.
 fn web_certificate(paths: &Paths, own: &Tls) -> Result<String> {
-    let given = paths.credentials.as_ref().map(|dir| dir.join(WEB_CERTIFICATE)).filter(|path| path.exists());
-    match given {
+    let credential = paths.credentials.as_ref().map(|dir| dir.join(WEB_CERTIFICATE)).filter(|path| path.exists());
+    match credential {
         Some(path) => fs::read_to_string(&path).map_err(Error::io("read", &path)),
         None => Ok(format!("{}{}", own.cert, own.key)),
     }

@@ -1,27 +1,28 @@
-//! The agent's one error type.
+//! Errors of the agent.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// Result with the agent's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Error of the agent. The text names the operation that failed, and the fix if an operator has to act.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Trying again can't help: the text says what to change.
+    /// A retry cannot help. The text names the fix.
     #[error("{0}")]
     Configuration(String),
     #[error("cannot {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error(
-        "another machine is {slot} since epoch {epoch}: this one has stopped; to put it there again, wipe it and give it a ticket of `bakehouse ticket {slot} --replace`"
+        "another machine has owned {slot} since epoch {epoch}: this machine has stopped; to give it the slot again, \
+         wipe it and use a ticket made by `bakehouse ticket {slot} --replace`"
     )]
     Fenced { slot: String, epoch: u64 },
-    /// The operator said so, or somebody on the machine itself.
-    #[error("this node is to leave the fleet")]
+    /// The operator, or root on this machine, ordered the node to leave.
+    #[error("this node is ordered to leave the fleet")]
     Leaving,
-    #[error(
-        "this machine was {slot}, and has left the fleet: it may be switched off; wiped and given a new ticket, it is a new node"
-    )]
+    #[error("this machine was {slot}, and has left the fleet: switch it off, or wipe it and give it a new ticket")]
     Left { slot: String },
     #[error(transparent)]
     Ticket(#[from] fleet::netboot::SealError),
@@ -29,7 +30,7 @@ pub enum Error {
     Image(#[from] fleet::netboot::UntrustedImage),
     #[error(transparent)]
     Grub(#[from] fleet::grubenv::TooLong),
-    /// Something that is not there now; trying again may help.
+    /// A failure that may be temporary. A retry may help.
     #[error("{0}")]
     Failed(String),
     #[error("{to}: {why}")]
@@ -43,12 +44,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// Returns a function that wraps an I/O error: `cannot {action} {path}: {cause}`.
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Self {
         let path = path.as_ref().to_owned();
         move |source| Self::Io { action, path, source }
     }
 
-    /// 78 (sysexits' `EX_CONFIG`) for what only a person can mend: systemd does not restart on it.
+    /// Returns the exit code: 78 (`EX_CONFIG` of sysexits.h) for errors that need an operator, otherwise 1. systemd
+    /// does not restart the agent on 78.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         if matches!(self, Self::Configuration(_) | Self::Fenced { .. } | Self::Left { .. }) { 78 } else { 1 }

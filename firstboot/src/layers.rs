@@ -1,12 +1,12 @@
-//! Order of the modules of this crate, as a test.
+//! Test of the order of this crate's modules.
 //!
 //! ```text
 //! agent -> member -> hub, update, render -> mesh -> node -> client, host -> error
 //! install -> client, host -> error
 //! ```
 //!
-//! A module imports only modules to its right. Modules of one place do not import each other, and only the program
-//! `firstboot-install` uses `install`. `super::` paths are not looked at: they stay within a folder.
+//! A module imports only modules to its right. Modules in the same place do not import each other, and only the program
+//! `firstboot-install` uses `install`. The test ignores `super::` paths, because they stay within a folder.
 
 use std::fs;
 use std::path::Path;
@@ -32,8 +32,8 @@ fn may_import(from: &str, to: &str) -> bool {
     }
 }
 
-/// Imports of a module's source that point against the order.
-fn faults(from: &str, source: &str) -> Vec<String> {
+/// Returns the imports of a module's source that violate the order.
+fn violations(from: &str, source: &str) -> Vec<String> {
     let code = source.lines().map(|line| line.split("//").next().unwrap_or_default());
     let name = |path: &str| path.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
     let imports = code.flat_map(|line| line.split("crate::").skip(1).map(name));
@@ -41,7 +41,7 @@ fn faults(from: &str, source: &str) -> Vec<String> {
 }
 
 #[test]
-fn modules_import_only_what_is_to_their_right() {
+fn modules_import_only_modules_to_their_right() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut found = Vec::new();
     for entry in walkdir::WalkDir::new(&src) {
@@ -54,14 +54,14 @@ fn modules_import_only_what_is_to_their_right() {
         let module = top.trim_end_matches(".rs");
         assert!(place(module).is_some() || module == INSTALL, "`{module}` has no place in ORDER");
         let source = fs::read_to_string(entry.path()).unwrap();
-        found.extend(faults(module, &source).into_iter().map(|fault| format!("{}: {fault}", path.display())));
+        found.extend(violations(module, &source).into_iter().map(|text| format!("{}: {text}", path.display())));
     }
-    assert!(found.is_empty(), "against the order in layers.rs:\n{}", found.join("\n"));
+    assert!(found.is_empty(), "imports violate the order in layers.rs:\n{}", found.join("\n"));
 }
 
 #[test]
 fn rejects_imports_against_the_order() {
-    assert_eq!(faults("hub", "use crate::node::keys::Keys;\nuse crate::hub::rate::Rate; // crate::agent"), [""; 0]);
+    assert_eq!(violations("hub", "use crate::node::keys::Keys;\nuse crate::hub::rate::Rate; // crate::agent"), [""; 0]);
     for (from, to) in [
         ("node", "hub"),
         ("hub", "update"),
@@ -72,7 +72,11 @@ fn rejects_imports_against_the_order() {
         ("member", "agent"),
     ] {
         let inline = format!("    let x = crate::{to}::y();");
-        assert_eq!(faults(from, &inline), [format!("`{from}` imports `crate::{to}`")]);
+        assert_eq!(violations(from, &inline), [format!("`{from}` imports `crate::{to}`")]);
     }
-    assert_eq!(faults("node", "use crate::{error, hub};").len(), 1, "a group of modules is not read: one line each");
+    assert_eq!(
+        violations("node", "use crate::{error, hub};").len(),
+        1,
+        "a group of modules passes: write one `use` line for each module"
+    );
 }

@@ -1,20 +1,20 @@
-//! The agent in every image: it makes a bare machine a node.
+//! The agent in every image: it makes a machine a node of the fleet.
 //!
-//! At every boot: who am I (ticket or state) → render /run from it → start the role over
-//! D-Bus → say so. Each persisted step is whole or not there, and is not done twice.
+//! At every boot the agent reads its identity from the state on disk or from a ticket, renders the configuration in
+//! `/run`, starts the roles over D-Bus, and reports that it is ready. Every stored step is atomic and idempotent.
 //!
-//! Modules import only what is further down this list (`layers.rs` is the test):
+//! Modules import only modules further down this list (`layers.rs` is the test):
 //!
-//! - `agent`: what happens at a boot, in order
-//! - `member`: what a node does as long as it runs
+//! - `agent`: the steps of a boot
+//! - `member`: tasks of a running node
 //! - `hub`: the join API, claims of slots, the fence, the rollout
-//! - `update`: a new image: its download, its boot entries, the health check
+//! - `update`: new images: download, boot entries, health check
 //! - `render`: configuration files from templates
 //! - `mesh`: WireGuard
-//! - `node`: identity, keys, state on the disk, peers, the hubs as a node reaches them
-//! - `client`: clients of etcd and Patroni, pauses between attempts
+//! - `node`: identity, keys, state on disk, peers, the client of the hubs
+//! - `client`: clients of etcd and Patroni, backoff
 //! - `host`: systemd, D-Bus, the journal, the console
-//! - `error`: the one error type
+//! - `error`: the error type
 //!
 //! [`install`] is the program of the network installer, and imports `client`, `host` and `error` only.
 

@@ -1,3 +1,5 @@
+//! The command `firstboot`.
+
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -17,14 +19,14 @@ use fleet::grubenv::BLOCK;
 const ESP: &str = "/efi";
 
 const USAGE: &str = "\
-usage: firstboot run              make this machine its node, and keep it one (firstboot.service)
-       firstboot status [--json]  who this node is, and what it waits for
-       firstboot leave            hand over, stop, and give this node's slot back
-       firstboot healthy          wait until this boot is a good one (firstboot-healthy.service)
-       firstboot load             load a newer image into the other slot (firstboot-install.service)
-       firstboot signed           write when the update folder was signed as a metric (firstboot-check.service)
-       firstboot grub [--good]    where a legacy BIOS starts this machine: bring boot entries and GRUB's
-                                  count of tries in step; this boot is a good one (firstboot-grub.service)
+usage: firstboot run              make this machine a node, and run the node (firstboot.service)
+       firstboot status [--json]  print this node's slot and phase
+       firstboot leave            hand over, stop, and free this node's slot
+       firstboot healthy          wait until all units of this boot run (firstboot-healthy.service)
+       firstboot load             download a newer image to the other root partition (firstboot-install.service)
+       firstboot signed           write the signature time of the update folder as a metric (firstboot-check.service)
+       firstboot grub [--good]    on a legacy BIOS: synchronize boot entries with GRUB's count of tries;
+                                  --good: this boot is good (firstboot-grub.service)
 ";
 
 fn main() -> ExitCode {
@@ -36,7 +38,7 @@ fn main() -> ExitCode {
         }
     };
     let code = runtime.block_on(command());
-    // A look-up that waits for a name server must not keep the process.
+    // A name lookup that still waits must not delay the exit.
     runtime.shutdown_background();
     code
 }
@@ -46,14 +48,18 @@ async fn command() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
         ["run"] => Box::pin(run(&Paths::of_node())).await.inspect_err(|e| say(Event::Stopped, &e.to_string())),
-        ["status"] => status(false).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
-        ["status", "--json"] => status(true).await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
-        ["leave"] => leave().await.inspect_err(|e| eprintln!("{e}; see: systemctl status firstboot")),
+        ["status"] => status(false).await.inspect_err(|e| eprintln!("{e}\n  help: see `systemctl status firstboot`")),
+        ["status", "--json"] => {
+            status(true).await.inspect_err(|e| eprintln!("{e}\n  help: see `systemctl status firstboot`"))
+        }
+        ["leave"] => leave().await.inspect_err(|e| eprintln!("{e}\n  help: see `systemctl status firstboot`")),
         ["healthy"] => health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {e}"))),
-        ["load"] => load().await.inspect_err(|e| eprintln!("{e}")),
-        ["signed"] => signed().await.inspect_err(|e| eprintln!("{e}")),
-        ["grub"] => in_step(false).await.inspect_err(|e| eprintln!("{e}")),
-        ["grub", "--good"] => in_step(true).await.inspect_err(|e| eprintln!("{e}")),
+        ["load"] => load().await.inspect_err(|e| eprintln!("download of the newer image failed: {e}")),
+        ["signed"] => signed().await.inspect_err(|e| eprintln!("cannot read the update folder's signature time: {e}")),
+        ["grub"] => grub(false).await.inspect_err(|e| eprintln!("cannot synchronize GRUB's count of tries: {e}")),
+        ["grub", "--good"] => {
+            grub(true).await.inspect_err(|e| eprintln!("cannot synchronize GRUB's count of tries: {e}"))
+        }
         ["--help" | "-h"] => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -81,42 +87,46 @@ async fn leave() -> Result<()> {
 async fn health() -> Result<()> {
     let image = Image::read(&Paths::of_node().image)?;
     let systemd = Systemd::new(&zbus::Connection::system().await?).await?;
-    let well = healthy(&systemd, &image.info.health).await;
-    // Without a count, or another image, there is nothing to go back to: better half a node than
-    // one that restarts for ever. One that runs from memory has no entries.
+    let checked = healthy(&systemd, &image.info.health).await;
+    // Without boot counting or another image, a restart could not roll back, and the node would restart in a loop. A
+    // node that runs from memory has no boot entries.
     let (id, version) = (&image.info.id, &image.info.version);
-    if well.is_err()
+    if checked.is_err()
         && let Ok(boots) = Boots::read(&Path::new(ESP).join(ENTRIES), id)
         && !boots.is_blessed(version)
         && boots.has_another(version)
     {
         systemd.reboot().await?;
     }
-    well
+    checked
 }
 
 async fn load() -> Result<()> {
     let scratch = std::env::var_os("RUNTIME_DIRECTORY");
-    let scratch = scratch.ok_or_else(|| Error::Failed("it is firstboot-install.service that loads".to_owned()))?;
+    let scratch = scratch.ok_or_else(|| {
+        Error::Failed("only firstboot-install.service runs `firstboot load`; start that unit".to_owned())
+    })?;
     let image = Image::read(&Paths::of_node().image)?;
     firstboot::update::download::load(&image.info, Path::new(ESP), Path::new(&scratch)).await
 }
 
 async fn signed() -> Result<()> {
     let scratch = std::env::var_os("RUNTIME_DIRECTORY");
-    let scratch = scratch.ok_or_else(|| Error::Failed("only firstboot-check.service runs this".to_owned()))?;
+    let scratch = scratch.ok_or_else(|| {
+        Error::Failed("only firstboot-check.service runs `firstboot signed`; start that unit".to_owned())
+    })?;
     firstboot::update::download::date::record(Path::new("/run/bakehouse/metrics"), Path::new(&scratch)).await
 }
 
-async fn in_step(good: bool) -> Result<()> {
+async fn grub(good: bool) -> Result<()> {
     let esp = Path::new(ESP);
-    // Under UEFI systemd-boot counts; a disk of an older version has no GRUB.
+    // Under UEFI systemd-boot counts tries. A disk of an older version has no GRUB.
     if Path::new("/sys/firmware/efi").exists() || !esp.join(BLOCK).exists() {
         return Ok(());
     }
     let image = Image::read(&Paths::of_node().image)?;
     if keep_in_step(esp, &image.info.id, &image.info.version, good)? {
-        // As systemd-bless-boot does under UEFI, when this boot is complete.
+        // firstboot-good.service waits for the health check, as systemd-bless-boot.service does under UEFI.
         Systemd::new(&zbus::Connection::system().await?).await?.begin("firstboot-good.service").await?;
     }
     Ok(())

@@ -1,5 +1,4 @@
-//! What a node does for the mesh as long as it runs: follows who is where, and, as a hub, lets
-//! others in.
+//! Tasks of a running node: it follows the peers of the mesh and, as a hub, serves the join API.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -30,32 +29,35 @@ use crate::node::state::StateDir;
 use crate::node::trust::{Decision, Heard, Known, Standing, decide};
 use crate::update::Updates;
 
-/// How soon it asks again where the hubs do not agree yet.
+/// Time to the next request while the hubs do not agree yet.
 const SOON: Duration = Duration::from_secs(3);
-/// By then every node that is up has asked, and has been answered.
+/// Time within which every running node reads the peers from the hubs.
 pub const ALL_HAVE_ASKED: Duration = Duration::from_secs(45);
-/// What node_exporter reads of the rollout.
+/// File with the rollout's metrics for node_exporter.
 const METRICS: &str = "/run/bakehouse/metrics/rollout.prom";
-/// How often a hub looks whether another machine has its slot, as far as it has heard.
-const LOOK_FOR_SUCCESSOR: Duration = Duration::from_secs(1);
+/// Time between two checks whether another machine owns this hub's slot.
+const SUCCESSOR_INTERVAL: Duration = Duration::from_secs(1);
 /// etcd's port for clients.
 const ETCD: u16 = 2379;
 
-/// A node of the fleet, from the moment it knows its slot.
+/// A node of the fleet with its slot.
 pub struct Member {
     topology: Topology,
     node: Node,
     version: String,
     who: Identity,
     hubs: Hubs,
-    /// Where it keeps what it knows.
+    /// Folder of the node's state.
     dir: PathBuf,
+    /// Unix time of the image's build.
     built: u64,
 }
 
 impl Member {
+    /// Returns the node `node` with the identity `who`.
+    ///
     /// # Errors
-    /// What the node keeps does not fit together.
+    /// If the node's certificate and key do not match.
     pub fn new(who: Identity, node: &Node, image: &Image, dir: &StateDir) -> Result<Self> {
         let patroni = if node.has_role("db") { who.state.secrets.etcd_patroni.as_str() } else { "" };
         let hubs =
@@ -71,16 +73,16 @@ impl Member {
         })
     }
 
-    /// When the image was built, in seconds since 1970.
+    /// Sets the Unix time of the image's build.
     #[must_use]
     pub fn built_at(self, built: u64) -> Self {
         Self { built, ..self }
     }
 
-    /// Brings the mesh up with what is known, without asking anybody.
+    /// Configures WireGuard with the peers on disk, without a request to a hub.
     ///
     /// # Errors
-    /// The kernel says no.
+    /// If the kernel refuses the configuration.
     pub async fn mesh(&self) -> Result<Mesh> {
         let state = &self.who.state;
         let mut mesh = Mesh::new(&self.topology, &self.node, &state.endpoints, &self.who.keys)?;
@@ -88,11 +90,11 @@ impl Member {
         Ok(mesh)
     }
 
-    /// Runs this node's part until the process ends; `slow` is how much longer time-outs are on this machine.
+    /// Runs the node's tasks until the process ends. `slow`: factor for time-outs on this machine.
     ///
     /// # Errors
-    /// The kernel refuses the mesh, the port of the join API is in use, a hub's state has no issuer, or another
-    /// node has this one's slot.
+    /// If the kernel refuses the mesh, the port of the join API is in use, a hub's state has no issuer, the node is
+    /// fenced, or the node is ordered to leave.
     pub async fn keep(self, mesh: Mesh, updates: &Updates<'_>, slow: u32) -> Result<()> {
         if self.node.hub == 0 {
             Box::pin(self.keep_node(mesh, updates)).await
@@ -101,12 +103,12 @@ impl Member {
         }
     }
 
-    /// The part of a node that is not a hub.
+    /// Runs the tasks of a node that is not a hub.
     async fn keep_node(&self, mesh: Mesh, updates: &Updates<'_>) -> Result<()> {
         let neighbourhood = &self.who.neighbourhood;
         let introduction = self.introduction()?;
         let kept = mesh.keep(neighbourhood.clone());
-        let asked = follow_hubs(&self.hubs, neighbourhood, (&self.node.name, self.who.state.epoch));
+        let followed = follow_hubs(&self.hubs, neighbourhood, (&self.node.name, self.who.state.epoch));
         let introduced = async {
             if !self.topology.voters.contains(&self.node.name) {
                 return std::future::pending().await;
@@ -114,10 +116,10 @@ impl Member {
             introduce_voter(&self.hubs, neighbourhood, &self.node.name, introduction).await
         };
         let updated = updates.keep(async |report| self.hubs.turn(report).await);
-        tokio::try_join!(kept, asked, introduced, updated).map(|((), (), (), ())| ())
+        tokio::try_join!(kept, followed, introduced, updated).map(|((), (), (), ())| ())
     }
 
-    /// The part of a hub.
+    /// Runs the tasks of a hub.
     async fn keep_hub(&self, mesh: Mesh, updates: &Updates<'_>, slow: u32) -> Result<()> {
         let Self { topology, node, version, who, dir, .. } = self;
         let (own_epoch, secrets, neighbourhood) = (who.state.epoch, &who.state.secrets, &who.neighbourhood);
@@ -130,7 +132,7 @@ impl Member {
         neighbourhood.learn(&node.name, introduction.mesh_key);
 
         let kept = mesh.keep(neighbourhood.clone());
-        // On connections of its own: they belong to the API's thread.
+        // On separate connections, because they belong to the API's thread.
         let served = self.serve_api(desk.beside(etcd()));
         let introduced = self.introduce_hub(&desk, &introduction);
         let registered = register(&desk, &node.name, (introduction.mesh_key, &tls_key), version);
@@ -140,7 +142,7 @@ impl Member {
             Ok(())
         };
         let exported = self.export_rollout(&desk);
-        // Apart from what follows etcd, which may wait for a member that hangs.
+        // A separate task, because `followed` may wait for an etcd member that hangs.
         let replaced = until_replaced(&desk, &node.name, (&tls_key, own_epoch));
         let access = EtcdAccess { desk: &desk, topology, secrets, slot: &node.name, tls_key: &tls_key };
         let access = access.keep();
@@ -155,7 +157,7 @@ impl Member {
         .map(|((), (), (), (), (), (), (), (), (), (), ())| ())
     }
 
-    /// What this node tells hubs of itself.
+    /// Returns this node's introduction to hubs.
     fn introduction(&self) -> Result<Introduction> {
         let mesh_key = self.who.keys.mesh_public()?;
         Ok(Introduction { version: PROTOCOL, mesh_key, epoch: self.who.state.epoch })
@@ -165,8 +167,10 @@ impl Member {
     async fn serve_api(&self, desk: SlotAllocator) -> Result<()> {
         let state = &self.who.state;
         let issuer = state.issuer.clone().ok_or_else(|| {
-            let text =
-                format!("{}: state.json of a hub has no issuer; wipe /var and give it a new ticket", self.node.name);
+            let text = format!(
+                "{}: the hub's state.json has no issuer; wipe /var and give the hub a new ticket",
+                self.node.name
+            );
             Error::Configuration(text)
         })?;
         let hub = Hub {
@@ -184,7 +188,7 @@ impl Member {
         serve(Arc::new(hub), at, fleet_https::server(&state.root, own)?).await
     }
 
-    /// Introduces this hub to the others, again and again: founders find each other before there is an etcd.
+    /// Introduces this hub to the others periodically, so that founders find each other before etcd runs.
     async fn introduce_hub(&self, desk: &SlotAllocator, introduction: &Introduction) -> Result<()> {
         let Self { topology, node, hubs, .. } = self;
         let neighbourhood = &self.who.neighbourhood;
@@ -192,16 +196,15 @@ impl Member {
         let mut pause = Backoff::default();
         loop {
             let owners = desk.owners();
-            // A key that etcd has is known for good; an introduction may be of an older one. What
-            // was on the disk may be old itself.
+            // A key in etcd is current, but an introduction, or a record on disk, may have an older key.
             let mut answers = hubs.introduce(introduction, |slot| desk.has_heard() && owners.contains_key(slot)).await;
-            // Where all are known, they are still asked: a founder that was cut off while another
-            // machine took its place hears of it from nowhere else.
+            // If all keys are known, the hub still reads the others' answers. They are the only source that tells a
+            // founder that another machine took its slot while the founder was disconnected.
             if answers.is_empty() {
                 answers = hubs.answers().await;
             }
             let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
-            // Before there are pins: it is to be stopped, and knows nothing.
+            // Without pins, ignore a machine whose mesh key differs from etcd's record: it does not own its slot.
             answers.retain(|a| {
                 let key = a.peers.keys.get(&a.hub);
                 !pins.is_empty() || !key.is_some_and(|key| neighbourhood.is_stranger(&a.hub, *key))
@@ -209,10 +212,10 @@ impl Member {
             let own = (node.name.as_str(), introduction.epoch);
             let known = Known { own, plan: &plan, pins: &pins, keys: &keys, is_new: owners.is_empty() };
             let decision = decide(&known, &answers);
-            if let Some(why) = sent_away(hubs, &node.name, &decision).await {
+            if let Some(why) = reason_to_stop(hubs, &node.name, &decision).await {
                 return Err(why);
             }
-            // A founder that was off while the others had new keys does not reach etcd without them.
+            // A founder that was off while the others renewed their keys needs the new keys to reach etcd.
             if decision.heard == Heard::Confirmed && !desk.has_heard() {
                 neighbourhood.apply(&decision);
             }
@@ -230,15 +233,15 @@ impl Member {
         let mut pause = Backoff::default();
         loop {
             match desk.follow(|owners| take_in(&self.topology, &self.who.neighbourhood, owners)).await {
-                // It ends each minute.
+                // The watch ends each minute.
                 Ok(()) => pause = Backoff::default(),
-                Err(e) => println!("{e}"),
+                Err(e) => println!("cannot follow the owners of slots in etcd: {e}"),
             }
             tokio::time::sleep(pause.next_delay()).await;
         }
     }
 
-    /// Exports the rollout as metrics, on the hub that has this role.
+    /// Exports the rollout's metrics, on hubs with the role `update`.
     async fn export_rollout(&self, desk: &SlotAllocator) -> Result<()> {
         if self.node.hub > 0 && self.node.has_role(fleet::UPDATE) {
             rollout::export(desk.etcd(), Path::new(METRICS)).await;
@@ -247,37 +250,37 @@ impl Member {
     }
 }
 
-/// Enters a hub as its slot's owner, and gives it its vote.
+/// Registers a hub as the owner of its slot, and promotes its etcd member.
 async fn register(desk: &SlotAllocator, slot: &str, keys: (MeshKey, &str), version: &str) -> Result<()> {
     let mut pause = Backoff::default();
     loop {
         match desk.register(slot, keys.0, keys.1, version).await {
             Ok(Ok(_)) => match desk.vote(slot).await {
                 Ok(()) => return Ok(()),
-                Err(e) => println!("{e}"),
+                Err(e) => println!("cannot promote the etcd member of {slot}: {e}"),
             },
-            Ok(Err(no)) if !no.reason.passes() => return Err(Error::Configuration(no.text)),
-            Ok(Err(no)) => println!("{}", no.text),
-            Err(e) => println!("{e}"),
+            Ok(Err(refusal)) if !refusal.reason.passes() => return Err(Error::Configuration(refusal.text)),
+            Ok(Err(refusal)) => println!("cannot register {slot}: {}", refusal.text),
+            Err(e) => println!("cannot register {slot}: {e}"),
         }
         tokio::time::sleep(pause.next_delay()).await;
     }
 }
 
-/// Ends when another machine has this hub's slot, or the slot has no owner any more, as far as the hub has heard.
+/// Returns when etcd's records have another owner of this hub's slot, or no owner.
 async fn until_replaced(desk: &SlotAllocator, slot: &str, own: (&str, u64)) -> Result<()> {
     loop {
-        // By etcd's word, not by what was on the disk: that may be from before this node's new keys.
+        // Only records read from etcd count, because records on disk may be older than this node's new keys.
         let fenced_since = desk.fenced(slot, own.0).filter(|epoch| *epoch >= own.1);
         if let Some(epoch) = fenced_since.filter(|_| desk.has_heard()) {
             let left = desk.is_vacant(slot).then(|| Error::Left { slot: slot.to_owned() });
             return Err(left.unwrap_or_else(|| fenced(slot, epoch)));
         }
-        tokio::time::sleep(LOOK_FOR_SUCCESSOR).await;
+        tokio::time::sleep(SUCCESSOR_INTERVAL).await;
     }
 }
 
-/// etcd's members, this node's own first.
+/// Returns the addresses of etcd's members, this node's own member first.
 fn members(topology: &Topology, node: &Node) -> Vec<(String, u16)> {
     let mut members: Vec<(String, u16)> = Vec::new();
     if topology.voters.contains(&node.name) {
@@ -288,22 +291,22 @@ fn members(topology: &Topology, node: &Node) -> Vec<(String, u16)> {
     members
 }
 
-/// Takes etcd's word into what a founder knows of the others.
+/// Applies etcd's records of owners to a founder's peer table.
 pub fn take_in(topology: &Topology, neighbourhood: &PeerTable, owners: &Owners) {
     let held = || owners.iter().filter(|(_, record)| !record.vacant);
     let keys = held().map(|(slot, record)| (slot.clone(), record.mesh_key)).collect();
     let is_hub = |slot: &str| topology.node(slot).is_some_and(|n| n.hub > 0);
     let hubs = held().filter(|(slot, _)| is_hub(slot)).map(|(slot, record)| (slot.clone(), record.tls_key.clone()));
-    // Founders that etcd does not know yet have introduced themselves.
+    // The keys of founders without a record in etcd come from their introductions.
     let founder = |slot: &str| topology.node(slot).is_some_and(|n| topology.is_founder(n));
     neighbourhood.are_granted(&keys, hubs.collect(), |slot| founder(slot) && !owners.contains_key(slot));
 }
 
-/// Introduces a voter that is not a hub to the hubs, again and again: its etcd and theirs meet in the mesh, so they
-/// have to know its key before there is a quorum that could tell them, and they enter it in etcd.
+/// Introduces a voter that is not a hub to the hubs periodically. etcd's members connect over the mesh, so the hubs
+/// need the voter's key before etcd has a quorum, and the hubs register the voter in etcd.
 ///
 /// # Errors
-/// Another machine has the node's slot, or it is to leave.
+/// If the node is fenced, has left, or is ordered to leave.
 async fn introduce_voter(hubs: &Hubs, neighbourhood: &PeerTable, slot: &str, own: Introduction) -> Result<()> {
     let plan = hubs.slots();
     let mut pause = Backoff::default();
@@ -312,10 +315,11 @@ async fn introduce_voter(hubs: &Hubs, neighbourhood: &PeerTable, slot: &str, own
         let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
         let known = Known { own: (slot, own.epoch), plan: &plan, pins: &pins, keys: &keys, is_new: pins.is_empty() };
         let decision = decide(&known, &answers);
-        if let Some(why) = sent_away(hubs, slot, &decision).await {
+        if let Some(why) = reason_to_stop(hubs, slot, &decision).await {
             return Err(why);
         }
-        // One hub is enough for a first quorum of two; keys that are known change only as the hubs agree.
+        // One hub's answer is enough for a new key, so that a first quorum of two can form. A known key changes only if
+        // the hubs agree.
         for (hub, key) in answers.iter().flat_map(|a| &a.peers.keys).filter(|(hub, _)| *hub != slot) {
             if !keys.contains_key(hub) {
                 neighbourhood.learn(hub, *key);
@@ -325,14 +329,14 @@ async fn introduce_voter(hubs: &Hubs, neighbourhood: &PeerTable, slot: &str, own
     }
 }
 
-/// Keeps a worker in step with what the hubs agree on, until it is sent away.
+/// Applies to a node's peer table what the hubs agree on. Returns only on failure.
 ///
 /// # Errors
-/// Another machine has the node's slot, or it is to leave.
+/// If the node is fenced, has left, or is ordered to leave.
 pub async fn follow_hubs(hubs: &Hubs, neighbourhood: &PeerTable, own: (&str, u64)) -> Result<()> {
-    // Answers that one hub alone gives are asked again soon, a few times.
+    // If only one hub reports a change, the node asks again soon, up to three times.
     let mut open = 0;
-    // This node is no hub: these are all of them.
+    // This node is not a hub, so `hubs` has all hubs.
     let plan = hubs.slots();
     loop {
         let decision = hubs.round(|answers| {
@@ -340,7 +344,7 @@ pub async fn follow_hubs(hubs: &Hubs, neighbourhood: &PeerTable, own: (&str, u64
             decide(&Known { own, plan: &plan, pins: &pins, keys: &keys, is_new: false }, answers)
         });
         let decision = decision.await;
-        if let Some(why) = sent_away(hubs, own.0, &decision).await {
+        if let Some(why) = reason_to_stop(hubs, own.0, &decision).await {
             return Err(why);
         }
         neighbourhood.apply(&decision);
@@ -349,9 +353,9 @@ pub async fn follow_hubs(hubs: &Hubs, neighbourhood: &PeerTable, own: (&str, u64
     }
 }
 
-/// Why this node can't stay, if it is not the slot's owner any more, or is to leave and the fleet
-/// can do without its vote: until then it is what it was.
-async fn sent_away(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<Error> {
+/// Returns why this node must stop: it is fenced, has left, or is ordered to leave and a hub accepts. While etcd needs
+/// the node's vote, no hub accepts, and the node keeps running.
+async fn reason_to_stop(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<Error> {
     match decision.standing {
         Standing::Owner => None,
         Standing::Left => Some(Error::Left { slot: slot.to_owned() }),
@@ -359,7 +363,7 @@ async fn sent_away(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<Error
         Standing::Leaving => match hubs.leave().await {
             Ok(()) => Some(Error::Leaving),
             Err(e) => {
-                println!("{e}");
+                println!("cannot leave the fleet yet: {e}");
                 None
             }
         },
@@ -367,6 +371,6 @@ async fn sent_away(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<Error
 }
 
 fn fenced(slot: &str, epoch: u64) -> Error {
-    say(Event::Fenced, &format!("another machine is {slot} now (epoch {epoch})"));
+    say(Event::Fenced, &format!("another machine owns {slot} now (epoch {epoch})"));
     Error::Fenced { slot: slot.to_owned(), epoch }
 }

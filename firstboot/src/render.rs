@@ -1,4 +1,5 @@
-//! The node's configuration: a pure function of image and slot, written to /run at each boot.
+//! The node's configuration files, rendered to `/run` at each boot. They depend only on the image, the slot and the
+//! machine.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -10,15 +11,17 @@ use walkdir::WalkDir;
 
 use crate::error::{Error, Result};
 
-/// Renders every template below `templates` to the same path below `root`, with the mode the
-/// template has; returns how many.
+/// Renders every template below `templates` to the same path below `root`, with the template's mode. Returns the number
+/// of files.
 ///
 /// # Errors
-/// A template does not render (the build has rendered it: the image is damaged), or /run is full.
+/// If a template cannot be rendered, or a file cannot be written. The build has rendered every template, so a template
+/// that fails here is damaged.
 pub fn render_all(templates: &Path, root: &Path, context: &NodeContext) -> Result<usize> {
     let mut count = 0;
     for entry in WalkDir::new(templates).sort_by_file_name() {
-        let entry = entry.map_err(|e| Error::Configuration(format!("the image's templates can't be read: {e}")))?;
+        let entry = entry
+            .map_err(|e| Error::Configuration(format!("cannot read the image's templates: {e}; rebuild the image")))?;
         if !entry.file_type().is_file() {
             continue;
         }
@@ -31,9 +34,14 @@ pub fn render_all(templates: &Path, root: &Path, context: &NodeContext) -> Resul
             fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
             open_to_all(dir, root)?;
         }
-        let wanted = entry.metadata().map_err(|e| Error::Configuration(e.to_string()))?.permissions().mode() & 0o777;
+        let file_mode = entry
+            .metadata()
+            .map_err(|e| Error::Configuration(format!("cannot read the mode of {}: {e}", entry.path().display())))?
+            .permissions()
+            .mode()
+            & 0o777;
         let beside = target.with_extension("new");
-        // A file of an agent that was cut off may be there, open to others.
+        // An interrupted agent may have left this file, with a mode that others can read.
         let _ = fs::remove_file(&beside);
         let mut file = OpenOptions::new()
             .write(true)
@@ -42,14 +50,14 @@ pub fn render_all(templates: &Path, root: &Path, context: &NodeContext) -> Resul
             .open(&beside)
             .map_err(Error::io("create", &beside))?;
         file.write_all(rendered.as_bytes()).map_err(Error::io("write", &beside))?;
-        mode(&beside, wanted)?;
+        mode(&beside, file_mode)?;
         fs::rename(&beside, &target).map_err(Error::io("rename", &beside))?;
         count += 1;
     }
     Ok(count)
 }
 
-/// The agent's own umask is 077; these folders are for daemons of other users.
+/// Makes a folder and its parents readable for daemons of other users, because the agent's umask is 077.
 fn open_to_all(dir: &Path, root: &Path) -> Result<()> {
     for dir in dir.ancestors().take_while(|d| *d != root && *d != root.join("run")) {
         mode(dir, 0o755)?;
@@ -67,7 +75,7 @@ mod tests {
     use fleet::{Fleet, MachineSize, Membership, Topology};
 
     #[test]
-    fn every_boot_gives_the_same_files() {
+    fn every_boot_renders_the_same_files() {
         let dir = tempfile::tempdir().unwrap();
         let templates = dir.path().join("templates");
         fs::create_dir_all(templates.join("run/bakehouse")).unwrap();

@@ -1,4 +1,4 @@
-//! What the initrd of `bakehouse netboot` runs: it has no more than that needs.
+//! The installer that the initrd of `bakehouse netboot` runs. A separate program keeps the initrd small.
 
 use std::process::ExitCode;
 

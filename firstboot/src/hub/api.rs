@@ -1,4 +1,4 @@
-//! The join API's requests and their answers; [`super::listener`] has the connections.
+//! The join API's requests and replies; [`super::listener`] handles the connections.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,33 +17,33 @@ use super::claims::SlotAllocator;
 use super::departures::Identified;
 use super::orders::{OrderLog, Signed};
 use super::peer::{Member, Peer};
-use super::refusal::{self, no};
+use super::refusal::{self, refuse};
 use super::rollout;
 use super::token::verify;
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER};
 use crate::node::neighbours::PeerTable;
 
-/// What the API answers from.
+/// State of the join API on one hub.
 pub struct Hub {
     pub topology: Topology,
     /// The fleet root's certificate, PEM.
     pub root: String,
     pub issuer: Issuer,
     pub secrets: Secrets,
-    /// Of this hub's own grant.
+    /// Epoch of this hub's own slot.
     pub epoch: u64,
     pub desk: Arc<SlotAllocator>,
     pub neighbourhood: Arc<PeerTable>,
-    /// The operator's orders that this hub has carried out.
+    /// Orders that this hub has carried out.
     pub orders: OrderLog,
 }
 
-/// An extension of the response to a join that was granted.
+/// Marks the response to a granted join.
 #[derive(Clone, Copy)]
 pub(super) struct Admitted;
 
-/// Answers one request of a connection.
+/// Handles one request of a connection.
 pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
     let signed = Signed::of(peer, &head, &body);
@@ -62,15 +62,15 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             Ok(peers) => json(&peers),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
         },
-        (Method::POST, "/v1/revoke", _) => told(hub.revoke(&signed).await),
-        (Method::POST, "/v1/leave", Some(member)) if !signed.is_signed() => told(hub.take_leave(member).await),
-        (Method::POST, "/v1/leave", _) => told(hub.leave(&signed).await),
+        (Method::POST, "/v1/revoke", _) => status_reply(hub.revoke(&signed).await),
+        (Method::POST, "/v1/leave", Some(member)) if !signed.is_signed() => status_reply(hub.take_leave(member).await),
+        (Method::POST, "/v1/leave", _) => status_reply(hub.leave(&signed).await),
         (Method::POST, "/v1/left", Some(member)) => {
-            told(hub.desk.left(&member.slot, &member.tls_key).await.unwrap_or_else(|e| Err(busy(e))))
+            status_reply(hub.desk.left(&member.slot, &member.tls_key).await.unwrap_or_else(|e| Err(busy(e))))
         }
         (Method::POST, "/v1/tokens", _) => match hub.tokens(&signed).await {
             Ok(tokens) => json(&tokens),
-            Err(refusal) => told(Err(refusal)),
+            Err(refusal) => status_reply(Err(refusal)),
         },
         (Method::POST, "/v1/rollout", _) => match hub.rollout(&signed).await {
             Ok(rollout) => json(&rollout),
@@ -84,77 +84,80 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
         },
         (Method::GET, "/v1/peers", Some(member)) => {
             let peers = hub.peers(member);
-            // Another machine has its place: then it is not the slot's owner that lives.
+            // A fenced client is not the slot's owner, so its request does not count as the owner's.
             if peers.fenced.is_none() {
                 let (desk, slot, tls_key) = (hub.desk.clone(), member.slot.clone(), member.tls_key.clone());
                 let has_password = user == Some(PATRONI);
                 tokio::spawn(async move {
                     if let Err(e) = desk.saw(&slot).await {
-                        println!("{e}");
+                        println!("{slot}: cannot record the contact in etcd: {e}");
                     }
                     if has_password && let Err(e) = desk.has_etcd_password(&slot, &tls_key).await {
-                        println!("{e}");
+                        println!("{slot}: cannot record its etcd password in etcd: {e}");
                     }
                 });
             }
             json(&peers)
         }
         (_, "/v1/renew" | "/v1/introduce" | "/v1/peers" | "/v1/turn" | "/v1/left", None) => {
-            plain(StatusCode::UNAUTHORIZED, "show a certificate of this fleet")
+            plain(StatusCode::UNAUTHORIZED, "this path requires a client certificate of this fleet")
         }
-        _ => plain(StatusCode::NOT_FOUND, "no such thing"),
+        _ => plain(StatusCode::NOT_FOUND, "unknown path or method"),
     }
 }
 
 impl Hub {
-    /// Lets a node in, or says why not.
+    /// Grants a slot to a node, or refuses.
     async fn join(&self, signed: &Signed<'_>) -> JoinReply {
         let granted = async {
             let signature = signed.signature()?;
             let request: JoinRequest = serde_json::from_slice(signed.body)
-                .map_err(|e| no(Reason::Malformed, &format!("the request is not readable: {e}")))?;
+                .map_err(|e| refuse(Reason::Malformed, &format!("cannot parse the request: {e}")))?;
             if request.version != PROTOCOL {
                 let text = format!(
                     "the request has format {}, this hub reads {PROTOCOL}; rebuild the older image",
                     request.version
                 );
-                return Err(no(Reason::Malformed, &text));
+                return Err(refuse(Reason::Malformed, &text));
             }
             let key = tls_key(&request.tls_key)?;
             let claims = verify(&self.root, &self.topology.name, &request, &signed.message, signature)?;
             let given = self.desk.claim(&claims, &request).await.map_err(|e| {
-                eprintln!("a claim for {}: {e}", claims.group);
-                no(Reason::Busy, "etcd does not answer")
+                eprintln!("cannot decide a claim for the group {}: {e}", claims.group);
+                refuse(Reason::Busy, "etcd does not answer")
             })??;
             let Some(node) = self.topology.node(&given.slot) else {
-                return Err(no(Reason::Malformed, &format!("the fleet has no slot `{}` any more", given.slot)));
+                return Err(refuse(Reason::Malformed, &format!("the fleet has no slot `{}` any more", given.slot)));
             };
             if claims.replace && self.topology.is_founder(node) {
-                // A node asks until it has its grant, and starts etcd afterwards.
+                // The node repeats its claim until it has the grant, and starts etcd only then.
                 self.desk.readmit(&given.slot, given.epoch).await.map_err(|e| {
-                    eprintln!("etcd's members: {e}");
-                    no(Reason::Busy, "etcd does not let the new machine in yet")
+                    eprintln!("cannot add the etcd member of {}: {e}", given.slot);
+                    refuse(Reason::Busy, "etcd has not added the new member yet")
                 })?;
             }
-            println!("{} is {} (epoch {}), token {}", request.mesh_key, given.slot, given.epoch, claims.id);
+            println!("granted: {} is {} (epoch {}), token {}", request.mesh_key, given.slot, given.epoch, claims.id);
             self.grant(node, given.epoch, &key)
         };
         reply(granted.await)
     }
 
-    /// Gives a node's new keys the slot of its old ones, or says why not.
+    /// Grants the slot of a member to its new keys, or refuses.
     async fn renew(&self, member: &Member, body: &[u8]) -> JoinReply {
         let granted = async {
-            let asked: Renewal = serde_json::from_slice(body)
-                .map_err(|e| no(Reason::Malformed, &format!("the request is not readable: {e}")))?;
-            if asked.version != PROTOCOL {
-                return Err(no(Reason::Malformed, &format!("this hub reads format {PROTOCOL}")));
+            let renewal: Renewal = serde_json::from_slice(body)
+                .map_err(|e| refuse(Reason::Malformed, &format!("cannot parse the request: {e}")))?;
+            if renewal.version != PROTOCOL {
+                return Err(refuse(
+                    Reason::Malformed,
+                    &format!("the request has an unknown format; this hub reads format {PROTOCOL}"),
+                ));
             }
-            let key = tls_key(&asked.tls_key)?;
+            let key = tls_key(&renewal.tls_key)?;
             let node = self.topology.node(&member.slot);
-            let node = node.ok_or_else(|| no(Reason::Malformed, &format!("the fleet has no `{}`", member.slot)))?;
-            let given = self.desk.renew(&member.slot, &member.tls_key, &asked).await.map_err(busy)??;
-            println!("{} is {} (epoch {}), renewed", asked.mesh_key, given.slot, given.epoch);
+            let node = node.ok_or_else(|| refuse(Reason::Malformed, &format!("the fleet has no `{}`", member.slot)))?;
+            let given = self.desk.renew(&member.slot, &member.tls_key, &renewal).await.map_err(busy)??;
+            println!("renewed: {} is {} (epoch {})", renewal.mesh_key, given.slot, given.epoch);
             self.grant(node, given.epoch, &key)
         };
         reply(granted.await)
@@ -162,91 +165,97 @@ impl Hub {
 
     fn grant(&self, node: &Node, epoch: u64, key: &PublicKey) -> Result<Grant, Refusal> {
         let cert = self.issuer.node(&self.topology, node, key);
-        let cert = cert.map_err(|e| no(Reason::Malformed, &format!("the TLS key is not one: {e}")))?;
+        let cert = cert.map_err(|e| refuse(Reason::Malformed, &format!("the TLS key is invalid: {e}")))?;
         let secrets = self.secrets.for_roles(&node.roles);
         Ok(Grant { slot: node.name.clone(), epoch, cert, secrets, hubs: self.founders() })
     }
 
-    /// The operator takes a token back.
+    /// Revokes a token by the operator's order.
     async fn revoke(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
-        let asked: Revocation = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
-        println!("token {} is revoked", asked.token.escape_debug());
-        self.desk.revoke(&asked.token).await.map_err(busy)
+        let order: Revocation = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
+        println!("revoking the token {}", order.token.escape_debug());
+        self.desk.revoke(&order.token).await.map_err(busy)
     }
 
-    /// The operator asks what became of the tokens.
+    /// Returns the use counts of the tokens and the revoked tokens, by the operator's order.
     async fn tokens(&self, signed: &Signed<'_>) -> Result<Tokens, Refusal> {
         let _: TokensRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
         self.desk.tokens().await.map_err(busy)
     }
 
-    /// The operator has a node go.
+    /// Orders a node to leave, by the operator's order.
     async fn leave(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
-        let asked: Departure = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
-        println!("{} is to leave{}", asked.slot.escape_debug(), if asked.now { " at once" } else { "" });
-        let owner = asked.tls_key.as_deref().map_or(Identified::Epoch(asked.epoch), Identified::Key);
+        let order: Departure = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
+        println!("ordered {} to leave{}", order.slot.escape_debug(), if order.now { " at once" } else { "" });
+        let owner = order.tls_key.as_deref().map_or(Identified::Epoch(order.epoch), Identified::Key);
         let proof = signed.proof(&self.root).filter(|proof| proof.owner(&self.topology.name).is_some());
-        self.desk.leave(&asked.slot, asked.now, owner, proof).await.unwrap_or_else(|e| Err(busy(e)))
+        self.desk.leave(&order.slot, order.now, owner, proof).await.unwrap_or_else(|e| Err(busy(e)))
     }
 
-    /// A node goes by itself.
+    /// Accepts a node's own request to leave.
     async fn take_leave(&self, member: &Member) -> Result<(), Refusal> {
-        println!("{} leaves", member.slot);
+        println!("{} asks to leave", member.slot);
         let owner = Identified::Key(&member.tls_key);
         self.desk.leave(&member.slot, false, owner, None).await.unwrap_or_else(|e| Err(busy(e)))
     }
 
-    /// The operator looks at the rollout, pauses it, or lets it go on.
+    /// Carries out an order of the operator about the rollout, and returns its state.
     async fn rollout(&self, signed: &Signed<'_>) -> Result<Rollout, Refusal> {
-        let asked: RolloutRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
-        if let RolloutOrder::Skip { node } = &asked.order
+        let request: RolloutRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
+        if let RolloutOrder::Skip { node } = &request.order
             && self.topology.node(node).is_none()
         {
-            return Err(no(Reason::Malformed, &format!("the fleet has no node `{}`", node.escape_debug())));
+            return Err(refuse(Reason::Malformed, &format!("the fleet has no node `{}`", node.escape_debug())));
         }
-        if asked.order != RolloutOrder::Tell {
-            println!("rollout: {:?}", asked.order);
+        if request.order != RolloutOrder::Tell {
+            println!("rollout: order {:?}", request.order);
         }
-        rollout::order(self.desk.etcd(), &asked.order).await.map_err(busy)
+        rollout::order(self.desk.etcd(), &request.order).await.map_err(busy)
     }
 
-    /// A member says what it runs, and may be told to change.
+    /// Takes a member's report of its version, and returns whether the member may change its image.
     async fn turn(&self, member: &Member, body: &[u8]) -> Result<UpdateDecision, Refusal> {
-        let said: Report = serde_json::from_slice(body)
-            .map_err(|e| no(Reason::Malformed, &format!("the report is not readable: {e}")))?;
-        if said.version != PROTOCOL {
-            return Err(no(Reason::Malformed, &format!("this hub reads format {PROTOCOL}")));
+        let report: Report = serde_json::from_slice(body)
+            .map_err(|e| refuse(Reason::Malformed, &format!("cannot parse the report: {e}")))?;
+        if report.version != PROTOCOL {
+            return Err(refuse(
+                Reason::Malformed,
+                &format!("the request has an unknown format; this hub reads format {PROTOCOL}"),
+            ));
         }
         if let Some(epoch) = self.desk.fenced(&member.slot, &member.tls_key) {
-            let text = format!("{} is another machine's since epoch {epoch}", member.slot);
-            return Err(no(Reason::Fenced, &text));
+            let text = format!("another machine has owned {} since epoch {epoch}", member.slot);
+            return Err(refuse(Reason::Fenced, &text));
         }
-        rollout::report(self.desk.etcd(), &self.topology, &member.slot, &said).await.map_err(busy)
+        rollout::report(self.desk.etcd(), &self.topology, &member.slot, &report).await.map_err(busy)
     }
 
-    /// A founder says who it is, before there is an etcd to read it from.
+    /// Takes a founder's introduction, which the hubs need before they have an etcd to read keys from.
     fn introduce(&self, member: &Member, body: &[u8], takes_passwords: bool) -> Result<Peers, Refusal> {
-        let said: Introduction = serde_json::from_slice(body)
-            .map_err(|e| no(Reason::Malformed, &format!("the introduction is not readable: {e}")))?;
-        if said.version != PROTOCOL {
-            return Err(no(Reason::Malformed, &format!("this hub reads format {PROTOCOL}")));
+        let introduction: Introduction = serde_json::from_slice(body)
+            .map_err(|e| refuse(Reason::Malformed, &format!("cannot parse the introduction: {e}")))?;
+        if introduction.version != PROTOCOL {
+            return Err(refuse(
+                Reason::Malformed,
+                &format!("the request has an unknown format; this hub reads format {PROTOCOL}"),
+            ));
         }
         if self.topology.node(&member.slot).is_none_or(|n| !self.topology.is_founder(n)) {
-            return Err(no(Reason::Malformed, &format!("{} is no founder", member.slot)));
+            return Err(refuse(Reason::Malformed, &format!("{} is not a founder", member.slot)));
         }
         let mut peers = self.peers(member);
-        // Where etcd can't be asked, what it said is still true.
-        if self.neighbourhood.is_stranger(&member.slot, said.mesh_key) {
+        // The hub's stored records of etcd are valid without a quorum too.
+        if self.neighbourhood.is_stranger(&member.slot, introduction.mesh_key) {
             peers.fenced.get_or_insert(1);
         }
         if peers.fenced.is_none() {
-            self.neighbourhood.learn(&member.slot, said.mesh_key);
-            // Voters that are not hubs are no clients of etcd: a hub enters them.
+            self.neighbourhood.learn(&member.slot, introduction.mesh_key);
+            // Voters that are not hubs cannot write to etcd, so a hub registers them.
             if self.topology.node(&member.slot).is_some_and(|n| n.hub == 0) {
                 let (desk, slot, tls_key) = (self.desk.clone(), member.slot.clone(), member.tls_key.clone());
                 tokio::spawn(async move {
-                    if let Err(e) = desk.enter_voter(&slot, said.mesh_key, &tls_key, takes_passwords).await {
-                        println!("{slot}: {e}");
+                    if let Err(e) = desk.enter_voter(&slot, introduction.mesh_key, &tls_key, takes_passwords).await {
+                        println!("cannot register the voter {slot}: {e}");
                     }
                 });
             }
@@ -266,7 +275,7 @@ impl Hub {
         Peers { keys: self.founders(), hubs, epoch: self.epoch, fenced, leaving, vacant, evicted }
     }
 
-    /// Keys of those that everybody has to know.
+    /// Returns the founders' mesh keys, which every node needs.
     fn founders(&self) -> BTreeMap<String, fleet::MeshKey> {
         let mut keys = self.neighbourhood.keys();
         keys.retain(|slot, _| self.topology.node(slot).is_some_and(|n| self.topology.is_founder(n)));
@@ -286,16 +295,17 @@ fn reply(granted: Result<Grant, Refusal>) -> JoinReply {
 
 fn tls_key(text: &str) -> Result<PublicKey, Refusal> {
     let key = encoding::decode(text).and_then(|k| PublicKey::of(&k));
-    key.ok_or_else(|| no(Reason::Malformed, "the TLS key is not one"))
+    key.ok_or_else(|| refuse(Reason::Malformed, "the TLS key is invalid"))
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
+#[allow(clippy::needless_pass_by_value, reason = "map_err passes it by value")]
 fn busy(e: Error) -> Refusal {
-    eprintln!("{e}");
-    no(Reason::Busy, "etcd does not answer")
+    eprintln!("cannot handle a request: {e}");
+    refuse(Reason::Busy, "etcd does not answer")
 }
 
-fn told(done: Result<(), Refusal>) -> Response<Full<Bytes>> {
+/// Replies to a request without a result: 200, or the refusal as 503 or 403.
+fn status_reply(done: Result<(), Refusal>) -> Response<Full<Bytes>> {
     match done {
         Ok(()) => plain(StatusCode::OK, ""),
         Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
@@ -309,6 +319,7 @@ fn json(value: &impl Serialize) -> Response<Full<Bytes>> {
     response
 }
 
+/// Returns a response with a plain text.
 pub(super) fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(text.to_owned())));
     *response.status_mut() = status;

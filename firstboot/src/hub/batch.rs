@@ -1,4 +1,4 @@
-//! Claims of slots: decided by etcd, those that wait together in one transaction.
+//! Claims of slots. etcd decides all claims that wait at the same time in one transaction.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{MutexGuard, PoisonError};
@@ -10,47 +10,47 @@ use tokio::sync::oneshot::error::TryRecvError;
 
 use super::claims::{QueuedClaim, SlotAllocator};
 use super::records::{EtcdKeys, GrantedSlot, PendingGrant, SLOTS, TokenUsage};
-use super::refusal::no;
+use super::refusal::refuse;
 use super::terms::TokenState;
 use crate::client::backoff::jitter;
 use crate::client::etcd::WatchEvent;
 use crate::error::{Error, Result};
 
-/// Others may claim at the same moment: then again, that often.
+/// How often a batch is retried when another hub's transaction wins.
 const ATTEMPTS: u64 = 16;
-/// Claims in one transaction: etcd takes 128 operations, each claim needs up to five.
-const TOGETHER: usize = 24;
+/// Claims in one transaction: etcd accepts 128 operations, and each claim needs up to five.
+const BATCH_SIZE: usize = 24;
 
 impl SlotAllocator {
-    /// Gives a slot to a node whose token was verified. The same keys get the same slot again, before anything
-    /// else is looked at.
+    /// Grants a slot to a node with a verified token. Keys that own a slot get the same slot again, before the
+    /// token's terms are checked.
     ///
-    /// Claims that come while etcd is busy with others are decided together, by one transaction: the nodes of a
-    /// rack share one token, and each claim changes its count.
+    /// Claims that arrive while a transaction runs are decided together in the next one: the nodes of a rack share
+    /// one token, and each claim changes its use count.
     ///
     /// # Errors
-    /// etcd does not answer. The transaction may have taken place: the same claim again returns its result.
+    /// If etcd does not answer. The transaction may have been carried out; repeating the claim returns its result.
     pub async fn claim(&self, claims: &Claims, request: &JoinRequest) -> Result<Result<GrantedSlot, Refusal>> {
-        // A token that gives nothing any more may still be of a node that asks again for its grant, which etcd
-        // knows better than this hub. Strangers with such tokens must not keep etcd busy.
+        // A node that repeats its claim may have a spent or expired token, and etcd may have its record before this hub
+        // has. Strangers with such tokens must not overload etcd.
         if self.useless.is_refused(claims) && !self.is_owner(request.mesh_key) {
-            return Ok(Err(no(Reason::Busy, "too many nodes ask with tokens that are expired, spent or revoked")));
+            return Ok(Err(refuse(Reason::Busy, "too many requests with expired, spent or revoked tokens")));
         }
         let (reply, mut answer) = oneshot::channel();
         self.queue().push_back(QueuedClaim { claims: claims.clone(), request: request.clone(), reply });
         let _turn = self.turn.lock().await;
         loop {
-            // The claim that had the turn before may have been decided together with this one.
+            // The task that held the lock before may have decided this claim with its own.
             match answer.try_recv() {
                 Ok(answer) => return answer,
-                Err(TryRecvError::Closed) => return Err(Error::Failed("the claim was cut off".to_owned())),
+                Err(TryRecvError::Closed) => return Err(Error::Failed("the claim was aborted".to_owned())),
                 Err(TryRecvError::Empty) => {}
             }
             let batch = {
                 let mut queue = self.queue();
-                // Some have gone away in the meantime.
+                // Some clients may have disconnected.
                 queue.retain(|w| !w.reply.is_closed());
-                let count = queue.len().min(TOGETHER);
+                let count = queue.len().min(BATCH_SIZE);
                 queue.drain(..count).collect()
             };
             self.decide(batch).await;
@@ -61,13 +61,13 @@ impl SlotAllocator {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers every claim of a batch.
+    /// Replies to every claim of a batch.
     async fn decide(&self, mut batch: Vec<QueuedClaim>) {
         for attempt in 0..ATTEMPTS {
             if let Err(e) = self.attempt(&mut batch, attempt).await {
                 let why = e.to_string();
                 for waiting in batch {
-                    waiting.tell(Err(Error::Failed(why.clone())));
+                    waiting.answer(Err(Error::Failed(why.clone())));
                 }
                 return;
             }
@@ -77,71 +77,74 @@ impl SlotAllocator {
             tokio::time::sleep(Duration::from_millis(jitter(attempt))).await;
         }
         for waiting in batch {
-            waiting.tell(Ok(Err(no(Reason::Busy, "too many nodes ask at the same time"))));
+            waiting.answer(Ok(Err(refuse(Reason::Busy, "too many nodes claim slots at the same time"))));
         }
     }
 
-    /// Answers the claims that it can; leaves those that have to be looked at again.
+    /// Replies to the claims that can be decided now, and leaves the others in `batch`.
     async fn attempt(&self, batch: &mut Vec<QueuedClaim>, attempt: u64) -> Result<()> {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let now = clock.max(self.time_floor());
         if now > clock {
-            eprintln!("this hub's clock is {} s behind the fleet's: set it", now - clock);
+            eprintln!("this hub's clock is {} s behind the fleet's; set this hub's clock", now - clock);
         }
-        // What was heard may be late: then the transaction fails, and etcd itself is asked.
+        // The watch may lag behind etcd, so a failed transaction is followed by a read.
         if attempt > 0 {
             let groups: BTreeSet<&str> = batch.iter().map(|w| w.claims.group.as_str()).collect();
             for group in groups {
                 let (_, pairs) = self.etcd.list(&format!("{SLOTS}{group}-")).await?;
-                self.heard(pairs.into_iter().map(|p| WatchEvent { key: p.key, value: Some(p.value) }).collect(), false);
+                self.apply_events(
+                    pairs.into_iter().map(|p| WatchEvent { key: p.key, value: Some(p.value) }).collect(),
+                    false,
+                );
             }
         }
         let keys: Vec<EtcdKeys> = batch.iter().map(|w| EtcdKeys::of(w.request.mesh_key, &w.claims.id)).collect();
-        let asked: Vec<&str> = keys.iter().flat_map(|k| [k.owner.as_str(), &k.token, &k.revoked]).collect();
-        let found = self.etcd.get(&asked).await?;
+        let requested: Vec<&str> = keys.iter().flat_map(|k| [k.owner.as_str(), &k.token, &k.revoked]).collect();
+        let found = self.etcd.get(&requested).await?;
         let mut tokens: BTreeMap<String, TokenUsage> = BTreeMap::new();
-        let mut takings: Vec<PendingGrant> = Vec::new();
-        let mut taking = Vec::new();
+        let mut grants: Vec<PendingGrant> = Vec::new();
+        let mut granted = Vec::new();
         let mut later = Vec::new();
-        let mut asking = std::mem::take(batch).into_iter().zip(keys).zip(found.chunks(3));
-        // Claims that are not answered yet stay in the batch if etcd fails.
+        let mut undecided = std::mem::take(batch).into_iter().zip(keys).zip(found.chunks(3));
+        // If etcd fails, the claims without a reply stay in the batch.
         let failed = loop {
-            let Some(((waiting, keys), found)) = asking.next() else { break None };
+            let Some(((waiting, keys), found)) = undecided.next() else { break None };
             let [owner, token, revoked] = found else {
-                break Some((waiting, Error::Failed("etcd lost a key".to_owned())));
+                break Some((waiting, Error::Failed("etcd returned fewer keys than requested".to_owned())));
             };
             let state = TokenState::of(token, revoked, now);
             if owner.revision != 0 {
                 let slot = String::from_utf8_lossy(&owner.value);
-                match self.again(&slot, &waiting.claims, &waiting.request, state).await {
-                    Ok(answer) => waiting.tell(Ok(answer)),
+                match self.repeat_grant(&slot, &waiting.claims, &waiting.request, state).await {
+                    Ok(answer) => waiting.answer(Ok(answer)),
                     Err(e) => break Some((waiting, e)),
                 }
                 continue;
             }
-            // The same machine, twice in one batch: its slot is known the next time.
-            if takings.iter().any(|t| t.keys.owner == keys.owner) {
+            // The batch has two claims of one machine: the next attempt finds its slot.
+            if grants.iter().any(|t| t.keys.owner == keys.owner) {
                 later.push(waiting);
                 continue;
             }
-            // Others of this batch may be about to use it, too.
+            // Earlier claims of this batch may use the same token.
             let used = tokens.get(&waiting.claims.id).map_or(state.used, |count| Some(count.used));
             let used = match (TokenState { used, ..state }).uses(&waiting.claims) {
                 Ok(used) => used,
                 Err(refusal) => {
                     self.useless.remember(&waiting.claims.id);
-                    waiting.tell(Ok(Err(refusal)));
+                    waiting.answer(Ok(Err(refusal)));
                     continue;
                 }
             };
-            let place = match self.choose(&waiting.claims, &takings).await {
+            let place = match self.choose(&waiting.claims, &grants).await {
                 Ok(Ok(Some(place))) => place,
                 Ok(Ok(None)) => {
                     later.push(waiting);
                     continue;
                 }
                 Ok(Err(refusal)) => {
-                    waiting.tell(Ok(Err(refusal)));
+                    waiting.answer(Ok(Err(refusal)));
                     continue;
                 }
                 Err(e) => break Some((waiting, e)),
@@ -161,24 +164,24 @@ impl SlotAllocator {
                 vacant: false,
                 eviction,
             };
-            takings.push(PendingGrant { place, record, keys, former: None });
-            taking.push(waiting);
+            grants.push(PendingGrant { place, record, keys, former: None });
+            granted.push(waiting);
         };
-        let unanswered = asking.map(|((waiting, _), _)| waiting).collect::<Vec<_>>();
+        let unanswered = undecided.map(|((waiting, _), _)| waiting).collect::<Vec<_>>();
         let taken = match failed {
-            None if takings.is_empty() => Ok(true),
-            None => self.take(&takings, &tokens).await,
+            None if grants.is_empty() => Ok(true),
+            None => self.take(&grants, &tokens).await,
             Some((waiting, e)) => {
                 later.push(waiting);
                 Err(e)
             }
         };
         if matches!(taken, Ok(true)) {
-            for (waiting, PendingGrant { place, record, .. }) in taking.drain(..).zip(takings) {
-                waiting.tell(Ok(Ok(GrantedSlot { slot: place.slot, epoch: record.epoch })));
+            for (waiting, PendingGrant { place, record, .. }) in granted.drain(..).zip(grants) {
+                waiting.answer(Ok(Ok(GrantedSlot { slot: place.slot, epoch: record.epoch })));
             }
         }
-        batch.extend(taking.into_iter().chain(later).chain(unanswered));
+        batch.extend(granted.into_iter().chain(later).chain(unanswered));
         taken.map(drop)
     }
 }

@@ -1,4 +1,4 @@
-//! The store of slots in etcd, as a hub sees it: each change of an owner is one transaction.
+//! The slots in etcd. Every change of an owner is one transaction.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::AtomicBool;
@@ -12,31 +12,32 @@ use super::hearing::{Hearing, seen};
 use super::records::{
     EtcdKeys, GrantedSlot, Owners, PendingGrant, REVOKED, SLOTS, SlotState, TOKENS, TokenUsage, audit, forgotten_audit,
 };
-use super::refusal::{gone, no};
+use super::refusal::{left_text, refuse};
 use super::useless::UselessTokens;
 use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::error::{Error, Result};
 
+/// Allocates slots to machines, on one hub.
 pub struct SlotAllocator {
     pub(super) etcd: Etcd,
     pub(super) topology: Topology,
-    /// This hub.
+    /// This hub's slot.
     pub(super) by: String,
-    /// Shared, not copied: it is looked at for every question of every node.
+    /// Shared, not copied: every request of every node reads it.
     pub(super) owners: Arc<watch::Sender<Arc<Owners>>>,
-    /// etcd's word is among them since this start.
+    /// `owners` was read from etcd since the agent started.
     pub(super) has_heard: Arc<AtomicBool>,
     pub(super) waiting: Mutex<VecDeque<QueuedClaim>>,
-    /// One batch of this hub's is under way at a time: two would only get into each other's way
-    /// in etcd.
+    /// Serializes the batches of this hub, because concurrent transactions would conflict.
     pub(super) turn: tokio::sync::Mutex<()>,
     pub(super) hearing: Hearing,
     pub(super) useless: UselessTokens,
-    /// When this hub's image was built, in seconds since 1970: it is not earlier, whatever its clock says.
+    /// Unix time of the image's build, a lower limit of the current time.
     pub(super) built: u64,
 }
 
 impl SlotAllocator {
+    /// Returns an allocator for the hub `by`.
     #[must_use]
     pub fn new(etcd: Etcd, topology: Topology, by: &str) -> Self {
         Self {
@@ -53,30 +54,30 @@ impl SlotAllocator {
         }
     }
 
-    /// A second store of the same fleet that uses connections of its own and shares what [`Self::follow`] has
-    /// read: work of one does not wait for requests of the other.
+    /// Returns a second allocator of the same fleet with separate connections, so that neither waits for requests of
+    /// the other. Both share the records that [`Self::follow`] reads.
     #[must_use]
     pub fn beside(&self, etcd: Etcd) -> Self {
         let other = Self::new(etcd, self.topology.clone(), &self.by);
         Self { owners: self.owners.clone(), has_heard: self.has_heard.clone(), built: self.built, ..other }
     }
 
-    /// Takes no time before the image's build for the present, in seconds since 1970.
+    /// Sets the Unix time of the image's build, a lower limit of the current time.
     #[must_use]
     pub fn built_at(self, built: u64) -> Self {
         Self { built, ..self }
     }
 
-    /// The cluster that decides.
+    /// Returns the client of the etcd cluster.
     #[must_use]
     pub fn etcd(&self) -> &Etcd {
         &self.etcd
     }
 
-    /// A founder enters itself: it needs nobody's leave, but the slot may have another owner.
+    /// Registers a founder as the owner of its slot, without a token. Refused if the slot has another owner.
     ///
     /// # Errors
-    /// etcd does not answer.
+    /// If etcd does not answer.
     pub async fn register(
         &self,
         slot: &str,
@@ -88,17 +89,18 @@ impl SlotAllocator {
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         match &place.before {
             Some(record) if record.vacant && record.mesh_key == mesh_key => {
-                return Ok(Err(no(Reason::Fenced, &gone(slot))));
+                return Ok(Err(refuse(Reason::Fenced, &left_text(slot))));
             }
             Some(record) if record.mesh_key == mesh_key => {
                 return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch: record.epoch }));
             }
             Some(record) => {
                 let text = format!(
-                    "{slot} is another machine's since epoch {}; give this one a ticket made by `bakehouse ticket --replace {slot}`",
+                    "another machine has owned {slot} since epoch {}; give this machine a ticket made by \
+                     `bakehouse ticket --replace {slot}`",
                     record.epoch
                 );
-                return Ok(Err(no(Reason::Taken, &text)));
+                return Ok(Err(refuse(Reason::Taken, &text)));
             }
             None => {}
         }
@@ -114,26 +116,26 @@ impl SlotAllocator {
             vacant: false,
             eviction: None,
         };
-        let taking = PendingGrant { place, record, keys: EtcdKeys::of(mesh_key, ""), former: None };
-        if self.take(&[taking], &BTreeMap::new()).await? {
+        let grant = PendingGrant { place, record, keys: EtcdKeys::of(mesh_key, ""), former: None };
+        if self.take(&[grant], &BTreeMap::new()).await? {
             return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch: 1 }));
         }
-        Ok(Err(no(Reason::Busy, "somebody else wrote at the same time")))
+        Ok(Err(refuse(Reason::Busy, "another request changed the slot at the same time; retry")))
     }
 
-    /// A token is of no use any more. Who came in with it stays.
+    /// Revokes a token. Nodes that joined with the token stay members.
     ///
     /// # Errors
-    /// etcd does not answer.
+    /// If etcd does not answer.
     pub async fn revoke(&self, token: &str) -> Result<()> {
         let keys = EtcdKeys::of(MeshKey([0; 32]), token);
         self.etcd.transact(&[], &[Op::Put(&keys.revoked, b"")]).await.map(drop)
     }
 
-    /// What became of all tokens.
+    /// Returns the use counts of all tokens, and the revoked tokens.
     ///
     /// # Errors
-    /// etcd does not answer.
+    /// If etcd does not answer.
     pub async fn tokens(&self) -> Result<Tokens> {
         let ids = |pairs: Vec<KeyValue>, prefix: &str| -> Vec<(String, Vec<u8>)> {
             pairs.into_iter().filter_map(|p| Some((p.key.strip_prefix(prefix)?.to_owned(), p.value))).collect()
@@ -147,23 +149,28 @@ impl SlotAllocator {
         })
     }
 
+    /// Reads a slot's record from etcd.
     pub(super) async fn place(&self, slot: &str) -> Result<SlotState> {
         let found = self.etcd.get(&[&format!("{SLOTS}{slot}")]).await?;
-        let pair = found.into_iter().next().ok_or_else(|| Error::Failed("etcd lost a key".to_owned()))?;
+        let pair = found
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::Failed("etcd returned fewer keys than requested".to_owned()))?;
         let before = if pair.revision == 0 {
             None
         } else {
             let record = serde_json::from_slice(&pair.value);
-            Some(record.map_err(|e| Error::Failed(format!("etcd's record of {slot} is not readable: {e}")))?)
+            Some(record.map_err(|e| Error::Failed(format!("cannot parse the record of {slot} in etcd: {e}")))?)
         };
         Ok(SlotState { slot: slot.to_owned(), before, revision: pair.revision, silent: false })
     }
 
-    /// One transaction: the slots are as they were seen, the keys new, the tokens as they were seen.
-    pub(super) async fn take(&self, takings: &[PendingGrant], tokens: &BTreeMap<String, TokenUsage>) -> Result<bool> {
+    /// Writes the grants in one transaction, which fails if a slot or a token has changed since it was read, or a mesh
+    /// key has an owner already. Returns whether the transaction succeeded.
+    pub(super) async fn take(&self, grants: &[PendingGrant], tokens: &BTreeMap<String, TokenUsage>) -> Result<bool> {
         let mut when = Vec::new();
         let mut then = Vec::new();
-        let written: Vec<(String, String, Option<String>, Vec<u8>)> = takings
+        let written: Vec<(String, String, Option<String>, Vec<u8>)> = grants
             .iter()
             .map(|t| {
                 let slot = format!("{SLOTS}{}", t.place.slot);
@@ -172,24 +179,24 @@ impl SlotAllocator {
                 Ok((slot, audit, t.place.silent.then(|| seen(&t.place.slot)), value))
             })
             .collect::<Result<_>>()?;
-        for (taking, (slot, audit, seen, value)) in takings.iter().zip(&written) {
-            when.extend([Compare::Unchanged(slot, taking.place.revision), Compare::Unchanged(&taking.keys.owner, 0)]);
+        for (grant, (slot, audit, seen, value)) in grants.iter().zip(&written) {
+            when.extend([Compare::Unchanged(slot, grant.place.revision), Compare::Unchanged(&grant.keys.owner, 0)]);
             if let Some(seen) = seen {
                 when.push(Compare::Unchanged(seen, 0));
             }
             then.push(Op::Put(slot, value));
-            then.push(Op::Put(&taking.keys.owner, taking.place.slot.as_bytes()));
+            then.push(Op::Put(&grant.keys.owner, grant.place.slot.as_bytes()));
             then.push(Op::Put(audit, value));
-            if let Some(former) = &taking.former {
+            if let Some(former) = &grant.former {
                 then.push(Op::Delete(former));
             }
         }
         let forgotten: Vec<String> =
-            takings.iter().filter_map(|t| forgotten_audit(&t.place.slot, t.record.epoch)).collect();
+            grants.iter().filter_map(|t| forgotten_audit(&t.place.slot, t.record.epoch)).collect();
         then.extend(forgotten.iter().map(|audit| Op::Delete(audit)));
         let counts: Vec<(EtcdKeys, String, u64)> = tokens
             .iter()
-            .filter(|(id, _)| takings.iter().any(|t| t.record.token.as_ref() == Some(id)))
+            .filter(|(id, _)| grants.iter().any(|t| t.record.token.as_ref() == Some(id)))
             .map(|(id, count)| (EtcdKeys::of(MeshKey([0; 32]), id), count.used.to_string(), count.revision))
             .collect();
         for (keys, used, revision) in &counts {
@@ -200,7 +207,7 @@ impl SlotAllocator {
     }
 }
 
-/// A claim that is not answered yet.
+/// A claim that waits for its decision.
 pub(super) struct QueuedClaim {
     pub(super) claims: Claims,
     pub(super) request: JoinRequest,
@@ -208,8 +215,8 @@ pub(super) struct QueuedClaim {
 }
 
 impl QueuedClaim {
-    pub(super) fn tell(self, answer: Result<Result<GrantedSlot, Refusal>>) {
-        // A node that has hung up asks again.
+    pub(super) fn answer(self, answer: Result<Result<GrantedSlot, Refusal>>) {
+        // A node that has disconnected repeats its claim.
         let _ = self.reply.send(answer);
     }
 }

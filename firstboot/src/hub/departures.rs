@@ -1,4 +1,4 @@
-//! Nodes that leave the fleet: told to, or shut out.
+//! Nodes that leave the fleet, or are evicted.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -6,26 +6,26 @@ use fleet::{Eviction, Reason, Refusal, SlotRecord};
 
 use super::claims::SlotAllocator;
 use super::records::{SLOTS, SlotState, audit, forgotten_audit};
-use super::refusal::no;
+use super::refusal::refuse;
 use crate::client::etcd::{Compare, Op};
 use crate::error::{Error, Result};
 
-/// Which owner of a slot is meant.
+/// Identifies one owner of a slot.
 #[derive(Clone, Copy, Debug)]
 pub enum Identified<'a> {
-    /// The one with this TLS key: a node that speaks for itself.
+    /// The owner with this TLS key: the node itself sends the request.
     Key(&'a str),
-    /// The one of this epoch, as the operator saw it; `None`: whichever it is now.
+    /// The owner with this epoch, as the operator read it; `None`: the current owner.
     Epoch(Option<u64>),
 }
 
 impl SlotAllocator {
-    /// A node is to go. Its machine hears of it and does so by itself; with `now` it is not
-    /// waited for, and is fenced. `owner` is who is meant: another owner of the slot stays. Said
-    /// again, it goes on from where it was. `proof` is the operator's order, for nodes to verify.
+    /// Orders a node to leave. The node reads the order, hands over and stops; with `now` the hub vacates the slot at
+    /// once and fences the node. `owner`: the order does not apply to another owner of the slot. A repeated order
+    /// continues where the previous one stopped. `proof`: the operator's signed order, for other nodes to verify.
     ///
     /// # Errors
-    /// etcd does not answer.
+    /// If etcd does not answer.
     pub async fn leave(
         &self,
         slot: &str,
@@ -34,8 +34,8 @@ impl SlotAllocator {
         proof: Option<Eviction>,
     ) -> Result<Result<(), Refusal>> {
         if self.topology.voters == [slot] {
-            let text = format!("{slot} has the fleet's only vote: nothing could be decided without it");
-            return Ok(Err(no(Reason::Malformed, &text)));
+            let text = format!("{slot} has the fleet's only vote; without this vote etcd has no quorum");
+            return Ok(Err(refuse(Reason::Malformed, &text)));
         }
         let place = self.place(slot).await?;
         let done = |record: &SlotRecord| {
@@ -45,16 +45,16 @@ impl SlotAllocator {
             return Ok(Ok(()));
         }
         let Some(record) = place.before.as_ref().filter(|r| !r.vacant) else {
-            return Ok(Err(no(Reason::Malformed, &format!("nobody has the slot `{slot}`"))));
+            return Ok(Err(refuse(Reason::Malformed, &format!("the slot `{slot}` has no owner"))));
         };
-        // What this hub has heard may be late: another machine may have it.
-        let meant = match owner {
+        // Another machine may have taken the slot since the operator or the node read the epoch.
+        let is_current = match owner {
             Identified::Key(key) => key == record.tls_key,
             Identified::Epoch(epoch) => epoch.is_none_or(|epoch| epoch == record.epoch),
         };
-        if !meant {
-            let text = format!("{slot} is another machine's since epoch {}", record.epoch);
-            return Ok(Err(no(Reason::Fenced, &text)));
+        if !is_current {
+            let text = format!("another machine has owned {slot} since epoch {}", record.epoch);
+            return Ok(Err(refuse(Reason::Fenced, &text)));
         }
         if now {
             return self.vacate(&place, record, proof).await;
@@ -64,20 +64,20 @@ impl SlotAllocator {
             let value = serde_json::to_vec(&record).map_err(|e| Error::Failed(e.to_string()))?;
             let key = format!("{SLOTS}{slot}");
             if !self.etcd.transact(&[Compare::Unchanged(&key, place.revision)], &[Op::Put(&key, &value)]).await? {
-                return Ok(Err(no(Reason::Busy, "somebody else wrote at the same time")));
+                return Ok(Err(refuse(Reason::Busy, "another request changed the slot at the same time; retry")));
             }
         }
-        // Before anything stops: etcd says no where it can't do without this vote.
+        // The hub removes the vote before anything stops, because etcd refuses if it would lose its quorum.
         Ok(self.unvote(slot).await.map_err(|e| {
-            let text = format!("{slot} leaves as soon as etcd can do without it, which is not now: {e}");
-            no(Reason::Busy, &text)
+            let text = format!("{slot} cannot leave before etcd removes its member: {e}");
+            refuse(Reason::Busy, &text)
         }))
     }
 
-    /// The owner of a slot has stopped, and gives it back. Said again, it changes nothing.
+    /// Vacates a slot after its owner has stopped. Idempotent.
     ///
     /// # Errors
-    /// etcd does not answer, or can't do without the node's vote.
+    /// If etcd does not answer, or refuses to remove the node's member.
     pub async fn left(&self, slot: &str, tls_key: &str) -> Result<Result<(), Refusal>> {
         let place = self.place(slot).await?;
         match &place.before {
@@ -86,8 +86,8 @@ impl SlotAllocator {
         }
     }
 
-    /// Nobody has the slot any more, as of the next epoch. Its vote goes first: done again after a
-    /// cut, it is gone.
+    /// Vacates the slot with the next epoch. The etcd member is removed first, so that a repeated call after a power
+    /// cut finds the slot still owned and completes.
     async fn vacate(
         &self,
         place: &SlotState,
@@ -112,7 +112,11 @@ impl SlotAllocator {
         let forgotten = forgotten_audit(slot, record.epoch);
         then.extend(forgotten.iter().map(|audit| Op::Delete(audit)));
         let done = self.etcd.transact(&[Compare::Unchanged(&key, place.revision)], &then).await?;
-        println!("{slot} has no owner any more (epoch {})", record.epoch);
-        Ok(if done { Ok(()) } else { Err(no(Reason::Busy, "somebody else wrote at the same time")) })
+        println!("{slot} has no owner since epoch {}", record.epoch);
+        Ok(if done {
+            Ok(())
+        } else {
+            Err(refuse(Reason::Busy, "another request changed the slot at the same time; retry"))
+        })
     }
 }

@@ -1,9 +1,9 @@
-//! Hubs turn on etcd's access control: the user `root` is the hubs', the user `patroni` reaches Patroni's own
-//! keys and nothing else. A client without a password reads and writes nothing.
+//! The hubs enable etcd's access control. Hubs use the user `root`; the user `patroni` can access only Patroni's keys.
+//! A client without a password can neither read nor write.
 //!
 //! ```text
-//! /bakehouse/etcd-ready/SLOT    owner's TLS key    this client has its etcd password, this voter runs an etcd
-//!                                                  that takes passwords (older configurations refuse them)
+//! /bakehouse/etcd-ready/SLOT    owner's TLS key    this client has its etcd password, or this voter's etcd
+//!                                                  accepts passwords (older configurations refuse them)
 //! ```
 
 use std::collections::BTreeMap;
@@ -17,27 +17,27 @@ use crate::client::etcd::{Compare, Etcd, Op};
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{PATRONI, patroni_runs_with};
 
-/// etcd's administrator: its own name for the user that must exist before access control is turned on.
+/// Name of etcd's administrator. etcd requires this user before it enables access control.
 pub const ROOT: &str = "root";
 const READY: &str = "/bakehouse/etcd-ready/";
-/// Some node changes its image now (`hub/rollout.rs`).
+/// The rollout's update lock (`hub/rollout.rs`).
 const TURN: &str = "/bakehouse/rollout/turn";
-/// Pause between two looks, in seconds, until access control is on, and afterwards.
-const LOOK: u64 = 10;
-const LOOK_AGAIN: u64 = 300;
+/// Time between two checks, seconds: until access control is enabled, and afterwards.
+const CHECK_INTERVAL: u64 = 10;
+const RECHECK_INTERVAL: u64 = 300;
 
-/// How far the fleet is.
+/// State of etcd's access control.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// etcd asks every client for a user.
+    /// etcd requires a user of every client.
     Enabled,
-    /// These hubs, database nodes and voters have not shown that they are ready.
+    /// These hubs, database nodes and voters have not reported that they are ready.
     WaitsFor(Vec<String>),
-    /// A node changes its image: it may go back to one that has no password.
+    /// A node changes its image, and may roll back to an image without the password.
     WaitsForRollout,
 }
 
-/// One hub's part.
+/// One hub's part in enabling access control.
 pub struct EtcdAccess<'a> {
     pub desk: &'a SlotAllocator,
     pub topology: &'a Topology,
@@ -48,14 +48,14 @@ pub struct EtcdAccess<'a> {
 }
 
 impl EtcdAccess<'_> {
-    /// Turns access control on as soon as the fleet is ready, and looks after it as long as the agent runs.
+    /// Enables access control when the fleet is ready, then keeps Patroni's permissions up to date. Never returns.
     ///
     /// # Errors
-    /// None: etcd is asked again.
+    /// Never: failed checks are logged and retried.
     pub async fn keep(&self) -> Result<()> {
         if self.secrets.etcd_root.is_empty() || self.secrets.etcd_patroni.is_empty() {
             println!(
-                "etcd's access control stays off: this hub's ticket has no etcd passwords; replace one hub with \
+                "etcd's access control stays disabled: this hub's ticket has no etcd passwords; replace one hub with \
                  `bakehouse ticket {} --replace`",
                 self.slot
             );
@@ -64,16 +64,18 @@ impl EtcdAccess<'_> {
         let mut before = None;
         loop {
             let now = self.step().await;
-            let pause = if matches!(now, Ok(Access::Enabled)) { LOOK_AGAIN } else { LOOK };
+            let pause = if matches!(now, Ok(Access::Enabled)) { RECHECK_INTERVAL } else { CHECK_INTERVAL };
             let now = now.map_err(|e| e.to_string());
             if before.as_ref() != Some(&now) {
                 match &now {
-                    Ok(Access::Enabled) => println!("etcd's access control is on"),
+                    Ok(Access::Enabled) => println!("etcd's access control is enabled"),
                     Ok(Access::WaitsFor(slots)) => {
                         println!("etcd's access control waits for the passwords of {}", slots.join(", "));
                     }
-                    Ok(Access::WaitsForRollout) => println!("etcd's access control waits for the rollout"),
-                    Err(e) => println!("etcd's access control: {e}"),
+                    Ok(Access::WaitsForRollout) => {
+                        println!("etcd's access control waits until no node holds the update lock");
+                    }
+                    Err(e) => println!("cannot enable etcd's access control: {e}"),
                 }
                 before = Some(now);
             }
@@ -81,15 +83,15 @@ impl EtcdAccess<'_> {
         }
     }
 
-    /// Looks once, and turns access control on if the fleet is ready. Each part can be done again, by several
-    /// hubs at once, and after a power cut anywhere.
+    /// Checks the fleet once, and enables access control if the fleet is ready. Every step is idempotent: several hubs
+    /// may run it at the same time, and again after a power cut.
     ///
     /// # Errors
-    /// etcd does not answer.
+    /// If etcd does not answer.
     pub async fn step(&self) -> Result<Access> {
         let etcd = self.desk.etcd();
         if etcd.has_auth().await? {
-            // A later version may name another prefix.
+            // A newer version may use other prefixes.
             permit_patroni(etcd, &self.topology.name).await?;
             return Ok(Access::Enabled);
         }
@@ -114,7 +116,7 @@ impl EtcdAccess<'_> {
         Ok(Access::Enabled)
     }
 
-    /// Hubs, database nodes and voters in the fleet that have not shown that they are ready.
+    /// Returns the hubs, database nodes and voters that have not reported that they are ready.
     async fn waits_for(&self) -> Result<Vec<String>> {
         let etcd = self.desk.etcd();
         let (_, ready) = etcd.list(READY).await?;
@@ -123,12 +125,12 @@ impl EtcdAccess<'_> {
         let mut waits = Vec::new();
         for pair in etcd.list(SLOTS).await?.1 {
             let Some(slot) = pair.key.strip_prefix(SLOTS) else { continue };
-            let counts = |n: &fleet::Node| n.has_role("db") || self.topology.is_founder(n);
-            if !self.topology.node(slot).is_some_and(counts) {
+            let needs_password = |n: &fleet::Node| n.has_role("db") || self.topology.is_founder(n);
+            if !self.topology.node(slot).is_some_and(needs_password) {
                 continue;
             }
             let record: SlotRecord = serde_json::from_slice(&pair.value)
-                .map_err(|e| Error::Failed(format!("etcd's record of {slot} is not readable: {e}")))?;
+                .map_err(|e| Error::Failed(format!("cannot parse the record of {slot} in etcd: {e}")))?;
             if !record.vacant && ready.get(slot) != Some(&record.tls_key.as_bytes()) {
                 waits.push(slot.to_owned());
             }
@@ -138,11 +140,11 @@ impl EtcdAccess<'_> {
 }
 
 impl SlotAllocator {
-    /// A hub or database node has shown that it runs with its etcd password, or a voter that its etcd takes
-    /// passwords. Written once for each owner.
+    /// Records in etcd that a hub or database node uses its etcd password, or that a voter's etcd accepts passwords.
+    /// Writes once per owner.
     ///
     /// # Errors
-    /// etcd does not answer.
+    /// If etcd does not answer.
     pub async fn has_etcd_password(&self, slot: &str, tls_key: &str) -> Result<()> {
         let key = format!("{READY}{slot}");
         let found = self.etcd.get(&[&key]).await?;
@@ -154,7 +156,7 @@ impl SlotAllocator {
     }
 }
 
-/// Patroni's keys: those of the fleet's own scope, `NAME`, and of restored databases, `NAME@TIME`.
+/// Permits Patroni's keys: those of the fleet's scope `NAME`, and of restored databases, `NAME@TIME`.
 async fn permit_patroni(etcd: &Etcd, fleet: &str) -> Result<()> {
     for last in ["/", "@"] {
         let first = format!("/bakehouse/{fleet}{last}");

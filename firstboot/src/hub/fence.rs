@@ -1,21 +1,22 @@
-//! Frees the place of a primary that the hubs don't reach, before Patroni's lease on it ends.
+//! Fences a primary that the hubs cannot reach, so that a standby takes over before Patroni's leader key expires.
 //!
 //! A hub that has had no route to the primary for a while removes the primary's key from its WireGuard
 //! interface and records that in etcd. When a majority of the hubs has recorded it, one hub deletes Patroni's
-//! leader key, and a synchronous standby takes the lead. A hub that reads such a majority excludes the node as
-//! well, whoever leads by then, and so does an agent that restarts.
+//! leader key, and a synchronous standby becomes the primary. Every hub that reads such a majority fences the node
+//! too, even if another node leads by then. An agent that restarts does the same.
 //!
-//! Safety does not rest on the exclusion: the old primary may come back through a hub that has not read the
-//! majority yet. It rests on one transaction, which compares what the hubs recorded, the leader key and `sync`,
-//! deletes the leader key, and writes `sync` again with the same value and thereby a new revision. Patroni loads
-//! all keys at the start of a cycle and compares the revision of `sync` in each write to it. So a cycle of the
-//! old primary that began before the transaction can't remove its standby from `sync`, and without that it does
-//! not acknowledge a write that the standby lacks; a cycle that begins later finds no leader key of its own.
+//! Safety does not depend on the WireGuard keys: the old primary may return through a hub that has not read the
+//! majority yet. Safety depends on one transaction. The transaction compares the hubs' records, the leader key and
+//! `sync`, deletes the leader key, and writes `sync` again with the same value, which gives `sync` a new revision.
+//! Patroni loads all keys at the start of a cycle and compares the revision of `sync` in each write to `sync`. So a
+//! cycle of the old primary that began before the transaction cannot remove its standby from `sync`. As long as the
+//! standby is in `sync`, the old primary acknowledges no write that the standby lacks. A cycle that begins after the
+//! transaction finds no leader key of its own.
 //!
-//! It also rests on the age of the leader key. A node checks whether it may lead by what it loaded first, creates
-//! the leader key, and loads again before it writes `sync`. No such cycle lasts for `ttl`, so a hub does not
-//! depose a node whose leader key it has not read for `ttl`: no cycle that began before that key is left.
-//! `tests/model` checks all of this against every interleaving.
+//! Safety also depends on the age of the leader key. A node first loads the keys and decides whether it may lead,
+//! then creates the leader key, and loads again before it writes `sync`. No such cycle lasts for `ttl`. A hub
+//! therefore deletes a leader key only after it has read the key for `ttl`: by then no cycle from before that key is
+//! running. `tests/model` checks this protocol against every interleaving.
 //!
 //! ```text
 //! /bakehouse/shut/SLOT/HUB    empty    HUB forwards nothing from or to SLOT (with a lease)
@@ -38,63 +39,63 @@ use crate::mesh::Routes;
 use crate::node::neighbours::PeerTable;
 
 const SHUT: &str = "/bakehouse/shut/";
-/// How often hubs look.
-const LOOK: Duration = Duration::from_millis(250);
-/// Out of reach for so long, after BFD has given up: not a moment's trouble.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// How long one member of etcd may take: it may be on the very machine that is gone.
+/// Time between two checks of the routes.
+const INTERVAL: Duration = Duration::from_millis(250);
+/// How long a primary must stay unreachable after BFD reports it down (debounce).
+const DEBOUNCE: Duration = Duration::from_secs(1);
+/// Time limit for one etcd member's answer: the member may be on the unreachable machine.
 pub const ANSWER: Duration = Duration::from_secs(1);
-/// How long the door stays shut after what is said in etcd has ended.
+/// How long a node stays fenced after the lease of the record in etcd ends.
 const MARGIN: Duration = Duration::from_secs(10);
 
-/// One hub's part.
+/// One hub's part in the fence.
 pub struct Fence<'a> {
     pub etcd: &'a Etcd,
     pub topology: &'a Topology,
-    /// This hub.
+    /// This hub's node.
     pub own: &'a Node,
     pub neighbourhood: &'a PeerTable,
-    /// How much longer time-outs are on this machine.
+    /// Factor for time-outs on this machine.
     pub slow: u32,
 }
 
-/// Since when there is no way to a node that there was one to.
+/// Tracks nodes whose route has disappeared, and since when.
 #[derive(Default)]
 struct UnreachableTracker {
     reached: BTreeSet<String>,
     since: BTreeMap<String, Instant>,
 }
 
-/// One node that this hub excludes from the mesh.
+/// One node that this hub fences.
 #[derive(Clone, Copy, Debug)]
 struct FencedNode {
     until: Instant,
-    /// This process has recorded it in etcd.
-    said: bool,
+    /// This process has recorded the fence in etcd.
+    recorded: bool,
 }
 
-/// What one hub's fence remembers from one look to the next.
+/// State of one hub's fence between two checks.
 #[derive(Debug, Default)]
 pub struct FenceState {
-    /// The nodes that this hub excludes from the mesh.
-    excluded: Mutex<BTreeMap<String, FencedNode>>,
+    /// The nodes that this hub fences.
+    fenced: Mutex<BTreeMap<String, FencedNode>>,
     /// Revision of Patroni's leader key, and when this hub first read it.
     leader: Mutex<Option<(u64, Instant)>>,
 }
 
-/// What Patroni keeps of who follows.
+/// Patroni's key `sync`.
 #[derive(Default, Deserialize)]
 struct Sync {
     leader: Option<String>,
-    /// Names, with commas.
+    /// Names, separated by commas.
     sync_standby: Option<String>,
 }
 
 impl Fence<'_> {
-    /// Watches the database nodes and what other hubs record, without end.
+    /// Watches the database nodes and the other hubs' records. Returns only on failure.
     ///
     /// # Errors
-    /// Reading the kernel's routes fails.
+    /// If the kernel's routes cannot be read.
     pub async fn keep(&self) -> Result<()> {
         let databases: Vec<&Node> =
             self.topology.nodes.iter().filter(|n| n.has_role("db") && n.name != self.own.name).collect();
@@ -109,46 +110,46 @@ impl Fence<'_> {
     }
 
     async fn follow_majority(&self, databases: &[&Node], state: &FenceState) -> Result<()> {
-        // With a connection of its own: a late answer here does not delay a failover.
+        // On a separate connection, so that a late answer here does not delay a failover.
         let (etcd, mut failed) = (self.etcd.reconnected(), false);
         loop {
             let joined = self.join_majority(&etcd, databases, state).await;
             if let (Err(e), false) = (&joined, failed) {
-                println!("reading which nodes the other hubs exclude: {e}");
+                println!("cannot read the other hubs' fence records: {e}");
             }
             failed = joined.is_err();
-            tokio::time::sleep(LOOK * self.slow.min(3)).await;
+            tokio::time::sleep(INTERVAL * self.slow.min(3)).await;
         }
     }
 
     async fn watch(&self, databases: &[&Node], state: &FenceState) -> Result<()> {
         let routes = Routes::open()?;
-        let mut absent = UnreachableTracker::default();
-        let mut ticker = Ticker::new("the fence", LOOK * self.slow.min(3));
+        let mut unreachable = UnreachableTracker::default();
+        let mut ticker = Ticker::new("the fence", INTERVAL * self.slow.min(3));
         loop {
             ticker.tick().await;
-            let ways = routes.hosts().await?;
-            let reached = databases.iter().filter(|n| ways.contains(&n.address)).map(|n| n.name.clone()).collect();
+            let hosts = routes.hosts().await?;
+            let reached = databases.iter().filter(|n| hosts.contains(&n.address)).map(|n| n.name.clone()).collect();
             let now = Instant::now();
-            for slot in absent.for_long(reached, now, PATIENCE * self.slow) {
-                match self.release_leader_key(&slot, &absent.reached, state).await {
-                    Ok(true) => absent.forget(&slot),
+            for slot in unreachable.update(reached, now, DEBOUNCE * self.slow) {
+                match self.release_leader_key(&slot, &unreachable.reached, state).await {
+                    Ok(true) => unreachable.forget(&slot),
                     Ok(false) => {}
-                    Err(e) => println!("{slot} is out of reach: {e}"),
+                    Err(e) => println!("cannot fence {slot}: {e}"),
                 }
             }
             for slot in state.take_ended(now) {
-                println!("{slot} may come back");
+                println!("the fence of {slot} has ended");
                 self.neighbourhood.unfence_node(&slot);
             }
         }
     }
 
-    /// Excludes those of `databases` that a majority of the hubs excludes, or that this hub excluded before its
-    /// agent restarted. It records nothing: this hub has not missed the node itself.
+    /// Fences those of `databases` that a majority of the hubs fences, or that this hub fenced before its agent
+    /// restarted. Records nothing in etcd, because this hub may still have a route to the node.
     ///
     /// # Errors
-    /// etcd does not answer.
+    /// If etcd does not answer.
     pub async fn join_majority(&self, etcd: &Etcd, databases: &[&Node], state: &FenceState) -> Result<()> {
         let leader = etcd.get(&[&format!("{}leader", scope(self.topology))]).await?;
         for key in &leader {
@@ -159,90 +160,95 @@ impl Fence<'_> {
             let by = recorded.iter().filter(|p| self.is_hubs(slot, &p.key)).count();
             let own = self.key(slot);
             if self.is_majority(by) || recorded.iter().any(|p| p.key == own) {
-                state.insert(slot, self.excluded(false));
+                state.insert(slot, self.fenced(false));
                 self.neighbourhood.fence_node(slot).await;
-                println!("{slot} is shut out: the hubs have decided so");
+                println!("fenced {slot}: its fence is recorded in etcd");
             }
         }
         Ok(())
     }
 
-    /// Deletes Patroni's leader key if `slot` has held it for `ttl`, a synchronous standby can take it, and a
-    /// majority of the hubs excludes `slot`; first excludes it here. `reached` are the nodes that this hub has a
-    /// route to. True if nothing is left to do.
+    /// Fences `slot` on this hub if `slot` has held Patroni's leader key for `ttl` and this hub reaches a synchronous
+    /// standby. Then deletes the leader key if a majority of the hubs fences `slot`. `reached`: the nodes that this hub
+    /// has a route to. Returns true if nothing is left to do.
     ///
     /// # Errors
-    /// etcd does not answer: the next call goes on where this one stopped.
+    /// If etcd does not answer. The next call continues where this one stopped.
     pub async fn release_leader_key(&self, slot: &str, reached: &BTreeSet<String>, state: &FenceState) -> Result<bool> {
         let scope = scope(self.topology);
         let (leader, sync) = (format!("{scope}leader"), format!("{scope}sync"));
         let found = self.etcd.get(&[&leader, &sync]).await?;
-        let [holds, follows] = &found[..] else { return Err(Error::Failed("etcd lost a key".to_owned())) };
-        if holds.value != slot.as_bytes() {
+        let [holder, sync_key] = &found[..] else {
+            return Err(Error::Failed("etcd returned fewer keys than requested".to_owned()));
+        };
+        if holder.value != slot.as_bytes() {
             return Ok(true);
         }
-        let unchanged = [Compare::Unchanged(&leader, holds.revision), Compare::Unchanged(&sync, follows.revision)];
-        let sync_standbys = sync_standbys(slot, follows);
+        let unchanged = [Compare::Unchanged(&leader, holder.revision), Compare::Unchanged(&sync, sync_key.revision)];
+        let sync_standbys = sync_standbys(slot, sync_key);
         if sync_standbys.is_empty() {
-            self.readmit(slot, &unchanged, state).await?;
+            self.unfence(slot, &unchanged, state).await?;
             return Ok(false);
         }
-        if !sync_standbys.iter().any(|heir| *heir == self.own.name || reached.contains(heir)) {
+        if !sync_standbys.iter().any(|standby| *standby == self.own.name || reached.contains(standby)) {
             return Ok(false);
         }
-        if state.leader_age(holds.revision) < Duration::from_secs(self.lasts().into()) {
+        if state.leader_age(holder.revision) < Duration::from_secs(self.lease_seconds().into()) {
             return Ok(false);
         }
         let key = self.key(slot);
         if !state.is_recorded(slot) {
-            // A transaction whose answer is lost may have been carried out: the exclusion stands.
-            state.insert(slot, self.excluded(false));
+            // etcd may have carried out a transaction whose answer is lost, so the fence stays.
+            state.insert(slot, self.fenced(false));
             self.neighbourhood.fence_node(slot).await;
-            let lease = self.etcd.lease(self.lasts()).await?;
+            let lease = self.etcd.lease(self.lease_seconds()).await?;
             self.etcd.transact(&[], &[Op::PutFor(&key, b"", &lease)]).await?;
-            state.insert(slot, self.excluded(true));
-            println!("{slot}, the primary, is out of reach: it is shut out");
+            state.insert(slot, self.fenced(true));
+            println!("fenced {slot}: this hub has no route to the primary");
         }
-        let (_, said) = self.etcd.list(&format!("{SHUT}{slot}/")).await?;
-        let said: Vec<&KeyValue> = said.iter().filter(|p| self.is_hubs(slot, &p.key)).collect();
-        if !self.is_majority(said.len()) {
+        let (_, records) = self.etcd.list(&format!("{SHUT}{slot}/")).await?;
+        let records: Vec<&KeyValue> = records.iter().filter(|p| self.is_hubs(slot, &p.key)).collect();
+        if !self.is_majority(records.len()) {
             return Ok(false);
         }
-        let mut when: Vec<Compare> = said.iter().map(|p| Compare::Unchanged(&p.key, p.revision)).collect();
+        let mut when: Vec<Compare> = records.iter().map(|p| Compare::Unchanged(&p.key, p.revision)).collect();
         when.extend(unchanged);
-        // Patroni's cache takes the events one by one in this order, and a cycle may read it between them: the old
-        // primary must not see the new revision of `sync` beside its leader key.
-        let then = [Op::Delete(&leader), Op::Put(&sync, &follows.value)];
+        // Patroni's cache applies the events one by one in this order, and a cycle may read the cache between them. The
+        // old primary must not see the new revision of `sync` together with its leader key.
+        let then = [Op::Delete(&leader), Op::Put(&sync, &sync_key.value)];
         if !self.etcd.transact(&when, &then).await? {
             return Ok(false);
         }
-        let text =
-            format!("{slot} is out of reach of {} hubs: {} may take its place", said.len(), sync_standbys.join(" or "));
+        let text = format!(
+            "{} hubs cannot reach the primary {slot}: {} can take over",
+            records.len(),
+            sync_standbys.join(" or ")
+        );
         say(Event::Deposed, &text);
         Ok(true)
     }
 
-    /// Ends the exclusion of a primary that no standby can follow any more: its place can't be given away.
-    async fn readmit(&self, slot: &str, unchanged: &[Compare<'_>], state: &FenceState) -> Result<()> {
+    /// Ends the fence of a primary that has no synchronous standby any more, because no node could take over.
+    async fn unfence(&self, slot: &str, unchanged: &[Compare<'_>], state: &FenceState) -> Result<()> {
         if !state.contains(slot) {
             return Ok(());
         }
-        // After this no other hub counts this one, unless it has deleted the leader key already.
+        // After this transaction no other hub counts this hub's record, unless it has deleted the leader key already.
         if self.etcd.transact(unchanged, &[Op::Delete(&self.key(slot))]).await? {
             state.remove(slot);
             self.neighbourhood.unfence_node(slot);
-            println!("{slot}, the primary, is let in again: it has no synchronous standby");
+            println!("ended the fence of {slot}: the primary has no synchronous standby");
         }
         Ok(())
     }
 
-    /// Seconds for which etcd keeps what a hub records.
-    fn lasts(&self) -> u32 {
+    /// Returns the lease of a hub's record in etcd, seconds.
+    fn lease_seconds(&self) -> u32 {
         u32::from(self.topology.database.ttl) * self.slow.min(3)
     }
 
-    fn excluded(&self, said: bool) -> FencedNode {
-        FencedNode { until: Instant::now() + Duration::from_secs(self.lasts().into()) + MARGIN, said }
+    fn fenced(&self, recorded: bool) -> FencedNode {
+        FencedNode { until: Instant::now() + Duration::from_secs(self.lease_seconds().into()) + MARGIN, recorded }
     }
 
     fn is_majority(&self, hubs: usize) -> bool {
@@ -259,7 +265,7 @@ impl Fence<'_> {
     }
 }
 
-/// Standbys that have every acknowledged write of this primary.
+/// Returns the synchronous standbys of this primary: they have every acknowledged write.
 fn sync_standbys(primary: &str, sync: &KeyValue) -> Vec<String> {
     let sync: Sync = serde_json::from_slice(&sync.value).unwrap_or_default();
     if sync.leader.as_deref() != Some(primary) {
@@ -270,25 +276,25 @@ fn sync_standbys(primary: &str, sync: &KeyValue) -> Vec<String> {
 }
 
 impl FenceState {
-    /// Whether this hub excludes the node now.
+    /// Returns whether this hub fences the node now.
     #[must_use]
     pub fn contains(&self, slot: &str) -> bool {
         self.map().contains_key(slot)
     }
 
     fn is_recorded(&self, slot: &str) -> bool {
-        self.map().get(slot).is_some_and(|shut| shut.said)
+        self.map().get(slot).is_some_and(|fenced| fenced.recorded)
     }
 
-    fn insert(&self, slot: &str, shut: FencedNode) {
-        self.map().insert(slot.to_owned(), shut);
+    fn insert(&self, slot: &str, fenced: FencedNode) {
+        self.map().insert(slot.to_owned(), fenced);
     }
 
     fn remove(&self, slot: &str) {
         self.map().remove(slot);
     }
 
-    /// How long ago this hub first read the leader key with this revision.
+    /// Returns how long ago this hub first read the leader key with this revision.
     fn leader_age(&self, revision: u64) -> Duration {
         let mut leader = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
         let (_, since) = leader.take_if(|(read, _)| *read == revision).unwrap_or((revision, Instant::now()));
@@ -296,7 +302,7 @@ impl FenceState {
         since.elapsed()
     }
 
-    /// Removes the exclusions that have ended, and returns their slots.
+    /// Removes the fences that have ended, and returns their slots.
     fn take_ended(&self, now: Instant) -> Vec<String> {
         let mut map = self.map();
         let ended: Vec<String> = map.iter().filter(|(_, s)| now >= s.until).map(|(slot, _)| slot.clone()).collect();
@@ -305,22 +311,22 @@ impl FenceState {
     }
 
     fn map(&self) -> MutexGuard<'_, BTreeMap<String, FencedNode>> {
-        self.excluded.lock().unwrap_or_else(PoisonError::into_inner)
+        self.fenced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl UnreachableTracker {
-    /// Takes in who is reached now; gives those who were once, and have not been for so long.
-    fn for_long(&mut self, reached: BTreeSet<String>, now: Instant, patience: Duration) -> Vec<String> {
+    /// Takes the nodes reached now; returns nodes that were reached before, but not for at least `debounce`.
+    fn update(&mut self, reached: BTreeSet<String>, now: Instant, debounce: Duration) -> Vec<String> {
         for slot in self.reached.difference(&reached) {
             self.since.entry(slot.clone()).or_insert(now);
         }
         self.since.retain(|slot, _| !reached.contains(slot));
         self.reached = reached;
-        self.since.iter().filter(|(_, since)| now - **since >= patience).map(|(slot, _)| slot.clone()).collect()
+        self.since.iter().filter(|(_, since)| now - **since >= debounce).map(|(slot, _)| slot.clone()).collect()
     }
 
-    /// It is not asked about again before it was reached.
+    /// Ignores a node until it is reached again.
     fn forget(&mut self, slot: &str) {
         self.since.remove(slot);
     }
@@ -335,34 +341,34 @@ mod tests {
     }
 
     #[test]
-    fn only_who_was_reached_is_missed_and_not_at_once() {
-        let (start, patience) = (Instant::now(), Duration::from_secs(1));
+    fn reports_nodes_that_stay_unreachable_after_they_were_reached() {
+        let (start, debounce) = (Instant::now(), Duration::from_secs(1));
         let at = |ms| start + Duration::from_millis(ms);
-        let mut absent = UnreachableTracker::default();
-        assert!(absent.for_long(these(&[]), at(0), patience).is_empty());
-        assert!(absent.for_long(these(&["db-1", "db-2"]), at(5000), patience).is_empty());
-        assert!(absent.for_long(these(&["db-2"]), at(6000), patience).is_empty());
-        assert!(absent.for_long(these(&["db-2"]), at(6900), patience).is_empty());
-        // It was there again in between.
-        assert!(absent.for_long(these(&["db-1", "db-2"]), at(7000), patience).is_empty());
-        assert!(absent.for_long(these(&["db-2"]), at(7200), patience).is_empty());
-        assert!(absent.for_long(these(&["db-2"]), at(8100), patience).is_empty());
-        assert_eq!(absent.for_long(these(&["db-2"]), at(8200), patience), ["db-1"]);
-        absent.forget("db-1");
-        assert!(absent.for_long(these(&["db-2"]), at(99_000), patience).is_empty());
-        assert!(absent.for_long(these(&["db-1", "db-2"]), at(99_500), patience).is_empty());
-        assert!(absent.for_long(these(&[]), at(100_000), patience).is_empty());
-        assert_eq!(absent.for_long(these(&[]), at(101_000), patience), ["db-1", "db-2"]);
+        let mut unreachable = UnreachableTracker::default();
+        assert!(unreachable.update(these(&[]), at(0), debounce).is_empty());
+        assert!(unreachable.update(these(&["db-1", "db-2"]), at(5000), debounce).is_empty());
+        assert!(unreachable.update(these(&["db-2"]), at(6000), debounce).is_empty());
+        assert!(unreachable.update(these(&["db-2"]), at(6900), debounce).is_empty());
+        // db-1 was reached again in between.
+        assert!(unreachable.update(these(&["db-1", "db-2"]), at(7000), debounce).is_empty());
+        assert!(unreachable.update(these(&["db-2"]), at(7200), debounce).is_empty());
+        assert!(unreachable.update(these(&["db-2"]), at(8100), debounce).is_empty());
+        assert_eq!(unreachable.update(these(&["db-2"]), at(8200), debounce), ["db-1"]);
+        unreachable.forget("db-1");
+        assert!(unreachable.update(these(&["db-2"]), at(99_000), debounce).is_empty());
+        assert!(unreachable.update(these(&["db-1", "db-2"]), at(99_500), debounce).is_empty());
+        assert!(unreachable.update(these(&[]), at(100_000), debounce).is_empty());
+        assert_eq!(unreachable.update(these(&[]), at(101_000), debounce), ["db-1", "db-2"]);
     }
 
     #[test]
-    fn heirs_are_the_synchronous_standbys_of_this_primary() {
+    fn reads_synchronous_standbys_of_this_primary() {
         let sync = |text: &str| KeyValue { key: String::new(), value: text.as_bytes().to_vec(), revision: 1 };
         assert_eq!(
             sync_standbys("db-1", &sync(r#"{"leader":"db-1","sync_standby":"db-2,db-3","quorum":0}"#)),
             ["db-2", "db-3"]
         );
-        for nobody in [
+        for without in [
             r#"{"leader":"db-2","sync_standby":"db-3"}"#,
             r#"{"leader":"db-1","sync_standby":null}"#,
             r#"{"leader":"db-1","sync_standby":""}"#,
@@ -370,13 +376,13 @@ mod tests {
             "",
             "[]",
         ] {
-            assert!(sync_standbys("db-1", &sync(nobody)).is_empty(), "{nobody}");
+            assert!(sync_standbys("db-1", &sync(without)).is_empty(), "{without}");
         }
     }
 
     proptest::proptest! {
         #[test]
-        fn heirs_are_whom_patroni_named(names in proptest::collection::btree_set("db-[2-9]", 0..5)) {
+        fn reads_every_name_that_patroni_wrote(names in proptest::collection::btree_set("db-[2-9]", 0..5)) {
             let names: Vec<String> = names.into_iter().collect();
             let value = serde_json::json!({ "leader": "db-1", "sync_standby": names.join(","), "quorum": 0 });
             let pair = KeyValue { key: String::new(), value: value.to_string().into_bytes(), revision: 1 };

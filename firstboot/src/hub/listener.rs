@@ -1,7 +1,7 @@
 //! The join API's connections: HTTPS on the hub's public endpoint, beside WireGuard's own port.
 //!
-//! They are served by a thread of their own: whatever strangers cost there, the mesh, the watches and the fence
-//! of the same process keep their time.
+//! A separate thread serves them, so that load from strangers does not delay the mesh, the watches and the fence of
+//! the same process.
 
 mod admission;
 mod metered;
@@ -33,42 +33,42 @@ use crate::error::{Error, Result};
 use admission::{Admission, AdmittedConnection, Limits};
 use metered::Metered;
 
-/// Open connections: three quarters of them guests', a quarter members'.
+/// Open connections: guests may use three quarters, members one quarter.
 const CONNECTIONS: usize = 1024;
-/// File descriptors that the rest of the agent may need.
+/// File descriptors reserved for the rest of the agent.
 const DESCRIPTORS: usize = 256;
-/// Connections that the kernel keeps until they are accepted.
+/// Connections that the kernel queues until the listener accepts them.
 const BACKLOG: u32 = 4096;
 /// Total time a connection may take, so that slow clients cannot exhaust the pool.
 const LIFETIME: Duration = Duration::from_secs(20);
-/// Time for a TLS handshake; for a request's header, idle time before it included; and for its body.
+/// Time limits of a TLS handshake, of a request's header with the idle time before it, and of its body.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 const HEADER: Duration = Duration::from_secs(5);
 const BODY: Duration = Duration::from_secs(5);
-/// Longest header of a request, bytes: the least that hyper allows.
+/// Longest header of a request, bytes: the minimum that hyper accepts.
 const LONGEST_HEADER: usize = 8 << 10;
-/// Longest body: a token, two keys, and room to grow.
+/// Longest body, bytes: a token and two keys, with a reserve.
 const LONGEST: usize = 16 << 10;
-/// Bytes that a client may send during the TLS handshake, in a guest's connection, and in a member's.
+/// Bytes that a client may send during the TLS handshake, on a guest's connection, and on a member's.
 const HANDSHAKE_BYTES: usize = 12 << 10;
 const GUEST_BYTES: usize = 64 << 10;
 const MEMBER_BYTES: usize = 1 << 20;
-/// How much lower the API's thread has its priority than the rest of the agent.
+/// Increment of the nice value of the API's thread, so that the rest of the agent has priority.
 const NICE: i32 = 5;
-/// How often the hub logs that it refused connections.
+/// Time between two log lines about refused connections.
 const LOG: Duration = Duration::from_secs(60);
 
-/// Serves the API on a thread of its own until the process ends, or the returned future is dropped.
+/// Serves the API on a separate thread until the process ends or the returned future is dropped.
 ///
 /// # Errors
-/// The port is in use; the thread cannot be started.
+/// If the port is in use, or the thread cannot be started.
 pub async fn serve(hub: Arc<Hub>, at: SocketAddr, tls: Arc<ServerConfig>) -> Result<()> {
     let (stop, stopped) = oneshot::channel::<()>();
     let (done, ended) = oneshot::channel();
     let thread = std::thread::Builder::new().name("join-api".to_owned()).spawn(move || {
-        // Where the kernel refuses it, the API competes with the rest of the agent as before.
+        // Without the lower priority the API still works.
         if let Err(e) = rustix::process::nice(NICE) {
-            eprintln!("the join API runs with the agent's own priority: {e}");
+            eprintln!("cannot lower the priority of the join API's thread: {e}");
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let served = match runtime.map_err(Error::io("start", "the join API's runtime")) {
@@ -80,15 +80,15 @@ pub async fn serve(hub: Arc<Hub>, at: SocketAddr, tls: Arc<ServerConfig>) -> Res
             }),
             Err(e) => Err(e),
         };
-        // The receiver is gone if the process ends.
+        // Without a receiver the process is ending.
         let _ = done.send(served);
     });
     let thread = thread.map_err(Error::io("start", "the join API's thread"))?;
     let _server = Server { stop: Some(stop), thread: Some(thread) };
-    ended.await.unwrap_or_else(|_| Err(Error::Failed("the join API's thread has failed".to_owned())))
+    ended.await.unwrap_or_else(|_| Err(Error::Failed("the join API's thread has panicked".to_owned())))
 }
 
-/// The API's thread; dropped, it ends, and the port is free.
+/// The API's thread. Dropping it ends the thread and frees the port.
 struct Server {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -98,7 +98,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A panic there has been printed.
+            // The panic handler has printed a panic of the thread.
             let _ = thread.join();
         }
     }
@@ -117,7 +117,7 @@ async fn accept(hub: Arc<Hub>, at: SocketAddr, acceptor: TlsAcceptor) -> Result<
         }
         let (tcp, from) = match accepted {
             Ok(Ok(accepted)) => accepted,
-            // Out of file descriptors, or the client has left already: that passes.
+            // No file descriptor is free, or the client has disconnected: both are temporary.
             Ok(Err(_)) => {
                 sleep(Duration::from_millis(50)).await;
                 continue;
@@ -126,7 +126,7 @@ async fn accept(hub: Arc<Hub>, at: SocketAddr, acceptor: TlsAcceptor) -> Result<
         };
         let from = from.ip().to_canonical();
         let Some((place, delay)) = admission.enter(from, is_of_mesh(&hub, from), now) else {
-            // With a reset: the hub keeps no state of it.
+            // Zero linger closes with a reset, so that the kernel keeps no state of the connection.
             let _ = tcp.set_zero_linger();
             continue;
         };
@@ -141,20 +141,21 @@ async fn accept(hub: Arc<Hub>, at: SocketAddr, acceptor: TlsAcceptor) -> Result<
 
 fn listen(at: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = if at.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // A hub that restarts has its port again at once.
+    // A hub that restarts can bind to its port while old connections are in TIME_WAIT.
     socket.set_reuseaddr(true)?;
     socket.bind(at)?;
     socket.listen(BACKLOG)
 }
 
-/// How many connections this process has file descriptors for.
+/// Returns the number of connections that the limit of file descriptors allows.
 fn connections() -> usize {
     let limit =
         getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| usize::try_from(soft).unwrap_or(usize::MAX));
     CONNECTIONS.min(limit.saturating_sub(DESCRIPTORS)).max(64)
 }
 
-/// Whether a source is of the mesh: WireGuard has authenticated it, and other interfaces drop such packets.
+/// Returns whether a source address is in the mesh. WireGuard authenticates such packets, and other interfaces drop
+/// them.
 fn is_of_mesh(hub: &Hub, from: IpAddr) -> bool {
     let mesh = &hub.topology.mesh;
     matches!(from, IpAddr::V4(from) if mesh.subnet.contains(&from) || mesh.transport.contains(&from))
@@ -164,7 +165,7 @@ fn log(admission: &Admission) {
     let (refused, displaced) = admission.take_counts();
     if refused + displaced > 0 {
         println!(
-            "the join API refused {refused} connections, and closed {displaced} for others, within {} s",
+            "the join API refused {refused} connections and closed {displaced} for newer ones within {} s",
             LOG.as_secs()
         );
     }
@@ -188,7 +189,7 @@ async fn connection(
     let member = session.peer_certificates().and_then(<[_]>::first).and_then(Member::of);
     let Ok(binding) = session.export_keying_material([0; 32], EXPORTER_LABEL, None) else { return };
     let peer = Arc::new(Peer { member, binding });
-    // A node that was evicted still has its certificate: it is a guest.
+    // An evicted node still has its certificate, so it counts as a guest.
     let member = peer.member.as_ref().filter(|m| hub.desk.fenced(&m.slot, &m.tls_key).is_none());
     if member.is_some_and(|member| !place.is_member(&member.slot, Instant::now())) {
         return;
@@ -206,7 +207,7 @@ async fn connection(
     let _ = http.serve_connection(TokioIo::new(stream), service).await;
 }
 
-/// Reads one request and answers it. `charged` requests count as handshakes do.
+/// Reads one request and replies. A `charged` request counts towards the rate limit like a handshake.
 async fn respond(
     hub: &Hub,
     peer: &Peer,
@@ -218,17 +219,17 @@ async fn respond(
         match place.charge(Instant::now()) {
             Some(delay) => sleep(delay).await,
             None => {
-                return closing(StatusCode::TOO_MANY_REQUESTS, "too many requests from this address; ask again later");
+                return closing(StatusCode::TOO_MANY_REQUESTS, "too many requests from this address; retry later");
             }
         }
     }
     let (head, body) = request.into_parts();
     let body = match timeout(BODY, Limited::new(body, LONGEST).collect()).await {
         Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(_)) => return closing(StatusCode::PAYLOAD_TOO_LARGE, "too long"),
-        Err(_) => return closing(StatusCode::REQUEST_TIMEOUT, "the request's body came too slowly"),
+        Ok(Err(_)) => return closing(StatusCode::PAYLOAD_TOO_LARGE, "the request's body is too long"),
+        Err(_) => return closing(StatusCode::REQUEST_TIMEOUT, "the request's body did not arrive in time"),
     };
-    // From here on the hub works for the client: others don't interrupt it.
+    // While the hub handles the request, newer connections do not displace this one.
     place.set_busy(true);
     let response = answer(hub, peer, Request::from_parts(head, body)).await;
     place.set_busy(false);

@@ -1,4 +1,4 @@
-//! What a hub does for the others: lets nodes in, and tells who is where.
+//! What a hub does for other nodes: the join API, claims of slots, the rollout and the fence.
 
 pub mod api;
 mod batch;

@@ -1,5 +1,5 @@
-//! Every slot's owner, as a founder has heard of it from etcd: kept on the disk, so that who was
-//! evicted is refused also after a restart without etcd's quorum.
+//! The owners of all slots, as a founder has read them from etcd. The hub keeps them on disk, so that it refuses
+//! evicted nodes even after a restart without an etcd quorum.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,49 +14,50 @@ use crate::client::etcd::WatchEvent;
 use crate::error::{Error, Result};
 use crate::node::state::SlotRecords;
 
-/// Least time between two writes of the records to the disk.
+/// Minimum time between two writes of the records to disk.
 const PAUSE: Duration = Duration::from_secs(1);
 
 impl SlotAllocator {
-    /// What this hub has heard of every slot.
+    /// Returns the records that this hub has of all slots.
     #[must_use]
     pub fn owners(&self) -> Arc<Owners> {
         self.owners.borrow().clone()
     }
 
-    /// Whether a slot is somebody else's now, or nobody's: then since which epoch.
+    /// Returns the epoch since which the slot has another owner, or no owner. Returns `None` if `tls_key` owns the
+    /// slot, or this hub has no record.
     #[must_use]
     pub fn fenced(&self, slot: &str, tls_key: &str) -> Option<u64> {
         let owners = self.owners.borrow();
         owners.get(slot).filter(|r| r.vacant || r.tls_key != tls_key).map(|r| r.epoch)
     }
 
-    /// Whether nobody has a slot any more that somebody had.
+    /// Returns whether a slot's last owner has left.
     #[must_use]
     pub fn is_vacant(&self, slot: &str) -> bool {
         self.owners.borrow().get(slot).is_some_and(|r| r.vacant)
     }
 
-    /// Whether this hub has heard of a slot that this key has.
+    /// Returns whether this hub has a record with this mesh key.
     pub(super) fn is_owner(&self, mesh_key: MeshKey) -> bool {
         self.owners.borrow().values().any(|r| r.mesh_key == mesh_key)
     }
 
-    /// Whether a slot's owner is to go.
+    /// Returns whether a slot's owner is ordered to leave.
     #[must_use]
     pub fn is_leaving(&self, slot: &str) -> bool {
         self.owners.borrow().get(slot).is_some_and(|r| r.leaving)
     }
 
-    /// Begins with the records of an earlier start, below `dir`, until etcd is heard.
+    /// Loads the records that an earlier start stored below `dir`; reading etcd replaces them.
     #[must_use]
     pub fn with_records(self, dir: &Path) -> Self {
         self.owners.send_replace(Arc::new(SlotRecords::load(dir).slots));
         self
     }
 
-    /// Writes the records below `dir` whenever they change, at most once a second, until the process
-    /// ends. A disk that is full costs no grant: it is written again with the next change.
+    /// Writes the records below `dir` after each change, at most once a second, until the process ends. A failed write
+    /// does not stop grants; the next change retries it.
     pub async fn keep_records(&self, dir: &Path) {
         let mut changes = self.owners.subscribe();
         let mut kept: Option<Arc<Owners>> = None;
@@ -68,41 +69,41 @@ impl SlotAllocator {
                 let written = tokio::task::spawn_blocking(move || records.store(&dir)).await;
                 match written.unwrap_or_else(|e| Err(Error::Failed(e.to_string()))) {
                     Ok(()) => kept = Some(owners),
-                    Err(e) => eprintln!("{e}"),
+                    Err(e) => eprintln!("the records of owners are not stored: {e}"),
                 }
             }
             tokio::time::sleep(PAUSE).await;
         }
     }
 
-    /// Follows etcd for up to a minute: calls `changed` with everything first, then with each change; returns
-    /// when everything has to be listed again.
+    /// Watches etcd for up to a minute: calls `changed` after the first read and after each change, and returns when
+    /// the records have to be read again.
     ///
     /// # Errors
-    /// etcd does not answer any more.
+    /// If etcd does not answer.
     pub async fn follow(&self, mut changed: impl FnMut(&Owners)) -> Result<()> {
         self.etcd.prefer_first().await;
         let (revision, pairs) = self.etcd.list(SLOTS).await?;
         let listed: Vec<WatchEvent> =
             pairs.into_iter().map(|p| WatchEvent { key: p.key, value: Some(p.value) }).collect();
-        self.heard(listed, true);
+        self.apply_events(listed, true);
         changed(&self.owners());
         let mut watch = self.etcd.watch(SLOTS, revision + 1).await?;
         while let Some(changes) = self.etcd.next(&mut watch).await? {
-            self.heard(changes, false);
+            self.apply_events(changes, false);
             changed(&self.owners());
         }
         Ok(())
     }
 
-    /// Whether etcd has been heard since this start.
+    /// Returns whether this hub has read the records from etcd since the agent started.
     #[must_use]
     pub fn has_heard(&self) -> bool {
         self.has_heard.load(Ordering::Relaxed)
     }
 
-    /// Takes in what etcd says: `all` of it, or changes.
-    pub(super) fn heard(&self, changes: Vec<WatchEvent>, all: bool) {
+    /// Applies events of etcd: all records (`all`), or changes.
+    pub(super) fn apply_events(&self, changes: Vec<WatchEvent>, all: bool) {
         self.owners.send_modify(|owners| {
             let owners = Arc::make_mut(owners);
             if all {
@@ -112,7 +113,7 @@ impl SlotAllocator {
                 let Some(slot) = change.key.strip_prefix(SLOTS) else { continue };
                 match change.value.map(|v| serde_json::from_slice::<SlotRecord>(&v)) {
                     Some(Ok(record)) => drop(owners.insert(slot.to_owned(), record)),
-                    Some(Err(e)) => eprintln!("etcd's record of {slot} is not readable: {e}"),
+                    Some(Err(e)) => eprintln!("cannot parse the record of {slot} in etcd: {e}"),
                     None => drop(owners.remove(slot)),
                 }
             }
@@ -122,9 +123,9 @@ impl SlotAllocator {
         }
     }
 
-    /// Seconds since 1970, at least, whatever this hub's clock says: its image is not older, and two
-    /// hubs have written records later than that. (Of one hub alone it might be that hub's clock
-    /// which is wrong, and no token would be good any more.)
+    /// Returns a lower limit of the current Unix time, whatever this hub's clock shows: the build time of its image, or
+    /// the latest time that two hubs have reached in their records. One hub alone does not count: if its clock were
+    /// ahead, every token would expire.
     #[must_use]
     pub fn time_floor(&self) -> u64 {
         let mut latest = std::collections::BTreeMap::new();

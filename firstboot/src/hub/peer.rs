@@ -1,14 +1,14 @@
-//! The other end of a connection to the join API.
+//! Clients of the join API.
 
 use fleet::ChannelBinding;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
-/// The other end of a connection.
+/// The client of a connection.
 pub(super) struct Peer {
-    /// The node that it authenticated as; `None` without a client certificate.
+    /// The node that the client authenticated as; `None` without a client certificate.
     pub(super) member: Option<Member>,
-    /// What identifies this TLS connection: a signed request has to be signed for it.
+    /// Identifies this TLS connection; the signature of a request must cover it.
     pub(super) binding: ChannelBinding,
 }
 
@@ -19,8 +19,7 @@ pub(super) struct Member {
 }
 
 impl Member {
-    /// The slot a certificate names, and the key it is for. That it is of this fleet was
-    /// verified by the handshake.
+    /// Returns the slot and the key of a certificate. The TLS handshake has verified that the fleet's root signed it.
     pub(super) fn of(cert: &CertificateDer) -> Option<Self> {
         let cert = EndEntityCert::try_from(cert).ok()?;
         let slot = cert.valid_dns_names().next()?.to_owned();
@@ -34,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_member_is_who_its_certificate_names() {
+    fn reads_slot_and_key_of_a_certificate() {
         use tokio_rustls::rustls::pki_types::pem::PemObject as _;
         let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
         let topology = fleet::Topology::of(&fleet);

@@ -1,25 +1,25 @@
-//! Rate limits by source: the generic cell rate algorithm, which keeps one instant for each source.
+//! Rate limits by source: the generic cell rate algorithm, which stores one instant for each source.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-/// Sources whose limit has recovered are dropped when a table has grown by this many entries.
+/// A table drops the sources whose limit has recovered when it has grown by this many entries.
 const SWEEP: usize = 1024;
 
-/// So many events a second on average.
+/// A rate of events, with a burst and a delay.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rate {
     /// Time between two events at the average rate.
     interval: Duration,
-    /// How far a source may be ahead of the average rate without delay.
+    /// How far a source may be ahead of the average rate before its events are delayed.
     burst: Duration,
-    /// Longest delay; an event that needs a longer one is refused.
+    /// Longest delay; an event that needs a longer delay is refused.
     delay: Duration,
 }
 
 impl Rate {
-    /// `events` a second, `burst` of them at once; those beyond are delayed by up to `delay`, then refused.
+    /// Allows `events` a second and a burst of `burst`; further events are delayed by up to `delay`, then refused.
     pub(super) fn new(events: u32, burst: u32, delay: Duration) -> Self {
         let interval = Duration::from_secs(1) / events;
         Self { interval, burst: interval * burst.saturating_sub(1), delay }
@@ -29,7 +29,7 @@ impl Rate {
 /// The state of one limit for each source.
 #[derive(Debug)]
 pub(super) struct Meter<K> {
-    /// When the source is back at its average rate.
+    /// When each source is back at its average rate.
     arrival: BTreeMap<K, Instant>,
     sweep_at: usize,
 }
@@ -41,7 +41,7 @@ impl<K: Ord> Default for Meter<K> {
 }
 
 impl<K: Ord + Copy> Meter<K> {
-    /// The delay that one more event of `source` needs; `None` where it exceeds the rate's longest delay.
+    /// Returns the delay of one more event of `source`; `None` if it exceeds the rate's longest delay.
     pub(super) fn delay(&self, source: K, rate: Rate, now: Instant) -> Option<Duration> {
         let ahead = self.arrival.get(&source).map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
         let delay = ahead.saturating_sub(rate.burst);
@@ -59,8 +59,8 @@ impl<K: Ord + Copy> Meter<K> {
     }
 }
 
-/// The limits of one event: by address, by network, and of all sources together. Networks with few events share a
-/// limit that those with many have no part in.
+/// The limits of an event: by address, by network, and for all sources together. Networks with few events and networks
+/// with many have separate common limits, so that a flood does not block the former.
 #[derive(Debug, Default)]
 pub(super) struct Meters {
     addresses: Meter<IpAddr>,
@@ -75,15 +75,15 @@ pub(super) struct Meters {
 pub(super) struct Rates {
     pub(super) address: Rate,
     pub(super) network: Rate,
-    /// Up to which a network has few events.
+    /// Rate up to which a network counts as one with few events.
     pub(super) light: Rate,
-    /// Of all networks together: those with few events, and again those with many.
+    /// Common rate of all networks with few events, and again of all networks with many.
     pub(super) all: Rate,
 }
 
 impl Meters {
-    /// Counts an event; returns how long it has to be delayed, or `None` if a limit refuses it.
-    /// A refused event counts nowhere: one source cannot use up the others' share.
+    /// Counts an event, and returns its delay; `None` if a limit refuses the event. A refused event counts towards no
+    /// limit, so that one source cannot use up the common limits.
     pub(super) fn take(&mut self, from: IpAddr, rates: Rates, now: Instant) -> Option<Duration> {
         let network = network(from);
         let delay = self.addresses.delay(from, rates.address, now)?;
@@ -104,7 +104,7 @@ impl Meters {
     }
 }
 
-/// The network that an address is counted with: its /24, or its /64.
+/// Returns the network of an address: its /24 (IPv4) or its /64 (IPv6).
 pub(super) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => Ipv4Addr::from_bits(address.to_bits() & !0xff).into(),
@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_burst_passes_at_once_then_events_are_delayed_then_refused() {
+    fn delays_then_refuses_events_beyond_the_burst() {
         let (start, rate) = (Instant::now(), Rate::new(10, 5, Duration::from_millis(500)));
         let mut meter = Meter::default();
         let mut take = |source: u8, at: u64| {
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_that_recovered_are_dropped() {
+    fn drops_sources_that_recovered() {
         let (start, rate) = (Instant::now(), Rate::new(10, 1, Duration::ZERO));
         let mut meter = Meter::default();
         for source in 0..100_000_u32 {
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_shares_a_limit_and_a_refused_event_does_not_count() {
+    fn a_network_shares_a_limit_and_refused_events_do_not_count() {
         let at = |text: &str| text.parse::<IpAddr>().unwrap();
         assert_eq!(network(at("192.0.2.77")), at("192.0.2.0"));
         assert_eq!(network(at("::ffff:192.0.2.77")), at("192.0.2.0"));
@@ -158,8 +158,8 @@ mod tests {
         let mut passes = |from: &str| meters.take(at(from), rates, now).is_some();
         assert!(passes("192.0.2.1") && passes("192.0.2.1") && !passes("192.0.2.1"));
         assert!(passes("192.0.2.2") && !passes("192.0.2.2") && !passes("192.0.2.3"));
-        // 198.51.100.0 has few events at first; then it shares with 192.0.2.0, which has had its two.
+        // 198.51.100.0 has few events at first, then shares the common limit that 192.0.2.0 has used up.
         assert!(passes("198.51.100.1") && passes("198.51.100.1") && !passes("198.51.100.2"));
-        assert!(passes("203.0.113.1") && !passes("203.0.113.1"), "one that has few events has its share");
+        assert!(passes("203.0.113.1") && !passes("203.0.113.1"), "a network with few events exceeds its limit");
     }
 }

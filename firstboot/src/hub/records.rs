@@ -1,12 +1,12 @@
-//! Keys in etcd that records of slots and tokens have, and what a hub reads and writes there.
+//! etcd keys of slots and tokens, and their values.
 //!
 //! ```text
-//! /bakehouse/slots/SLOT     SlotRecord      who has it
-//! /bakehouse/owners/KEY     slot's name     what this mesh key has
-//! /bakehouse/tokens/ID      number          how often it was used
-//! /bakehouse/revoked/ID     anything        it is of no use any more
-//! /bakehouse/audit/SLOT/EPOCH  SlotRecord   what was ever granted
-//! /bakehouse/seen/SLOT      hub's name      as long as its owner was seen not long ago (a lease)
+//! /bakehouse/slots/SLOT        SlotRecord     the slot's owner
+//! /bakehouse/owners/KEY        slot's name    the slot of this mesh key
+//! /bakehouse/tokens/ID         number         use count of the token
+//! /bakehouse/revoked/ID        anything       the token was revoked
+//! /bakehouse/audit/SLOT/EPOCH  SlotRecord     the grants of a slot
+//! /bakehouse/seen/SLOT         hub's name     a hub has answered the owner recently (with a lease)
 //! ```
 
 use std::collections::BTreeMap;
@@ -16,42 +16,44 @@ use fleet::{MeshKey, SlotRecord};
 pub(super) const SLOTS: &str = "/bakehouse/slots/";
 pub(super) const TOKENS: &str = "/bakehouse/tokens/";
 pub(super) const REVOKED: &str = "/bakehouse/revoked/";
-/// Grants of a slot that stay on record.
+/// Number of grants of a slot that stay in etcd.
 const AUDITED: u64 = 32;
 
-/// Every slot's owner, as this hub has heard: the truth is etcd's.
+/// Records of all slots, as this hub last read them from etcd.
 pub type Owners = BTreeMap<String, SlotRecord>;
 
-/// A slot that was given.
+/// A granted slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GrantedSlot {
     pub slot: String,
     pub epoch: u64,
 }
 
-/// A slot that somebody is about to have.
+/// A grant that the transaction has not written yet.
 pub(super) struct PendingGrant {
     pub(super) place: SlotState,
     pub(super) record: SlotRecord,
     pub(super) keys: EtcdKeys,
-    /// Key in etcd of the owner that it replaces by itself: of a renewal.
+    /// For a renewal: etcd key of the same owner's previous mesh key.
     pub(super) former: Option<String>,
 }
 
-/// How often a token was used, as of a revision.
+/// Use count of a token, with the revision of its etcd key.
 pub(super) struct TokenUsage {
     pub(super) used: u32,
     pub(super) revision: u64,
 }
 
+/// A slot as read from etcd.
 pub(super) struct SlotState {
     pub(super) slot: String,
     pub(super) before: Option<SlotRecord>,
     pub(super) revision: u64,
-    /// Its owner says nothing; if it does before the slot is taken, it is not.
+    /// The owner is silent. The transaction fails if a hub answers the owner before.
     pub(super) silent: bool,
 }
 
+/// The etcd keys that a claim reads and writes.
 pub(super) struct EtcdKeys {
     pub(super) owner: String,
     pub(super) token: String,
@@ -68,12 +70,12 @@ impl EtcdKeys {
     }
 }
 
-/// Where a grant of a slot is recorded.
+/// Returns the etcd key of a grant's audit record.
 pub(super) fn audit(slot: &str, epoch: u64) -> String {
     format!("/bakehouse/audit/{slot}/{epoch:08}")
 }
 
-/// The record of a slot's grants that is dropped with a new one: etcd's space has an end.
+/// Returns the audit record to delete when the slot gets a new one, because etcd's space is limited.
 pub(super) fn forgotten_audit(slot: &str, epoch: u64) -> Option<String> {
     epoch.checked_sub(AUDITED).filter(|epoch| *epoch > 0).map(|epoch| audit(slot, epoch))
 }

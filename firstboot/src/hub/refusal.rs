@@ -1,25 +1,25 @@
-//! Refusals: how they are made, and the journal's part of refused joins, which strangers must not fill.
+//! Refusals, and their log. The log has a rate limit, so that strangers cannot fill the journal.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fleet::{Reason, Refusal};
 
-/// Refusals that are logged within [`WINDOW`]; of the others the number.
+/// Refusals that are logged within [`WINDOW`]. The others are counted.
 const MOST: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(10);
 
 /// Returns a refusal with this reason and text.
-pub(super) fn no(reason: Reason, text: &str) -> Refusal {
+pub(super) fn refuse(reason: Reason, text: &str) -> Refusal {
     Refusal { reason, text: text.to_owned() }
 }
 
-/// Text for a machine whose slot has no owner any more.
-pub(super) fn gone(slot: &str) -> String {
-    format!("this machine was {slot}, and has left the fleet; wipe it and give it a new ticket to have it again")
+/// Returns the text for a machine that has left the fleet.
+pub(super) fn left_text(slot: &str) -> String {
+    format!("this machine was {slot}, and has left the fleet; to use it again, wipe it and give it a new ticket")
 }
 
-/// The lines of one window.
+/// The log lines of one window.
 struct Window {
     began: Option<Instant>,
     logged: u32,
@@ -28,23 +28,23 @@ struct Window {
 
 static LOG: Mutex<Window> = Mutex::new(Window { began: None, logged: 0, left_out: 0 });
 
-/// Logs why a join was refused, on one line, if few have been within the last seconds.
+/// Logs the reason of a refused join on one line, unless the window's limit is reached.
 pub(super) fn log(refusal: &Refusal) {
     let mut window = LOG.lock().unwrap_or_else(PoisonError::into_inner);
     let left_out = window.advance(Instant::now());
     let logs = window.take();
     drop(window);
     if left_out > 0 {
-        println!("{left_out} more joins were refused");
+        println!("refused {left_out} more joins");
     }
     if logs {
-        // Part of it may be the stranger's own words.
-        println!("refused ({:?}): {}", refusal.reason, refusal.text.escape_debug());
+        // The text may quote the stranger's request.
+        println!("refused a join ({:?}): {}", refusal.reason, refusal.text.escape_debug());
     }
 }
 
 impl Window {
-    /// Begins a new window if it is time; gives how many lines the last one left out.
+    /// Begins a new window if the current one has ended. Returns how many lines the ended window left out.
     fn advance(&mut self, now: Instant) -> u32 {
         if self.began.is_some_and(|began| now.saturating_duration_since(began) < WINDOW) {
             return 0;
@@ -53,7 +53,7 @@ impl Window {
         std::mem::take(&mut self.left_out)
     }
 
-    /// Whether one more line is logged.
+    /// Counts a line, and returns whether to log it.
     fn take(&mut self) -> bool {
         let logs = self.logged < MOST;
         if logs {
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_of_refusals_is_counted_instead_of_logged() {
+    fn counts_refusals_beyond_the_limit() {
         let now = Instant::now();
         let mut window = Window { began: None, logged: 0, left_out: 0 };
         assert_eq!(window.advance(now), 0);

@@ -1,14 +1,13 @@
-//! Whose turn it is to change its image, as etcd has it. What follows from a report is decided in
-//! [`fleet::Rollout`]; here it is read and written.
+//! The rollout's state in etcd. [`fleet::Rollout`] decides on a node's report; this module reads and writes the keys.
 //!
 //! ```text
-//! /bakehouse/rollout/nodes/SLOT      Report   as long as the node says it (a lease)
-//! /bakehouse/rollout/turn            Turn     who changes now
-//! /bakehouse/rollout/held            slot     as long as its turn may last (a lease)
-//! /bakehouse/rollout/denied/VERSION  why      nobody tries it any more
-//! /bakehouse/rollout/paused          why      nobody begins
-//! /bakehouse/rollout/allowed/VERSION when     the operator named it: one node's offer is enough
-//! /bakehouse/rollout/skipped/SLOT    when     the operator took it out of the order
+//! /bakehouse/rollout/nodes/SLOT      Report      the node's last report, with a lease
+//! /bakehouse/rollout/turn            UpdateLock  the node that changes its image now
+//! /bakehouse/rollout/held            slot        the update lock's lease
+//! /bakehouse/rollout/denied/VERSION  reason      no node installs this version
+//! /bakehouse/rollout/paused          reason      no node gets the update lock
+//! /bakehouse/rollout/allowed/VERSION time        the operator allowed it: one node's offer is enough
+//! /bakehouse/rollout/skipped/SLOT    time        the rollout does not wait for this node
 //! ```
 
 use std::fs::{self, Permissions};
@@ -26,19 +25,19 @@ const PREFIX: &str = "/bakehouse/rollout/";
 const TURN: &str = "/bakehouse/rollout/turn";
 const HELD: &str = "/bakehouse/rollout/held";
 const PAUSED: &str = "/bakehouse/rollout/paused";
-/// Seconds after which a node that says nothing is missed: three of its rounds.
+/// Lease of a node's report, seconds: three of the node's report intervals.
 const SILENCE: u32 = 90;
-/// Seconds a turn may last: loading an image over a slow line, and three boots that fail.
+/// Lease of the update lock, seconds: a download over a slow line, and three boots that fail.
 const LONGEST_TURN: u32 = 3600;
 /// Time between two writes of the metrics.
 const EXPORT_INTERVAL: Duration = Duration::from_secs(30);
-/// Others may write at the same moment: then again, that often.
+/// How often a report is retried when another hub's transaction wins.
 const ATTEMPTS: u32 = 8;
 
-/// Takes a node's report; tells it what it may do.
+/// Stores a node's report, and returns whether the node may change its image.
 ///
 /// # Errors
-/// etcd does not answer.
+/// If etcd does not answer.
 pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<UpdateDecision> {
     let text = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
     let lease = etcd.lease(SILENCE).await?;
@@ -46,7 +45,7 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
     for _ in 0..ATTEMPTS {
         let (mut rollout, turn) = read(etcd).await?;
         if report.doing.is_well() && rollout.skipped.remove(slot).is_some() {
-            println!("{slot} is well, and is not skipped any more");
+            println!("{slot} is healthy again: the rollout no longer skips it");
             etcd.transact(&[], &[Op::Delete(&skipped(slot))]).await?;
         }
         let verdict = rollout.decide(topology, slot, report);
@@ -61,7 +60,7 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
                 let then = [Op::Put(TURN, &text), Op::PutFor(HELD, slot.as_bytes(), &lease)];
                 let done = etcd.transact(&when, &then).await?;
                 if !done {
-                    // Another was faster: nothing is left behind.
+                    // Another hub's transaction won.
                     etcd.revoke(&lease).await?;
                 }
                 done
@@ -70,7 +69,7 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
                 etcd.transact(&[Compare::Unchanged(TURN, turn)], &[Op::Delete(TURN), Op::Delete(HELD)]).await?
             }
             Verdict::Deny { image, why } => {
-                println!("version {image} is not taken any more: {why}");
+                println!("version {image} is denied: {why}");
                 let denied = denied(image);
                 let mut then = vec![Op::Put(&denied, why.as_bytes())];
                 if rollout.turn.as_ref().is_some_and(|t| t.to == *image) {
@@ -83,13 +82,13 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
             return Ok(UpdateDecision { granted: true, why: String::new() });
         }
     }
-    Ok(UpdateDecision { granted: false, why: "too many nodes write at the same time".to_owned() })
+    Ok(UpdateDecision { granted: false, why: "too many nodes report at the same time".to_owned() })
 }
 
-/// Carries out an operator's order; tells how far the fleet is.
+/// Carries out an operator's order, and returns the state of the rollout.
 ///
 /// # Errors
-/// etcd does not answer.
+/// If etcd does not answer.
 pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
     match order {
         RolloutOrder::Tell => {}
@@ -107,7 +106,7 @@ pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
     read(etcd).await.map(|(rollout, _)| rollout)
 }
 
-/// The rollout, and the revision of the turn's last change (0: nobody has it).
+/// Reads the rollout, and the revision of the update lock (0: no node holds it).
 async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
     let (_, slots) = etcd.list(SLOTS).await?;
     let mut rollout = Rollout::default();
@@ -140,10 +139,10 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
                     rollout.allowed.insert(version.to_owned());
                 } else if let Some(slot) = key.strip_prefix("skipped/") {
                     rollout.skipped.insert(slot.to_owned(), text().parse().unwrap_or_default());
-                } else if let Some((slot, Ok(said))) =
+                } else if let Some((slot, Ok(report))) =
                     key.strip_prefix("nodes/").map(|slot| (slot, serde_json::from_slice(&pair.value)))
                 {
-                    rollout.nodes.insert(slot.to_owned(), said);
+                    rollout.nodes.insert(slot.to_owned(), report);
                 }
             }
         }
@@ -151,16 +150,16 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
     Ok((rollout, turn))
 }
 
-/// Writes how the rollout is to `metrics`, as node_exporter reads it, twice a minute until the process ends.
+/// Writes the rollout's metrics for node_exporter to the file `metrics` every 30 s, until the process ends.
 pub async fn export(etcd: &Etcd, metrics: &Path) {
     loop {
         match read(etcd).await {
             Ok((rollout, _)) => {
                 if let Err(e) = write_metrics(metrics, &rollout) {
-                    eprintln!("{e}");
+                    eprintln!("rollout metrics are not written: {e}");
                 }
             }
-            // An old value would look like a true one.
+            // Prometheus would take an old value for a current one.
             Err(_) => drop(fs::remove_file(metrics)),
         }
         tokio::time::sleep(EXPORT_INTERVAL).await;
@@ -169,13 +168,13 @@ pub async fn export(etcd: &Etcd, metrics: &Path) {
 
 fn write_metrics(path: &Path, rollout: &Rollout) -> Result<()> {
     let text = format!(
-        "# HELP bakehouse_rollout_blocked Nodes wait for a newer version, none changes, and the rollout is not paused.\n\
+        "# HELP bakehouse_rollout_blocked Nodes wait for a newer version, none installs it, and the rollout runs.\n\
          # TYPE bakehouse_rollout_blocked gauge\n\
          bakehouse_rollout_blocked {}\n\
-         # HELP bakehouse_rollout_denied Versions that no node tries any more.\n\
+         # HELP bakehouse_rollout_denied Versions that no node installs.\n\
          # TYPE bakehouse_rollout_denied gauge\n\
          bakehouse_rollout_denied {}\n\
-         # HELP bakehouse_rollout_skipped Nodes that the operator took out of the order.\n\
+         # HELP bakehouse_rollout_skipped Nodes that the rollout skips by the operator's order.\n\
          # TYPE bakehouse_rollout_skipped gauge\n\
          bakehouse_rollout_skipped {}\n",
         u8::from(rollout.is_blocked()),
@@ -187,7 +186,7 @@ fn write_metrics(path: &Path, rollout: &Rollout) -> Result<()> {
     fs::set_permissions(dir, Permissions::from_mode(0o755)).map_err(Error::io("set the mode of", dir))?;
     let beside = path.with_extension("new");
     fs::write(&beside, text).map_err(Error::io("write", &beside))?;
-    // node_exporter has a user of its own.
+    // node_exporter runs as another user.
     fs::set_permissions(&beside, Permissions::from_mode(0o644)).map_err(Error::io("set the mode of", &beside))?;
     fs::rename(&beside, path).map_err(Error::io("rename", &beside))
 }
@@ -209,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metrics_are_there_for_node_exporter() {
+    fn metrics_are_readable_for_node_exporter() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics/rollout.prom");
         let rollout = Rollout { denied: [("2".to_owned(), "why".to_owned())].into(), ..Rollout::default() };

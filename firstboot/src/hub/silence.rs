@@ -1,4 +1,5 @@
-//! Owners that have fallen silent: a blank machine may take the slot of one that keeps nothing.
+//! Silent owners: a blank machine may take the slot of a stateless node that has sent no hub a request for
+//! `reclaim_after` seconds.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -10,19 +11,19 @@ use crate::client::etcd::Op;
 use crate::error::Result;
 
 impl SlotAllocator {
-    /// Notes that this hub has answered the owner of a slot. Writes it to etcd where another machine could take the
-    /// slot, and not each time.
+    /// Records that this hub has answered the owner of a slot. If another machine could take the slot, writes the
+    /// record to etcd with a lease, at most four times in `reclaim_after`.
     ///
     /// # Errors
-    /// etcd does not answer.
+    /// If etcd does not answer.
     pub async fn saw(&self, slot: &str) -> Result<()> {
         let now = Instant::now();
-        lock(&self.hearing.heard).insert(slot.to_owned(), now);
+        lock(&self.hearing.answered).insert(slot.to_owned(), now);
         let Some(after) = self.topology.node(slot).and_then(|n| n.reclaim_after) else { return Ok(()) };
         {
             let mut written = lock(&self.hearing.written);
-            let often = Duration::from_secs(u64::from(after) / 4);
-            if written.get(slot).is_some_and(|last| now - *last < often) {
+            let interval = Duration::from_secs(u64::from(after) / 4);
+            if written.get(slot).is_some_and(|last| now - *last < interval) {
                 return Ok(());
             }
             written.insert(slot.to_owned(), now);
@@ -31,7 +32,7 @@ impl SlotAllocator {
         self.etcd.transact(&[], &[Op::PutFor(&seen(slot), self.by.as_bytes(), &lease)]).await.map(drop)
     }
 
-    /// Slots of a group that may be abandoned, by one read of etcd; [`Self::abandoned`] looks at each closely.
+    /// Returns the slots of a group that may be abandoned, with one read of etcd; [`Self::abandoned`] verifies each.
     pub(super) async fn silent(&self, group: &str, owners: &Owners) -> Result<Vec<String>> {
         let old = |name: &str, after: u32| owners.get(name).is_none_or(|r| !is_young(r.at, after));
         let mut slots: Vec<String> = Vec::new();
@@ -51,25 +52,26 @@ impl SlotAllocator {
         Ok(slots)
     }
 
-    /// The place, if its owner has been silent for so long that another may have it.
+    /// Returns `Ok` with the slot if its owner has been silent for `reclaim_after`, so that another machine may take
+    /// the slot; otherwise the unchanged slot as `Err`.
     pub(super) async fn abandoned(&self, place: SlotState) -> Result<Result<SlotState, SlotState>> {
         let after = self.topology.node(&place.slot).and_then(|n| n.reclaim_after);
         let (Some(after), Some(record)) = (after, &place.before) else { return Ok(Err(place)) };
         let patience = Duration::from_secs(after.into());
-        // One that has just been let in has not asked anything yet.
+        // A new owner may not have sent a request yet.
         if is_young(record.at, after) || !self.hearing.is_good(&self.owners(), &place.slot, &self.by, patience) {
             return Ok(Err(place));
         }
         let found = self.etcd.get(&[&seen(&place.slot)]).await?;
         let silent = found.iter().all(|pair| pair.revision == 0);
         if silent {
-            println!("{}: its owner (epoch {}) has been silent for {after} s", place.slot, record.epoch);
+            println!("{}: its owner (epoch {}) has sent no request for {after} s", place.slot, record.epoch);
         }
         Ok(if silent { Ok(SlotState { silent, ..place }) } else { Err(place) })
     }
 }
 
-/// Whether a grant of this time (seconds since 1970) is younger than so many seconds.
+/// Returns whether a grant at the Unix time `at` is younger than `after` seconds.
 fn is_young(at: u64, after: u32) -> bool {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     now.saturating_sub(Duration::from_secs(at)) < Duration::from_secs(after.into())

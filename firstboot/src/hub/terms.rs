@@ -1,24 +1,24 @@
-//! What a token is good for: when it gives a slot, and when the same keys get their grant again.
+//! Terms of a token: when it grants a slot, and when the same keys get their grant again.
 
 use fleet::{Claims, JoinRequest, Reason, Refusal, SlotRecord};
 
 use super::claims::SlotAllocator;
 use super::records::GrantedSlot;
-use super::refusal::{gone, no};
+use super::refusal::{left_text, refuse};
 use crate::client::etcd::KeyValue;
 use crate::error::Result;
 
-/// Seconds after a grant in which the same keys get it again with the same token: the reply may have
-/// been lost. A node keeps its grant on its disk, and does not ask later.
+/// Time after a grant in which the same keys get it again with the same token, seconds, because the reply may have been
+/// lost. A node stores its grant on disk and does not repeat its claim later.
 const REPEATABLE: u64 = 24 * 3600;
 
-/// What etcd and the clock say of a token.
+/// State of a token: its keys in etcd, and the time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TokenState {
-    /// How often it was used; `None` where etcd's count is not readable.
+    /// Use count; `None` if the count in etcd cannot be parsed.
     pub(super) used: Option<u32>,
     pub(super) revoked: bool,
-    /// Seconds since 1970.
+    /// Unix time.
     pub(super) now: u64,
 }
 
@@ -28,56 +28,59 @@ impl TokenState {
         Self { used: if count.revision == 0 { Some(0) } else { read() }, revoked: revoked.revision != 0, now }
     }
 
-    /// Why a token gives nothing, if it does not; how often it was used, if it does.
+    /// Returns the use count of a token that grants a slot; otherwise the refusal.
     pub(super) fn uses(self, claims: &Claims) -> Result<u32, Refusal> {
         let mint = "mint another with `bakehouse ticket`";
         if self.revoked {
-            return Err(no(Reason::Revoked, &format!("the token was revoked; {mint}")));
+            return Err(refuse(Reason::Revoked, &format!("the token was revoked; {mint}")));
         }
         if self.now > claims.expires {
-            return Err(no(Reason::Expired, &format!("the token has expired; {mint}")));
+            return Err(refuse(Reason::Expired, &format!("the token has expired; {mint}")));
         }
-        // A count that is not readable is no count of none.
+        // A damaged count must not allow more uses.
         let Some(used) = self.used else {
-            return Err(no(Reason::Spent, &format!("etcd's count of the token's uses is not readable; {mint}")));
+            return Err(refuse(Reason::Spent, &format!("cannot parse the token's use count in etcd; {mint}")));
         };
         if used >= claims.uses {
-            return Err(no(Reason::Spent, &format!("the token was used {used} times, as often as it may be; {mint}")));
+            return Err(refuse(
+                Reason::Spent,
+                &format!("all uses of the token are spent ({used} of {}); {mint}", claims.uses),
+            ));
         }
         Ok(used)
     }
 
-    /// Whether a node that has its slot may be given its grant again.
+    /// Checks whether a node that owns its slot may get its grant again.
     fn repeats(self, claims: &Claims, slot: &str, record: &SlotRecord) -> Result<(), Refusal> {
         if record.token.as_ref() != Some(&claims.id) {
             if claims.slot.as_ref().is_some_and(|other| other != slot) {
-                return Err(no(
+                return Err(refuse(
                     Reason::Taken,
-                    &format!("these keys are {slot}'s; wipe this machine to make it another"),
+                    &format!("these keys own {slot}; to give this machine another slot, wipe it"),
                 ));
             }
             return self.uses(claims).map(drop);
         }
         if self.revoked {
-            return Err(no(Reason::Revoked, "the token was revoked; mint another with `bakehouse ticket`"));
+            return Err(refuse(Reason::Revoked, "the token was revoked; mint another with `bakehouse ticket`"));
         }
         let age = self.now.saturating_sub(record.at);
         if age > REPEATABLE {
             let text = format!(
-                "this machine was given {slot} {} hours ago, and a token gives the same grant again for {} hours; mint another \
-                 with `bakehouse ticket {slot}`",
+                "this machine got {slot} {} h ago, and a token repeats a grant for {} h only; mint another with \
+                 `bakehouse ticket {slot}`",
                 age / 3600,
                 REPEATABLE / 3600
             );
-            return Err(no(Reason::Expired, &text));
+            return Err(refuse(Reason::Expired, &text));
         }
         Ok(())
     }
 }
 
 impl SlotAllocator {
-    /// This key has a slot, or had one.
-    pub(super) async fn again(
+    /// Decides a claim of a mesh key that owns a slot, or has owned one.
+    pub(super) async fn repeat_grant(
         &self,
         slot: &str,
         claims: &Claims,
@@ -86,19 +89,20 @@ impl SlotAllocator {
     ) -> Result<Result<GrantedSlot, Refusal>> {
         Ok(match self.place(slot).await?.before {
             Some(record) if record.mesh_key == request.mesh_key && record.vacant => {
-                Err(no(Reason::Fenced, &gone(slot)))
+                Err(refuse(Reason::Fenced, &left_text(slot)))
             }
             Some(record) if record.mesh_key == request.mesh_key && record.tls_key == request.tls_key => token
                 .repeats(claims, slot, &record)
                 .map(|()| GrantedSlot { slot: slot.to_owned(), epoch: record.epoch }),
             Some(record) if record.mesh_key == request.mesh_key => {
-                Err(no(Reason::Forged, "this mesh key is of a node with another TLS key"))
+                Err(refuse(Reason::Forged, "a node with another TLS key owns this mesh key"))
             }
             record => {
                 let epoch = record.map_or(0, |r| r.epoch);
-                let text =
-                    format!("{slot} is another machine's since epoch {epoch}; wipe this one to make it a new node");
-                Err(no(Reason::Fenced, &text))
+                let text = format!(
+                    "another machine has owned {slot} since epoch {epoch}; wipe this machine to join as a new node"
+                );
+                Err(refuse(Reason::Fenced, &text))
             }
         })
     }
@@ -119,8 +123,8 @@ mod tests {
     }
 
     #[test]
-    fn a_count_that_is_not_readable_is_no_count_of_none() {
-        let reason = |count: &[u8]| token(count, 0, 0).uses(&claims("db")).map_err(|no| no.reason);
+    fn refuses_tokens_with_a_damaged_count() {
+        let reason = |count: &[u8]| token(count, 0, 0).uses(&claims("db")).map_err(|refusal| refusal.reason);
         assert_eq!((reason(b""), reason(b"0"), reason(b"1")), (Ok(0), Ok(0), Err(Reason::Spent)));
         for damaged in [&b"x"[..], b"-1", b"99999999999", b"\xff"] {
             assert_eq!(reason(damaged), Err(Reason::Spent));
@@ -128,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_keys_get_their_grant_for_a_day_and_not_once_the_token_is_revoked() {
+    fn repeats_a_grant_for_a_day_unless_the_token_is_revoked() {
         let record = SlotRecord {
             epoch: 1,
             mesh_key: MeshKey([1; 32]),
@@ -142,12 +146,14 @@ mod tests {
             eviction: None,
         };
         let mut claims = Claims { expires: 1_000_001, ..claims("db") };
-        let again = |claims: &Claims, state: TokenState| state.repeats(claims, "db-1", &record).map_err(|no| no.reason);
-        // Spent and expired since.
+        let again = |claims: &Claims, state: TokenState| {
+            state.repeats(claims, "db-1", &record).map_err(|refusal| refusal.reason)
+        };
+        // The token was spent and has expired since the grant.
         assert_eq!(again(&claims, token(b"1", 0, 1_000_000 + REPEATABLE)), Ok(()));
         assert_eq!(again(&claims, token(b"1", 0, 1_000_001 + REPEATABLE)), Err(Reason::Expired));
         assert_eq!(again(&claims, token(b"1", 7, 1_000_000)), Err(Reason::Revoked));
-        // With another ticket, that one's terms hold.
+        // The terms of another ticket apply to a claim with that ticket.
         claims.id = "token-2".into();
         assert_eq!(again(&claims, token(b"", 0, 1_000_000)), Ok(()));
         assert_eq!(again(&claims, token(b"", 0, 1_000_002)), Err(Reason::Expired));

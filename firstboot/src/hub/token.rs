@@ -1,16 +1,16 @@
-//! Is this token of our fleet's root, and this request of the token's owner?
+//! Verification of join requests: the fleet's root signed the token, and the token's owner signed the request.
 
 use fleet::{Claims, JoinRequest, Reason, Refusal, encoding};
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
-use super::refusal::no;
+use super::refusal::refuse;
 use crate::node::trust::signed_by_root;
 
-/// Verifies the token's signature, the request's, which covers `message`, and what does not change:
-/// fleet, group, form. The claim looks at expiry and uses later: who has its grant may ask again.
+/// Verifies the token's signature, the request's signature, which covers `message`, and the token's fleet and group.
+/// The claim checks expiry and uses later, because the owner of a grant may repeat its claim.
 ///
 /// # Errors
-/// A refusal, with what to do.
+/// A refusal with the fix.
 pub fn verify(
     root: &str,
     fleet: &str,
@@ -18,13 +18,13 @@ pub fn verify(
     message: &[u8],
     signature: &str,
 ) -> Result<Claims, Refusal> {
-    let claims = request.token.read().ok_or_else(|| no(Reason::Malformed, "the token is not readable"))?;
+    let claims = request.token.read().ok_or_else(|| refuse(Reason::Malformed, "cannot parse the token"))?;
     let signed = encoding::decode(&request.token.signature)
         .is_some_and(|signature| signed_by_root(root, request.token.claims.as_bytes(), &signature));
     if !signed {
-        return Err(no(
+        return Err(refuse(
             Reason::Forged,
-            "the token was not signed by this fleet's root; mint one with `bakehouse ticket`",
+            "this fleet's root did not sign the token; mint one with `bakehouse ticket`",
         ));
     }
     let owned = match (claims.public_key(), encoding::decode(signature)) {
@@ -34,18 +34,19 @@ pub fn verify(
         _ => false,
     };
     if !owned {
-        return Err(no(Reason::Forged, "the request was not signed with the token's key"));
+        return Err(refuse(Reason::Forged, "the token's key did not sign the request"));
     }
     if claims.fleet != fleet {
-        let text = format!("the token is of the fleet `{}`, these are the hubs of `{fleet}`", claims.fleet);
-        return Err(no(Reason::OtherFleet, &text));
+        let text = format!("the token is for the fleet `{}`, this hub is in the fleet `{fleet}`", claims.fleet);
+        return Err(refuse(Reason::OtherFleet, &text));
     }
     if claims.group != request.group {
         let text = format!(
-            "the token is for the group `{}`, this node runs the image of `{}`; mint one for it with `bakehouse ticket {}`",
+            "the token is for the group `{}`, this node runs the image of `{}`; mint one with \
+             `bakehouse ticket {}`",
             claims.group, request.group, request.group
         );
-        return Err(no(Reason::OtherGroup, &text));
+        return Err(refuse(Reason::OtherGroup, &text));
     }
     Ok(claims)
 }
@@ -70,7 +71,7 @@ pub(crate) mod tests {
         }
     }
 
-    pub(crate) fn asks(joiner: &Joiner, group: &str, key: u8) -> JoinRequest {
+    pub(crate) fn join_request(joiner: &Joiner, group: &str, key: u8) -> JoinRequest {
         JoinRequest {
             version: PROTOCOL,
             token: joiner.token.clone(),
@@ -88,27 +89,30 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_what_root_and_owner_signed_is_believed() {
+    fn accepts_only_requests_that_root_and_owner_signed() {
         let root = Issuer::root("acme").unwrap();
         let joiner = Joiner::mint(&root, claims("db")).unwrap();
-        assert_eq!(reason(&root, &joiner, &asks(&joiner, "db", 1)).unwrap().id, "token-1");
-        // Another root; another owner; a claim that was changed; another group and fleet.
-        assert_eq!(reason(&Issuer::root("acme").unwrap(), &joiner, &asks(&joiner, "db", 1)), Err(Reason::Forged));
+        assert_eq!(reason(&root, &joiner, &join_request(&joiner, "db", 1)).unwrap().id, "token-1");
+        // Another root, another owner, changed claims, another group, another fleet.
+        assert_eq!(
+            reason(&Issuer::root("acme").unwrap(), &joiner, &join_request(&joiner, "db", 1)),
+            Err(Reason::Forged)
+        );
         let thief = Joiner { key: fleet::PrivateKey::generate().unwrap(), ..joiner.clone() };
-        assert_eq!(reason(&root, &thief, &asks(&joiner, "db", 1)), Err(Reason::Forged));
+        assert_eq!(reason(&root, &thief, &join_request(&joiner, "db", 1)), Err(Reason::Forged));
         let mut more = joiner.clone();
         more.token.claims = more.token.claims.replace("\"uses\":1", "\"uses\":9");
-        assert_eq!(reason(&root, &more, &asks(&more, "db", 1)), Err(Reason::Forged));
-        assert_eq!(reason(&root, &joiner, &asks(&joiner, "app", 1)), Err(Reason::OtherGroup));
+        assert_eq!(reason(&root, &more, &join_request(&more, "db", 1)), Err(Reason::Forged));
+        assert_eq!(reason(&root, &joiner, &join_request(&joiner, "app", 1)), Err(Reason::OtherGroup));
         let other = Joiner::mint(&root, Claims { fleet: "other".into(), ..claims("db") }).unwrap();
-        assert_eq!(reason(&root, &other, &asks(&other, "db", 1)), Err(Reason::OtherFleet));
+        assert_eq!(reason(&root, &other, &join_request(&other, "db", 1)), Err(Reason::OtherFleet));
     }
 
     #[test]
-    fn a_request_that_was_changed_on_the_way_is_not_the_owners() {
+    fn rejects_a_changed_request() {
         let root = Issuer::root("acme").unwrap();
         let joiner = Joiner::mint(&root, claims("db")).unwrap();
-        let request = asks(&joiner, "db", 1);
+        let request = join_request(&joiner, "db", 1);
         let body = serde_json::to_vec(&request).unwrap();
         let signature = encoding::encode(&joiner.key.sign(&body).unwrap());
         let changed = JoinRequest { mesh_key: MeshKey([9; 32]), ..request };
@@ -117,41 +121,41 @@ pub(crate) mod tests {
         assert_eq!(e.reason, Reason::Forged);
     }
 
-    /// One request as its owner sent it: the root, the body, its signature.
+    /// Returns a valid request: the root, the body, and the body's signature.
     fn sent() -> &'static (Issuer, Vec<u8>, String) {
         static SENT: LazyLock<(Issuer, Vec<u8>, String)> = LazyLock::new(|| {
             let root = Issuer::root("acme").unwrap();
             let joiner = Joiner::mint(&root, claims("db")).unwrap();
-            let body = serde_json::to_vec(&asks(&joiner, "db", 1)).unwrap();
+            let body = serde_json::to_vec(&join_request(&joiner, "db", 1)).unwrap();
             let signature = encoding::encode(&joiner.key.sign(&body).unwrap());
             (root, body, signature)
         });
         &SENT
     }
 
-    fn believes(body: &[u8], signature: &str) -> bool {
+    fn is_accepted(body: &[u8], signature: &str) -> bool {
         let root = sent().0.certificate();
         serde_json::from_slice(body).is_ok_and(|r: JoinRequest| verify(root, "acme", &r, body, signature).is_ok())
     }
 
     proptest::proptest! {
         #[test]
-        fn no_byte_of_a_request_can_be_another(at: prop::sample::Index, change in 1u8..) {
+        fn rejects_a_request_with_one_changed_byte(at: prop::sample::Index, change in 1u8..) {
             let (_, body, signature) = sent();
-            prop_assert!(believes(body, signature));
+            prop_assert!(is_accepted(body, signature));
             let mut changed = body.clone();
             changed[at.index(body.len())] ^= change;
-            prop_assert!(!believes(&changed, signature));
+            prop_assert!(!is_accepted(&changed, signature));
         }
 
         #[test]
-        fn nothing_that_is_read_makes_it_fall(body: Vec<u8>, texts: [String; 5]) {
+        fn arbitrary_requests_do_not_panic(body: Vec<u8>, texts: [String; 5]) {
             let (root, whole, _) = sent();
             let [text, signature, group, image, tls_key] = texts;
-            prop_assert!(!believes(&body, &signature));
-            prop_assert!(!believes(whole, &signature));
+            prop_assert!(!is_accepted(&body, &signature));
+            prop_assert!(!is_accepted(whole, &signature));
             let known: JoinRequest = serde_json::from_slice(whole).unwrap();
-            // What nobody signed, and what the root did: a text that is no claims, a key that is none.
+            // An unsigned token, and signed ones: text instead of claims, and claims with an invalid key.
             let sign = |claims: String| {
                 let signature = encoding::encode(&root.sign(claims.as_bytes()).unwrap());
                 Token { claims, signature }
@@ -165,7 +169,7 @@ pub(crate) mod tests {
             for token in tokens {
                 let (group, image, tls_key) = (group.clone(), image.clone(), tls_key.clone());
                 let request = JoinRequest { token, group, image, tls_key, ..known.clone() };
-                prop_assert!(!believes(&serde_json::to_vec(&request).unwrap(), &signature));
+                prop_assert!(!is_accepted(&serde_json::to_vec(&request).unwrap(), &signature));
             }
         }
     }

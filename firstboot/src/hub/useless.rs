@@ -1,4 +1,4 @@
-//! Tokens that give nothing any more: expired, spent or revoked.
+//! Tokens that grant nothing: expired, spent or revoked.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -8,25 +8,25 @@ use fleet::Claims;
 
 use super::rate::{Meter, Rate};
 
-/// How long a hub remembers what etcd said of a token.
+/// How long a hub remembers that a token grants nothing.
 const REMEMBERED: Duration = Duration::from_secs(60);
-/// Tokens that are remembered.
+/// Number of tokens that a hub remembers.
 const MOST: usize = 1024;
 
-/// Limits how often such tokens are looked up in etcd: a few times a second, whoever asks. A node whose grant this
-/// hub has not heard of yet is among those few, or asks again.
+/// Limits the reads of such tokens in etcd to a few a second, from all clients together. A node with a grant that this
+/// hub has not read yet may be refused, and repeats its claim.
 #[derive(Default)]
 pub(super) struct UselessTokens(Mutex<UselessState>);
 
 #[derive(Default)]
 struct UselessState {
-    /// Tokens that were spent or revoked, by number, and when etcd said so.
+    /// Ids of spent or revoked tokens, with the time of the refusal.
     known: BTreeMap<String, Instant>,
     lookups: Meter<()>,
 }
 
 impl UselessTokens {
-    /// Whether a claim with this token is to be refused without a look at etcd.
+    /// Returns whether to refuse a claim with this token without reading etcd.
     pub(super) fn is_refused(&self, claims: &Claims) -> bool {
         let (now, rate) = (Instant::now(), Rate::new(5, 10, Duration::ZERO));
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -42,7 +42,7 @@ impl UselessTokens {
         false
     }
 
-    /// Remembers that a token gave nothing.
+    /// Remembers that a token grants nothing.
     pub(super) fn remember(&self, id: &str) {
         let now = Instant::now();
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_tokens_known_to_give_nothing_are_limited() {
+    fn limits_only_tokens_known_to_grant_nothing() {
         let tokens = UselessTokens::default();
         let good = claims("db");
         assert!((0..1000).all(|_| !tokens.is_refused(&good)));

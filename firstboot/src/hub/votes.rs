@@ -1,4 +1,4 @@
-//! Votes in etcd: a voter's place has one as long as a machine is in it.
+//! etcd members: each voter's slot has one vote while a machine owns the slot.
 
 use fleet::MeshKey;
 
@@ -6,50 +6,51 @@ use super::claims::SlotAllocator;
 use crate::client::etcd::{Compare, Op};
 use crate::error::{Error, Result};
 
-/// Epoch of the machine that etcd made room for, by slot.
+/// Prefix of keys by slot. A value is the epoch of the machine for which a hub last added an etcd member.
 const READMITTED: &str = "/bakehouse/readmitted/";
 
 impl SlotAllocator {
-    /// Makes room in etcd for the machine that has a voter's slot since `epoch`, and has not started
-    /// etcd yet: its predecessor goes, it may listen. etcd keeps for which epoch that was done: done
-    /// again, by a request that was repeated, it changes nothing.
+    /// Prepares etcd for the machine that has owned a voter's slot since `epoch` and has not started etcd yet:
+    /// removes its predecessor's member and adds a learner. etcd stores the epoch, so that a repeated request
+    /// changes nothing.
     ///
     /// # Errors
-    /// The cluster refuses, or another hub does the same at this moment.
+    /// If etcd refuses the change of its members, or another hub makes the same change at the same time.
     pub async fn readmit(&self, slot: &str, epoch: u64) -> Result<()> {
         let Some(url) = self.peer_url(slot) else { return Ok(()) };
         let key = format!("{READMITTED}{slot}");
         let found = self.etcd.get(&[&key]).await?;
-        let done = found.first().ok_or_else(|| Error::Failed("etcd lost a key".to_owned()))?;
+        let done = found.first().ok_or_else(|| Error::Failed("etcd returned fewer keys than requested".to_owned()))?;
         if done.revision != 0 {
             let last = std::str::from_utf8(&done.value).ok().and_then(|text| text.parse::<u64>().ok());
-            let last = last.ok_or_else(|| Error::Failed(format!("etcd's {key} is not a number; delete it")))?;
+            let last = last
+                .ok_or_else(|| Error::Failed(format!("the value of {key} in etcd is not a number; delete the key")))?;
             if last >= epoch {
                 return Ok(());
             }
         }
         let members = self.etcd.members().await?;
         let before = members.iter().find(|m| m.peer_urls.contains(&url));
-        // One that was added has no name until it starts.
-        let listens = before.is_some_and(|m| m.name.is_empty());
-        if let Some(predecessor) = before.filter(|_| !listens) {
-            println!("etcd: {slot}'s predecessor goes");
+        // A member that was added has no name until it starts.
+        let is_added = before.is_some_and(|m| m.name.is_empty());
+        if let Some(predecessor) = before.filter(|_| !is_added) {
+            println!("etcd: removing the member of {slot}'s previous machine");
             self.etcd.remove(predecessor).await?;
         }
-        if !listens {
+        if !is_added {
             self.etcd.add_learner(&url).await?;
         }
         let epoch = epoch.to_string();
         if self.etcd.transact(&[Compare::Unchanged(&key, done.revision)], &[Op::Put(&key, epoch.as_bytes())]).await? {
             return Ok(());
         }
-        Err(Error::Failed(format!("another hub makes room for {slot} in etcd at this moment")))
+        Err(Error::Failed(format!("another hub is adding the member of {slot} to etcd at the same time")))
     }
 
-    /// Gives this voter its vote, if it has none.
+    /// Promotes this voter's etcd member from learner to voting member; does nothing if it votes already.
     ///
     /// # Errors
-    /// It has not caught up yet, or there is no quorum.
+    /// If the learner has not caught up yet, or etcd has no quorum.
     pub async fn vote(&self, slot: &str) -> Result<()> {
         let Some(url) = self.peer_url(slot) else { return Ok(()) };
         let members = self.etcd.members().await?;
@@ -59,19 +60,18 @@ impl SlotAllocator {
         }
     }
 
-    /// Enters a voter that is not a hub as its slot's owner, unless another machine is, and gives it its vote. The
-    /// voter says whether its etcd takes passwords.
-    /// Done again, it changes nothing.
+    /// Registers a voter that is not a hub as the owner of its slot, unless another machine owns the slot, and
+    /// promotes its etcd member. `takes_passwords`: the voter reports that its etcd accepts passwords. Idempotent.
     ///
     /// # Errors
-    /// etcd has no quorum, or the voter has not caught up yet: its next introduction tries again.
+    /// If etcd has no quorum, or the voter has not caught up yet. The voter's next introduction retries.
     pub async fn enter_voter(&self, slot: &str, mesh_key: MeshKey, tls_key: &str, takes_passwords: bool) -> Result<()> {
         let owned = self.owners().get(slot).is_some_and(|r| !r.vacant && r.mesh_key == mesh_key);
         if !owned {
-            // An introduction does not name its image: it is the fleet's version, or the one before.
+            // An introduction does not name the image version, so the record gets this hub's version.
             let version = self.topology.version.clone();
             if let Err(refusal) = self.register(slot, mesh_key, tls_key, &version).await? {
-                println!("{slot} is not entered: {}", refusal.text);
+                println!("cannot register {slot}: {}", refusal.text);
                 return Ok(());
             }
         }
@@ -81,17 +81,17 @@ impl SlotAllocator {
         self.vote(slot).await
     }
 
-    /// etcd's name for a voter's place.
+    /// Returns the etcd peer URL of a voter's slot; `None` if the slot has no vote.
     fn peer_url(&self, slot: &str) -> Option<String> {
         let voter = self.topology.voters.iter().find(|v| *v == slot)?;
         Some(format!("https://{}:2380", self.topology.node(voter)?.address))
     }
 
-    /// Takes a voter out of etcd, if it is there.
+    /// Removes a voter's member from etcd, if etcd has it.
     pub(super) async fn unvote(&self, slot: &str) -> Result<()> {
         let Some(url) = self.peer_url(slot) else { return Ok(()) };
         if let Some(member) = self.etcd.members().await?.iter().find(|m| m.peer_urls.contains(&url)) {
-            println!("etcd: {slot} goes");
+            println!("etcd: removing the member of {slot}");
             self.etcd.remove(member).await?;
         }
         Ok(())

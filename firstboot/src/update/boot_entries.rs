@@ -1,5 +1,5 @@
-//! The images that this machine's boot loader knows, by the names of their files on the EFI
-//! partition: `ID_VERSION.efi`, and `+LEFT-DONE` before the suffix while its tries are counted.
+//! The boot loader's entries: files `ID_VERSION.efi` on the EFI partition, with `+LEFT-DONE` before the suffix while
+//! the boot loader counts their tries ([boot counting](https://systemd.io/AUTOMATIC_BOOT_ASSESSMENT)).
 
 use std::fs;
 use std::path::Path;
@@ -8,14 +8,14 @@ use fleet::compare_versions;
 
 use crate::error::{Error, Result};
 
-/// Where they are, below the EFI partition.
+/// Folder of the entries, below the EFI partition.
 pub const ENTRIES: &str = "EFI/Linux";
 
 /// One image's entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
     version: String,
-    /// Tries it has left; none where it has proven itself.
+    /// Tries left; `None` for a blessed entry.
     left: Option<u32>,
 }
 
@@ -30,8 +30,10 @@ impl Entry {
 pub struct Boots(Vec<Entry>);
 
 impl Boots {
+    /// Reads the entries of the image `id` in the folder `dir`.
+    ///
     /// # Errors
-    /// The EFI partition can't be read.
+    /// If the folder cannot be read.
     pub fn read(dir: &Path, id: &str) -> Result<Self> {
         let names = fs::read_dir(dir).map_err(Error::io("read", dir))?;
         let names: std::io::Result<Vec<_>> = names.map(|e| Ok(e?.file_name())).collect();
@@ -39,34 +41,34 @@ impl Boots {
         Ok(Self(names.iter().filter_map(|n| split(n.to_str()?, id)).map(Entry::of).collect()))
     }
 
-    /// Whether this version has proven itself.
+    /// Returns whether the entry of this version is blessed.
     #[must_use]
     pub fn is_blessed(&self, version: &str) -> bool {
         self.0.iter().any(|e| e.version == version && e.left.is_none())
     }
 
-    /// A newer version than the one that runs, whose tries are used up.
+    /// Returns a newer version than the running one with no tries left.
     #[must_use]
     pub fn failed(&self, running: &str) -> Option<&str> {
         self.newer(running, |left| left == Some(0))
     }
 
-    /// A newer version than the one that runs, which the next boot takes.
+    /// Returns a newer version than the running one that the next boot starts.
     #[must_use]
     pub fn pending(&self, running: &str) -> Option<&str> {
         self.newer(running, |left| left != Some(0))
     }
 
-    /// A newer version whose tries are counted, and are not used up.
+    /// Returns a newer version than the running one that is not blessed and has tries left.
     #[must_use]
     pub fn waiting(&self, running: &str) -> Option<&str> {
         self.newer(running, |left| left.is_some_and(|left| left > 0))
     }
 
-    /// Takes newer versions' entries away that have tries left: they are loaded again.
+    /// Removes the entries of newer versions that have tries left, so that they are downloaded again.
     ///
     /// # Errors
-    /// The EFI partition can't be written.
+    /// If the EFI partition cannot be written.
     pub fn forget_pending(dir: &Path, id: &str, running: &str) -> Result<()> {
         for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
             let path = entry.map_err(Error::io("read", dir))?.path();
@@ -81,7 +83,7 @@ impl Boots {
         Ok(())
     }
 
-    /// Whether there is another version that the boot loader may choose.
+    /// Returns whether the boot loader can start another version.
     #[must_use]
     pub fn has_another(&self, running: &str) -> bool {
         self.0.iter().any(|e| e.version != running && e.left != Some(0))
@@ -93,7 +95,7 @@ impl Boots {
     }
 }
 
-/// Version and tries left by a file's name, if it is an entry of this image.
+/// Parses a file name into version and tries left; `None` if it is not an entry of the image `id`.
 pub(crate) fn split<'a>(name: &'a str, id: &str) -> Option<(&'a str, Option<u32>)> {
     let rest = name.strip_prefix(id)?.strip_prefix('_')?.strip_suffix(".efi")?;
     let Some((version, tries)) = rest.split_once('+') else {
@@ -115,14 +117,14 @@ mod tests {
     }
 
     #[test]
-    fn names_tell_what_became_of_each_version() {
+    fn reads_the_state_of_each_version_from_names() {
         assert_eq!(boots(&["acme-db_1.efi", "acme-db_2.efi"]).waiting("1"), None);
         let fresh = boots(&["acme-db_1.efi", "acme-db_2+3.efi"]);
         assert_eq!(fresh.waiting("1"), Some("2"));
         assert_eq!((fresh.pending("1"), fresh.failed("1")), (Some("2"), None));
         let tried = boots(&["acme-db_1.efi", "acme-db_2+1-2.efi"]);
         assert!(tried.is_blessed("1") && !tried.is_blessed("2"));
-        // It runs, and its time is not over.
+        // The running version is never pending or failed.
         assert_eq!((tried.pending("2"), tried.failed("2")), (None, None));
         assert!(tried.has_another("2") && !boots(&["acme-db_1+2-1.efi"]).has_another("1"));
         let failed = boots(&["acme-db_1.efi", "acme-db_2+0-3.efi"]);
@@ -133,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_waits_is_forgotten() {
+    fn removes_only_entries_with_tries_left() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["acme-db_1.efi", "acme-db_2.efi", "acme-db_3+0-3.efi", "acme-db_4+3-0.efi", "acme-hub_4+3-0.efi"] {
             fs::write(dir.path().join(name), b"").unwrap();
@@ -146,7 +148,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_name_panics(name: String, rest: String) {
+        fn arbitrary_names_do_not_panic(name: String, rest: String) {
             let _ = split(&name, "acme-db");
             let _ = split(&format!("acme-db_{rest}.efi"), "acme-db");
         }

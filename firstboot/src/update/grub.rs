@@ -1,6 +1,6 @@
-//! Machines that a legacy BIOS started. GRUB counts a new image's tries there, in a file of its own
-//! on the EFI partition: it can't rename boot entries, as systemd-boot does under UEFI. Here the
-//! entries' names follow what GRUB counted, and GRUB hears of new images and of good boots.
+//! Boot counting on machines with a legacy BIOS. GRUB cannot rename boot entries as systemd-boot does under UEFI, so it
+//! counts the tries of a new image in its environment block on the EFI partition. This module copies GRUB's count to
+//! the entries' names, and writes new images and good boots to GRUB's block.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
@@ -15,26 +15,26 @@ fn read(path: &Path) -> Result<Block> {
     fs::read_to_string(path).map(|text| Block::parse(&text)).map_err(Error::io("read", path))
 }
 
-/// Over what is there: GRUB knows the file by its sectors.
+/// Overwrites the file in place, because GRUB addresses the file by its sectors.
 fn write(block: &Block, path: &Path) -> Result<()> {
     let bytes = block.render()?;
     let mut file = OpenOptions::new().write(true).open(path).map_err(Error::io("open", path))?;
     file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", path))
 }
 
-/// Brings the entries' names and GRUB's block in step on the EFI partition `esp`; `good` says that
-/// the running image has proven itself. Returns whether it still has to. Cut off anywhere, it is
-/// done again at the next boot.
+/// Synchronizes the entries' names and GRUB's block on the EFI partition `esp`. `good`: the running image has passed
+/// its health check. Returns whether the running image is not blessed yet. After a power cut, the next boot repeats the
+/// synchronization.
 ///
 /// # Errors
-/// The partition can't be read or written.
+/// If the partition cannot be read or written.
 pub fn keep_in_step(esp: &Path, id: &str, running: &str, good: bool) -> Result<bool> {
     let (path, entries) = (esp.join(BLOCK), esp.join(ENTRIES));
     let name = |version: &str| format!("{id}_{version}");
     let before = read(&path)?;
     let mut block = before.clone();
     if good {
-        // GRUB first: an entry without tries that GRUB doesn't start would look like one that failed.
+        // GRUB's block is written first: a blessed entry that GRUB does not start would look like a failed one.
         block = Block { good: name(running), ..Block::default() };
         if block != before {
             write(&block, &path)?;
@@ -52,7 +52,7 @@ pub fn keep_in_step(esp: &Path, id: &str, running: &str, good: bool) -> Result<b
     Ok(!boots.is_blessed(running))
 }
 
-/// Gives the entry of a version, while its tries are counted, another count.
+/// Renames the entry of a version to another count, if the entry still has a count.
 fn rename(entries: &Path, id: &str, version: &str, tries: &str) -> Result<()> {
     let to = entries.join(format!("{id}_{version}{tries}.efi"));
     for entry in fs::read_dir(entries).map_err(Error::io("read", entries))? {
@@ -62,7 +62,7 @@ fn rename(entries: &Path, id: &str, version: &str, tries: &str) -> Result<()> {
             .and_then(|n| split(n.to_str()?, id))
             .is_some_and(|(v, left)| v == version && left.is_some());
         if counted && from != to {
-            // On the disk in this order, as the partition is mounted (`dirsync`).
+            // The partition is mounted with `dirsync`, so renames reach the disk in this order.
             return fs::rename(&from, &to).map_err(Error::io("rename", &from));
         }
     }
@@ -102,8 +102,8 @@ mod tests {
             read(&self.0.path().join(BLOCK)).unwrap()
         }
 
-        /// As GRUB does before it starts the next image.
-        fn tried(&self) {
+        /// Counts a try, as GRUB does before it starts the next image.
+        fn count_a_try(&self) {
             let block = self.block();
             write(&Block { tries: block.tries - 1, ..block }, &self.0.path().join(BLOCK)).unwrap();
         }
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_image_proves_itself() {
+    fn blesses_the_first_image() {
         let esp = Esp::new(&["up-hub_1+3.efi"], &block("up-hub_1", "", 0));
         assert!(esp.step("1", false));
         assert_eq!(esp.names(), ["up-hub_1+3.efi"]);
@@ -124,14 +124,14 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_image_is_tried_and_stays() {
+    fn blesses_a_newer_image() {
         let esp = Esp::new(&["up-hub_1.efi", "up-hub_2+3-0.efi"], &block("up-hub_1", "", 0));
         assert!(!esp.step("1", false));
         assert_eq!(esp.block(), block("up-hub_1", "up-hub_2", 3));
-        // Asked again before GRUB was.
+        // A second run before the reboot changes nothing.
         esp.step("1", false);
         assert_eq!((esp.block().tries, esp.names()[1].as_str()), (3, "up-hub_2+3-0.efi"));
-        esp.tried();
+        esp.count_a_try();
         assert!(esp.step("2", false));
         assert_eq!(esp.names(), ["up-hub_1.efi", "up-hub_2+2-1.efi"]);
         assert!(!esp.step("2", true));
@@ -142,18 +142,18 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_image_that_fails_three_times_is_not_tried_again() {
+    fn gives_up_a_newer_image_after_three_tries() {
         let esp = Esp::new(&["up-hub_1.efi", "up-hub_2+3-0.efi"], &block("up-hub_1", "", 0));
         esp.step("1", false);
         for _ in 0..3 {
-            esp.tried();
+            esp.count_a_try();
         }
-        // It never came so far as to write; the older one finds the count.
+        // The newer image never ran this code, so the older image reads the count.
         esp.step("1", false);
         assert_eq!(esp.names(), ["up-hub_1.efi", "up-hub_2+0-3.efi"]);
         esp.step("1", false);
         assert_eq!(esp.block(), block("up-hub_1", "up-hub_2", 0));
-        // The one that mends it.
+        // A fixed version replaces the failed one.
         fs::rename(
             esp.0.path().join(ENTRIES).join("up-hub_2+0-3.efi"),
             esp.0.path().join(ENTRIES).join("up-hub_3+3-0.efi"),
@@ -164,9 +164,9 @@ mod tests {
     }
 
     #[test]
-    fn cut_off_between_its_two_steps_a_good_boot_stays_one() {
+    fn completes_a_blessing_after_a_power_cut() {
         let esp = Esp::new(&["up-hub_1.efi", "up-hub_2+0-3.efi"], &block("up-hub_2", "", 0));
-        assert!(esp.step("2", false), "the name was not changed yet");
+        assert!(esp.step("2", false), "the entry is blessed before the second run");
         assert!(!esp.step("2", true));
         assert_eq!(esp.names(), ["up-hub_1.efi", "up-hub_2.efi"]);
     }

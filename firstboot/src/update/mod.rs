@@ -1,6 +1,6 @@
-//! Bringing this node up to date: tells the hubs what it runs and would like to run, and changes
-//! when its turn comes. systemd-sysupdate loads and verifies; the boot loader counts the tries;
-//! firstboot-healthy says whether the new image is a good one.
+//! Updates of this node: it reports its version and the available one to the hubs, and installs the new image when a
+//! hub grants the update lock. systemd-sysupdate downloads and verifies, the boot loader counts the tries, and
+//! firstboot-healthy checks the new image.
 
 pub mod boot_entries;
 pub mod download;
@@ -23,83 +23,85 @@ use crate::node::image::ImageInfo;
 use crate::node::state::{PassedOver, StateDir};
 use crate::update::boot_entries::Boots;
 
-/// How often it is told.
-const ROUND: Duration = Duration::from_secs(30);
-/// While somebody waits for this node: it is starting, or its turn may come.
-const SHORT_ROUND: Duration = Duration::from_secs(10);
-/// How long an offer holds; nodes look again before.
+/// Time between two reports.
+const REPORT_INTERVAL: Duration = Duration::from_secs(30);
+/// Time between two reports while the node starts, or waits for the update lock.
+const SHORT_INTERVAL: Duration = Duration::from_secs(10);
+/// How long an offer is valid after `firstboot-check.service` wrote it.
 const FRESH: Duration = Duration::from_secs(900);
 
-/// One node's way to newer images.
+/// Installs newer images on one node.
 pub struct Updates<'a> {
     pub systemd: &'a Systemd,
     pub image: &'a ImageInfo,
     pub topology: &'a Topology,
     pub node: &'a Node,
     pub patroni: Option<Patroni>,
-    /// Where the boot loader's entries are.
+    /// Folder of the boot loader's entries.
     pub entries: PathBuf,
-    /// What `firstboot-check.service` writes.
+    /// File with the available version, written by `firstboot-check.service`.
     pub offer: PathBuf,
     pub state: &'a StateDir,
 }
 
 impl Updates<'_> {
-    /// Reports for ever, by `tell`, and changes when the answer says so.
+    /// Reports to the hubs with `send`, and installs the available image when a hub grants the update lock. Returns
+    /// only on failure.
     ///
     /// # Errors
-    /// systemd can't be asked any more.
-    pub async fn keep(&self, tell: impl AsyncFn(&Report) -> Result<UpdateDecision>) -> Result<()> {
+    /// If the boot loader's entries cannot be read before the restart, or systemd refuses the restart.
+    pub async fn keep(&self, send: impl AsyncFn(&Report) -> Result<UpdateDecision>) -> Result<()> {
         if !self.node.has_role(fleet::UPDATE) {
             return std::future::pending().await;
         }
         let given_up = self.given_up().unwrap_or_else(|e| {
-            println!("{e}");
+            println!("cannot count the boots that passed over a version: {e}");
             None
         });
-        let mut told = String::new();
-        // The hubs know of a version that failed here once they were told.
+        let mut last_reason = String::new();
+        // A rollback is reported until a hub has replied.
         let mut reported_rollback = None;
         loop {
-            let mut pause = ROUND;
+            let mut pause = REPORT_INTERVAL;
             match self.doing(given_up.as_deref(), reported_rollback.as_deref()).await {
                 Ok(doing) => {
                     if !matches!(doing, UpdateState::Serving | UpdateState::RolledBack { .. }) {
-                        pause = SHORT_ROUND;
+                        pause = SHORT_INTERVAL;
                     }
                     let report = Report { version: PROTOCOL, image: self.image.version.clone(), doing };
-                    match (tell(&report).await, &report.doing) {
+                    match (send(&report).await, &report.doing) {
                         (Ok(UpdateDecision { granted: true, .. }), UpdateState::Available { image, .. }) => {
-                            self.change(image).await?
+                            self.change(image).await?;
                         }
                         (Ok(_), UpdateState::RolledBack { from }) => {
                             reported_rollback = Some(from.clone());
-                            pause = SHORT_ROUND;
+                            pause = SHORT_INTERVAL;
                         }
-                        (Ok(answer), _) if answer.why != told => {
+                        (Ok(answer), _) if answer.why != last_reason => {
                             if !answer.why.is_empty() {
-                                println!("no change of the image now: {}", answer.why);
+                                println!("the update waits: {}", answer.why);
                             }
-                            told = answer.why;
+                            last_reason = answer.why;
                         }
                         (Ok(_), _) => {}
-                        (Err(e), _) => println!("{e}"),
+                        (Err(e), _) => println!("cannot report to the hubs: {e}"),
                     }
                 }
-                Err(e) => println!("{e}"),
+                Err(e) => println!("cannot read the state of updates: {e}"),
             }
             tokio::time::sleep(pause).await;
         }
     }
 
-    /// The version that the boot loader has passed over too often: nobody loops.
+    /// Returns the version that the boot loader has passed over [`TRIES`] times, so that the node does not install it
+    /// again and again.
     fn given_up(&self) -> Result<Option<String>> {
         let boots = Boots::read(&self.entries, &self.image.id)?;
         let path = "/proc/sys/kernel/random/boot_id";
         let boot_id = fs::read_to_string(path).map_err(Error::io("read", path))?;
         let found = PassedOver::count(self.state, boots.waiting(&self.image.version), boot_id.trim())?;
         if found.boots > 0 {
-            println!("the boot loader passed over version {} ({} times)", found.image, found.boots);
+            println!("the boot loader has passed over version {} {} times", found.image, found.boots);
         }
         Ok((found.boots >= TRIES).then_some(found.image))
     }
@@ -114,11 +116,11 @@ impl Updates<'_> {
             return Ok(UpdateState::Starting);
         }
         let unwell = !self.is_whole().await?;
-        // Its turn for a newer image would interrupt a start.
+        // An update would interrupt a start that is still in time.
         if unwell && uptime()? < health::PATIENCE {
             return Ok(UpdateState::Starting);
         }
-        // One that is there, and was passed over, is not offered again.
+        // A pending version that the boot loader has given up does not count as available.
         let pending = boots.pending(running).filter(|v| given_up != Some(v)).map(str::to_owned);
         let wanted = pending.into_iter().chain(self.offered()).max_by(|a, b| compare_versions(a, b));
         Ok(match wanted {
@@ -131,7 +133,7 @@ impl Updates<'_> {
         })
     }
 
-    /// Whether all roles have come up.
+    /// Returns whether all roles run.
     async fn is_whole(&self) -> Result<bool> {
         for role in &self.node.roles {
             if !self.systemd.is_active(&format!("role-{role}.target")).await? {
@@ -159,39 +161,40 @@ impl Updates<'_> {
         }
     }
 
-    /// Loads the image, hands the work over, and restarts.
+    /// Downloads the image, switches the primary over, and restarts.
     async fn change(&self, image: &str) -> Result<()> {
         let running = &self.image.version;
         say(Event::Changing, &format!("{}: changing from version {running} to {image}", self.node.name));
         let loaded = match self.systemd.start("firstboot-install.service").await {
             Ok(()) if Boots::read(&self.entries, &self.image.id)?.waiting(running) != Some(image) => {
-                Err(Error::Failed("the update folder does not have it now".to_owned()))
+                Err(Error::Failed("the update folder does not have this version now".to_owned()))
             }
             loaded => loaded,
         };
         if let Err(e) = loaded {
-            // The world's fault, or the image's: in either case this node stays as it is.
-            say(Event::NotLoaded, &format!("{}: version {image} was not loaded: {e}", self.node.name));
+            // The node keeps its version, whether the server or the image caused the failure.
+            say(Event::NotLoaded, &format!("{}: version {image} was not downloaded: {e}", self.node.name));
             let _ = fs::remove_file(&self.offer);
             return Ok(());
         }
-        // Without a standby there is nobody to hand it to, and the restart is the outage.
+        // Without a standby the restart interrupts the database.
         if let Some(patroni) = &self.patroni
             && let Err(e) = patroni.hand_over().await
         {
-            println!("{e}");
+            println!("switchover before the restart failed: {e}");
         }
         say(Event::Restarting, &format!("{}: restarting with version {image}", self.node.name));
         self.systemd.reboot().await?;
-        // systemd ends this service in a moment.
+        // systemd stops this service during the shutdown.
         std::future::pending().await
     }
 }
 
-/// How long the machine runs. (The agent starts again whenever a role does not come up.)
+/// Returns the uptime of the machine. The agent's own run time would be too short, because systemd restarts the agent
+/// when a role does not start.
 fn uptime() -> Result<Duration> {
     let path = "/proc/uptime";
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
     let seconds = text.split_whitespace().next().and_then(|s| s.parse().ok());
-    seconds.map(Duration::from_secs_f64).ok_or_else(|| Error::Failed(format!("{path}: no number")))
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| Error::Failed(format!("cannot parse {path}")))
 }

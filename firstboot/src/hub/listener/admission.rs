@@ -1,9 +1,8 @@
-//! Which connections to the join API are open, and which of them are closed for the next one.
+//! Admission of connections to the join API: which are open, and which the hub closes for a newer one.
 //!
-//! Guests (clients that have not authenticated) and members have places of their own. Where the places of
-//! guests are full, in all or those of one source, the oldest guest makes room: a client that connects and does
-//! nothing keeps its place only as long as no other client needs it. A guest whose request is being answered is
-//! never closed.
+//! Guests (clients that have not authenticated) and members have separate limits. When guests reach a limit, of all
+//! or of one source, the hub closes the oldest idle guest: an idle client stays connected only while no other client
+//! needs its place. The hub never closes a guest while it handles the guest's request.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -14,20 +13,19 @@ use tokio::task::AbortHandle;
 
 use super::super::rate::{Meters, Rate, Rates, network};
 
-/// An address stays known for so long after a member authenticated from it.
+/// How long an address stays known after a member authenticated from it.
 const KNOWN: Duration = Duration::from_secs(900);
-/// Known addresses that are remembered.
+/// Size limit of the table of known addresses.
 const MOST_KNOWN: usize = 8192;
 
-/// How many connections there may be.
+/// Limits of open connections.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// Open connections of guests.
     pub(super) guests: usize,
-    /// Open connections of members, beside the guests'.
+    /// Open connections of members, in addition to the guests'.
     pub(super) members: usize,
-    /// Guests of one address; of one from which a member has authenticated (an office behind one address); of
-    /// one network.
+    /// Guests of one address; of one known address, for example an office behind NAT; and of one network.
     pub(super) address: usize,
     pub(super) known_address: usize,
     pub(super) network: usize,
@@ -36,7 +34,7 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// Limits for `connections` open connections in all.
+    /// Divides a total of `connections` open connections.
     pub(super) fn of(connections: usize) -> Self {
         Self {
             guests: connections * 3 / 4,
@@ -49,13 +47,13 @@ impl Limits {
     }
 }
 
-/// Longest delay of a TLS handshake, or a guest's further request, that exceeds its rate.
+/// Longest delay of a TLS handshake, or of a guest's further request, beyond its rate.
 const DELAY: Duration = Duration::from_millis(500);
 
-/// Open connections.
+/// The open connections, with their limits.
 pub(super) struct Admission {
     limits: Limits,
-    /// Handshakes and requests a second, of sources without and with a member.
+    /// Limits of handshakes and requests per second, of unknown and of known sources.
     unknown: Rates,
     known: Rates,
     state: Mutex<AdmissionState>,
@@ -65,7 +63,7 @@ pub(super) struct Admission {
 struct AdmissionState {
     next: u64,
     open: BTreeMap<u64, Open>,
-    /// Guests that can be closed; unknown addresses first, then by age.
+    /// Idle guests in the order of displacement: unknown addresses first, then by age.
     idle: BTreeSet<(bool, u64)>,
     members: BTreeSet<u64>,
     addresses: BTreeMap<IpAddr, BTreeSet<u64>>,
@@ -73,19 +71,19 @@ struct AdmissionState {
     slots: BTreeMap<String, BTreeSet<u64>>,
     unknown_meters: Meters,
     known_meters: Meters,
-    /// Addresses from which a member authenticated, and when last.
+    /// Known addresses, with the time of the last authentication.
     known: BTreeMap<IpAddr, Instant>,
     refused: u64,
     displaced: u64,
 }
 
-/// One connection.
+/// State of one open connection.
 struct Open {
     from: IpAddr,
     known: bool,
-    /// A request of it is being answered.
+    /// The hub handles a request of this connection.
     busy: bool,
-    /// The member it authenticated as.
+    /// Slot of the authenticated member.
     slot: Option<String>,
     task: Option<AbortHandle>,
 }
@@ -112,9 +110,9 @@ impl Admission {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a connection in, and closes another for it where there is no place left. Returns its place, and how
-    /// long its TLS handshake has to wait; `None` if its source connects too often, or every place is busy.
-    /// A connection over the mesh (`member`) is a member's.
+    /// Admits a connection, and closes an older one if a limit is reached. Returns the admitted connection, and the
+    /// delay of its TLS handshake; `None` if its source exceeds its rate, or every connection that could be closed is
+    /// busy. `member`: the connection comes over the mesh, so it belongs to a member.
     pub(super) fn enter(
         self: &Arc<Self>,
         from: IpAddr,
@@ -132,7 +130,7 @@ impl Admission {
         state.open.insert(id, Open { from, known, busy: false, slot: None, task: None });
         let place = if member {
             state.members.insert(id);
-            // An address of the mesh is one member's.
+            // A mesh address identifies one member.
             state.take_slot(id, format!("{from}"));
             state.make_room_of_members(id, &self.limits)
         } else {
@@ -157,14 +155,14 @@ impl Admission {
         }
     }
 
-    /// The task that serves a connection: it is aborted when the connection has to make room.
+    /// Sets the task that serves a connection. Displacing the connection aborts the task.
     pub(super) fn set_task(&self, id: u64, task: AbortHandle) {
         if let Some(open) = self.state().open.get_mut(&id) {
             open.task = Some(task);
         }
     }
 
-    /// Connections refused, and closed for others, since this was asked last.
+    /// Returns the numbers of refused and displaced connections since the last call.
     pub(super) fn take_counts(&self) -> (u64, u64) {
         let mut state = self.state();
         (std::mem::take(&mut state.refused), std::mem::take(&mut state.displaced))
@@ -176,8 +174,8 @@ impl AdmittedConnection {
         self.id
     }
 
-    /// The client has authenticated as this slot's owner: the connection moves to the places of members. False
-    /// if all of those are busy.
+    /// Counts the connection as a member's after the client authenticated as the owner of `slot`. Returns false if
+    /// the members' limit is reached and all their connections are busy.
     pub(super) fn is_member(&self, slot: &str, now: Instant) -> bool {
         let admission = &self.admission;
         let mut state = admission.state();
@@ -194,20 +192,20 @@ impl AdmittedConnection {
         state.make_room_of_members(self.id, &admission.limits)
     }
 
-    /// A join from this address was granted: others may be behind it.
+    /// Marks the address as known after a granted join: other nodes may share the address.
     pub(super) fn is_known(&self, now: Instant) {
         self.admission.state().know(self.from, now);
     }
 
-    /// Counts a further request of a guest's connection as a handshake is counted. Returns how long it has to
-    /// wait; `None` if it is refused.
+    /// Counts a further request of a guest's connection like a handshake. Returns the delay; `None` refuses the
+    /// request.
     pub(super) fn charge(&self, now: Instant) -> Option<Duration> {
         let mut state = self.admission.state();
         let known = state.is_known(self.from, now);
         self.admission.charge(&mut state, self.from, known, now)
     }
 
-    /// Whether a request of this connection is being answered, so that it can't make room.
+    /// Sets whether the hub handles a request of this connection; a busy connection is not displaced.
     pub(super) fn set_busy(&self, busy: bool) {
         let mut state = self.admission.state();
         let AdmissionState { open, idle, members, .. } = &mut *state;
@@ -252,7 +250,7 @@ impl AdmissionState {
         }
     }
 
-    /// Closes older guests until the new one `id` is within every limit; false if there is none to close.
+    /// Closes older guests until the new guest `id` is within every limit; returns false if all are busy.
     fn make_room_of_guests(&mut self, id: u64, from: IpAddr, known: bool, limits: &Limits) -> bool {
         let of_address = if known { limits.known_address } else { limits.address };
         let can_close =
@@ -263,7 +261,7 @@ impl AdmissionState {
             self.displace(oldest);
         }
         let network = network(from);
-        // A known address is not limited by its neighbours.
+        // The limit of a network does not apply to its known addresses.
         if !known && self.networks.get(&network).is_some_and(|all| all.len() > limits.network) {
             let oldest = self.networks[&network].iter().copied().find(|other| can_close(&self.open, other));
             let Some(oldest) = oldest else { return false };
@@ -277,7 +275,7 @@ impl AdmissionState {
         true
     }
 
-    /// As above, for members: of the same slot first.
+    /// Closes older members' connections until the new one `id` is within every limit, those of its slot first.
     fn make_room_of_members(&mut self, id: u64, limits: &Limits) -> bool {
         let can_close =
             |open: &BTreeMap<u64, Open>, other: &u64| *other != id && open.get(other).is_some_and(|o| !o.busy);
@@ -334,7 +332,7 @@ mod tests {
 
     const LIMITS: Limits = Limits { guests: 8, members: 3, address: 2, known_address: 6, network: 4, slot: 2 };
 
-    /// Connections, one a second: no rate limit has a part in it.
+    /// Admits one connection a second, so that no rate limit applies.
     struct TestListener {
         admission: Arc<Admission>,
         now: Instant,
@@ -360,76 +358,80 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_guest_of_a_source_makes_room_for_its_next() {
-        let mut door = TestListener::new();
-        let other = door.enter("192.0.2.9").unwrap();
-        let own: Vec<AdmittedConnection> = (0..3).map(|_| door.enter("192.0.2.1").unwrap()).collect();
-        assert_eq!(door.open(&own), [false, true, true]);
-        // The network has four places: three are taken, and two more come.
-        let more: Vec<AdmittedConnection> = (2..4).map(|i| door.enter(&format!("192.0.2.{i}")).unwrap()).collect();
-        assert!(!door.is_open(&other), "the network's oldest");
-        assert_eq!((door.open(&own), door.open(&more)), (vec![false, true, true], vec![true, true]));
+    fn displaces_oldest_guest_of_the_same_source() {
+        let mut listener = TestListener::new();
+        let other = listener.enter("192.0.2.9").unwrap();
+        let own: Vec<AdmittedConnection> = (0..3).map(|_| listener.enter("192.0.2.1").unwrap()).collect();
+        assert_eq!(listener.open(&own), [false, true, true]);
+        // The network's limit is four connections: three are open, and two more arrive.
+        let more: Vec<AdmittedConnection> = (2..4).map(|i| listener.enter(&format!("192.0.2.{i}")).unwrap()).collect();
+        assert!(!listener.is_open(&other), "the oldest guest of the network is still open");
+        assert_eq!((listener.open(&own), listener.open(&more)), (vec![false, true, true], vec![true, true]));
         drop((own, more, other));
-        let state = door.admission.state();
+        let state = listener.admission.state();
         assert!(state.open.is_empty() && state.idle.is_empty() && state.addresses.is_empty());
         assert!(state.networks.is_empty() && state.members.is_empty() && state.slots.is_empty());
     }
 
     #[test]
-    fn a_full_house_of_guests_keeps_out_neither_guests_nor_members() {
-        let mut door = TestListener::new();
-        let guests: Vec<AdmittedConnection> = (0..9).map(|i| door.enter(&format!("198.51.{i}.1")).unwrap()).collect();
-        assert_eq!(door.open(&guests).iter().filter(|open| !**open).count(), 1);
-        assert!(!door.is_open(&guests[0]));
-        // A request that is being answered is not closed for others, however old it is.
+    fn admits_guests_and_members_at_the_limit_of_guests() {
+        let mut listener = TestListener::new();
+        let guests: Vec<AdmittedConnection> =
+            (0..9).map(|i| listener.enter(&format!("198.51.{i}.1")).unwrap()).collect();
+        assert_eq!(listener.open(&guests).iter().filter(|open| !**open).count(), 1);
+        assert!(!listener.is_open(&guests[0]));
+        // A busy connection is not displaced, however old it is.
         guests[1].set_busy(true);
-        let next = door.enter("203.0.113.1").unwrap();
-        assert_eq!(door.open(&guests[1..3]), [true, false]);
+        let next = listener.enter("203.0.113.1").unwrap();
+        assert_eq!(listener.open(&guests[1..3]), [true, false]);
         guests[1].set_busy(false);
-        // A member takes a place of its own: the next guest finds one free.
-        assert!(next.is_member("app-1", door.now));
-        let last = door.enter("203.0.113.7").unwrap();
-        assert_eq!((door.is_open(&guests[1]), door.is_open(&next), door.is_open(&last)), (true, true, true));
-        // Where all are busy there is no place.
+        // A member leaves the guests' limit, so the next guest displaces no other.
+        assert!(next.is_member("app-1", listener.now));
+        let last = listener.enter("203.0.113.7").unwrap();
+        assert_eq!(
+            (listener.is_open(&guests[1]), listener.is_open(&next), listener.is_open(&last)),
+            (true, true, true)
+        );
+        // If all are busy, a new connection is refused.
         guests.iter().chain([&last]).for_each(|guest| guest.set_busy(true));
-        assert!(door.enter("203.0.113.8").is_none());
-        assert_eq!(door.admission.take_counts(), (1, 2));
+        assert!(listener.enter("203.0.113.8").is_none());
+        assert_eq!(listener.admission.take_counts(), (1, 2));
     }
 
     #[test]
-    fn one_member_does_not_take_every_place_of_members() {
-        let mut door = TestListener::new();
-        let member = |door: &mut TestListener, slot: &str, i: u8| {
-            let place = door.enter(&format!("192.0.{i}.1")).unwrap();
-            assert!(place.is_member(slot, door.now));
+    fn one_member_cannot_use_up_the_members_limit() {
+        let mut listener = TestListener::new();
+        let member = |listener: &mut TestListener, slot: &str, i: u8| {
+            let place = listener.enter(&format!("192.0.{i}.1")).unwrap();
+            assert!(place.is_member(slot, listener.now));
             place
         };
-        let one: Vec<AdmittedConnection> = (0..3).map(|i| member(&mut door, "app-1", i)).collect();
-        assert_eq!(door.open(&one), [false, true, true]);
-        let others: Vec<AdmittedConnection> = (2..4).map(|i| member(&mut door, &format!("app-{i}"), i)).collect();
-        assert_eq!((door.open(&one), door.open(&others)), (vec![false, false, true], vec![true, true]));
-        // Over the mesh it is a member's at once, whoever fills the guests' places.
-        let now = door.now + Duration::from_secs(1);
-        let (mesh, _) = door.admission.enter("10.10.0.20".parse().unwrap(), true, now).unwrap();
-        assert_eq!((door.is_open(&one[2]), door.is_open(&mesh)), (false, true));
+        let one: Vec<AdmittedConnection> = (0..3).map(|i| member(&mut listener, "app-1", i)).collect();
+        assert_eq!(listener.open(&one), [false, true, true]);
+        let others: Vec<AdmittedConnection> = (2..4).map(|i| member(&mut listener, &format!("app-{i}"), i)).collect();
+        assert_eq!((listener.open(&one), listener.open(&others)), (vec![false, false, true], vec![true, true]));
+        // A connection over the mesh counts as a member's from the start.
+        let now = listener.now + Duration::from_secs(1);
+        let (mesh, _) = listener.admission.enter("10.10.0.20".parse().unwrap(), true, now).unwrap();
+        assert_eq!((listener.is_open(&one[2]), listener.is_open(&mesh)), (false, true));
     }
 
     #[test]
-    fn an_address_with_members_behind_it_has_more_room() {
-        let mut door = TestListener::new();
-        let first = door.enter("192.0.2.1").unwrap();
-        assert!(first.is_member("app-1", door.now));
-        let office: Vec<AdmittedConnection> = (0..6).map(|_| door.enter("192.0.2.1").unwrap()).collect();
-        assert_eq!(door.open(&office), [true; 6]);
-        // Elsewhere, it makes room last.
+    fn known_address_has_a_higher_limit() {
+        let mut listener = TestListener::new();
+        let first = listener.enter("192.0.2.1").unwrap();
+        assert!(first.is_member("app-1", listener.now));
+        let office: Vec<AdmittedConnection> = (0..6).map(|_| listener.enter("192.0.2.1").unwrap()).collect();
+        assert_eq!(listener.open(&office), [true; 6]);
+        // Guests of known addresses are displaced last.
         let strangers: Vec<AdmittedConnection> =
-            (0..9).map(|i| door.enter(&format!("198.51.{i}.1")).unwrap()).collect();
-        assert_eq!(door.open(&office), [true; 6]);
-        assert_eq!(door.open(&strangers).iter().filter(|open| **open).count(), 2);
+            (0..9).map(|i| listener.enter(&format!("198.51.{i}.1")).unwrap()).collect();
+        assert_eq!(listener.open(&office), [true; 6]);
+        assert_eq!(listener.open(&strangers).iter().filter(|open| **open).count(), 2);
     }
 
     #[test]
-    fn a_flood_of_one_source_is_refused_and_of_many_leaves_room_for_known_ones() {
+    fn refuses_floods_and_still_admits_known_addresses() {
         let admission = Admission::new(LIMITS);
         let now = Instant::now();
         let member: IpAddr = "203.0.113.1".parse().unwrap();
@@ -440,7 +442,7 @@ mod tests {
         assert!((100..=126).contains(&of_one), "{of_one}");
         let of_all = (0..5000).filter(|i| enter(format!("198.{}.{}.1", i / 250, i % 250))).count();
         assert!(of_all <= 2 * 601, "{of_all}");
-        assert!(!enter("192.0.3.1".to_owned()), "an unknown address has its share");
+        assert!(!enter("192.0.3.1".to_owned()), "an unknown address was admitted beyond the common limit");
         assert!(admission.enter(member, false, now).is_some_and(|(_, delay)| delay.is_zero()));
     }
 }

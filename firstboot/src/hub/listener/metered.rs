@@ -1,4 +1,4 @@
-//! A byte stream that may deliver a limited number of bytes.
+//! A byte stream with a limit on the bytes that it delivers.
 
 use std::io;
 use std::pin::Pin;
@@ -6,8 +6,8 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Fails a read when the stream has delivered more bytes than its budget. TLS and HTTP buffer what
-/// they cannot use yet: the budget bounds that memory before either of them has a limit of its own.
+/// Fails a read when the stream has delivered more bytes than its budget. TLS and HTTP buffer incomplete input; the
+/// budget limits that memory before their own limits apply.
 pub(super) struct Metered<S> {
     inner: S,
     budget: usize,
@@ -18,7 +18,7 @@ impl<S> Metered<S> {
         Self { inner, budget }
     }
 
-    /// Replaces what is left of the budget, bytes.
+    /// Sets the remaining budget, bytes.
     pub(super) fn set_budget(&mut self, budget: usize) {
         self.budget = budget;
     }
@@ -29,7 +29,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
         let Some(left) = self.budget.checked_sub(buf.filled().len() - before) else {
-            return Poll::Ready(Err(io::Error::other("the client sent more bytes than one connection may")));
+            return Poll::Ready(Err(io::Error::other("the client exceeded the byte limit of a connection")));
         };
         self.budget = left;
         Poll::Ready(Ok(()))
@@ -68,7 +68,7 @@ mod tests {
     use tokio::io::AsyncReadExt as _;
 
     #[tokio::test]
-    async fn a_stream_ends_in_an_error_beyond_its_budget() {
+    async fn fails_reads_beyond_the_budget() {
         let mut stream = Metered::new(&[7_u8; 64][..], 16);
         let mut bytes = [0; 16];
         stream.read_exact(&mut bytes).await.unwrap();

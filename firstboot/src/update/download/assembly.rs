@@ -1,4 +1,4 @@
-//! A file that is put together from what is here and what the server has.
+//! Assembles a file from local blocks and from parts of the server's file.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -18,21 +18,22 @@ use crate::error::{Error, Result};
 use fleet_https::Connection;
 
 const CHUNK: u64 = 256 << 10;
-/// Without a byte for so long, a connection is dead.
+/// Time without a byte after which a connection counts as broken.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often in a row a broken connection is made again; systemd waits for a minute.
+/// Reconnects without progress before the download fails; systemd-sysupdate waits for 1 min.
 const TRIES: u32 = 4;
 
+/// Reads an assembled file from its start to its end.
 pub(super) struct BlockReader {
     pieces: VecDeque<BlockRange>,
-    /// What this node has.
+    /// The running image's file.
     here: File,
     upstream: Arc<Upstream>,
     name: String,
     connection: Option<Connection>,
-    /// What comes of the first piece.
+    /// Response for the first piece.
     body: Option<Incoming>,
-    /// Since the last byte.
+    /// Failures since the last byte.
     failures: u32,
 }
 
@@ -42,18 +43,18 @@ impl BlockReader {
         Self { pieces: pieces.into(), here, upstream, name, connection: None, body: None, failures: 0 }
     }
 
-    /// The next bytes; none at the end.
+    /// Returns the next bytes; `None` at the end.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>> {
         while let Some(piece) = self.pieces.front_mut() {
             let Some(here) = piece.here else {
-                if let Some(bytes) = self.there().await? {
+                if let Some(bytes) = self.download().await? {
                     return Ok(Some(bytes));
                 }
                 continue;
             };
             let mut bytes = vec![0; CHUNK.min(piece.len) as usize];
             if self.here.read_exact_at(&mut bytes, here).is_err() {
-                // A bad block: the server has a good one.
+                // The disk cannot read the block, so it is downloaded.
                 piece.here = None;
                 continue;
             }
@@ -64,15 +65,15 @@ impl BlockReader {
         Ok(None)
     }
 
-    /// Bytes of the first piece, which is not here; none where the connection broke.
-    async fn there(&mut self) -> Result<Option<Bytes>> {
-        match self.more().await {
+    /// Downloads bytes of the first piece; returns `None` after a broken connection.
+    async fn download(&mut self) -> Result<Option<Bytes>> {
+        match self.next_frame().await {
             Ok(bytes) => {
                 self.failures = 0;
                 self.advance(bytes.len() as u64);
                 Ok(Some(bytes))
             }
-            // The server won't: it would not the next time.
+            // The server refuses the request; a retry would not help.
             Err(e @ Error::Failed(_)) => Err(e),
             Err(e) => {
                 (self.connection, self.body) = (None, None);
@@ -86,7 +87,8 @@ impl BlockReader {
         }
     }
 
-    async fn more(&mut self) -> Result<Bytes> {
+    /// Returns the next bytes of the response for the first piece; requests the piece first if necessary.
+    async fn next_frame(&mut self) -> Result<Bytes> {
         let Some(BlockRange { at, len, .. }) = self.pieces.front().copied() else { return Ok(Bytes::new()) };
         let broke = |why: String| Error::Network { to: self.name.clone(), why };
         let body = match &mut self.body {
@@ -100,24 +102,26 @@ impl BlockReader {
                 let answer = if let Some(answer) = used {
                     answer
                 } else {
-                    // The first, or the server had enough of the one before.
+                    // There is no connection yet, or the server has closed it.
                     let connection = self.connection.insert(self.upstream.connect().await?);
                     self.upstream.get(connection, &self.name, part).await?
                 };
                 let status = answer.status();
                 if status != StatusCode::PARTIAL_CONTENT {
-                    let why = format!("{}: {status} where a part was asked for", self.name);
+                    let why = format!("{}: the server replied {status} to a request for a part", self.name);
                     return Err(if status.is_server_error() { broke(why) } else { Error::Failed(why) });
                 }
                 none.insert(answer.into_body())
             }
         };
         loop {
-            let frame = timeout(PATIENCE, body.frame()).await.map_err(|_| broke("no more comes".to_owned()))?;
-            let frame = frame.ok_or_else(|| broke("it ended too early".to_owned()))?;
+            let frame = timeout(PATIENCE, body.frame())
+                .await
+                .map_err(|_| broke(format!("no data for {} s", PATIENCE.as_secs())))?;
+            let frame = frame.ok_or_else(|| broke("the response ended too early".to_owned()))?;
             let Ok(bytes) = frame.map_err(|e| broke(e.to_string()))?.into_data() else { continue };
             if bytes.len() as u64 > len {
-                return Err(Error::Failed(format!("{}: more came than was asked for", self.name)));
+                return Err(Error::Failed(format!("{}: the server sent more bytes than requested", self.name)));
             }
             return Ok(bytes);
         }

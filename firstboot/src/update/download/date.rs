@@ -1,5 +1,5 @@
-//! When the update folder was signed: the signature's own time, which who serves the folder can't change. A folder that
-//! is held back at an old state is one whose date does not move.
+//! Time of the update folder's signature, which the server of the folder cannot change. If the server withholds
+//! updates, the time stays the same.
 
 use std::fs;
 use std::path::Path;
@@ -9,22 +9,22 @@ use super::sysupdate::{AUTHORITIES, TRANSFERS, source, transfers};
 use super::upstream::Upstream;
 use crate::error::{Error, Result};
 
-/// What systemd-sysupdate verifies with, too.
+/// The keyring that systemd-sysupdate uses, too.
 const KEYRING: &str = "/usr/lib/systemd/import-pubring.gpg";
 /// The metric that Prometheus compares with its clock.
 const METRIC: &str = "bakehouse_update_signed_seconds";
 const LONGEST_SUMS: usize = 1 << 20;
 const LONGEST_SIGNATURE: usize = 1 << 16;
 
-/// Reads the folder's signed list, and writes the signature's time (seconds since 1970) as a metric to
-/// `metrics`/update.prom, atomically. `scratch` is an empty folder for this alone.
+/// Downloads the folder's signed checksums, and writes the signature's Unix time as a metric to `metrics`/update.prom,
+/// atomically. `scratch`: an empty folder for temporary files.
 ///
 /// # Errors
-/// The list can't be loaded, its signature is not the fleet's, or the metric can't be written.
+/// If the checksums cannot be downloaded, their signature is not the fleet's, or the metric cannot be written.
 pub async fn record(metrics: &Path, scratch: &Path) -> Result<()> {
     let transfers = transfers(Path::new(TRANSFERS))?;
     let url = transfers.iter().find_map(|(_, text)| source(text));
-    let url = url.ok_or_else(|| Error::Failed(format!("{TRANSFERS} names no address; build the image again")))?;
+    let url = url.ok_or_else(|| Error::Failed(format!("{TRANSFERS} has no URL; build the image again")))?;
     let upstream = Upstream::of(url, Path::new(AUTHORITIES))?;
     let sums = upstream.read("SHA256SUMS", LONGEST_SUMS).await?;
     let signature = upstream.read("SHA256SUMS.gpg", LONGEST_SIGNATURE).await?;
@@ -35,10 +35,10 @@ pub async fn record(metrics: &Path, scratch: &Path) -> Result<()> {
     fs::rename(&beside, &path).map_err(Error::io("rename", &beside))
 }
 
-/// The time of a detached OpenPGP signature, in seconds since 1970, once gpg has verified it.
+/// Verifies a detached OpenPGP signature with gpg, and returns the signature's Unix time.
 ///
 /// # Errors
-/// gpg can't be run, or finds no valid signature of a key in the keyring.
+/// If gpg cannot be run, or finds no valid signature of a key in the keyring.
 pub fn signed_at(keyring: &Path, content: &[u8], signature: &[u8], scratch: &Path) -> Result<u64> {
     let (home, content_file, signature_file) =
         (scratch.join("gnupg"), scratch.join("content"), scratch.join("signature"));
@@ -53,12 +53,12 @@ pub fn signed_at(keyring: &Path, content: &[u8], signature: &[u8], scratch: &Pat
     let status = String::from_utf8_lossy(&output.stdout);
     let time = status.lines().find_map(time_of).filter(|_| output.status.success());
     time.ok_or_else(|| {
-        let words = String::from_utf8_lossy(&output.stderr);
-        Error::Failed(format!("the update folder's SHA256SUMS has no valid signature of this fleet: {}", words.trim()))
+        let cause = String::from_utf8_lossy(&output.stderr);
+        Error::Failed(format!("the update folder's SHA256SUMS has no valid signature of this fleet: {}", cause.trim()))
     })
 }
 
-/// `[GNUPG:] VALIDSIG FINGERPRINT DATE SECONDS …`
+/// Parses the time of `[GNUPG:] VALIDSIG FINGERPRINT DATE SECONDS …`.
 fn time_of(line: &str) -> Option<u64> {
     line.strip_prefix("[GNUPG:] VALIDSIG ")?.split(' ').nth(2)?.parse().ok()
 }

@@ -1,7 +1,7 @@
-//! Loads a newer image into the other slot. systemd-sysupdate does that, and verifies; between it
-//! and the update folder this is a server on loopback that takes from the image that runs what is
-//! the same in the newer one. It is not trusted: what it puts together is verified with the signed
-//! sums as anything else, and if that fails, everything is loaded.
+//! Downloads a newer image into the inactive root partition with systemd-sysupdate. A server on loopback between
+//! systemd-sysupdate and the update folder copies unchanged blocks from the running image. The server is not trusted:
+//! systemd-sysupdate verifies its files against the signed checksums. If that fails, systemd-sysupdate downloads
+//! everything from the update folder.
 
 mod assembly;
 pub mod date;

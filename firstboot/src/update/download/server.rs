@@ -1,5 +1,5 @@
-//! The update folder, for systemd-sysupdate on this machine alone: what is in it, as it is there;
-//! but of what this node has most blocks of, only the others are loaded.
+//! Serves the update folder to systemd-sysupdate on this machine. Of a root file system or a boot entry, the server
+//! downloads only the blocks that differ from the running image.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -20,31 +20,33 @@ use super::assembly::BlockReader;
 use super::upstream::Upstream;
 use crate::error::{Error, Result};
 
-/// What systemd-sysupdate reads first.
+/// The file that systemd-sysupdate reads first.
 const SUMS: &str = "SHA256SUMS";
 const LONGEST_SUMS: usize = 1 << 20;
-/// Of a root of 8 GB; it is held in memory.
+/// Longest hash tree, bytes: of a root file system of 8 GB. The server keeps one tree in memory.
 const LONGEST_TREE: usize = 66 << 20;
-/// Of a kernel with its initrd of 2 GB.
+/// Longest block list, bytes: of a boot entry of 2 GB.
 const LONGEST_LIST: usize = 16 << 20;
 
 type Body = UnsyncBoxBody<Bytes, Error>;
 
-/// What this node has.
+/// Files of the running image.
 pub(super) struct LocalImage {
-    /// The root that runs, as dm-verity lets it be read.
+    /// The running root file system, through dm-verity.
     pub root: PathBuf,
+    /// The partition with the hash tree of `root`.
     pub tree: PathBuf,
-    /// The boot entry of what runs.
+    /// The running image's boot entry.
     pub uki: PathBuf,
-    /// By whom TLS servers of the world are believed.
+    /// Root certificates of public TLS servers, PEM.
     pub authorities: PathBuf,
 }
 
+/// The server on loopback.
 pub(super) struct Server {
     upstream: Arc<Upstream>,
     here: LocalImage,
-    /// The hash tree that came last, by its name: it is asked for twice.
+    /// Name and content of the last hash tree, because systemd-sysupdate requests it again.
     tree: Mutex<Option<(String, Bytes)>>,
 }
 
@@ -53,7 +55,7 @@ impl Server {
         Ok(Self { upstream: Arc::new(Upstream::of(url, &here.authorities)?), here, tree: Mutex::default() })
     }
 
-    /// Serves until it is dropped.
+    /// Serves until the returned future is dropped.
     pub(super) async fn serve(self, listener: TcpListener) {
         let server = Arc::new(self);
         while let Ok((tcp, _)) = listener.accept().await {
@@ -63,7 +65,7 @@ impl Server {
                     let server = server.clone();
                     async move {
                         let answer = server.answer(&request).await.unwrap_or_else(|e| {
-                            println!("{e}");
+                            println!("{}: download failed: {e}", request.uri().path());
                             refused(StatusCode::BAD_GATEWAY)
                         });
                         Ok::<_, Error>(answer)
@@ -83,26 +85,26 @@ impl Server {
             let tree = self.tree(name).await?;
             return Ok(Response::new(Full::new(tree).map_err(|e| match e {}).boxed_unsync()));
         }
-        match self.put_together(name).await {
+        match self.assemble(name).await {
             Ok(Some(answer)) => return Ok(answer),
             Ok(None) => {}
-            Err(e) => println!("{name} is loaded whole: {e}"),
+            Err(e) => println!("{name}: downloading the whole file: {e}"),
         }
         let mut connection = self.upstream.connect().await?;
-        Ok(passed_on(self.upstream.get(&mut connection, name, None).await?))
+        Ok(forwarded(self.upstream.get(&mut connection, name, None).await?))
     }
 
-    /// A root or a boot entry; none for what is small.
-    async fn put_together(&self, name: &str) -> Result<Option<Response<Body>>> {
-        let none = |what: &str| Error::Failed(format!("{what} has no hashes that are known here"));
+    /// Assembles a root file system or a boot entry; returns `None` for other, small files.
+    async fn assemble(&self, name: &str) -> Result<Option<Response<Body>>> {
+        let unknown = |what: &str| Error::Failed(format!("the hashes of {what} have an unknown format"));
         let (path, old, new) = if let Some(stem) = name.strip_suffix(".root.raw") {
-            let tree = self.tree(&self.tree_beside(stem).await?).await?;
-            let new = Blocks::of_tree(&tree).ok_or_else(|| none(name))?;
+            let tree = self.tree(&self.tree_name(stem).await?).await?;
+            let new = Blocks::of_tree(&tree).ok_or_else(|| unknown(name))?;
             let own = fs::read(&self.here.tree).map_err(Error::io("read", &self.here.tree))?;
-            (&self.here.root, Blocks::of_tree(&own).ok_or_else(|| none("what runs"))?, new)
+            (&self.here.root, Blocks::of_tree(&own).ok_or_else(|| unknown("the running root file system"))?, new)
         } else if let Some(stem) = name.strip_suffix(".efi") {
             let list = self.upstream.read(&format!("{stem}.blocks"), LONGEST_LIST).await?;
-            let new = Blocks::of_list(&list).ok_or_else(|| none(name))?;
+            let new = Blocks::of_list(&list).ok_or_else(|| unknown(name))?;
             let own = fs::read(&self.here.uki).map_err(Error::io("read", &self.here.uki))?;
             (&self.here.uki, Blocks::of_bytes(&own), new)
         } else {
@@ -110,15 +112,19 @@ impl Server {
         };
         let pieces = pieces(&old, &new);
         let first = pieces.iter().find(|p| p.here.is_none()).map(|p| (p.at, p.len));
-        println!("{name}: {:.1} of {:.1} MB are loaded", missing(&pieces) as f64 / 1e6, new.size as f64 / 1e6);
+        println!(
+            "{name}: {:.1} of {:.1} MB have to be downloaded",
+            missing(&pieces) as f64 / 1e6,
+            new.size as f64 / 1e6
+        );
         let here = File::open(path).map_err(Error::io("open", path))?;
         if let Some(part) = first {
-            // A server that has no parts sends the whole file.
+            // A server without support for ranges sends the whole file.
             let mut connection = self.upstream.connect().await?;
             let answer = self.upstream.get(&mut connection, name, Some((part.0, 1))).await?;
             if answer.status() != StatusCode::PARTIAL_CONTENT {
-                println!("{name} is loaded whole: the server has no parts of files");
-                return Ok(Some(passed_on(answer)));
+                println!("{name}: downloading the whole file: the server does not support ranges");
+                return Ok(Some(forwarded(answer)));
             }
         }
         let assembly = BlockReader::of(pieces, here, self.upstream.clone(), name);
@@ -130,19 +136,20 @@ impl Server {
         Ok(Some(answer))
     }
 
-    /// The name of the hash tree of a root: `ID_VERSION_UUID`, where the UUID is the tree's own.
-    async fn tree_beside(&self, root: &str) -> Result<String> {
+    /// Returns the file name of a root's hash tree: `ID_VERSION_UUID`, with the UUID of the tree's partition.
+    async fn tree_name(&self, root: &str) -> Result<String> {
         let sums = self.upstream.read(SUMS, LONGEST_SUMS).await?;
         let stem = root.rsplit_once('_').map_or(root, |(stem, _)| stem);
-        let is_it = |name: &&str| {
+        let is_tree = |name: &&str| {
             let uuid = name.strip_prefix(stem).and_then(|n| n.strip_prefix('_')?.strip_suffix(".verity.raw"));
             uuid.is_some_and(|u| !u.contains('_'))
         };
         let sums = String::from_utf8_lossy(&sums);
-        let found = sums.lines().filter_map(|line| Some(line.split_once("  ")?.1)).find(is_it);
-        Ok(found.ok_or_else(|| Error::Failed(format!("{SUMS} has no hash tree of it")))?.to_owned())
+        let found = sums.lines().filter_map(|line| Some(line.split_once("  ")?.1)).find(is_tree);
+        Ok(found.ok_or_else(|| Error::Failed(format!("{SUMS} has no hash tree of {root}")))?.to_owned())
     }
 
+    /// Returns a hash tree, from the server or from the previous request.
     async fn tree(&self, name: &str) -> Result<Bytes> {
         let last = || self.tree.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, tree)) = last().as_ref().filter(|(n, _)| n == name) {
@@ -160,17 +167,17 @@ fn refused(status: StatusCode) -> Response<Body> {
     refused
 }
 
-/// The server's own answer.
-fn passed_on(answer: Response<Incoming>) -> Response<Body> {
+/// Forwards the upstream server's response.
+fn forwarded(answer: Response<Incoming>) -> Response<Body> {
     let status = answer.status();
     let length = answer.headers().get("content-length").cloned();
     let body = answer.into_body().map_err(|e| Error::Failed(e.to_string())).boxed_unsync();
-    let mut passed = Response::new(body);
-    *passed.status_mut() = status;
+    let mut forwarded = Response::new(body);
+    *forwarded.status_mut() = status;
     if let Some(length) = length {
-        passed.headers_mut().insert("content-length", length);
+        forwarded.headers_mut().insert("content-length", length);
     }
-    passed
+    forwarded
 }
 
 #[cfg(test)]
@@ -183,17 +190,17 @@ mod tests {
     use tokio_rustls::TlsAcceptor;
     use tokio_rustls::rustls::ServerConfig;
 
-    /// A server of files, as an operator might have.
+    /// A file server, as an operator might use.
     struct Folder {
         files: BTreeMap<String, Vec<u8>>,
         has_parts: bool,
-        /// The next answer breaks off in its middle.
+        /// The next response ends in the middle.
         breaks: AtomicBool,
         sent: AtomicU64,
     }
 
     impl Folder {
-        /// With an image's boot entry.
+        /// Returns a folder with an image's boot entry and its block list.
         fn of(uki: &[u8]) -> Self {
             let files = [("a_2.efi", uki.to_vec()), ("a_2.blocks", Blocks::of_bytes(uki).list())];
             Self {
@@ -226,7 +233,7 @@ mod tests {
             answer
         }
 
-        /// Its address.
+        /// Starts the file server, and returns its URL.
         async fn open(self: Arc<Self>, tls: Option<Arc<ServerConfig>>) -> String {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let at = listener.local_addr().unwrap();
@@ -243,7 +250,7 @@ mod tests {
                         tokio::spawn(http.serve_connection(TokioIo::new(tcp), service));
                         continue;
                     };
-                    // Who does not believe it hangs up.
+                    // A client that rejects the certificate disconnects.
                     if let Ok(stream) = TlsAcceptor::from(tls).accept(tcp).await {
                         tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
                     }
@@ -253,12 +260,12 @@ mod tests {
         }
     }
 
-    /// What a node with the entry `own` gets.
+    /// Returns the response that a node with the boot entry `own` gets.
     async fn loaded(folder: &Arc<Folder>, own: &[u8], name: &str) -> (StatusCode, Vec<u8>) {
         loaded_from(&folder.clone().open(None).await, "", own, name).await
     }
 
-    /// The same where TLS servers are believed by `authorities` (PEM).
+    /// As [`loaded`], with TLS servers verified against `authorities` (PEM).
     async fn loaded_from(url: &str, authorities: &str, own: &[u8], name: &str) -> (StatusCode, Vec<u8>) {
         let dir = tempfile::tempdir().unwrap();
         let (uki, pem) = (dir.path().join("own.efi"), dir.path().join("authorities.pem"));
@@ -278,7 +285,7 @@ mod tests {
         (status, bytes)
     }
 
-    /// Two versions: one block in the middle is another.
+    /// Returns two versions of a file that differ in one block.
     fn versions() -> (Vec<u8>, Vec<u8>) {
         let block = |i: usize| vec![(i % 251) as u8 ^ (i / 251) as u8; BLOCK];
         let old: Vec<u8> = (0..1000).flat_map(block).chain([7; 99]).collect();
@@ -288,7 +295,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_what_differs_is_loaded() {
+    async fn downloads_only_changed_blocks() {
         let (old, new) = versions();
         let folder = Arc::new(Folder::of(&new));
         let (status, bytes) = loaded(&folder, &old, "a_2.efi").await;
@@ -298,7 +305,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn over_tls_only_from_whom_the_world_believes() {
+    async fn rejects_tls_servers_of_unknown_authorities() {
         let (old, new) = versions();
         let folder = Arc::new(Folder::of(&new));
         let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 1\n").unwrap();
@@ -312,16 +319,16 @@ mod tests {
         assert!(status == StatusCode::OK && bytes == new);
         let list = folder.files["/db/a_2.blocks"].len() as u64;
         assert_eq!(folder.sent.load(Ordering::Relaxed), list + 1 + BLOCK as u64);
-        // A Debian's own list of them, of more than a hundred.
+        // The client also accepts Debian's list of more than a hundred root certificates.
         fleet_https::client(&fs::read_to_string(super::super::sysupdate::AUTHORITIES).unwrap(), None).unwrap();
         assert_ne!(loaded_from(&url, other.certificate(), &old, "a_2.efi").await.0, StatusCode::OK);
     }
 
     #[tokio::test]
-    async fn a_connection_that_breaks_is_made_again() {
+    async fn reconnects_after_a_broken_connection() {
         let (old, new) = versions();
         let folder = Arc::new(Folder::of(&new));
-        // Not while the list comes: then the whole would be loaded.
+        // Without the block list the server would download the whole file, so the break comes after the list.
         let breaking = folder.clone();
         tokio::spawn(async move {
             while breaking.sent.load(Ordering::Relaxed) <= 1000 * 32 {
@@ -331,11 +338,11 @@ mod tests {
         });
         let (status, bytes) = loaded(&folder, &old, "a_2.efi").await;
         assert!(status == StatusCode::OK && bytes == new);
-        assert!(!folder.breaks.load(Ordering::Relaxed), "nothing broke");
+        assert!(!folder.breaks.load(Ordering::Relaxed), "no response ended in the middle");
     }
 
     #[tokio::test]
-    async fn a_server_without_parts_or_hashes_sends_the_whole() {
+    async fn downloads_whole_files_without_ranges_or_hashes() {
         let (old, new) = versions();
         let mut folder = Folder::of(&new);
         folder.has_parts = false;
@@ -346,7 +353,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_there_is_not_here() {
+    async fn missing_files_are_not_found() {
         let (old, new) = versions();
         let folder = Arc::new(Folder::of(&new));
         for name in ["a_3.efi", "a_3_1.root.raw", "a_3_1.verity.raw", "SHA256SUMS"] {

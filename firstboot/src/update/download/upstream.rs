@@ -1,4 +1,4 @@
-//! The update folder, as any HTTP server serves it.
+//! HTTP client of the update folder.
 
 use std::fs;
 use std::path::Path;
@@ -15,13 +15,14 @@ use tokio_rustls::rustls::ClientConfig;
 use crate::error::{Error, Result};
 use fleet_https::Connection;
 
-/// For a small file.
+/// Time limit for the download of a small file.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// The update folder on its server.
 pub(super) struct Upstream {
     host: String,
     port: u16,
-    /// Host and port, as the server is to hear it.
+    /// Value of the `Host` header.
     authority: String,
     /// Ends with `/`.
     path: String,
@@ -29,9 +30,14 @@ pub(super) struct Upstream {
 }
 
 impl Upstream {
-    /// By the folder's URL; TLS servers are believed by `authorities`, a file of certificates.
+    /// Parses the folder's URL. A TLS server's certificate is verified against `authorities`, a file of root
+    /// certificates, PEM.
     pub(super) fn of(url: &str, authorities: &Path) -> Result<Self> {
-        let unusable = || Error::Failed(format!("{url} is no address that the agent loads from"));
+        let unusable = || {
+            Error::Failed(format!(
+                "unsupported URL of the update folder: {url}; use http:// or https:// without a user name"
+            ))
+        };
         let uri: Uri = url.parse().map_err(|_| unusable())?;
         let authority = uri.authority().filter(|a| !a.as_str().contains('@')).ok_or_else(unusable)?;
         let (tls, port) = match uri.scheme_str() {
@@ -51,6 +57,7 @@ impl Upstream {
         })
     }
 
+    /// Opens a connection to the server.
     pub(super) async fn connect(&self) -> Result<Connection> {
         Ok(match &self.tls {
             Some(tls) => Connection::open(&self.host, self.port, &self.host, tls).await?,
@@ -58,8 +65,7 @@ impl Upstream {
         })
     }
 
-    /// A file, or a part of it (first byte and length) where the server has parts: then the status
-    /// is 206.
+    /// Requests a file, or a part of it (first byte and length). The status is 206 if the server supports ranges.
     pub(super) async fn get(
         &self,
         connection: &mut Connection,
@@ -72,7 +78,7 @@ impl Upstream {
         Ok(connection.send(fleet_https::request("GET", &self.authority, &path, &headers, Bytes::new())?).await?)
     }
 
-    /// The whole of a small file.
+    /// Downloads a small file of at most `longest` bytes.
     pub(super) async fn read(&self, name: &str, longest: usize) -> Result<Bytes> {
         let failed = |why: String| Error::Network { to: format!("{}{}{name}", self.authority, self.path), why };
         let answer = self.get(&mut self.connect().await?, name, None).await?;
@@ -80,6 +86,9 @@ impl Upstream {
             return Err(failed(answer.status().to_string()));
         }
         let body = timeout(PATIENCE, Limited::new(answer.into_body(), longest).collect()).await;
-        Ok(body.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?.to_bytes())
+        Ok(body
+            .map_err(|_| failed(format!("no complete response within {} s", PATIENCE.as_secs())))?
+            .map_err(|e| failed(e.to_string()))?
+            .to_bytes())
     }
 }
