@@ -173,7 +173,7 @@ fn generated_file_is_cached_by_its_inputs() {
     lab.ok(&["build", "hub"]);
     assert_ne!(sum(&lab), made);
     let explained = lab.ok(&["explain", "/usr/share/mine/users", "--group", "hub"]).out;
-    assert!(explained.contains("made when the image is built by `sh -ec"), "{explained}");
+    assert!(explained.contains("generated during the build by `sh -ec"), "{explained}");
     // The error of a failed program has its message, and a program that creates no file is an error.
     lab.write("overlays/mine/overlay.toml", &toml("echo no flour >&2; exit 3"));
     lab.run(&["build", "hub"]).fails(1, &["overlays/mine: /usr/share/mine/users", "no flour"]);

@@ -148,8 +148,8 @@ pub fn script(cmdline: &str, kernel: &Range<usize>, initrd: &Range<usize>) -> Re
     ))
 }
 
-const TEXT: &str = "\r\nbakehouse: this disk needs UEFI firmware, but this machine started it by its legacy BIOS. \
-                    Enable UEFI boot and disable CSM (legacy boot) in the firmware settings.\r\n\0";
+const TEXT: &str = "\r\nbakehouse: this disk needs UEFI firmware, but this machine started it by its\r\n\
+                    legacy BIOS. Enable UEFI boot and disable CSM in the firmware settings.\r\n\0";
 /// Address to which a BIOS loads the record.
 const ORIGIN: u16 = 0x7c00;
 
