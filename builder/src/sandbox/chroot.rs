@@ -1,5 +1,5 @@
-//! The process that runs commands in a tree. It is pid 1 of a new pid namespace and has the tree as its `/`. It has only
-//! the capabilities that the packages' scripts need.
+//! The process that runs commands in a tree. It is pid 1 of a new pid namespace and has the tree as its `/`. It has
+//! only the capabilities that the packages' scripts need.
 
 use std::collections::VecDeque;
 use std::fs::{self, Permissions};
