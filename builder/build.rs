@@ -1,5 +1,5 @@
-//! Embeds `profiles/` and `overlays/` in the binary: an installed `bakehouse` needs no
-//! source tree beside it. Hashes the code of each step: a step whose code changed is made again.
+//! Embeds `profiles/` and `overlays/` in the binary, so that an installed `bakehouse` needs no source tree. Hashes the
+//! code of each step, so that a build repeats a step whose code changed.
 
 mod steps;
 
@@ -36,7 +36,7 @@ fn main() {
     fs::write(out, table).expect("OUT_DIR is writable");
 }
 
-/// Digest of files' names and bytes.
+/// Returns the digest of the files' names and contents.
 fn digest(paths: &[&str]) -> String {
     let mut hash = Sha256::new();
     for path in paths {

@@ -1,15 +1,15 @@
-//! Which code decides what each step of a build makes. `build.rs` hashes these files, and the hash is a part of the
-//! step's key: a step whose code changed is not taken from the store.
+//! The code of each step of a build. `build.rs` hashes these files, and the hash is part of the step's key. A build
+//! therefore repeats a step whose code changed, instead of taking its result from the store.
 //!
-//! A test (`src/layers.rs`) fails where a file that is listed here imports one that is not.
+//! A test (`src/layers.rs`) fails if a listed file imports a file that is not listed.
 
-/// A step whose results are kept in the store, and the code that makes them.
+/// A step whose results the store keeps, and the step's code.
 pub struct Step {
-    /// The hash is the environment variable `CODE_` and this name while the crate is compiled.
+    /// The build script sets the environment variable `CODE_NAME` to the hash.
     pub name: &'static str,
-    /// Files and folders, below `builder/`.
+    /// Files and folders, relative to `builder/`.
     pub code: &'static [&'static str],
-    /// Steps whose keys are a part of this one's key.
+    /// Steps whose keys are part of this step's key.
     pub inputs: &'static [&'static str],
 }
 

@@ -219,7 +219,7 @@ fn secure_boot_rejects_modified_kernel_image() {
     let names = ["safe-hub_1.efi", "safe-hub_1.raw"].map(str::to_owned);
     assert_eq!(first_difference(&first, &built, &names), None);
     // A legacy BIOS would verify no signature, so the disk refuses to boot there.
-    let said = by_bios(&built.join("safe-hub_1.raw"), "legacy boot, off)");
+    let said = by_bios(&built.join("safe-hub_1.raw"), "firmware settings.");
     assert!(said.contains("this disk needs UEFI firmware"), "{said}");
 
     // Firmware in setup mode enrols the fleet's keys and enforces them afterwards.

@@ -1,4 +1,4 @@
-//! The builder's one error type. Each message names the thing and the fix.
+//! The builder's error type. Each message says what failed and how to fix it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,32 +10,33 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The user's files are wrong.
+    /// A file of the user is invalid.
     #[error("{0}")]
     Config(Diagnostics),
-    /// The command line is wrong.
+    /// The command line is invalid.
     #[error("{0}")]
     Usage(String),
     #[error("cannot {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    /// The world said no; the text says who and what to do.
+    /// An operation failed. The message names it and suggests a fix.
     #[error("{0}")]
     Failed(String),
     #[error("interrupted")]
     Interrupted,
-    /// Whoever read standard output has gone, as `head` does when it has enough.
-    #[error("nobody reads the answer")]
+    /// The reader closed standard output, as `head` does after its last line.
+    #[error("standard output is closed")]
     Unread,
 }
 
 impl Error {
+    /// Returns a closure that adds the operation and the path to an I/O error: `cannot {action} {path}: {source}`.
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Self {
         let path = path.as_ref().to_owned();
         move |source| Self::Io { action, path, source }
     }
 
-    /// 2: the command line or the TOML is wrong; 130 and 141, as shells tell of signals: Ctrl-C, and an answer that
-    /// is not read; 1: anything else.
+    /// Returns the exit code of the process. 2: the command line or a TOML file is invalid. 130 and 141: Ctrl-C and a
+    /// closed standard output, by the shells' rule 128 + signal. 1: any other failure.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         match self {
@@ -60,14 +61,14 @@ impl From<fleet::RenderError> for Error {
                 fleet::Severity::Error,
                 &format!("{}:{}", e.name, e.line),
                 e.message,
-                Some("templates see `fleet`, `group` and, below run/, `node`".to_owned()),
+                Some("templates can use `fleet` and `group`, and below run/ also `node`".to_owned()),
             )
             .into(),
         )
     }
 }
 
-/// A failure that is told in a sentence.
+/// Returns [`Error::Failed`] with this message.
 pub fn fail<T>(message: impl Into<String>) -> Result<T> {
     Err(Error::Failed(message.into()))
 }

@@ -1,5 +1,4 @@
-//! The rules of the source tree, read from the sources themselves: which folder may import which, and which code a
-//! step's key covers.
+//! Tests of the source tree: which folder may import which, and which code a step's key covers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,7 +9,7 @@ mod steps;
 
 use steps::{STEPS, Step};
 
-/// Folders and files of `src/`: each imports itself and those after it.
+/// Folders and files of `src/`. Each imports only itself and those after it.
 const ORDER: [&str; 18] = [
     "cli",
     "rehearse",
@@ -31,17 +30,17 @@ const ORDER: [&str; 18] = [
     "util",
     "progress",
 ];
-/// Imports nothing of the crate.
+/// The last layer. It imports no other module of the crate.
 const LAST: &str = "error";
-/// Folders that know nothing of a fleet, and all that they may import.
+/// Folders that do not depend on a fleet, with everything that they may import.
 const PURE: [(&str, &[&str]); 2] = [("format", &["util", LAST]), ("util", &[LAST])];
 
-/// Modules whose code is in no step's key. What they hand to a step is itself in the key: the project's values, the
-/// packages' hashes. The others report, and find files.
+/// Modules whose code is not part of any step's key. The values that `lock` and `project` pass to a step are part of
+/// the key. The other modules only report errors and progress, and locate files.
 const NOT_KEYED: [&str; 5] =
     ["src/error.rs", "src/packages/lock.rs", "src/progress.rs", "src/project/mod.rs", "src/store.rs"];
 
-/// Sources below a file or folder of `builder/`: path → text.
+/// Returns the sources below a file or folder of `builder/`: path → text.
 fn sources(path: &str) -> BTreeMap<String, String> {
     let full = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     if full.is_file() {
@@ -52,7 +51,7 @@ fn sources(path: &str) -> BTreeMap<String, String> {
     entries.flat_map(|name| sources(&format!("{path}/{name}"))).collect()
 }
 
-/// Paths that a source names, from the crate's root: `util::fs::write_atomic`.
+/// Returns the paths that a source imports, from the crate's root: `util::fs::write_atomic`.
 fn imports(file: &str, text: &str) -> BTreeSet<String> {
     let module = file.trim_start_matches("src/").trim_end_matches(".rs").trim_end_matches("/mod");
     let parent = module.rsplit_once('/').map_or("", |(parent, _)| parent).replace('/', "::");
@@ -68,7 +67,7 @@ fn imports(file: &str, text: &str) -> BTreeSet<String> {
     found.into_iter().filter(|path| !path.is_empty()).collect()
 }
 
-/// Adds the paths of an import's tree, `a::{b, c::d}`; returns what follows the tree.
+/// Adds the paths of a tree of imports, `a::{b, c::d}`. Returns the text after the tree.
 fn names<'a>(mut text: &'a str, prefix: &str, found: &mut Vec<String>) -> &'a str {
     let mut path = prefix.to_owned();
     loop {
@@ -89,17 +88,17 @@ fn names<'a>(mut text: &'a str, prefix: &str, found: &mut Vec<String>) -> &'a st
             continue;
         }
         found.push(path);
-        // A `*` is a name, too.
+        // A `*` ends a path, too.
         return if end == 0 { text.get(1..).unwrap_or_default() } else { text };
     }
 }
 
-/// The file of the module that a path leads to.
+/// Returns the file of the module that a path names.
 fn file_of(path: &str) -> Option<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let words: Vec<&str> = path.split("::").collect();
-    (1..=words.len()).rev().find_map(|n| {
-        let module = format!("src/{}", words[..n].join("/"));
+    let segments: Vec<&str> = path.split("::").collect();
+    (1..=segments.len()).rev().find_map(|n| {
+        let module = format!("src/{}", segments[..n].join("/"));
         [format!("{module}.rs"), format!("{module}/mod.rs")].into_iter().find(|file| root.join(file).is_file())
     })
 }
@@ -109,31 +108,31 @@ fn layer(path: &str) -> &str {
 }
 
 fn may_import(from: &str, to: &str) -> bool {
-    let place = |name: &str| ORDER.iter().chain([&LAST]).position(|layer| *layer == name);
+    let position = |name: &str| ORDER.iter().chain([&LAST]).position(|layer| *layer == name);
     let pure = PURE.iter().find(|(folder, _)| *folder == from);
-    from == to || place(from) < place(to) && pure.is_none_or(|(_, allowed)| allowed.contains(&to))
+    from == to || position(from) < position(to) && pure.is_none_or(|(_, allowed)| allowed.contains(&to))
 }
 
 #[test]
 fn imports_follow_the_order_of_layers() {
-    let mut wrong = Vec::new();
+    let mut violations = Vec::new();
     for (file, text) in sources("src") {
         let from = layer(file.trim_start_matches("src/"));
         if ["lib", "main", "layers"].contains(&from) {
             continue;
         }
-        assert!(ORDER.contains(&from) || from == LAST, "{file}: `{from}` has no place in ORDER");
+        assert!(ORDER.contains(&from) || from == LAST, "{file}: `{from}` is not in ORDER");
         for path in imports(&file, &text) {
             if !may_import(from, layer(&path)) {
-                wrong.push(format!("{file} imports {path}: {from} is not to import {}", layer(&path)));
+                violations.push(format!("{file} imports {path}: {from} must not import {}", layer(&path)));
             }
         }
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(violations.is_empty(), "{}", violations.join("\n"));
 }
 
 #[test]
-fn every_file_of_a_step_exists() {
+fn steps_list_existing_files() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for step in &STEPS {
         for path in step.code {
@@ -143,7 +142,7 @@ fn every_file_of_a_step_exists() {
 }
 
 #[test]
-fn a_steps_key_covers_the_code_that_the_step_imports() {
+fn step_keys_cover_imported_code() {
     fn covers(step: &Step, file: &str) -> bool {
         let own = step.code.iter().any(|code| file == *code || file.starts_with(&format!("{code}/")));
         let input = |name: &&str| STEPS.iter().any(|other| other.name == *name && covers(other, file));
@@ -164,7 +163,7 @@ fn a_steps_key_covers_the_code_that_the_step_imports() {
 }
 
 #[test]
-fn the_key_of_layers_covers_the_stand_in_for_initrd_generators() {
+fn compose_key_covers_initrd_provider() {
     let defines = |(file, text): &(String, String)| file != "src/layers.rs" && text.contains("const INITRD_PROVIDER:");
     let (file, _) = sources("src").into_iter().find(defines).expect("a file defines INITRD_PROVIDER");
     let compose = STEPS.iter().find(|step| step.name == "COMPOSE").expect("a step composes");
@@ -172,7 +171,7 @@ fn the_key_of_layers_covers_the_stand_in_for_initrd_generators() {
 }
 
 #[test]
-fn imports_are_found_in_every_form() {
+fn finds_imports_in_every_form() {
     let text = "use crate::a::{self, b, c::{D, E as F}};\nuse super::g;\nfn f() { crate::h::i(); }\nuse crate::j::*;\n";
     let found = imports("src/k/l.rs", text);
     for path in ["a::self", "a::b", "a::c::D", "a::c::E", "k::g", "h::i", "j"] {

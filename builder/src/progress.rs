@@ -1,5 +1,4 @@
-//! What a person sees while work goes on: bars on a terminal, a line per finished step
-//! when piped.
+//! Progress of a build on standard error: bars on a terminal, else one line for each finished step.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::Arc;
@@ -7,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+/// Prints the progress of steps.
 #[derive(Clone)]
 pub struct Progress {
     bars: Arc<MultiProgress>,
@@ -15,6 +15,7 @@ pub struct Progress {
     verbose: bool,
 }
 
+/// A running step. Dropping it before [`Step::done`] removes its bar.
 pub struct Step {
     bar: ProgressBar,
     name: String,
@@ -31,13 +32,13 @@ impl Progress {
         Self { bars: Arc::new(MultiProgress::with_draw_target(target)), terminal, quiet, verbose }
     }
 
-    /// Whether steps are shown as they go on.
+    /// Whether standard error shows bars while steps run.
     #[must_use]
     pub fn is_live(&self) -> bool {
         self.terminal
     }
 
-    /// A step whose end is not known.
+    /// Starts a step of unknown length.
     #[must_use]
     pub fn step(&self, name: &str, message: &str) -> Step {
         let bar = ProgressBar::new_spinner()
@@ -47,7 +48,7 @@ impl Progress {
         self.start(bar, name)
     }
 
-    /// A step over a number of bytes: rate and ETA.
+    /// Starts a step over `total` bytes. Its bar shows the rate and the remaining time.
     #[must_use]
     pub fn bytes(&self, name: &str, total: u64) -> Step {
         let bar = ProgressBar::new(total)
@@ -64,13 +65,14 @@ impl Progress {
         Step { bar, name: name.to_owned(), started: Instant::now(), terminal: self.terminal, quiet: self.quiet }
     }
 
-    /// Told with `-v` only.
+    /// Prints the line with `-v` only.
     pub fn verbose(&self, name: &str, text: &str) {
         if self.verbose {
             self.say(name, text);
         }
     }
 
+    /// Prints a line, unless `--quiet` is set.
     pub fn say(&self, name: &str, text: &str) {
         if !self.quiet {
             self.bars.suspend(|| line(&format!("{name:>12} {text}")));
@@ -87,7 +89,7 @@ impl Step {
         self.bar.inc(n);
     }
 
-    /// Ends the step; what was done stays on the screen.
+    /// Ends the step, and prints its result and duration.
     pub fn done(self, text: &str) {
         let seconds = self.started.elapsed().as_secs_f64();
         let text = format!("{:>12} {text} ({seconds:.1} s)", self.name);
@@ -108,12 +110,12 @@ impl Drop for Step {
     }
 }
 
-/// A line on standard error. The work goes on, whether it is read or not.
+/// Prints a line on standard error. A closed standard error does not stop the build.
 pub fn line(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// The same on standard output, for scripts.
+/// Prints a JSON event on standard output, for scripts.
 pub fn event(event: &serde_json::Value) {
     let _ = writeln!(io::stdout(), "{event}");
 }

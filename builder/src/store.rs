@@ -1,9 +1,8 @@
-//! The store: a cache on disk in which every entry's name is the digest of what it is (debs)
-//! or of everything it was made from (layers, trees, images).
+//! The store: a cache on disk. The name of an entry is the digest of its content (packages) or of all its inputs
+//! (layers, trees, images).
 //!
-//! An entry appears under its name only when whole (write beside it, fsync, rename), so
-//! that a cut or a second build never sees half of one. Makers of the same entry wait for
-//! each other on a lock file.
+//! The builder writes an entry to a scratch path, syncs it and renames it. No process therefore sees an incomplete
+//! entry, even after a power cut. Builds that create the same entry wait for each other on a lock file.
 
 use std::fs::{self, File};
 use std::io;
@@ -13,14 +12,15 @@ use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
 
+/// The store's folder.
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
-    /// Shared by everybody who uses the store, so that nothing is removed under them.
+    /// Each process holds a shared lock on this file, so that [`Store::gc`] removes no entry in use.
     used: Arc<File>,
 }
 
-/// Kinds of entries; each has a folder.
+/// Kinds of entries. Each kind has a folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Deb,
@@ -51,27 +51,29 @@ impl Kind {
     }
 }
 
-/// Held while an entry is made; the kernel drops it with the process.
+/// The lock of an entry. The kernel releases it when the process ends.
 pub struct Guard(#[allow(dead_code)] File);
 
 impl Store {
-    /// `$BAKEHOUSE_STORE`, else `bakehouse` in the user's cache folder.
+    /// Opens the store: `$BAKEHOUSE_STORE`, else `bakehouse` in the user's cache folder.
     ///
     /// # Errors
-    /// No home to put it in, or it can't be made.
+    /// If neither variable is set, or the folder cannot be created.
     pub fn open() -> Result<Self> {
         let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let root = var("BAKEHOUSE_STORE")
             .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("bakehouse")))
             .or_else(|| var("HOME").map(|d| d.join(".cache/bakehouse")))
-            .ok_or_else(|| Error::Usage("set BAKEHOUSE_STORE: neither it nor HOME is set".to_owned()))?;
+            .ok_or_else(|| {
+                Error::Usage("BAKEHOUSE_STORE and HOME are not set; set BAKEHOUSE_STORE to a folder".to_owned())
+            })?;
         Self::at(&root)
     }
 
-    /// A store in a given folder.
+    /// Opens the store in a given folder.
     ///
     /// # Errors
-    /// It can't be made.
+    /// If the folder cannot be created or locked.
     pub fn at(root: &Path) -> Result<Self> {
         for folder in Kind::ALL.map(Kind::folder).into_iter().chain(["locks", "tmp"]) {
             let path = root.join(folder);
@@ -89,37 +91,39 @@ impl Store {
         &self.root
     }
 
+    /// Whether the store has the package with this hash.
     #[must_use]
     pub fn has_deb(&self, sha256: &str) -> bool {
         self.get(Kind::Deb, sha256).is_some()
     }
 
+    /// Returns the path of an entry, whether it exists or not.
     #[must_use]
     pub fn path(&self, kind: Kind, key: &str) -> PathBuf {
         self.root.join(kind.folder()).join(key)
     }
 
-    /// The entry, if it is there; marks it as used.
+    /// Returns the path of an existing entry, and marks the entry as used.
     #[must_use]
     pub fn get(&self, kind: Kind, key: &str) -> Option<PathBuf> {
         let path = self.path(kind, key);
         path.exists().then(|| {
-            // For `store gc`. A store on a read-only disk still serves.
+            // `store gc` reads this time. A store on a read-only disk remains usable.
             let _ = File::open(&path).and_then(|f| f.set_modified(SystemTime::now()));
             path
         })
     }
 
-    /// A name to write to before [`Store::put`]: on the same file system as the entries.
+    /// Returns a path to write to before [`Store::put`], on the same file system as the entries.
     #[must_use]
     pub fn scratch(&self, kind: Kind, key: &str) -> PathBuf {
         self.root.join("tmp").join(format!("{}-{}.{}", kind.folder(), key, std::process::id()))
     }
 
-    /// Gives a whole file or folder its name.
+    /// Moves a complete file or folder to its path in the store.
     ///
     /// # Errors
-    /// The disk says no.
+    /// If the file cannot be synced or renamed.
     pub fn put(&self, kind: Kind, key: &str, scratch: &Path) -> Result<PathBuf> {
         let path = self.path(kind, key);
         if scratch.is_file() {
@@ -127,7 +131,7 @@ impl Store {
         }
         match fs::rename(scratch, &path) {
             Ok(()) => Ok(path),
-            // Another build was first with the same folder: theirs is the same.
+            // Another build was first. Its folder has the same content.
             Err(_) if path.is_dir() => {
                 let _ = fs::remove_dir_all(scratch);
                 Ok(path)
@@ -136,10 +140,10 @@ impl Store {
         }
     }
 
-    /// Waits until nobody else makes this entry.
+    /// Locks an entry. Waits while another build creates it.
     ///
     /// # Errors
-    /// The lock file can't be opened.
+    /// If the lock file cannot be opened or locked.
     pub fn lock(&self, kind: Kind, key: &str) -> Result<Guard> {
         let path = self.root.join("locks").join(format!("{}-{key}", kind.folder()));
         let file = File::create(&path).map_err(Error::io("open", &path))?;
@@ -147,14 +151,14 @@ impl Store {
         Ok(Guard(file))
     }
 
-    /// Removes what has not been used for `age`; returns entries and bytes removed.
+    /// Removes entries that no build has used for `age`. Returns the number of removed entries and bytes.
     ///
     /// # Errors
-    /// Somebody else uses the store, or an entry can't be listed or removed.
+    /// If another process uses the store, or an entry cannot be listed or removed.
     pub fn gc(&self, age: Duration) -> Result<(usize, u64)> {
         self.used.unlock().and_then(|()| self.used.try_lock().map_err(io::Error::from)).map_err(|_| {
             Error::Failed(format!(
-                "another bakehouse uses the store {}; try again when it is done",
+                "another bakehouse uses the store {}; try again when it has finished",
                 self.root.display()
             ))
         })?;
@@ -190,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_is_there_when_it_was_put_and_gone_when_it_is_old() {
+    fn gc_removes_old_entries_only() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::at(dir.path()).unwrap();
         assert!(store.get(Kind::Deb, "a").is_none());
@@ -204,16 +208,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_removed_while_another_uses_the_store() {
+    fn gc_fails_while_the_store_is_in_use() {
         let dir = tempfile::tempdir().unwrap();
-        let (builds, cleans) = (Store::at(dir.path()).unwrap(), Store::at(dir.path()).unwrap());
-        assert!(cleans.gc(Duration::ZERO).unwrap_err().to_string().contains("another bakehouse"));
-        drop(builds);
-        cleans.gc(Duration::ZERO).unwrap();
+        let (in_use, store) = (Store::at(dir.path()).unwrap(), Store::at(dir.path()).unwrap());
+        assert!(store.gc(Duration::ZERO).unwrap_err().to_string().contains("another bakehouse"));
+        drop(in_use);
+        store.gc(Duration::ZERO).unwrap();
     }
 
     #[test]
-    fn makers_of_one_entry_wait_for_each_other() {
+    fn lock_excludes_other_builds() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::at(dir.path()).unwrap();
         let guard = store.lock(Kind::Layer, "k").unwrap();

@@ -1,5 +1,5 @@
-//! The build's own tools, newer than the host's: unpacked from the lock into the store and
-//! run with their own loader and libraries. They need no installation and no root.
+//! Tools of the build, such as mkfs.erofs and openssl. The builder unpacks the locked packages into the store, and runs
+//! the tools with their own loader and libraries. The host's versions do not matter, and nothing is installed.
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io;
@@ -15,6 +15,7 @@ use crate::progress::Progress;
 use crate::store::{Kind, Store};
 use crate::util::digest::Key;
 
+/// The unpacked tools.
 pub struct Tools {
     pub key: String,
     dir: PathBuf,
@@ -29,8 +30,10 @@ impl Tools {
         key.finish()
     }
 
+    /// Unpacks the tools, unless the store has them.
+    ///
     /// # Errors
-    /// A package can't be unpacked.
+    /// If a package cannot be unpacked.
     pub fn prepare(lock: &Lock, store: &Store, progress: &Progress) -> Result<Self> {
         let key = Self::key_of(lock);
         let _guard = store.lock(Kind::Tools, &key)?;
@@ -49,13 +52,13 @@ impl Tools {
         Ok(Self { key, dir })
     }
 
-    /// A file of the tools tree.
+    /// Returns the path of a file of the tools.
     #[must_use]
     pub fn file(&self, path: &str) -> PathBuf {
         self.dir.join(path)
     }
 
-    /// A command that runs `program` (`usr/bin/x`) of the tools tree.
+    /// Returns a command that runs a program of the tools (`usr/bin/x`).
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
         let libraries = self.dir.join("usr/lib/x86_64-linux-gnu");
@@ -73,7 +76,7 @@ impl Tools {
     }
 }
 
-/// Programs, libraries and data; nothing a person reads, no owners.
+/// Unpacks programs, libraries and their data. Documentation and owners are left out.
 fn unpack(deb: &Deb, root: &Path) -> Result<(), String> {
     data_entries(deb, |path, entry| {
         let path = path.strip_prefix("/lib64/").map_or_else(|| path.to_owned(), |rest| format!("/usr/lib64/{rest}"));
@@ -83,19 +86,22 @@ fn unpack(deb: &Deb, root: &Path) -> Result<(), String> {
             return Ok(());
         }
         let full = root.join(&path[1..]);
-        let told = |e: io::Error| format!("{path}: {e}");
+        let context = |e: io::Error| format!("{path}: {e}");
         if let Some(parent) = full.parent() {
-            fs::create_dir_all(parent).map_err(told)?;
+            fs::create_dir_all(parent).map_err(context)?;
         }
-        let target = entry.link_name().map_err(told)?.map(std::borrow::Cow::into_owned);
+        let target = entry.link_name().map_err(context)?.map(std::borrow::Cow::into_owned);
         match target {
-            Some(target) if kind.is_symlink() => symlink(target, &full).map_err(told),
-            Some(target) => fs::hard_link(root.join(target.strip_prefix("./").unwrap_or(&target)), &full).map_err(told),
+            Some(target) if kind.is_symlink() => symlink(target, &full).map_err(context),
+            Some(target) => {
+                fs::hard_link(root.join(target.strip_prefix("./").unwrap_or(&target)), &full).map_err(context)
+            }
             None => {
-                let mode = entry.header().mode().map_err(told)?;
-                let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&full).map_err(told)?;
-                io::copy(entry, &mut file).map_err(told)?;
-                file.set_permissions(Permissions::from_mode(mode & 0o755)).map_err(told)
+                let mode = entry.header().mode().map_err(context)?;
+                let mut file =
+                    OpenOptions::new().write(true).create_new(true).mode(0o600).open(&full).map_err(context)?;
+                io::copy(entry, &mut file).map_err(context)?;
+                file.set_permissions(Permissions::from_mode(mode & 0o755)).map_err(context)
             }
         }
     })

@@ -1,4 +1,4 @@
-//! The tasks of a sandbox, by the names that [`sandbox::run`] sends.
+//! The tasks of a sandbox. [`sandbox::run`] sends a task's name.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -7,18 +7,18 @@ use serde_json::Value;
 use crate::bake::{checks, generate};
 use crate::{compose, sandbox};
 
-/// Does the task on standard input, and writes the answer to standard output. Returns the exit code.
+/// Runs the task on standard input, and writes its result to standard output. Returns the exit code.
 pub fn inner() -> u8 {
     sandbox::inner(|task, job, files| match task {
-        compose::TASK => answer(job, |job| compose::work(job, files)),
-        checks::TASK => answer(job, |job| checks::work(job, files)),
-        generate::TASK => answer(job, |job| generate::work(job, files)),
+        compose::TASK => run_task(job, |job| compose::work(job, files)),
+        checks::TASK => run_task(job, |job| checks::work(job, files)),
+        generate::TASK => run_task(job, |job| generate::work(job, files)),
         _ => Err(format!("the sandbox has no task `{task}`")),
     })
 }
 
-/// The answer of `work` to the job, as JSON.
-fn answer<J: DeserializeOwned, A: Serialize>(
+/// Runs `work` with the job. Returns its result as JSON.
+fn run_task<J: DeserializeOwned, A: Serialize>(
     job: Value,
     work: impl FnOnce(&J) -> Result<A, String>,
 ) -> Result<String, String> {

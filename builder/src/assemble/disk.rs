@@ -1,6 +1,6 @@
-//! The disk image: a GPT with the EFI system partition, root A and its verity tree, and GRUB in front. The
-//! second slot and /var are cut by systemd-repart when the node first boots. No mounts, no
-//! loop devices, no root.
+//! Writes the disk image: a GPT with the EFI system partition, root A and its verity tree, and GRUB in front of them.
+//! systemd-repart creates root B and /var at the node's first boot. The builder needs no mounts, no loop devices and no
+//! root.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, FileTimes, OpenOptions};
@@ -24,28 +24,29 @@ const ROOT_VERITY_X64: Type = Type { guid: uuid!("2c7357ed-ebd2-46d9-aec1-23d437
 const DISK_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000d1");
 const ESP_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000e5");
 const BIOS_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000b5");
-/// "Read-only", as the Discoverable Partitions Specification numbers it.
+/// The flag "read-only" of the Discoverable Partitions Specification:
+/// <https://uapi-group.org/specifications/specs/discoverable_partitions_specification/>.
 const READ_ONLY: u64 = 1 << 60;
 
-/// What goes on the disk.
+/// Contents of the disk.
 pub struct Content<'a> {
     /// Prefix of the partition labels: `name_version`.
     pub label: &'a str,
     pub root: &'a Path,
     pub verity: &'a [u8],
     pub roothash: &'a str,
-    /// What a legacy BIOS finds.
+    /// The code that a legacy BIOS starts.
     pub bios: BootSector,
     /// Files of the ESP: path → content.
     pub esp: BTreeMap<String, Vec<u8>>,
-    /// Time of the files in the ESP.
+    /// Modification time of the files of the ESP, in seconds since 1970.
     pub epoch: u64,
 }
 
 /// Writes the image.
 ///
 /// # Errors
-/// Something does not fit, a tool fails, the disk is full.
+/// If the content does not fit its partition, a tool fails, or the image cannot be written.
 pub fn write(out: &Path, slots: PartitionSizes, content: &Content, tools: &Tools, scratch: &Path) -> Result<()> {
     let file = OpenOptions::new()
         .create(true)
@@ -78,7 +79,7 @@ fn partitions(file: &File, slots: PartitionSizes, content: &Content, starts: [u6
     };
     let label = content.label;
     let [esp, root, verity] = starts;
-    // systemd finds both by the two halves of the root hash.
+    // systemd finds the root and its verity tree by the two halves of the root hash.
     let mut table = BTreeMap::from([
         (1, partition(EFI, ESP_GUID, esp, ESP_SIZE, 0, "esp".to_owned())),
         (2, partition(LINUX_ROOT_X64, half(0..32)?, root, slots.root, READ_ONLY, label.to_owned())),
@@ -89,7 +90,7 @@ fn partitions(file: &File, slots: PartitionSizes, content: &Content, starts: [u6
         let room = ESP_START - core;
         if content.bios.core.len() as u64 > room {
             return Err(format!(
-                "GRUB takes {} bytes, there are {room} in front of the partitions",
+                "GRUB needs {} bytes, but there are {room} bytes in front of the partitions",
                 content.bios.core.len()
             ));
         }
@@ -107,7 +108,7 @@ fn partitions(file: &File, slots: PartitionSizes, content: &Content, starts: [u6
     file.seek(SeekFrom::Start(core)).and_then(|_| file.write_all(&content.bios.core)).map_err(|e| e.to_string())
 }
 
-/// Copies a file in, leaving holes where it is zero.
+/// Copies a file into the image. Blocks of zeros remain holes.
 fn copy_to(out: &File, at: u64, from: &Path) -> std::io::Result<()> {
     let mut from = File::open(from)?;
     let mut out = out;
@@ -126,11 +127,11 @@ fn copy_to(out: &File, at: u64, from: &Path) -> std::io::Result<()> {
     }
 }
 
-/// The ESP, in place: mkfs.vfat and mtools reach into the image by offset.
+/// Creates the ESP in the image. mkfs.vfat and mtools write at an offset, so that no loop device is needed.
 fn boot_files(out: &Path, esp: u64, content: &Content, tools: &Tools, scratch: &Path) -> Result<()> {
     let used: u64 = content.esp.values().map(|f| f.len() as u64).sum();
     if used + 4 * MIB > ESP_SIZE {
-        return fail(format!("the boot files take {} MiB, the EFI partition has {}", used / MIB, ESP_SIZE / MIB));
+        return fail(format!("the boot files need {} MiB, but the ESP has {} MiB", used / MIB, ESP_SIZE / MIB));
     }
     let staging = scratch.join("esp");
     let mut dirs: Vec<PathBuf> = Vec::new();
@@ -156,7 +157,7 @@ fn boot_files(out: &Path, esp: u64, content: &Content, tools: &Tools, scratch: &
     };
     run(
         tool("usr/sbin/mkfs.vfat")
-            // Clusters of 2 KiB: with larger ones there are too few for UEFI to see a FAT32.
+            // Clusters of 2 KiB: with larger ones, the ESP has too few clusters for a FAT32.
             .args(["-F", "32", "-s", "4", "--invariant", "-n", "ESP", "-S", "512", "--offset"])
             .arg((esp / SECTOR).to_string())
             .arg(out)

@@ -1,7 +1,7 @@
-//! What a legacy BIOS runs from the disk: GRUB, which takes kernel and initrd out of the same UKI that
-//! firmware with UEFI runs. It loads the UKI as a disk, and executes the lines at [`SCRIPT`] in it, so
-//! that a newer image brings its own. Where the fleet has Secure Boot, a BIOS would boot around it: there
-//! a line says that it can't.
+//! GRUB, which a legacy BIOS starts from the disk. GRUB loads kernel and initrd from the UKI that UEFI firmware starts.
+//! It opens the UKI as a loopback disk and executes the script at [`SCRIPT`] in it, so that each image has its own
+//! script. A legacy BIOS would bypass Secure Boot. Disks of a fleet with Secure Boot therefore have a boot sector that
+//! only prints an error.
 
 use std::fs;
 use std::ops::Range;
@@ -13,17 +13,17 @@ use crate::error::{Error, Result, fail};
 use crate::toolchain::Tools;
 use crate::util::process::run;
 
-/// Room for a program in the master boot record.
+/// Size of the code in a master boot record, in bytes.
 const RECORD: usize = 440;
 const SECTOR: usize = 512;
-/// The first sector that is free in front of the partitions, behind a GPT.
+/// The first free sector between the GPT and the partitions.
 pub const CORE_SECTOR: u64 = 34;
 
-/// Where a UKI has its lines for GRUB, and how many bytes they may take. For ever the same: a disk's
-/// GRUB is as old as the disk, and its images aren't.
+/// Position of GRUB's script in a UKI, in bytes. It must never change, because updates replace the UKI but not the
+/// disk's GRUB.
 pub const SCRIPT: Range<usize> = 256 << 10..260 << 10;
 
-/// What GRUB needs to read its configuration from the EFI partition, to count, and to load Linux.
+/// Modules with which GRUB reads its configuration from the ESP, counts boot attempts, and loads Linux.
 const MODULES: [&str; 12] = [
     "biosdisk",
     "configfile",
@@ -39,8 +39,8 @@ const MODULES: [&str; 12] = [
     "test",
 ];
 
-/// `firstboot::update::grub` writes what is read here, and follows the count. An entry's file has whatever count
-/// it had when it was last seen.
+/// GRUB's configuration. `firstboot::update::grub` writes the environment block that it reads. The file name of a UKI
+/// may have any count of boot attempts, so the configuration looks for all of them.
 pub(crate) const CONFIG: &str = r#"load_env good next tries
 
 function start {
@@ -66,18 +66,18 @@ sleep 30
 reboot
 "#;
 
-/// A disk's start.
+/// Boot sectors of a disk.
 pub struct BootSector {
-    /// The master boot record's program.
+    /// Code of the master boot record.
     pub record: [u8; RECORD],
-    /// What it loads from [`CORE_SECTOR`]; none where it only says something.
+    /// GRUB's core, which the record loads from [`CORE_SECTOR`]. Empty if the record only prints an error.
     pub core: Vec<u8>,
 }
 
-/// GRUB's first and second part.
+/// Returns GRUB's boot record and core.
 ///
 /// # Errors
-/// GRUB is not what it should be.
+/// If grub-mkimage fails, or its output has an unknown layout.
 pub fn grub(tools: &Tools, scratch: &Path) -> Result<BootSector> {
     let modules = tools.file("usr/lib/grub/i386-pc");
     let path = scratch.join("core");
@@ -88,19 +88,20 @@ pub fn grub(tools: &Tools, scratch: &Path) -> Result<BootSector> {
     let boot = modules.join("boot.img");
     let boot = fs::read(&boot).map_err(Error::io("read", &boot))?;
     core.resize(core.len().next_multiple_of(SECTOR), 0);
-    match placed(&boot, &mut core) {
+    match install(&boot, &mut core) {
         Some(record) => Ok(BootSector { record, core }),
-        None => fail("GRUB is not what it should be; run `bakehouse lock --update`"),
+        None => fail("the locked GRUB has an unknown layout; run `bakehouse lock --update`"),
     }
 }
 
-/// Says where the parts are, as grub-install would; the first sector of the core loads the others.
-fn placed(boot: &[u8], core: &mut [u8]) -> Option<[u8; RECORD]> {
-    /// Where the record has the core's first sector.
+/// Writes the sector numbers into the boot record and the core, as grub-install does. The first sector of the core
+/// loads the others.
+fn install(boot: &[u8], core: &mut [u8]) -> Option<[u8; RECORD]> {
+    /// Offset of the core's first sector in the record.
     const CORE: usize = 0x5c;
-    /// A jump over what mistrusts a BIOS that gives another drive's number than a hard disk's.
+    /// Offset of a jump that skips the check of the BIOS's drive number. grub-install replaces it by two NOPs.
     const DRIVE_CHECK: usize = 0x66;
-    /// Where the core's first sector has the next one, and how many there are.
+    /// Offset in the core's first sector of the next sector's number, and of the number of sectors.
     const REST: usize = SECTOR - 12;
     let mut record: [u8; RECORD] = boot.get(..RECORD)?.try_into().ok()?;
     record.get_mut(CORE..CORE + 8)?.copy_from_slice(&CORE_SECTOR.to_le_bytes());
@@ -111,34 +112,35 @@ fn placed(boot: &[u8], core: &mut [u8]) -> Option<[u8; RECORD]> {
     Some(record)
 }
 
-/// GRUB's files on the EFI partition, for a disk with this image (`ID_VERSION`).
+/// Returns GRUB's files in the ESP, for a disk with this image (`ID_VERSION`).
 ///
 /// # Errors
-/// The name is too long.
+/// If the name is too long.
 pub fn files(image: &str) -> Result<[(String, Vec<u8>); 2]> {
     let block = Block { good: image.to_owned(), ..Block::default() };
     let block = block.render().map_err(|e| Error::Failed(e.to_string()))?;
     Ok([("grub/grub.cfg".to_owned(), CONFIG.into()), (fleet::grubenv::BLOCK.to_owned(), block)])
 }
 
-/// What GRUB executes in a UKI, which is its disk `uki`: kernel and initrd are at these bytes of it.
-/// The ticket goes where systemd's EFI stub would put it.
+/// Returns the script of a UKI, which GRUB has opened as the disk `uki`. Kernel and initrd are at these bytes of the
+/// UKI. The script passes the ticket in the path where systemd's EFI stub would put it.
 ///
 /// # Errors
-/// A word for the kernel that GRUB would hand on as another one.
+/// If GRUB would change an option of the kernel.
 pub fn script(cmdline: &str, kernel: &Range<usize>, initrd: &Range<usize>) -> Result<String> {
     if let Some(word) = cmdline.split_whitespace().find(|word| word.contains(['\'', '"', '\\'])) {
         return fail(format!(
-            "`cmdline` of a profile: {word}: GRUB, by which a legacy BIOS starts the image, can't hand on quotes and \
-             backslashes; leave them out"
+            "`cmdline` of a profile: {word}: GRUB, which starts the image on a legacy BIOS, cannot pass quotes and \
+             backslashes; remove them"
         ));
     }
     let blocks = |range: &Range<usize>| format!("(uki){}+{}", range.start / SECTOR, range.len().div_ceil(SECTOR));
-    let words: String = cmdline.split_whitespace().map(|word| format!(" '{word}'")).collect();
+    let options: String = cmdline.split_whitespace().map(|word| format!(" '{word}'")).collect();
     Ok(format!(
         "set ticket=/loader/credentials/{name}.cred\n\
-         if [ -f \"$ticket\" ]; then set ticket=\"newc:.extra/global_credentials/{name}.cred:$ticket\"; else set ticket=; fi\n\
-         linux {kernel}{words}\n\
+         if [ -f \"$ticket\" ]; then set ticket=\"newc:.extra/global_credentials/{name}.cred:$ticket\"; \
+         else set ticket=; fi\n\
+         linux {kernel}{options}\n\
          initrd {initrd} $ticket\n",
         name = fleet::Ticket::CREDENTIAL,
         kernel = blocks(kernel),
@@ -146,12 +148,12 @@ pub fn script(cmdline: &str, kernel: &Range<usize>, initrd: &Range<usize>) -> Re
     ))
 }
 
-const TEXT: &str = "\r\nbakehouse: this disk needs UEFI firmware. This machine started it by its legacy BIOS: switch its \
-                    settings to UEFI (often called CSM or legacy boot, off).\r\n\0";
-/// Where a BIOS loads the record.
+const TEXT: &str = "\r\nbakehouse: this disk needs UEFI firmware, but this machine started it by its\r\n\
+                    legacy BIOS. Enable UEFI boot and disable CSM in the firmware settings.\r\n\0";
+/// Address to which a BIOS loads the record.
 const ORIGIN: u16 = 0x7c00;
 
-/// Prints the text, letter by letter, and waits for ever.
+/// Returns a boot record that prints an error and halts.
 #[must_use]
 pub fn refusal() -> BootSector {
     const LENGTH: usize = 25;
@@ -164,7 +166,7 @@ pub fn refusal() -> BootSector {
         0xac, // next: lodsb
         0x08, 0xc0, // or al, al
         0x74, 0x09, // jz stop
-        0xb4, 0x0e, // mov ah, 0eh: write a letter
+        0xb4, 0x0e, // mov ah, 0eh: print a character
         0xbb, 0x07, 0x00, // mov bx, 7: page, colour
         0xcd, 0x10, // int 10h
         0xeb, 0xf2, // jmp next
@@ -182,14 +184,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lines_name_whole_sectors() {
+    fn script_names_whole_sectors() {
         let script = script("roothash=12 console=tty0", &(0x4_1000..0x4_1201), &(0x8_0000..0x8_0400)).unwrap();
         assert!(script.contains("linux (uki)520+2 'roothash=12' 'console=tty0'\n"), "{script}");
         assert!(script.contains("initrd (uki)1024+2 $ticket\n"), "{script}");
     }
 
     #[test]
-    fn what_grub_would_change_is_refused() {
+    fn rejects_options_that_grub_changes() {
         for word in ["dyndbg=\"file x +p\"", "a='b'", "a\\b"] {
             let e = script(&format!("roothash=12 {word}"), &(0..1), &(0..1)).unwrap_err().to_string();
             assert!(e.contains("`cmdline` of a profile"), "{e}");
@@ -197,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn grub_executes_what_an_image_brings() {
+    fn config_sources_the_script_of_an_image() {
         let place = format!("source (uki){}+{}\n", SCRIPT.start / SECTOR, SCRIPT.len() / SECTOR);
         assert!(CONFIG.contains(&place), "{place}");
         for left in 0..=fleet::grubenv::TRIES {
@@ -206,11 +208,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_grub_is_refused() {
-        assert!(placed(&[0; 10], &mut [0; 1024]).is_none());
-        assert!(placed(&[0; 512], &mut []).is_none());
+    fn rejects_invalid_grub() {
+        assert!(install(&[0; 10], &mut [0; 1024]).is_none());
+        assert!(install(&[0; 512], &mut []).is_none());
         let mut core = [0; 1024];
-        let record = placed(&[0; 512], &mut core).unwrap();
+        let record = install(&[0; 512], &mut core).unwrap();
         assert_eq!((record[0x5c], core[500], core[508]), (34, 35, 1));
     }
 }

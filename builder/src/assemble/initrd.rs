@@ -1,4 +1,4 @@
-//! The initrd, composed from the image's own files by `profiles/initrd.toml`.
+//! Composes the initrd from files of the image, as `profiles/initrd.toml` describes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -33,37 +33,37 @@ struct InitrdRecipe {
     symlinks: BTreeMap<String, String>,
 }
 
-/// Digest of this step's own code.
+/// Digest of this step's code.
 const CODE: &str = env!("CODE_INITRD");
 
 const LIBRARY_DIRS: [&str; 3] = ["usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib/x86_64-linux-gnu/systemd"];
 const UNIT_DIR: &str = "usr/lib/systemd/system";
 
-/// What an initrd is made by.
+/// Contents of an initrd.
 pub struct InitrdSpec<'a> {
-    /// Recipes: path, and content. Later ones add to earlier ones.
+    /// Recipes: path and content. A later recipe adds to the earlier ones.
     pub recipes: Vec<(&'static str, &'a [u8])>,
-    /// Programs that are not the image's: path, and content.
+    /// Programs that are not part of the image: path and content.
     pub programs: Vec<(&'static str, Vec<u8>)>,
-    /// Other files that are not the image's: path, and content.
+    /// Other files that are not part of the image: path and content.
     pub files: Vec<(&'static str, Vec<u8>)>,
 }
 
-/// What an initrd is made from.
+/// The tree and the tools for an initrd.
 pub struct Source<'a> {
     pub tree: &'a Tree,
     /// The layer of the tree.
     pub layer: &'a Layer,
-    /// `uname -r` of its kernel.
+    /// Version of the tree's kernel, as `uname -r` prints it.
     pub kernel: &'a str,
     pub tools: &'a Tools,
 }
 
 impl InitrdSpec<'_> {
-    /// The initrd, compressed; from the store if it is there.
+    /// Returns the compressed initrd, from the store if the store has it.
     ///
     /// # Errors
-    /// A recipe is wrong, or names what the image does not have; zstd fails.
+    /// If a recipe is invalid or names a file that the image does not have, or zstd fails.
     pub fn build(&self, source: &Source, store: &Store, progress: &Progress, scratch: &Path) -> Result<Vec<u8>> {
         let mut key = Key::new(CODE);
         key.add("layer", &source.layer.key).add("tools", &source.tools.key);
@@ -80,7 +80,7 @@ impl InitrdSpec<'_> {
         let step = progress.step("initrd", "composing");
         let (cpio, compressed) = (scratch.join("initrd"), scratch.join("initrd.zst"));
         fs::write(&cpio, compose(source.tree, source.kernel, self)?).map_err(Error::io("write", &cpio))?;
-        // One thread: the bytes must not depend on the machine.
+        // zstd's output depends on the number of threads.
         let mut zstd = source.tools.command("usr/bin/zstd");
         zstd.args(["-q", "-9", "--single-thread", "-o"]).arg(&compressed).arg(&cpio);
         run(&mut zstd, "zstd")?;
@@ -91,13 +91,13 @@ impl InitrdSpec<'_> {
     }
 }
 
-/// The initrd as a cpio, not compressed.
+/// Returns the initrd as an uncompressed cpio.
 ///
 /// # Errors
-/// A recipe is wrong, or names what the image does not have.
-fn compose(tree: &Tree, kernel: &str, order: &InitrdSpec) -> Result<Vec<u8>> {
+/// If a recipe is invalid or names a file that the image does not have.
+fn compose(tree: &Tree, kernel: &str, spec: &InitrdSpec) -> Result<Vec<u8>> {
     let mut recipe = InitrdRecipe::default();
-    for (path, text) in &order.recipes {
+    for (path, text) in &spec.recipes {
         let text = String::from_utf8_lossy(text);
         let more: InitrdRecipe =
             toml::from_str(&text).map_err(|e| Error::Failed(format!("{path}: {}", e.message())))?;
@@ -126,14 +126,14 @@ fn compose(tree: &Tree, kernel: &str, order: &InitrdSpec) -> Result<Vec<u8>> {
     for (path, text) in &recipe.write {
         initrd.put(path, File::regular(0o644, text.trim_start_matches('\n').as_bytes().to_vec()));
     }
-    for (path, content) in &order.programs {
+    for (path, content) in &spec.programs {
         let needs = elf::needs(content);
         initrd.put(path, File::regular(0o755, content.clone()));
         if let Some(needs) = needs {
             initrd.libraries(path, &needs)?;
         }
     }
-    for (path, content) in &order.files {
+    for (path, content) in &spec.files {
         initrd.put(path, File::regular(0o644, content.clone()));
     }
     for (path, target) in &recipe.symlinks {
@@ -145,7 +145,7 @@ fn compose(tree: &Tree, kernel: &str, order: &InitrdSpec) -> Result<Vec<u8>> {
     // Every account is locked.
     initrd.put("etc/shadow", File::regular(0o600, b"root:!*:20000::::::\n".to_vec()));
     if !initrd.missing.is_empty() {
-        let recipes: Vec<&str> = order.recipes.iter().map(|(path, _)| *path).collect();
+        let recipes: Vec<&str> = spec.recipes.iter().map(|(path, _)| *path).collect();
         return fail(format!("{}: the image does not have {}", recipes.join(" and "), initrd.missing.join(", ")));
     }
     Ok(cpio(&initrd.files))
@@ -185,7 +185,7 @@ impl Initrd<'_> {
         self.files.insert(path.to_owned(), file);
     }
 
-    /// A file with all it needs, a folder with all below it, a link with its target.
+    /// Adds a file with its libraries, a folder with all files below it, or a link with its target.
     fn add(&mut self, path: &str) -> Result<()> {
         let mut links = Vec::new();
         let real = self.tree.resolve(path, &mut |link, target| links.push((link.to_owned(), target.to_owned())));
@@ -200,7 +200,7 @@ impl Initrd<'_> {
         match &entry.node {
             Node::Dir => {
                 self.files.entry(real.clone()).or_insert_with(File::dir);
-                // A link to a folder (`bin`) brings the link; a folder asked for brings its files.
+                // A link to a folder (`bin`) adds only the link. The folder itself adds its files.
                 if real == path {
                     let below: Vec<String> = self.tree.below(&real).map(|(p, _)| p.to_owned()).collect();
                     for path in below.iter().filter(|p| !matches!(self.tree.get(p).map(|e| &e.node), Some(Node::Dir))) {
@@ -249,7 +249,7 @@ impl Initrd<'_> {
             .find(|path| self.tree.get(path).is_some())
     }
 
-    /// Modules, what they depend on, and the indexes.
+    /// Adds modules, their dependencies, and the indexes.
     fn modules(&mut self, kernel: &str, wanted: &[String]) -> Result<()> {
         let dir = format!("usr/lib/modules/{kernel}");
         let name = |path: &str| {
@@ -277,7 +277,7 @@ impl Initrd<'_> {
             if !seen.insert(module.clone()) {
                 continue;
             }
-            // Neither a file nor known: it is built in, or this kernel has it not.
+            // A module without an entry is built into the kernel, or this kernel does not have it.
             for path in depends.get(&module).into_iter().flatten() {
                 todo.push(name(path));
                 self.add(&format!("{dir}/{path}"))?;

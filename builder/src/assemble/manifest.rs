@@ -25,21 +25,21 @@ pub struct Manifest<'a> {
     pub lock: &'a str,
     pub kernel: &'a str,
     pub roothash: &'a str,
-    /// Bytes.
+    /// In bytes.
     pub sizes: Sizes,
     /// sha256 of the agent.
     pub agent: &'a str,
     pub packages: Vec<Value>,
-    /// Files laid over the packages': path → sha256 (of a link's target, for a link).
+    /// Baked files: path → sha256 of the content, or of a link's target.
     pub files: BTreeMap<&'a str, String>,
     /// Addresses of the group's slots.
     pub nodes: BTreeMap<&'a str, Ipv4Addr>,
-    /// Format of what the agent keeps on a node.
+    /// Format of the agent's state on a node.
     pub state: u16,
     pub mesh: String,
-    /// Names of what converts a node's data.
+    /// Names of the migrations, which convert a node's data.
     pub migrations: Vec<&'a str>,
-    /// Where the database came from, if not made empty: `[backup] restore`.
+    /// Source of the database, if it is restored from a backup: `[backup] restore`.
     pub restore: Option<&'a str>,
 }
 
@@ -49,11 +49,11 @@ pub struct Sizes {
     pub root_slot: u64,
     pub root: u64,
     pub uki: u64,
-    /// All files of the tree, unpacked.
+    /// Size of all files of the tree.
     pub tree: u64,
 }
 
-/// Packages as the manifest lists them.
+/// Returns the packages in the form of the manifest.
 #[must_use]
 pub fn package_list(packages: &[&Package]) -> Vec<Value> {
     packages

@@ -1,4 +1,4 @@
-//! From a layer and the baked files to the parts of a disk: initrd, root, UKI, boot loaders, partitions, manifest.
+//! Assembles a disk from a layer and the baked files: initrd, root, UKI, boot loaders, partitions, manifest.
 
 pub(crate) mod disk;
 pub(crate) mod grub;

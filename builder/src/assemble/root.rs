@@ -1,4 +1,5 @@
-//! The root file system: the packages' erofs, made once per set of packages, with the baked files appended.
+//! Creates the root file system: the packages' erofs with the baked files appended. The builder creates the packages'
+//! erofs once for each set of packages.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -14,32 +15,32 @@ use crate::toolchain::Tools;
 use crate::util::digest::Key;
 use crate::util::process::run;
 
-/// What roots are made from.
+/// Inputs of a root file system.
 pub struct Erofs<'a> {
     pub layer: &'a Layer,
     pub tools: &'a Tools,
-    /// Time of every file, seconds since 1970.
+    /// Modification time of every file, in seconds since 1970.
     pub epoch: u64,
     pub store: &'a Store,
     pub progress: &'a Progress,
 }
 
-/// A root file system, and what its blocks are verified by.
+/// A root file system and its dm-verity data.
 pub struct Root {
     pub path: PathBuf,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Its hash tree.
+    /// The hash tree.
     pub verity: Vec<u8>,
-    /// The root hash.
+    /// The root hash, in hex.
     pub hash: String,
 }
 
 impl Erofs<'_> {
-    /// The packages' erofs from the store, and the baked files appended to a copy.
+    /// Appends the baked files to a copy of the packages' erofs.
     ///
     /// # Errors
-    /// mkfs.erofs fails; the disk is full.
+    /// If mkfs.erofs fails, or a file cannot be read or written.
     pub fn root(&self, baked_tar: &Path, scratch: &Path) -> Result<Root> {
         let base = self.packages()?;
         let path = scratch.join("root.erofs");
@@ -52,10 +53,10 @@ impl Erofs<'_> {
         Ok(Root { path, size, verity, hash })
     }
 
-    /// The packages alone, from the store.
+    /// Returns the folder of the packages' erofs. Creates it if the store does not have it.
     ///
     /// # Errors
-    /// mkfs.erofs fails; the disk is full.
+    /// If mkfs.erofs fails, or a file cannot be read or written.
     pub fn packages(&self) -> Result<PathBuf> {
         let key = Key::new(env!("CODE_EROFS"))
             .add("layer", &self.layer.key)
@@ -78,7 +79,7 @@ impl Erofs<'_> {
         Ok(put)
     }
 
-    /// lz4: the fastest to make and to read. Appending repeats every option.
+    /// lz4 compresses and decompresses fastest. Appending needs the same options as creating.
     fn mkfs(&self) -> Command {
         let mut command = self.tools.command("usr/bin/mkfs.erofs");
         command.args([
@@ -94,7 +95,7 @@ impl Erofs<'_> {
     }
 }
 
-/// Verity leaves of a file of which most blocks are those of `base`.
+/// Returns the verity leaves of a file. Reuses the `known` leaves of blocks that are the same in `base`.
 fn leaves_of(path: &Path, base: &Path, known: &[u8]) -> std::io::Result<Vec<u8>> {
     const CHUNK: usize = 4 << 20;
     let (mut file, mut base) = (File::open(path)?, File::open(base)?);

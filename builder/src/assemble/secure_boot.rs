@@ -1,5 +1,5 @@
-//! Secure Boot: programs for firmware are signed with the fleet's own key, and the ESP has what
-//! firmware in setup mode enrols that key with.
+//! Secure Boot: signs UEFI programs with the fleet's key, and creates the signed variables from which systemd-boot
+//! enrols that key in setup mode.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,24 +20,25 @@ use crate::util::process::run;
 
 const GLOBAL: Uuid = uuid!("8be4df61-93ca-11d2-aa0d-00e098032b8c");
 const IMAGE_SECURITY: Uuid = uuid!("d719b2cb-3d3a-4596-a3bc-dad00e67656f");
-/// The fleet's key for programs of firmware.
+
+/// The fleet's key and certificate for Secure Boot.
 pub struct Signer {
     key: PathBuf,
     certificate: PathBuf,
 }
 
 impl Signer {
-    /// That of `[secure_boot]`.
+    /// Returns the signer of `[secure_boot]`.
     #[must_use]
     pub fn of(project: &Project) -> Option<Self> {
         let given = project.fleet.secure_boot.as_ref()?;
         Some(Self { key: project.dir.join(&given.key), certificate: project.dir.join(&given.certificate) })
     }
 
-    /// Makes a key and a certificate that signs itself, unless they are there; says whether it did.
+    /// Creates a key and a self-signed certificate, unless they exist. Returns whether it created them.
     ///
     /// # Errors
-    /// openssl fails; the folder can't be written.
+    /// If openssl fails, or a file cannot be written.
     pub fn init(&self, fleet: &str) -> Result<bool> {
         if self.key.exists() && self.certificate.exists() {
             return Ok(false);
@@ -49,7 +50,7 @@ impl Signer {
         let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
         let (key, certificate) = (dir.path().join("key"), dir.path().join("certificate"));
         let mut make = Command::new("openssl");
-        // RSA, 2048: what firmware has to know. It has no clock that it trusts, and asks for no end.
+        // All UEFI firmware supports RSA 2048. Firmware does not check the expiry, because its clock is not reliable.
         make.args(["req", "-x509", "-newkey", "rsa:2048", "-sha256", "-nodes", "-days", "36500"]);
         make.args(["-subj", &format!("/CN={fleet} Secure Boot"), "-keyout"]).arg(&key).arg("-out").arg(&certificate);
         run(&mut make, "openssl (apt install openssl)")?;
@@ -59,21 +60,21 @@ impl Signer {
         Ok(true)
     }
 
-    /// The file that holds the key.
+    /// Returns the path of the key.
     #[must_use]
     pub fn key(&self) -> &Path {
         &self.key
     }
 
-    /// What images of this key differ by from those of another.
+    /// Returns the digest of the certificate, to detect a changed key.
     ///
     /// # Errors
-    /// The certificate can't be read.
+    /// If the certificate cannot be read.
     pub fn id(&self) -> Result<String> {
         Ok(sha256(&self.certificate()?))
     }
 
-    /// The certificate, DER.
+    /// Returns the certificate in DER.
     fn certificate(&self) -> Result<Vec<u8>> {
         let path = &self.certificate;
         let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
@@ -81,13 +82,13 @@ impl Signer {
         let base64 = body.map(|(body, _)| body.split_whitespace().collect::<String>());
         base64
             .and_then(|b| BASE64.decode(b).ok())
-            .ok_or_else(|| Error::Failed(format!("{} is no certificate in PEM's form", path.display())))
+            .ok_or_else(|| Error::Failed(format!("{} is not a PEM certificate", path.display())))
     }
 
-    /// The program, signed. The same program and key give the same bytes.
+    /// Signs a program. The same program and key give the same bytes.
     ///
     /// # Errors
-    /// The key can't be read, or is not the certificate's.
+    /// If the key cannot be read, or does not match the certificate.
     pub fn sign(&self, tools: &Tools, program: &[u8], epoch: u64) -> Result<Vec<u8>> {
         let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
         let (from, to) = (dir.path().join("program"), dir.path().join("signed"));
@@ -96,29 +97,30 @@ impl Signer {
         let option = |name: &str, path: &Path| format!("--{name}={}", path.display());
         sign.arg("sign").arg(option("certificate", &self.certificate)).arg(option("private-key", &self.key));
         sign.arg(option("output", &to)).arg(&from);
-        // It writes down when it signs, and can't be told: the packages' time.
+        // systemd-sbsign writes the current time into the signature, and has no option for another time.
         sign.env("LD_PRELOAD", tools.file("usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"));
         sign.env("FAKETIME_FMT", "%s").env("FAKETIME", epoch.to_string());
         run(&mut sign, "systemd-sbsign")?;
         fs::read(&to).map_err(Error::io("read", &to))
     }
 
-    /// Files of the ESP from which systemd-boot enrols the key, where firmware has none: it is
-    /// its owner's, and may sign programs.
+    /// Returns the files of the ESP from which systemd-boot enrols the key as PK, KEK and db.
     ///
     /// # Errors
-    /// As of [`Self::sign`].
+    /// As [`Self::sign`].
     pub fn enrolment(&self, tools: &Tools) -> Result<BTreeMap<String, Vec<u8>>> {
         let list = signature_list(&self.certificate()?);
         let file = |(name, vendor): (&str, Uuid)| {
             let signature = self.signature(tools, &signed_part(name, vendor, &list))?;
-            let Some(signature) = signed_data(&signature) else { return fail("openssl made no PKCS #7 signature") };
+            let Some(signature) = signed_data(&signature) else {
+                return fail("openssl did not return a PKCS #7 signature");
+            };
             Ok((format!("loader/keys/auto/{name}.auth"), authenticated(signature, &list)))
         };
         [("PK", GLOBAL), ("KEK", GLOBAL), ("db", IMAGE_SECURITY)].into_iter().map(file).collect()
     }
 
-    /// PKCS #7, detached, of nothing but the content: the same content gives the same bytes.
+    /// Returns a detached PKCS #7 signature without attributes, so that the same content gives the same bytes.
     fn signature(&self, tools: &Tools, content: &[u8]) -> Result<Vec<u8>> {
         let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
         let (from, to) = (dir.path().join("content"), dir.path().join("signature"));
@@ -137,7 +139,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
-    fn a_key_is_made_once_and_is_nobody_elses() {
+    fn init_creates_one_private_key() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join("secure-boot").join(name);
         let signer = Signer { key: at("db.key"), certificate: at("db.crt") };
@@ -147,6 +149,6 @@ mod tests {
         assert_eq!(signer.id().unwrap(), id);
         assert_eq!(fs::metadata(signer.key()).unwrap().permissions().mode() & 0o777, 0o600);
         fs::write(at("db.crt"), "nothing").unwrap();
-        assert!(signer.id().unwrap_err().to_string().contains("no certificate"));
+        assert!(signer.id().unwrap_err().to_string().contains("is not a PEM certificate"));
     }
 }

@@ -1,4 +1,4 @@
-//! The packages of an image as an [SPDX 2.3](https://spdx.github.io/spdx-spec/v2.3/) document.
+//! Lists the packages of an image as an [SPDX 2.3](https://spdx.github.io/spdx-spec/v2.3/) document.
 
 use serde_json::json;
 
@@ -8,10 +8,10 @@ use crate::util::digest::Key;
 use crate::util::json::pretty_json;
 use crate::util::time::rfc3339;
 
-/// An SPDX 2.3 document.
+/// Returns the document.
 ///
 /// # Errors
-/// Never in practice: the values are plain.
+/// If the document cannot be serialised; does not happen with these values.
 pub fn spdx(id: &str, version: &str, epoch: u64, packages: &[&Package]) -> Result<Vec<u8>> {
     let mut key = Key::new("spdx");
     key.add("id", id).add("version", version);
@@ -39,9 +39,12 @@ pub fn spdx(id: &str, version: &str, epoch: u64, packages: &[&Package]) -> Resul
         }));
     }
     pretty_json(&json!({
-        "spdxVersion": "SPDX-2.3", "dataLicense": "CC0-1.0", "SPDXID": "SPDXRef-DOCUMENT", "name": format!("{id}_{version}"),
+        "spdxVersion": "SPDX-2.3", "dataLicense": "CC0-1.0", "SPDXID": "SPDXRef-DOCUMENT",
+        "name": format!("{id}_{version}"),
         "documentNamespace": format!("urn:bakehouse:{}", key.finish()),
-        "creationInfo": { "created": rfc3339(epoch), "creators": [format!("Tool: bakehouse-{}", env!("CARGO_PKG_VERSION"))] },
+        "creationInfo": {
+            "created": rfc3339(epoch), "creators": [format!("Tool: bakehouse-{}", env!("CARGO_PKG_VERSION"))],
+        },
         "packages": list, "relationships": relations,
     }))
 }

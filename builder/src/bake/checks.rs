@@ -1,5 +1,5 @@
-//! Every configuration is handed to the daemon that will read it, inside the image's own
-//! tree: what is the same on all nodes once, what is rendered on the node for every slot.
+//! Validates every configuration with the daemon that reads it, inside the image's tree. A file that is the same on all
+//! nodes is validated once, and a file that the node renders once for each slot.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,27 +26,26 @@ use crate::util::fs::write_atomic;
 /// Name of the sandbox's task.
 pub const TASK: &str = "check";
 
-/// What the sandbox is to check.
+/// The task's input.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Job {
     tree: ImageTree,
-    /// The mesh's addresses: all of them are this machine's in the sandbox, so that daemons
-    /// can listen where they will.
+    /// Subnet of the mesh. All its addresses are local in the sandbox, so that daemons can bind to them.
     mesh: String,
     cases: Vec<Case>,
 }
 
-/// One command, with the files of one node.
+/// A command, with the files of a node.
 #[derive(Debug, Serialize, Deserialize)]
 struct Case {
     files: Vec<(String, String)>,
     command: Vec<String>,
 }
 
-/// Asks every daemon whose answer is not known yet; returns how many were asked.
+/// Validates every configuration that no earlier build has validated. Returns their number.
 ///
 /// # Errors
-/// A daemon says no: its words, with the template and its line.
+/// If a daemon rejects its configuration. The error has the daemon's output, with the template and its line.
 pub fn check(
     project: &Project,
     recipe: &ImageSpec,
@@ -57,13 +56,13 @@ pub fn check(
     progress: &Progress,
 ) -> Result<usize> {
     let mut open = Vec::new();
-    // Real certificates of an authority that is thrown away: daemons look into them.
+    // Daemons parse the certificates, so they need real ones. The fleet key that signs them is discarded.
     let authority = FleetKey::create(&project.topology.name)?;
     let nodes: Vec<&fleet::Node> = project.topology.nodes.iter().filter(|n| n.group == recipe.group).collect();
     for check in &baked.checks {
         let per_node = check.check.of.iter().any(|f| f.starts_with("run/"));
         for node in nodes.iter().take(if per_node { nodes.len() } else { 1 }) {
-            // Known answers are found by what does not change from build to build.
+            // The key depends on a fixed sample, because the certificates differ from build to build.
             let sample = Membership::sample();
             let files = render(project, baked, node, &sample)?;
             let key = key(layer, check, baked, &files);
@@ -88,31 +87,31 @@ pub fn check(
             .collect(),
     };
     let files = job.tree.host_files();
-    let said: Result<Vec<CommandOutput>> = sandbox::run(TASK, &job, &files, &work, &Limits::for_folder(&work));
+    let outputs: Result<Vec<CommandOutput>> = sandbox::run(TASK, &job, &files, &work, &Limits::for_folder(&work));
     let _ = fs::remove_dir_all(&work);
-    let mut wrong = Vec::new();
-    for ((check, node, key, _), said) in open.iter().zip(said?) {
-        if said.ok {
+    let mut errors = Vec::new();
+    for ((check, node, key, _), output) in open.iter().zip(outputs?) {
+        if output.ok {
             write_atomic(&store.path(Kind::Check, key), b"")?;
         } else {
-            wrong.push(diagnose(project, check, node, baked, &said.text));
+            errors.push(diagnose(project, check, node, baked, &output.text));
         }
     }
-    if !wrong.is_empty() {
-        return Err(Error::Config(Diagnostics(wrong)));
+    if !errors.is_empty() {
+        return Err(Error::Config(Diagnostics(errors)));
     }
     step.done(&format!("{}: {} configurations accepted", recipe.group, open.len()));
     Ok(open.len())
 }
 
-/// The sandbox's part: the tree once, the cases side by side.
+/// Runs in the sandbox: unpacks the tree once, and runs all cases in parallel.
 pub fn work(job: &Job, files: &Files) -> Result<Vec<CommandOutput>, String> {
-    job.tree.with(files, |_, runner| Ok(ask(job, runner)))
+    job.tree.with(files, |_, runner| Ok(run_cases(job, runner)))
 }
 
-fn ask(job: &Job, runner: &Runner) -> Vec<CommandOutput> {
+fn run_cases(job: &Job, runner: &Runner) -> Vec<CommandOutput> {
     let next = AtomicUsize::new(0);
-    let answers = Mutex::new(BTreeMap::new());
+    let outputs = Mutex::new(BTreeMap::new());
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
             scope.spawn(|| {
@@ -121,7 +120,7 @@ fn ask(job: &Job, runner: &Runner) -> Vec<CommandOutput> {
                     let Some(case) = job.cases.get(i) else { break };
                     let network = [
                         "ip link set lo up",
-                        // Of a kind that every kernel has; only its name is looked at.
+                        // Daemons look for the interface by name. A bridge needs no module that the host may lack.
                         "ip link add mesh0 type bridge",
                         &format!("ip route add local {} dev lo", job.mesh),
                     ]
@@ -129,19 +128,19 @@ fn ask(job: &Job, runner: &Runner) -> Vec<CommandOutput> {
                     let commands = network.into_iter().chain([case.command.clone()]).collect();
                     let commands =
                         Commands { commands, stand_ins: Vec::new(), files: case.files.clone(), own_network: true };
-                    let answer = match runner.run(commands) {
+                    let output = match runner.run(commands) {
                         Ok(()) => CommandOutput { ok: true, text: String::new() },
                         Err(text) => CommandOutput { ok: false, text },
                     };
-                    answers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(i, answer);
+                    outputs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(i, output);
                 }
             });
         }
     });
-    answers.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_values().collect()
+    outputs.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_values().collect()
 }
 
-/// Every file the agent renders on the node: path and text.
+/// Returns every file that the agent renders on the node: path and text.
 fn render(project: &Project, baked: &Baked, node: &fleet::Node, member: &Membership) -> Result<Vec<(String, String)>> {
     let context = project.context(node, member);
     let web = format!("{}{}", member.tls.cert, member.tls.key);
@@ -149,7 +148,7 @@ fn render(project: &Project, baked: &Baked, node: &fleet::Node, member: &Members
     baked.templates.iter().map(|(path, t)| Ok((path.clone(), fleet::render(&t.origin, &t.text, &context)?))).collect()
 }
 
-/// An answer holds as long as the daemon, the command, the files it reads and the code that asks are the same.
+/// Returns the key of a result. It covers the daemon, the command, the files that it reads, and this code.
 fn key(layer: &Layer, check: &OverlayCheck, baked: &Baked, files: &[(String, String)]) -> String {
     let mut key = Key::new(env!("CODE_CHECK"));
     key.add("layer", &layer.key);
@@ -163,16 +162,16 @@ fn key(layer: &Layer, check: &OverlayCheck, baked: &Baked, files: &[(String, Str
     key.finish()
 }
 
-fn diagnose(project: &Project, check: &OverlayCheck, node: &fleet::Node, baked: &Baked, words: &str) -> Diagnostic {
-    // A folder stands for the files that are baked into it.
+fn diagnose(project: &Project, check: &OverlayCheck, node: &fleet::Node, baked: &Baked, output: &str) -> Diagnostic {
+    // A folder stands for its baked files.
     let in_folder = |of: &str| {
         let files = baked.entries.keys().filter(|p| p.starts_with(of));
         files.cloned().collect::<Vec<_>>()
     };
     let candidates =
         check.check.of.iter().flat_map(|of| if of.ends_with('/') { in_folder(of) } else { vec![of.clone()] });
-    let spoken_of = candidates.into_iter().find_map(|path| Some((line_in(words, &path)?, path)));
-    let (line, path) = spoken_of.unwrap_or_else(|| (0, check.check.of.first().cloned().unwrap_or_default()));
+    let mentioned = candidates.into_iter().find_map(|path| Some((line_in(output, &path)?, path)));
+    let (line, path) = mentioned.unwrap_or_else(|| (0, check.check.of.first().cloned().unwrap_or_default()));
     let path = path.as_str();
     let file = match baked.templates.get(path) {
         Some(template) => {
@@ -185,20 +184,20 @@ fn diagnose(project: &Project, check: &OverlayCheck, node: &fleet::Node, baked: 
             }
         }
         None => match baked.entries.get(path) {
-            // A rendered file's lines are not its template's.
+            // The line numbers of a rendered file differ from its template's.
             Some(entry) if line > 0 && !entry.origin.ends_with(".j2") => format!("{}:{line}", entry.origin),
             Some(entry) => entry.origin.clone(),
             None => format!("overlays/{}", check.overlay),
         },
     };
     let program = check.check.command.first().map_or("", String::as_str);
-    let message = format!("{program} does not accept what {} would get:\n{}", node.name, words.trim_end());
+    let message = format!("{program} rejects the configuration of {}:\n{}", node.name, output.trim_end());
     Diagnostic::whole_file(Severity::Error, &file, message, None)
 }
 
-/// The line of `path` that a daemon's words are about: `path:14`, `path: Line 14`.
-fn line_in(words: &str, path: &str) -> Option<usize> {
-    let after = &words[words.find(path)? + path.len()..];
+/// Returns the line of `path` that a daemon's output names: `path:14`, `path: Line 14`.
+fn line_in(output: &str, path: &str) -> Option<usize> {
+    let after = &output[output.find(path)? + path.len()..];
     let digits_at = |text: &str| {
         let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
         digits.parse().ok()
@@ -213,13 +212,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_in_each_daemons_words() {
-        for words in [
+    fn finds_line_in_output_of_each_daemon() {
+        for output in [
             "[ALERT] (7) : config : parsing [/run/haproxy/haproxy.cfg:14] : unknown keyword 'frob'",
             "/run/haproxy/haproxy.cfg:14:3-7 Error: syntax error",
             "(/run/haproxy/haproxy.cfg: Line 14) Unknown keyword 'frob'",
         ] {
-            assert_eq!(line_in(words, "run/haproxy/haproxy.cfg"), Some(14), "{words}");
+            assert_eq!(line_in(output, "run/haproxy/haproxy.cfg"), Some(14), "{output}");
         }
         assert_eq!(line_in("nothing about it", "run/x"), None);
     }

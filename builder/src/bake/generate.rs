@@ -1,5 +1,5 @@
-//! Files that a program of the image itself makes when the image is built: what would take long on
-//! a node, and is the same on every one. Each is made once, and kept in the store.
+//! Generates files with the image's own programs during the build, because generating them on each node would take
+//! long. They are the same on every node. The store keeps each file.
 
 use std::fs::{self, File};
 use std::io;
@@ -21,20 +21,20 @@ use crate::util::fs::write_atomic;
 /// Name of the sandbox's task.
 pub const TASK: &str = "generate";
 
-/// What the sandbox is to make.
+/// The task's input.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Job {
     tree: ImageTree,
     command: Vec<String>,
-    /// Where it is in the tree then.
+    /// Path of the generated file in the tree.
     file: String,
 }
 
-/// Makes every file that the image's overlays want made.
+/// Generates every file that a `[[make]]` table of the image's overlays describes.
 ///
 /// # Errors
-/// A program fails: its words.
-pub fn make(
+/// If a program fails. The error has its output.
+pub fn generate(
     recipe: &ImageSpec,
     layer: &Layer,
     baked: &Baked,
@@ -51,7 +51,7 @@ pub fn make(
         }
         baked.add_to(&mut key, &wanted.make.of);
         let key = key.finish();
-        // Groups with the same packages wait for the first to make it.
+        // Groups with the same packages wait for the first one to generate the file.
         let _guard = store.lock(Kind::GeneratedFile, &key)?;
         let path = store.path(Kind::GeneratedFile, &key);
         if store.get(Kind::GeneratedFile, &key).is_none() {
@@ -66,12 +66,12 @@ pub fn make(
             };
             let mut files = job.tree.host_files();
             files.push(HostFile::Create(out.clone()));
-            let made: Result<()> = sandbox::run(TASK, &job, &files, &work, &Limits::for_folder(&work));
+            let generated: Result<()> = sandbox::run(TASK, &job, &files, &work, &Limits::for_folder(&work));
             let _ = fs::remove_dir_all(&work);
-            let bytes = made.and_then(|()| fs::read(&out).map_err(Error::io("read", &out)));
+            let bytes = generated.and_then(|()| fs::read(&out).map_err(Error::io("read", &out)));
             let _ = fs::remove_file(&out);
-            let words = |e| Error::Failed(format!("overlays/{}: /{}: {e}", wanted.overlay, wanted.make.file));
-            let bytes = bytes.map_err(words)?;
+            let context = |e| Error::Failed(format!("overlays/{}: /{}: {e}", wanted.overlay, wanted.make.file));
+            let bytes = bytes.map_err(context)?;
             write_atomic(&path, &bytes)?;
             step.done(&format!("{}: {} ({:.1} MB)", recipe.group, wanted.make.file, bytes.len() as f64 / 1e6));
         }
@@ -81,19 +81,19 @@ pub fn make(
     Ok(all)
 }
 
-/// The sandbox's part.
+/// Runs in the sandbox: runs the command, and copies the file out.
 pub fn work(job: &Job, files: &Files) -> Result<(), String> {
     job.tree.with(files, |root, runner| {
         let commands = vec![job.command.clone()];
         runner.run(Commands { commands, stand_ins: Vec::new(), files: Vec::new(), own_network: true })?;
-        let told = |e| format!("{}: {e}", job.file);
-        // A link leads nowhere but into the tree: it is this thread's `/`.
-        let made = root.join(&job.file);
-        fs::symlink_metadata(&made).map_err(told)?;
-        if !made.is_file() {
-            return Err(format!("{} is no file of the image", job.file));
+        let context = |e| format!("{}: {e}", job.file);
+        // A link cannot leave the tree, because the tree is this thread's `/`.
+        let path = root.join(&job.file);
+        fs::symlink_metadata(&path).map_err(context)?;
+        if !path.is_file() {
+            return Err(format!("{} is not a regular file", job.file));
         }
-        let mut out = files.next().map_err(told)?;
-        io::copy(&mut File::open(made).map_err(told)?, &mut out).map(drop).map_err(told)
+        let mut out = files.next().map_err(context)?;
+        io::copy(&mut File::open(path).map_err(context)?, &mut out).map(drop).map_err(context)
     })
 }

@@ -1,11 +1,11 @@
-//! The order of migrations and of the services that wait for them.
+//! Orders migrations, and the services that wait for them.
 
 use crate::bake::Baked;
 use crate::compose::tar_index::Tree;
 use crate::error::{Result, fail};
 
 impl Baked {
-    /// Drop-ins by which services wait for their migrations, and these for each other.
+    /// Writes drop-ins that start each service after its migration, and each migration after the previous one.
     pub(super) fn migrations(&mut self, tree: &Tree) -> Result<()> {
         let dir = "usr/lib/systemd/system";
         let mut before = None;
@@ -13,7 +13,7 @@ impl Baked {
             let waiting = format!("{dir}/{}", migration.before);
             if tree.get(&waiting).is_none() && !self.entries.contains_key(&waiting) {
                 return fail(format!(
-                    "the image has no unit {}, which the migration `{}` is to come before",
+                    "the image has no unit {}, which the migration `{}` names in `before`",
                     migration.before, migration.name
                 ));
             }

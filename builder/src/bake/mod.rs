@@ -1,5 +1,5 @@
-//! What is known for the whole fleet, rendered when the image is built: overlays, the
-//! fleet's plan for the agent, unit links, the image's name.
+//! Renders the files that depend on the fleet: overlays, the agent's `fleet.json` and `image.json`, links of units,
+//! os-release. Files that differ between nodes remain templates, which the agent renders.
 
 pub(crate) mod checks;
 pub(crate) mod generate;
@@ -20,15 +20,15 @@ use crate::project::{ImageSpec, Project};
 use crate::util::digest::{Key, sha256};
 use crate::util::json::pretty_json;
 
-/// Everything laid over the packages' tree.
+/// All files that the builder adds to the packages' tree.
 pub struct Baked {
     /// By path relative to the root.
     pub entries: BTreeMap<String, Entry>,
-    /// Files the agent renders on the node: by path below the root, `run/…`.
+    /// Templates that the agent renders on the node, by path relative to the root: `run/…`.
     pub templates: BTreeMap<String, Template>,
     pub checks: Vec<OverlayCheck>,
     pub makes: Vec<OverlayMake>,
-    /// In the order in which a node runs them.
+    /// In the order in which a node runs the migrations.
     pub migrations: Vec<Migration>,
     pub os_release: String,
 }
@@ -39,12 +39,12 @@ pub struct Entry {
     pub uid: u32,
     pub gid: u32,
     pub content: Content,
-    /// Where it comes from: an overlay's file, or `bakehouse`.
+    /// Source of the entry: an overlay's file, or `bakehouse`.
     pub origin: String,
 }
 
 impl Entry {
-    /// sha256 of the content, for comparisons.
+    /// Returns the sha256 of the content, or of a link's target.
     #[must_use]
     pub fn sum(&self) -> String {
         match &self.content {
@@ -60,7 +60,7 @@ pub enum Content {
     Link(String),
 }
 
-/// A node-time template; what is rendered from it gets the same mode.
+/// A template that the agent renders. The rendered file has the same mode.
 pub struct Template {
     pub origin: String,
     pub text: String,
@@ -77,14 +77,14 @@ pub struct OverlayMake {
     pub make: Make,
 }
 
-/// A file that was made.
+/// A file that a program of the image has generated.
 pub struct GeneratedFile {
     pub overlay: String,
     pub path: String,
     pub bytes: Vec<u8>,
 }
 
-/// Variables of bake-time templates.
+/// Variables of templates that the builder renders.
 #[derive(Serialize)]
 struct Context<'a> {
     fleet: &'a fleet::Topology,
@@ -92,7 +92,7 @@ struct Context<'a> {
     image: ImageVars,
 }
 
-/// What a template sees as `group`.
+/// The variable `group` of templates.
 #[derive(Serialize)]
 pub struct GroupVars<'a> {
     pub name: &'a str,
@@ -103,16 +103,16 @@ pub struct GroupVars<'a> {
 struct ImageVars {
     id: String,
     version: String,
-    /// Bytes of a slot.
+    /// Size of a root partition in bytes.
     root_size: u64,
     verity_size: u64,
     var_size: u64,
 }
 
-/// Renders everything; needs the layer for the ids of users and for what is overlaid.
+/// Renders all files. The layer's tree gives the ids of users, and the units that profiles may start.
 ///
 /// # Errors
-/// Templates that don't render, overlays that collide, unknown users, secrets.
+/// If a template does not render, two overlays have the same file, a user is unknown, or a file has a secret.
 pub fn bake(project: &Project, recipe: &ImageSpec, tree: &Tree, agent: &[u8]) -> Result<Baked> {
     let slots = slots(project, recipe)?;
     let group = &recipe.group;
@@ -179,7 +179,10 @@ impl Baked {
             };
             let id = |map: &BTreeMap<String, u32>, who: &str, what: &str| {
                 map.get(who).copied().ok_or_else(|| {
-                    Error::Failed(format!("overlays/{name}/overlay.toml: {path} belongs to the {what} `{who}`, whom the image does not have"))
+                    Error::Failed(format!(
+                        "overlays/{name}/overlay.toml: {path} belongs to the {what} `{who}`, which the image does not \
+                         have"
+                    ))
                 })
             };
             let entry = Entry {
@@ -205,8 +208,8 @@ impl Baked {
             let program = format!("{MIGRATIONS}/{}", migration.name);
             if self.entries.get(&program).is_none_or(|entry| entry.mode & 0o111 == 0) {
                 return fail(format!(
-                    "overlays/{name}/overlay.toml: the migration `{}` needs the program overlays/{name}/{program}, with \
-                     `mode = \"0755\"` in [files.\"{program}\"]",
+                    "overlays/{name}/overlay.toml: the migration `{}` needs the program overlays/{name}/{program}, \
+                     with `mode = \"0755\"` in [files.\"{program}\"]",
                     migration.name
                 ));
             }
@@ -215,7 +218,7 @@ impl Baked {
         Ok(())
     }
 
-    /// What a file is made of belongs to its name in the store.
+    /// Adds the files that match `of` to the key of a result in the store.
     pub fn add_to(&self, key: &mut Key, of: &[String]) {
         for (path, entry) in self.entries.iter().filter(|(p, _)| is_of(of, p)) {
             match &entry.content {
@@ -225,14 +228,14 @@ impl Baked {
         }
     }
 
-    /// Adds a file that was made.
+    /// Adds a generated file.
     ///
     /// # Errors
-    /// An overlay has it too, or a secret is in it.
-    pub fn add(&mut self, made: GeneratedFile) -> Result<()> {
-        secret(&made.path, &made.bytes)?;
-        let origin = format!("overlays/{}/overlay.toml", made.overlay);
-        self.put(&made.path, Entry { mode: 0o644, uid: 0, gid: 0, content: Content::File(made.bytes), origin })
+    /// If an overlay has the same file, or the file has a secret.
+    pub fn add(&mut self, file: GeneratedFile) -> Result<()> {
+        secret(&file.path, &file.bytes)?;
+        let origin = format!("overlays/{}/overlay.toml", file.overlay);
+        self.put(&file.path, Entry { mode: 0o644, uid: 0, gid: 0, content: Content::File(file.bytes), origin })
     }
 
     fn put(&mut self, path: &str, entry: Entry) -> Result<()> {
@@ -253,7 +256,7 @@ impl Baked {
         self.put(path, Entry { mode, uid: 0, gid: 0, content, origin: "bakehouse".to_owned() })
     }
 
-    /// The agent, what it reads, and the image's name.
+    /// Adds the agent, the files that it reads, and os-release.
     fn own(&mut self, project: &Project, recipe: &ImageSpec, context: &Context, agent: &[u8]) -> Result<()> {
         #[derive(Serialize)]
         struct ImageFile<'a> {
@@ -273,7 +276,7 @@ impl Baked {
         if recipe.roles.iter().any(|r| r == fleet::UPDATE) {
             let keyring = project.update_keyring().ok_or_else(|| {
                 Error::Failed(format!(
-                    "[update] is set, and {} is missing: `bakehouse init` makes it",
+                    "[update] is set, but {} is missing; create it with `bakehouse init`",
                     project.dir.join(Project::UPDATE_KEYRING).display()
                 ))
             })?;
@@ -302,11 +305,11 @@ fn os_release(tree: &Tree, image: &ImageVars) -> Result<String> {
 }
 
 fn collision<T>(path: &str, one: &str, other: &str) -> Result<T> {
-    let message = format!("both {one} and {other} lay /{path}");
-    let help = "keep it in one of them".to_owned();
+    let message = format!("{one} and {other} both install /{path}");
+    let help = "remove the file from one of the overlays".to_owned();
     Err(Error::Config(Diagnostic::whole_file(Severity::Error, other, message, Some(help)).into()))
 }
 
 fn utf8<'a>(origin: &str, bytes: &'a [u8]) -> Result<&'a str> {
-    std::str::from_utf8(bytes).map_err(|_| Error::Failed(format!("{origin} is a template and not UTF-8")))
+    std::str::from_utf8(bytes).map_err(|_| Error::Failed(format!("{origin} is a template, but not UTF-8 text")))
 }

@@ -1,4 +1,4 @@
-//! The baked files as a tar.
+//! Writes the baked files as a tar.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,11 +12,11 @@ use crate::compose::tar_index::{Node, Tree};
 use crate::error::{Error, Result, fail};
 
 impl Baked {
-    /// Writes the tar that is laid over the packages' tree. Folders are named with the owner
-    /// and mode they have there: without that they would get the tar's default.
+    /// Writes the tar that is unpacked over the packages' tree. The tar has each folder with the owner and mode that
+    /// the folder has in the tree; otherwise mkfs.erofs would give it defaults.
     ///
     /// # Errors
-    /// A path leads through what is no folder, or the disk is full.
+    /// If a parent of a path is not a folder, or the tar cannot be written.
     pub fn write_tar(&self, tree: &Tree, out: &Path) -> Result<()> {
         let mut dirs: BTreeMap<String, (u32, u32, u32)> = BTreeMap::new();
         for (path, entry) in &self.entries {

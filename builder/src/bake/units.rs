@@ -1,4 +1,4 @@
-//! Links that start and mask units.
+//! Starts and masks units by links.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use crate::error::{Result, fail};
 use crate::project::ImageSpec;
 
 impl Baked {
-    /// Links that start units, and masks.
+    /// Adds the links that start and mask the units of the profiles.
     pub(super) fn units(&mut self, recipe: &ImageSpec, tree: &Tree) -> Result<()> {
         let dir = "usr/lib/systemd/system";
         let mut links: BTreeMap<String, String> = BTreeMap::new();
@@ -22,7 +22,8 @@ impl Baked {
                         let real = format!("{dir}/{template}");
                         if tree.get(&real).is_none() && !self.entries.contains_key(&real) {
                             return fail(format!(
-                                "the image has no unit {unit}, which a profile wants in {target}; check [units] in the profiles of {}",
+                                "the image has no unit {unit}, which a profile starts in {target}; check [units] in \
+                                 the profiles of {}",
                                 recipe.roles.join(", ")
                             ));
                         }

@@ -1,5 +1,5 @@
-//! A tree to a tar and back, such that the same tree gives the same bytes: entries sorted,
-//! times zero, owners by number.
+//! Packs a tree into a tar, and unpacks it. The same tree gives the same bytes: entries are sorted, times are zero,
+//! owners are numbers.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 use tar::{Builder, EntryType, Header};
 use walkdir::WalkDir;
 
-/// File capabilities live in an extended attribute; no package needs another.
+/// Extended attribute of file capabilities. Debian's packages use no other attribute.
 const CAPABILITY: &str = "security.capability";
 const PAX_CAPABILITY: &str = "SCHILY.xattr.security.capability";
 
-/// Writes the tree; returns bytes and number of regular files.
+/// Writes the tree. Returns the size in bytes and the number of its regular files.
 pub fn write(root: &Path, out: File) -> io::Result<(u64, u64)> {
     let mut tar = Builder::new(BufWriter::with_capacity(1 << 20, out));
     let mut links: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
@@ -57,13 +57,13 @@ pub fn write(root: &Path, out: File) -> io::Result<(u64, u64)> {
             files += 1;
             tar.append_data(&mut header, path, File::open(entry.path())?)?;
         }
-        // Sockets and pipes are of something that ran; an image has none.
+        // Sockets and pipes are left out: maintainer scripts left them behind, and no image needs them.
     }
     tar.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?.flush()?;
     Ok((bytes, files))
 }
 
-/// Targets are kept to the letter: `tar` would tidy `a//b` and `./a`.
+/// Keeps the target byte for byte; the `tar` crate would normalise `a//b` and `./a`.
 fn append_link(tar: &mut Builder<impl io::Write>, header: &mut Header, path: &Path, target: &Path) -> io::Result<()> {
     if target.as_os_str().len() <= 100 && path.as_os_str().len() <= 100 {
         header.set_path(path)?;
@@ -75,17 +75,17 @@ fn append_link(tar: &mut Builder<impl io::Write>, header: &mut Header, path: &Pa
     }
 }
 
-/// Lays a tar written by [`write`] out below an empty `root`.
+/// Unpacks a tar that [`write`] has written into an empty `root`.
 pub fn read(tar: File, root: &Path) -> io::Result<()> {
-    lay_out(tar, root, false)
+    unpack(tar, root, false)
 }
 
-/// Lays a tar out over a tree: its files replace those that are there.
+/// Unpacks a tar over a tree. Its files replace existing ones.
 pub fn read_onto(tar: File, root: &Path) -> io::Result<()> {
-    lay_out(tar, root, true)
+    unpack(tar, root, true)
 }
 
-fn lay_out(tar: File, root: &Path, replace: bool) -> io::Result<()> {
+fn unpack(tar: File, root: &Path, replace: bool) -> io::Result<()> {
     let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, tar));
     for entry in archive.entries()? {
         let mut entry = entry?;
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_and_back_gives_the_same_bytes() {
+    fn packing_an_unpacked_tree_gives_the_same_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let (a, b) = (dir.path().join("a"), dir.path().join("b"));
         let long = "d".repeat(90);

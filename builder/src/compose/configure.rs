@@ -1,4 +1,4 @@
-//! Maintainer scripts: run by dpkg itself, inside the tree, with nothing of the host in it.
+//! Configures packages: dpkg runs their maintainer scripts inside the tree, without access to the host.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,36 +8,36 @@ use std::path::Path;
 use crate::sandbox::chroot::Commands;
 use crate::sandbox::tree_root::Runner;
 
-const NOTHING: &str = "#!/bin/sh\nexit 0\n";
+const NO_OP: &str = "#!/bin/sh\nexit 0\n";
 
-/// Maintainer work that is done once by us, or not at all: program → stand-in.
+/// Programs that maintainer scripts call, and the scripts that replace them: program → replacement.
 const STAND_INS: [(&str, &str); 9] = [
-    // The initrd is composed from the tree's own files.
-    ("/usr/sbin/update-initramfs", NOTHING),
-    // Once, beside the rest of the work, not in the kernel's turn.
-    ("/usr/sbin/depmod", NOTHING),
-    // One compileall over everything follows, with hashes for times.
-    ("/usr/bin/py3compile", NOTHING),
-    // A database cluster is a node's, and Patroni makes it.
-    ("/usr/bin/pg_createcluster", NOTHING),
-    // A key made now would be in every copy of the image.
-    ("/usr/sbin/make-ssl-cert", NOTHING),
-    // Profiles say what is enabled; each of these calls costs 0.2 s of Perl.
-    ("/usr/bin/deb-systemd-helper", NOTHING),
-    ("/usr/bin/deb-systemd-invoke", NOTHING),
-    // The bundle only: OpenSSL's default file, GnuTLS and curl read it, and hashing each of
-    // 150 certificates for the folder costs a second, twice.
+    // The builder composes the initrd from the tree's files.
+    ("/usr/sbin/update-initramfs", NO_OP),
+    // The builder runs depmod once, in parallel with the scripts.
+    ("/usr/sbin/depmod", NO_OP),
+    // The builder runs compileall once over all files, with hashes instead of times.
+    ("/usr/bin/py3compile", NO_OP),
+    // Patroni creates the database cluster on the node.
+    ("/usr/bin/pg_createcluster", NO_OP),
+    // A key that is created during the build would be the same on all nodes.
+    ("/usr/sbin/make-ssl-cert", NO_OP),
+    // Profiles enable units; each of these calls takes 0.2 s.
+    ("/usr/bin/deb-systemd-helper", NO_OP),
+    ("/usr/bin/deb-systemd-invoke", NO_OP),
+    // Writes only the bundle, which OpenSSL, GnuTLS and curl read by default. Hashing the 150 certificates of the
+    // folder would take 1 s, twice.
     (
         "/usr/sbin/update-ca-certificates",
         "#!/bin/sh\nset -e\ncd /etc/ssl/certs\n\
          sed -e '/^$/d;/^[#!]/d;s,^,/usr/share/ca-certificates/,' /etc/ca-certificates.conf |\n\
          xargs sed -e '$a\\' > ca-certificates.crt\nchmod 644 ca-certificates.crt\n",
     ),
-    // No service is started while an image is made.
+    // The build starts no services.
     ("/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n"),
 ];
 
-/// Takes every unpacked package of `names` to "installed".
+/// Configures the unpacked packages, `essential` first.
 pub fn configure(
     root: &Path,
     runner: &Runner,
@@ -46,8 +46,8 @@ pub fn configure(
     users: &BTreeMap<String, (u32, String, bool)>,
 ) -> Result<(), String> {
     let has = |name: &str| names.iter().any(|n| n == name);
-    // Preinsts run after the fact: on a fresh tree only these look at what is there, and
-    // they look for the database that is already written.
+    // dpkg would run preinst scripts before it unpacks a package. On a new tree they may run afterwards: there are no
+    // older files to convert, and the database that they read exists already.
     let mut script = String::from(
         "set -e\nexport DPKG_MAINTSCRIPT_NAME=preinst DPKG_MAINTSCRIPT_PACKAGE_REFCOUNT=1 DPKG_ROOT= \
          DPKG_ADMINDIR=/var/lib/dpkg DPKG_RUNNING_VERSION=1.22 DPKG_MAINTSCRIPT_ARCH=amd64\n",
@@ -60,7 +60,8 @@ pub fn configure(
             let package = name.split(':').next().unwrap_or(&name);
             let _ = writeln!(
                 script,
-                "DPKG_MAINTSCRIPT_PACKAGE={package} /{file} install || {{ echo 'preinst of {package} failed' >&2; exit 1; }}"
+                "DPKG_MAINTSCRIPT_PACKAGE={package} /{file} install || \
+                 {{ echo 'preinst of {package} failed' >&2; exit 1; }}"
             );
         }
     }
@@ -79,7 +80,7 @@ pub fn configure(
         commands.push(dpkg(essential));
     }
     commands.push(dpkg(&["-a".to_owned()]));
-    // Reading every module takes as long as half the scripts, and needs none of them.
+    // depmod takes half as long as the scripts, and does not depend on them.
     std::thread::scope(|scope| {
         let modules = scope.spawn(|| depmod(root, runner, names));
         runner.run(Commands::new(commands).with_stand_ins(&STAND_INS))?;
@@ -87,14 +88,14 @@ pub fn configure(
     })
 }
 
-/// Indexes the modules of a kernel that came with these packages.
+/// Indexes the modules of the kernel, if these packages include one.
 fn depmod(root: &Path, runner: &Runner, names: &[String]) -> Result<(), String> {
     let mut kernels = names.iter().filter_map(|n| n.strip_prefix("linux-image-"));
     let Some(version) = kernels.find(|v| root.join("usr/lib/modules").join(v).is_dir()) else { return Ok(()) };
     runner.run(Commands::new(vec![["/usr/sbin/depmod", version].map(str::to_owned).into()]))
 }
 
-/// Users whose ids are the same in every image, before any maintainer script can choose one.
+/// Adds the users with fixed ids before a maintainer script can assign another id.
 fn seed_users(root: &Path, users: &BTreeMap<String, (u32, String, bool)>) -> std::io::Result<()> {
     let add = |file: &str, name: &str, line: String| -> std::io::Result<()> {
         let path = root.join(file);
@@ -108,7 +109,7 @@ fn seed_users(root: &Path, users: &BTreeMap<String, (u32, String, bool)>) -> std
     for (name, (id, home, group_only)) in users {
         add("etc/group", name, format!("{name}:x:{id}:\n"))?;
         if !group_only {
-            // `*`: no password; pwconv moves it to the shadow file.
+            // `*`: no password. pwconv moves it to the shadow file.
             add("etc/passwd", name, format!("{name}:*:{id}:{id}::{home}:/usr/sbin/nologin\n"))?;
         }
     }

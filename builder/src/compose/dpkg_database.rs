@@ -1,4 +1,4 @@
-//! dpkg's database, written as `dpkg --unpack` of all packages would have left it.
+//! Writes dpkg's database as `dpkg --unpack` of all packages would.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -10,7 +10,7 @@ use std::path::Path;
 use super::unpack::Unpacked;
 use crate::packages::requests::INITRD_PROVIDER;
 
-/// Adds the packages to the database of the tree.
+/// Adds the packages to the database of a tree.
 pub fn write(root: &Path, packages: &[Unpacked]) -> io::Result<()> {
     let db = root.join("var/lib/dpkg");
     for dir in ["info", "updates", "parts", "alternatives", "triggers"] {
@@ -58,7 +58,7 @@ fn stanza(package: &Unpacked) -> String {
     if !package.deb.conffiles.is_empty() {
         text.push_str("Conffiles:\n");
         for path in &package.deb.conffiles {
-            // `newconffile` where the file was trimmed: dpkg then has nothing to compare.
+            // `newconffile` if the file was trimmed, so that dpkg does not compare it.
             let digest = package.conffiles.iter().find(|(p, _)| p == path).map_or("newconffile", |(_, d)| d);
             let _ = writeln!(text, " {path} {digest}");
         }
@@ -81,11 +81,11 @@ impl Triggers {
             if !kind.starts_with("interest") {
                 continue;
             }
-            let who = if kind.ends_with("noawait") { format!("{package}/noawait") } else { package.to_owned() };
+            let interested = if kind.ends_with("noawait") { format!("{package}/noawait") } else { package.to_owned() };
             if what.starts_with('/') {
-                self.files.push((what.to_owned(), who));
+                self.files.push((what.to_owned(), interested));
             } else {
-                self.named.entry(what.to_owned()).or_default().insert(who);
+                self.named.entry(what.to_owned()).or_default().insert(interested);
             }
         }
     }
@@ -96,9 +96,9 @@ impl Triggers {
             lines.for_each(|l| text.push_str(&l));
             fs::write(path, text)
         };
-        append(&dir.join("File"), &mut self.files.iter().map(|(path, who)| format!("{path} {who}\n")))?;
-        for (name, who) in self.named {
-            append(&dir.join(name), &mut who.iter().map(|w| format!("{w}\n")))?;
+        append(&dir.join("File"), &mut self.files.iter().map(|(path, package)| format!("{path} {package}\n")))?;
+        for (name, packages) in self.named {
+            append(&dir.join(name), &mut packages.iter().map(|p| format!("{p}\n")))?;
         }
         Ok(())
     }

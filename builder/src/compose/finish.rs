@@ -1,5 +1,5 @@
-//! From a configured tree to an image's: what belongs to the build or to one node goes, what
-//! lies in /var becomes a recipe for making it on the node.
+//! Turns a configured tree into the tree of an image. Removes the files that belong to the build or to one node, and
+//! replaces the content of /var by tmpfiles.d lines that create it on the node.
 
 use std::fmt::Write as _;
 use std::fs::{self, File, Permissions};
@@ -12,7 +12,7 @@ use walkdir::WalkDir;
 use crate::sandbox::chroot::Commands;
 use crate::sandbox::tree_root::Runner;
 
-/// Paths that go, relative to the root; a trailing `/*` empties a folder.
+/// Paths to remove, relative to the root. A trailing `/*` empties a folder.
 const DROPPED: [&str; 34] = [
     "boot/*",
     "dev/*",
@@ -50,37 +50,37 @@ const DROPPED: [&str; 34] = [
     "var/tmp",
 ];
 
-/// Folders whose place is on the node's own disk.
+/// Folders that the node keeps on its own disk: link → target.
 const IN_VAR: [(&str, &str); 4] =
     [("root", "var/roothome"), ("home", "var/home"), ("srv", "var/srv"), ("usr/local", "../var/usrlocal")];
 
-/// Makes the tree an image's; the kernel goes to `vmlinuz`. Returns the kernel's version.
+/// Turns the tree into the tree of an image, and writes the kernel to `vmlinuz`. Returns the kernel's version.
 pub fn finish(root: &Path, runner: &Runner, vmlinuz: &mut File) -> Result<String, String> {
-    let told = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+    let context = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
     if root.join("usr/bin/python3").exists() {
         compile_python(root, runner)?;
     }
-    let kernel = take_kernel(root, vmlinuz).map_err(told("cannot take the kernel"))?;
+    let kernel = take_kernel(root, vmlinuz).map_err(context("cannot take the kernel"))?;
     for path in DROPPED {
         drop_path(root, path).map_err(|e| format!("cannot remove {path}: {e}"))?;
     }
-    private_keys(root).map_err(told("cannot remove keys"))?;
-    disable_units(root).map_err(told("cannot disable units"))?;
-    shadow_without_dates(root).map_err(told("cannot clean etc/shadow"))?;
-    var_to_factory(root).map_err(told("cannot empty /var"))?;
+    private_keys(root).map_err(context("cannot remove keys"))?;
+    disable_units(root).map_err(context("cannot disable units"))?;
+    shadow_without_dates(root).map_err(context("cannot clean etc/shadow"))?;
+    var_to_factory(root).map_err(context("cannot empty /var"))?;
     for (link, target) in IN_VAR {
-        symlink(target, root.join(link)).map_err(told("cannot link into /var"))?;
+        symlink(target, root.join(link)).map_err(context("cannot link into /var"))?;
     }
-    // var/tmp: services with a private one start before /var is mounted.
+    // var/tmp: services with `PrivateTmp=` start before /var is mounted.
     for dir in ["boot", "dev", "efi", "mnt", "opt", "proc", "run", "sys", "tmp", "var/tmp"] {
-        fs::create_dir_all(root.join(dir)).map_err(told("cannot make a folder"))?;
+        fs::create_dir_all(root.join(dir)).map_err(context("cannot create a folder"))?;
     }
-    // Empty, not absent: systemd mounts the node's own over it.
-    fs::write(root.join("etc/machine-id"), "").map_err(told("cannot write etc/machine-id"))?;
+    // systemd mounts the node's machine id over the empty file.
+    fs::write(root.join("etc/machine-id"), "").map_err(context("cannot write etc/machine-id"))?;
     Ok(kernel)
 }
 
-/// `.pyc` that hold a hash, not a time, of their source: times are rewritten later.
+/// Compiles Python's modules. A `.pyc` file has the hash of its source instead of the time, because times change later.
 fn compile_python(root: &Path, runner: &Runner) -> Result<(), String> {
     let mut args: Vec<String> =
         ["python3", "-m", "compileall", "-q", "-j0", "--invalidation-mode", "unchecked-hash"].map(str::to_owned).into();
@@ -99,7 +99,7 @@ fn take_kernel(root: &Path, vmlinuz: &mut File) -> io::Result<String> {
     };
     versions.sort();
     let [version] = &versions[..] else {
-        return Err(io::Error::other(format!("the image must have exactly one kernel, it has {}", versions.len())));
+        return Err(io::Error::other(format!("the image must have exactly one kernel, but has {}", versions.len())));
     };
     io::copy(&mut File::open(root.join(format!("boot/vmlinuz-{version}")))?, vmlinuz)?;
     Ok(version.clone())
@@ -125,7 +125,7 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Keys that a maintainer script made would be the same on every node.
+/// Removes keys that maintainer scripts have created. They would be the same on all nodes.
 fn private_keys(root: &Path) -> io::Result<()> {
     for dir in ["etc/ssh", "etc/ssl/private"] {
         let Ok(entries) = fs::read_dir(root.join(dir)) else { continue };
@@ -141,7 +141,7 @@ fn private_keys(root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Packages enable their services when installed; an image starts only what its profiles say.
+/// Disables all units. Packages enable their services when installed, but an image starts only those of its profiles.
 fn disable_units(root: &Path) -> io::Result<()> {
     let dir = root.join("etc/systemd/system");
     let Ok(entries) = fs::read_dir(&dir) else { return Ok(()) };
@@ -155,7 +155,7 @@ fn disable_units(root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The third field is the day the password was set: the day of the build.
+/// Replaces the third field, the day of the last password change, which is the day of the build.
 fn shadow_without_dates(root: &Path) -> io::Result<()> {
     let path = root.join("etc/shadow");
     let text = fs::read_to_string(&path)?;
@@ -164,7 +164,7 @@ fn shadow_without_dates(root: &Path) -> io::Result<()> {
         let fields: Vec<&str> = line.split(':').collect();
         for (i, field) in fields.iter().enumerate() {
             let field = match i {
-                // No account has a password, the empty one included.
+                // An empty field would allow a login without a password.
                 1 => {
                     if field.is_empty() {
                         "*"
@@ -182,7 +182,7 @@ fn shadow_without_dates(root: &Path) -> io::Result<()> {
     fs::write(&path, clean)
 }
 
-/// /var is the node's: what packages put there is made on it by systemd-tmpfiles.
+/// Moves the packages' files in /var to /usr/share/factory. systemd-tmpfiles creates /var from them on the node.
 fn var_to_factory(root: &Path) -> io::Result<()> {
     let mut lines = String::from("# What the packages have in /var.\n");
     let factory = root.join("usr/share/factory/var");
@@ -213,7 +213,7 @@ fn var_to_factory(root: &Path) -> io::Result<()> {
     drop_path(root, "var/*")
 }
 
-/// tmpfiles.d's C-style quoting.
+/// Quotes a path in the C style of tmpfiles.d.
 fn quoted(path: &Path) -> String {
     let text = path.to_string_lossy();
     if text.chars().any(|c| c.is_whitespace() || "\"'\\%".contains(c)) {

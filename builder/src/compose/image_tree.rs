@@ -1,4 +1,4 @@
-//! The tree of an image, in a sandbox: a layer, with what is baked laid over it.
+//! The tree of an image in a sandbox: a layer, and the baked files over it.
 
 use std::path::{Path, PathBuf};
 
@@ -10,31 +10,33 @@ use crate::error;
 use crate::sandbox::tree_root::{Room, Runner, with_tree};
 use crate::sandbox::{Files, HostFile};
 
+/// The tars of an image's tree.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ImageTree {
     room: Room,
     layer: PathBuf,
-    /// A tar.
     baked: PathBuf,
 }
 
 impl ImageTree {
+    /// The tree of a layer and a tar of baked files.
+    ///
     /// # Errors
-    /// The layer in the store is damaged.
+    /// If the layer in the store is damaged.
     pub fn of(layer: &Layer, baked: &Path) -> error::Result<Self> {
         Ok(Self { room: Room::for_tree(layer.info()?.bytes), layer: layer.tar(), baked: baked.to_owned() })
     }
 
-    /// The files that a sandbox with this tree needs first.
+    /// Returns the first files that a sandbox with this tree needs.
     #[must_use]
     pub fn host_files(&self) -> Vec<HostFile> {
         vec![HostFile::Read(self.layer.clone()), HostFile::Read(self.baked.clone())]
     }
 
-    /// The sandbox's part: lays it out, and calls `then` in a thread whose `/` is the tree.
+    /// Runs in the sandbox: unpacks the tree, and calls `then` in a thread whose `/` is the tree.
     ///
     /// # Errors
-    /// It can't be laid out, or `then`'s own.
+    /// If a tar cannot be unpacked, or `then` fails.
     pub fn with<T: Send>(
         &self,
         files: &Files,

@@ -1,4 +1,4 @@
-//! What the builder tells the sandbox to compose.
+//! The input of the sandbox's task `compose`.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::sandbox::Room;
 
-/// What the sandbox is to do. Its files come in this order: the tree to start from; then for each
-/// stage its packages, the kernel if it is the last, and the tree's tar.
+/// The task's input. Its files have this order: the tree to start from, then for each stage the stage's packages, the
+/// kernel if the stage is the last one, and the tree's tar.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Job {
     pub(super) room: Room,
@@ -22,7 +22,7 @@ pub struct Job {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Stage {
     pub(super) debs: Vec<DebFile>,
-    /// Take out what belongs to the build; nothing can be installed after.
+    /// Removes the files that belong to the build. No package can be installed afterwards.
     pub(super) finish: bool,
 }
 
@@ -33,7 +33,7 @@ pub(super) struct DebFile {
     pub(super) essential: bool,
 }
 
-/// A path pattern in dpkg's language; the last that matches decides.
+/// A path pattern in [dpkg's syntax](https://manpages.debian.org/dpkg.1) (`--path-exclude`). The last match decides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Rule {
     pub pattern: String,

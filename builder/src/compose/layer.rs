@@ -1,4 +1,4 @@
-//! A finished layer in the store.
+//! Finished layers in the store.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// What a finished layer says of itself.
+/// Properties of a finished layer: `layer.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LayerInfo {
-    /// `uname -r` of the kernel in it.
+    /// Version of the kernel, as `uname -r` prints it.
     pub kernel: String,
-    /// Bytes of all files.
+    /// Size of all files in bytes.
     pub bytes: u64,
     pub files: u64,
 }
@@ -25,18 +25,22 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// Returns the path of the tree's tar.
     #[must_use]
     pub fn tar(&self) -> PathBuf {
         self.dir.join("root.tar")
     }
 
+    /// Returns the path of the kernel.
     #[must_use]
     pub fn kernel(&self) -> PathBuf {
         self.dir.join("vmlinuz")
     }
 
+    /// Reads the layer's properties.
+    ///
     /// # Errors
-    /// The store is damaged.
+    /// If the file cannot be read or parsed.
     pub fn info(&self) -> Result<LayerInfo> {
         let path = self.dir.join("layer.json");
         let bytes = fs::read(&path).map_err(Error::io("read", &path))?;

@@ -1,9 +1,8 @@
-//! Packages → a layer: the root tree of an image, as one tar, with everything that belongs
-//! to a build or to a node taken out.
+//! Composes layers from packages. A layer is the root tree of an image as one tar, without the files that belong to the
+//! build or to one node.
 //!
-//! The tree lives only inside a sandbox, on a tmpfs where memory allows. What comes out is a
-//! folder in the store: `root.tar` (entries sorted, times zero), and for a finished layer
-//! `vmlinuz` and `layer.json`.
+//! The tree exists only inside a sandbox, on a tmpfs if the memory suffices. The result is a folder in the store:
+//! `root.tar` (entries sorted, times zero), and for a finished layer `vmlinuz` and `layer.json`.
 
 mod archive;
 mod configure;
@@ -36,41 +35,41 @@ use crate::sandbox::{self, HostFile, Limits, Room};
 use crate::store::{Kind, Store};
 use crate::util::digest::Key;
 
-/// Digest of compose's own code: another program's layers are not reused.
+/// Digest of this step's code, so that a build does not reuse the layers of other code.
 const CODE: &str = env!("CODE_COMPOSE");
 
 /// Name of the sandbox's task.
 pub(crate) const TASK: &str = "compose";
 
-/// A package in a file, for [`TreeOrder`].
+/// The file of a package, for [`TreeOrder`].
 #[derive(Clone, Debug)]
 pub struct PackageFile {
     pub path: PathBuf,
     pub sha256: String,
-    /// Configured first.
+    /// Whether dpkg configures the package before others.
     pub essential: bool,
 }
 
-/// Packages to add to a tree, and the folder that its `root.tar` goes to.
+/// Packages to add to a tree, and the folder of the resulting `root.tar`.
 #[derive(Clone, Debug)]
 pub struct PackageSet {
     pub packages: Vec<PackageFile>,
     pub out: PathBuf,
-    /// Makes the tree an image's: needs a kernel, whose `vmlinuz` goes to `out`, too.
+    /// Turns the tree into the tree of an image, and writes the kernel to `vmlinuz` in `out`. Needs a kernel package.
     pub finish: bool,
 }
 
-/// The group's layer, if it is made: then no package of it is needed.
+/// Returns the group's layer if the store has it; the build then needs none of the group's packages.
 #[must_use]
 pub fn in_store(recipe: &ImageSpec, lock: &Lock, store: &Store) -> Option<Layer> {
     let key = plan(recipe, lock).1;
     store.get(Kind::Layer, &key).map(|dir| Layer { key, dir })
 }
 
-/// The layer of a group; made if it is not in the store.
+/// Returns the layer of a group. Composes it if the store does not have it.
 ///
 /// # Errors
-/// A package can't be unpacked or configured: its own words.
+/// If a package cannot be unpacked or configured. The error has the output of its scripts.
 pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progress) -> Result<Layer> {
     let (base_key, key) = plan(recipe, lock);
     let _guard = store.lock(Kind::Layer, &key)?;
@@ -78,7 +77,7 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
         return Ok(Layer { key, dir });
     }
     let name = &recipe.group;
-    // Images that start from the same base wait for the first to make it.
+    // Groups with the same base wait for the first one to compose it.
     let base_guard = base_key.as_ref().map(|k| store.lock(Kind::Layer, k)).transpose()?;
     let start = base_key.as_ref().and_then(|k| store.get(Kind::Layer, k)).map(|d| d.join("root.tar"));
     let base_guard = if start.is_some() {
@@ -123,7 +122,7 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
         limits: Limits::for_folder(&work),
     };
     let info = order.compose(&work).map_err(|e| match e {
-        Error::Failed(words) => Error::Failed(format!("{name}: the packages could not be put together:\n{words}")),
+        Error::Failed(message) => Error::Failed(format!("{name}: cannot compose the packages:\n{message}")),
         e => e,
     })?;
     let base_out = scratch.join("base");
@@ -138,7 +137,7 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
     Ok(Layer { key, dir })
 }
 
-/// Everything that decides what a tree of packages comes to.
+/// All inputs of a tree of packages.
 #[derive(Debug)]
 pub struct TreeOrder {
     room: Room,
@@ -151,23 +150,23 @@ pub struct TreeOrder {
 }
 
 impl TreeOrder {
-    /// Sets of packages, one after the other, into an empty tree.
+    /// Adds the sets of packages, one after the other, to an empty tree.
     #[must_use]
     pub fn new(sets: Vec<PackageSet>, room: Room, limits: Limits) -> Self {
         Self { room, start: None, sets, trim: Vec::new(), users: BTreeMap::new(), limits }
     }
 
-    /// Composes the tree in a sandbox; `work` is an empty folder for it alone.
+    /// Composes the tree in a sandbox. `work` is an empty folder for the sandbox alone.
     ///
     /// # Errors
-    /// A package can't be unpacked or configured, or its scripts exceed a limit.
+    /// If a package cannot be unpacked or configured, or its scripts exceed a limit.
     pub fn compose(self, work: &Path) -> Result<LayerInfo> {
         let mut files: Vec<HostFile> = self.start.iter().cloned().map(HostFile::Read).collect();
         let mut stages = Vec::new();
         let mut packages = Vec::new();
         for mut set in self.sets {
             fs::create_dir_all(&set.out).map_err(Error::io("create", &set.out))?;
-            // The largest first, so that no thread is left with one at the end.
+            // The largest package first, so that no thread unpacks it alone at the end.
             let size = |p: &PackageFile| fs::metadata(&p.path).map_or(0, |m| m.len());
             set.packages.sort_by_cached_key(|p| std::cmp::Reverse(size(p)));
             files.extend(set.packages.iter().map(|p| HostFile::Read(p.path.clone())));
@@ -187,13 +186,13 @@ impl TreeOrder {
     }
 }
 
-/// Removes packages that changed in the store since they were fetched, and tells of the first.
+/// Removes packages that changed in the store since they were fetched. Returns the error of the first one.
 fn removed_damage(packages: &[PackageFile]) -> Option<Error> {
-    // `Deb::open` removes what it refuses.
+    // `Deb::open` removes a damaged package.
     packages.iter().find_map(|p| Deb::open(&p.path, &p.sha256).err())
 }
 
-/// Keys of the shared base, if this image has one, and of the layer itself.
+/// Returns the keys of the shared base, if the image has one, and of the layer.
 fn plan(recipe: &ImageSpec, lock: &Lock) -> (Option<String>, String) {
     let mut common = Key::new(CODE);
     for rule in rules(recipe) {
@@ -218,21 +217,21 @@ fn plan(recipe: &ImageSpec, lock: &Lock) -> (Option<String>, String) {
     (base, layer.finish())
 }
 
-/// Exclusions of all profiles in their order, then what they keep.
+/// Returns the exclusions of all profiles in their order, then the exceptions from them.
 fn rules(recipe: &ImageSpec) -> Vec<Rule> {
-    let of = |keep: bool| {
+    let rules = |keep: bool| {
         recipe.profiles.iter().flat_map(move |p| {
             let trim: &Trim = &p.trim;
             let patterns = if keep { &trim.include } else { &trim.exclude };
             patterns.iter().map(move |pattern| Rule { pattern: pattern.clone(), keep })
         })
     };
-    of(false).chain(of(true)).collect()
+    rules(false).chain(rules(true)).collect()
 }
 
 fn users(recipe: &ImageSpec) -> BTreeMap<String, (u32, String, bool)> {
-    let of = |u: &User| (u.id, u.home.clone(), u.group_only);
-    recipe.profiles.iter().flat_map(|p| &p.users).map(|(name, u)| (name.clone(), of(u))).collect()
+    let entry = |u: &User| (u.id, u.home.clone(), u.group_only);
+    recipe.profiles.iter().flat_map(|p| &p.users).map(|(name, u)| (name.clone(), entry(u))).collect()
 }
 
 struct Cleanup<'a>(&'a Path);

@@ -1,4 +1,4 @@
-//! A layer's tar, indexed: any file of the tree without unpacking it.
+//! An index of a layer's tar. It gives access to any file of the tree without unpacking the tar.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -9,17 +9,20 @@ use tar::EntryType;
 
 use crate::error::{Error, Result, fail};
 
+/// Type and content of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Node {
     Dir,
-    /// Place in the tar.
+    /// Position in the tar, in bytes.
     File {
         offset: u64,
         size: u64,
     },
+    /// Target of a symbolic link.
     Link(String),
 }
 
+/// An entry of the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub mode: u32,
@@ -28,15 +31,17 @@ pub struct Entry {
     pub node: Node,
 }
 
-/// Paths are relative to the root, without a leading `/`; the root itself is the empty one.
+/// A tree. Paths are relative to the root, without a leading `/`. The path of the root is empty.
 pub struct Tree {
     file: File,
     entries: BTreeMap<String, Entry>,
 }
 
 impl Tree {
+    /// Opens a tar, and reads its headers.
+    ///
     /// # Errors
-    /// The tar can't be read.
+    /// If the tar cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let mut entries: BTreeMap<String, Entry> = BTreeMap::new();
@@ -55,27 +60,30 @@ impl Tree {
                 EntryType::Symlink => Node::Link(target()),
                 EntryType::Link => match entries.get(target().trim_start_matches("./")) {
                     Some(first) => first.node.clone(),
-                    None => return fail(format!("{}: {name} is linked to nothing", path.display())),
+                    None => {
+                        return fail(format!("{}: the target of the hard link {name} does not exist", path.display()));
+                    }
                 },
                 _ => Node::File { offset: entry.raw_file_position(), size: entry.size() },
             };
-            let made = Entry {
+            let new = Entry {
                 mode: header.mode().map_err(Error::io("read", path))?,
                 uid: number(header.uid())?,
                 gid: number(header.gid())?,
                 node,
             };
-            entries.insert(name, made);
+            entries.insert(name, new);
         }
         Ok(Self { file, entries })
     }
 
+    /// Returns the entry of a path.
     #[must_use]
     pub fn get(&self, path: &str) -> Option<&Entry> {
         self.entries.get(path)
     }
 
-    /// Entries below a folder, by path.
+    /// Returns the entries below a folder, sorted by path.
     pub fn below<'a>(&'a self, dir: &'a str) -> impl Iterator<Item = (&'a str, &'a Entry)> {
         let prefix = format!("{dir}/");
         self.entries
@@ -84,8 +92,10 @@ impl Tree {
             .map(|(p, e)| (p.as_str(), e))
     }
 
+    /// Returns the content of a file.
+    ///
     /// # Errors
-    /// It is not a file, or the tar can't be read.
+    /// If the path is not a file, or the tar cannot be read.
     pub fn read(&self, path: &str) -> Result<Vec<u8>> {
         let Some(Entry { node: Node::File { offset, size }, .. }) = self.entries.get(path) else {
             return fail(format!("the image has no file /{path}"));
@@ -95,13 +105,15 @@ impl Tree {
         Ok(bytes)
     }
 
+    /// Returns the content of a text file.
+    ///
     /// # Errors
-    /// As [`Tree::read`], or it is no text.
+    /// As [`Tree::read`], or if the content is not UTF-8.
     pub fn read_text(&self, path: &str) -> Result<String> {
         String::from_utf8(self.read(path)?).map_err(|_| Error::Failed(format!("/{path} is not UTF-8 text")))
     }
 
-    /// Follows symbolic links; calls `on_link` with each. The path is canonical after.
+    /// Follows symbolic links, and calls `on_link` with each. Returns the canonical path.
     pub fn resolve(&self, path: &str, on_link: &mut dyn FnMut(&str, &str)) -> Option<String> {
         let mut todo: Vec<String> = path.split('/').rev().filter(|p| !p.is_empty()).map(str::to_owned).collect();
         let mut done: Vec<String> = Vec::new();
@@ -135,10 +147,10 @@ impl Tree {
         Some(done.join("/"))
     }
 
-    /// Ids by name, from `etc/passwd` or `etc/group`.
+    /// Returns the ids in `etc/passwd` or `etc/group`, by name.
     ///
     /// # Errors
-    /// The file is missing.
+    /// If the file does not exist or cannot be read.
     pub fn ids(&self, file: &str) -> Result<BTreeMap<String, u32>> {
         let text = self.read_text(file)?;
         Ok(text

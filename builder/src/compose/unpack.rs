@@ -1,4 +1,4 @@
-//! Many packages into one tree at once, leaving out what is trimmed as it streams.
+//! Unpacks many packages into one tree in parallel, without the files that the profiles trim.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions, Permissions};
@@ -16,27 +16,30 @@ use crate::format::deb::{Deb, data_entries};
 use crate::sandbox::Files;
 use crate::util::digest::hex;
 
-/// What the dpkg database has to know of an unpacked package.
+/// The data of an unpacked package for dpkg's database.
 pub struct Unpacked {
     pub deb: Deb,
     pub essential: bool,
-    /// Every path, trimmed ones too, as dpkg lists them.
+    /// Every path in dpkg's form, including trimmed files.
     pub paths: Vec<String>,
-    /// Digests of the configuration files.
+    /// MD5 digests of the configuration files, by path.
     pub conffiles: Vec<(String, String)>,
     dirs: Vec<(String, u32, u32, u32)>,
     files: Vec<String>,
 }
 
-/// Patterns, compiled.
+/// Compiled patterns of files to trim.
 pub struct Trimmer(Vec<(Pattern, bool)>);
 
 impl Trimmer {
+    /// Compiles the patterns.
     pub fn new(rules: &[Rule]) -> Result<Self, String> {
         rules
             .iter()
             .map(|r| {
-                Pattern::new(&r.pattern).map(|p| (p, r.keep)).map_err(|e| format!("the pattern `{}`: {e}", r.pattern))
+                Pattern::new(&r.pattern)
+                    .map(|p| (p, r.keep))
+                    .map_err(|e| format!("invalid pattern `{}`: {e}", r.pattern))
             })
             .collect::<Result<_, _>>()
             .map(Self)
@@ -47,10 +50,9 @@ impl Trimmer {
     }
 }
 
-/// Unpacks all packages below `root`, each from the next of `files`; the result is sorted by
-/// package name.
+/// Unpacks all packages below `root`, each from the next of `files`. The result is sorted by the packages' names.
 pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> Result<Vec<Unpacked>, String> {
-    skeleton(root).map_err(|e| format!("cannot start the tree: {e}"))?;
+    skeleton(root).map_err(|e| format!("cannot create the tree: {e}"))?;
     let next = AtomicUsize::new(0);
     let results = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -58,16 +60,16 @@ pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> R
         for _ in 0..threads {
             scope.spawn(|| {
                 loop {
-                    let taken = files.next_for(|| debs.get(next.fetch_add(1, Ordering::Relaxed)));
-                    let done = match taken {
+                    let next = files.next_for(|| debs.get(next.fetch_add(1, Ordering::Relaxed)));
+                    let result = match next {
                         Ok(Some((info, file))) => Deb::read(file, &info.name, &info.sha256).and_then(|deb| {
                             let name = deb.name.clone();
-                            one(deb, info.essential, root, trim).map_err(|e| format!("{name}: {e}"))
+                            unpack_one(deb, info.essential, root, trim).map_err(|e| format!("{name}: {e}"))
                         }),
                         Ok(None) => break,
-                        Err(e) => Err(format!("cannot get a package's file: {e}")),
+                        Err(e) => Err(format!("cannot open a package's file: {e}")),
                     };
-                    results.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(done);
+                    results.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(result);
                 }
             });
         }
@@ -80,7 +82,7 @@ pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> R
     Ok(all)
 }
 
-/// The merged-/usr links first, so that no thread makes a real `/bin`.
+/// Creates the links of the merged /usr first, so that no thread creates a folder `/bin`.
 fn skeleton(root: &Path) -> io::Result<()> {
     for dir in ["usr", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64"] {
         fs::create_dir_all(root.join(dir))?;
@@ -93,7 +95,7 @@ fn skeleton(root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Threads write in any order, so two packages with one file would give either's.
+/// Fails if two packages have the same file: threads write in any order, so the content would be random.
 fn no_file_twice(all: &[Unpacked]) -> Result<(), String> {
     let mut owners: BTreeMap<&str, &str> = BTreeMap::new();
     for package in all {
@@ -106,11 +108,11 @@ fn no_file_twice(all: &[Unpacked]) -> Result<(), String> {
     Ok(())
 }
 
-/// A folder of several packages has the owner and mode that the first of them by name says,
-/// as dpkg does for the first it unpacks.
+/// Sets owners and modes of folders. A folder of several packages gets those of the first package by name, as with
+/// dpkg, which keeps those of the first package that it unpacks.
 fn directories(all: &[Unpacked], root: &Path) -> io::Result<()> {
     let mut first: BTreeMap<&str, (u32, u32, u32)> = BTreeMap::new();
-    // base-files owns the tree's frame.
+    // base-files has the top-level folders with their correct modes.
     let base_first = all.iter().filter(|p| p.deb.name == "base-files").chain(all.iter());
     for (path, mode, uid, gid) in base_first.flat_map(|p| &p.dirs) {
         first.entry(path).or_insert((*mode, *uid, *gid));
@@ -128,7 +130,7 @@ fn directories(all: &[Unpacked], root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacked, String> {
+fn unpack_one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacked, String> {
     let (mut paths, mut conffiles, mut dirs, mut files) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     data_entries(&deb, |path, entry| {
         paths.push(path.to_owned());
@@ -138,9 +140,9 @@ fn one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacke
         let (mode, uid, gid) =
             (header.mode().map_err(|e| e.to_string())?, number(header.uid())?, number(header.gid())?);
         let full = root.join(&path[1..]);
-        let told = |e: io::Error| format!("{path}: {e}");
+        let context = |e: io::Error| format!("{path}: {e}");
         if kind.is_dir() {
-            fs::create_dir_all(&full).map_err(told)?;
+            fs::create_dir_all(&full).map_err(context)?;
             dirs.push((path.to_owned(), mode, uid, gid));
             return Ok(());
         }
@@ -148,7 +150,7 @@ fn one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacke
             return Ok(());
         }
         if let Some(parent) = full.parent() {
-            fs::create_dir_all(parent).map_err(told)?;
+            fs::create_dir_all(parent).map_err(context)?;
         }
         if kind.is_symlink() {
             let target = entry.link_name_bytes().ok_or("a link without a target")?.into_owned();
@@ -160,33 +162,33 @@ fn one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacke
                 {
                     return Ok(());
                 }
-                done => done.map_err(told)?,
+                result => result.map_err(context)?,
             }
-            lchown(&full, Some(uid), Some(gid)).map_err(told)?;
+            lchown(&full, Some(uid), Some(gid)).map_err(context)?;
         } else if kind.is_hard_link() {
             let target = entry.link_name_bytes().ok_or("a link without a target")?.into_owned();
             let target = String::from_utf8(target).map_err(|_| "a link's target is not UTF-8")?;
             let target = target.trim_start_matches("./").trim_start_matches('/');
-            // A link to a file that was trimmed goes with it.
+            // A hard link to a trimmed file is trimmed, too.
             if !trim.drops(&format!("/{target}")) {
-                fs::hard_link(root.join(target), &full).map_err(told)?;
+                fs::hard_link(root.join(target), &full).map_err(context)?;
             }
         } else if kind.is_file() {
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&full).map_err(told)?;
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&full).map_err(context)?;
             if deb.conffiles.iter().any(|c| c == path) {
                 let mut content = Vec::new();
-                io::Read::read_to_end(entry, &mut content).map_err(told)?;
+                io::Read::read_to_end(entry, &mut content).map_err(context)?;
                 conffiles.push((path.to_owned(), hex(&Md5::digest(&content))));
-                file.write_all(&content).map_err(told)?;
+                file.write_all(&content).map_err(context)?;
             } else {
-                io::copy(entry, &mut file).map_err(told)?;
+                io::copy(entry, &mut file).map_err(context)?;
             }
             if (uid, gid) != (0, 0) {
-                fchown(&file, Some(uid), Some(gid)).map_err(told)?;
+                fchown(&file, Some(uid), Some(gid)).map_err(context)?;
             }
-            file.set_permissions(Permissions::from_mode(mode & 0o7777)).map_err(told)?;
+            file.set_permissions(Permissions::from_mode(mode & 0o7777)).map_err(context)?;
         } else {
-            return Err(format!("{path} is a device or a pipe, which no image holds"));
+            return Err(format!("{path} is a device or a pipe; images cannot contain these"));
         }
         files.push(path.to_owned());
         Ok(())
@@ -199,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_rule_that_matches_decides() {
+    fn last_matching_rule_decides() {
         let rule = |pattern: &str, keep| Rule { pattern: pattern.to_owned(), keep };
         let trim = Trimmer::new(&[rule("/usr/share/doc/*", false), rule("/usr/share/doc/*/copyright", true)]).unwrap();
         assert!(trim.drops("/usr/share/doc/x/changelog.gz"));

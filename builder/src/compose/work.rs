@@ -1,4 +1,4 @@
-//! The sandbox's part of composing: the tree, package by package.
+//! Runs in the sandbox: composes the tree.
 
 use std::path::Path;
 
@@ -12,14 +12,14 @@ use crate::sandbox::tree_root::{Runner, with_tree};
 /// Composes the tree and writes its layers.
 ///
 /// # Errors
-/// A package can't be unpacked or configured, or a layer can't be written.
+/// If a package cannot be unpacked or configured, or a layer cannot be written.
 pub fn work(job: &Job, files: &Files) -> Result<LayerInfo, String> {
     with_tree(job.room, |root, runner| {
         if job.start {
             files
                 .next()
                 .and_then(|tar| archive::read(tar, root))
-                .map_err(|e| format!("cannot lay out the base layer: {e}"))?;
+                .map_err(|e| format!("cannot unpack the base layer: {e}"))?;
         }
         let trim = Trimmer::new(&job.trim)?;
         let mut info = None;

@@ -1,6 +1,6 @@
-//! age's file format (<https://age-encryption.org/v1>), as far as one passphrase goes: `age` reads
-//! what is written here, and the other way round. Its crate would bring recipients, plug-ins and
-//! translations along; what is hard in it is `ring`'s and `scrypt`'s here.
+//! The [age file format](https://age-encryption.org/v1) with one passphrase. `age` decrypts these files, and this
+//! module decrypts files of `age`. The `age` crate has many dependencies for recipients, plug-ins and translations;
+//! this module needs only the primitives of `ring` and `scrypt`.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD as BASE64;
@@ -12,51 +12,51 @@ use crate::error::{Result, fail};
 use crate::util::random::random;
 
 const VERSION: &str = "age-encryption.org/v1";
-/// What a passphrase costs to try, as a power of two: a second and 256 MiB, as in `age`.
+/// scrypt's work factor as a power of two, the same as in `age`. One attempt needs about 1 s and 256 MiB.
 const WORK: u8 = 18;
-/// The most that is done for a file, which somebody else may have written.
+/// The largest accepted work factor, because an attacker may have written the file.
 const MOST_WORK: u8 = 22;
 const CHUNK: usize = 64 << 10;
 const TAG: usize = 16;
 const FILE_KEY: usize = 16;
 
-/// Why a file stays closed.
+/// Why a file cannot be decrypted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecryptError {
     Passphrase,
     Damaged,
 }
 
-/// Whether that is a file of age's.
+/// Whether the bytes are a file of age.
 #[must_use]
 pub fn is_sealed(bytes: &[u8]) -> bool {
     bytes.strip_prefix(VERSION.as_bytes()).is_some_and(|rest| rest.starts_with(b"\n"))
 }
 
-/// Encrypts for whoever knows the passphrase.
+/// Encrypts with a passphrase.
 ///
 /// # Errors
-/// The machine has no randomness.
+/// If the kernel's random numbers cannot be read.
 pub fn seal(plain: &[u8], passphrase: &str) -> Result<Vec<u8>> {
     let (file_key, salt, nonce) = (random::<FILE_KEY>()?, random::<16>()?, random::<16>()?);
     let sealed = wrap_key(passphrase, &salt, WORK).and_then(|key| encrypt(&key, [0; 12], &file_key));
-    let Some(wrapped) = sealed else { return fail("the passphrase could not be used") };
+    let Some(wrapped) = sealed else { return fail("cannot encrypt with the passphrase") };
     let header = format!("{VERSION}\n-> scrypt {} {WORK}\n{}\n---", BASE64.encode(salt), BASE64.encode(wrapped));
     let mac = hmac::sign(&mac_key(&file_key), header.as_bytes());
     let mut bytes = format!("{header} {}\n", BASE64.encode(mac)).into_bytes();
     bytes.extend(nonce);
     let key = derive(&file_key, &nonce, b"payload");
     for (i, (chunk, last)) in chunks(plain, CHUNK).enumerate() {
-        let Some(sealed) = encrypt(&key, counter(i, last), chunk) else { return fail("the key could not be used") };
+        let Some(sealed) = encrypt(&key, counter(i, last), chunk) else { return fail("cannot encrypt with the key") };
         bytes.extend(sealed);
     }
     Ok(bytes)
 }
 
-/// Decrypts.
+/// Decrypts with a passphrase.
 ///
 /// # Errors
-/// Another passphrase, or not every byte is as it was.
+/// If the passphrase is wrong or the file is damaged.
 pub fn open(bytes: &[u8], passphrase: &str) -> std::result::Result<Vec<u8>, DecryptError> {
     let header = Header::read(bytes).ok_or(DecryptError::Damaged)?;
     let key = wrap_key(passphrase, &header.salt, header.work).ok_or(DecryptError::Damaged)?;
@@ -77,12 +77,12 @@ pub fn open(bytes: &[u8], passphrase: &str) -> std::result::Result<Vec<u8>, Decr
     Ok(plain)
 }
 
-/// What stands before the payload.
+/// The header of a file.
 struct Header<'a> {
     salt: [u8; 16],
     work: u8,
     wrapped: Vec<u8>,
-    /// What the code is of.
+    /// The part of the header that the MAC authenticates.
     signed: &'a [u8],
     mac: Vec<u8>,
     rest: &'a [u8],
@@ -115,13 +115,13 @@ impl<'a> Header<'a> {
     }
 }
 
-/// Decimal without sign and leading zeros, as the specification has it.
+/// Parses a work factor. The specification allows only decimal digits without a leading zero.
 fn work_factor(text: &str) -> Option<u8> {
     let is_canonical = text.bytes().all(|b| b.is_ascii_digit()) && !text.starts_with('0');
     text.parse().ok().filter(|work| is_canonical && (1..=MOST_WORK).contains(work))
 }
 
-/// The pieces, and whether each is the last; of nothing there is one.
+/// Returns the chunks, and whether each is the last one. Empty input has one empty chunk.
 fn chunks(bytes: &[u8], size: usize) -> impl Iterator<Item = (&[u8], bool)> {
     let count = bytes.len().div_ceil(size).max(1);
     (0..count).map(move |i| (&bytes[i * size..bytes.len().min((i + 1) * size)], i + 1 == count))
@@ -176,31 +176,32 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// `printf 'from age itself' | age --passphrase | base64`, age 1.1.1, of "open sesame".
-    const AGES_OWN: &str = "YWdlLWVuY3J5cHRpb24ub3JnL3YxCi0+IHNjcnlwdCBnY1ZOMzJWZSszVUpsTVRsOTZWVk5BIDE4CkxTcDJSb3F2VUxqT0NrdjlR\
+    /// `printf 'from age itself' | age --passphrase | base64`, age 1.1.1, with the passphrase "open sesame".
+    const AGE_FILE: &str = "\
+        YWdlLWVuY3J5cHRpb24ub3JnL3YxCi0+IHNjcnlwdCBnY1ZOMzJWZSszVUpsTVRsOTZWVk5BIDE4CkxTcDJSb3F2VUxqT0NrdjlR\
         Ymh5dGJ5d0QxWTRJMXFOanBYMi8zYStDNTAKLS0tIERORldUSStxUk1mOWhvamduazBTU0lFcDBJSElRQlJxYzVPNjNKOENaMzAK\
         mkutWRd20cVyeLKM/RWg17WnPO5f8v7xSp6RSu/Bozjcv97puIjT35hKbReFLbc=";
 
     #[test]
-    fn what_age_wrote_is_read() {
-        let bytes = base64::engine::general_purpose::STANDARD.decode(AGES_OWN).unwrap();
+    fn decrypts_file_of_age() {
+        let bytes = base64::engine::general_purpose::STANDARD.decode(AGE_FILE).unwrap();
         assert!(is_sealed(&bytes));
         assert_eq!(open(&bytes, "open sesame").unwrap(), b"from age itself");
         assert_eq!(open(&bytes, "open barley"), Err(DecryptError::Passphrase));
     }
 
     #[test]
-    fn no_byte_can_be_changed_or_left_out() {
+    fn rejects_changed_and_truncated_files() {
         let plain = vec![7; CHUNK + 100];
         let sealed = seal(&plain, "a phrase").unwrap();
         assert_eq!(open(&sealed, "a phrase").unwrap(), plain);
         let end = sealed.len();
         let header = sealed.windows(5).position(|w| w == b"\n--- ").unwrap() + 5 + 43 + 1;
-        // The code: another one that is as well written.
+        // The MAC: another one in canonical base64.
         let mut other = sealed.clone();
         other[header - 44] = if other[header - 44] == b'A' { b'B' } else { b'A' };
         assert_eq!(open(&other, "a phrase"), Err(DecryptError::Damaged));
-        // The nonce, the first piece and the last; and without the last piece.
+        // The nonce, the first chunk and the last one; then a file without the last chunk.
         for at in [header, header + 16, header + 200, end - 1] {
             let mut other = sealed.clone();
             other[at] ^= 1;
@@ -210,11 +211,11 @@ mod tests {
     }
 
     #[test]
-    fn pieces_end_where_ages_do() {
-        let of = |length: usize| chunks(&vec![0; length], 4).map(|(c, last)| (c.len(), last)).collect::<Vec<_>>();
-        assert_eq!(of(0), [(0, true)]);
-        assert_eq!(of(4), [(4, true)]);
-        assert_eq!(of(5), [(4, false), (1, true)]);
+    fn last_chunk_may_be_full() {
+        let lengths = |length: usize| chunks(&vec![0; length], 4).map(|(c, last)| (c.len(), last)).collect::<Vec<_>>();
+        assert_eq!(lengths(0), [(0, true)]);
+        assert_eq!(lengths(4), [(4, true)]);
+        assert_eq!(lengths(5), [(4, false), (1, true)]);
     }
 
     #[test]
@@ -240,7 +241,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_that_is_read_makes_it_fall(
+        fn no_input_panics(
             salt in any::<[u8; 16]>(),
             work in "1|2|0|64|-1|",
             wrapped in proptest::collection::vec(any::<u8>(), 0..40),

@@ -1,14 +1,14 @@
-//! cpio archives in the `newc` format, as the kernel reads them:
-//! <https://docs.kernel.org/driver-api/early-userspace/buffer-format.html>.
+//! Writes cpio archives in the `newc` format, as the kernel
+//! [reads them](https://docs.kernel.org/driver-api/early-userspace/buffer-format.html).
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
 
-/// A file, folder or link of the archive.
+/// A file, folder or symbolic link of an archive.
 pub struct File {
-    /// Type and permissions, as `stat` has them.
+    /// Type and permissions, as in `st_mode`.
     mode: u32,
-    /// Bytes of the file, or the target of the link.
+    /// Content of the file, or target of the link.
     content: Vec<u8>,
 }
 
@@ -26,7 +26,7 @@ impl File {
     }
 }
 
-/// The `newc` format, times zero, inodes numbered in order.
+/// Returns the archive. Times are zero and inodes are numbered in order, so that the same files give the same bytes.
 pub fn cpio(files: &BTreeMap<String, File>) -> Vec<u8> {
     let mut out = Vec::new();
     let mut record = |inode: usize, name: &str, mode: u32, device: (u32, u32), content: &[u8]| {
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpio_is_what_cpio_reads() {
+    fn archive_has_header_contents_and_trailer() {
         let files = BTreeMap::from([
             ("a".to_owned(), File::dir()),
             ("a/b".to_owned(), File::regular(0o640, b"hello".to_vec())),

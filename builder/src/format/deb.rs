@@ -1,4 +1,4 @@
-//! A .deb file: an ar archive of two tars.
+//! Reads Debian packages ([deb(5)](https://manpages.debian.org/deb.5)): an ar archive of two tars.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -7,12 +7,12 @@ use std::path::Path;
 use crate::error::{Error, Result, fail};
 use crate::util::digest::sha256;
 
-/// A .deb in memory, with its control part read.
+/// A package in memory, with its control member parsed.
 pub struct Deb {
     pub name: String,
-    /// The control paragraph.
+    /// The file `control`.
     pub control: String,
-    /// Files of the control part: mode and content, without `control` itself.
+    /// Other files of the control member: mode and content by name.
     pub scripts: BTreeMap<String, (u32, Vec<u8>)>,
     pub conffiles: Vec<String>,
     bytes: Vec<u8>,
@@ -20,37 +20,39 @@ pub struct Deb {
 }
 
 impl Deb {
-    /// Reads a .deb and holds it against its digest.
+    /// Reads a package, and verifies its sha256. Removes a file with another sha256.
     ///
     /// # Errors
-    /// Unreadable, changed since it was stored, or not a .deb.
+    /// If the file cannot be read, has another sha256, or is not a package.
     pub fn open(path: &Path, digest: &str) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         if sha256(&bytes) != digest {
             let _ = std::fs::remove_file(path);
             return fail(format!(
-                "the store's {} does not have its digest any more; it was removed, run the build again",
+                "{} in the store was damaged and has been removed; run the build again",
                 path.display()
             ));
         }
         Self::parse(bytes).map_err(|e| Error::Failed(format!("{} is not a Debian package: {e}", path.display())))
     }
 
-    /// Reads an open .deb and holds it against its digest.
+    /// Reads a package from an open file, and verifies its sha256.
     ///
     /// # Errors
-    /// Unreadable, changed since it was stored, or not a .deb.
+    /// If the file cannot be read, has another sha256, or is not a package.
     pub fn read(mut file: impl Read, name: &str, digest: &str) -> Result<Self, String> {
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(|e| format!("cannot read {name}: {e}"))?;
         if sha256(&bytes) != digest {
-            return Err(format!("{name} does not have the digest {digest}"));
+            return Err(format!("{name} does not have the sha256 {digest}"));
         }
         Self::parse(bytes).map_err(|e| format!("{name} is not a Debian package: {e}"))
     }
 
+    /// Parses a package.
+    ///
     /// # Errors
-    /// Why the bytes are not a .deb.
+    /// If the bytes are not a package.
     pub fn parse(bytes: Vec<u8>) -> Result<Self, String> {
         let members = members(&bytes)?;
         let find = |prefix: &str| {
@@ -74,9 +76,10 @@ impl Deb {
         drop(archive);
         let (_, control) = scripts.remove("control").ok_or("it has no control file")?;
         let control = String::from_utf8(control).map_err(|_| "its control file is not UTF-8")?;
-        let name =
-            crate::format::deb822::field(&control, "Package").ok_or("its control file names no package")?.to_owned();
-        // A line may carry flags before the path; dpkg ignores what it removes on upgrade.
+        let name = crate::format::deb822::field(&control, "Package")
+            .ok_or("its control file has no field `Package`")?
+            .to_owned();
+        // A line with a flag (`remove-on-upgrade`) does not start with `/`. dpkg removes these files on upgrades only.
         let conffiles = scripts
             .get("conffiles")
             .map(|(_, text)| {
@@ -90,15 +93,15 @@ impl Deb {
         Ok(Self { name, control, scripts, conffiles, bytes, data })
     }
 
-    /// The files, as a tar stream.
+    /// Returns the package's files as a tar stream.
     ///
     /// # Errors
-    /// A compression nobody knows.
+    /// If the compression is not supported.
     pub fn data(&self) -> Result<Box<dyn Read + '_>, String> {
         decoder(&self.data.0, &self.bytes[self.data.1.clone()])
     }
 
-    /// The name dpkg gives this package's files in its database.
+    /// Returns the name of the package's files in dpkg's database.
     #[must_use]
     pub fn info_name(&self) -> String {
         let get = |key| crate::format::deb822::field(&self.control, key).unwrap_or_default();
@@ -106,10 +109,10 @@ impl Deb {
     }
 }
 
-/// Calls `each` for every entry of the data part, with its path as `/usr/bin/x`.
+/// Calls `each` for every entry of the data member, with the path as `/usr/bin/x`.
 ///
 /// # Errors
-/// A damaged tar, or what `each` said.
+/// If the tar is damaged, a path is invalid, or `each` fails.
 pub fn data_entries(
     deb: &Deb,
     mut each: impl FnMut(&str, &mut tar::Entry<'_, Box<dyn Read + '_>>) -> Result<(), String>,
@@ -121,7 +124,7 @@ pub fn data_entries(
         let raw = String::from_utf8(raw).map_err(|_| "a file's name is not UTF-8".to_owned())?;
         let path = raw.trim_start_matches('.').trim_end_matches('/');
         if path.split('/').any(|part| part == "..") {
-            return Err(format!("it has the path {raw}"));
+            return Err(format!("it has the invalid path {raw}"));
         }
         let path = if path.is_empty() { "/." } else { path };
         each(path, &mut entry)?;
@@ -132,14 +135,14 @@ pub fn data_entries(
 fn members(bytes: &[u8]) -> Result<Vec<(String, std::ops::Range<usize>)>, String> {
     let mut all = Vec::new();
     if !bytes.starts_with(b"!<arch>\n") {
-        return Err("it is no ar archive".to_owned());
+        return Err("it is not an ar archive".to_owned());
     }
     let mut at = 8;
     while let Some(header) = bytes.get(at..at + 60) {
         let text = |range: std::ops::Range<usize>| std::str::from_utf8(&header[range]).unwrap_or_default().trim();
         let name = text(0..16).trim_end_matches('/').to_owned();
         let size: usize = text(48..58).parse().map_err(|_| "a member has no size")?;
-        let end = (at + 60).checked_add(size).filter(|e| *e <= bytes.len()).ok_or("it is cut short")?;
+        let end = (at + 60).checked_add(size).filter(|e| *e <= bytes.len()).ok_or("it is truncated")?;
         all.push((name, at + 60..end));
         at = end + (size & 1);
     }
@@ -152,7 +155,7 @@ fn decoder<'a>(name: &str, bytes: &'a [u8]) -> Result<Box<dyn Read + 'a>, String
         Some("zst") => Ok(Box::new(ruzstd::decoding::StreamingDecoder::new(bytes).map_err(|e| e.to_string())?)),
         Some("gz") => Ok(Box::new(flate2::read::GzDecoder::new(bytes))),
         Some("tar") => Ok(Box::new(bytes)),
-        _ => Err(format!("{name} is compressed in a way that is not known")),
+        _ => Err(format!("the compression of {name} is not supported")),
     }
 }
 
@@ -162,13 +165,13 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(tail: Vec<u8>) {
+        fn no_input_panics(tail: Vec<u8>) {
             let _ = Deb::parse(tail.clone());
             let _ = Deb::parse([b"!<arch>\n".as_slice(), &tail].concat());
         }
 
         #[test]
-        fn a_cut_member_is_an_error(size in 0u64..9_999_999_999, body: Vec<u8>) {
+        fn no_truncated_member_panics(size in 0u64..9_999_999_999, body: Vec<u8>) {
             let header = format!("{:<16}{:<12}{:<6}{:<6}{:<8}{size:<10}`\n", "control.tar", 0, 0, 0, 100_644);
             let _ = Deb::parse([b"!<arch>\n".as_slice(), header.as_bytes(), &body].concat());
         }

@@ -1,11 +1,12 @@
-//! Debian's control format: paragraphs of `Key: value` lines.
+//! Parses Debian's control format ([deb822(5)](https://manpages.debian.org/deb822.5)): paragraphs of `Key: value`
+//! lines.
 
-/// Paragraphs of a control file, as slices of it.
+/// Returns the paragraphs of a control file.
 pub fn paragraphs(text: &str) -> impl Iterator<Item = &str> {
     text.split("\n\n").map(|p| p.trim_start_matches('\n')).filter(|p| !p.is_empty())
 }
 
-/// A field's first line.
+/// Returns the first line of a field.
 #[must_use]
 pub fn field<'a>(paragraph: &'a str, key: &str) -> Option<&'a str> {
     paragraph.lines().find_map(|line| {
@@ -19,7 +20,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_and_paragraphs() {
+    fn finds_fields_of_paragraphs() {
         let text = "Package: a\nVersion: 1:2\n\nPackage: b\nDescription: x\n more: y\n";
         let all: Vec<_> = paragraphs(text).collect();
         assert_eq!(all.len(), 2);

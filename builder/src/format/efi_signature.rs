@@ -1,19 +1,20 @@
-//! Signed variables of firmware: [UEFI specification](https://uefi.org/specs/UEFI/2.10/), 8.2.2 and 32.4.
+//! Authenticated UEFI variables: [UEFI specification](https://uefi.org/specs/UEFI/2.10/), 8.2.2 and 32.4.
 
 use uuid::{Uuid, uuid};
 
-/// `EFI_CERT_X509_GUID`, `EFI_CERT_TYPE_PKCS7_GUID`: UEFI specification, 32.4 and 8.2.2.
+/// `EFI_CERT_X509_GUID`, 32.4.
 const X509: Uuid = uuid!("a5c059a1-94e4-4aa7-87b5-ab155c2bf072");
+/// `EFI_CERT_TYPE_PKCS7_GUID`, 8.2.2.
 const PKCS7: Uuid = uuid!("4aafd29d-68df-49ee-8aa9-347d375665a7");
-/// Who put a key in. Nobody asks.
+/// `SignatureOwner`. Firmware does not evaluate it.
 const OWNER: Uuid = uuid!("ba4e4005-e000-4000-8000-00000000005b");
-/// Kept, for boot services and after them, written only with a signature that has a time.
+/// Non-volatile, boot service access, runtime access, time-based authenticated write access.
 const ATTRIBUTES: u32 = 0x27;
-/// `EFI_TIME` of the first second of 2024. It says which of two enrolments is the later one, and there is
-/// one only.
+/// `EFI_TIME` of the first second of 2024. Firmware compares the times of two writes of a variable, but the builder's
+/// variables are written once.
 const TIME: [u8; 16] = [0xe8, 0x07, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-/// `EFI_SIGNATURE_LIST` of one certificate.
+/// Returns an `EFI_SIGNATURE_LIST` of one certificate.
 pub fn signature_list(certificate: &[u8]) -> Vec<u8> {
     const HEAD: u32 = 28;
     let size = 16 + certificate.len() as u32;
@@ -26,7 +27,7 @@ pub fn signature_list(certificate: &[u8]) -> Vec<u8> {
     list
 }
 
-/// What is signed of a variable: its name, whose it is, its attributes, the time, the content.
+/// Returns the signed data of a variable: its name, vendor, attributes, time and content.
 pub fn signed_part(name: &str, vendor: Uuid, content: &[u8]) -> Vec<u8> {
     let mut part: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
     part.extend(vendor.to_bytes_le());
@@ -36,7 +37,7 @@ pub fn signed_part(name: &str, vendor: Uuid, content: &[u8]) -> Vec<u8> {
     part
 }
 
-/// `EFI_VARIABLE_AUTHENTICATION_2`, and the content.
+/// Returns an `EFI_VARIABLE_AUTHENTICATION_2`, followed by the content.
 pub fn authenticated(signature: &[u8], content: &[u8]) -> Vec<u8> {
     const HEAD: u32 = 24;
     let mut file = TIME.to_vec();
@@ -48,14 +49,14 @@ pub fn authenticated(signature: &[u8], content: &[u8]) -> Vec<u8> {
     file
 }
 
-/// The `SignedData` in a PKCS #7 `ContentInfo`: firmware wants it bare.
+/// Returns the `SignedData` in a PKCS #7 `ContentInfo`. Firmware expects it without the `ContentInfo`.
 pub fn signed_data(content_info: &[u8]) -> Option<&[u8]> {
     let inner = element(content_info, 0x30)?.0;
     let (_, rest) = element(inner, 0x06)?;
     Some(element(rest, 0xa0)?.0)
 }
 
-/// A DER element of this tag: its content, and what comes after it.
+/// Parses a DER element with this tag. Returns its content and the bytes after it.
 fn element(bytes: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
     let (first, rest) = bytes.split_first()?;
     let (length, rest) = rest.split_first()?;
@@ -75,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_what_firmware_reads() {
+    fn headers_have_the_specified_sizes() {
         let list = signature_list(&[7; 300]);
         assert_eq!(list.len(), 28 + 16 + 300);
         assert_eq!(list[16..20], 344_u32.to_le_bytes());
@@ -87,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn signed_data_is_what_is_wrapped() {
+    fn unwraps_signed_data() {
         let wrapped = [0x30, 9, 0x06, 1, 5, 0xa0, 4, 0x30, 2, 8, 9];
         assert_eq!(signed_data(&wrapped), Some(&[0x30, 2, 8, 9][..]));
         assert_eq!(signed_data(&wrapped[..10]), None);
@@ -96,7 +97,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(bytes: Vec<u8>) {
+        fn no_input_panics(bytes: Vec<u8>) {
             let _ = signed_data(&bytes);
         }
     }

@@ -1,23 +1,26 @@
-//! What a program needs to run: its loader, its libraries, and those it opens on its own
-//! (the `.note.dlopen` that systemd's programs carry).
+//! Reads the loader and libraries of a program from its [ELF](https://man7.org/linux/man-pages/man5/elf.5.html) file,
+//! and the libraries that it opens with dlopen from its
+//! [ELF dlopen metadata](https://uapi-group.org/specifications/specs/elf_dlopen_metadata/), which systemd's programs
+//! have.
 
 use object::read::elf::{Dyn as _, ElfFile64, FileHeader as _, ProgramHeader as _};
 use object::{Endianness, elf};
 
+/// Files that a program needs to run.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     pub interpreter: Option<String>,
     pub libraries: Vec<String>,
     pub runpath: Option<String>,
-    /// Alternatives for each library opened at run time; the first that exists serves.
+    /// Libraries that the program opens with dlopen. For each, the alternatives in the order of preference.
     pub opened: Vec<Vec<String>>,
 }
 
-/// Owner and type of a note as the "ELF dlopen metadata" specification gives them.
+/// Owner and type of a note with dlopen metadata.
 const DLOPEN_OWNER: &[u8] = b"FDO";
 const DLOPEN_TYPE: elf::NoteType = elf::NoteType(0x407c_0c0a);
 
-/// `None` for what is no 64-bit ELF file.
+/// Returns the needs of a program; `None` if the bytes are not a 64-bit ELF file.
 #[must_use]
 pub fn needs(bytes: &[u8]) -> Option<Needs> {
     let file = ElfFile64::<Endianness>::parse(bytes).ok()?;
@@ -67,20 +70,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_real_program() {
+    fn finds_loader_and_libraries_of_ls() {
         let needs = needs(&std::fs::read("/bin/ls").unwrap()).unwrap();
         assert_eq!(needs.interpreter.as_deref(), Some("/lib64/ld-linux-x86-64.so.2"));
         assert!(needs.libraries.contains(&"libc.so.6".to_owned()), "{needs:?}");
     }
 
     #[test]
-    fn text_is_no_program() {
+    fn rejects_text() {
         assert_eq!(needs(b"#!/bin/sh\n"), None);
     }
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(tail: Vec<u8>) {
+        fn no_input_panics(tail: Vec<u8>) {
             let _ = needs(&tail);
             let _ = needs(&[b"\x7fELF\x02\x01\x01".as_slice(), &tail].concat());
         }

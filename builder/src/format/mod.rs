@@ -1,4 +1,4 @@
-//! File formats of others, read and written: each module names its specification.
+//! Reads and writes standard file formats. Each module links its specification.
 
 pub mod age;
 pub(crate) mod cpio;

@@ -1,26 +1,26 @@
-//! OpenPGP keys and signatures, the only ones that systemd-sysupdate reads: one kind of key and one kind of signature
-//! ([RFC 4880](https://www.rfc-editor.org/rfc/rfc4880), Ed25519 as GnuPG writes it). Everything is derived, so that the
-//! same files are signed with the same bytes.
+//! Writes OpenPGP keys and signatures ([RFC 4880](https://www.rfc-editor.org/rfc/rfc4880), with Ed25519 as in
+//! [GnuPG](https://datatracker.ietf.org/doc/html/draft-koch-eddsa-for-openpgp)). systemd-sysupdate verifies no other
+//! kind of signature. Nothing is random, so that the same files give the same signature.
 
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use sha2::{Digest as _, Sha256};
 
-/// When every update key was made, as far as OpenPGP is told: 2020. A key of the future is refused.
-const MADE: u32 = 1_577_836_800;
+/// Creation time of every update key, 2020. OpenPGP needs one, and gpgv rejects a key from the future.
+const CREATED: u32 = 1_577_836_800;
 const ED_DSA: u8 = 22;
 const SHA_256: u8 = 8;
-/// Curve Ed25519.
+/// Object identifier of the curve Ed25519.
 const CURVE: [u8; 10] = [9, 0x2b, 0x06, 0x01, 0x04, 0x01, 0xda, 0x47, 0x0f, 0x01];
-/// Kinds of signatures.
+/// Types of signatures, section 5.2.1.
 const BINARY: u8 = 0x00;
 const CERTIFICATION: u8 = 0x13;
-/// Kinds of packets.
+/// Packet tags, section 4.3.
 const SIGNATURE: u8 = 2;
 const PUBLIC_KEY: u8 = 6;
 const USER_ID: u8 = 13;
 
-/// The public half of the key, as a keyring with this user id.
+/// Returns the public key as a keyring with this user id.
 #[must_use]
 pub fn keyring(pair: &Ed25519KeyPair, name: &str) -> Vec<u8> {
     let key = body(pair);
@@ -29,15 +29,15 @@ pub fn keyring(pair: &Ed25519KeyPair, name: &str) -> Vec<u8> {
     signed.push(0xb4);
     signed.extend((name.len() as u32).to_be_bytes());
     signed.extend(name);
-    // What it is for: certifying itself, and signing.
-    let own = signature(pair, CERTIFICATION, &signed, MADE, &[2, 27, 0x03]);
+    // Key flags: certify and sign.
+    let own = signature(pair, CERTIFICATION, &signed, CREATED, &[2, 27, 0x03]);
     [packet(PUBLIC_KEY, &key), packet(USER_ID, name), own].concat()
 }
 
-/// A detached signature, as of `time` (seconds since 1970).
+/// Returns a detached signature with this time (seconds since 1970).
 #[must_use]
 pub fn sign(pair: &Ed25519KeyPair, content: &[u8], time: u64) -> Vec<u8> {
-    signature(pair, BINARY, content, u32::try_from(time).unwrap_or(u32::MAX).max(MADE), &[])
+    signature(pair, BINARY, content, u32::try_from(time).unwrap_or(u32::MAX).max(CREATED), &[])
 }
 
 fn signature(pair: &Ed25519KeyPair, kind: u8, content: &[u8], time: u32, more: &[u8]) -> Vec<u8> {
@@ -59,7 +59,7 @@ fn signature(pair: &Ed25519KeyPair, kind: u8, content: &[u8], time: u32, more: &
     let signature = pair.sign(&hash);
     let (r, s) = signature.as_ref().split_at(32);
     let mut body = head;
-    // Not hashed: the key's number, for who looks for it.
+    // Unhashed subpacket: the key id, by which gpgv finds the key.
     body.extend([0, 10, 9, 16]);
     body.extend(&fingerprint[12..]);
     body.extend(&hash[..2]);
@@ -70,10 +70,10 @@ fn signature(pair: &Ed25519KeyPair, kind: u8, content: &[u8], time: u32, more: &
 
 fn body(pair: &Ed25519KeyPair) -> Vec<u8> {
     let mut body = vec![4];
-    body.extend(MADE.to_be_bytes());
+    body.extend(CREATED.to_be_bytes());
     body.push(ED_DSA);
     body.extend(CURVE);
-    // A prefix says that it is a point in the curve's own form.
+    // The prefix 0x40 marks a point in the curve's native format.
     body.extend(number(&[&[0x40], pair.public_key().as_ref()].concat()));
     body
 }
@@ -82,7 +82,7 @@ fn fingerprint(pair: &Ed25519KeyPair) -> Vec<u8> {
     digest(&SHA1_FOR_LEGACY_USE_ONLY, &framed(&body(pair))).as_ref().to_vec()
 }
 
-/// A key as it is hashed.
+/// Returns a key in the form that is hashed, section 5.2.4.
 fn framed(key: &[u8]) -> Vec<u8> {
     let mut out = vec![0x99];
     out.extend((key.len() as u16).to_be_bytes());
@@ -90,7 +90,7 @@ fn framed(key: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Packets here are short: two bytes of length, always.
+/// Returns a packet with a two-byte length, which suffices for all packets here.
 fn packet(tag: u8, body: &[u8]) -> Vec<u8> {
     let mut out = vec![0x80 | tag << 2 | 1];
     out.extend((body.len() as u16).to_be_bytes());
@@ -98,7 +98,7 @@ fn packet(tag: u8, body: &[u8]) -> Vec<u8> {
     out
 }
 
-/// A number of any size: its bits counted, without leading zeros.
+/// Returns a multiprecision integer, section 3.2: the number of bits, then the bytes without leading zeros.
 fn number(bytes: &[u8]) -> Vec<u8> {
     let start = bytes.iter().position(|b| *b != 0).unwrap_or(bytes.len());
     let bytes = &bytes[start..];

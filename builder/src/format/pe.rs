@@ -1,15 +1,15 @@
-//! Sections of [PE](https://learn.microsoft.com/windows/win32/debug/pe-format) files.
+//! Adds sections to [PE](https://learn.microsoft.com/windows/win32/debug/pe-format) files.
 
 use std::ops::Range;
 
 const SECTION: usize = 40;
-/// Initialised data, readable.
+/// Flags of a section: initialised data, readable.
 const FLAGS: u32 = 0x4000_0040;
 /// The specification's limit.
 const MAX_FILE_ALIGNMENT: u32 = 64 << 10;
 
-/// The file with these sections added, and the range of each section's content in it; `None` if `stub` is not a PE
-/// file with room for them.
+/// Adds sections to a PE file. Returns the new file, and the range of each section's content in it. Returns `None` if
+/// `stub` is not a PE file with room for the sections.
 pub fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, Vec<Range<usize>>)> {
     let u16_at = |at: usize| Some(u16::from_le_bytes(stub.get(at..at + 2)?.try_into().ok()?));
     let u32_at = |at: usize| Some(u32::from_le_bytes(stub.get(at..at + 4)?.try_into().ok()?));
@@ -32,12 +32,12 @@ pub fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, V
     let last = table + (count.checked_sub(1)?) * SECTION;
     let mut address = u32_at(last + 12)?.checked_add(u32_at(last + 8)?)?.checked_next_multiple_of(section_align)?;
     let mut out = stub.to_vec();
-    let mut places = Vec::new();
+    let mut ranges = Vec::new();
     for (i, (name, content)) in sections.iter().enumerate() {
         let size = u32::try_from(content.len()).ok()?;
         out.resize(out.len().next_multiple_of(file_align as usize), 0);
         let offset = u32::try_from(out.len()).ok()?;
-        places.push(out.len()..out.len() + content.len());
+        ranges.push(out.len()..out.len() + content.len());
         out.extend_from_slice(content);
         out.resize(out.len().next_multiple_of(file_align as usize), 0);
         let raw = u32::try_from(out.len()).ok()? - offset;
@@ -52,14 +52,14 @@ pub fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, V
     let count = u16::try_from(count + sections.len()).ok()?;
     out.get_mut(pe + 6..pe + 8)?.copy_from_slice(&count.to_le_bytes());
     out.get_mut(optional + 56..optional + 60)?.copy_from_slice(&address.to_le_bytes());
-    Some((out, places))
+    Some((out, ranges))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A PE file of one section, with these alignments.
+    /// Returns a PE file with one section and these alignments.
     fn stub(section_align: u32, file_align: u32) -> Vec<u8> {
         let mut bytes = vec![0; 1024];
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
@@ -79,8 +79,8 @@ mod tests {
     #[test]
     fn rejects_alignment_that_overflows_an_address() {
         let sections: [(&[u8; 8], &[u8]); 2] = [(b".initrd\0", b"x"), (b".linux\0\0", b"y")];
-        let (out, places) = append(&stub(4096, 512), &sections).unwrap();
-        assert_eq!(places, [1024..1025, 1536..1537]);
+        let (out, ranges) = append(&stub(4096, 512), &sections).unwrap();
+        assert_eq!(ranges, [1024..1025, 1536..1537]);
         assert_eq!(out.len(), 2048);
         assert!(append(&stub(1 << 31, 512), &sections).is_none());
         assert!(append(&stub(4096, 1 << 31), &sections).is_none());
@@ -88,7 +88,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_stub_panics(mut stub in proptest::collection::vec(proptest::num::u8::ANY, 0..600), pe in 0u32..700) {
+        fn no_input_panics(mut stub in proptest::collection::vec(proptest::num::u8::ANY, 0..600), pe in 0u32..700) {
             if stub.len() > 0x40 {
                 stub[..2].copy_from_slice(b"MZ");
                 stub[0x3c..0x40].copy_from_slice(&pe.to_le_bytes());

@@ -1,6 +1,6 @@
-//! A systemd credential in the form systemd takes from the EFI partition: encrypted, by the key
-//! that everybody has. That is no secrecy; it is the only form it takes there (`systemd-creds
-//! encrypt --with-key=null`), and only where Secure Boot does not ask for more.
+//! Writes a [systemd credential](https://systemd.io/CREDENTIALS/) in the form that systemd-stub loads from the ESP, as
+//! `systemd-creds encrypt --with-key=null` does. The key is public, so the encryption protects nothing. With Secure
+//! Boot enabled, systemd rejects this form.
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::digest::{SHA256, digest};
@@ -8,13 +8,15 @@ use ring::digest::{SHA256, digest};
 use crate::error::{Error, Result};
 use crate::util::random::random;
 
-/// systemd's number for AES-256-GCM by the hash of no key at all.
+/// systemd's id for AES-256-GCM with the null key, `CRED_AES256_GCM_BY_NULL`.
 const BY_NULL: [u8; 16] =
     [0x05, 0x84, 0x69, 0xda, 0xf6, 0xf5, 0x43, 0x24, 0x80, 0x05, 0x49, 0xda, 0x0f, 0x8e, 0xa2, 0xfb];
 const IV: usize = 12;
 
+/// Returns a credential with this name and content.
+///
 /// # Errors
-/// The machine has no randomness.
+/// If the kernel's random numbers cannot be read.
 pub fn seal(name: &str, content: &[u8]) -> Result<Vec<u8>> {
     let iv = random::<IV>()?;
     let mut sealed = BY_NULL.to_vec();
@@ -25,7 +27,7 @@ pub fn seal(name: &str, content: &[u8]) -> Result<Vec<u8>> {
     sealed.extend(iv);
     sealed.resize(sealed.len().next_multiple_of(8), 0);
 
-    // When it was made, and until when it is good, which is for ever.
+    // Timestamp, and expiry: never.
     let mut inner = [0_u64.to_le_bytes(), u64::MAX.to_le_bytes()].concat();
     inner.extend((name.len() as u32).to_le_bytes());
     inner.extend(name.as_bytes());
@@ -37,7 +39,7 @@ pub fn seal(name: &str, content: &[u8]) -> Result<Vec<u8>> {
     let tag = key.and_then(|key| {
         key.seal_in_place_separate_tag(Nonce::assume_unique_for_key(iv), Aad::from(&sealed), &mut inner)
     });
-    let tag = tag.map_err(|_| Error::Failed("a credential can't be encrypted".to_owned()))?;
+    let tag = tag.map_err(|_| Error::Failed("cannot encrypt the credential".to_owned()))?;
     sealed.extend(inner);
     sealed.extend(tag.as_ref());
     Ok(sealed)
@@ -50,16 +52,16 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn systemd_reads_it() {
+    fn systemd_creds_decrypts_credential() {
         let sealed = seal("bakehouse.ticket", b"a ticket").unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("bakehouse.ticket.cred");
         let text = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &sealed);
         std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
         let mut decrypt = Command::new("systemd-creds");
-        let read =
+        let output =
             decrypt.args(["decrypt", "--name=bakehouse.ticket"]).arg(&path).arg("-").stderr(Stdio::inherit()).output();
-        let read = read.expect("systemd is installed where tests run");
-        assert_eq!(String::from_utf8_lossy(&read.stdout), "a ticket");
+        let output = output.expect("tests need systemd-creds");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "a ticket");
     }
 }

@@ -1,4 +1,5 @@
-//! dm-verity: the hash tree that `veritysetup format` makes, in the same bytes.
+//! Creates the hash tree of [dm-verity](https://docs.kernel.org/admin-guide/device-mapper/verity.html), with the
+//! [superblock](https://gitlab.com/cryptsetup/cryptsetup/-/wikis/DMVerity) and bytes of `veritysetup format`.
 
 use std::thread;
 
@@ -6,15 +7,16 @@ use sha2::{Digest as _, Sha256};
 
 use crate::util::digest::hex;
 
+/// Size of a block in bytes.
 pub const BLOCK: usize = 4096;
 const DIGEST: usize = 32;
 
-/// One salt for all: what matters is that a root's hash is its content's. It also lets the
-/// unchanged part of a root keep its hashes from one build to the next.
+/// The salt of all roots. It is fixed, so that the root hash depends only on the content, and so that unchanged blocks
+/// keep their hashes from build to build.
 const SALT: [u8; 32] = *b"bakehouse root file system, v1..";
 const UUID: [u8; 16] = [0xba, 0x4e, 0x40, 0x05, 0xe0, 0, 0x40, 0, 0x80, 0, 0, 0, 0, 0, 0, 0x01];
 
-/// Hashes of each data block; the first level of the tree.
+/// Returns the hashes of the data blocks, which are the tree's lowest level.
 pub fn leaves(data: &[u8]) -> Vec<u8> {
     let blocks = data.len().div_ceil(BLOCK);
     let threads = thread::available_parallelism().map_or(2, usize::from);
@@ -25,7 +27,7 @@ pub fn leaves(data: &[u8]) -> Vec<u8> {
     })
 }
 
-/// Hashes of `data`, taking from `known` those of blocks that are the same in `base`.
+/// Returns the hashes of `data`. Takes the hashes of blocks that are the same in `base` from `known`.
 pub fn leaves_from(data: &[u8], base: &[u8], known: &[u8]) -> Vec<u8> {
     let mut all = Vec::with_capacity(data.len() / BLOCK * DIGEST);
     for (i, block) in data.chunks(BLOCK).enumerate() {
@@ -38,7 +40,7 @@ pub fn leaves_from(data: &[u8], base: &[u8], known: &[u8]) -> Vec<u8> {
     all
 }
 
-/// The verity partition's content and the root hash, from the hashes of the data blocks.
+/// Returns the verity partition's content and the root hash, from the hashes of the data blocks.
 #[must_use]
 pub fn tree(leaves: &[u8]) -> (Vec<u8>, String) {
     let mut levels = vec![pad(leaves)];
@@ -54,7 +56,7 @@ pub fn tree(leaves: &[u8]) -> (Vec<u8>, String) {
     (out, hex(&root))
 }
 
-/// Bytes that the tree of this many data bytes takes.
+/// Returns the size of the tree for this many data bytes, in bytes.
 #[must_use]
 pub fn tree_size(data: u64) -> u64 {
     let per_block = (BLOCK / DIGEST) as u64;
@@ -111,8 +113,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_agent_finds_the_blocks_hashes_in_it() {
-        // One level, two, three.
+    fn agent_reads_block_hashes_of_the_tree() {
+        // Trees of one, two and three levels.
         for blocks in [2, 128, 129, 16_384, 16_385] {
             let known: Vec<u8> = (0..blocks * DIGEST).map(|i| (i % 255) as u8).collect();
             let (tree, _) = tree(&known);
@@ -134,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_match_the_tree() {
+    fn tree_size_matches_the_tree() {
         for blocks in [2, 127, 128, 129, 128 * 128, 128 * 128 + 1] {
             let (out, _) = tree(&vec![7; blocks * DIGEST]);
             assert_eq!(out.len() as u64, tree_size((blocks * BLOCK) as u64), "{blocks}");

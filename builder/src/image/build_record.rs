@@ -1,4 +1,4 @@
-//! What an image was made from: to know that nothing changed, or what did.
+//! Records an image's inputs, to skip a build without changes and to print what changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,16 +13,17 @@ use crate::image::Build;
 use crate::project::ImageSpec;
 use crate::util::digest::sha256;
 
-/// What an image was made from, kept beside it: to know that nothing changed, and to say what did.
+/// Inputs and outputs of a finished build: `stamp.json`, beside the image.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct BuildRecord {
+    /// Digest of each input, by a name that `-v` prints.
     pub(super) inputs: BTreeMap<String, String>,
-    /// Name, bytes and time of each file made.
+    /// Name, size in bytes and modification time in nanoseconds of each output file.
     pub(super) outputs: Vec<(String, u64, u64)>,
 }
 
 impl Build<'_> {
-    /// Everything the image depends on, by name.
+    /// Returns the digest of everything that the image depends on, by name.
     pub(super) fn inputs(&self, recipe: &ImageSpec, agent: &[u8]) -> Result<BTreeMap<String, String>> {
         let mut inputs = BTreeMap::from([
             ("bakehouse itself".to_owned(), env!("CODE_ALL").to_owned()),
@@ -44,24 +45,24 @@ impl Build<'_> {
         Ok(inputs)
     }
 
-    /// Why the image has to be made; `None` when it is there and of these inputs.
+    /// Returns why the image must be built; `None` if it exists and has these inputs.
     pub(super) fn stale(out: &Path, name: &str, inputs: &BTreeMap<String, String>) -> Option<String> {
-        let stamp = fs::read(out.join("stamp.json")).ok().and_then(|b| serde_json::from_slice::<BuildRecord>(&b).ok());
-        let Some(stamp) = stamp else { return Some("there is no finished build of it".to_owned()) };
-        let all: BTreeSet<&String> = stamp.inputs.keys().chain(inputs.keys()).collect();
+        let record = fs::read(out.join("stamp.json")).ok().and_then(|b| serde_json::from_slice::<BuildRecord>(&b).ok());
+        let Some(record) = record else { return Some("there is no finished build".to_owned()) };
+        let all: BTreeSet<&String> = record.inputs.keys().chain(inputs.keys()).collect();
         let changed: Vec<&str> =
-            all.into_iter().filter(|k| stamp.inputs.get(*k) != inputs.get(*k)).map(String::as_str).collect();
+            all.into_iter().filter(|k| record.inputs.get(*k) != inputs.get(*k)).map(String::as_str).collect();
         if !changed.is_empty() {
             return Some(format!("changed: {}", changed.join(", ")));
         }
         match outputs(out, name) {
-            Ok(found) if found == stamp.outputs => None,
-            _ => Some("its files were touched since".to_owned()),
+            Ok(found) if found == record.outputs => None,
+            _ => Some("its files changed since the last build".to_owned()),
         }
     }
 }
 
-/// Name, bytes and time of each file of an image.
+/// Returns name, size in bytes and modification time in nanoseconds of each file of an image.
 pub(super) fn outputs(out: &Path, name: &str) -> Result<Vec<(String, u64, u64)>> {
     [".raw", ".efi", ".manifest.json", ".spdx.json"]
         .iter()

@@ -1,4 +1,4 @@
-//! Whether the disks have room for an image, said before the work.
+//! Checks the free disk space before a build.
 
 use std::path::Path;
 
@@ -8,28 +8,28 @@ use crate::error::{Result, fail};
 use crate::image::Build;
 use crate::project::ImageSpec;
 
-/// Room that kernels and initrds take while an image is written, bytes.
+/// Space for kernels and initrds while a build writes an image, in bytes.
 const KERNELS: u64 = 128 << 20;
 
 impl Build<'_> {
-    /// Refuses an image that does not fit its root slot, the store or its folder.
+    /// Fails if the image does not fit its root partition, the store or its folder.
     pub(super) fn room(&self, recipe: &ImageSpec, slots: PartitionSizes, out: &Path) -> Result<()> {
         let packages = self.lock.packages_of(&recipe.group, false);
-        // A .deb is compressed harder than a root is, and holds more: less than a third of
-        // the slot's overflow can't be known before, two thirds can.
+        // The size of the root is known only after mkfs.erofs. A .deb compresses better than erofs, but also contains
+        // files that the image drops. This check therefore refuses only what cannot fit.
         let debs: u64 = packages.iter().map(|p| p.size).sum();
         if debs / 2 > slots.root {
             return fail(format!(
-                "{}: {} packages of {} MiB compressed don't fit a root slot of {} MiB; raise `[image] root_size`",
+                "{}: {} packages of {} MiB compressed do not fit a root partition of {} MiB; raise `[image] root_size`",
                 recipe.group,
                 packages.len(),
                 debs >> 20,
                 slots.root >> 20
             ));
         }
-        // The size of a finished layer is known, and is less than its packages claim: a build is not refused for space
-        // that it does not need. While an image is written, its root (less than two thirds of the tree) is there
-        // twice, and so are kernel and initrd.
+        // A finished layer is smaller than the installed sizes that its packages declare, so its own size is used if
+        // the store has it. While a build writes an image, the disk holds the root (less than two thirds of the tree),
+        // the kernel and the initrd twice.
         let (store, image) = if let Some(layer) = compose::in_store(recipe, self.lock, self.store) {
             let bytes = layer.info()?.bytes;
             (bytes, bytes * 3 / 2 + KERNELS)
@@ -44,7 +44,7 @@ impl Build<'_> {
         for (path, need, what, or) in [store, (out, image, "the image", "")] {
             if free(path) < need {
                 return fail(format!(
-                    "{}: {what} may take {} MiB in {} and {} are free; make room{or}",
+                    "{}: {what} may need {} MiB in {}, but {} MiB are free; make room{or}",
                     recipe.group,
                     need >> 20,
                     path.display(),

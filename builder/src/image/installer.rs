@@ -1,4 +1,4 @@
-//! The installer: kernel and initrd of a group's packages, for machines that boot from the network.
+//! The installer: kernel and initrd for machines that boot from the network, built from a group's packages.
 
 use std::fs;
 
@@ -11,23 +11,23 @@ use crate::error::{Error, Result};
 use crate::image::{Build, beside, cmdline};
 use crate::toolchain::Tools;
 
-/// What the installer says of itself.
+/// The installer's os-release.
 const INSTALLER: &str = "NAME=Bakehouse\nID=bakehouse\nPRETTY_NAME=\"Bakehouse installer\"\n";
 
-/// What a machine runs that is to get an image over the network.
+/// The program that a machine runs to install an image over the network.
 pub struct Installer {
-    /// For firmware.
+    /// A UKI, which UEFI firmware starts.
     pub program: Vec<u8>,
-    /// The kernel's, as it is in the program.
+    /// The kernel's command line, the same as in `program`.
     pub cmdline: String,
 }
 
 impl Build<'_> {
-    /// Kernel and initrd of a group's packages, as one program for firmware, that install what the
-    /// server at this address says. `trust` says which images it may enter from memory.
+    /// Builds the installer from a group's packages, as one UKI. It installs what the server at this address assigns.
+    /// `trust` lists the images that it may start from memory.
     ///
     /// # Errors
-    /// Whatever keeps it from being whole.
+    /// If a package, a tool or the `firstboot-install` binary is missing, or a step fails.
     pub fn installer(&self, group: &str, server: &str, trust: &InstallerTrust) -> Result<Installer> {
         let recipe = self.project.recipe(group);
         let tools = Tools::prepare(self.lock, self.store, self.progress)?;
@@ -36,17 +36,17 @@ impl Build<'_> {
         let kernel = layer.info()?.kernel;
         let path = beside("firstboot-install")?;
         let program = fs::read(&path).map_err(Error::io("read", &path))?;
-        let mut order = self.order(&["profiles/initrd.toml", "profiles/netboot.toml"])?;
-        order.programs.push(("usr/bin/firstboot-install", program));
+        let mut spec = self.initrd_spec(&["profiles/initrd.toml", "profiles/netboot.toml"])?;
+        spec.programs.push(("usr/bin/firstboot-install", program));
         let trust = serde_json::to_vec(trust).map_err(|e| Error::Failed(e.to_string()))?;
-        order.files.push((InstallerTrust::PATH, trust));
+        spec.files.push((InstallerTrust::PATH, trust));
         let scratch = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
         let source = initrd::Source { tree: &tree, layer: &layer, kernel: &kernel, tools: &tools };
-        let initrd = order.build(&source, self.store, self.progress, scratch.path())?;
+        let initrd = spec.build(&source, self.store, self.progress, scratch.path())?;
         let server = format!("{}={server}", fleet::netboot::NetbootMachine::SERVER);
-        // Of a root that is entered, which is one in memory, no disk is a part.
-        let words = ["rd.systemd.unit=netboot.target", "fstab=no", "systemd.mask=systemd-repart.service"];
-        let cmdline = [&words.join(" "), server.as_str(), &cmdline(&recipe)].join(" ");
+        // A root that the installer starts from memory must not use the machine's disks.
+        let fixed = ["rd.systemd.unit=netboot.target", "fstab=no", "systemd.mask=systemd-repart.service"];
+        let cmdline = [&fixed.join(" "), server.as_str(), &cmdline(&recipe)].join(" ");
         let text = uki::Text { cmdline: &cmdline, os_release: INSTALLER, uname: &kernel };
         Ok(Installer { program: self.uki(&tools, &layer, &text, &initrd, false)?, cmdline })
     }

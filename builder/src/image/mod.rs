@@ -1,7 +1,8 @@
-//! `bakehouse build`: from a locked fleet to a bootable disk image of each group.
+//! `bakehouse build`: builds the bootable disk image of each group from the lock.
 //!
-//! Root = the packages' erofs, made once per set of packages, with the baked files appended.
-//! It is always that, in this order, so that a cold and a warm build give the same bytes.
+//! A root is the packages' erofs with the baked files appended. The builder creates the packages' erofs once for each
+//! set of packages. The order never changes, so that a build with an empty store and one with a full store give the
+//! same bytes.
 
 mod build_record;
 mod disk_space;
@@ -35,7 +36,7 @@ use crate::util::digest::sha256;
 use crate::util::fs::write_atomic;
 use crate::util::json::pretty_json;
 
-/// What builds of all groups share.
+/// Inputs that the builds of all groups share.
 pub struct Build<'a> {
     pub project: &'a Project,
     pub lock: &'a Lock,
@@ -52,7 +53,7 @@ pub struct BuiltImage {
     pub disk: PathBuf,
     pub uki: PathBuf,
     pub manifest: PathBuf,
-    /// Nothing had to be done.
+    /// The image existed with the same inputs, so nothing was built.
     pub unchanged: bool,
 }
 
@@ -60,7 +61,7 @@ impl Build<'_> {
     /// Builds a group's image.
     ///
     /// # Errors
-    /// Whatever keeps it from being whole; nothing half-made has the final name.
+    /// If any step fails. Incomplete files never have the final names.
     pub fn image(&self, group: &str) -> Result<BuiltImage> {
         let recipe = self.project.recipe(group);
         let slots = layout::slots(self.project, &recipe)?;
@@ -98,16 +99,17 @@ impl Build<'_> {
             tempfile::Builder::new().prefix(".build-").tempdir_in(&out).map_err(Error::io("write in", &out))?;
         let baked_tar = scratch.path().join("baked.tar");
         baked.write_tar(&tree, &baked_tar)?;
-        // The daemons' opinion, the initrd, what is made and the root wait for nothing of each other.
-        let order = self.order(&["profiles/initrd.toml"])?;
+        // These four steps do not depend on each other: validation, initrd, generated files, root.
+        let spec = self.initrd_spec(&["profiles/initrd.toml"])?;
         let source = initrd::Source { tree: &tree, layer: &layer, kernel: &info.kernel, tools: &tools };
         let erofs =
             Erofs { layer: &layer, tools: &tools, epoch: self.lock.epoch, store: self.store, progress: self.progress };
-        let (root, made, initrd) = std::thread::scope(|scope| {
+        let (root, generated, initrd) = std::thread::scope(|scope| {
             let checked = scope
                 .spawn(|| checks::check(self.project, &recipe, &layer, &baked, &baked_tar, self.store, self.progress));
-            let initrd = scope.spawn(|| order.build(&source, self.store, self.progress, scratch.path()));
-            let made = scope.spawn(|| generate::make(&recipe, &layer, &baked, &baked_tar, self.store, self.progress));
+            let initrd = scope.spawn(|| spec.build(&source, self.store, self.progress, scratch.path()));
+            let generated =
+                scope.spawn(|| generate::generate(&recipe, &layer, &baked, &baked_tar, self.store, self.progress));
             let root = if baked.makes.is_empty() {
                 erofs.root(&baked_tar, scratch.path()).map(Some)
             } else {
@@ -115,29 +117,30 @@ impl Build<'_> {
             };
             let panicked = |_| Error::Failed("a build thread panicked".to_owned());
             checked.join().map_err(panicked)??;
-            let made = made.join().map_err(panicked)??;
-            Ok::<_, Error>((root?, made, initrd.join().map_err(panicked)??))
+            let generated = generated.join().map_err(panicked)??;
+            Ok::<_, Error>((root?, generated, initrd.join().map_err(panicked)??))
         })?;
         let root = if let Some(root) = root {
             root
         } else {
-            for made in made {
-                baked.add(made)?;
+            for file in generated {
+                baked.add(file)?;
             }
             baked.write_tar(&tree, &baked_tar)?;
             erofs.root(&baked_tar, scratch.path())?
         };
         if root.size > slots.root {
             return fail(format!(
-                "{group}: the root takes {} MiB and its slot has {}; raise `[image] root_size` (on running nodes: reinstall)",
+                "{group}: the root needs {} MiB, but its partition has {} MiB; raise `[image] root_size`, and \
+                 reinstall running nodes",
                 root.size >> 20,
                 slots.root >> 20
             ));
         }
         let step = self.progress.step("assemble", group);
-        let words = format!("roothash={} {}", root.hash, cmdline(&recipe));
-        let text = uki::Text { cmdline: &words, os_release: &baked.os_release, uname: &info.kernel };
-        // A BIOS asks for no signature: who wants them has UEFI.
+        let cmdline = format!("roothash={} {}", root.hash, cmdline(&recipe));
+        let text = uki::Text { cmdline: &cmdline, os_release: &baked.os_release, uname: &info.kernel };
+        // A legacy BIOS verifies no signature, so images with Secure Boot start by UEFI only.
         let legacy = Signer::of(self.project).is_none();
         let uki = self.uki(&tools, &layer, &text, &initrd, legacy)?;
         let mut esp = self.boot_files(&recipe, &tools, uki.clone())?;
@@ -195,7 +198,7 @@ impl Build<'_> {
             .iter()
             .map(|(suffix, bytes)| format!("{}  {name}{suffix}\n", sha256(bytes)))
             .collect();
-        // The stamp goes first and comes last: between, the files belong to no build.
+        // An image has no build record while its files change, so that an interrupted build does not look finished.
         let _ = fs::remove_file(out.join("stamp.json"));
         for (suffix, bytes) in [(".efi", &uki), (".manifest.json", &manifest), (".spdx.json", &sbom)] {
             write_atomic(&path(suffix), bytes)?;
@@ -214,7 +217,7 @@ impl Build<'_> {
         Ok(image)
     }
 
-    fn order(&self, recipes: &[&'static str]) -> Result<initrd::InitrdSpec<'_>> {
+    fn initrd_spec(&self, recipes: &[&'static str]) -> Result<initrd::InitrdSpec<'_>> {
         let recipes = recipes.iter().map(|path| Ok((*path, self.project.file(path)?)));
         Ok(initrd::InitrdSpec { recipes: recipes.collect::<Result<_>>()?, programs: Vec::new(), files: Vec::new() })
     }
@@ -225,7 +228,7 @@ impl Build<'_> {
         self.signed(tools, uki::build(&stub, &read(layer.kernel())?, initrd, text, bios)?)
     }
 
-    /// Signed, where the fleet has a key for that.
+    /// Signs a program if the fleet has a key for Secure Boot.
     fn signed(&self, tools: &Tools, program: Vec<u8>) -> Result<Vec<u8>> {
         match Signer::of(self.project) {
             Some(signer) => signer.sign(tools, &program, self.lock.epoch),
@@ -239,12 +242,12 @@ impl Build<'_> {
         let id = image_id(self.project, &recipe.group);
         let signer = Signer::of(self.project);
         let keys = signer.as_ref().map(|s| s.enrolment(tools)).transpose()?.unwrap_or_default();
-        // In a virtual machine the key is enrolled at once; elsewhere somebody chooses it from the menu.
+        // `if-safe`: systemd-boot enrols the key by itself in virtual machines only. Elsewhere the operator selects it.
         let enrol = if signer.is_some() { "secure-boot-enroll if-safe\n" } else { "" };
         let mut files = BTreeMap::from([
             ("EFI/BOOT/BOOTX64.EFI".to_owned(), boot.clone()),
             ("EFI/systemd/systemd-bootx64.efi".to_owned(), boot),
-            // Three tries, then the version before it.
+            // systemd-boot tries this version three times, then starts the previous one.
             (format!("EFI/Linux/{id}_{}+3.efi", self.project.topology.version), uki),
             ("loader/loader.conf".to_owned(), format!("timeout 0\neditor no\n{enrol}").into_bytes()),
             ("loader/entries.srel".to_owned(), b"type1\n".to_vec()),
@@ -254,12 +257,12 @@ impl Build<'_> {
     }
 }
 
-/// The profiles' words for the kernel.
+/// Returns the kernel options of the profiles.
 fn cmdline(recipe: &ImageSpec) -> String {
     recipe.profiles.iter().flat_map(|p| &p.cmdline).map(String::as_str).collect::<Vec<_>>().join(" ")
 }
 
-/// A binary for nodes: installed beside this one.
+/// Returns the path of a program for nodes, which is installed beside `bakehouse`.
 fn beside(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().map_err(Error::io("find", "bakehouse's own program"))?;
     let path = own.with_file_name(name);

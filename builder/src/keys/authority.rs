@@ -1,5 +1,5 @@
-//! A fleet's root and passwords, on the operator's disk: readable by nobody else, never in an
-//! image.
+//! The fleet key: the root certificate's private key and the services' passwords. The operator keeps it in a file that
+//! only the operator can read. It is never part of an image.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ use crate::project::Project;
 use crate::util::fs::{write_new, write_private};
 use crate::util::random::random;
 
-/// What a fleet's nodes believe, and what their services share.
+/// The content of `fleet.key`.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FleetKey {
@@ -27,13 +27,13 @@ pub struct FleetKey {
 }
 
 impl FleetKey {
-    /// Name of the operator's file, beside `fleet.toml`.
+    /// Name of the file, beside `fleet.toml`.
     pub const FILE: &str = "fleet.key";
 
-    /// A new one, of fresh randomness.
+    /// Generates a new fleet key.
     ///
     /// # Errors
-    /// The machine has no randomness.
+    /// If the kernel's random numbers cannot be read.
     pub fn create(fleet: &str) -> Result<Self> {
         let secrets = Secrets {
             postgres: password()?,
@@ -51,21 +51,24 @@ impl FleetKey {
         Ok(Self { fleet: fleet.to_owned(), root: Issuer::root(fleet)?, secrets })
     }
 
-    /// The fleet's own, which `bakehouse init` made.
+    /// Reads the fleet key that `bakehouse init` has created.
     ///
     /// # Errors
-    /// There is none, it can't be read, or it is another fleet's.
+    /// If the file does not exist, cannot be read, or belongs to another fleet.
     pub fn of(project: &Project) -> Result<Self> {
         let path = project.dir.join(Self::FILE);
         Self::read(&path, &project.topology.name)?.ok_or_else(|| {
-            Error::Failed(format!("{} is missing: make it with `bakehouse init`, once for a fleet", path.display()))
+            Error::Failed(format!(
+                "{} does not exist; create it with `bakehouse init`, once for each fleet",
+                path.display()
+            ))
         })
     }
 
-    /// Makes the fleet's own, unless there is one; says whether it did.
+    /// Creates the fleet key, unless it exists. Returns whether it created it.
     ///
     /// # Errors
-    /// It can't be written; there is nobody to ask for a passphrase.
+    /// If the file cannot be written, or no passphrase can be read.
     pub fn init(dir: &Path, fleet: &str, passphrase: bool) -> Result<bool> {
         let path = dir.join(Self::FILE);
         if path.exists() {
@@ -75,20 +78,20 @@ impl FleetKey {
         write_new(&path, &if passphrase { passphrase::seal(&path, &plain)? } else { plain })
     }
 
-    /// Encrypts the fleet's own with a passphrase that is asked for, or with another one.
+    /// Encrypts the fleet key with a passphrase, or changes the passphrase.
     ///
     /// # Errors
-    /// There is nobody to ask; it can't be written.
+    /// If no passphrase can be read, or the file cannot be written.
     pub fn seal(&self, dir: &Path) -> Result<()> {
         let path = dir.join(Self::FILE);
         write_private(&path, &passphrase::seal(&path, &self.bytes()?)?)
     }
 
-    /// That of the fleet's local machines: the fleet's own if there is one, else one that is
-    /// made when it is first asked for.
+    /// Reads the fleet key of local machines: `fleet.key` if it exists, else a key below `build/vm`. The first call
+    /// creates that key.
     ///
     /// # Errors
-    /// It can't be read or written, or is another fleet's.
+    /// If a file cannot be read or written, or belongs to another fleet.
     pub fn of_vms(project: &Project) -> Result<Self> {
         let fleet = &project.topology.name;
         if let Some(own) = Self::read(&project.dir.join(Self::FILE), fleet)? {
@@ -98,15 +101,15 @@ impl FleetKey {
         if let Some(found) = Self::read(&path, fleet)? {
             return Ok(found);
         }
-        let made = Self::create(fleet)?;
-        // Two machines may be started at once: the first to write wins, for both.
-        if write_new(&path, &made.bytes()?)? { Ok(made) } else { Self::of_vms(project) }
+        let new = Self::create(fleet)?;
+        // Two processes may start machines at the same time. Both use the key of the first one to write.
+        if write_new(&path, &new.bytes()?)? { Ok(new) } else { Self::of_vms(project) }
     }
 
-    /// Signs updates.
+    /// Derives the key that signs updates.
     ///
     /// # Errors
-    /// Never in practice.
+    /// If the key cannot be derived; does not happen in practice.
     pub fn update_key(&self) -> Result<UpdateKey> {
         UpdateKey::of(&self.fleet, self.root.key())
     }
@@ -118,16 +121,16 @@ impl FleetKey {
             Err(e) => return Err(Error::io("read", path)(e)),
         };
         let mut found: Self = serde_json::from_slice(&passphrase::open(path, bytes)?)
-            .map_err(|e| Error::Failed(format!("{} is damaged ({e}); bring back a copy of it", path.display())))?;
+            .map_err(|e| Error::Failed(format!("{} is damaged ({e}); restore a copy of it", path.display())))?;
         if found.fleet != fleet {
-            return fail(format!("{} is of the fleet `{}`, not of `{fleet}`", path.display(), found.fleet));
+            return fail(format!("{} belongs to the fleet `{}`, not to `{fleet}`", path.display(), found.fleet));
         }
         found.complete()?;
         Ok(Some(found))
     }
 
-    /// Fills in the passwords that `fleet.key` of an earlier version does not have. They are derived from
-    /// the root's private key, so every reading of the file gives the same ones.
+    /// Adds the passwords that a `fleet.key` of an earlier version does not have. They are derived from
+    /// the root's private key, so that each read of the file gives the same passwords.
     fn complete(&mut self) -> Result<()> {
         let root = self.root.key();
         for (secret, label) in
@@ -144,10 +147,10 @@ impl FleetKey {
         serde_json::to_vec(self).map_err(|e| Error::Failed(e.to_string()))
     }
 
-    /// What a node would have, for those who only look at configurations.
+    /// Creates certificates and passwords for a node, to validate its configuration.
     ///
     /// # Errors
-    /// Nothing that a fleet's names could bring about.
+    /// If a certificate cannot be created; does not happen with a valid topology.
     pub fn membership(&self, topology: &Topology, node: &Node) -> Result<Membership> {
         let key = PrivateKey::generate()?;
         let cert = self.root.founder_issuer(topology, node)?.node(topology, node, &key.public()?)?;
@@ -169,20 +172,20 @@ impl From<CertificateError> for Error {
     }
 }
 
-/// A secret that is not ours to make.
+/// Reads a secret of another service from the environment.
 fn given(variable: &str) -> String {
     std::env::var(variable).unwrap_or_default()
 }
 
-/// 192 bits, in letters that no configuration language minds.
+/// Generates a password of 192 bits, in characters that no configuration language has to quote.
 fn password() -> Result<String> {
     Ok(URL_SAFE_NO_PAD.encode(random::<24>()?))
 }
 
-/// A password that follows from the root's private key and a label: 192 bits.
+/// Derives a password of 192 bits from the root's private key and a label.
 fn derived(root: &str, label: &str) -> Result<String> {
     let mut bytes = [0; 32];
-    let failed = |_| Error::Failed(format!("the password `{label}` can't be derived from the fleet's root key"));
+    let failed = |_| Error::Failed(format!("cannot derive the password `{label}` from the fleet's root key"));
     let secret = Salt::new(HKDF_SHA256, b"bakehouse").extract(root.as_bytes());
     secret.expand(&[label.as_bytes()], HKDF_SHA256).and_then(|k| k.fill(&mut bytes)).map_err(failed)?;
     Ok(URL_SAFE_NO_PAD.encode(&bytes[..24]))
@@ -194,7 +197,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
-    fn each_node_has_a_key_of_its_own_and_the_fleets_passwords() {
+    fn nodes_have_different_keys_and_the_same_passwords() {
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\n";
         let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
         let authority = FleetKey::create("acme").unwrap();
@@ -205,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_an_earlier_version_always_gives_the_same_etcd_passwords() {
+    fn file_of_an_earlier_version_gives_fixed_etcd_passwords() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FleetKey::FILE);
         let authority = FleetKey::create("acme").unwrap();
@@ -222,13 +225,13 @@ mod tests {
     }
 
     #[test]
-    fn the_file_is_made_once_and_is_nobody_elses() {
+    fn init_creates_one_private_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FleetKey::FILE);
         let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
         assert!(FleetKey::init(dir.path(), "acme", false).unwrap());
         let first = fs::read(&path).unwrap();
-        assert!(!FleetKey::init(dir.path(), "acme", false).unwrap(), "a second takes the first's place");
+        assert!(!FleetKey::init(dir.path(), "acme", false).unwrap(), "init replaced the file");
         assert_eq!((fs::read(&path).unwrap(), mode()), (first, 0o600));
         assert!(FleetKey::read(&path, "other").is_err());
         write_private(&path, b"three").unwrap();

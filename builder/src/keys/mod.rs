@@ -1,4 +1,4 @@
-//! The fleet key, and what it signs: certificates, tickets, updates.
+//! The fleet key, and what the builder signs with it: certificates, tickets, updates.
 
 pub mod authority;
 mod passphrase;

@@ -1,4 +1,4 @@
-//! The passphrase of the fleet's key: asked for on the terminal, once in a run, or read from a file.
+//! The passphrase of the fleet key. The builder reads it from a file, or asks for it on the terminal once in a run.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -9,16 +9,16 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::{Error, Result, fail};
 use crate::format::age::{self, DecryptError};
 
-/// For scripts: names a file with the passphrase in its first line.
+/// Environment variable with the path of a file, whose first line is the passphrase. For scripts.
 const VARIABLE: &str = "BAKEHOUSE_PASSPHRASE_FILE";
 
-/// What was opened in this run, by what it was sealed as.
+/// Files that this run has decrypted: encrypted content → decrypted content.
 static OPENED: Mutex<BTreeMap<Vec<u8>, Vec<u8>>> = Mutex::new(BTreeMap::new());
 
-/// A file's bytes, decrypted if they are not plain.
+/// Returns the content of a file; decrypts it if it is encrypted.
 ///
 /// # Errors
-/// There is nobody to ask, or the passphrase is another.
+/// If no passphrase can be read, the passphrase is wrong, or the file is damaged.
 pub fn open(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
     if !age::is_sealed(&bytes) {
         return Ok(bytes);
@@ -28,27 +28,27 @@ pub fn open(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
         return Ok(plain.clone());
     }
     let passphrase = ask(&format!("Passphrase of {}:", path.display()))?;
-    let plain = age::open(&bytes, &passphrase).map_err(|closed| {
-        Error::Failed(match closed {
-            DecryptError::Passphrase => format!("{}: that is not its passphrase", path.display()),
-            DecryptError::Damaged => format!("{} is damaged; bring back a copy of it", path.display()),
+    let plain = age::open(&bytes, &passphrase).map_err(|e| {
+        Error::Failed(match e {
+            DecryptError::Passphrase => format!("wrong passphrase of {}", path.display()),
+            DecryptError::Damaged => format!("{} is damaged; restore a copy of it", path.display()),
         })
     })?;
     opened.insert(bytes, plain.clone());
     Ok(plain)
 }
 
-/// Encrypts a file's bytes with a passphrase that is asked for.
+/// Asks for a new passphrase, and encrypts the content of a file.
 ///
 /// # Errors
-/// There is nobody to ask, or two answers differ.
+/// If no passphrase can be read, it is empty, or the repeated passphrase differs.
 pub fn seal(path: &Path, plain: &[u8]) -> Result<Vec<u8>> {
     let passphrase = ask(&format!("New passphrase of {}:", path.display()))?;
     if passphrase.is_empty() {
-        return fail("an empty passphrase keeps nothing secret");
+        return fail("the passphrase is empty");
     }
-    if ask("Once more:")? != passphrase {
-        return fail("the two are not the same; nothing was changed");
+    if ask("Repeat the passphrase:")? != passphrase {
+        return fail("the two passphrases differ; the file was not changed");
     }
     age::seal(plain, &passphrase)
 }
@@ -58,17 +58,17 @@ fn ask(question: &str) -> Result<String> {
         let text = fs::read_to_string(&path).map_err(Error::io("read", Path::new(&path)))?;
         return Ok(text.lines().next().unwrap_or_default().to_owned());
     }
-    // Without a terminal it would wait for one of the machine's own agents to answer.
+    // Without a terminal, systemd-ask-password would wait for a password agent of the machine.
     if File::open("/dev/tty").is_err() {
         return fail(format!(
-            "a passphrase is needed, and there is no terminal to ask on: set {VARIABLE} to a file with it"
+            "a passphrase is needed, and there is no terminal; set {VARIABLE} to the path of a file with it"
         ));
     }
     let mut command = Command::new("systemd-ask-password");
-    let asked = command.arg("--timeout=0").arg(question).stdin(Stdio::inherit()).stderr(Stdio::inherit()).output();
-    let asked = asked.map_err(Error::io("start", "systemd-ask-password (apt install systemd)"))?;
-    if !asked.status.success() {
+    let reply = command.arg("--timeout=0").arg(question).stdin(Stdio::inherit()).stderr(Stdio::inherit()).output();
+    let reply = reply.map_err(Error::io("start", "systemd-ask-password (apt install systemd)"))?;
+    if !reply.status.success() {
         return Err(Error::Interrupted);
     }
-    Ok(String::from_utf8_lossy(&asked.stdout).trim_end_matches('\n').to_owned())
+    Ok(String::from_utf8_lossy(&reply.stdout).trim_end_matches('\n').to_owned())
 }

@@ -1,4 +1,4 @@
-//! Minting tickets. Nobody has to be reachable for it: hubs believe what the fleet's root signed.
+//! Mints tickets. This needs no connection to a hub, because hubs trust the signature of the fleet's root.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,21 +10,23 @@ use crate::keys::authority::FleetKey;
 use crate::util::digest::hex;
 use crate::util::random::random;
 
-/// What a token is good for, beside its group.
+/// Limits of a ticket.
 pub struct TicketTerms {
+    /// Number of nodes that may join with it.
     pub uses: u32,
+    /// Validity from now.
     pub lasts: Duration,
-    /// Takes the slot from whoever has it.
+    /// Whether the joiner replaces the owner of the slot.
     pub replace: bool,
 }
 
-/// Of a ticket on a disk, until that was carried to where it is to run.
+/// Terms of a ticket on a disk or in an exported image: one use within seven days.
 pub const DEFAULT_TERMS: TicketTerms = TicketTerms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
 
-/// A ticket for one slot, or for any of a group's.
+/// Mints a ticket for a slot, or for any slot of a group.
 ///
 /// # Errors
-/// No such slot or group; a group whose nodes each have a ticket of their own.
+/// If there is no such slot or group, or each node of the group is a founder.
 pub fn mint(
     authority: &FleetKey,
     topology: &Topology,
@@ -40,7 +42,7 @@ pub fn mint(
                 let slots: Vec<&str> =
                     topology.nodes.iter().filter(|n| n.group == to).map(|n| n.name.as_str()).collect();
                 return Err(Error::Usage(format!(
-                    "the nodes of `{to}` found the fleet: each has a ticket of its own; name one of {}",
+                    "the nodes of `{to}` are founders, and each has a ticket of its own; name one of {}",
                     slots.join(", ")
                 )));
             }
@@ -61,7 +63,7 @@ pub fn mint(
 }
 
 fn founder(authority: &FleetKey, topology: &Topology, node: &Node, terms: &TicketTerms) -> Result<Credential> {
-    // A hub hands out what any node may need; another founder is told what it needs itself.
+    // A hub grants secrets to nodes of any role, so it needs all. Another founder gets the secrets of its own roles.
     let secrets = if node.hub > 0 { authority.secrets.clone() } else { authority.secrets.for_roles(&node.roles) };
     let issuer = authority.root.founder_issuer(topology, node)?;
     let replaces =
@@ -103,21 +105,21 @@ mod tests {
     }
 
     #[test]
-    fn founders_have_their_slot_and_others_a_token() {
+    fn founders_get_a_slot_and_joiners_a_token() {
         assert!(matches!(minted("hub-1").unwrap().right, Credential::Founder(f) if f.slot == "hub-1"));
         let claims = |to: &str| match minted(to).unwrap().right {
             Credential::Joiner(joiner) => joiner.token.read().unwrap(),
-            Credential::Founder(_) => panic!("{to} founds nothing"),
+            Credential::Founder(_) => panic!("{to} is a founder"),
         };
         assert_eq!((claims("db").slot, claims("db-2").slot.as_deref()), (None, Some("db-2")));
         assert_ne!(claims("db").id, claims("db").id);
     }
 
     #[test]
-    fn what_is_not_there_is_named() {
-        for (to, words) in [("hub", "name one of hub-1, hub-2, hub-3"), ("web", "there is no node or group `web`")] {
+    fn rejects_founder_groups_and_unknown_names() {
+        for (to, message) in [("hub", "name one of hub-1, hub-2, hub-3"), ("web", "there is no node or group `web`")] {
             let e = minted(to).map(drop).unwrap_err();
-            assert!(e.to_string().contains(words), "{e}");
+            assert!(e.to_string().contains(message), "{e}");
         }
     }
 }

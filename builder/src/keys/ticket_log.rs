@@ -1,4 +1,4 @@
-//! Tickets that were minted, as the operator's machine remembers them: their claims, never a key.
+//! The operator's log of minted tickets. It has the tickets' claims, never a key.
 
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write as _};
@@ -11,16 +11,16 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
-/// Beside `fleet.toml`: a line of JSON for each.
+/// Name of the file, beside `fleet.toml`. Each line is the JSON of a ticket's claims.
 const FILE: &str = "tickets.jsonl";
 
-/// A ticket, for people and scripts.
+/// A minted ticket, as `bakehouse ticket` prints it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TicketRow {
     pub number: String,
     /// A node, or a group.
     pub to: String,
-    /// How often it was used, of how often it may be; none where no hub was asked.
+    /// Number of times that nodes have joined with the ticket; `None` if no hub replied.
     pub used: Option<u32>,
     pub uses: u32,
     /// Seconds since 1970.
@@ -28,6 +28,7 @@ pub struct TicketRow {
     pub state: TicketState,
 }
 
+/// Whether a ticket is still valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TicketState {
@@ -37,36 +38,36 @@ pub enum TicketState {
     Revoked,
 }
 
-/// Writes a ticket down, if hubs count how often it is used.
+/// Appends a ticket to the log, if it has a token.
 ///
 /// # Errors
-/// The folder can't be written.
+/// If the log cannot be written.
 pub fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
     let Some(claims) = ticket.token().and_then(Token::read) else { return Ok(()) };
     let path = dir.join(FILE);
     let mut line = serde_json::to_vec(&claims).map_err(|e| Error::Failed(e.to_string()))?;
     line.push(b'\n');
-    let mut written = || {
+    let mut append = || {
         let mut file = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(&path)?;
         let size = file.metadata()?.len();
         let mut last = [b'\n'];
         if size > 0 {
             file.read_exact_at(&mut last, size - 1)?;
         }
-        // What a power cut left half takes no other line along.
+        // A power cut may have left an incomplete line. The new line must not become part of it.
         if last != [b'\n'] {
             line.insert(0, b'\n');
         }
         file.write_all(&line)?;
         file.sync_all()
     };
-    written().map_err(Error::io("write", &path))
+    append().map_err(Error::io("write", &path))
 }
 
-/// What was written down, oldest first, with what a hub knows of it.
+/// Returns the tickets in the log, oldest first, with the use counts and revocations that a hub reports.
 ///
 /// # Errors
-/// The file can't be read.
+/// If the log cannot be read.
 pub fn rows(dir: &Path, known: Option<&Tokens>) -> Result<Vec<TicketRow>> {
     let path = dir.join(FILE);
     let text = match fs::read_to_string(&path) {
@@ -75,7 +76,7 @@ pub fn rows(dir: &Path, known: Option<&Tokens>) -> Result<Vec<TicketRow>> {
         Err(e) => return Err(Error::io("read", &path)(e)),
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    // A line that a power cut left half is of a ticket that nobody got.
+    // An incomplete line comes from a power cut. The operator never received that ticket.
     let minted = text.lines().filter_map(|line| serde_json::from_str::<Claims>(line).ok());
     Ok(minted.map(|claims| row(claims, known, now)).collect())
 }
@@ -101,7 +102,7 @@ fn row(claims: Claims, known: Option<&Tokens>, now: u64) -> TicketRow {
     }
 }
 
-/// Lines for a person.
+/// Formats the tickets as a table.
 #[must_use]
 pub fn table(rows: &[TicketRow]) -> String {
     let mut text = format!("{:<32} {:<12} {:>7} {:<20} {}\n", "number", "for", "used", "expires", "state");
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ticket_is_what_the_hubs_know_of_it() {
+    fn state_follows_hubs_reports() {
         let known = Tokens {
             used: BTreeMap::from([("a".to_owned(), 2), ("b".to_owned(), 1)]),
             revoked: BTreeSet::from(["d".to_owned()]),
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_line_is_left_out_and_takes_no_other_along() {
+    fn ignores_incomplete_line() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(rows(dir.path(), None).unwrap(), []);
         let whole = serde_json::to_string(&claims("a", 1, 1)).unwrap();

@@ -1,4 +1,4 @@
-//! The fleet's update key: derived from the root's key.
+//! The key that signs updates. It is derived from the private key of the fleet's root.
 
 use fleet::encoding::encode;
 use fleet::netboot::{ImageStatement, SignedImage};
@@ -8,49 +8,49 @@ use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use crate::error::{Error, Result};
 use crate::format::openpgp;
 
-/// Signs updates; images trust it and nothing else.
+/// Signs updates. Nodes install only updates with its signature.
 pub struct UpdateKey {
     pair: Ed25519KeyPair,
     name: String,
 }
 
 impl UpdateKey {
-    /// The one that belongs to a fleet's root: who has the root has it, and nobody else.
+    /// Derives the update key from the private key of a fleet's root.
     ///
     /// # Errors
-    /// Never in practice: any 32 bytes are a key.
+    /// If the key cannot be derived; does not happen in practice, because any 32 bytes are a key.
     pub fn of(fleet: &str, root_key: &str) -> Result<Self> {
         let mut seed = [0; 32];
         let secret = Salt::new(HKDF_SHA256, b"bakehouse").extract(root_key.as_bytes());
-        let told = |_| Error::Failed("the update key can't be derived".to_owned());
-        secret.expand(&[b"update key, v1"], HKDF_SHA256).and_then(|k| k.fill(&mut seed)).map_err(told)?;
+        let failed = |_| Error::Failed("cannot derive the update key".to_owned());
+        secret.expand(&[b"update key, v1"], HKDF_SHA256).and_then(|k| k.fill(&mut seed)).map_err(failed)?;
         let pair = Ed25519KeyPair::from_seed_unchecked(&seed)
-            .map_err(|e| Error::Failed(format!("the update key can't be derived: {e}")))?;
+            .map_err(|e| Error::Failed(format!("cannot derive the update key: {e}")))?;
         Ok(Self { pair, name: format!("{fleet} fleet updates") })
     }
 
-    /// The public half, as a keyring.
+    /// Returns the public key as an OpenPGP keyring.
     #[must_use]
     pub fn keyring(&self) -> Vec<u8> {
         openpgp::keyring(&self.pair, &self.name)
     }
 
-    /// A detached signature, as of `time` (seconds since 1970).
+    /// Returns a detached OpenPGP signature with this time (seconds since 1970).
     #[must_use]
     pub fn sign(&self, content: &[u8], time: u64) -> Vec<u8> {
         openpgp::sign(&self.pair, content, time)
     }
 
-    /// The public half as it is, for those who read no OpenPGP: Ed25519, 32 bytes.
+    /// Returns the Ed25519 public key, 32 bytes, for programs without OpenPGP.
     #[must_use]
     pub fn public(&self) -> &[u8] {
         self.pair.public_key().as_ref()
     }
 
-    /// Signs that machines which boot from the network may run an image from their memory.
+    /// Signs a statement about an image, so that machines that boot from the network may run the image from memory.
     ///
     /// # Errors
-    /// The statement can't be written as JSON.
+    /// If the statement cannot be serialised as JSON.
     pub fn sign_image(&self, statement: &ImageStatement) -> Result<SignedImage> {
         let statement = serde_json::to_string(statement).map_err(|e| Error::Failed(e.to_string()))?;
         let signature = encode(self.pair.sign(&SignedImage::message(&statement)).as_ref());
@@ -65,7 +65,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn gnupg_believes_the_key_and_nothing_else() {
+    fn gpgv_accepts_signatures_of_this_key_only() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, bytes: &[u8]| {
             let path = dir.path().join(name);
@@ -79,14 +79,14 @@ mod tests {
             let done = gpgv.output().expect("gpgv: apt needs it");
             (done.status.success(), String::from_utf8_lossy(&done.stderr).into_owned())
         };
-        // Many: r and s are of every length.
+        // Many signatures, because r and s have different lengths.
         for i in 0..40 {
             let key = UpdateKey::of("acme", &format!("root {i}")).unwrap();
             let content = format!("{i}  file\n").repeat(i + 1).into_bytes();
             let signature = key.sign(&content, 1_760_000_000);
-            assert_eq!(signature, key.sign(&content, 1_760_000_000), "not the same bytes");
-            let (ok, said) = verified(&key.keyring(), &signature, &content);
-            assert!(ok && said.contains("acme fleet updates"), "{said}");
+            assert_eq!(signature, key.sign(&content, 1_760_000_000), "the signature differs");
+            let (ok, output) = verified(&key.keyring(), &signature, &content);
+            assert!(ok && output.contains("acme fleet updates"), "{output}");
             if i < 3 {
                 assert!(!verified(&key.keyring(), &signature, b"changed").0);
                 let other = UpdateKey::of("acme", "another root").unwrap();

@@ -1,5 +1,5 @@
-//! Packages into the store: in parallel, resumed where a transfer broke, and held against
-//! the lock's size and sha256 while they stream.
+//! Downloads packages into the store, in parallel. Resumes interrupted transfers, and verifies each package against the
+//! lock's size and sha256.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -22,10 +22,10 @@ use crate::util::digest::hex;
 const CONNECTIONS: usize = 8;
 const ATTEMPTS: u32 = 4;
 
-/// Brings what is missing; returns how many packages were.
+/// Downloads the packages that the store does not have. Returns their number.
 ///
 /// # Errors
-/// A package that could not be had whole in a few attempts, by name.
+/// If all attempts to download a package fail. The error names the package.
 pub fn fetch(packages: &[&Package], mirror: &Mirror, store: &Store, progress: &Progress) -> Result<usize> {
     let missing: Vec<&Package> = {
         let mut seen = std::collections::BTreeSet::new();
@@ -75,7 +75,7 @@ impl Agents {
                 .user_agent(concat!("bakehouse/", env!("CARGO_PKG_VERSION")));
             if let Some(proxy) = mirror.proxy(scheme) {
                 let proxy = ureq::Proxy::new(&proxy)
-                    .map_err(|e| Error::Failed(format!("apt's proxy `{proxy}` can't be used: {e}")))?;
+                    .map_err(|e| Error::Failed(format!("cannot use apt's proxy `{proxy}`: {e}")))?;
                 config = config.proxy(Some(proxy));
             }
             self.0.insert(scheme.to_owned(), config.build().new_agent());
@@ -90,10 +90,12 @@ struct Fetcher<'a> {
     step: &'a Step,
 }
 
-/// Why an attempt failed, and whether another may do better.
-enum Broken {
+/// Why an attempt failed.
+enum FetchError {
+    /// Another attempt may succeed.
     Retry(String),
-    Never(String),
+    /// Another attempt would fail, too.
+    Permanent(String),
 }
 
 impl Fetcher<'_> {
@@ -105,7 +107,7 @@ impl Fetcher<'_> {
         }
         self.step.message(&package.name);
         let url = self.mirror.url(&package.archive, &package.path)?;
-        // Not named by process: whoever holds the lock goes on where the last one was cut.
+        // The name has no process id: the next process that holds the lock resumes the transfer.
         let part = self.store.path(Kind::Deb, &package.sha256).with_extension("part");
         let mut counted = 0;
         let mut why = String::new();
@@ -120,14 +122,14 @@ impl Fetcher<'_> {
                     self.store.put(Kind::Deb, &package.sha256, &part)?;
                     return Ok(());
                 }
-                Err(Broken::Retry(e)) => why = e,
-                Err(Broken::Never(e)) => {
+                Err(FetchError::Retry(e)) => why = e,
+                Err(FetchError::Permanent(e)) => {
                     why = e;
                     break;
                 }
             }
         }
-        fail(format!("{} {} could not be fetched from {url}: {why}", package.name, package.version))
+        fail(format!("cannot download {} {} from {url}: {why}", package.name, package.version))
     }
 
     fn attempt(
@@ -137,8 +139,8 @@ impl Fetcher<'_> {
         part: &Path,
         agents: &mut Agents,
         counted: &mut u64,
-    ) -> Result<(), Broken> {
-        let disk = |e: io::Error| Broken::Never(format!("the store can't be written: {e}"));
+    ) -> Result<(), FetchError> {
+        let disk = |e: io::Error| FetchError::Permanent(format!("cannot write to the store: {e}"));
         let mut hash = Sha256::new();
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(part).map_err(disk)?;
         let mut have = file.metadata().map_err(disk)?.len();
@@ -161,14 +163,17 @@ impl Fetcher<'_> {
             self.count(have, counted);
             let mut buffer = vec![0; 1 << 16];
             loop {
-                let n = body.read(&mut buffer).map_err(|e| Broken::Retry(format!("the transfer broke: {e}")))?;
+                let n = body.read(&mut buffer).map_err(|e| FetchError::Retry(format!("the transfer failed: {e}")))?;
                 if n == 0 {
                     break;
                 }
                 have += n as u64;
                 if have > package.size {
                     let _ = fs::remove_file(part);
-                    return Err(Broken::Retry(format!("the mirror sends more than the lock's {} bytes", package.size)));
+                    return Err(FetchError::Retry(format!(
+                        "the mirror sent more than the {} bytes in the lock",
+                        package.size
+                    )));
                 }
                 hash.update(&buffer[..n]);
                 file.write_all(&buffer[..n]).map_err(disk)?;
@@ -176,17 +181,20 @@ impl Fetcher<'_> {
             }
         }
         if have < package.size {
-            return Err(Broken::Retry(format!("the mirror sends {have} bytes, the lock says {}", package.size)));
+            return Err(FetchError::Retry(format!("the mirror sent {have} bytes, but the lock has {}", package.size)));
         }
         let got = hex(&hash.finalize());
         if got != package.sha256 {
             let _ = fs::remove_file(part);
-            return Err(Broken::Retry(format!("the mirror's file has sha256 {got}, the lock says {}", package.sha256)));
+            return Err(FetchError::Retry(format!(
+                "the mirror's file has sha256 {got}, but the lock has {}",
+                package.sha256
+            )));
         }
         Ok(())
     }
 
-    /// Bytes of one package are counted once, however often they are fetched.
+    /// Advances the bar by the new bytes of a package. Repeated bytes do not count.
     fn count(&self, have: u64, counted: &mut u64) {
         if have > *counted {
             self.step.advance(have - *counted);
@@ -194,16 +202,22 @@ impl Fetcher<'_> {
         }
     }
 
-    fn open(&self, url: &str, from: u64, scratch: &Path, agents: &mut Agents) -> Result<(Box<dyn Read>, bool), Broken> {
+    fn open(
+        &self,
+        url: &str,
+        from: u64,
+        scratch: &Path,
+        agents: &mut Agents,
+    ) -> Result<(Box<dyn Read>, bool), FetchError> {
         let scheme = url.split(':').next().unwrap_or_default();
         if let Some(path) = url.strip_prefix("file://").or_else(|| url.strip_prefix("file:")) {
-            let file = File::open(path).map_err(|e| Broken::Never(e.to_string()))?;
+            let file = File::open(path).map_err(|e| FetchError::Permanent(e.to_string()))?;
             return Ok((Box::new(file), false));
         }
         if scheme != "http" {
             return apt_helper(url, scratch).map(|file| (Box::new(file) as Box<dyn Read>, false));
         }
-        let agent = agents.of(scheme, self.mirror).map_err(|e| Broken::Never(e.to_string()))?;
+        let agent = agents.of(scheme, self.mirror).map_err(|e| FetchError::Permanent(e.to_string()))?;
         let mut request = agent.get(url);
         if from > 0 {
             request = request.header("Range", format!("bytes={from}-"));
@@ -213,29 +227,29 @@ impl Fetcher<'_> {
                 let resumed = response.status() == 206;
                 Ok((Box::new(response.into_body().into_reader()), resumed))
             }
-            Err(ureq::Error::StatusCode(404)) => Err(Broken::Never(
-                "the mirror no longer has it (404); take newer packages with `bakehouse lock --update`".to_owned(),
+            Err(ureq::Error::StatusCode(404)) => Err(FetchError::Permanent(
+                "the mirror no longer has it (404); update the lock with `bakehouse lock --update`".to_owned(),
             )),
             Err(ureq::Error::StatusCode(code @ (400..=407 | 410))) => {
-                Err(Broken::Never(format!("the mirror answers {code}; check the address")))
+                Err(FetchError::Permanent(format!("the mirror returned HTTP {code}; check its address")))
             }
-            Err(e) => Err(Broken::Retry(e.to_string())),
+            Err(e) => Err(FetchError::Retry(e.to_string())),
         }
     }
 }
 
-/// Any other kind of address is apt's to fetch: it has TLS, credentials and certificates as
-/// the host's administrator set them up.
-fn apt_helper(url: &str, beside: &Path) -> Result<File, Broken> {
+/// Downloads other kinds of addresses with apt, which has the TLS settings, credentials and certificates of the host's
+/// administrator.
+fn apt_helper(url: &str, beside: &Path) -> Result<File, FetchError> {
     let path = beside.with_extension("apt");
     let _ = fs::remove_file(&path);
-    let done = Command::new("/usr/lib/apt/apt-helper").args(["-qq", "download-file", url]).arg(&path).output();
-    let output = done.map_err(|e| Broken::Never(format!("cannot run apt-helper: {e}; install apt")))?;
+    let result = Command::new("/usr/lib/apt/apt-helper").args(["-qq", "download-file", url]).arg(&path).output();
+    let output = result.map_err(|e| FetchError::Permanent(format!("cannot run apt-helper: {e}; install apt")))?;
     let file = File::open(&path);
     let _ = fs::remove_file(&path);
     match file {
         Ok(file) if output.status.success() => Ok(file),
-        _ => Err(Broken::Retry(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+        _ => Err(FetchError::Retry(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
     }
 }
 
@@ -247,14 +261,14 @@ mod tests {
     use std::net::TcpListener;
     use std::sync::Arc;
 
-    /// A mirror on loopback that answers each connection's request with the next of `answers`.
-    fn mirror(answers: Vec<Vec<u8>>) -> (Mirror, Arc<Mutex<Vec<String>>>) {
+    /// A mirror on loopback that answers each connection's request with the next of `replies`.
+    fn mirror(replies: Vec<Vec<u8>>) -> (Mirror, Arc<Mutex<Vec<String>>>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let log = asked.clone();
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let log = requests.clone();
         std::thread::spawn(move || {
-            for (answer, stream) in answers.into_iter().zip(listener.incoming()) {
+            for (reply, stream) in replies.into_iter().zip(listener.incoming()) {
                 let mut stream = stream.unwrap();
                 let mut request = String::new();
                 let mut reader = BufReader::new(stream.try_clone().unwrap());
@@ -262,10 +276,10 @@ mod tests {
                     reader.read_line(&mut request).unwrap();
                 }
                 log.lock().unwrap().push(request);
-                stream.write_all(&answer).unwrap();
+                stream.write_all(&reply).unwrap();
             }
         });
-        (Mirror { archives: [("debian".to_owned(), base)].into(), ..Mirror::default() }, asked)
+        (Mirror { archives: [("debian".to_owned(), base)].into(), ..Mirror::default() }, requests)
     }
 
     fn ok(body: &[u8], length: usize) -> Vec<u8> {
@@ -287,49 +301,49 @@ mod tests {
         }
     }
 
-    fn run(answers: Vec<Vec<u8>>, body: &[u8]) -> (Result<usize>, Vec<String>, Option<Vec<u8>>) {
+    fn run(replies: Vec<Vec<u8>>, body: &[u8]) -> (Result<usize>, Vec<String>, Option<Vec<u8>>) {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::at(dir.path()).unwrap();
-        let (mirror, asked) = mirror(answers);
+        let (mirror, requests) = mirror(replies);
         let package = package(body);
         let result = fetch(&[&package], &mirror, &store, &Progress::new(true, false));
         let stored = store.get(Kind::Deb, &package.sha256).map(|p| fs::read(p).unwrap());
-        let asked = asked.lock().unwrap().clone();
-        (result, asked, stored)
+        let requests = requests.lock().unwrap().clone();
+        (result, requests, stored)
     }
 
     #[test]
-    fn a_cut_transfer_goes_on_where_it_broke() {
+    fn resumes_interrupted_transfer() {
         let body = b"0123456789";
         let rest = b"HTTP/1.1 206 Partial Content\r\ncontent-length: 6\r\nconnection: close\r\n\r\n456789".to_vec();
-        let (result, asked, stored) = run(vec![ok(b"0123", 10), rest], body);
+        let (result, requests, stored) = run(vec![ok(b"0123", 10), rest], body);
         assert_eq!(result.unwrap(), 1);
-        assert!(asked[1].to_lowercase().contains("range: bytes=4-"), "{asked:?}");
+        assert!(requests[1].to_lowercase().contains("range: bytes=4-"), "{requests:?}");
         assert_eq!(stored.unwrap(), body);
     }
 
     #[test]
-    fn wrong_bytes_are_fetched_again_and_never_stored() {
+    fn retries_and_never_stores_wrong_bytes() {
         let body = b"0123456789";
-        let (result, asked, stored) = run(vec![ok(b"012345678X", 10), ok(body, 10)], body);
+        let (result, requests, stored) = run(vec![ok(b"012345678X", 10), ok(body, 10)], body);
         assert_eq!(result.unwrap(), 1);
-        assert_eq!(asked.len(), 2);
+        assert_eq!(requests.len(), 2);
         assert_eq!(stored.unwrap(), body);
     }
 
     #[test]
-    fn a_mirror_that_only_lies_is_named() {
-        let (result, asked, stored) = run(vec![ok(b"012345678X", 10); 4], b"0123456789");
-        let words = result.unwrap_err().to_string();
-        assert!(words.contains("thing 1") && words.contains("sha256"), "{words}");
-        assert_eq!((asked.len(), stored), (4, None));
+    fn error_names_package_and_hash() {
+        let (result, requests, stored) = run(vec![ok(b"012345678X", 10); 4], b"0123456789");
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("thing 1") && message.contains("sha256"), "{message}");
+        assert_eq!((requests.len(), stored), (4, None));
     }
 
     #[test]
-    fn a_missing_file_is_not_asked_for_twice_and_names_the_fix() {
+    fn missing_file_is_not_retried() {
         let gone = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".to_vec();
-        let (result, asked, _) = run(vec![gone; 4], b"0123456789");
+        let (result, requests, _) = run(vec![gone; 4], b"0123456789");
         assert!(result.unwrap_err().to_string().contains("bakehouse lock --update"));
-        assert_eq!(asked.len(), 1);
+        assert_eq!(requests.len(), 1);
     }
 }

@@ -1,5 +1,5 @@
-//! `bakehouse.lock`: every package of every image, exactly. Paths are relative to the
-//! archive, so that the same lock works with any mirror.
+//! `bakehouse.lock`: the exact version and hash of every package of every image. Paths are relative to the archive, so
+//! that the lock works with any mirror.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,14 +13,14 @@ use crate::project::Project;
 use crate::util::digest::sha256;
 use crate::util::fs::write_atomic;
 
+/// The content of `bakehouse.lock`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lock {
     pub format: u32,
-    /// Seconds since 1970 of the newest Release file that was read: the time of every file
-    /// in the images.
+    /// Date of the newest Release file in seconds since 1970. It is the modification time of every file in the images.
     pub epoch: u64,
-    /// Images: the groups', and [`TOOLS`].
+    /// Images by name: the groups, and [`TOOLS`](crate::packages::requests::TOOLS).
     pub images: BTreeMap<String, LockedImage>,
     #[serde(rename = "package")]
     pub packages: Vec<Package>,
@@ -29,18 +29,20 @@ pub struct Lock {
     pub digest: String,
 }
 
+/// The packages of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedImage {
-    /// What was asked for.
+    /// Packages that the roles and `fleet.toml` request.
     pub request: Vec<String>,
-    /// What that comes to, each as `name=version`.
+    /// The requested packages and their dependencies, each as `name=version`.
     pub packages: Vec<String>,
-    /// The part of `packages` that every image shares: what `base` comes to.
+    /// The part of `packages` that all images share: the packages of the profile `base` and their dependencies.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub base: Vec<String>,
 }
 
+/// A version of a package.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Package {
@@ -48,20 +50,21 @@ pub struct Package {
     pub version: String,
     pub arch: String,
     pub suite: String,
-    /// Archive the path is relative to.
+    /// Name of the archive that `path` is relative to.
     pub archive: String,
     pub path: String,
     pub sha256: String,
-    /// Bytes of the .deb.
+    /// Size of the .deb in bytes.
     pub size: u64,
-    /// KiB on disk when installed, as the package says.
+    /// Installed size in KiB, as the package declares it.
     pub installed_size: u64,
-    /// Part of the essential set and what it needs: configured first.
+    /// Whether the package is essential, or a dependency of one. dpkg configures these first.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub essential: bool,
 }
 
 impl Package {
+    /// Returns `name=version`.
     #[must_use]
     pub fn id(&self) -> String {
         format!("{}={}", self.name, self.version)
@@ -69,27 +72,31 @@ impl Package {
 }
 
 impl Lock {
+    /// Format that this version reads and writes.
     pub const FORMAT: u32 = 1;
 
+    /// Returns the path of the fleet's lock.
     #[must_use]
     pub fn path(project: &Project) -> PathBuf {
         project.dir.join("bakehouse.lock")
     }
 
-    /// Reads the lock and holds it against the fleet.
+    /// Reads the lock, and verifies that it matches the fleet.
     ///
     /// # Errors
-    /// No lock, one that doesn't parse, or one made for other packages than the fleet asks for.
+    /// If there is no lock, it is invalid, or it was written for other requests than the fleet's.
     pub fn load(project: &Project) -> Result<Self> {
         let path = Self::path(project);
         let lock = Self::read(&path)?
-            .ok_or_else(|| Error::Failed(format!("{} does not exist; run `bakehouse lock` once", path.display())))?;
+            .ok_or_else(|| Error::Failed(format!("{} does not exist; run `bakehouse lock`", path.display())))?;
         lock.matches(project, &path)?;
         Ok(lock)
     }
 
+    /// Reads a lock; returns `None` if the file does not exist.
+    ///
     /// # Errors
-    /// Unreadable or not a lock.
+    /// If the file cannot be read or parsed.
     pub fn read(path: &Path) -> Result<Option<Self>> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
@@ -99,7 +106,7 @@ impl Lock {
         match toml::from_str::<Self>(&text) {
             Ok(lock) if lock.format == Self::FORMAT => Ok(Some(Self { digest: sha256(text.as_bytes()), ..lock })),
             Ok(lock) => fail(format!(
-                "{} has format {}, this bakehouse reads {}; run `bakehouse lock --update`",
+                "{} has format {}, but this bakehouse reads format {}; run `bakehouse lock --update`",
                 path.display(),
                 lock.format,
                 Self::FORMAT
@@ -112,17 +119,17 @@ impl Lock {
         let file = path.display();
         for (image, request) in requests(project) {
             let Some(locked) = self.images.get(&image) else {
-                return fail(format!("{file} has no image `{image}`, which fleet.toml does; run `bakehouse lock`"));
+                return fail(format!("{file} has no image `{image}`, but fleet.toml has; run `bakehouse lock`"));
             };
             let (have, want): (BTreeSet<_>, BTreeSet<_>) = (locked.request.iter().collect(), request.iter().collect());
             if let Some(missing) = want.difference(&have).next() {
                 return fail(format!(
-                    "{file} lacks the package `{missing}`, which `{image}` asks for; run `bakehouse lock`"
+                    "{file} lacks the package `{missing}`, which `{image}` requests; run `bakehouse lock`"
                 ));
             }
             if let Some(extra) = have.difference(&want).next() {
                 return fail(format!(
-                    "{file} was made when `{image}` asked for the package `{extra}`, which it no longer does; run `bakehouse lock`"
+                    "{file} has the package `{extra}` for `{image}`, which no longer requests it; run `bakehouse lock`"
                 ));
             }
         }
@@ -135,18 +142,18 @@ impl Lock {
             }
         }
         for package in &self.packages {
-            let whole = package.sha256.len() == 64 && package.sha256.bytes().all(|b| b.is_ascii_hexdigit());
-            if !whole || package.path.split('/').any(|part| part == "..") {
+            let is_hash = package.sha256.len() == 64 && package.sha256.bytes().all(|b| b.is_ascii_hexdigit());
+            if !is_hash || package.path.split('/').any(|part| part == "..") {
                 return fail(format!("{file} is damaged at `{}`; run `bakehouse lock --update`", package.name));
             }
         }
         Ok(())
     }
 
-    /// Writes the lock; the same content gives the same bytes.
+    /// Writes the lock. The same content gives the same bytes.
     ///
     /// # Errors
-    /// The disk says no.
+    /// If the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let mut text =
             String::from("# Made by `bakehouse lock`; commit it. To take newer packages: `bakehouse lock --update`.\n");
@@ -154,7 +161,7 @@ impl Lock {
         write_atomic(path, text.as_bytes())
     }
 
-    /// An image's packages, or only the part every image shares.
+    /// Returns an image's packages, or only those that all images share.
     #[must_use]
     pub fn packages_of(&self, image: &str, base_only: bool) -> Vec<&Package> {
         let Some(locked) = self.images.get(image) else { return Vec::new() };
@@ -163,7 +170,7 @@ impl Lock {
         self.packages.iter().filter(|p| wanted.contains(p.id().as_str())).collect()
     }
 
-    /// What changed from `old`, a line each.
+    /// Returns one line for each change since `old`.
     #[must_use]
     pub fn changes_from(&self, old: &Self) -> Vec<String> {
         let versions = |lock: &Self| -> BTreeMap<String, BTreeSet<String>> {

@@ -1,4 +1,4 @@
-//! Where packages come from: the user's TOML, else the host's own apt configuration.
+//! The source of packages: `[debian]` in `fleet.toml`, else the host's apt configuration.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -6,36 +6,36 @@ use std::process::Command;
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
 
-/// One apt source: a suite of an archive.
+/// An apt source: a suite of an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AptSource {
-    /// Name of the archive the paths in the lock are relative to.
+    /// Name of the archive that paths in the lock are relative to.
     pub archive: String,
     pub suite: String,
     pub components: Vec<String>,
     pub keyring: String,
-    /// Only these packages come from it.
+    /// If not empty, apt takes only these packages from the source.
     pub only: Vec<String>,
     pub check_valid_until: bool,
 }
 
-/// Archives by name, and what is taken from them.
+/// Archives and their sources.
 #[derive(Clone, Debug, Default)]
 pub struct Mirror {
-    /// Archive → base address without a trailing `/`.
+    /// Archive → base URI without a trailing `/`.
     pub archives: BTreeMap<String, String>,
     pub sources: Vec<AptSource>,
-    /// The host's `Acquire::…` settings that say how its mirror is reached.
+    /// The host's `Acquire::…` settings for its mirror.
     pub acquire: Vec<String>,
 }
 
 const DEBIAN_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 impl Mirror {
-    /// `--mirror`, then `[debian]`, then the host's apt.
+    /// Selects the mirror: `--mirror`, then `[debian]`, then the host's apt.
     ///
     /// # Errors
-    /// None of them names a Debian archive.
+    /// If none of them has a Debian archive, or a source's key cannot be read.
     pub fn of(project: &Project, given: Option<&str>) -> Result<Self> {
         let debian = &project.fleet.debian;
         let host = HostApt::read();
@@ -44,10 +44,11 @@ impl Mirror {
         };
         let Some(main) = pick(given, &debian.mirror, "Debian") else {
             return fail(
-                "no Debian mirror is known: this host's apt has none; set `[debian] mirror = \"…\"` in fleet.toml or pass --mirror",
+                "there is no Debian mirror, and the host's apt has none; set `[debian] mirror = \"…\"` in fleet.toml \
+                 or pass --mirror",
             );
         };
-        // Mirrors keep the security archive beside the main one, by the name `-security`.
+        // Mirrors have the security archive beside the main one, with the suffix `-security`.
         let security = pick(None, &debian.security_mirror, "Debian-Security")
             .filter(|_| given.is_none() && debian.mirror.is_none() || debian.security_mirror.is_some())
             .unwrap_or_else(|| format!("{}-security", main.trim_end_matches('/')));
@@ -102,20 +103,21 @@ impl Mirror {
         Ok(mirror)
     }
 
-    /// Full address of a package's file.
+    /// Returns the full URI of a package's file.
     ///
     /// # Errors
-    /// The lock names an archive that nothing here does.
+    /// If neither the fleet nor the host has the archive.
     pub fn url(&self, archive: &str, path: &str) -> Result<String> {
         match self.archives.get(archive) {
             Some(base) => Ok(format!("{base}/{path}")),
             None => fail(format!(
-                "bakehouse.lock takes {path} from the archive `{archive}`, which fleet.toml does not name; add it or run `bakehouse lock`"
+                "bakehouse.lock takes {path} from the archive `{archive}`, which fleet.toml does not have; add it, or \
+                 run `bakehouse lock`"
             )),
         }
     }
 
-    /// The host's proxy for addresses like this one.
+    /// Returns the host's proxy for URIs of this scheme.
     #[must_use]
     pub fn proxy(&self, scheme: &str) -> Option<String> {
         let key = format!("Acquire::{scheme}::Proxy ");
@@ -125,8 +127,7 @@ impl Mirror {
     }
 }
 
-/// How a mirror is reached and trusted belongs to the mirror; the rest of the host's apt
-/// configuration stays out of the build.
+/// The host's settings that a build uses: those for reaching the mirror. Other settings would change the result.
 const KEPT: [&str; 6] = [
     "Acquire::http::",
     "Acquire::https::",
@@ -138,13 +139,13 @@ const KEPT: [&str; 6] = [
 
 #[derive(Default)]
 struct HostApt {
-    /// Archive's label in its Release file → base address.
+    /// Label in the archive's Release file → base URI.
     archives: BTreeMap<String, String>,
     acquire: Vec<String>,
 }
 
 impl HostApt {
-    /// What apt itself says of its configuration; an absent or empty apt says nothing.
+    /// Reads apt's configuration. Without apt, or without sources, the result is empty.
     fn read() -> Self {
         let run = |program: &str, args: &[&str]| {
             let output = Command::new(program).args(args).env("LC_ALL", "C.UTF-8").output().ok();

@@ -1,4 +1,4 @@
-//! Debian packages: which ones an image needs, in which versions, and their files.
+//! Debian packages: resolves, locks, downloads and explains them.
 
 pub(crate) mod explain;
 pub(crate) mod fetch;

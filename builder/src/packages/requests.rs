@@ -1,14 +1,14 @@
-//! What each image, and the tools tree, asks of the archive.
+//! Packages that each image, and the build's tools, request from the archive.
 
 use std::collections::BTreeMap;
 
 use crate::project::Project;
 
-/// Name of the image that holds the build's own tools.
+/// Name of the image with the build's tools.
 pub const TOOLS: &str = "tools";
 
-/// What the machine that apt sees has: our initrd, so that no generator of initrds is pulled
-/// in by the kernel package.
+/// The package that apt regards as installed. It provides an initrd generator, so that the kernel's package installs
+/// none.
 pub const INITRD_PROVIDER: &str = "\
 Package: bakehouse-initrd
 Status: install ok installed
@@ -21,14 +21,14 @@ Provides: linux-initramfs-tool
 Description: stands for the initrd that Bakehouse composes
 ";
 
-/// What the tools tree has: mkfs.erofs, mcopy, mkfs.vfat, zstd, systemd-boot and its stub.
+/// Packages of the tools: mkfs.erofs, mcopy, mkfs.vfat, zstd, systemd-boot and its stub.
 const PACKAGES: [&str; 5] = ["dosfstools", "erofs-utils", "mtools", "systemd-boot-efi", "zstd"];
-/// What it has beside them where a BIOS may start the images: GRUB, and what makes its core.
+/// Further packages of the tools if a legacy BIOS may start the images: GRUB and grub-mkimage.
 const GRUB: [&str; 2] = ["grub-common", "grub-pc-bin"];
-/// What it has beside them where programs are signed.
+/// Further packages of the tools if the fleet has a key for Secure Boot.
 const SECURE_BOOT: [&str; 3] = ["libfaketime", "openssl", "systemd-repart"];
 
-/// What each image asks of the archive.
+/// Returns the requested packages by image.
 #[must_use]
 pub fn requests(project: &Project) -> BTreeMap<String, Vec<String>> {
     let mut all: BTreeMap<String, Vec<String>> =
@@ -37,7 +37,7 @@ pub fn requests(project: &Project) -> BTreeMap<String, Vec<String>> {
     all
 }
 
-/// Packages of the tools tree, for images that are signed or not.
+/// Returns the packages of the tools, for signed or unsigned images.
 fn tools(signs: bool) -> Vec<String> {
     let more: &[&str] = if signs { &SECURE_BOOT } else { &GRUB };
     PACKAGES.iter().chain(more).map(|p| (*p).to_owned()).collect()

@@ -1,5 +1,5 @@
-//! `bakehouse lock`: asks apt's own resolver, against an empty machine with our sources and
-//! pins, what each image needs. apt verifies the archives' signatures.
+//! `bakehouse lock`: runs apt's resolver for each image, with the fleet's sources and pins and without any installed
+//! package. apt verifies the archives' signatures.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -21,7 +21,7 @@ use crate::util::digest::Key;
 /// Resolves every image of the fleet.
 ///
 /// # Errors
-/// The archive can't be read or trusted, a package does not exist, a pin can't be met.
+/// If the archive cannot be read or verified, a package does not exist, or apt cannot satisfy a pin.
 pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress) -> Result<Lock> {
     let apt = Apt::prepare(mirror, store)?;
     let step = progress.step("lock", "reading the archive");
@@ -32,7 +32,7 @@ pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Pro
     asked.extend(requests.iter().map(|(image, request)| (image.as_str(), &request[..])));
     step.message("resolving");
     let mut solved = apt.solve_all(&asked).into_iter();
-    let mut next = || solved.next().unwrap_or_else(|| fail("apt was not asked"));
+    let mut next = || solved.next().unwrap_or_else(|| fail("apt returned too few results"));
     let essential: BTreeSet<String> = next()?.into_iter().collect();
     let base: BTreeSet<String> = next()?.into_iter().collect();
     let mut images = BTreeMap::new();
@@ -40,7 +40,7 @@ pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Pro
     for (image, request) in &requests {
         let packages = next().map_err(|e| explain(project, image, request, e))?;
         wanted.extend(packages.iter().cloned());
-        // The shared part is usable only where the image agrees with it in every version.
+        // An image can start from the shared base only if it has the same versions of all its packages.
         let have: BTreeSet<&String> = packages.iter().collect();
         let shared = image != TOOLS && base.iter().all(|b| have.contains(b));
         let base = if shared { base.iter().cloned().collect() } else { Vec::new() };
@@ -52,22 +52,22 @@ pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Pro
         package.essential = essential.contains(&package.id());
     }
     if let Some(missing) = wanted.iter().find(|w| !found.contains_key(*w)) {
-        return fail(format!("apt chose {missing}, which no index of the archive holds; try again later"));
+        return fail(format!("apt selected {missing}, which no index of the archive has; try again later"));
     }
     step.done(&format!("{} packages in {} images", found.len(), images.len()));
     Ok(Lock { format: Lock::FORMAT, epoch, images, packages: found.into_values().collect(), digest: String::new() })
 }
 
-/// apt's words are about a package; the user wants to know which file asked for it.
+/// Adds the file that requests a package to apt's error about that package.
 fn explain(project: &Project, image: &str, request: &[String], e: Error) -> Error {
-    let Error::Failed(words) = e else { return e };
+    let Error::Failed(message) = e else { return e };
     let Some(package) = request
         .iter()
-        .find(|p| words.split(|c: char| c.is_whitespace() || "'’\"".contains(c)).any(|w| w == p.as_str()))
+        .find(|p| message.split(|c: char| c.is_whitespace() || "'’\"".contains(c)).any(|w| w == p.as_str()))
     else {
-        return Error::Failed(words);
+        return Error::Failed(message);
     };
-    let asked = project
+    let source = project
         .fleet
         .groups
         .get(image)
@@ -82,7 +82,7 @@ fn explain(project: &Project, image: &str, request: &[String], e: Error) -> Erro
         })
         .unwrap_or_else(|| "bakehouse itself".to_owned());
     Error::Failed(format!(
-        "{words}\n`{package}` is asked for by {asked}: check its name, or add the `[[debian.sources]]` that has it"
+        "{message}\n{source} requests `{package}`: check its name, or add the `[[debian.sources]]` that has it"
     ))
 }
 
@@ -124,7 +124,8 @@ impl Apt {
             if !s.only.is_empty() {
                 let _ = write!(
                     preferences,
-                    "Package: {}\nPin: release n={suite}\nPin-Priority: 500\n\nPackage: *\nPin: release n={suite}\nPin-Priority: -1\n\n",
+                    "Package: {}\nPin: release n={suite}\nPin-Priority: 500\n\n\
+                     Package: *\nPin: release n={suite}\nPin-Priority: -1\n\n",
                     s.only.join(" "),
                     suite = s.suite
                 );
@@ -139,8 +140,9 @@ impl Apt {
         }
         let d = dir.display();
         let mut conf = format!(
-            "Dir \"{d}\";\nDir::State \"{d}/state\";\nDir::State::status \"{d}/status\";\nDir::Cache \"{d}/cache\";\nDir::Etc \"{d}/etc\";\n\
-             Dir::Etc::parts \"{d}/etc/apt.conf.d\";\nDir::Etc::main \"{d}/none\";\nDir::Etc::sourcelist \"{d}/none\";\nDir::Log \"{d}/log\";\n\
+            "Dir \"{d}\";\nDir::State \"{d}/state\";\nDir::State::status \"{d}/status\";\n\
+             Dir::Cache \"{d}/cache\";\nDir::Etc \"{d}/etc\";\nDir::Etc::parts \"{d}/etc/apt.conf.d\";\n\
+             Dir::Etc::main \"{d}/none\";\nDir::Etc::sourcelist \"{d}/none\";\nDir::Log \"{d}/log\";\n\
              APT::Architecture \"amd64\";\nAPT::Architectures {{ \"amd64\"; }};\nAPT::Install-Recommends \"false\";\n\
              APT::Get::AllowUnauthenticated \"false\";\nAPT::Sandbox::User \"root\";\nAcquire::Languages \"none\";\n\
              Acquire::ForceHash \"SHA256\";\nAcquire::GzipIndexes \"false\";\nAcquire::Retries \"3\";\n\
@@ -171,41 +173,42 @@ impl Apt {
             return Ok(());
         }
         fail(format!(
-            "the archive could not be read:\n{}check the mirror (`[debian] mirror` or --mirror) and its signing key",
-            complaints(&output)
+            "cannot read the archive:\n{}check the mirror (`[debian] mirror` or --mirror) and its signing key",
+            errors(&output)
         ))
     }
 
-    /// Answers for each request, as many at a time as there are processors.
-    fn solve_all(&self, asked: &[(&str, &[String])]) -> Vec<Result<Vec<String>>> {
-        let at_once = thread::available_parallelism().map_or(2, usize::from);
+    /// Resolves each request, as many in parallel as there are processors.
+    fn solve_all(&self, requests: &[(&str, &[String])]) -> Vec<Result<Vec<String>>> {
+        let parallel = thread::available_parallelism().map_or(2, usize::from);
         let solve = |part: &[(&str, &[String])]| {
             thread::scope(|scope| {
                 let running: Vec<_> = part.iter().map(|(what, r)| scope.spawn(|| self.solve(what, r))).collect();
-                running.into_iter().map(|t| t.join().unwrap_or_else(|_| fail("a thread ended"))).collect::<Vec<_>>()
+                running.into_iter().map(|t| t.join().unwrap_or_else(|_| fail("a thread panicked"))).collect::<Vec<_>>()
             })
         };
-        asked.chunks(at_once).flat_map(solve).collect()
+        requests.chunks(parallel).flat_map(solve).collect()
     }
 
-    /// `name=version` of everything that has to be installed for `request`.
+    /// Returns `name=version` of all packages that `request` needs.
     fn solve(&self, what: &str, request: &[String]) -> Result<Vec<String>> {
-        // What would be downloaded: a simulation (-s) asks for the same three times over.
+        // `--print-uris` takes a third of the time of a simulation (`-s`).
         let mut args = vec!["install", "--print-uris", "-qq", "?essential"];
         args.extend(request.iter().map(String::as_str));
         let output = self.run("apt-get", &args)?;
         if !output.status.success() {
-            return fail(format!("{what} can't be resolved:\n{}", complaints(&output)));
+            return fail(format!("cannot resolve {what}:\n{}", errors(&output)));
         }
         let text = String::from_utf8_lossy(&output.stdout);
-        let read = |line| download(line).ok_or_else(|| Error::Failed(format!("apt said what is no package: {line}")));
+        let read =
+            |line| download(line).ok_or_else(|| Error::Failed(format!("unexpected line in apt's output: {line}")));
         let mut all = text.lines().map(read).collect::<Result<Vec<String>>>()?;
         all.sort();
         Ok(all)
     }
 
-    /// Records of the wanted packages from the indexes that apt has verified, by `name=version`;
-    /// and the time of the newest Release file.
+    /// Returns the records of the wanted packages, by `name=version`, from the indexes that apt has verified. Also
+    /// returns the date of the newest Release file in seconds since 1970.
     fn records(&self, wanted: &BTreeSet<String>, mirror: &Mirror) -> Result<(BTreeMap<String, Package>, u64)> {
         let names: BTreeSet<&str> = wanted.iter().filter_map(|w| w.split('=').next()).collect();
         let output = self.run(
@@ -236,7 +239,7 @@ impl Apt {
     }
 }
 
-/// `'URI' name_version_arch.deb size hash` → `name=version`; a colon is written as `%3a`.
+/// Parses `'URI' name_version_arch.deb size hash`. Returns `name=version`. apt writes a colon as `%3a`.
 fn download(line: &str) -> Option<String> {
     let mut parts = line.split("' ").nth(1)?.split(' ').next()?.splitn(3, '_');
     let (name, version) = (parts.next()?, parts.next()?);
@@ -273,22 +276,24 @@ fn newest_release(lists: &Path) -> Result<u64> {
     Ok(newest)
 }
 
-/// `Sat, 15 Nov 2025 10:15:00 UTC` in seconds since 1970.
+/// Parses `Sat, 15 Nov 2025 10:15:00 UTC` ([RFC 2822](https://www.rfc-editor.org/rfc/rfc2822)). Returns seconds since
+/// 1970.
 fn rfc2822_utc(text: &str) -> Option<u64> {
     const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
-    let mut words = text.split_once(", ")?.1.split(' ');
-    let day: u64 = words.next()?.parse().ok()?;
-    let month = MONTHS.find(words.next()?)? as u64 / 3 + 1;
-    let year: u64 = words.next()?.parse().ok()?;
-    let mut clock = words.next()?.split(':').map(|n| n.parse::<u64>().ok());
+    let mut fields = text.split_once(", ")?.1.split(' ');
+    let day: u64 = fields.next()?.parse().ok()?;
+    let month = MONTHS.find(fields.next()?)? as u64 / 3 + 1;
+    let year: u64 = fields.next()?.parse().ok()?;
+    let mut clock = fields.next()?.split(':').map(|n| n.parse::<u64>().ok());
     let (h, m, s) = (clock.next()??, clock.next()??, clock.next()??);
-    // Days since 1970 in the Gregorian calendar, with years that begin in March.
+    // Days in the Gregorian calendar, with years that begin in March.
     let (y, m_from_march) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
     let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m_from_march + 2) / 5 + day - 1;
     Some((days.checked_sub(719_468)?) * 86_400 + h * 3600 + m * 60 + s)
 }
 
-fn complaints(output: &Output) -> String {
+/// Returns the errors and warnings in apt's output.
+fn errors(output: &Output) -> String {
     let both = [&output.stdout[..], &output.stderr[..]].concat();
     let text = String::from_utf8_lossy(&both).into_owned();
     let mut lines: Vec<&str> = text
@@ -305,14 +310,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn downloads() {
-        let line = "'http://mirror/debian/pool/main/s/shadow/passwd_1%3a4.17.4-2_amd64.deb' passwd_1%3a4.17.4-2_amd64.deb 1 SHA256:0";
+    fn parses_uri_lines() {
+        let line = "'http://mirror/debian/pool/main/s/shadow/passwd_1%3a4.17.4-2_amd64.deb' \
+                    passwd_1%3a4.17.4-2_amd64.deb 1 SHA256:0";
         assert_eq!(download(line).as_deref(), Some("passwd=1:4.17.4-2"));
         assert_eq!(download("Reading package lists..."), None);
     }
 
     #[test]
-    fn release_dates() {
+    fn parses_release_dates() {
         assert_eq!(rfc2822_utc("Thu, 01 Jan 1970 00:00:00 UTC"), Some(0));
         assert_eq!(rfc2822_utc("Sat, 06 Sep 2025 10:15:02 UTC"), Some(1_757_153_702));
         assert_eq!(rfc2822_utc("Thu, 29 Feb 2024 23:59:59 UTC"), Some(1_709_251_199));

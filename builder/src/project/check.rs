@@ -1,4 +1,4 @@
-//! What can be said of a fleet before anything is built.
+//! Checks of a fleet that need no build.
 
 use std::fmt::Write as _;
 
@@ -8,11 +8,11 @@ use crate::error::Result;
 use crate::project::Project;
 use crate::project::secrets::secret;
 
-/// Looks for secrets in every overlay in use, and renders every node-time template for every
-/// slot. What is rendered at build time needs the packages' tree and is checked there.
+/// Searches every used overlay for secrets, and renders the nodes' templates for every slot. Templates that the builder
+/// renders need the packages' tree; the build checks them.
 ///
 /// # Errors
-/// A secret, an overlay that is not there, a variable nobody knows.
+/// If an overlay has a secret or does not exist, or a template does not render.
 pub fn dry_bake(project: &Project) -> Result<()> {
     let sample = Membership::sample();
     for group in project.groups(&[])? {
@@ -34,7 +34,7 @@ pub fn dry_bake(project: &Project) -> Result<()> {
     Ok(())
 }
 
-/// Nodes there are beside what high availability needs, for a person.
+/// Formats the number of nodes of each role, beside the number that high availability needs, as a table.
 #[must_use]
 pub fn table(project: &Project) -> String {
     let mut text = String::from("role      nodes  minimum  recommended\n");

@@ -1,5 +1,5 @@
-//! A fleet's folder: `fleet.toml`, and profiles and overlays that are the built-in ones,
-//! added to or replaced by path from the folder's own.
+//! A fleet's folder: `fleet.toml`, profiles and overlays. The folder's files add to the built-in profiles and overlays;
+//! a file with the same path replaces the built-in one.
 
 pub(crate) mod check;
 pub(crate) mod machine_id;
@@ -20,7 +20,7 @@ mod assets {
     include!(concat!(env!("OUT_DIR"), "/assets.rs"));
 }
 
-/// Everything a build reads from the user, loaded and linted.
+/// The user's input of a build, loaded and validated.
 #[derive(Clone)]
 pub struct Project {
     /// Folder of `fleet.toml`.
@@ -28,19 +28,19 @@ pub struct Project {
     pub fleet: Fleet,
     pub topology: Topology,
     pub profiles: Profiles,
-    /// Warnings of the lint; errors end the loading.
+    /// Warnings of the lint. An error of the lint is an error of [`Project::load`].
     pub warnings: Vec<Diagnostic>,
     files: BTreeMap<String, Vec<u8>>,
 }
 
-/// An overlay's manifest and files, by path relative to the image's root.
+/// An overlay: its manifest, and its files by path relative to the image's root.
 pub struct Overlay<'a> {
     pub name: String,
     pub manifest: OverlayManifest,
     pub files: Vec<(&'a str, &'a [u8])>,
 }
 
-/// What a group's image is made of: its roles' profiles merged.
+/// Contents of a group's image: the merged profiles of its roles.
 #[derive(Debug)]
 pub struct ImageSpec {
     pub group: String,
@@ -53,10 +53,10 @@ pub struct ImageSpec {
 }
 
 impl Project {
-    /// A node, by its name.
+    /// Returns a node by its name.
     ///
     /// # Errors
-    /// There is none: with those that there are.
+    /// If there is no such node. The error lists all nodes.
     pub fn node(&self, name: &str) -> Result<&Node> {
         self.topology.node(name).ok_or_else(|| {
             let known: Vec<&str> = self.topology.nodes.iter().map(|n| n.name.as_str()).collect();
@@ -64,19 +64,19 @@ impl Project {
         })
     }
 
-    /// The public half of the key that signs updates, beside `fleet.toml`.
+    /// Name of the file with the public key that verifies updates, beside `fleet.toml`.
     pub const UPDATE_KEYRING: &str = "update-key.gpg";
 
-    /// What nodes verify updates with; none where `bakehouse init` has not made it.
+    /// Returns the keyring with which nodes verify updates; `None` if `bakehouse init` has not created it.
     #[must_use]
     pub fn update_keyring(&self) -> Option<Vec<u8>> {
         fs::read(self.dir.join(Self::UPDATE_KEYRING)).ok()
     }
 
-    /// Loads `path`, a `fleet.toml` or its folder.
+    /// Loads a fleet. `path` is a `fleet.toml` or its folder.
     ///
     /// # Errors
-    /// Unreadable files; anything the loader or the lint calls an error.
+    /// If a file cannot be read or parsed, or the lint reports an error.
     pub fn load(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join("fleet.toml") } else { path.to_owned() };
         let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
@@ -114,7 +114,7 @@ impl Project {
         Ok(Self { dir, fleet, topology, profiles, warnings, files })
     }
 
-    /// A built-in or the user's file, by path (`profiles/initrd.toml`).
+    /// Returns a built-in file or a file of the user, by path (`profiles/initrd.toml`).
     pub fn file(&self, path: &str) -> Result<&[u8]> {
         match self.files.get(path) {
             Some(bytes) => Ok(bytes),
@@ -122,15 +122,15 @@ impl Project {
         }
     }
 
-    /// Every profile's and overlay's file.
+    /// Returns all files of profiles and overlays: path and content.
     pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice()))
     }
 
-    /// Groups by name, as asked for on the command line; none named means all.
+    /// Returns the groups that the command line names; all groups if it names none.
     ///
     /// # Errors
-    /// A name that is not a group.
+    /// If a name is not a group.
     pub fn groups(&self, names: &[String]) -> Result<Vec<&str>> {
         let known = || self.fleet.groups.keys().map(String::as_str);
         if names.is_empty() {
@@ -147,8 +147,8 @@ impl Project {
             .collect()
     }
 
-    /// Apt sources beside Debian's own: the user's, and those of the profiles in use. Two
-    /// profiles that take packages from one source add up.
+    /// Returns the additional apt sources: those of the user and of the used profiles. If two profiles take packages
+    /// from one source, the source has the packages of both.
     #[must_use]
     pub fn sources(&self) -> Vec<ExtraSource> {
         let mut sources = self.fleet.debian.sources.clone();
@@ -168,7 +168,7 @@ impl Project {
         sources
     }
 
-    /// Roles of a group's image: its own, and what the fleet gives one of its nodes.
+    /// Returns the roles of a group's image: the group's roles, and roles that the topology gives one of its nodes.
     fn recipe_roles(&self, group: &str) -> Vec<String> {
         let mut roles: Vec<String> = Vec::new();
         for role in self.topology.nodes.iter().filter(|n| n.group == group).flat_map(|n| &n.roles) {
@@ -179,7 +179,7 @@ impl Project {
         roles
     }
 
-    /// What a group's image is made of.
+    /// Returns the contents of a group's image.
     #[must_use]
     pub fn recipe(&self, group_name: &str) -> ImageSpec {
         let group = &self.fleet.groups[group_name];
@@ -190,7 +190,7 @@ impl Project {
         for trim in profiles.iter_mut().map(|p| &mut p.trim) {
             let wanted = trim.languages.iter().flat_map(|pattern| {
                 self.topology.odoo.languages.iter().flat_map(move |language| {
-                    // A variant builds on its language: pt_BR on pt.
+                    // A regional variant needs its base language: pt_BR needs pt.
                     let parent = language.split_once('_').map(|(parent, _)| parent);
                     std::iter::once(language.as_str()).chain(parent).map(move |l| pattern.replace("LANGUAGE", l))
                 })
@@ -224,7 +224,8 @@ impl Project {
         }
     }
 
-    /// Memory, CPUs and /var that the profiles give a group's virtual machine: what every role asks for, added up.
+    /// Returns the size of a group's virtual machine: the sums of the roles' memory and /var, and the largest number of
+    /// CPUs of a role.
     #[must_use]
     pub fn machine(&self, group: &str) -> MachineSize {
         let recipe = self.recipe(group);
@@ -235,7 +236,7 @@ impl Project {
         MachineSize { memory: memory >> 20, var: var >> 20, cpus, patience: 1 }
     }
 
-    /// What a node's templates see, on a machine as large as the profiles say.
+    /// Returns the variables of a node's templates, for a machine of the profiles' size.
     #[must_use]
     pub fn context<'a>(&'a self, node: &'a fleet::Node, member: &'a Membership) -> NodeContext<'a> {
         NodeContext {
@@ -249,10 +250,10 @@ impl Project {
         }
     }
 
-    /// One overlay.
+    /// Returns an overlay.
     ///
     /// # Errors
-    /// No such overlay, or its manifest is wrong.
+    /// If there is no such overlay, or its manifest is invalid.
     pub fn overlay(&self, name: &str) -> Result<Overlay<'_>> {
         let prefix = format!("overlays/{name}/");
         let mut manifest = OverlayManifest::default();
@@ -276,14 +277,14 @@ impl Project {
         Ok(Overlay { name: name.to_owned(), manifest, files })
     }
 
-    /// Where the group's image goes.
+    /// Returns the folder of a group's image.
     #[must_use]
     pub fn out_dir(&self, group: &str) -> PathBuf {
         self.dir.join("build").join(group)
     }
 }
 
-/// Further Odoo add-ons are a part of the `odoo` overlay: they lie where its own do.
+/// Adds a folder of Odoo add-ons to the `odoo` overlay, beside its own add-ons.
 fn addons_folder(dir: &Path, folder: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
     if !dir.join(folder).is_dir() {
         return crate::error::fail(format!(
@@ -295,7 +296,7 @@ fn addons_folder(dir: &Path, folder: &str, files: &mut BTreeMap<String, Vec<u8>>
     overlay_folder(dir, folder, &mut found)?;
     let prefix = format!("{}/", folder.trim_end_matches('/'));
     for (path, bytes) in found {
-        // What Python leaves behind is made again, the same for everybody.
+        // The build compiles the modules again, reproducibly.
         let Some(inner) = path.strip_prefix(&prefix).filter(|p| !p.contains("__pycache__")) else { continue };
         files.insert(format!("overlays/odoo/usr/share/bakehouse/addons/{inner}"), bytes);
     }
@@ -319,10 +320,11 @@ fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) 
     }
     Ok(())
 }
-/// A built-in fleet's TOML, by name.
+
+/// Returns the TOML of a built-in fleet.
 ///
 /// # Errors
-/// There is none of that name.
+/// If there is no such fleet. The error lists all built-in fleets.
 pub fn built_in_fleet(name: &str) -> Result<String> {
     let fleets = assets::FILES
         .iter()

@@ -1,13 +1,13 @@
-//! Keys and tokens that must not get into an image.
+//! Detects keys and tokens, which must not become part of an image.
 
 use fleet::{Diagnostic, Severity};
 
 use crate::error::{Error, Result};
 
-/// Images are public: what looks like a key or a token in an overlay is refused.
+/// Fails if a file of an overlay has a key or a token, because images are not secret.
 ///
 /// # Errors
-/// It looks like one.
+/// If a line looks like a private key or a token. The error names the line.
 pub fn secret(origin: &str, bytes: &[u8]) -> Result<()> {
     let text = String::from_utf8_lossy(bytes);
     for (i, line) in text.lines().enumerate() {
@@ -23,7 +23,7 @@ pub fn secret(origin: &str, bytes: &[u8]) -> Result<()> {
             continue;
         };
         let message = format!("holds {what}");
-        let help = "images are public; give secrets to nodes as credentials".to_owned();
+        let help = "images are not secret; pass secrets to nodes as credentials".to_owned();
         let file = format!("{origin}:{}", i + 1);
         return Err(Error::Config(Diagnostic::whole_file(Severity::Error, &file, message, Some(help)).into()));
     }
@@ -35,14 +35,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn secrets_are_refused_with_their_line() {
+    fn rejects_secrets_and_names_the_line() {
         for text in [
             concat!("x\n-----BEGIN OPENSSH ", "PRIVATE KEY-----\n"),
             "x\nPrivateKey = abcdef=\n",
             "x\nAGE-SECRET-KEY-1QQ\n",
         ] {
-            let words = secret("overlays/a/etc/f", text.as_bytes()).unwrap_err().to_string();
-            assert!(words.starts_with("overlays/a/etc/f:2: holds"), "{words}");
+            let message = secret("overlays/a/etc/f", text.as_bytes()).unwrap_err().to_string();
+            assert!(message.starts_with("overlays/a/etc/f:2: holds"), "{message}");
         }
         assert!(secret("f", b"PublicKey = abc=\n# a private key goes elsewhere\n").is_ok());
     }

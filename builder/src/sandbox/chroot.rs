@@ -1,5 +1,5 @@
-//! The process that runs commands of a tree: root of a pid namespace of its own, with the tree as
-//! its `/`, without the capabilities that no package's script needs.
+//! The process that runs commands in a tree. It is pid 1 of a new pid namespace and has the tree as its `/`. It has
+//! only the capabilities that the packages' scripts need.
 
 use std::collections::VecDeque;
 use std::fs::{self, Permissions};
@@ -17,16 +17,16 @@ use rustix::thread::{
 };
 use serde::{Deserialize, Serialize};
 
-/// First argument that makes the binary run commands inside a tree.
+/// First argument of the process that runs commands in a tree.
 pub const IN_ROOT: &str = "__in-root";
 
-/// Time of everything a maintainer script stamps; files get the lock's time later.
+/// Time for maintainer scripts that write times into files. mkfs.erofs sets the files' own times later.
 const SOURCE_DATE_EPOCH: &str = "1735689600";
 
-/// What is kept of a command's standard output, and of its standard error, in bytes.
+/// Maximum size of a command's standard output, and of its standard error, in an error message, in bytes.
 const OUTPUT: usize = 64 << 10;
 
-/// What a package's scripts need to set up their files and users.
+/// Capabilities with which the packages' scripts set up files and users.
 const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
@@ -37,14 +37,14 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     // `setcap` on a package's program.
     .union(CapabilitySet::SETFCAP);
 
-/// For daemons that check their configuration in a network of their own: it is empty.
+/// Further capabilities of daemons that validate their configuration in a network namespace without the host's devices.
 const NETWORK_CAPABILITIES: CapabilitySet =
     CapabilitySet::NET_ADMIN.union(CapabilitySet::NET_RAW).union(CapabilitySet::NET_BIND_SERVICE);
 
-/// Parts of /proc that scripts may read only: most are the whole kernel's, not the sandbox's.
+/// Parts of /proc that are read-only for scripts, because most belong to the whole kernel.
 const READ_ONLY: [&str; 5] = ["proc/sys", "proc/sysrq-trigger", "proc/irq", "proc/bus", "proc/fs"];
 
-/// Parts of /proc that tell of the host, or are the kernel's memory.
+/// Parts of /proc that are hidden, because they show the host or the kernel's memory.
 const MASKED: [&str; 15] = [
     "proc/acpi",
     "proc/asound",
@@ -63,20 +63,20 @@ const MASKED: [&str; 15] = [
     "proc/vmallocinfo",
 ];
 
-/// Commands for a tree.
+/// Commands to run in a tree, one after the other.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Commands {
     pub commands: Vec<Vec<String>>,
     /// Scripts that replace programs of the tree while the commands run: program → text.
     pub stand_ins: Vec<(String, String)>,
-    /// Files to write below / once inside: path → content. /run is fresh for each call.
+    /// Files to write into the tree first: path → content. /run is empty for each call.
     pub files: Vec<(String, String)>,
-    /// A network with nothing in it, not even the other commands'.
+    /// Whether the commands run in a new network namespace.
     pub own_network: bool,
 }
 
 impl Commands {
-    /// Commands as a package's scripts are run: without a network of their own.
+    /// Commands without files and without a new network namespace.
     pub fn new(commands: Vec<Vec<String>>) -> Self {
         Self { commands, stand_ins: Vec::new(), files: Vec::new(), own_network: false }
     }
@@ -89,31 +89,33 @@ impl Commands {
     }
 }
 
-/// What the process is to do.
+/// The input of the process.
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {
     root: PathBuf,
     commands: Commands,
-    /// Bytes of /tmp, and of /run.
+    /// Size of /tmp, and of /run, in bytes.
     scratch: u64,
 }
 
-/// What a command said, and whether it was content.
+/// Result of commands.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CommandOutput {
+    /// Whether all commands succeeded.
     pub ok: bool,
+    /// Output of the command that failed.
     pub text: String,
 }
 
-/// Runs commands in a tree, in a process that is pid 1 of a namespace of its own: it sees no other
-/// process of the sandbox, and none of its own outlives it. Call it in a thread that ends after.
+/// Runs commands in a tree, in a process that is pid 1 of a new pid namespace. The commands see no other process of the
+/// sandbox, and the kernel kills their processes at the end. Call it in a thread that ends afterwards.
 ///
 /// # Errors
-/// What the command that failed wrote.
+/// If a command fails. The error is the command's output.
 pub fn start(root: &Path, commands: Commands, scratch: u64) -> Result<(), String> {
     let job = Entry { root: root.to_owned(), commands, scratch };
     let job = serde_json::to_vec(&job).map_err(|e| e.to_string())?;
-    unshare(CloneFlags::CLONE_NEWPID).map_err(|e| format!("cannot leave the pid namespace: {e}"))?;
+    unshare(CloneFlags::CLONE_NEWPID).map_err(|e| format!("cannot create a pid namespace: {e}"))?;
     let mut child = Command::new("/proc/self/exe")
         .arg(IN_ROOT)
         .stdin(Stdio::piped())
@@ -125,37 +127,37 @@ pub fn start(root: &Path, commands: Commands, scratch: u64) -> Result<(), String
         let _ = stdin.write_all(&job);
     }
     let output = child.wait_with_output().map_err(|e| e.to_string())?;
-    let said: CommandOutput =
-        serde_json::from_slice(&output.stdout).map_err(|_| "the tree could not be entered".to_owned())?;
-    if said.ok { Ok(()) } else { Err(said.text) }
+    let result: CommandOutput =
+        serde_json::from_slice(&output.stdout).map_err(|_| "cannot enter the tree".to_owned())?;
+    if result.ok { Ok(()) } else { Err(result.text) }
 }
 
-/// The process that enters the tree. Returns its exit code.
+/// Runs the process that enters the tree. Returns the exit code.
 pub fn enter() -> u8 {
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
-    let said = match entered() {
+    let result = match enter_and_run() {
         Ok(()) => CommandOutput { ok: true, text: String::new() },
         Err(text) => CommandOutput { ok: false, text },
     };
-    let answer = serde_json::to_vec(&said).unwrap_or_default();
-    u8::from(std::io::stdout().write_all(&answer).is_err())
+    let json = serde_json::to_vec(&result).unwrap_or_default();
+    u8::from(std::io::stdout().write_all(&json).is_err())
 }
 
-fn entered() -> Result<(), String> {
+fn enter_and_run() -> Result<(), String> {
     let mut text = Vec::new();
     std::io::stdin().read_to_end(&mut text).map_err(|e| e.to_string())?;
     let Entry { root, commands: job, scratch } = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
     if job.own_network {
-        unshare(CloneFlags::CLONE_NEWNET).map_err(|e| format!("cannot leave the network: {e}"))?;
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|e| format!("cannot create a network namespace: {e}"))?;
     }
     enter_tree(&root, &job.stand_ins, scratch)?;
     for (path, content) in &job.files {
         let path = Path::new("/").join(path);
-        let told = |e: std::io::Error| format!("{}: {e}", path.display());
-        fs::create_dir_all(path.parent().unwrap_or(Path::new("/"))).map_err(told)?;
-        fs::write(&path, content).map_err(told)?;
+        let context = |e: std::io::Error| format!("{}: {e}", path.display());
+        fs::create_dir_all(path.parent().unwrap_or(Path::new("/"))).map_err(context)?;
+        fs::write(&path, content).map_err(context)?;
     }
-    confine(job.own_network).map_err(|e| format!("cannot give up capabilities: {e}"))?;
+    confine(job.own_network).map_err(|e| format!("cannot drop capabilities: {e}"))?;
     job.commands.iter().try_for_each(|argv| run(argv))
 }
 
@@ -183,7 +185,7 @@ fn run(argv: &[String]) -> Result<(), String> {
         .spawn()
         .map_err(failed)?;
     let (out, err) = (child.stdout.take(), child.stderr.take());
-    let said = std::thread::scope(|scope| {
+    let output = std::thread::scope(|scope| {
         let out = scope.spawn(|| end_of(out));
         let err = end_of(err);
         [out.join().unwrap_or_default(), err].concat()
@@ -191,10 +193,10 @@ fn run(argv: &[String]) -> Result<(), String> {
     if child.wait().map_err(failed)?.success() {
         return Ok(());
     }
-    Err(last_lines(&String::from_utf8_lossy(&said), 25))
+    Err(last_lines(&String::from_utf8_lossy(&output), 25))
 }
 
-/// The last bytes that come from a pipe: a script can write without end.
+/// Reads a pipe to its end. Returns only the last bytes, because a script may write without limit.
 fn end_of(pipe: Option<impl Read>) -> Vec<u8> {
     let mut end = VecDeque::new();
     let mut buffer = vec![0; OUTPUT];
@@ -206,11 +208,11 @@ fn end_of(pipe: Option<impl Read>) -> Vec<u8> {
     end.into()
 }
 
-/// Makes `root` this process's `/`, with a bare /dev, /proc and /run, and the host's gone.
+/// Makes `root` this process's `/`, with a new /dev, /proc, /run and /tmp, and unmounts the host's root.
 fn enter_tree(root: &Path, stand_ins: &[(String, String)], scratch: u64) -> Result<(), String> {
     let none = None::<&Path>;
     let io = |e: std::io::Error| format!("cannot prepare the tree: {e}");
-    step("leave the mounts", unshare(CloneFlags::CLONE_NEWNS))?;
+    step("create a mount namespace", unshare(CloneFlags::CLONE_NEWNS))?;
     step("make mounts private", mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))?;
     step("bind the tree", mount(Some(root), root, none, MsFlags::MS_BIND | MsFlags::MS_REC, none))?;
     let inside = |path: &str| Inside::new(root, path);
@@ -227,12 +229,12 @@ fn enter_tree(root: &Path, stand_ins: &[(String, String)], scratch: u64) -> Resu
     tmpfs("dev", MsFlags::MS_NOSUID, "mode=0755,size=1m,nr_inodes=1024".to_owned())?;
     tmpfs("run", quiet, format!("mode=0755,size={scratch},nr_inodes=262144"))?;
     tmpfs("tmp", quiet, format!("mode=1777,size={scratch},nr_inodes=262144"))?;
-    // Devices can't be made in a user namespace; the host's harmless ones are lent.
+    // A user namespace cannot create devices, so these devices of the host are bind-mounted.
     for device in ["null", "zero", "full", "random", "urandom", "tty"] {
         let target = root.join("dev").join(device);
         fs::write(&target, "").map_err(io)?;
         let source = Path::new("/dev").join(device);
-        step("lend a device", mount(Some(&source), &target, none, MsFlags::MS_BIND, none))?;
+        step("bind a device", mount(Some(&source), &target, none, MsFlags::MS_BIND, none))?;
     }
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         symlink(target, root.join("dev").join(link)).map_err(io)?;
@@ -241,15 +243,15 @@ fn enter_tree(root: &Path, stand_ins: &[(String, String)], scratch: u64) -> Resu
         fs::create_dir(root.join(dir)).map_err(io)?;
     }
     protect_proc(root)?;
-    // From here on every path is the tree's: its links cannot lead to the host.
+    // After pivot_root, no link of the tree can point to the host.
     step("enter the tree", nix::unistd::chdir(root))?;
     step("enter the tree", nix::unistd::pivot_root(".", "."))?;
-    step("let go of the host's tree", umount2(".", MntFlags::MNT_DETACH))?;
+    step("unmount the host's root", umount2(".", MntFlags::MNT_DETACH))?;
     step("enter the tree", nix::unistd::chdir("/"))?;
     put_stand_ins(stand_ins)
 }
 
-/// Something of the tree's frame, before the tree is entered: no link leads to it.
+/// A top-level path of the tree, before the process enters the tree. No link is part of it.
 struct Inside(PathBuf);
 
 impl Inside {
@@ -257,11 +259,11 @@ impl Inside {
         Self(root.join(path))
     }
 
-    /// Makes the folder, and refuses a link in its place: a mount would follow it out of the tree.
+    /// Creates the folder. Fails if it is a link, because a mount would follow the link out of the tree.
     fn make_dir(&self) -> std::io::Result<()> {
         match fs::symlink_metadata(&self.0) {
             Ok(meta) if meta.is_dir() => Ok(()),
-            Ok(_) => Err(std::io::Error::other(format!("{} is no folder; a package replaced it", self.0.display()))),
+            Ok(_) => Err(std::io::Error::other(format!("{} is not a folder; a package replaced it", self.0.display()))),
             Err(_) => fs::create_dir(&self.0),
         }
     }
@@ -271,7 +273,7 @@ fn step(what: &str, done: nix::Result<()>) -> Result<(), String> {
     done.map_err(|e| format!("cannot {what}: {e}"))
 }
 
-/// Makes what is the kernel's in /proc read-only, and hides what tells of the host.
+/// Makes [`READ_ONLY`] parts of /proc read-only, and hides [`MASKED`] parts.
 fn protect_proc(root: &Path) -> Result<(), String> {
     let none = None::<&Path>;
     let bare = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -295,13 +297,13 @@ fn protect_proc(root: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Binds stand-ins over the programs of the tree. Call it inside the tree.
+/// Mounts stand-ins over programs of the tree. Call it after entering the tree.
 fn put_stand_ins(stand_ins: &[(String, String)]) -> Result<(), String> {
-    let io = |e: std::io::Error| format!("cannot put a stand-in: {e}");
+    let io = |e: std::io::Error| format!("cannot write a stand-in: {e}");
     for (i, (program, text)) in stand_ins.iter().enumerate() {
         let target = Path::new(program);
         let stand_in = format!("/run/stand-in-{i}");
-        // What is not installed needs no stand-in; no package owns policy-rc.d.
+        // A program that is not installed needs no stand-in. No package has policy-rc.d, so it is created.
         if program == "/usr/sbin/policy-rc.d" {
             fs::write(target, "").map_err(io)?;
         } else if !target.exists() {
@@ -309,20 +311,23 @@ fn put_stand_ins(stand_ins: &[(String, String)]) -> Result<(), String> {
         }
         fs::write(&stand_in, text).map_err(io)?;
         fs::set_permissions(&stand_in, Permissions::from_mode(0o755)).map_err(io)?;
-        step("put a stand-in", mount(Some(stand_in.as_str()), target, None::<&Path>, MsFlags::MS_BIND, None::<&Path>))?;
+        step(
+            "mount a stand-in",
+            mount(Some(stand_in.as_str()), target, None::<&Path>, MsFlags::MS_BIND, None::<&Path>),
+        )?;
     }
     Ok(())
 }
 
-/// Gives up what the tree's programs do not need, for this process and all that it starts.
+/// Drops privileges that the tree's programs do not need, for this process and its children.
 fn confine(network: bool) -> std::io::Result<()> {
-    // No terminal to type into, and no core of this process for a program of the host.
+    // No controlling terminal, and no core dump, which a program of the host might process.
     nix::unistd::setsid()?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     let kept = if network { CAPABILITIES.union(NETWORK_CAPABILITIES) } else { CAPABILITIES };
     for bit in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
-        // Numbers above the kernel's last capability are errors, and there is nothing to remove.
+        // Numbers above the kernel's last capability return an error, and need no removal.
         if !kept.contains(capability) && rustix::thread::capability_is_in_bounding_set(capability).unwrap_or(false) {
             remove_capability_from_bounding_set(capability)?;
         }
@@ -330,11 +335,11 @@ fn confine(network: bool) -> std::io::Result<()> {
     clear_ambient_capability_set()?;
     set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() })?;
     set_no_new_privs(true)?;
-    // /proc/1 is this process: its program and its open files are the builder's.
+    // Scripts must not access /proc/1, which has the builder's program and open files.
     Ok(nix::sys::prctl::set_dumpable(false)?)
 }
 
-/// The last lines of a command's output, without what a terminal would obey.
+/// Returns the last lines of a command's output, without control characters.
 fn last_lines(text: &str, n: usize) -> String {
     let plain: String = text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
     let lines: Vec<&str> = plain.lines().collect();
@@ -346,7 +351,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_end_of_endless_output_is_kept() {
+    fn keeps_only_the_end_of_long_output() {
         let text = [vec![b'a'; 3 * OUTPUT], b"end".to_vec()].concat();
         let end = end_of(Some(text.as_slice()));
         assert_eq!(end.len(), OUTPUT);
@@ -354,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn output_moves_no_cursor() {
+    fn removes_control_characters() {
         assert_eq!(last_lines("a\nb\x1b[2J\rc\n\td", 2), "b[2Jc\n\td");
     }
 }

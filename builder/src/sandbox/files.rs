@@ -1,7 +1,7 @@
-//! Files of the host for a job in a sandbox: the builder opens them and sends the descriptors.
+//! Files of the host for a job in a sandbox. The builder opens them and sends the file descriptors.
 //!
-//! The sandbox's root has another id than the builder, so it could not open the builder's files by
-//! path; and what it does not have to open by path, it does not have to see at all.
+//! The sandbox's root has another id than the builder, so it cannot open the builder's files by path. With descriptors,
+//! the sandbox also needs no access to the host's file systems.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
@@ -18,12 +18,12 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 
-/// A file of the host that a job gets, open.
+/// A file of the host that the builder opens for a job.
 #[derive(Debug)]
 pub enum HostFile {
-    /// For reading.
+    /// Opened for reading.
     Read(PathBuf),
-    /// Created, for writing; replaces what is there.
+    /// Created or truncated, and opened for writing.
     Create(PathBuf),
 }
 
@@ -36,11 +36,11 @@ impl HostFile {
     }
 }
 
-/// Sends the job, then each file in order. A job that ended early closes the other end: what is
-/// left is not sent, and the job's own error tells why.
+/// Sends the job, then each file in order. Stops without an error if the job has ended; the job's own error has the
+/// cause.
 ///
 /// # Errors
-/// A file cannot be opened.
+/// If a file cannot be opened.
 pub(super) fn send(mut socket: &UnixStream, job: &[u8], files: &[HostFile]) -> Result<()> {
     let length = (job.len() as u64).to_le_bytes();
     if socket.write_all(&length).and_then(|()| socket.write_all(job)).is_err() {
@@ -60,15 +60,15 @@ pub(super) fn send(mut socket: &UnixStream, job: &[u8], files: &[HostFile]) -> R
     Ok(())
 }
 
-/// The job's end: files arrive in the order in which the builder named them.
+/// Receives a job's files, in the order in which the builder lists them.
 #[derive(Debug)]
 pub struct Files(Mutex<UnixStream>);
 
 impl Files {
-    /// Takes the job, and what sends its files, from standard input.
+    /// Reads the job from standard input, which is a socket. The files follow on the same socket.
     ///
     /// # Errors
-    /// The builder ended, or sent something else.
+    /// If the builder has ended, or the job cannot be parsed.
     pub fn receive<J: DeserializeOwned>() -> io::Result<(J, Self)> {
         let mut socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
         let mut length = [0; 8];
@@ -78,20 +78,20 @@ impl Files {
         Ok((serde_json::from_slice(&job)?, Self(Mutex::new(socket))))
     }
 
-    /// The next file. Takes `&self`: the threads of a job take turns.
+    /// Receives the next file. A lock orders the threads of a job.
     ///
     /// # Errors
-    /// The builder could not open it; its own error tells why.
+    /// If the builder could not open the file. The builder's own error has the cause.
     pub fn next(&self) -> io::Result<File> {
         let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         receive_file(&socket)
     }
 
-    /// The next file for what `take` returns, or nothing if it returns nothing. No other thread
-    /// gets a file in between.
+    /// Receives the next file for the value that `take` returns; `None` if `take` returns `None`. No other thread
+    /// receives a file in between.
     ///
     /// # Errors
-    /// The builder could not open it; its own error tells why.
+    /// If the builder could not open the file. The builder's own error has the cause.
     pub fn next_for<T>(&self, take: impl FnOnce() -> Option<T>) -> io::Result<Option<(T, File)>> {
         let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         take().map(|value| Ok((value, receive_file(&socket)?))).transpose()

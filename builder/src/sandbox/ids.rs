@@ -1,8 +1,7 @@
-//! The ids of a sandbox: which range of the host's ids stands behind 0..65535 inside.
+//! Maps the ids 0..65535 of a sandbox to a range of the host's ids.
 //!
-//! Inside the sandbox maintainer scripts are root. Many files of the kernel (/proc/sys, for
-//! example) are guarded by the *global* user id alone, so the id behind the sandbox's root must
-//! never be the host's 0.
+//! Maintainer scripts run as the sandbox's root. The kernel protects many files, such as those in /proc/sys, only by
+//! the *global* user id. The sandbox's root must therefore never map to the host's id 0.
 
 use std::fs;
 
@@ -10,28 +9,28 @@ use nix::unistd::{Gid, Uid, User};
 
 use crate::error::{Error, Result, fail};
 
-/// Ids of a sandbox, as of a Debian system.
+/// Number of ids in a sandbox, the same as on a Debian system.
 pub(super) const IDS: u32 = 65_536;
 
-/// Where the search for a free range begins when /etc/subuid gives root none: systemd's table of
-/// ids (<https://systemd.io/UIDS-GIDS>) leaves 0x70000000..0x7FFDFFFF to no one.
+/// Start of the search for a free range if /etc/subuid has no range for root. systemd's
+/// [table of ids](https://systemd.io/UIDS-GIDS) leaves 0x70000000..0x7FFDFFFF unused.
 const FIRST: u32 = 0x7000_0000;
 const END: u32 = 0x7FFE_0000;
 
-/// Ids of the host behind a sandbox's 0..65535.
+/// The host's ids to which a sandbox's 0..65535 map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum IdMap {
-    /// Consecutive ids from these on; the builder is root and writes the maps.
+    /// Consecutive ids from these on. The builder is root and writes the maps.
     Range { uid: u32, gid: u32 },
-    /// The builder's own user for 0, and its subordinate range for the others (`newuidmap`).
+    /// The builder's user for 0, and the user's subordinate range for the others (`newuidmap`).
     Own,
 }
 
 impl IdMap {
-    /// Chooses the ids for sandboxes of this process.
+    /// Selects the ids for sandboxes of this process.
     ///
     /// # Errors
-    /// The builder is root of a container that has too few ids.
+    /// If the builder is root of a container that has too few ids.
     pub(super) fn choose() -> Result<Self> {
         if !Uid::effective().is_root() {
             return Ok(Self::Own);
@@ -43,7 +42,7 @@ impl IdMap {
         })
     }
 
-    /// The argument that tells the worker which ids it is to take.
+    /// Returns the worker's argument for these ids.
     pub(super) fn argument(self) -> String {
         match self {
             Self::Range { uid, gid } => format!("{uid}:{gid}"),
@@ -51,7 +50,7 @@ impl IdMap {
         }
     }
 
-    /// Reads what [`IdMap::argument`] wrote.
+    /// Parses the argument that [`IdMap::argument`] returns.
     pub(super) fn from_argument(text: &str) -> Option<Self> {
         if text == "own" {
             return Some(Self::Own);
@@ -63,7 +62,7 @@ impl IdMap {
     /// Writes the maps of the worker's user namespace.
     ///
     /// # Errors
-    /// The kernel or `newuidmap` refuses, or /etc/subuid has no range for the user.
+    /// If a map cannot be written, `newuidmap` fails, or /etc/subuid has no range for the user.
     pub(super) fn write(self, pid: u32) -> Result<()> {
         let Self::Range { uid, gid } = self else { return write_own(pid) };
         for (map, first) in [("uid_map", uid), ("gid_map", gid)] {
@@ -82,12 +81,13 @@ fn write_own(pid: u32) -> Result<()> {
         let ranges = fs::read_to_string(file).unwrap_or_default();
         let Some(first) = subordinate_range(&ranges, &user, Uid::current().as_raw(), IDS - 1) else {
             return fail(format!(
-                "{file} gives `{user}` no range of {IDS} ids; as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
+                "{file} has no range of {IDS} ids for `{user}`; run as root: usermod --add-subuids 100000-165535 \
+                 --add-subgids 100000-165535 {user}"
             ));
         };
         let args = [pid, 0, own, 1, 1, first, IDS - 1].map(|n| n.to_string());
-        let done = std::process::Command::new(tool).args(args).output();
-        match done {
+        let output = std::process::Command::new(tool).args(args).output();
+        match output {
             Ok(o) if o.status.success() => {}
             Ok(o) => return fail(format!("{tool}: {}", String::from_utf8_lossy(&o.stderr).trim_end())),
             Err(e) => return fail(format!("cannot run {tool}: {e}; install uidmap (`make deps`)")),
@@ -96,9 +96,9 @@ fn write_own(pid: u32) -> Result<()> {
     Ok(())
 }
 
-/// The first id of root's sandbox: root's own range in /etc/subuid, else the first range from
-/// [`FIRST`] on that no line of the file overlaps. Where the builder is root of a container that
-/// has no such ids, the container's own 0..65535, whose 0 is not the host's.
+/// Returns the first id for a builder that runs as root: root's range in /etc/subuid, else the first range from
+/// [`FIRST`] on that no line of the file overlaps. In a container without these ids, it is the container's own range
+/// 0..65535 if its 0 is not the host's 0.
 fn choose_range(subordinate: &str, own_map: &str) -> Result<u32> {
     let has = |first: u32| outer_id(own_map, first).is_some() && outer_id(own_map, first + IDS - 1).is_some();
     if let Some(first) = subordinate_range(subordinate, "root", 0, IDS).filter(|first| has(*first)) {
@@ -117,12 +117,12 @@ fn choose_range(subordinate: &str, own_map: &str) -> Result<u32> {
         return Ok(0);
     }
     fail(format!(
-        "cannot give the sandbox {IDS} ids that are not the host's own: this container's root has too few; run \
+        "cannot give the sandbox {IDS} ids that are not the host's own, because this container's root has too few; run \
          bakehouse on the host, or as an ordinary user with a range in /etc/subuid"
     ))
 }
 
-/// The id outside for an id of a user namespace, by its uid_map.
+/// Returns the outer id of an id of a user namespace, by the namespace's uid_map.
 fn outer_id(map: &str, id: u32) -> Option<u32> {
     map.lines().find_map(|line| {
         let [inside, outside, count] =
@@ -135,7 +135,7 @@ fn outer_id(map: &str, id: u32) -> Option<u32> {
     })
 }
 
-/// Lines of /etc/subuid: name or id, first, count.
+/// Parses /etc/subuid. Returns the name or id, the first id and the count of each line.
 fn ranges(text: &str) -> impl Iterator<Item = (&str, u32, u32)> {
     text.lines().filter_map(|line| {
         let [name, first, count] = line.split(':').collect::<Vec<_>>()[..] else { return None };
@@ -143,7 +143,7 @@ fn ranges(text: &str) -> impl Iterator<Item = (&str, u32, u32)> {
     })
 }
 
-/// First id of a range in /etc/subuid that has `least` ids.
+/// Returns the first id of the user's range in /etc/subuid with at least `least` ids.
 fn subordinate_range(text: &str, user: &str, uid: u32, least: u32) -> Option<u32> {
     let id = uid.to_string();
     ranges(text).find(|(name, _, count)| (*name == user || *name == id) && *count >= least).map(|(_, first, _)| first)
@@ -156,7 +156,7 @@ mod tests {
     const WHOLE: &str = "         0          0 4294967295\n";
 
     #[test]
-    fn subordinate_ranges() {
+    fn finds_subordinate_ranges() {
         let text = "a:100000:65536\nb:200000:10\n1003:300000:65536\n";
         let range = |user, uid| subordinate_range(text, user, uid, IDS - 1);
         assert_eq!(range("a", 1001), Some(100_000));
@@ -165,26 +165,26 @@ mod tests {
     }
 
     #[test]
-    fn root_gets_a_range_that_is_its_own() {
+    fn root_gets_a_range_of_its_own() {
         assert_eq!(choose_range("", WHOLE).unwrap(), FIRST);
         assert_eq!(choose_range("a:100000:65536\nroot:200000:65536\n", WHOLE).unwrap(), 200_000);
-        // Too small, or another user's: the next one that is free.
+        // A range that is too small, or overlaps another user's, is skipped.
         assert_eq!(choose_range("root:200000:1000\n", WHOLE).unwrap(), FIRST);
         let overlapping = format!("a:{}:70000\n", FIRST + 65_000);
         assert_eq!(choose_range(&overlapping, WHOLE).unwrap(), FIRST + 3 * IDS);
     }
 
     #[test]
-    fn root_of_a_container_uses_the_ids_it_has() {
+    fn root_of_a_container_uses_the_containers_ids() {
         assert_eq!(choose_range("", "0 100000 65536\n").unwrap(), 0);
         assert_eq!(choose_range("root:1000:65536\n", "0 100000 200000\n").unwrap(), 1000);
-        // Identity of the host's ids, and too few of them.
+        // The host's own ids, and too few ids.
         assert!(choose_range("", "0 0 65536\n").is_err());
         assert!(choose_range("", "0 1000 1\n").is_err());
     }
 
     #[test]
-    fn the_worker_reads_what_the_builder_writes() {
+    fn worker_parses_the_builders_argument() {
         for map in [IdMap::Own, IdMap::Range { uid: 1, gid: 2 }] {
             assert_eq!(IdMap::from_argument(&map.argument()), Some(map));
         }

@@ -1,14 +1,11 @@
-//! Where maintainer scripts run: a process of our own in fresh user, mount, pid, network,
-//! IPC and UTS namespaces.
+//! Runs maintainer scripts in new user, mount, pid, network, IPC and UTS namespaces.
 //!
-//! The builder starts itself as a *worker*. The worker leaves the host's user namespace and
-//! waits; the builder, from outside, maps ids 0..65535 into it (a range of their own when it is
-//! root, with `newuidmap` when it is not); the worker then enters the other namespaces and starts
-//! the *inner* process as their pid 1. All of it dies with the builder.
+//! The builder starts its own binary as a *worker*. The worker creates a user namespace and waits. The builder maps the
+//! ids 0..65535 of that namespace: as root to a separate range, otherwise with `newuidmap`. The worker then creates the
+//! other namespaces and starts the *inner* process as their pid 1. The kernel kills these processes with the builder.
 //!
-//! Without user namespaces there is no sandbox: a build is refused, as root too. A sandbox whose
-//! root is the host's own would hold by capabilities and read-only mounts alone, on the very hosts
-//! where no other build tests it.
+//! Without user namespaces, the builder refuses to build, also as root. A sandbox with the host's root would depend on
+//! capabilities and read-only mounts alone.
 
 pub mod chroot;
 mod files;
@@ -44,28 +41,29 @@ pub use tree_root::Room;
 
 use crate::error::{Error, Result, fail};
 
-/// First argument that makes the binary a worker, or the worker's inner process.
+/// First argument of the worker.
 pub const WORKER: &str = "__worker";
+/// First argument of the worker's inner process.
 pub const INNER: &str = "__inner";
 
-/// Processes and threads that one sandbox may have.
+/// Maximum number of processes and threads of a sandbox.
 const PROCESSES: u64 = 4096;
 
-/// What the sandbox's errors keep of standard error, in bytes.
+/// Maximum size of an error from the sandbox's standard error, in bytes.
 const ERRORS: u64 = 1 << 20;
 
-/// What a job may take of the host.
+/// Resource limits of a job.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Time for the whole job.
+    /// Maximum duration of the job.
     pub deadline: Duration,
-    /// Bytes that stay free on the disk with the job's folder.
+    /// Bytes that remain free on the disk with the job's folder.
     pub disk_reserve: u64,
 }
 
 impl Limits {
-    /// Limits for a job in this folder: an hour, and the disk keeps 1 GiB or a quarter of what is
-    /// free now.
+    /// Returns the limits of a job in this folder: 1 h, and 1 GiB of free disk space, or a quarter of the space that is
+    /// free now if that is less.
     #[must_use]
     pub fn for_folder(work: &Path) -> Self {
         let free = free_bytes(work).unwrap_or(u64::MAX);
@@ -73,12 +71,12 @@ impl Limits {
     }
 }
 
-/// Runs a task in a sandbox and returns its answer: `worker.rs` knows tasks by their names. `work` is an empty folder
-/// for the job alone; the job gets `files` open, in their order.
+/// Runs a task in a sandbox, and returns its result. `worker.rs` lists the tasks by name. `work` is an empty folder for
+/// the job alone. The job receives `files` as open files, in this order.
 ///
 /// # Errors
-/// The kernel allows no user namespaces, a file cannot be opened, the job failed (what it wrote to
-/// its standard error), or it exceeded a limit.
+/// If the kernel allows no user namespaces, a file cannot be opened, the job fails (the error is its standard error),
+/// or the job exceeds a limit.
 pub fn run<J: Serialize, A: DeserializeOwned>(
     task: &str,
     job: &J,
@@ -94,17 +92,17 @@ pub fn run<J: Serialize, A: DeserializeOwned>(
         let sender = scope.spawn(move || files::send(&socket, &text, files));
         let watch = scope.spawn(move || watch(pid, &stopped, work, limits));
         let finished = finish(child, stop);
-        // Its own errors come first: they are the cause.
+        // An error of the sender is the cause of the job's error.
         sender.join().unwrap_or_else(|_| fail("the sandbox's sender panicked"))?;
         if let Some(exceeded) = watch.join().ok().flatten() {
             return fail(exceeded);
         }
-        let answer = finished?;
-        serde_json::from_str(&answer).map_err(|e| Error::Failed(format!("cannot read the sandbox's answer: {e}")))
+        let result = finished?;
+        serde_json::from_str(&result).map_err(|e| Error::Failed(format!("cannot read the sandbox's result: {e}")))
     })
 }
 
-/// Starts the worker and maps its ids; it then waits for its job.
+/// Starts the worker, and maps its ids. The worker then waits for its job.
 fn start(work: &Path) -> Result<(Child, UnixStream)> {
     let ids = IdMap::choose()?;
     if let IdMap::Range { uid, gid } = ids {
@@ -123,13 +121,13 @@ fn start(work: &Path) -> Result<(Child, UnixStream)> {
         .stderr(Stdio::piped())
         .spawn()
         .map_err(Error::io("start", &exe))?;
-    let mut word = [0; 1];
-    let ready = child.stdout.as_mut().is_some_and(|out| out.read_exact(&mut word).is_ok());
-    if !ready || word[0] == b'N' {
+    let mut reply = [0; 1];
+    let ready = child.stdout.as_mut().is_some_and(|out| out.read_exact(&mut reply).is_ok());
+    if !ready || reply[0] == b'N' {
         let _ = child.wait();
         return fail(
             "this kernel allows no user namespaces, and without them a package's scripts could reach the host; set \
-             kernel.unprivileged_userns_clone=1 and user.max_user_namespaces above 0, also where bakehouse runs as root",
+             kernel.unprivileged_userns_clone=1 and user.max_user_namespaces above 0, also if bakehouse runs as root",
         );
     }
     let mapped = ids.write(child.id()).and_then(|()| {
@@ -144,7 +142,7 @@ fn start(work: &Path) -> Result<(Child, UnixStream)> {
     Ok((child, socket))
 }
 
-/// Reads the answer, up to the end of the worker.
+/// Reads the job's result, and waits until the worker ends.
 fn finish(mut child: Child, stop: std::sync::mpsc::Sender<()>) -> Result<String> {
     let errors = child.stderr.take();
     let reader = std::thread::spawn(move || {
@@ -155,13 +153,13 @@ fn finish(mut child: Child, stop: std::sync::mpsc::Sender<()>) -> Result<String>
         }
         String::from_utf8_lossy(&text).into_owned()
     });
-    let mut answer = String::new();
+    let mut result = String::new();
     if let Some(out) = child.stdout.take() {
         for line in BufReader::new(out).lines().map_while(Result::ok) {
-            answer = line;
+            result = line;
         }
     }
-    // The worker is not waited for yet: its pid cannot be another process's while it is watched.
+    // The watching thread must end before `wait`: until then the pid cannot belong to another process.
     drop(stop);
     let status = child.wait().map_err(Error::io("wait for", "the sandbox"))?;
     let errors = reader.join().unwrap_or_default();
@@ -169,10 +167,10 @@ fn finish(mut child: Child, stop: std::sync::mpsc::Sender<()>) -> Result<String>
         let how = status.signal().map(|s| format!(" (killed by signal {s})")).unwrap_or_default();
         return fail(format!("{}{how}", errors.trim_end()));
     }
-    Ok(answer)
+    Ok(result)
 }
 
-/// Ends the worker, and with it the sandbox, when it exceeds a limit. Returns which.
+/// Kills the worker, and with it the sandbox, if it exceeds a limit. Returns a message about that limit.
 fn watch(worker: Pid, stopped: &Receiver<()>, work: &Path, limits: &Limits) -> Option<String> {
     let start = Instant::now();
     loop {
@@ -182,12 +180,12 @@ fn watch(worker: Pid, stopped: &Receiver<()>, work: &Path, limits: &Limits) -> O
         }
         let exceeded = if start.elapsed() > limits.deadline {
             format!(
-                "the sandbox was ended after {} s: a package's script, or a program of the image, does not end",
+                "the sandbox was ended after {} s, because a package's script or a program of the image does not end",
                 limits.deadline.as_secs()
             )
         } else if free_bytes(work).is_some_and(|free| free < limits.disk_reserve) {
             format!(
-                "the sandbox was ended because less than {} MB are free at {}: free some space, or find the package \
+                "the sandbox was ended because less than {} MB are free at {}; free some space, or find the package \
                  whose script fills the disk",
                 limits.disk_reserve / 1_000_000,
                 work.display()
@@ -204,7 +202,7 @@ fn free_bytes(path: &Path) -> Option<u64> {
     statvfs(path).ok().map(|fs| fs.blocks_available() * fs.fragment_size())
 }
 
-/// The worker's life, up to the inner process's end. Returns its exit code.
+/// Runs the worker until the inner process ends. Returns the exit code.
 pub fn worker(ids: Option<&OsStr>) -> u8 {
     let _ = set_pdeathsig(Signal::SIGKILL);
     match work(ids.and_then(OsStr::to_str).and_then(IdMap::from_argument)) {
@@ -225,16 +223,16 @@ fn work(ids: Option<IdMap>) -> Result<u8, String> {
     if let IdMap::Range { uid, gid } = ids {
         take_ids(uid, gid).map_err(|e| step("take its ids", e))?;
     }
-    let say = |word: &[u8]| {
+    let report = |reply: &[u8]| {
         let mut out = std::io::stdout();
-        let _ = out.write_all(word).and_then(|()| out.flush());
+        let _ = out.write_all(reply).and_then(|()| out.flush());
     };
     if unshare(CloneFlags::CLONE_NEWUSER).is_err() {
-        say(b"N");
+        report(b"N");
         return Ok(1);
     }
-    say(b"Y");
-    // One byte says that the ids are mapped; what follows is the inner process's.
+    report(b"Y");
+    // The builder sends one byte when it has mapped the ids. The inner process reads everything after that byte.
     let mut socket =
         UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| step("reach the builder", e))?);
     socket.read_exact(&mut [0; 1]).map_err(|e| step("reach the builder", e))?;
@@ -242,7 +240,7 @@ fn work(ids: Option<IdMap>) -> Result<u8, String> {
         .and_then(|()| nix::unistd::setgid(Gid::from_raw(0)))
         .and_then(|()| nix::unistd::setuid(Uid::from_raw(0)))
         .map_err(|e| step("become its root", e.into()))?;
-    // Changing ids forgets the wish to die with the parent.
+    // The kernel clears PDEATHSIG when a process changes its ids.
     let _ = set_pdeathsig(Signal::SIGKILL);
     let flags = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWPID
@@ -252,12 +250,13 @@ fn work(ids: Option<IdMap>) -> Result<u8, String> {
     unshare(flags)
         .and_then(|()| nix::unistd::sethostname("localhost"))
         .map_err(|e| format!("the kernel allows no namespaces: {e}"))?;
-    // This namespace's own setting: a script gets no user namespace in which it has the capabilities
-    // again that it lost. Scripts without them cannot do harm by it, so an old kernel may refuse.
+    // A script must not create a user namespace, in which it would regain capabilities. This is a second barrier, so an
+    // error on an old kernel is ignored.
     let _ = fs::write("/proc/sys/user/max_user_namespaces", "0");
-    let mut inner = Command::new("/proc/self/exe").arg(INNER).spawn().map_err(|e| {
-        format!("the sandbox cannot start: {e}; everybody must be able to execute bakehouse (chmod 755)")
-    })?;
+    let mut inner = Command::new("/proc/self/exe")
+        .arg(INNER)
+        .spawn()
+        .map_err(|e| format!("the sandbox cannot start: {e}; make bakehouse executable for all users (chmod 755)"))?;
     let status = inner.wait().map_err(|e| step("wait for its inner process", e))?;
     if let Some(signal) = status.signal() {
         return Err(format!("the sandbox was killed by signal {signal}"));
@@ -265,19 +264,19 @@ fn work(ids: Option<IdMap>) -> Result<u8, String> {
     Ok(u8::from(!status.success()))
 }
 
-/// Limits processes and threads. The kernel counts by user, and takes the limit that a process has
-/// when it makes a user namespace for that namespace's total.
+/// Limits processes and threads. The kernel counts them by user. The limit of the process that creates a user namespace
+/// applies to the whole namespace.
 fn limit_processes(ids: IdMap) -> std::io::Result<()> {
-    let already = match ids {
+    let existing = match ids {
         IdMap::Own => tasks_of(Uid::current()),
         IdMap::Range { .. } => 0,
     };
     let hard = getrlimit(Resource::Nproc).maximum.unwrap_or(u64::MAX);
-    let limit = Some((PROCESSES + already).min(hard));
+    let limit = Some((PROCESSES + existing).min(hard));
     Ok(setrlimit(Resource::Nproc, Rlimit { current: limit, maximum: limit })?)
 }
 
-/// Threads of all processes of a user.
+/// Returns the number of threads of all processes of a user.
 fn tasks_of(user: Uid) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     let Ok(processes) = fs::read_dir("/proc") else { return 0 };
@@ -290,12 +289,12 @@ fn tasks_of(user: Uid) -> u64 {
         .sum()
 }
 
-/// Changes to the first user of the subordinate range before the user namespace is created: that user then owns
-/// the namespace, and its processes count against that user's limit. `CAP_SYS_ADMIN` stays until `unshare`, for
-/// kernels that let ordinary users create no namespaces.
+/// Changes to the first user of the subordinate range. That user then owns the user namespace, and the namespace's
+/// processes count towards that user's limit. The process keeps `CAP_SYS_ADMIN` until `unshare`, for kernels on which
+/// ordinary users cannot create namespaces.
 fn take_ids(uid: u32, gid: u32) -> std::io::Result<()> {
     if uid == 0 {
-        // The ids of a container, whose 0 is not the host's.
+        // The container's own ids. The container's 0 is not the host's 0.
         return Ok(());
     }
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
@@ -309,17 +308,17 @@ fn take_ids(uid: u32, gid: u32) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The sandbox's inner process, pid 1 of its namespace: reads a task's name, its job and its files from standard input,
-/// and writes what `work` returns to standard output. Returns the exit code.
+/// Runs the sandbox's inner process, pid 1 of its namespace. Reads a task's name, its job and its files from standard
+/// input, and writes the result of `work` to standard output. Returns the exit code.
 pub fn inner(work: impl FnOnce(&str, serde_json::Value, &Files) -> Result<String, String>) -> u8 {
     let _ = set_pdeathsig(Signal::SIGKILL);
-    // The tree's modes must not depend on who builds.
+    // The modes of the tree must not depend on the user's umask.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    let done = Files::receive::<(String, serde_json::Value)>()
+    let result = Files::receive::<(String, serde_json::Value)>()
         .map_err(|e| format!("cannot read the job: {e}"))
         .and_then(|((task, job), files)| work(&task, job, &files));
-    match done {
-        Ok(answer) => u8::from(writeln!(std::io::stdout(), "{answer}").is_err()),
+    match result {
+        Ok(result) => u8::from(writeln!(std::io::stdout(), "{result}").is_err()),
         Err(e) => {
             eprintln!("{e}");
             1

@@ -1,8 +1,8 @@
-//! The tree that a sandbox's inner process works on, and how the host is kept out of reach of it.
+//! The tree that a sandbox's inner process works on.
 //!
-//! What lies in a tree is a package's: a symbolic link of one may lead anywhere. So the thread
-//! that reads and writes the tree has the tree as its `/`. Programs of the tree are started by
-//! another thread, which still sees the host's loader (see [`super::chroot`]).
+//! A package's symbolic link may point to any path. The thread that reads and writes the tree therefore has the tree as
+//! its `/`. Another thread starts programs of the tree, because it still sees the host's loader (see
+//! [`super::chroot`]).
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -16,27 +16,26 @@ use serde::{Deserialize, Serialize};
 use super::chroot::{self, Commands};
 use crate::util::memory;
 
-/// Where the tree's file system is mounted: a folder that every host has and the sandbox's root
-/// can reach.
+/// Mount point of the tree's file system. Every host has this folder, and the sandbox's root can access it.
 const MOUNT_POINT: &str = "/tmp";
 
-/// What the host keeps of its free memory, in bytes.
+/// Free memory that remains for the host, in bytes.
 const MEMORY_RESERVE: u64 = 512 << 20;
 
-/// Files and folders of a tree in memory; the largest image has a tenth of them.
+/// Maximum number of files and folders of a tree in memory, ten times the number in the largest image.
 const INODES: u32 = 1 << 20;
 
-/// Where a tree is, and how large it may become.
+/// Location and maximum size of a tree.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Room {
-    /// In memory, not on disk.
+    /// Whether the tree is in memory, not on disk.
     pub ram: bool,
-    /// Bytes of memory for the tree and for what scripts have in /tmp and /run.
+    /// Bytes of memory for the tree and for the scripts' files in /tmp and /run.
     pub memory: u64,
 }
 
 impl Room {
-    /// For a tree of this many bytes: in memory, if it and the compressed files beside it fit.
+    /// Returns the room for a tree of this many bytes. The tree is in memory if it fits, including its packages.
     pub fn for_tree(bytes: u64) -> Self {
         let available = memory::available();
         let ram = available > bytes + bytes / 2 + MEMORY_RESERVE;
@@ -47,14 +46,14 @@ impl Room {
         self.memory / 4 * 3
     }
 
-    /// Bytes of /tmp, and of /run, while a script runs.
+    /// Size of /tmp, and of /run, while a script runs, in bytes.
     fn scratch_bytes(self) -> u64 {
         self.memory / if self.ram { 8 } else { 4 }
     }
 }
 
-/// Makes an empty tree, in this process's mounts only. The current folder is the job's own, for a
-/// tree on disk.
+/// Creates an empty tree in this process's mount namespace. A tree on disk is below the current folder, which is the
+/// job's folder.
 fn mount_tree(room: Room) -> Result<PathBuf, String> {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
@@ -74,18 +73,18 @@ fn mount_tree(room: Room) -> Result<PathBuf, String> {
     Ok(root)
 }
 
-/// A command to run in the tree, and where its result goes.
+/// Commands to run in the tree, and the channel for their result.
 type Request = (Commands, Sender<Result<(), String>>);
 
-/// Runs commands in the tree, for threads that cannot start programs themselves.
+/// Runs commands in the tree, for threads that cannot start programs.
 #[derive(Clone, Debug)]
 pub struct Runner(Sender<Request>);
 
 impl Runner {
-    /// Runs the commands one after the other, up to the first that fails.
+    /// Runs the commands one after the other, up to the first failure.
     ///
     /// # Errors
-    /// What the command that failed wrote.
+    /// If a command fails. The error is the command's output.
     pub fn run(&self, commands: Commands) -> Result<(), String> {
         let (reply, result) = channel();
         let gone = || "cannot run a command in the tree: the thread that starts them has ended".to_owned();
@@ -94,10 +93,10 @@ impl Runner {
     }
 }
 
-/// Makes an empty tree and calls `work` with its root, in a thread whose `/` is the tree.
+/// Creates an empty tree, and calls `work` with its root in a thread whose `/` is the tree.
 ///
 /// # Errors
-/// The tree cannot be made or entered, or `work`'s own.
+/// If the tree cannot be created or entered, or `work` fails.
 pub fn with_tree<T: Send>(
     room: Room,
     work: impl FnOnce(&Path, &Runner) -> Result<T, String> + Send,
@@ -119,21 +118,21 @@ pub fn with_tree<T: Send>(
         worker.join().unwrap_or_else(|_| Err("the thread that works on the tree panicked".to_owned()))
     });
     if !room.ram {
-        // The files belong to mapped ids: from outside an ordinary user could not remove them.
+        // The files belong to mapped ids, so an ordinary user could not remove them outside the sandbox.
         let _ = fs::remove_dir_all(&root);
     }
     done
 }
 
-/// Makes `root` the `/` of this thread and of those that it starts.
+/// Makes `root` the `/` of this thread and of the threads that it starts.
 fn change_root(root: &Path) -> Result<(), String> {
-    let told = |e: std::io::Error| format!("cannot enter the tree: {e}");
-    let tree = File::open(root).and_then(|f| f.metadata()).map_err(told)?;
-    unshare(CloneFlags::CLONE_FS).map_err(|e| told(e.into()))?;
-    nix::unistd::chroot(root).map_err(|e| told(e.into()))?;
-    nix::unistd::chdir("/").map_err(|e| told(e.into()))?;
-    // Everything after this removes and writes below `/`: it has to be the tree.
-    let now = fs::metadata("/").map_err(told)?;
+    let context = |e: std::io::Error| format!("cannot enter the tree: {e}");
+    let tree = File::open(root).and_then(|f| f.metadata()).map_err(context)?;
+    unshare(CloneFlags::CLONE_FS).map_err(|e| context(e.into()))?;
+    nix::unistd::chroot(root).map_err(|e| context(e.into()))?;
+    nix::unistd::chdir("/").map_err(|e| context(e.into()))?;
+    // The thread removes and writes files below `/`, so `/` must be the tree.
+    let now = fs::metadata("/").map_err(context)?;
     if (now.dev(), now.ino()) != (tree.dev(), tree.ino()) {
         return Err("cannot enter the tree: / is another folder".to_owned());
     }

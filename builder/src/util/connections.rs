@@ -1,4 +1,4 @@
-//! Connections of a server: how many there may be, of one address and of all, and how slowly clients may read.
+//! Limits the connections of a server: their number, in total and for each address, and the time of slow clients.
 
 use std::collections::HashMap;
 use std::future::Future as _;
@@ -14,16 +14,16 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep};
 
-/// What one host, and all of them, may take of the server.
+/// Limits of a server.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections that are served at the same time; more wait.
+    /// Maximum number of connections. Further connections wait.
     pub connections: usize,
-    /// Of one address; more are closed.
+    /// Maximum number of connections from one address. The server closes further ones.
     pub per_address: usize,
-    /// A request comes within this time, and a machine reads something within this time.
+    /// Maximum time for receiving a request, and for one pause of a client that receives a response.
     pub patience: Duration,
-    /// Bytes in a second that a machine has to read on average while the server waits for it.
+    /// Minimum average rate at which a client must receive a response, in bytes per second.
     pub rate: u64,
 }
 
@@ -33,7 +33,7 @@ impl Default for Limits {
     }
 }
 
-/// How long the server waits when it can't accept: file descriptors or memory may be free again then.
+/// Pause after a failed accept, for example without free file descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Accepts connections within the limits.
@@ -44,7 +44,7 @@ pub struct Acceptor {
     by_address: Arc<Mutex<HashMap<IpAddr, usize>>>,
 }
 
-/// The place that a connection takes, until it is dropped.
+/// A connection that counts towards the limits until it is dropped.
 pub struct AdmittedConnection {
     address: IpAddr,
     by_address: Arc<Mutex<HashMap<IpAddr, usize>>>,
@@ -52,20 +52,21 @@ pub struct AdmittedConnection {
 }
 
 impl Acceptor {
+    /// Accepts connections of `listener`.
     pub fn new(listener: TcpListener, limits: Limits) -> Self {
         Self { listener, limits, room: Arc::new(Semaphore::new(limits.connections)), by_address: Arc::default() }
     }
 
-    /// The next connection, and its place. Errors of a single connection, and a lack of file descriptors, don't end
-    /// the server.
+    /// Accepts the next connection. Errors of a single connection, and a lack of file descriptors, do not end the
+    /// server.
     pub async fn accept(&self) -> (Stream, AdmittedConnection) {
         loop {
-            // It is never closed.
+            // `acquire_owned` fails only for a closed semaphore, and this one is never closed.
             let Ok(permit) = self.room.clone().acquire_owned().await else { continue };
             match self.listener.accept().await {
                 Ok((stream, from)) => {
-                    if let Some(place) = self.place(from.ip().to_canonical(), permit) {
-                        return (Stream::new(stream, self.limits), place);
+                    if let Some(admitted) = self.admit(from.ip().to_canonical(), permit) {
+                        return (Stream::new(stream, self.limits), admitted);
                     }
                 }
                 Err(e) if is_of_one_connection(&e) => {}
@@ -74,8 +75,8 @@ impl Acceptor {
         }
     }
 
-    /// None where the address has as many as it may have: the connection is closed.
-    fn place(&self, address: IpAddr, permit: OwnedSemaphorePermit) -> Option<AdmittedConnection> {
+    /// Counts a connection; returns `None` if its address has too many.
+    fn admit(&self, address: IpAddr, permit: OwnedSemaphorePermit) -> Option<AdmittedConnection> {
         let mut counts = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(address).or_default();
         if *count >= self.limits.per_address {
@@ -98,19 +99,20 @@ impl Drop for AdmittedConnection {
     }
 }
 
-/// accept(2): these are of the connection that would have been accepted.
+/// Whether an error concerns only the connection to accept, by
+/// [accept(2)](https://man7.org/linux/man-pages/man2/accept.2.html).
 fn is_of_one_connection(e: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(e.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
 }
 
-/// A connection whose other end has to read: it may keep the server waiting for `patience` at a time; and in all for
-/// `patience`, and a second more for each `rate` bytes that it has taken.
+/// A connection that fails if the client receives too slowly. The client may make the server wait for `patience` at a
+/// time. In total, it may make the server wait for `patience` plus 1 s for each `rate` bytes that it has received.
 pub struct Stream {
     stream: TcpStream,
     limits: Limits,
     written: u64,
-    /// How long it kept the server waiting, before the wait that `since` began.
+    /// Total time that the server has waited, without the current wait, which began at `since`.
     waited: Duration,
     since: Option<Instant>,
     timer: Option<Pin<Box<Sleep>>>,
@@ -121,7 +123,7 @@ impl Stream {
         Self { stream, limits, written: 0, waited: Duration::ZERO, since: None, timer: None }
     }
 
-    /// Counts what the other end read, and how long it took for that.
+    /// Counts the bytes that the client has received, and the time that the server has waited.
     fn watch(&mut self, context: &mut Context, poll: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match poll {
             Poll::Ready(Ok(bytes)) => {
@@ -133,7 +135,8 @@ impl Stream {
             Poll::Ready(Err(_)) => poll,
             Poll::Pending => {
                 self.since.get_or_insert_with(Instant::now);
-                // What is in the kernel's buffers counts as read: so this alone would bear megabytes of it.
+                // Bytes in the kernel's buffers count as received, and may be megabytes. One pause is therefore
+                // limited, too.
                 let earned = Duration::from_secs_f64(self.written as f64 / self.limits.rate.max(1) as f64);
                 let left = (self.limits.patience + earned).saturating_sub(self.waited).min(self.limits.patience);
                 let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(left)));

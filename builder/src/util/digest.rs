@@ -1,8 +1,9 @@
-//! SHA-256, and keys of build steps.
+//! SHA-256 digests, and keys of build steps.
 
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
 
+/// Returns bytes in lower-case hex.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut s, b| {
         let _ = write!(s, "{b:02x}");
@@ -10,24 +11,26 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// Returns the SHA-256 digest in hex.
 pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// The key of a build step: a digest over named inputs, each with its length, so that no two
-/// lists of inputs give the same bytes.
+/// The key of a build step: a digest of named inputs. It covers each input's length, so that different lists of inputs
+/// never give the same bytes.
 pub struct Key {
     hash: Sha256,
 }
 
 impl Key {
-    /// `step` is the digest of the step's own code, as `build.rs` makes it, where results are kept in the store.
+    /// Starts a key. `step` is the digest of the step's code from `build.rs` if the store keeps the step's results.
     pub fn new(step: &str) -> Self {
         let mut key = Self { hash: Sha256::new() };
         key.add("step", step.as_bytes());
         key
     }
 
+    /// Adds an input.
     pub fn add(&mut self, name: &str, value: impl AsRef<[u8]>) -> &mut Self {
         for part in [name.as_bytes(), value.as_ref()] {
             self.hash.update((part.len() as u64).to_le_bytes());
@@ -36,6 +39,7 @@ impl Key {
         self
     }
 
+    /// Returns the key in hex.
     pub fn finish(&self) -> String {
         hex(&self.hash.clone().finalize())
     }
@@ -46,14 +50,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn inputs_do_not_run_into_each_other() {
+    fn key_separates_names_from_values() {
         let ab_c = Key::new("s").add("ab", "c").finish();
         let a_bc = Key::new("s").add("a", "bc").finish();
         assert_ne!(ab_c, a_bc);
     }
 
     #[test]
-    fn sha256_is_sha256() {
+    fn sha256_of_abc() {
         assert_eq!(sha256(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 }

@@ -1,4 +1,4 @@
-//! Files that are written whole or not at all, and files and folders that their owner alone reads.
+//! Writes files atomically, and files and folders that only their owner can read.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::Write as _;
@@ -9,10 +9,10 @@ use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result};
 
-/// Writes a file whole or not at all: beside it, fsync, rename.
+/// Writes a file atomically: writes a temporary file, syncs it, and renames it.
 ///
 /// # Errors
-/// The disk says no.
+/// If the file cannot be written.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::Builder::new()
@@ -24,7 +24,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Writes a file that nobody else can read, unless there is one; says whether it did.
+/// Writes a file that only its owner can read, unless it exists. Returns whether it wrote the file.
 pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
     match private_beside(path, bytes)?.persist_noclobber(path) {
         Ok(_) => Ok(true),
@@ -33,16 +33,16 @@ pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
     }
 }
 
-/// Writes a file that nobody else can read, whole or not at all.
+/// Writes a file that only its owner can read, atomically.
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     private_beside(path, bytes)?.persist(path).map_err(|e| Error::io("write", path)(e.error))?;
     Ok(())
 }
 
-/// Makes a folder that its owner alone enters, or makes it so, whatever the umask.
+/// Creates a folder that only its owner can enter, whatever the umask. Changes the mode of an existing folder.
 ///
 /// # Errors
-/// The folder can't be made, or belongs to another user.
+/// If the folder cannot be created, or belongs to another user.
 pub(crate) fn private_dir(dir: &Path) -> Result<()> {
     if let Some(parent) = dir.parent() {
         fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
@@ -51,7 +51,7 @@ pub(crate) fn private_dir(dir: &Path) -> Result<()> {
     fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(Error::io("make private", dir))
 }
 
-/// The bytes on the disk beside `path`, in a file that has no name of its own yet.
+/// Writes a temporary file beside `path`, and syncs it. Only its owner can read it.
 fn private_beside(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_private_folder_is_private_also_where_it_was_not() {
+    fn private_dir_changes_the_mode_of_an_existing_folder() {
         let dir = tempfile::tempdir().unwrap();
         let (vm, new) = (dir.path().join("build/vm"), dir.path().join("build/vm/hub-1"));
         fs::create_dir_all(&vm).unwrap();

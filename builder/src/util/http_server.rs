@@ -1,5 +1,5 @@
-//! An HTTP server for files and for requests with a body. It serves only the names that its caller lists; no path of a
-//! request reaches a file of this host.
+//! An HTTP server for files and for requests with a body. It serves only the open files that its caller lists, so a
+//! request's path never reaches the host's file system.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -23,67 +23,70 @@ use tokio::net::TcpListener;
 
 use super::connections::{Acceptor, Limits};
 
-/// A machine says no more than this in a request, in bytes.
-const LONGEST: usize = 64 << 10;
-/// Bytes of a file that are in memory for a connection.
+/// Maximum size of a request's body in bytes.
+const MAX_BODY: usize = 64 << 10;
+/// Size of the part of a file that is in memory for a connection, in bytes.
 const CHUNK: u64 = 256 << 10;
-/// Bytes of a connection's buffer: the longest head of a request.
+/// Size of a connection's buffer, which limits the head of a request, in bytes.
 const BUFFER: usize = 16 << 10;
 
 type Body = BoxBody<Bytes, io::Error>;
 
-/// Answers a request's body at a path. Runs beside the server; it may wait for the disk.
+/// Handles a POST request: path and body. Returns JSON. It runs in a thread of its own, and may block.
 pub type RequestHandler = dyn Fn(&str, &[u8]) -> Result<Vec<u8>, String> + Send + Sync;
 
-/// What there is to be had.
+/// Files and a handler to serve.
 pub struct FileServer {
-    /// By path.
+    /// Files by path, for GET requests.
     pub files: BTreeMap<String, Arc<File>>,
+    /// Handler of POST requests.
     pub desk: Box<RequestHandler>,
 }
 
-/// Serves until the process ends.
-pub async fn serve(listener: TcpListener, shelf: Arc<FileServer>) -> Infallible {
-    serve_within(listener, shelf, Limits::default()).await
+/// Serves requests until the process ends.
+pub async fn serve(listener: TcpListener, server: Arc<FileServer>) -> Infallible {
+    serve_within(listener, server, Limits::default()).await
 }
 
-async fn serve_within(listener: TcpListener, shelf: Arc<FileServer>, limits: Limits) -> Infallible {
+async fn serve_within(listener: TcpListener, server: Arc<FileServer>, limits: Limits) -> Infallible {
     let acceptor = Acceptor::new(listener, limits);
     loop {
-        let (stream, place) = acceptor.accept().await;
-        let shelf = shelf.clone();
+        let (stream, admitted) = acceptor.accept().await;
+        let server = server.clone();
         tokio::spawn(async move {
-            let answer = service_fn(|request| {
-                let shelf = shelf.clone();
-                async move { Ok::<_, Infallible>(answer(&shelf, request, limits.patience).await) }
+            let service = service_fn(|request| {
+                let server = server.clone();
+                async move { Ok::<_, Infallible>(respond(&server, request, limits.patience).await) }
             });
-            // A machine whose connection ends asks again.
+            // A client whose connection fails sends its request again.
             let _ = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(limits.patience)
                 .max_buf_size(BUFFER)
-                .serve_connection(TokioIo::new(stream), answer)
+                .serve_connection(TokioIo::new(stream), service)
                 .await;
-            drop(place);
+            drop(admitted);
         });
     }
 }
 
-async fn answer(shelf: &Arc<FileServer>, request: Request<Incoming>, patience: Duration) -> Response<Body> {
+async fn respond(server: &Arc<FileServer>, request: Request<Incoming>, patience: Duration) -> Response<Body> {
     let path = request.uri().path().to_owned();
     match *request.method() {
-        Method::GET | Method::HEAD => match shelf.files.get(&path) {
+        Method::GET | Method::HEAD => match server.files.get(&path) {
             Some(file) => {
                 part(file, &request).unwrap_or_else(|e| plain(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()))
             }
             None => plain(StatusCode::NOT_FOUND, "there is no such file"),
         },
         Method::POST => {
-            let body = tokio::time::timeout(patience, Limited::new(request.into_body(), LONGEST).collect()).await;
-            let Ok(Ok(body)) = body else { return plain(StatusCode::BAD_REQUEST, "too long, or cut off") };
-            let shelf = shelf.clone();
-            let asked = tokio::task::spawn_blocking(move || (shelf.desk)(&path, &body.to_bytes())).await;
-            match asked {
+            let body = tokio::time::timeout(patience, Limited::new(request.into_body(), MAX_BODY).collect()).await;
+            let Ok(Ok(body)) = body else {
+                return plain(StatusCode::BAD_REQUEST, "the body is too long or incomplete");
+            };
+            let server = server.clone();
+            let result = tokio::task::spawn_blocking(move || (server.desk)(&path, &body.to_bytes())).await;
+            match result {
                 Ok(Ok(json)) => {
                     let body = Full::from(json).map_err(|never| match never {}).boxed();
                     with(Response::builder().header(CONTENT_TYPE, "application/json"), body)
@@ -92,19 +95,19 @@ async fn answer(shelf: &Arc<FileServer>, request: Request<Incoming>, patience: D
                 Err(e) => plain(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
             }
         }
-        _ => plain(StatusCode::METHOD_NOT_ALLOWED, "GET, HEAD or POST"),
+        _ => plain(StatusCode::METHOD_NOT_ALLOWED, "use GET, HEAD or POST"),
     }
 }
 
-/// A file, or the range of it that is asked for.
+/// Returns a file, or the requested range of it.
 fn part(file: &Arc<File>, request: &Request<Incoming>) -> io::Result<Response<Body>> {
     let size = file.metadata()?.len();
-    let asked = request.headers().get(RANGE).and_then(|v| v.to_str().ok());
-    let (start, end) = match asked.map(|text| range(text, size)) {
+    let requested = request.headers().get(RANGE).and_then(|v| v.to_str().ok());
+    let (start, end) = match requested.map(|text| range(text, size)) {
         None => (0, size),
         Some(Some(found)) => found,
         Some(None) => {
-            let mut refused = plain(StatusCode::RANGE_NOT_SATISFIABLE, "the file is shorter");
+            let mut refused = plain(StatusCode::RANGE_NOT_SATISFIABLE, "the range is outside the file");
             if let Ok(value) = format!("bytes */{size}").parse() {
                 refused.headers_mut().insert(CONTENT_RANGE, value);
             }
@@ -115,7 +118,7 @@ fn part(file: &Arc<File>, request: &Request<Incoming>) -> io::Result<Response<Bo
         .header(CONTENT_TYPE, "application/octet-stream")
         .header(ACCEPT_RANGES, "bytes")
         .header(CONTENT_LENGTH, end - start);
-    if asked.is_some() {
+    if requested.is_some() {
         response = response
             .status(StatusCode::PARTIAL_CONTENT)
             .header(CONTENT_RANGE, format!("bytes {start}-{}/{size}", end.saturating_sub(1)));
@@ -124,7 +127,7 @@ fn part(file: &Arc<File>, request: &Request<Incoming>) -> io::Result<Response<Bo
     Ok(with(response, body))
 }
 
-/// A first and a last byte: what firmware and installers ask for.
+/// Parses a range with a first byte, as firmware and installers send it. Returns its start and end.
 fn range(text: &str, size: u64) -> Option<(u64, u64)> {
     let (first, last) = text.strip_prefix("bytes=")?.split_once('-')?;
     let first: u64 = first.parse().ok()?;
@@ -160,7 +163,7 @@ fn plain(status: StatusCode, text: &str) -> Response<Body> {
 }
 
 fn with(response: hyper::http::response::Builder, body: Body) -> Response<Body> {
-    // Every header is one by construction.
+    // The builder fails only for invalid headers, and these are valid.
     response.body(body).unwrap_or_default()
 }
 
@@ -171,7 +174,7 @@ mod tests {
     use std::net::{SocketAddr, TcpStream};
 
     #[test]
-    fn ranges() {
+    fn parses_ranges() {
         assert_eq!(range("bytes=0-9", 100), Some((0, 10)));
         assert_eq!(range("bytes=90-", 100), Some((90, 100)));
         assert_eq!(range("bytes=90-900", 100), Some((90, 100)));
@@ -188,35 +191,35 @@ mod tests {
     fn served_within(limits: Limits) -> SocketAddr {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![7; 3 << 20]).unwrap();
-        let shelf = FileServer {
+        let server = FileServer {
             files: BTreeMap::from([("/a".to_owned(), Arc::new(file))]),
             desk: Box::new(|path, body| if path == "/v1/x" { Ok(body.to_vec()) } else { Err("no".into()) }),
         };
-        let (tell, told) = std::sync::mpsc::channel();
+        let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-                tell.send(listener.local_addr().unwrap()).unwrap();
-                serve_within(listener, Arc::new(shelf), limits).await
+                send.send(listener.local_addr().unwrap()).unwrap();
+                serve_within(listener, Arc::new(server), limits).await
             })
         });
-        told.recv().unwrap()
+        receive.recv().unwrap()
     }
 
-    fn ask(to: SocketAddr, text: &str) -> String {
+    fn exchange(to: SocketAddr, text: &str) -> String {
         let mut stream = TcpStream::connect(to).unwrap();
         stream.write_all(text.as_bytes()).unwrap();
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).unwrap();
-        String::from_utf8_lossy(&answer).into_owned()
+        let mut response = Vec::new();
+        stream.read_to_end(&mut response).unwrap();
+        String::from_utf8_lossy(&response).into_owned()
     }
 
     #[test]
-    fn files_by_name_and_nothing_else() {
+    fn serves_only_listed_files() {
         let to = served();
         let get = |path: &str, more: &str| {
-            ask(to, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{more}\r\n"))
+            exchange(to, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{more}\r\n"))
         };
         assert!(get("/a", "").ends_with(&"\u{7}".repeat(3 << 20)));
         let part = get("/a", "range: bytes=1048570-1048580\r\n");
@@ -226,9 +229,9 @@ mod tests {
         for path in ["/", "/b", "/../a", "/a/../../etc/passwd", "/%2e%2e/etc/passwd", "//etc/passwd"] {
             assert!(get(path, "").starts_with("HTTP/1.1 404"), "{path}");
         }
-        assert!(ask(to, "DELETE /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").starts_with("HTTP/1.1 405"));
+        assert!(exchange(to, "DELETE /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").starts_with("HTTP/1.1 405"));
         let post = |path: &str, body: &str| {
-            ask(
+            exchange(
                 to,
                 &format!(
                     "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
@@ -238,10 +241,10 @@ mod tests {
         };
         assert!(post("/v1/x", "hello").ends_with("hello"));
         assert!(post("/v1/y", "hello").starts_with("HTTP/1.1 400"));
-        assert!(post("/v1/x", &"x".repeat(LONGEST + 1)).starts_with("HTTP/1.1 400"));
+        assert!(post("/v1/x", &"x".repeat(MAX_BODY + 1)).starts_with("HTTP/1.1 400"));
     }
 
-    /// A connection from an address of this host's loopback, which has 2^24.
+    /// Connects from an address of the loopback network.
     fn from(address: &str, to: SocketAddr) -> TcpStream {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
@@ -252,29 +255,29 @@ mod tests {
         stream
     }
 
-    /// Whether a small part of the file comes.
+    /// Whether the server sends a part of the file.
     fn is_served(mut stream: TcpStream) -> bool {
         let part = b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\nrange: bytes=0-9\r\n\r\n";
-        let mut answer = Vec::new();
-        stream.write_all(part).is_ok() && stream.read_to_end(&mut answer).is_ok() && answer.ends_with(&[7; 10])
+        let mut response = Vec::new();
+        stream.write_all(part).is_ok() && stream.read_to_end(&mut response).is_ok() && response.ends_with(&[7; 10])
     }
 
     #[test]
-    fn one_address_does_not_take_all_places() {
+    fn one_address_cannot_use_all_connections() {
         let to = served_within(Limits { connections: 4, per_address: 2, ..Limits::default() });
-        // They say nothing, for as long as they may.
+        // These connections send nothing.
         let _idle: Vec<TcpStream> = (0..20).map(|_| from("127.0.0.2", to)).collect();
         assert!(is_served(from("127.0.0.3", to)));
     }
 
     #[test]
-    fn downloads_that_nobody_reads_end() {
+    fn ends_stalled_downloads() {
         let patience = Duration::from_secs(1);
         let to = served_within(Limits { connections: 2, per_address: 2, patience, ..Limits::default() });
         let stalled: Vec<TcpStream> = (0..2)
             .map(|_| {
                 let mut stream = from("127.0.0.2", to);
-                // Of many parts: more than the kernel keeps for a reader.
+                // Many responses, which exceed the kernel's buffers.
                 for _ in 0..10 {
                     stream.write_all(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
                 }
@@ -285,9 +288,8 @@ mod tests {
         drop(stalled);
     }
 
-    /// A machine that reads, slower than the network could, is not sent away.
     #[test]
-    fn a_slow_reader_gets_it_all() {
+    fn serves_slow_client_above_the_minimum_rate() {
         let patience = Duration::from_millis(300);
         let to = served_within(Limits { patience, rate: 1 << 20, ..Limits::default() });
         let mut stream = from("127.0.0.2", to);
@@ -304,7 +306,7 @@ mod tests {
         assert!(bytes > 3 << 20);
     }
 
-    /// Started by the test below, with a limit of its own on open files.
+    /// The test below starts this server in a process with a low limit of open files.
     #[test]
     #[ignore = "serves until it is killed"]
     fn server_process() {
@@ -313,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn the_server_lives_when_it_can_open_no_more_files() {
+    fn server_survives_lack_of_file_descriptors() {
         use std::io::{BufRead as _, BufReader};
         let own = std::env::current_exe().unwrap();
         let test = concat!(module_path!(), "::server_process").trim_start_matches("builder::");

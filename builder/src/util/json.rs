@@ -1,13 +1,13 @@
-//! JSON for files and answers.
+//! JSON for files and replies.
 
 use serde::Serialize;
 
 use crate::error::{Error, Result};
 
-/// Pretty JSON with a newline, for files a person may open.
+/// Returns indented JSON with a final newline.
 ///
 /// # Errors
-/// The value can't be JSON.
+/// If the value cannot be serialised.
 pub fn pretty_json(value: &impl Serialize) -> Result<Vec<u8>> {
     let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::Failed(e.to_string()))?;
     bytes.push(b'\n');

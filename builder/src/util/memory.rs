@@ -1,9 +1,9 @@
-//! Memory of this host.
+//! Memory of the host.
 
 use std::fs;
 
-/// Bytes that the kernel can give to programs now, `MemAvailable` in
-/// [/proc/meminfo](https://man7.org/linux/man-pages/man5/proc_meminfo.5.html); 0 where it is not known.
+/// Returns the available memory in bytes, `MemAvailable` in
+/// [/proc/meminfo](https://man7.org/linux/man-pages/man5/proc_meminfo.5.html); 0 if it is unknown.
 pub fn available() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib =

@@ -1,4 +1,4 @@
-//! Helpers that know nothing of a fleet: files, digests, processes, HTTP.
+//! Helpers that do not depend on a fleet: files, digests, processes, HTTP.
 
 mod connections;
 pub(crate) mod digest;

@@ -1,4 +1,4 @@
-//! Random bytes of the kernel.
+//! Random numbers of the kernel.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -6,10 +6,10 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// Bytes of chance.
+/// Returns random bytes from /dev/urandom.
 ///
 /// # Errors
-/// The machine has no randomness.
+/// If the device cannot be read.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     let path = Path::new("/dev/urandom");

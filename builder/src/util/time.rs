@@ -1,6 +1,6 @@
-//! Times as text.
+//! Formats times.
 
-/// Seconds since 1970 as `2025-01-31T12:00:00Z`.
+/// Formats seconds since 1970 as `2025-01-31T12:00:00Z` ([RFC 3339](https://www.rfc-editor.org/rfc/rfc3339)).
 pub(crate) fn rfc3339(seconds: u64) -> String {
     let (days, time) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let era = days / 146_097;
@@ -19,7 +19,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times() {
+    fn formats_times() {
         assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
         assert_eq!(rfc3339(1_709_251_199), "2024-02-29T23:59:59Z");
         assert_eq!(rfc3339(1_757_153_702), "2025-09-06T10:15:02Z");
