@@ -557,7 +557,7 @@ fn flash_writes_the_image_and_rejects_mounted_or_small_disks() {
     run("umount", &[mounted.to_str().expect("a UTF-8 path")]);
     refused.fails(2, &["is in use", "unmount it", "--force loop"]);
 
-    lab.run(&["flash", "hub-1", &disk.0]).fails(2, &["would be overwritten; say --yes"]);
+    lab.run(&["flash", "hub-1", &disk.0]).fails(2, &["would be overwritten", "add --yes"]);
     lab.ok(&["flash", "hub-1", &disk.0, "--yes"]);
     // Beyond the EFI partition, which has the ticket, the disk equals the image byte for byte.
     let (from, count) = (ESP_END.to_string(), (size - ESP_END).to_string());

@@ -48,7 +48,7 @@ fn bare_machines_become_the_nodes_that_fleet_toml_assigns() {
     // No rule matches the machine: the server assigns nothing, and both sides print the reason.
     rack.serve(&lab, &[]);
     hub.start_bare(&lab);
-    let refusal = format!("no rule says what this machine is to be; in fleet.toml: [netboot.machines] \"{MAC}\"");
+    let refusal = format!("no rule in fleet.toml names this machine; set [netboot.machines] \"{MAC}\"");
     hub.wait_for(&[&refusal]);
     rack.hears(&refusal);
 
@@ -61,7 +61,7 @@ fn bare_machines_become_the_nodes_that_fleet_toml_assigns() {
     hub.cut_power();
     hub.start_bare(&lab);
     hub.wait_for(&["bakehouse: hub-1 is on /dev/vda; restarting from there"]);
-    rack.hears("hub-1: is on its disk");
+    rack.hears("hub-1: is installed");
     hub.wait_for(&["bakehouse: ready (hub-1)"]);
 
     // Like a flashed disk: the ticket is used and no longer on the disk.

@@ -103,7 +103,7 @@ fn containers_install_valid_updates_and_refuse_others() {
     lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
     converting(&lab);
     let plan = lab.ok(&["plan", dir]).out;
-    assert!(plan.contains("one way  the migration `lines` converts what nodes keep"), "{plan}");
+    assert!(plan.contains("one way  the migration `lines` converts the nodes' data"), "{plan}");
     assert!(
         plan.contains("version 1 → 2") && plan.contains("~ /usr/lib/bakehouse/templates/run/bakehouse/haproxy.cfg"),
         "{plan}"
@@ -170,7 +170,7 @@ fn containers_install_valid_updates_and_refuse_others() {
     assert_eq!(hub.ok(LOOK), "", "the node was offered the denied version");
     let told = lab.ok(&["rollout", "--endpoint", "local"]).out;
     assert!(told.contains("hub-1          version 2, serving"), "{told}");
-    assert!(told.contains("nobody takes version 3: it did not come up on hub-1"), "{told}");
+    assert!(told.contains("no node takes version 3: it did not come up on hub-1"), "{told}");
 
     // The next version works.
     version(&lab, "3", "4");

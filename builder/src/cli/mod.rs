@@ -151,11 +151,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Vm { node, format, ticket, replace, output, mirror } => {
             let group = vm::groups_of(&project, std::slice::from_ref(node))?;
-            let order = export::ExportOptions { node, format: *format, way: *ticket, replace: *replace };
+            let options = export::ExportOptions { node, format: *format, transport: *ticket, replace: *replace };
             let images = build(&project, &group, None, mirror, &progress)?;
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
             for image in &images {
-                let written = export(&project, image, &order, output, &tools, &progress)?;
+                let written = export(&project, image, &options, output, &tools, &progress)?;
                 print_json(cli.json, &written)?;
             }
         }

@@ -1,4 +1,4 @@
-//! A node's disk and its definition for somebody else's hypervisor.
+//! `bakehouse vm`: writes a node's disk, and definitions of its machine for libvirt and Proxmox.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,10 +26,10 @@ use crate::toolchain::Tools;
 use crate::util::fs::write_private;
 use crate::util::process::run;
 
-/// Room for /var beyond the least that the node's roles ask for.
+/// Bytes of `/var` beyond the minimum of the node's roles.
 const SPARE: u64 = 16 << 30;
 
-/// Formats that hypervisors read.
+/// Disk format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     Raw,
@@ -38,7 +38,7 @@ pub enum Format {
     Vhd,
 }
 
-/// How the machine gets its ticket.
+/// Transport of the ticket to the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum TicketTransport {
     /// From the hypervisor, in the definitions (SMBIOS)
@@ -49,30 +49,34 @@ pub enum TicketTransport {
     Seed,
 }
 
-/// What is to be written.
+/// Options of an export.
 #[derive(Clone, Copy, Debug)]
 pub struct ExportOptions<'a> {
+    /// Name of the node.
     pub node: &'a str,
+    /// Format of the disk.
     pub format: Format,
-    pub way: TicketTransport,
-    /// Whether the ticket takes the node's place from the machine that has it.
+    /// Transport of the ticket.
+    pub transport: TicketTransport,
+    /// Whether the ticket replaces the machine that owns the node's slot.
     pub replace: bool,
 }
 
-/// What was written for a node.
+/// Files that an export wrote.
 #[derive(Debug, Serialize)]
 pub struct Export {
+    /// The node's disk.
     pub disk: PathBuf,
-    /// NoCloud's disk.
+    /// Disk with NoCloud's user data.
     pub seed: Option<PathBuf>,
-    /// For `virsh define`.
+    /// Definition for `virsh define`.
     pub libvirt: PathBuf,
-    /// A script for a Proxmox host.
+    /// Script for a Proxmox host.
     pub proxmox: PathBuf,
 }
 
 impl Format {
-    /// The format's name, as files end and libvirt says it.
+    /// Returns the file extension, which is also libvirt's name of the format.
     fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
@@ -82,20 +86,20 @@ impl Format {
         }
     }
 
-    /// QEMU's own name for it.
+    /// Returns QEMU's name of the format.
     fn driver(self) -> &'static str {
         if self == Self::Vhd { "vpc" } else { self.name() }
     }
 }
 
-/// Writes a node's disk into `out`, and definitions beside it.
+/// Mints a ticket, and writes a node's disk and the definitions of its machine to the folder `out`.
 ///
 /// # Errors
-/// No such node; the disk is full.
+/// If the fleet has no such node, or a file cannot be written.
 pub fn export(
     project: &Project,
     image: &BuiltImage,
-    &ExportOptions { node, format, way, replace }: &ExportOptions,
+    &ExportOptions { node, format, transport, replace }: &ExportOptions,
     out: &Path,
     tools: &Tools,
     progress: &Progress,
@@ -108,23 +112,20 @@ pub fn export(
     let path = |suffix: &str| out.join(format!("{node}{suffix}"));
     let export = Export {
         disk: path(&format!(".{}", format.name())),
-        seed: (way == TicketTransport::Seed).then(|| path("-seed.img")),
+        seed: (transport == TicketTransport::Seed).then(|| path("-seed.img")),
         libvirt: path(".xml"),
         proxmox: path(".proxmox.sh"),
     };
     let step = progress.step("vm", &format!("{}: {}", node, export.disk.display()));
     let recipe = project.recipe(&image.group);
     let size = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE;
-    // Nobody else's folder: there may be a ticket in what is written. Gone again, whatever happens.
+    // Private, because the disk may contain a ticket, and removed also after an error.
     let scratch = tempfile::tempdir_in(&out).map_err(Error::io("create a folder in", &out))?;
     let path = |name: &str| scratch.path().join(name);
     let mut from = image.disk.canonicalize().map_err(Error::io("find", &image.disk))?;
-    if way == TicketTransport::Disk {
+    if transport == TicketTransport::Disk {
         let copy = path("disk");
-        run(
-            Command::new("cp").args(["--sparse=always", "--reflink=auto"]).args([&from, &copy]),
-            "cp, of the image's disk",
-        )?;
+        run(Command::new("cp").args(["--sparse=always", "--reflink=auto"]).args([&from, &copy]), "cp")?;
         let secure = project.fleet.secure_boot.is_some();
         let disk = OpenOptions::new().read(true).write(true).open(&copy).map_err(Error::io("open", &copy))?;
         put_ticket(&disk, &copy, &TicketFile { ticket: &ticket, secure, tools })?;
@@ -135,11 +136,11 @@ pub fn export(
         command.args(args).args(files);
         run(&mut command, "qemu-img (apt install qemu-utils)")
     };
-    // Made larger before it is converted: not every format can be afterwards.
+    // Resized before the conversion, because qemu-img cannot resize every format.
     let (larger, whole) = (path("larger"), path("whole"));
     qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &[&from, &larger])?;
     qemu_img(&["resize", "-q", "-f", "qcow2"], &[&larger, Path::new(&size.to_string())])?;
-    if way == TicketTransport::Disk {
+    if transport == TicketTransport::Disk {
         write_private(&whole, b"")?;
     }
     qemu_img(&["convert", "-f", "qcow2", "-O", format.driver()], &[&larger, &whole])?;
@@ -156,9 +157,9 @@ pub fn export(
         format,
         disk: export.disk.clone(),
         seed: export.seed.clone(),
-        ticket: (way == TicketTransport::Smbios).then(|| text(&ticket)).transpose()?,
+        ticket: (transport == TicketTransport::Smbios).then(|| text(&ticket)).transpose()?,
     };
-    // Whoever reads them may have the ticket.
+    // Private, because the definitions may contain the ticket.
     write_private(&export.libvirt, definition.to_string().as_bytes())?;
     write_private(&export.proxmox, definition.proxmox().as_bytes())?;
     step.done(&format!("{node}: {}", export.disk.display()));
@@ -169,7 +170,7 @@ fn text(ticket: &Ticket) -> Result<String> {
     serde_json::to_string(ticket).map_err(|e| Error::Failed(e.to_string()))
 }
 
-/// A FAT disk with the label that NoCloud's is known by.
+/// Writes a FAT disk with the label `CIDATA`, by which cloud-init finds NoCloud's data.
 fn write_seed(seed: &Path, ticket: &Ticket, tools: &Tools) -> Result<()> {
     write_private(seed, &vec![0; 2 << 20])?;
     let mut format = tools.command("usr/sbin/mkfs.vfat");
@@ -184,11 +185,11 @@ fn write_seed(seed: &Path, ticket: &Ticket, tools: &Tools) -> Result<()> {
     Ok(())
 }
 
-/// A machine, in libvirt's words.
+/// Definition of a virtual machine.
 struct Definition {
     name: String,
     uuid: String,
-    /// MiB.
+    /// Memory in MiB.
     memory: u64,
     cpus: u64,
     format: Format,
@@ -202,20 +203,22 @@ impl Definition {
         format!("io.systemd.credential.binary:{}={}", Ticket::CREDENTIAL, BASE64.encode(ticket))
     }
 
-    /// Commands for a Proxmox host, to which the disk was copied.
+    /// Returns a script that creates the machine on a Proxmox host. The operator copies the script and the disk there.
     fn proxmox(&self) -> String {
         let Self { name, uuid, memory, cpus, disk, .. } = self;
         let file = disk.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
         let mut text = format!(
             "#!/bin/sh\n\
-             # Makes {name} on a Proxmox host (8 or newer), from the folder with its disk:\n\
+             # Creates {name} on a Proxmox host (8 or newer). Run it in the folder with the disk:\n\
              #   sh {name}.proxmox.sh NUMBER [STORAGE] [BRIDGE]\n\
              set -eu\n\
-             id=${{1:?the machine\\'s number}} storage=${{2:-local-lvm}} bridge=${{3:-vmbr0}}\n\
+             id=${{1:?the VM ID}} storage=${{2:-local-lvm}} bridge=${{3:-vmbr0}}\n\
              here=$(cd \"$(dirname \"$0\")\" && pwd)\n\
-             qm create \"$id\" --name {name} --ostype l26 --machine q35 --bios ovmf --memory {memory} --cores {cpus} \\\n    \
+             qm create \"$id\" --name {name} --ostype l26 --machine q35 --bios ovmf \
+             --memory {memory} --cores {cpus} \\\n    \
              --cpu host --scsihw virtio-scsi-single --rng0 source=/dev/urandom --serial0 socket --onboot 1 \\\n    \
-             --smbios1 uuid={uuid} --net0 \"virtio,bridge=$bridge\" --efidisk0 \"$storage:1,efitype=4m,pre-enrolled-keys=0\"\n\
+             --smbios1 uuid={uuid} --net0 \"virtio,bridge=$bridge\" \
+             --efidisk0 \"$storage:1,efitype=4m,pre-enrolled-keys=0\"\n\
              qm set \"$id\" --virtio0 \"$storage:0,import-from=$here/{file}\" --boot order=virtio0\n"
         );
         if let Some(seed) = &self.seed {
@@ -223,7 +226,7 @@ impl Definition {
             text.push_str(&format!("qm set \"$id\" --virtio1 \"$storage:0,import-from=$here/{file}\"\n"));
         }
         if let Some(ticket) = &self.ticket {
-            // In a file: the machine's arguments can be read by every user of the host.
+            // In a file, because every user of the host can read QEMU's arguments.
             text.push_str(&format!(
                 "umask 077\n\
                  mkdir -p /etc/pve/priv/bakehouse\n\
@@ -241,7 +244,8 @@ impl fmt::Display for Definition {
         let Self { name, uuid, memory, cpus, .. } = self;
         let disk = |path: &Path, driver: &str, device: &str| {
             format!(
-                "    <disk type='file' device='disk'>\n      <driver name='qemu' type='{driver}' discard='unmap'/>\n      \
+                "    <disk type='file' device='disk'>\n      \
+                 <driver name='qemu' type='{driver}' discard='unmap'/>\n      \
                  <source file='{}'/>\n      <target dev='{device}' bus='virtio'/>\n    </disk>\n",
                 escaped(&path.display().to_string())
             )
@@ -249,7 +253,7 @@ impl fmt::Display for Definition {
         writeln!(f, "<domain type='kvm'>\n  <name>{name}</name>\n  <uuid>{uuid}</uuid>")?;
         writeln!(f, "  <memory unit='MiB'>{memory}</memory>\n  <vcpu>{cpus}</vcpu>")?;
         writeln!(f, "  <os firmware='efi'>\n    <type arch='x86_64' machine='q35'>hvm</type>")?;
-        // Its own keys are not enrolled.
+        // libvirt's Secure Boot firmware has keys enrolled that did not sign the fleet's images.
         writeln!(f, "    <firmware>\n      <feature enabled='no' name='secure-boot'/>\n    </firmware>")?;
         if self.ticket.is_some() {
             writeln!(f, "    <smbios mode='sysinfo'/>")?;
@@ -259,7 +263,8 @@ impl fmt::Display for Definition {
             let entry = escaped(&Self::credential(ticket));
             writeln!(
                 f,
-                "  <sysinfo type='smbios'>\n    <oemStrings>\n      <entry>{entry}</entry>\n    </oemStrings>\n  </sysinfo>"
+                "  <sysinfo type='smbios'>\n    <oemStrings>\n      <entry>{entry}</entry>\n    \
+                 </oemStrings>\n  </sysinfo>"
             )?;
         }
         writeln!(f, "  <features>\n    <acpi/>\n  </features>\n  <cpu mode='host-passthrough'/>")?;
@@ -270,7 +275,8 @@ impl fmt::Display for Definition {
         }
         writeln!(
             f,
-            "    <interface type='network'>\n      <source network='default'/>\n      <model type='virtio'/>\n    </interface>"
+            "    <interface type='network'>\n      <source network='default'/>\n      <model type='virtio'/>\n    \
+             </interface>"
         )?;
         writeln!(f, "    <serial type='pty'/>\n    <console type='pty'/>")?;
         writeln!(f, "    <rng model='virtio'>\n      <backend model='random'>/dev/urandom</backend>\n    </rng>")?;

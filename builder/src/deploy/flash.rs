@@ -1,7 +1,7 @@
-//! An image onto a disk or into a file, with the ticket of the node it is to be.
+//! `bakehouse flash`: writes an image and the node's ticket to a disk or a file.
 //!
-//! What is written is read back from the medium and compared. Ranges of zeros are not written to
-//! a file, and are left to the device's own way of zeroing on a disk.
+//! After the write, the image is read back from the medium and compared. Ranges of zeros become holes in a file. On a
+//! disk, the kernel zeroes them with the device's own command if it has one.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal as _, Read, Seek, SeekFrom, Write};
@@ -23,53 +23,54 @@ use crate::toolchain::Tools;
 use crate::util::process::run;
 
 const CHUNK: usize = 4 << 20;
-/// Progress as JSON: a line for so many bytes.
-const TOLD: u64 = 64 << 20;
+/// Bytes between two progress events in JSON.
+const EVENT_INTERVAL: u64 = 64 << 20;
 
-/// What may be overwritten, and how it is told.
+/// Target of a write, and the operator's options.
 pub struct FlashOptions<'a> {
+    /// A disk or a file.
     pub target: &'a Path,
-    /// Nobody is asked.
+    /// Overwrites without a question.
     pub yes: bool,
-    /// The device's own name, where it is mounted or is a partition and that is known.
+    /// Kernel name of a device that may be overwritten although it is in use or is a partition.
     pub force: Option<&'a str>,
-    /// Lines of JSON on standard output.
+    /// Prints progress events as lines of JSON on standard output.
     pub json: bool,
 }
 
-/// Writes `image`, checks what was written, and puts the ticket in.
+/// Writes `image`, verifies it, and writes the ticket.
 ///
 /// # Errors
-/// The target is not what it should be, or can't be written, or does not keep what was written.
-pub fn flash(image: &Path, ticket: Option<&TicketFile>, order: &FlashOptions, progress: &Progress) -> Result<()> {
+/// If the target must not be overwritten, cannot be read or written, or returns other bytes than it was given.
+pub fn flash(image: &Path, ticket: Option<&TicketFile>, options: &FlashOptions, progress: &Progress) -> Result<()> {
     let source = File::open(image).map_err(Error::io("open", image))?;
     let size = source.metadata().map_err(Error::io("read", image))?.len();
-    let judged = judge(order.target, order.force, size)?;
-    let device = match &judged {
-        Judged::New => None,
-        Judged::File(_) => Some("a file"),
-        Judged::Disk { shown, .. } => Some(shown.as_str()),
+    let checked = check(options.target, options.force, size)?;
+    let device = match &checked {
+        CheckedTarget::New => None,
+        CheckedTarget::File(_) => Some("a file"),
+        CheckedTarget::Disk { shown, .. } => Some(shown.as_str()),
     };
     if let Some(device) = device {
-        ask(order, device)?;
+        confirm(options, device)?;
     }
-    let target = judged.open(order.target)?;
-    let is_disk = matches!(judged, Judged::Disk { .. });
+    let target = checked.open(options.target)?;
+    let is_disk = matches!(checked, CheckedTarget::Disk { .. });
     if !is_disk {
         if ticket.is_some() {
-            // A file that was there has a mode of its own.
+            // An existing file may be readable by others.
             let private = fs::Permissions::from_mode(0o600);
-            target.set_permissions(private).map_err(Error::io("make private", order.target))?;
+            target.set_permissions(private).map_err(Error::io("make private", options.target))?;
         }
-        target.set_len(0).and_then(|()| target.set_len(size)).map_err(Error::io("size", order.target))?;
+        target.set_len(0).and_then(|()| target.set_len(size)).map_err(Error::io("resize", options.target))?;
     }
-    let told = Error::io("write", order.target);
-    let pass = CopyPass { size, json: order.json, progress };
-    pass.over(&source, "write", |at, bytes| write(&target, at, bytes, is_disk)).map_err(told)?;
-    target.sync_all().map_err(Error::io("write", order.target))?;
-    // From the medium, not from memory.
+    let context = Error::io("write", options.target);
+    let pass = CopyPass { size, json: options.json, progress };
+    pass.over(&source, "write", |at, bytes| write(&target, at, bytes, is_disk)).map_err(context)?;
+    target.sync_all().map_err(Error::io("write", options.target))?;
+    // Drops the page cache, so that the kernel reads from the medium.
     posix_fadvise(&target, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
-        .map_err(|e| Error::io("read", order.target)(e.into()))?;
+        .map_err(|e| Error::io("read", options.target)(e.into()))?;
     let mut back = vec![0; CHUNK];
     pass.over(&source, "verify", |at, bytes| {
         let back = &mut back[..bytes.len()];
@@ -78,32 +79,35 @@ pub fn flash(image: &Path, ticket: Option<&TicketFile>, order: &FlashOptions, pr
             return Ok(());
         }
         let first = bytes.iter().zip(back.iter()).position(|(a, b)| a != b).unwrap_or(0) as u64;
-        Err(io::Error::other(format!("byte {} is not what was written: the medium is damaged", at + first)))
+        Err(io::Error::other(format!("byte {} differs from what was written: the medium is damaged", at + first)))
     })
-    .map_err(Error::io("verify", order.target))?;
+    .map_err(Error::io("verify", options.target))?;
     if let Some(ticket) = ticket {
-        put_ticket(&target, order.target, ticket)?;
+        put_ticket(&target, options.target, ticket)?;
     }
-    if order.json {
-        event(&json!({ "done": order.target, "bytes": size }));
+    if options.json {
+        event(&json!({ "done": options.target, "bytes": size }));
     }
     Ok(())
 }
 
-/// A ticket that goes with a disk.
+/// A ticket for the EFI partition of a disk.
 pub struct TicketFile<'a> {
+    /// The ticket.
     pub ticket: &'a Ticket,
-    /// Whether the machine has Secure Boot.
+    /// Whether the machine uses Secure Boot.
     pub secure: bool,
+    /// Toolchain with mtools.
     pub tools: &'a Tools,
 }
 
 impl TicketFile<'_> {
-    /// Its path on the EFI partition, and what is there: where systemd's EFI stub looks for credentials;
-    /// with Secure Boot, where the agent looks.
+    /// Returns the ticket's path on the EFI partition and the file's content: a credential for systemd's EFI stub. With
+    /// Secure Boot, systemd ignores credentials from the EFI partition, so the agent reads the ticket from another
+    /// path.
     ///
     /// # Errors
-    /// No randomness.
+    /// If the kernel returns no random bytes.
     pub fn file(ticket: &Ticket, secure: bool) -> Result<(String, Vec<u8>)> {
         let text = serde_json::to_vec(ticket).map_err(|e| Error::Failed(e.to_string()))?;
         if secure {
@@ -114,16 +118,16 @@ impl TicketFile<'_> {
     }
 }
 
-/// Puts a ticket on the EFI partition of a disk that is open; `shown` is its name in messages.
+/// Writes a ticket to the EFI partition of an open disk; `shown` is the disk's name in messages.
 ///
 /// # Errors
-/// mtools does not find the partition, or can't write it.
-pub(crate) fn put_ticket(disk: &File, shown: &Path, carried: &TicketFile) -> Result<()> {
-    let TicketFile { ticket, secure, tools } = carried;
+/// If mtools does not find the partition, or cannot write to it.
+pub(crate) fn put_ticket(disk: &File, shown: &Path, ticket: &TicketFile) -> Result<()> {
+    let TicketFile { ticket, secure, tools } = ticket;
     let (path, content) = TicketFile::file(ticket, *secure)?;
     let mut file = tempfile::NamedTempFile::new().map_err(Error::io("create", "a temporary file"))?;
     file.write_all(&content).map_err(Error::io("write", file.path()))?;
-    // The disk that is open, whatever has its path by now. Nothing is asked on standard input: -o.
+    // mtools gets the open disk as standard input, because another disk may have its path by now.
     let image = format!("/proc/self/fd/0@@{ESP_START}");
     let tool = |program: &str| {
         let mut command = tools.command(program);
@@ -136,11 +140,11 @@ pub(crate) fn put_ticket(disk: &File, shown: &Path, carried: &TicketFile) -> Res
         run(tool("usr/bin/mmd")?.arg("::/loader/credentials"), "mmd")?;
     }
     run(tool("usr/bin/mcopy")?.arg("-o").arg(file.path()).arg(format!("::/{path}")), "mcopy")?;
-    // A card pulled out now has it.
+    // The operator may remove a memory card as soon as the command returns.
     disk.sync_all().map_err(Error::io("write", shown))
 }
 
-/// One walk over the image.
+/// One pass over the image.
 struct CopyPass<'a> {
     size: u64,
     json: bool,
@@ -163,7 +167,7 @@ impl CopyPass<'_> {
             source.read_exact(&mut chunk[..want])?;
             each(at, &chunk[..want])?;
             step.advance(want as u64);
-            if self.json && (at + want as u64) / TOLD != at / TOLD {
+            if self.json && (at + want as u64) / EVENT_INTERVAL != at / EVENT_INTERVAL {
                 event(&json!({ "step": name, "bytes": at + want as u64, "of": self.size }));
             }
             at += want as u64;
@@ -180,41 +184,42 @@ fn write(target: &File, at: u64, bytes: &[u8], device: bool) -> io::Result<()> {
     if device {
         let how = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         if fallocate(target, how, at.cast_signed(), bytes.len().cast_signed() as i64).is_err() {
-            // It has no way of its own.
+            // The device has no command to zero a range.
             return target.write_all_at(bytes, at);
         }
     }
     Ok(())
 }
 
-/// What is to be overwritten, as it was judged and shown to the operator.
+/// A target that passed the checks, and that the operator has seen.
 #[derive(Debug)]
-enum Judged {
+enum CheckedTarget {
+    /// A file that does not exist.
     New,
-    /// Device and inode.
+    /// An existing file: device and inode.
     File((u64, u64)),
     Disk {
-        /// Its number.
+        /// Device number.
         rdev: u64,
-        /// For a person: name, model, size.
+        /// Name, model and size, for messages.
         shown: String,
     },
 }
 
-impl Judged {
-    /// Opens what was judged, and nothing that took its path since: the kernel gives a disk another name when it is
-    /// plugged in again.
+impl CheckedTarget {
+    /// Opens the target. Refuses another file or disk that has got the same path since the check: the kernel may
+    /// reuse the name of a disk that was unplugged.
     ///
     /// # Errors
-    /// It can't be opened; another file or disk has its path now.
+    /// If the target cannot be opened, or another file or disk has its path.
     fn open(&self, target: &Path) -> Result<File> {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         match self {
-            // It may hold a ticket.
+            // Private, because the file may contain a ticket.
             Self::New => options.create_new(true).mode(0o600),
             Self::File(_) => &mut options,
-            // A program that mounted it since has it for itself: the kernel then says that it is busy.
+            // With O_EXCL, the kernel refuses a disk that has been mounted since the check (EBUSY).
             Self::Disk { .. } => options.custom_flags(libc::O_EXCL),
         };
         let file = options.open(target).map_err(Error::io("open", target))?;
@@ -228,22 +233,22 @@ impl Judged {
             return Ok(file);
         }
         fail(format!(
-            "{} is another disk or file than a moment ago; nothing was written, begin again",
+            "{} changed to another disk or file after the check; nothing was written\n  help: run the command again",
             target.display()
         ))
     }
 }
 
-/// What the target is; refuses what should not be overwritten.
-fn judge(target: &Path, force: Option<&str>, size: u64) -> Result<Judged> {
+/// Identifies the target. Refuses a partition, a disk in use, and a disk that is too small.
+fn check(target: &Path, force: Option<&str>, size: u64) -> Result<CheckedTarget> {
     let meta = match fs::metadata(target) {
         Ok(meta) => meta,
-        Err(e) if e.kind() == io::ErrorKind::NotFound && !target.starts_with("/dev") => return Ok(Judged::New),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && !target.starts_with("/dev") => return Ok(CheckedTarget::New),
         Err(e) => return Err(Error::io("find", target)(e)),
     };
     let shown = target.display();
     if meta.is_file() {
-        return Ok(Judged::File((meta.dev(), meta.ino())));
+        return Ok(CheckedTarget::File((meta.dev(), meta.ino())));
     }
     if !meta.file_type().is_block_device() {
         return Err(Error::Usage(format!("{shown} is neither a disk nor a file")));
@@ -252,30 +257,39 @@ fn judge(target: &Path, force: Option<&str>, size: u64) -> Result<Judged> {
     let sys = fs::canonicalize(Path::new("/sys/dev/block").join(&number)).map_err(Error::io("find", target))?;
     let name = sys.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let forced = force == Some(&name);
-    let advice = format!("if you are sure: --force {name}");
     if sys.join("partition").exists() && !forced {
-        return Err(Error::Usage(format!("{shown} is a partition: a node takes the whole disk; {advice}")));
+        return Err(Error::Usage(format!(
+            "{shown} is a partition, and a node needs a whole disk\n  help: to overwrite the partition, add --force \
+             {name}"
+        )));
     }
     for used in users(&sys)? {
         if used == "/" || used.starts_with("/boot") {
             return Err(Error::Usage(format!("this machine runs from {shown} (mounted at {used})")));
         }
         if !forced {
-            return Err(Error::Usage(format!("{shown} is in use ({used}): unmount it; {advice}")));
+            return Err(Error::Usage(format!(
+                "{shown} is in use ({used})\n  help: unmount it; to overwrite it nevertheless, add --force {name}"
+            )));
         }
     }
-    let room =
-        File::open(target).and_then(|mut disk| disk.seek(SeekFrom::End(0))).map_err(Error::io("size", target))?;
-    if room < size {
-        return Err(Error::Usage(format!("{shown} has {} MB, the image {} MB", room / 1_000_000, size / 1_000_000)));
+    let capacity = File::open(target)
+        .and_then(|mut disk| disk.seek(SeekFrom::End(0)))
+        .map_err(Error::io("get the size of", target))?;
+    if capacity < size {
+        return Err(Error::Usage(format!(
+            "{shown} has {} MB, the image {} MB",
+            capacity / 1_000_000,
+            size / 1_000_000
+        )));
     }
     let read = |file: &str| fs::read_to_string(sys.join(file)).unwrap_or_default().trim().to_owned();
     let model = [read("device/vendor"), read("device/model")].join(" ");
-    let shown = format!("{name}, {} {:.1} GB", model.trim(), room as f64 / 1e9);
-    Ok(Judged::Disk { rdev: meta.rdev(), shown })
+    let shown = format!("{name}, {} {:.1} GB", model.trim(), capacity as f64 / 1e9);
+    Ok(CheckedTarget::Disk { rdev: meta.rdev(), shown })
 }
 
-/// Where a disk or one of its partitions is mounted, swapped to, or part of something else.
+/// Returns the uses of a disk and its partitions: mount points, swap, and devices above it such as LVM or RAID.
 fn users(sys: &Path) -> Result<Vec<String>> {
     let mut parts: Vec<PathBuf> = vec![sys.to_owned()];
     let entries = fs::read_dir(sys).map_err(Error::io("read", sys))?;
@@ -286,8 +300,8 @@ fn users(sys: &Path) -> Result<Vec<String>> {
     for part in parts {
         let number = fs::read_to_string(part.join("dev")).unwrap_or_default();
         let mounted = mounts.lines().filter_map(|line| {
-            let mut words = line.split(' ').skip(2);
-            (words.next()? == number.trim()).then(|| words.nth(1).unwrap_or_default().to_owned())
+            let mut fields = line.split(' ').skip(2);
+            (fields.next()? == number.trim()).then(|| fields.nth(1).unwrap_or_default().to_owned())
         });
         found.extend(mounted);
         let name = part.file_name().map(|n| format!("/dev/{} ", n.to_string_lossy())).unwrap_or_default();
@@ -301,34 +315,36 @@ fn users(sys: &Path) -> Result<Vec<String>> {
             found.extend(below);
         }
     }
-    // What the system runs from says so first.
+    // The root file system first, because it matters most to the operator.
     found.sort_by_key(|used| used != "/");
     Ok(found)
 }
 
-fn ask(order: &FlashOptions, what: &str) -> Result<()> {
-    if order.yes {
+fn confirm(options: &FlashOptions, device: &str) -> Result<()> {
+    if options.yes {
         return Ok(());
     }
-    let shown = order.target.display();
+    let shown = options.target.display();
     if !io::stdin().is_terminal() {
-        return Err(Error::Usage(format!("{shown} ({what}) would be overwritten; say --yes")));
+        return Err(Error::Usage(format!(
+            "{shown} ({device}) would be overwritten\n  help: to overwrite it, add --yes"
+        )));
     }
-    eprint!("Everything on {shown} ({what}) is lost. Go on? [y/N] ");
+    eprint!("This overwrites {shown} ({device}). Continue? [y/N] ");
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).map_err(Error::io("read", "the answer"))?;
-    if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { fail("nothing was written") }
+    if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { fail("cancelled; nothing was written") }
 }
 
-/// The group of what is to be flashed: a node's, or its own.
+/// Returns the group of a node, or `to` itself if it is a group.
 ///
 /// # Errors
-/// No such node or group.
+/// If the fleet has no such node or group.
 pub fn group_of<'a>(topology: &'a Topology, to: &'a str) -> Result<&'a str> {
     let node = topology.node(to).map(|n| n.group.as_str());
     node.or_else(|| topology.nodes.iter().any(|n| n.group == to).then_some(to)).ok_or_else(|| {
         let known: Vec<&str> = topology.nodes.iter().map(|n| n.name.as_str()).collect();
-        Error::Usage(format!("there is no node or group `{to}`; there are: {}", known.join(", ")))
+        Error::Usage(format!("there is no node or group `{to}`; nodes are: {}", known.join(", ")))
     })
 }
 
@@ -339,12 +355,12 @@ mod tests {
     fn flashed(dir: &Path, image: &[u8], target: &str, yes: bool) -> Result<PathBuf> {
         let (from, to) = (dir.join("image"), dir.join(target));
         fs::write(&from, image).unwrap();
-        let order = FlashOptions { target: &to, yes, force: None, json: false };
-        flash(&from, None, &order, &Progress::new(true, false)).map(|()| to)
+        let options = FlashOptions { target: &to, yes, force: None, json: false };
+        flash(&from, None, &options, &Progress::new(true, false)).map(|()| to)
     }
 
     #[test]
-    fn a_file_gets_the_images_bytes_and_no_more_blocks() {
+    fn a_new_file_is_sparse_and_private() {
         let dir = tempfile::tempdir().unwrap();
         let mut image = vec![0; 3 * CHUNK + 5];
         image[7] = 1;
@@ -353,58 +369,58 @@ mod tests {
         assert!(fs::read(&made).unwrap() == image);
         let meta = fs::metadata(&made).unwrap();
         assert!(meta.blocks() * 512 < image.len() as u64);
-        assert_eq!(meta.mode() & 0o777, 0o600, "it will hold a ticket");
+        assert_eq!(meta.mode() & 0o777, 0o600, "it may contain a ticket");
     }
 
     #[test]
-    fn what_is_there_is_not_overwritten_unasked() {
+    fn overwrites_a_file_only_with_yes() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("disk"), b"precious, and longer than the image").unwrap();
         let e = flashed(dir.path(), b"image", "disk", false).unwrap_err();
-        assert!(e.to_string().contains("say --yes"), "{e}");
+        assert!(e.to_string().contains("add --yes"), "{e}");
         assert!(fs::read(dir.path().join("disk")).unwrap().starts_with(b"precious"));
         let made = flashed(dir.path(), b"image", "disk", true).unwrap();
         assert_eq!(fs::read(made).unwrap(), b"image");
     }
 
-    /// A path that leads elsewhere between the question and the writing: a disk that was plugged in again.
+    /// The path names another disk after the operator's answer: somebody replugged a disk.
     #[test]
-    fn what_took_the_path_since_is_not_written() {
+    fn rejects_a_target_that_changed_after_the_check() {
         let dir = tempfile::tempdir().unwrap();
         let (path, other) = (dir.path().join("disk"), dir.path().join("other"));
         fs::write(&path, b"image").unwrap();
         fs::write(&other, b"precious").unwrap();
-        let judged = judge(&path, None, 1).unwrap();
+        let checked = check(&path, None, 1).unwrap();
         fs::rename(&other, &path).unwrap();
-        let e = judged.open(&path).unwrap_err().to_string();
-        assert!(e.contains("another disk or file than a moment ago"), "{e}");
-        // A file that is new to the operator is new to the kernel.
-        let judged = judge(&other, None, 1).unwrap();
+        let e = checked.open(&path).unwrap_err().to_string();
+        assert!(e.contains("changed to another disk or file after the check"), "{e}");
+        // A path that did not exist at the check must not be a link to an existing file now.
+        let checked = check(&other, None, 1).unwrap();
         std::os::unix::fs::symlink(&path, &other).unwrap();
-        assert!(judged.open(&other).is_err());
+        assert!(checked.open(&other).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"precious");
-        // Two disks of this host, where it has loop devices.
+        // Two disks of this host, if it has loop devices.
         let rdev = |name: &str| fs::metadata(name).ok().filter(|m| m.file_type().is_block_device()).map(|m| m.rdev());
         if let (Some(rdev), Some(_)) = (rdev("/dev/loop0"), rdev("/dev/loop1")) {
-            let judged = Judged::Disk { rdev, shown: "loop0".to_owned() };
-            let opened = judged.open(Path::new("/dev/loop1"));
-            assert!(opened.is_err(), "a disk of another number");
+            let checked = CheckedTarget::Disk { rdev, shown: "loop0".to_owned() };
+            let opened = checked.open(Path::new("/dev/loop1"));
+            assert!(opened.is_err(), "it opened a disk with another device number");
         }
     }
 
     #[test]
-    fn what_is_no_disk_is_refused() {
-        for (target, words) in [("/dev/null", "neither a disk nor a file"), ("/dev/no-such-disk", "No such file")] {
-            let e = judge(Path::new(target), None, 1).unwrap_err();
-            assert!(e.to_string().contains(words), "{e}");
+    fn rejects_targets_that_are_not_disks() {
+        for (target, message) in [("/dev/null", "neither a disk nor a file"), ("/dev/no-such-disk", "No such file")] {
+            let e = check(Path::new(target), None, 1).unwrap_err();
+            assert!(e.to_string().contains(message), "{e}");
         }
     }
 
     #[test]
-    fn the_disk_this_machine_runs_from_is_refused() {
+    fn finds_the_disk_with_the_root_file_system() {
         let root = fs::metadata("/").unwrap().dev();
         let number = format!("{}:{}", nix::sys::stat::major(root), nix::sys::stat::minor(root));
-        // A container's root is no disk at all.
+        // The root of a container is not on a disk.
         let Ok(sys) = fs::canonicalize(Path::new("/sys/dev/block").join(number)) else { return };
         assert_eq!(users(&sys).unwrap().first().map(String::as_str), Some("/"));
     }

@@ -1,5 +1,5 @@
-//! What an operator may ask of the hubs: orders that the fleet's root signs, each for one hub, one
-//! connection and a few minutes.
+//! The operator's client of the hubs' API. The fleet key signs each order for one hub and one connection; an order
+//! expires after a few minutes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,57 +17,58 @@ use crate::error::{Error, Result, fail};
 use crate::keys::authority::FleetKey;
 use crate::util::random::random;
 
-/// Longest answer that is read: a fleet's life of tokens.
+/// Longest reply in bytes: all tokens that a fleet has had.
 const LONGEST: usize = 4 << 20;
-/// How long hubs are asked again while etcd has no leader: an election, and the time that etcd needs to call itself
-/// healthy.
+/// Time for retries while etcd has no leader: an election, and the time until etcd reports itself healthy.
 const ELECTION: Duration = Duration::from_secs(30);
 
-/// The hubs, as the operator's machine reaches them.
+/// Client of the hubs' API on the operator's machine.
 pub struct Hubs<'a> {
+    /// Key that signs the orders.
     pub authority: &'a FleetKey,
+    /// The fleet.
     pub topology: &'a Topology,
-    /// Where they are, if not where `fleet.toml` says.
+    /// Endpoints of hubs that replace those of `fleet.toml`.
     pub endpoints: BTreeMap<String, String>,
 }
 
 impl Hubs<'_> {
-    /// Makes a token worthless; returns the hub that took it.
+    /// Revokes a token. Returns the hub that accepted the order.
     ///
     /// # Errors
-    /// None does: what each of them said.
+    /// If no hub accepts the order. The message lists the reply of each hub.
     pub fn revoke(&self, token: &str) -> Result<String> {
-        let asked =
+        let order =
             Revocation { version: PROTOCOL, fleet: self.topology.name.clone(), token: token.to_owned(), scope: None };
-        self.ask(&asked).map(|(hub, _)| hub)
+        self.send(&order).map(|(hub, _)| hub)
     }
 
-    /// What became of the tokens.
+    /// Returns the state of the fleet's tokens.
     ///
     /// # Errors
-    /// No hub answers: what each of them said.
+    /// If no hub replies. The message lists the failure of each hub.
     pub fn tokens(&self) -> Result<Tokens> {
-        let asked = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone(), scope: None };
-        let (hub, answer) = self.ask(&asked)?;
-        readable(&hub, &answer)
+        let order = TokensRequest { version: PROTOCOL, fleet: self.topology.name.clone(), scope: None };
+        let (hub, reply) = self.send(&order)?;
+        parse(&hub, &reply)
     }
 
-    /// Has a node leave the fleet; `now` does not wait for its machine. Returns the hub that took it.
+    /// Removes a node from the fleet; `now` does not wait for its machine. Returns the hub that accepted the order.
     ///
     /// # Errors
-    /// None does: what each of them said.
+    /// If no hub accepts the order. The message lists the reply of each hub.
     pub fn leave(&self, slot: &str, now: bool) -> Result<String> {
-        // The owner that the operator means is the one of today.
-        let tell = RolloutRequest {
+        // The order names the slot's current owner, so that a later owner is safe from a delayed order.
+        let query = RolloutRequest {
             version: PROTOCOL,
             fleet: self.topology.name.clone(),
             order: RolloutOrder::Tell,
             scope: None,
         };
-        let (hub, answer) = self.ask_others(&tell, slot)?;
-        let seen: Rollout = readable(&hub, &answer)?;
+        let (hub, reply) = self.send_to_others(&query, slot)?;
+        let seen: Rollout = parse(&hub, &reply)?;
         let (epoch, tls_key) = (seen.epochs.get(slot).copied(), seen.tls_keys.get(slot).cloned());
-        let asked = Departure {
+        let order = Departure {
             version: PROTOCOL,
             fleet: self.topology.name.clone(),
             slot: slot.to_owned(),
@@ -76,59 +77,59 @@ impl Hubs<'_> {
             tls_key,
             scope: None,
         };
-        self.ask_others(&asked, slot).map(|(hub, _)| hub)
+        self.send_to_others(&order, slot).map(|(hub, _)| hub)
     }
 
-    /// Gives an order to the rollout, and tells how far it is.
+    /// Sends an order for the rollout. Returns the state of the rollout.
     ///
     /// # Errors
-    /// No hub takes it: what each of them said.
+    /// If no hub accepts the order. The message lists the reply of each hub.
     pub fn rollout(&self, order: RolloutOrder) -> Result<Rollout> {
-        let asked = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order, scope: None };
-        let (hub, answer) = self.ask(&asked)?;
-        readable(&hub, &answer)
+        let request = RolloutRequest { version: PROTOCOL, fleet: self.topology.name.clone(), order, scope: None };
+        let (hub, reply) = self.send(&request)?;
+        parse(&hub, &reply)
     }
 
-    /// The first answer, and the hub that gave it.
-    fn ask<T: SignedOrder + Clone>(&self, order: &T) -> Result<(String, Vec<u8>)> {
-        self.ask_of(order, &self.topology.hubs.iter().collect::<Vec<_>>())
+    /// Sends an order to one hub after the other. Returns the first hub that accepts it, and its reply.
+    fn send<T: SignedOrder + Clone>(&self, order: &T) -> Result<(String, Vec<u8>)> {
+        self.send_to(order, &self.topology.hubs.iter().collect::<Vec<_>>())
     }
 
-    /// As [`Self::ask`], of hubs other than `slot`: a hub that is to leave may be another's by now, and answers what
-    /// it likes. Where there is no other hub, that one is asked.
-    fn ask_others<T: SignedOrder + Clone>(&self, order: &T, slot: &str) -> Result<(String, Vec<u8>)> {
+    /// Sends an order to hubs other than `slot`, because an attacker may control the hub that is to leave. Sends it to
+    /// that hub only if the fleet has no other.
+    fn send_to_others<T: SignedOrder + Clone>(&self, order: &T, slot: &str) -> Result<(String, Vec<u8>)> {
         let all = &self.topology.hubs;
         let others: Vec<&Node> = all.iter().filter(|hub| hub.name != slot).collect();
-        if others.is_empty() { self.ask(order) } else { self.ask_of(order, &others) }
+        if others.is_empty() { self.send(order) } else { self.send_to(order, &others) }
     }
 
-    /// As [`Self::ask`], of these hubs. While etcd has no leader, hubs answer 503: then they are asked again, for orders
-    /// that have been carried out already succeed.
-    fn ask_of<T: SignedOrder + Clone>(&self, order: &T, hubs: &[&Node]) -> Result<(String, Vec<u8>)> {
+    /// Sends an order to these hubs. Retries while etcd has no leader and the hubs return 503; hubs accept an order
+    /// again that they have carried out already.
+    fn send_to<T: SignedOrder + Clone>(&self, order: &T, hubs: &[&Node]) -> Result<(String, Vec<u8>)> {
         let tls = https::client(self.authority.root.certificate(), None).map_err(|e| Error::Failed(e.to_string()))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|e| Error::Failed(format!("cannot reach the network: {e}")))?;
+        let runtime = runtime.map_err(|e| Error::Failed(format!("cannot start the network client: {e}")))?;
         let until = Instant::now() + ELECTION;
         let mut pause = Backoff::default();
         loop {
             let mut failures = Vec::new();
             for hub in hubs {
                 let Some(host) = hub.endpoint_in(&self.endpoints) else { continue };
-                match runtime.block_on(self.ask_one(order, hub, &host, &tls)) {
-                    Ok(answer) => return Ok((hub.name.clone(), answer)),
+                match runtime.block_on(self.send_to_hub(order, hub, &host, &tls)) {
+                    Ok(reply) => return Ok((hub.name.clone(), reply)),
                     Err(e) => failures.push(e),
                 }
             }
             let is_temporary = |e: &Failure| matches!(e, Failure::Network { why, .. } if why.starts_with("503"));
             if !failures.iter().any(is_temporary) || Instant::now() > until {
                 let failures: Vec<String> = failures.iter().map(ToString::to_string).collect();
-                return fail(format!("no hub takes it: {}", failures.join("; ")));
+                return fail(format!("no hub accepts the order: {}", failures.join("; ")));
             }
             std::thread::sleep(pause.next_delay());
         }
     }
 
-    async fn ask_one<T: SignedOrder + Clone>(
+    async fn send_to_hub<T: SignedOrder + Clone>(
         &self,
         order: &T,
         hub: &Node,
@@ -145,17 +146,20 @@ impl Hubs<'_> {
         });
         let body = serde_json::to_vec(&order).map_err(|e| Failure::Failed(e.to_string()))?;
         let mut connection = Connection::open(host, self.topology.mesh.port, &hub.name, tls).await?;
-        let answer = connection.post_signed(T::PATH, &body, |message| root.sign(message), LONGEST).await?;
-        Ok(answer.to_vec())
+        let reply = connection.post_signed(T::PATH, &body, |message| root.sign(message), LONGEST).await?;
+        Ok(reply.to_vec())
     }
 }
 
-fn readable<T: DeserializeOwned>(hub: &str, answer: &[u8]) -> Result<T> {
-    serde_json::from_slice(answer)
-        .map_err(|e| Error::Failed(format!("{hub}'s answer is not readable ({e}); is this bakehouse older than it?")))
+fn parse<T: DeserializeOwned>(hub: &str, reply: &[u8]) -> Result<T> {
+    serde_json::from_slice(reply).map_err(|e| {
+        Error::Failed(format!(
+            "cannot read the reply of {hub}: {e}\n  help: use a version of bakehouse that is not older than the hub's"
+        ))
+    })
 }
 
-/// How far a rollout is, for a person.
+/// Returns the state of a rollout as text: a line for each node, then the update lock, pauses and denials.
 #[must_use]
 pub fn describe(rollout: &Rollout) -> String {
     let newest = rollout.nodes.values().map(|r| r.image.as_str()).max_by(|a, b| compare_versions(a, b));
@@ -165,30 +169,32 @@ pub fn describe(rollout: &Rollout) -> String {
         let line = match rollout.nodes.get(slot) {
             None => format!("silent{skipped}"),
             Some(report) => {
-                let doing = match &report.doing {
+                let state = match &report.doing {
                     fleet::UpdateState::Starting => "starting".to_owned(),
                     fleet::UpdateState::Serving => "serving".to_owned(),
                     fleet::UpdateState::Available { image, unwell: true, .. } => {
-                        format!("not well, would take version {image}")
+                        format!("unwell, would take version {image}")
                     }
                     fleet::UpdateState::Available { image, .. } => format!("serving, would take version {image}"),
-                    fleet::UpdateState::RolledBack { from } => format!("serving, went back from version {from}"),
+                    fleet::UpdateState::RolledBack { from } => format!("serving, rolled back from version {from}"),
                 };
                 let mark = if Some(report.image.as_str()) == newest { " " } else { "<" };
-                format!("{mark} version {}, {doing}{skipped}", report.image)
+                format!("{mark} version {}, {state}{skipped}", report.image)
             }
         };
         text.push_str(&format!("{slot:<12} {line}\n"));
     }
-    if let Some(turn) = &rollout.turn {
-        text.push_str(&format!("{} changes from version {} to {}\n", turn.slot, turn.from, turn.to));
+    if let Some(lock) = &rollout.turn {
+        text.push_str(&format!("{} changes from version {} to {}\n", lock.slot, lock.from, lock.to));
     }
     if let Some(why) = &rollout.paused {
-        text.push_str(&format!("paused: {why}; go on with `bakehouse rollout --resume`\n"));
+        text.push_str(&format!("paused: {why}; continue with `bakehouse rollout --resume`\n"));
     }
     for (version, why) in &rollout.denied {
-        text.push_str(&format!("nobody takes version {version}: {why}; publish a newer one, or try it again with `bakehouse rollout --allow \
-             {version}`\n"));
+        text.push_str(&format!(
+            "no node takes version {version}: {why}; publish a newer version, or retry this one with \
+             `bakehouse rollout --allow {version}`\n"
+        ));
     }
     text
 }
@@ -199,22 +205,25 @@ mod tests {
     use fleet::{Report, UpdateLock, UpdateState};
 
     #[test]
-    fn a_rollout_is_told_node_by_node() {
-        let says = |image: &str, doing| Report { version: PROTOCOL, image: image.into(), doing };
+    fn describes_each_node_of_a_rollout() {
+        let report = |image: &str, doing| Report { version: PROTOCOL, image: image.into(), doing };
         let rollout = Rollout {
             turn: Some(UpdateLock { slot: "hub-1".into(), from: "1".into(), to: "2".into() }),
             held: true,
             paused: Some("month's end".into()),
             denied: BTreeMap::from([("3".into(), "it did not come up on app-1".into())]),
             nodes: BTreeMap::from([
-                ("app-1".into(), says("2", UpdateState::Serving)),
+                ("app-1".into(), report("2", UpdateState::Serving)),
                 (
                     "app-2".into(),
-                    says("2", UpdateState::Available { image: "4".into(), leads: false, primary: false, unwell: true }),
+                    report(
+                        "2",
+                        UpdateState::Available { image: "4".into(), leads: false, primary: false, unwell: true },
+                    ),
                 ),
                 (
                     "hub-1".into(),
-                    says(
+                    report(
                         "1",
                         UpdateState::Available { image: "2".into(), leads: false, primary: false, unwell: false },
                     ),
@@ -225,17 +234,17 @@ mod tests {
             ..Rollout::default()
         };
         let text = describe(&rollout);
-        for words in [
+        for part in [
             "app-1          version 2, serving\n",
-            "app-2          version 2, not well, would take version 4\n",
+            "app-2          version 2, unwell, would take version 4\n",
             "db-1         silent, skipped until it is well\n",
             "hub-1        < version 1, serving, would take version 2\n",
             "hub-1 changes from version 1 to 2\n",
             "paused: month's end",
-            "nobody takes version 3",
+            "no node takes version 3",
             "--allow 3`",
         ] {
-            assert!(text.contains(words), "`{words}` is not in\n{text}");
+            assert!(text.contains(part), "`{part}` is not in\n{text}");
         }
     }
 }

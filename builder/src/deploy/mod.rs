@@ -1,4 +1,4 @@
-//! Built images to machines: disks, hypervisors, the network, updates, and requests to hubs.
+//! Delivery of built images to machines: disks, hypervisors, network boot, updates, and requests to hubs.
 
 pub(crate) mod export;
 pub(crate) mod flash;

@@ -1,13 +1,15 @@
-//! Commands in a machine: the unit that serves them, and what they give.
+//! Commands in a machine: the unit that runs them, and their results.
 
 use std::time::Duration;
 
-/// How long a machine that lives needs for an answer, however busy the host is; one that is busy starting may need
-/// longer.
-pub(super) const ANSWER: Duration = Duration::from_secs(30);
+/// Time within which a running machine replies, even on a busy host. A machine that boots may need longer.
+pub(super) const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Serves commands on a port of the machine's own: a number and base64 in; the number, status and
-/// base64 out. One that hangs holds nobody up. Where nobody is connected, reading ends at once.
+/// Unit that runs commands from the virtio serial port `bakehouse.exec`.
+///
+/// A request is a line with an id and the command in base64. A reply is a line with the id, the exit status and the
+/// output in base64. Each command runs in the background, so a command that hangs does not block others. Reads return
+/// at once while no client is connected; the unit then pauses 0.3 s.
 pub(super) const EXEC_UNIT: &str = "\
 [Unit]
 Description=Run the host's commands
@@ -23,8 +25,8 @@ Restart=always
 ";
 pub(super) const EXEC_WANTED: &str = "[Unit]\nWants=bakehouse-exec.service\n";
 
-/// What a shell runs for these words: one alone is a command line, several are a command and its
-/// arguments, which reach it as they are.
+/// Returns the shell command line for these words. A single word is a command line already. Several words are a
+/// command and its arguments, which the function quotes.
 #[must_use]
 pub fn command_line(words: &[String]) -> String {
     let quoted = |word: &String| {
@@ -41,15 +43,17 @@ pub fn command_line(words: &[String]) -> String {
     }
 }
 
-/// What a command in a machine gave.
+/// Result of a command in a machine.
 #[derive(Clone, Debug)]
 pub struct Done {
+    /// Exit status.
     pub status: i32,
+    /// Standard output and standard error.
     pub output: String,
 }
 
-/// The last line on a console that says something.
-pub(super) fn last_word(console: &str) -> &str {
+/// Returns the last line of a console that is not blank.
+pub(super) fn last_line(console: &str) -> &str {
     console.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default()
 }
 
@@ -60,10 +64,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_reach_the_command_as_they_are() {
+    fn arguments_reach_the_command_unchanged() {
         let words = ["printf", "%s|", "a b", "it's", "", "$HOME;x", "K=v"].map(str::to_owned);
-        let told = Command::new("sh").args(["-c", &command_line(&words)]).output().expect("a shell");
-        assert_eq!(String::from_utf8_lossy(&told.stdout), "a b|it's||$HOME;x|K=v|");
+        let output = Command::new("sh").args(["-c", &command_line(&words)]).output().expect("a shell");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "a b|it's||$HOME;x|K=v|");
         assert_eq!(command_line(&["echo a | cat".to_owned()]), "echo a | cat");
     }
 }

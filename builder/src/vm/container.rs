@@ -1,10 +1,10 @@
-//! Nodes as containers: the image's own systemd and services, in namespaces, as fast as this host is. For machines
-//! without KVM, where emulated ones show what happens, but not how long it takes.
+//! Nodes as containers: the image's systemd and services in namespaces, at the host's speed. They are for hosts without
+//! KVM, where emulated machines behave as real ones but are too slow to measure times.
 //!
-//! What is not the image's: this host's kernel, so no verified root, a watchdog in shell, and WireGuard as a program
-//! (`wireguard-go`). One that updates itself has the image's disk with both slots, and is started by what GRUB's
-//! configuration says (`grub.rs`), in shell. Who cuts the power of one loses processes, not what the kernel has yet
-//! to write.
+//! Some parts differ from a machine. The kernel is the host's, so the root file system is not verified. The watchdog is
+//! a shell script, and WireGuard is a program (`wireguard-go`). A container that updates itself has the image's disk
+//! with root A and root B, and `container.sh` selects the boot entry as GRUB's configuration does (`grub.rs`). A power
+//! failure kills the processes, but the host's kernel still writes its page cache to the disk.
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -26,10 +26,10 @@ use crate::util::fs::write_private;
 use crate::util::process::run;
 
 const SCRIPT: &str = include_str!("container.sh");
-/// How long laying the file systems may take, and ending.
+/// Time to mount the file systems and start systemd, and time to stop.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the program serves one WireGuard interface with: as long as the kernel would, to the very end.
+/// Unit for one WireGuard interface. systemd does not stop it at shutdown, because services that stop use the mesh.
 const WIREGUARD: &str = "\
 [Unit]
 Description=WireGuard interface %i
@@ -40,9 +40,10 @@ ExecStart=/run/host/wireguard-go -f %i
 ExecStartPost=/bin/sh -c 'until [ -S /run/wireguard/%i.sock ]; do sleep 0.05; done'
 Restart=always
 ";
-/// What the kernel's watchdog would be: it resets who opened it and then says nothing for too long. Patroni speaks to a
-/// pipe as it does in its own tests: `Ctimeout=SECONDS`, a byte each time it lives, `V` when it is done. A reset is
-/// the system call that restarts a machine at once; it ends all of the container's processes, and starts it again.
+/// Unit that replaces the kernel's watchdog: it resets the container if Patroni opens the watchdog and then stops
+/// writing to it. With the driver that Patroni has for its own tests, Patroni writes to a pipe: `Ctimeout=SECONDS`, a
+/// byte as keepalive, and `V` to disarm the watchdog. `reboot -ffn` calls `reboot(2)`, which kills all processes of the
+/// container; `container.sh` then starts the container again.
 const WATCHDOG: &str = "\
 [Unit]
 Description=Watchdog of a container
@@ -52,8 +53,8 @@ Slice=system.slice
 ExecStartPre=/bin/bash -c '[ -p /dev/watchdog ] || mkfifo -m 600 /dev/watchdog; chown postgres /dev/watchdog'
 ExecStart=/bin/bash -c 'exec 3<>/dev/watchdog; limit=; \
 while :; do \
-if read -r -N 1 -u 3 $${limit:+-t $$limit} said; then \
-case $$said in V) limit= ;; C) read -r -u 3 said; limit=$${said#timeout=} ;; esac; \
+if read -r -N 1 -u 3 $${limit:+-t $$limit} input; then \
+case $$input in V) limit= ;; C) read -r -u 3 input; limit=$${input#timeout=} ;; esac; \
 else reboot -ffn; fi; \
 done'
 Restart=always
@@ -72,11 +73,11 @@ ExecStart=
 ExecStart=/bin/sh -c 'sed \"s/^  mode: required/&\\\\n  driver: testing/\" $CREDENTIALS_DIRECTORY/patroni.yml \
 >/run/postgresql/patroni.yml && exec /usr/lib/bakehouse/patroni /run/postgresql/patroni.yml'
 ";
-/// This host's kernel may have no dummies: the mesh's own address is on one end of a pair.
+/// The host's kernel may lack dummy interfaces, so one end of a veth pair has the mesh address.
 const MESH: &str = "[NetDev]\nName=mesh0\nKind=veth\n[Peer]\nName=mesh0-end\n";
 const MESH_END: &str = "[Match]\nName=mesh0-end\n[Link]\nRequiredForOnline=no\n[Network]\nLinkLocalAddressing=no\n";
 
-/// The EFI partition is a folder there: nobody but systemd's own tools asks what it is on.
+/// In a container, the EFI partition is a folder. systemd's tools need its path, because they find no partition.
 const ESP: &str = "[Service]\nEnvironment=SYSTEMD_ESP_PATH=/efi\n";
 
 /// A node's container.
@@ -86,13 +87,13 @@ pub(super) struct Container<'a> {
 }
 
 impl Container<'_> {
-    /// Whether the node was a container when it was last started.
-    pub(super) fn is_one(dir: &Path) -> bool {
+    /// Returns whether the node last started as a container.
+    pub(super) fn exists(dir: &Path) -> bool {
         dir.join("container.sh").exists()
     }
 
-    /// It is a machine from now on.
-    pub(super) fn was_one(dir: &Path) {
+    /// Records that the node starts as a machine.
+    pub(super) fn forget(dir: &Path) {
         let _ = fs::remove_file(dir.join("container.sh"));
     }
 
@@ -100,7 +101,7 @@ impl Container<'_> {
         self.dir.join(name)
     }
 
-    /// Takes what the node keeps, if it keeps something.
+    /// Removes the node's disk and `/var`, if they exist.
     pub(super) fn wipe(&self) -> Result<()> {
         let disk = self.path("disk.raw");
         if disk.exists() {
@@ -110,79 +111,84 @@ impl Container<'_> {
         if kept.exists() { fs::remove_dir_all(&kept).map_err(Error::io("remove", &kept)) } else { Ok(()) }
     }
 
-    /// The pid of its systemd, if it lives; when it restarts, there is none for a moment.
+    /// Returns the pid of the container's systemd, or `None` while the container restarts or is off.
     pub(super) fn pid(&self) -> Option<Pid> {
         self.process("init")
     }
 
-    /// Whether it is on.
+    /// Returns whether the container runs.
     pub(super) fn is_running(&self) -> bool {
         self.process("outside").is_some()
     }
 
-    /// Kills all that is in it.
+    /// Kills all processes of the container.
     pub(super) fn cut_power(&self) {
         let until = Instant::now() + PATIENCE;
         while self.is_running() && Instant::now() < until {
             if let Some(pid) = self.pid() {
-                // It may be gone already.
+                // The process may have exited in between.
                 let _ = kill(pid, Signal::SIGKILL);
             }
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// The process that a file names, if it lives.
+    /// Returns the process that a file names, if it runs. The file has its pid and its start time, because the kernel
+    /// may give the same pid to another process.
     fn process(&self, file: &str) -> Option<Pid> {
-        let said = fs::read_to_string(self.path(file)).ok()?;
-        let (pid, began) = said.trim().split_once(' ')?;
+        let text = fs::read_to_string(self.path(file)).ok()?;
+        let (pid, began) = text.trim().split_once(' ')?;
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name may have spaces; after it, the state is the third field and the start the 22nd.
+        // proc_pid_stat(5): the name, which may contain spaces, then the state (field 3) and the start time (field 22).
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-        let lives = fields.first() != Some(&"Z") && fields.get(19) == Some(&began);
-        pid.parse().ok().filter(|_| lives).map(Pid::from_raw)
+        let runs = fields.first() != Some(&"Z") && fields.get(19) == Some(&began);
+        pid.parse().ok().filter(|_| runs).map(Pid::from_raw)
     }
 
+    /// Starts the container.
+    ///
     /// # Errors
-    /// Something of this host's is missing; the image can't be mounted.
+    /// If the caller is not root, the host lacks a program, or the image cannot be mounted.
     pub(super) fn start(&self, start: &VmOptions, interfaces: &[String]) -> Result<()> {
         if !Uid::effective().is_root() {
-            return fail("containers are started by root; machines (`bakehouse up`) are not");
+            return fail("only root can start containers\n  help: use sudo, or start machines with `bakehouse up`");
         }
         let mtools = start.keep.then_some(("mcopy", "mtools"));
         let needed = [("wireguard-go", "wireguard-go"), ("ip", "iproute2"), ("socat", "socat")];
         for (program, package) in needed.into_iter().chain(mtools) {
             let path = std::env::var_os("PATH").unwrap_or_default();
             if !std::env::split_paths(&path).any(|dir| dir.join(program).exists()) {
-                return fail(format!("{program} is missing: apt install {package}"));
+                return fail(format!("cannot find the program {program}\n  help: apt install {package}"));
             }
         }
         let image = start.image.canonicalize().map_err(Error::io("find", start.image))?;
         for dir in ["var", "root", "credentials"] {
             fs::create_dir_all(self.path(dir)).map_err(Error::io("create", self.path(dir)))?;
         }
-        // What the node keeps belongs to its own users, whose numbers others may have on this host.
-        fs::set_permissions(self.dir, Permissions::from_mode(0o700)).map_err(Error::io("close", self.dir))?;
+        // The node's files belong to users of the image. Users of this host may have the same ids.
+        fs::set_permissions(self.dir, Permissions::from_mode(0o700)).map_err(Error::io("make private", self.dir))?;
         if start.keep {
-            self.lay_disk(&image, start.disk)?;
+            self.create_disk(&image, start.disk)?;
         }
-        self.hand_in(start, interfaces)?;
-        let wire = wire_of(&start.wire)?;
-        let door = start.wire.door.as_ref();
-        let inwards = door.filter(|door| door.address.is_some()).map_or(Vec::new(), |door| door.inwards().to_vec());
+        self.write_credentials(start, interfaces)?;
+        let lan = create_lan(&start.wire)?;
+        let forward = start.wire.forward.as_ref();
+        let inwards = forward
+            .filter(|forward| forward.address.is_some())
+            .map_or(Vec::new(), |forward| forward.inwards().to_vec());
         let settings = [
             ("IMAGE", image.display().to_string()),
             ("OFFSET", ROOT_START.to_string()),
             ("DISK", if start.keep { "disk.raw".to_owned() } else { String::new() }),
             ("UUID", uuid_of(self.node)),
-            ("CGROUP", control_groups()?.join(&wire).join(self.node).display().to_string()),
-            ("WIRE", wire),
+            ("CGROUP", cgroup_root()?.join(&lan).join(self.node).display().to_string()),
+            ("WIRE", lan),
             ("MAC", start.wire.mac.clone()),
             ("PORT", start.wire.mac[start.wire.mac.len() - 5..].replace(':', "-")),
             ("HOST", HostForward::HOST.to_owned()),
-            ("OUTWARDS", door.map_or(String::new(), |door| words(door.outside.iter()))),
-            ("DOOR", door.and_then(|door| door.address).map_or(String::new(), |address| address.to_string())),
-            ("INWARDS", words(inwards.iter().map(|(outside, inside)| format!("{outside}:{inside}")))),
+            ("OUTWARDS", forward.map_or(String::new(), |forward| joined(forward.outside.iter()))),
+            ("DOOR", forward.and_then(|forward| forward.address).map_or(String::new(), |address| address.to_string())),
+            ("INWARDS", joined(inwards.iter().map(|(outside, inside)| format!("{outside}:{inside}")))),
         ];
         let text: String =
             settings.iter().map(|(name, value)| format!("{name}='{}'\n", value.replace('\'', r"'\''"))).collect();
@@ -191,24 +197,25 @@ impl Container<'_> {
         let log = self.path("console.log");
         let console = OpenOptions::new().create(true).append(true).open(&log).map_err(Error::io("open", &log))?;
         let dir = self.dir.canonicalize().map_err(Error::io("find", self.dir))?;
-        // In a session of its own: it outlives this command, and Ctrl-C.
+        // A new session, so that the container outlives this command and ignores its Ctrl-C.
         let mut script = Command::new("setsid");
         script.arg("sh").arg(dir.join("container.sh")).arg("outside").arg(&dir);
         script.stdin(Stdio::null()).stdout(Stdio::null()).stderr(console);
-        let mut child = script.spawn().map_err(|e| Error::Failed(format!("setsid does not start: {e}")))?;
+        let mut child = script.spawn().map_err(|e| Error::Failed(format!("cannot run setsid: {e}")))?;
         let until = Instant::now() + PATIENCE;
         while self.pid().is_none() {
-            if child.try_wait().is_ok_and(|ended| ended.is_some()) || Instant::now() > until {
-                return fail(format!("{} does not start: see {}", self.node, log.display()));
+            if child.try_wait().is_ok_and(|status| status.is_some()) || Instant::now() > until {
+                let log = log.display();
+                return fail(format!("the container of {} does not start\n  help: the reason is in {log}", self.node));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
     }
 
-    /// The disk of one that updates itself: the image, and what is on its EFI partition as files, for kernels that
-    /// know no FAT.
-    fn lay_disk(&self, image: &Path, size: u64) -> Result<()> {
+    /// Creates the disk of a container that updates itself. Copies the files of its EFI partition to a folder, because
+    /// the host's kernel may lack FAT.
+    fn create_disk(&self, image: &Path, size: u64) -> Result<()> {
         let (disk, new, esp) = (self.path("disk.raw"), self.path("disk.new"), self.path("esp"));
         if disk.exists() {
             return Ok(());
@@ -224,13 +231,13 @@ impl Container<'_> {
         fs::rename(&new, &disk).map_err(Error::io("name", &disk))
     }
 
-    /// Its credentials, and what its units need to know of where they are.
-    fn hand_in(&self, start: &VmOptions, interfaces: &[String]) -> Result<()> {
+    /// Writes the node's credentials, and units and drop-ins for a container.
+    fn write_credentials(&self, start: &VmOptions, interfaces: &[String]) -> Result<()> {
         let units: Vec<String> = interfaces.iter().map(|name| format!("wireguard-go@{name}.service")).collect();
         let wanted = format!("[Unit]\nWants={0}\nAfter={0}\n", units.join(" "));
         let ours = [
             ("systemd.extra-unit.wireguard-go@.service", WIREGUARD),
-            // After the image's own, which are sorted by name.
+            // `~container` sorts after the names of the image's drop-ins, so systemd applies it last.
             ("systemd.unit-dropin.firstboot.service~container", &wanted),
             ("systemd.extra-unit.container-watchdog.service", WATCHDOG),
             ("systemd.unit-dropin.softdog.service~container", SOFTDOG),
@@ -251,20 +258,20 @@ impl Container<'_> {
         Ok(())
     }
 
-    /// Pulls the cable, or puts it back.
+    /// Takes the container's network interface down, or brings it up.
     pub(super) fn plug(&self, plugged: bool) -> Result<()> {
         let setting = |name: &str| -> Result<String> {
             let path = self.path("settings");
             let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
             let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix("='")?.strip_suffix('\''));
-            value.map(str::to_owned).ok_or_else(|| Error::Failed(format!("{}: no {name}", path.display())))
+            value.map(str::to_owned).ok_or_else(|| Error::Failed(format!("{} has no {name}", path.display())))
         };
         let mut ip = Command::new("ip");
         ip.args(["-n", &setting("WIRE")?, "link", "set", &setting("PORT")?, if plugged { "up" } else { "down" }]);
         run(&mut ip, "ip")
     }
 
-    /// Runs a shell command as root inside.
+    /// Runs a shell command as root in the container.
     pub(super) fn exec(&self, command: &str, patience: Duration) -> Result<Done> {
         let until = Instant::now() + patience;
         let pid = loop {
@@ -280,8 +287,8 @@ impl Container<'_> {
         enter.arg(format!("exec 2>&1\n{command}")).stdin(Stdio::null());
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || send.send(enter.output()));
-        let told = |e: &dyn std::fmt::Display| Error::Failed(format!("{} does not answer: {e}", self.node));
-        let output = receive.recv_timeout(patience).map_err(|e| told(&e))?.map_err(|e| told(&e))?;
+        let context = |e: &dyn std::fmt::Display| Error::Failed(format!("no reply from {}: {e}", self.node));
+        let output = receive.recv_timeout(patience).map_err(|e| context(&e))?.map_err(|e| context(&e))?;
         if self.pid() != Some(pid) {
             return fail(format!("{} was switched off", self.node));
         }
@@ -290,27 +297,27 @@ impl Container<'_> {
     }
 }
 
-/// Name of the network namespace with the bridge that is the fleet's wire.
-fn name_of(wire: &VirtualNic) -> String {
-    format!("bakehouse-{}", wire.group.replace([':', '.'], "-"))
+/// Returns the name of the network namespace with the bridge that connects the fleet's containers.
+fn lan_name(nic: &VirtualNic) -> String {
+    format!("bakehouse-{}", nic.group.replace([':', '.'], "-"))
 }
 
-/// Takes the wire away, if it is there; nobody is on it any more.
-pub(super) fn take_away(wire: &VirtualNic) -> Result<()> {
-    let name = name_of(wire);
+/// Removes the network namespace of the fleet's local network, if it exists. All containers must be off.
+pub(super) fn remove_lan(nic: &VirtualNic) -> Result<()> {
+    let name = lan_name(nic);
     if !Path::new("/run/netns").join(&name).exists() {
         return Ok(());
     }
     run(Command::new("ip").args(["netns", "delete", &name]), "ip")
 }
 
-/// The fleet's wire.
-fn wire_of(wire: &VirtualNic) -> Result<String> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let name = name_of(wire);
+/// Creates the network namespace of the fleet's local network, if it does not exist. Returns its name.
+fn create_lan(nic: &VirtualNic) -> Result<String> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    let _guard = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
+    let name = lan_name(nic);
     if !Path::new("/run/netns").join(&name).exists() {
-        let ip = |words: &[&str]| run(Command::new("ip").args(words), "ip (apt install iproute2)");
+        let ip = |args: &[&str]| run(Command::new("ip").args(args), "ip (apt install iproute2)");
         ip(&["netns", "add", &name])?;
         ip(&["-n", &name, "link", "add", "wire", "type", "bridge"])?;
         ip(&["-n", &name, "link", "set", "wire", "up"])?;
@@ -318,39 +325,37 @@ fn wire_of(wire: &VirtualNic) -> Result<String> {
     Ok(name)
 }
 
-/// Where the second version of control groups is mounted.
-fn control_groups() -> Result<PathBuf> {
+/// Returns the mount point of the cgroup v2 hierarchy.
+fn cgroup_root() -> Result<PathBuf> {
     let path = Path::new("/proc/self/mounts");
     let mounts = fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let place = mounts.lines().find_map(|line| {
+    let root = mounts.lines().find_map(|line| {
         let mut fields = line.split(' ').skip(1);
-        let place = fields.next()?;
-        (fields.next()? == "cgroup2").then(|| PathBuf::from(place))
+        let mount_point = fields.next()?;
+        (fields.next()? == "cgroup2").then(|| PathBuf::from(mount_point))
     });
-    place.ok_or_else(|| {
-        Error::Failed("containers need control groups, version 2; this host has none mounted".to_owned())
-    })
+    root.ok_or_else(|| Error::Failed("containers need cgroup v2, which this host has not mounted".to_owned()))
 }
 
-fn words<T: ToString>(of: impl Iterator<Item = T>) -> String {
-    of.map(|word| word.to_string()).collect::<Vec<_>>().join(" ")
+fn joined<T: ToString>(items: impl Iterator<Item = T>) -> String {
+    items.map(|item| item.to_string()).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The names that an entry may have, tried in this order.
+    /// Compares the names of boot entries, and their order.
     #[test]
-    fn a_container_looks_for_entries_where_grub_does() {
+    fn container_and_grub_try_the_same_boot_entries() {
         let names = |text: &str| text.lines().map(str::trim).find(|l| l.starts_with("for end in ")).map(str::to_owned);
         assert!(names(SCRIPT).is_some());
         assert_eq!(names(SCRIPT), names(crate::assemble::grub::CONFIG));
     }
 
-    /// What its unit runs, but for what it does then.
+    /// Runs the unit's script, with an exit in place of the reboot.
     #[test]
-    fn the_watchdog_bites_who_falls_silent_and_nobody_else() {
+    fn watchdog_resets_only_after_missed_keepalives() {
         let (start, end) = ("ExecStart=/bin/bash -c '", "'\nRestart=");
         let script = WATCHDOG.split_once(start).and_then(|(_, rest)| rest.split_once(end)).unwrap().0;
         let dir = tempfile::tempdir().unwrap();
@@ -358,29 +363,29 @@ mod tests {
         run(Command::new("mkfifo").arg(&pipe), "mkfifo").unwrap();
         let script = script.replace("$$", "$").replace("/dev/watchdog", pipe.to_str().unwrap());
         let mut bash = Command::new("bash");
-        let mut dog = bash.args(["-c", &format!("reboot() {{ exit 7; }}\n{script}")]).spawn().unwrap();
-        // Both ends, as Patroni has it: it does not wait for who reads.
+        let mut watchdog = bash.args(["-c", &format!("reboot() {{ exit 7; }}\n{script}")]).spawn().unwrap();
+        // For reading and writing, as Patroni opens it, so that open() does not block.
         let mut patroni = OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
-        let mut say = |what: &str| std::io::Write::write_all(&mut patroni, what.as_bytes()).unwrap();
+        let mut write = |text: &str| std::io::Write::write_all(&mut patroni, text.as_bytes()).unwrap();
         let wait = || std::thread::sleep(Duration::from_secs(1));
-        let mut lives = || dog.try_wait().unwrap().is_none();
+        let mut runs = || watchdog.try_wait().unwrap().is_none();
         wait();
-        assert!(lives(), "nobody has opened it");
-        say("Ctimeout=2\n");
+        assert!(runs(), "it reset before Patroni armed it");
+        write("Ctimeout=2\n");
         for _ in 0..3 {
-            say("1");
+            write("1");
             wait();
-            assert!(lives(), "it hears of Patroni in time");
+            assert!(runs(), "it reset despite keepalives");
         }
-        say("V");
+        write("V");
         (0..3).for_each(|_| wait());
-        assert!(lives(), "Patroni has closed it");
-        say("Ctimeout=1\n1");
-        assert_eq!(dog.wait().unwrap().code(), Some(7));
+        assert!(runs(), "it reset after Patroni disarmed it");
+        write("Ctimeout=1\n1");
+        assert_eq!(watchdog.wait().unwrap().code(), Some(7));
     }
 
     #[test]
-    fn a_process_is_itself_and_no_other() {
+    fn a_process_is_identified_by_pid_and_start_time() {
         let dir = tempfile::tempdir().unwrap();
         let container = Container { node: "hub-1", dir: dir.path() };
         assert!(container.pid().is_none() && !container.is_running());
@@ -392,11 +397,11 @@ mod tests {
         }
         assert_eq!(container.pid(), Some(own));
         assert!(container.is_running());
-        // Another has its number by now; who wrote it has not come so far; nobody has it.
-        for said in [format!("{own} {}\n", began - 1), format!("{own}"), String::new(), format!("{} {began}", i32::MAX)]
+        // Another process has the pid, the file is incomplete, the file is empty, no process has the pid.
+        for text in [format!("{own} {}\n", began - 1), format!("{own}"), String::new(), format!("{} {began}", i32::MAX)]
         {
-            fs::write(dir.path().join("outside"), &said).unwrap();
-            assert!(!container.is_running(), "{said}");
+            fs::write(dir.path().join("outside"), &text).unwrap();
+            assert!(!container.is_running(), "{text}");
         }
     }
 }

@@ -1,16 +1,16 @@
-# A node's image as a container: systemd in namespaces of its own, as on a machine, on this host's kernel.
+# Runs a node's image as a container: systemd in namespaces, on the host's kernel.
 #
-#   container.sh outside DIR    on the host: starts it, and again when it restarts; ends with it
-#   container.sh inside DIR     in namespaces of its own: enters its control group
-#   container.sh system DIR     in one of control groups too: lays the file systems, becomes systemd
+#   container.sh outside DIR    on the host: starts the container, restarts it after a reboot, exits when it stops
+#   container.sh inside DIR     in new namespaces: enters the container's control group
+#   container.sh system DIR     in a new cgroup namespace: mounts the file systems and executes systemd
 #
-# DIR has what the start was made of (container.rs): `settings`, `credentials/`; and what the node keeps: `var/`, and
-# `disk.raw` and `esp/` if it updates itself.
+# The builder (container.rs) writes `settings` and `credentials/` to DIR. The node's data is in `var/` there, and in
+# `disk.raw` and `esp/` if the node updates itself.
 set -eu
 stage=$1 dir=$2
 . "$dir/settings"
 
-# A port of this host's loopback, for those inside.
+# Forwards a port of the container to the host's loopback interface.
 outwards() {
     until [ -e "$dir/init" ]; do sleep 0.1; done
     read -r pid rest <"$dir/init"
@@ -18,13 +18,14 @@ outwards() {
     exec nsenter "--net=/proc/$pid/ns/net" socat "TCP-LISTEN:$1,bind=$HOST,fork,reuseaddr" "EXEC:$out"
 }
 
-# A port of the inside, on this host's loopback. The pid is another after each start.
+# Forwards a port of the host's loopback interface to the container. Reads the pid for each connection, because it
+# changes when the container restarts.
 inwards() {
     in="exec nsenter --net=/proc/\$(cut -d' ' -f1 '$dir/init')/ns/net socat STDIO TCP\\:127.0.0.1\\:$2"
     exec socat "TCP-LISTEN:$1,bind=$DOOR,fork,reuseaddr" "SYSTEM:$in"
 }
 
-# By its pid and its start a process is found again, and nobody else is.
+# Reads this process's pid and start time, which together identify it even if the kernel reuses the pid.
 identify() {
     read -r pid rest </proc/self/stat
     set -- ${rest##*) }
@@ -35,7 +36,7 @@ identify() {
 outside() {
     identify
     echo "$pid $began" >"$dir/outside"
-    # What says something on the console does not wait for who reads it.
+    # The pipe is open for reading and writing, so a write to the console does not block while no reader is there.
     rm -f "$dir/console" "$dir/init"
     mkfifo "$dir/console"
     cat <>"$dir/console" >>"$dir/console.log" &
@@ -51,9 +52,9 @@ outside() {
         status=0
         unshare --fork --kill-child --pid --mount --uts --ipc --net sh "$0" inside "$dir" || status=$?
         rm -f "$dir/init"
-        # Where one stays, the network it is in stays.
+        # A helper that survives would keep the old network namespace alive.
         [ -z "$helpers" ] || kill $helpers || :
-        # SIGHUP is what a restart in a namespace of processes comes to.
+        # reboot(2) with a restart in a PID namespace kills its init with SIGHUP: 128 + 1.
         [ "$status" = 129 ] || break
     done
     find "$CGROUP" -depth -type d -exec rmdir {} + 2>/dev/null || :
@@ -66,10 +67,10 @@ inside() {
     exec unshare --cgroup sh "$0" system "$dir"
 }
 
-# What GRUB's environment block says.
+# Prints a variable of GRUB's environment block.
 block() { sed -n "s/^$1=//p" "$dir/esp/grub/grubenv"; }
 
-# An image's boot entry.
+# Prints the path of an image's boot entry.
 entry() {
     for end in .efi +3.efi +3-0.efi +2-1.efi +1-2.efi +0-3.efi; do
         if [ -n "$1" ] && [ -e "$dir/esp/EFI/Linux/$1$end" ]; then
@@ -79,7 +80,8 @@ entry() {
     done
 }
 
-# Counts and chooses as GRUB does (grub.rs), and mounts what the image's kernel would: the root that its entry names.
+# Counts boot attempts and selects the entry as GRUB's configuration does (grub.rs). Mounts the root that the entry's
+# command line names.
 start_disk() {
     slot= chosen= tries=$(block tries)
     if [ "$tries" -gt 0 ]; then
@@ -92,9 +94,9 @@ start_disk() {
     done
     hash=$(grep -ao 'roothash=[0-9a-f]\{64\}' "$chosen" | sed 's/roothash=//; q')
     disk=$(losetup --find --show --partscan "$dir/$DISK")
-    # By hand: not every kernel reads a GPT.
+    # Not every kernel reads a GPT, so partx adds the partitions.
     partx --update "$disk"
-    # Its UUID is the hash's first half.
+    # The partition's UUID is the first half of the root hash.
     half=$(echo "$hash" | sed 's/\(.\{8\}\)\(....\)\(....\)\(....\)\(.\{12\}\).*/\1-\2-\3-\4-\5/')
     for part in "$disk"p*; do
         if [ "$(blkid -p -s PART_ENTRY_UUID -o value "$part")" = "$half" ]; then slot=$part; fi
@@ -102,12 +104,12 @@ start_disk() {
     [ -n "$slot" ] || echo "container.sh: $chosen names no partition of $dir/$DISK" >&2
     mounted=0
     mount -t erofs -o ro "$slot" "$root" || mounted=$?
-    # It is gone when nobody has it open any more.
+    # The kernel detaches the device when its last user closes it.
     losetup --detach "$disk"
     return "$mounted"
 }
 
-# What is on the disk, for systemd-sysupdate and the agent; once the rest of it has been cut.
+# Creates device nodes and links of the disk, for systemd-sysupdate and the agent. Creates missing partitions first.
 show_disk() {
     mount --bind "$dir/esp" "$root/efi"
     mknod -m 600 "$root$disk" b $(stat -c '0x%t 0x%T' "$disk")
@@ -129,7 +131,7 @@ show_disk() {
 system() {
     identify
     ip link set lo up
-    # The one of the last start may be there for a moment.
+    # The interface of the previous start may still exist for a moment.
     ip -n "$WIRE" link delete "$PORT" 2>/dev/null || :
     ip link add wire address "$MAC" type veth peer name "$PORT" netns "$WIRE"
     ip -n "$WIRE" link set "$PORT" master wire up
@@ -141,7 +143,7 @@ system() {
     else
         mount -t erofs -o "ro,loop,offset=$OFFSET" "$IMAGE" "$root"
     fi
-    # There before systemd makes it: WireGuard's program looks for its socket there.
+    # wireguard-go creates its socket in /var/run, and may start before systemd-tmpfiles creates the link.
     ln -sfn ../run "$dir/var/run"
     mount --bind "$dir/var" "$root/var"
     mount -t tmpfs -o mode=755,nosuid,nodev tmpfs "$root/run"
@@ -159,13 +161,13 @@ system() {
     touch "$root/dev/console"
     mount --bind "$dir/console" "$root/dev/console"
     mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
-    # The kernel is the host's: nothing in here changes it, but for its own network.
+    # The kernel is the host's, so the container can write only the settings of its own network namespace.
     mount --bind "$root/proc/sys" "$root/proc/sys"
     mount --bind "$root/proc/sys/net" "$root/proc/sys/net"
     mount -o remount,bind,ro "$root/proc/sys"
     if [ -e "$root/proc/sysrq-trigger" ]; then mount --bind /dev/null "$root/proc/sysrq-trigger"; fi
     mount -t sysfs -o ro,nosuid,nodev,noexec sysfs "$root/sys"
-    # No firmware started it.
+    # Hides the host's firmware, whose variables do not belong to the container.
     mount -t tmpfs -o ro,nosuid,nodev,noexec tmpfs "$root/sys/firmware"
     mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 "$root/sys/fs/cgroup"
     mkdir -p "$root/run/host/credentials"
@@ -173,7 +175,7 @@ system() {
     cp "$dir/credentials/"* "$root/run/host/credentials/"
     touch "$root/run/host/wireguard-go"
     mount --bind "$(command -v wireguard-go)" "$root/run/host/wireguard-go"
-    # A boot of its own, for the journal.
+    # A new boot id for each start, because the journal separates boots by it.
     cat /proc/sys/kernel/random/uuid >"$root/run/host/boot_id"
     mount --bind "$root/run/host/boot_id" "$root/proc/sys/kernel/random/boot_id"
     if [ -n "$DISK" ]; then show_disk; fi

@@ -1,4 +1,4 @@
-//! Commands in a machine, by a port of its own that a unit serves.
+//! Runs commands in a machine through a virtio serial port.
 
 use std::io::{BufRead, BufReader, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,50 +12,50 @@ use super::machine::Vm;
 use crate::error::{Error, Result, fail};
 
 impl Vm {
-    /// Runs a shell command as root inside.
+    /// Runs a shell command as root in the machine.
     ///
     /// # Errors
-    /// The machine does not run, or does not answer for five minutes.
+    /// If the machine does not run, or does not reply within 300 s.
     pub fn exec(&self, command: &str) -> Result<Done> {
         self.exec_within(command, Duration::from_secs(300))
     }
 
-    /// Runs a shell command as root inside. One that takes longer than `patience` goes on, and
-    /// its answer is lost.
+    /// Runs a shell command as root in the machine. A command that takes longer than `patience` continues to run, and
+    /// its output is discarded.
     ///
     /// # Errors
-    /// The machine does not run, or does not answer in time.
+    /// If the machine does not run, or does not reply within `patience`.
     pub fn exec_within(&self, command: &str, patience: Duration) -> Result<Done> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         if let Some(container) = self.container() {
             return container.exec(command, patience);
         }
-        let told = |e: std::io::Error| Error::Failed(format!("{} does not answer: {e}", self.node));
+        let context = |e: std::io::Error| Error::Failed(format!("no reply from {}: {e}", self.node));
         let until = Instant::now() + patience;
-        let mut port = self.knock("exec.sock", until).map_err(told)?;
-        // Answers to questions that others gave up are on the same line.
+        let mut port = self.connect("exec.sock", until).map_err(context)?;
+        // The port may still return replies to commands whose callers timed out.
         let id = format!("{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        // The first line's end ends what somebody who was cut off may have begun.
-        port.write_all(format!("\n{id} {}\n", BASE64.encode(command)).as_bytes()).map_err(told)?;
-        let mut answers = BufReader::new(&port);
+        // The leading newline ends a line that an interrupted caller may have left incomplete.
+        port.write_all(format!("\n{id} {}\n", BASE64.encode(command)).as_bytes()).map_err(context)?;
+        let mut replies = BufReader::new(&port);
         loop {
             let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            port.set_read_timeout(Some(left)).map_err(told)?;
+            port.set_read_timeout(Some(left)).map_err(context)?;
             let mut line = String::new();
-            if answers.read_line(&mut line).map_err(told)? == 0 {
+            if replies.read_line(&mut line).map_err(context)? == 0 {
                 return fail(format!("{} was switched off", self.node));
             }
-            if let Some(done) = answer(&line, &id) {
+            if let Some(done) = parse_reply(&line, &id) {
                 return Ok(done);
             }
         }
     }
 }
 
-/// A command's status and output, if the line is the answer to this one.
-fn answer(line: &str, id: &str) -> Option<Done> {
-    let mut words = line.trim_end_matches('\n').splitn(3, ' ');
-    let (of, status, output) = (words.next()?, words.next()?, words.next()?);
+/// Parses a command's status and output; `None` if the line replies to another command.
+fn parse_reply(line: &str, id: &str) -> Option<Done> {
+    let mut fields = line.trim_end_matches('\n').splitn(3, ' ');
+    let (of, status, output) = (fields.next()?, fields.next()?, fields.next()?);
     let output = BASE64.decode(output).ok()?;
     let status = status.parse().ok()?;
     (of == id).then(|| Done { status, output: String::from_utf8_lossy(&output).into_owned() })

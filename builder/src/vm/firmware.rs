@@ -1,4 +1,4 @@
-//! The firmware machines boot with, and whether KVM can run it here.
+//! Firmware of local machines, and a check whether KVM on this host can run it.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -15,7 +15,7 @@ pub(super) struct Firmware {
 }
 
 impl Firmware {
-    /// Debian's OVMF: as it is most often, or one that enforces signatures once it has a key.
+    /// Finds Debian's OVMF. `secure` selects the build that enforces signatures once a key is enrolled.
     pub(super) fn find(secure: bool) -> Result<Self> {
         let dir = Path::new("/usr/share/OVMF");
         let code = if secure { "OVMF_CODE_4M.secboot.fd" } else { "OVMF_CODE_4M.fd" };
@@ -23,12 +23,12 @@ impl Firmware {
         if code.exists() && vars.exists() {
             return Ok(Self { code, vars });
         }
-        fail(format!("{} is missing: apt install ovmf (or `make deps`)", code.display()))
+        fail(format!("cannot find {}\n  help: apt install ovmf (or `make deps`)", code.display()))
     }
 
-    /// Whether this firmware, with these options, gets as far as looking for something to boot.
-    fn comes_up(&self, options: [&str; 4], timeout: Duration) -> bool {
-        // Where KVM hangs it would stay for ever, if nobody were there to end it.
+    /// Returns whether this firmware reaches boot device selection (BDS) with these QEMU options.
+    fn reaches_boot_selection(&self, options: [&str; 4], timeout: Duration) -> bool {
+        // A hung KVM never returns: the kernel kills QEMU if the builder dies first.
         let mut qemu = Command::new("setpriv");
         qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         qemu.args(options).args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none"]);
@@ -42,30 +42,31 @@ impl Firmware {
         let Some(serial) = child.stdout.take() else { return false };
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            let came = BufReader::new(serial)
+            let reached = BufReader::new(serial)
                 .split(b'\n')
                 .map_while(std::result::Result::ok)
                 .any(|l| l.windows(6).any(|w| w == b"BdsDxe"));
-            let _ = send.send(came);
+            let _ = send.send(reached);
         });
-        let came = receive.recv_timeout(timeout).unwrap_or(false);
+        let reached = receive.recv_timeout(timeout).unwrap_or(false);
         let _ = child.kill();
         let _ = child.wait();
-        came
+        reached
     }
 }
 
-/// How long KVM may take to bring the firmware up; where it is emulated itself it never does.
+/// Time that KVM gets to start the firmware. KVM that a hypervisor emulates does not reach the boot device selection.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Of what can be emulated, not a fifth level of page tables to walk, nor virtualisation, for which the
-/// guest would load KVM: a boot takes 6 % less of the host's time (median of five pairs).
+/// All features that QEMU emulates, except five-level page tables and virtualisation, for which the guest would load
+/// KVM. Without them, a boot takes 6 % less processor time on the host (median of five pairs).
 const EMULATION: [&str; 4] = ["-accel", "tcg,thread=multi", "-cpu", "max,-la57,-svm"];
 
-/// Options for the fastest way to run a machine here. A device file says nothing about KVM, and
-/// neither does a boot sector that runs: where a hypervisor emulates KVM, some of it works, slower
-/// than QEMU's own emulation, or until the firmware's first unusual instruction. So KVM has to
-/// bring up the firmware once; the answer is kept in `dir` until the host boots again.
+/// Returns QEMU's options for the fastest accelerator on this host.
+///
+/// `/dev/kvm` may exist and a boot sector may run although KVM is not usable. A hypervisor that emulates KVM is slower
+/// than QEMU's own emulation, or stops at an instruction that the firmware needs. KVM therefore has to start the
+/// firmware once. The result is stored in `dir` and is valid until the host reboots.
 pub(super) fn accelerator(firmware: &Firmware, dir: &Path) -> Result<[&'static str; 4]> {
     let kvm = ["-accel", "kvm", "-cpu", "host"];
     let tcg = EMULATION;
@@ -75,20 +76,20 @@ pub(super) fn accelerator(firmware: &Firmware, dir: &Path) -> Result<[&'static s
     let boot = Path::new("/proc/sys/kernel/random/boot_id");
     let boot = fs::read_to_string(boot).map_err(Error::io("read", boot))?;
     let kept = dir.join("accelerator");
-    let (yes, no) = (format!("kvm {boot}"), format!("tcg {boot}"));
+    let (usable, unusable) = (format!("kvm {boot}"), format!("tcg {boot}"));
     let works = match fs::read_to_string(&kept) {
-        Ok(text) if text == yes => true,
-        Ok(text) if text == no => false,
+        Ok(text) if text == usable => true,
+        Ok(text) if text == unusable => false,
         _ => {
-            let works = firmware.comes_up(kvm, PROBE_TIMEOUT);
-            fs::write(&kept, if works { yes } else { no }).map_err(Error::io("write", &kept))?;
+            let works = firmware.reaches_boot_selection(kvm, PROBE_TIMEOUT);
+            fs::write(&kept, if works { usable } else { unusable }).map_err(Error::io("write", &kept))?;
             works
         }
     };
     Ok(if works { kvm } else { tcg })
 }
 
-/// Whether these are emulation's.
+/// Returns whether these options select QEMU's emulation.
 pub(super) fn is_emulated(accelerator: [&str; 4]) -> bool {
     accelerator == EMULATION
 }
@@ -98,9 +99,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_brings_up_the_firmware_works() {
+    fn an_accelerator_works_if_it_starts_the_firmware() {
         let firmware = Firmware::find(false).unwrap();
-        let works = |options| firmware.comes_up(options, Duration::from_secs(60));
+        let works = |options| firmware.reaches_boot_selection(options, Duration::from_secs(60));
         assert!(works(EMULATION));
         assert!(!works(["-accel", "nothing-of-that-name", "-cpu", "max"]));
     }

@@ -1,4 +1,4 @@
-//! A fleet's machines: how each is started, and all that a command names.
+//! All local machines of a fleet: their options, and starting and stopping several of them.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fleet::{Node, Ticket};
 
-use super::container::take_away;
+use super::container::remove_lan;
 use super::firmware::{Firmware, accelerator, is_emulated};
 use super::machine::{AGENT, READY, SPARE_DISK, Vm, host_cpus};
 use super::network::VirtualNic;
@@ -21,10 +21,10 @@ use crate::progress::Progress;
 use crate::project::Project;
 use crate::util::fs::private_dir;
 
-/// Groups of the named nodes.
+/// Returns the groups of the named nodes.
 ///
 /// # Errors
-/// A name that is no node.
+/// If the fleet has no node with one of the names.
 pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
     let mut groups = Vec::new();
     for name in nodes {
@@ -36,13 +36,13 @@ pub fn groups_of(project: &Project, nodes: &[String]) -> Result<Vec<String>> {
     Ok(groups)
 }
 
-/// The fleet's machines are containers while this is in their folder.
+/// Empty file that marks a fleet whose nodes run as containers.
 const CONTAINERS: &str = "build/vm/containers";
 
-/// Says whether the fleet's machines are containers from now on.
+/// Sets whether the fleet's nodes run as containers.
 ///
 /// # Errors
-/// Some run, and are not.
+/// If a node runs as the other kind.
 pub fn are_containers(project: &Project, containers: bool) -> Result<()> {
     let mark = project.dir.join(CONTAINERS);
     if mark.exists() == containers {
@@ -61,47 +61,47 @@ pub fn are_containers(project: &Project, containers: bool) -> Result<()> {
     fs::remove_file(&mark).map_err(Error::io("remove", &mark))
 }
 
-/// Starts nodes with a ticket each, all when none is named, and waits until they serve.
+/// Starts the named nodes, or all if `nodes` is empty, with a ticket each, and waits until they are ready.
 ///
 /// # Errors
-/// A machine does not start or does not come up.
+/// If a machine does not start, or is not ready in time.
 pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
-    // Where they take turns, who waits for others comes after them.
+    // Joiners need a hub. If machines boot one after the other, founders boot first.
     let topology = &project.topology;
     let (founders, others): (Vec<&Node>, Vec<&Node>) = topology.nodes.iter().partition(|n| topology.is_founder(n));
     let all = founders.into_iter().chain(others).map(|n| &n.name);
     let chosen: Vec<&String> = all.filter(|n| nodes.is_empty() || nodes.contains(n)).collect();
-    let at_once = boot_at_once(project, chosen.len())?;
+    let parallel = parallel_boots(project, chosen.len())?;
     let machines = chosen.len();
     let queue: Vec<_> = chosen.into_iter().map(|n| (n, progress.step("boot", &format!("{n}: off")))).collect();
     let queue = Mutex::new(queue.into_iter());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     std::thread::scope(|scope| {
-        let turns = || -> Result<()> {
+        let boot_queued = || -> Result<()> {
             let mut booted = Vec::new();
             while let Some((name, step)) = next() {
                 let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?.of_machines(machines));
                 if !vm.is_running() {
                     vm.start(&start.as_start())?;
                 }
-                vm.comes_so_far(AGENT, &step)?;
+                vm.wait_for(AGENT, &step)?;
                 booted.push(
-                    scope.spawn(move || vm.comes_so_far(READY, &step).map(|()| step.done(&format!("{name} is ready")))),
+                    scope.spawn(move || vm.wait_for(READY, &step).map(|()| step.done(&format!("{name} is ready")))),
                 );
             }
-            joined(booted)
+            join_all(booted)
         };
-        joined((0..at_once).map(|_| scope.spawn(turns)).collect())
+        join_all((0..parallel).map(|_| scope.spawn(boot_queued)).collect())
     })
 }
 
-fn joined(threads: Vec<ScopedJoinHandle<Result<()>>>) -> Result<()> {
-    threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread ended")))
+fn join_all(threads: Vec<ScopedJoinHandle<Result<()>>>) -> Result<()> {
+    threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| fail("a thread panicked")))
 }
 
-/// How many of so many machines boot at once. One that is emulated takes a processor for itself, and where more
-/// boot than there are, all of them wait for all the others.
-fn boot_at_once(project: &Project, machines: usize) -> Result<usize> {
+/// Returns how many of these machines boot at the same time. An emulated machine uses a whole processor while it boots;
+/// if more machines boot than the host has processors, each of them is slower.
+fn parallel_boots(project: &Project, machines: usize) -> Result<usize> {
     if project.dir.join(CONTAINERS).exists() {
         return Ok(machines);
     }
@@ -111,7 +111,7 @@ fn boot_at_once(project: &Project, machines: usize) -> Result<usize> {
     Ok(if emulated { host_cpus().min(machines) } else { machines })
 }
 
-/// A node's machine as the profiles describe it, with a ticket minted for it.
+/// Options of a node's machine as its profiles describe them, with a ticket for its slot.
 pub struct Described {
     image: PathBuf,
     memory: u64,
@@ -126,23 +126,23 @@ pub struct Described {
 }
 
 impl Described {
-    /// With no ticket: it is on the disk that it boots from.
+    /// Removes the ticket, for a machine whose disk contains it.
     #[must_use]
     pub fn without_ticket(mut self) -> Self {
         self.ticket.clear();
         self
     }
 
-    /// As one of so many that run at the same time, not all of the fleet.
+    /// Sets the number of machines that run at the same time. The default is the whole fleet.
     #[must_use]
     pub fn of_machines(self, machines: usize) -> Self {
         Self { machines, ..self }
     }
 
-    /// With this ticket instead, from whoever minted it; hubs are where they are on the wire.
+    /// Replaces the ticket, and sets the hubs' endpoints in it to their addresses in the local network.
     ///
     /// # Errors
-    /// It is none.
+    /// If `ticket` is not a ticket.
     pub fn with_ticket(self, ticket: &str) -> Result<Self> {
         let read = |bytes: &[u8]| Ticket::parse(bytes).map_err(|e| Error::Failed(e.to_string()));
         let endpoints = read(&self.ticket)?.endpoints;
@@ -150,14 +150,15 @@ impl Described {
         Ok(Self { ticket: serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?, ..self })
     }
 
+    /// Returns the options for a start, with the credentials of the node.
     #[must_use]
     pub fn as_start(&self) -> VmOptions<'_> {
         let mut credentials = vec![("network.network.05-wire".to_owned(), self.wire.network().into_bytes())];
         if !self.ticket.is_empty() {
             credentials.push((Ticket::CREDENTIAL.to_owned(), self.ticket.clone()));
         }
-        if let Some(door) = &self.wire.door {
-            credentials.push(("network.network.06-door".to_owned(), door.network().into_bytes()));
+        if let Some(forward) = &self.wire.forward {
+            credentials.push(("network.network.06-door".to_owned(), forward.network().into_bytes()));
         }
         VmOptions {
             image: &self.image,
@@ -178,12 +179,12 @@ impl Described {
     }
 }
 
-/// How a node's machine is started, with a ticket for its slot.
+/// Returns the options of a node's machine, and mints a ticket for its slot.
 ///
 /// # Errors
-/// No such node.
+/// If the fleet has no such node, or the fleet key of local machines cannot be read.
 pub fn start_of(project: &Project, name: &str) -> Result<Described> {
-    /// Machines may be started from the same folder for a long time.
+    /// A year, because a machine's disk may be created long after its folder.
     const TERMS: TicketTerms = TicketTerms { uses: 1, lasts: Duration::from_secs(365 * 86_400), replace: false };
     let node = project.node(name)?;
     let machine = project.machine(&node.group);
@@ -201,7 +202,7 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
         cpus: machine.cpus as u16,
         machines: topology.nodes.len(),
         disk,
-        // Machines that update themselves are not made anew.
+        // A machine that updates itself has a newer version on its disk than the image.
         keep: topology.update.url.is_some(),
         secure_boot: project.fleet.secure_boot.is_some(),
         wire: VirtualNic::of(project, node),
@@ -210,17 +211,17 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
     })
 }
 
-/// Powers nodes down; all when none is named.
+/// Shuts the named nodes down, or all if `nodes` is empty.
 ///
 /// # Errors
-/// One does not go.
+/// If a node does not shut down.
 pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
     for name in nodes {
         Vm::of(project, name)?;
     }
-    // All at once: each waits for its own services to end.
+    // In parallel, because each shutdown waits for the node's services.
     std::thread::scope(|scope| {
-        let asked: Vec<_> = (project.topology.nodes.iter())
+        let stopping: Vec<_> = (project.topology.nodes.iter())
             .filter(|n| nodes.is_empty() || nodes.contains(&n.name))
             .map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)))
             .filter(Vm::is_running)
@@ -229,12 +230,12 @@ pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<
                 scope.spawn(move || vm.power_down().map(|()| step.done(&vm.node)))
             })
             .collect();
-        joined(asked)
+        join_all(stopping)
     })?;
     let vms = project.topology.nodes.iter().map(|n| (n, Vm::at(&n.name, project.dir.join("build/vm").join(&n.name))));
     let (off, on): (Vec<_>, Vec<_>) = vms.partition(|(_, vm)| !vm.is_running());
     match off.first() {
-        Some((node, _)) if on.is_empty() => take_away(&VirtualNic::of(project, node)),
+        Some((node, _)) if on.is_empty() => remove_lan(&VirtualNic::of(project, node)),
         _ => Ok(()),
     }
 }

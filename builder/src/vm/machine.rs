@@ -1,4 +1,4 @@
-//! One machine: its files, its power, QEMU's command line and monitor.
+//! One local machine: its files, its power, QEMU's command line and monitor.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -19,7 +19,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
 use nix::unistd::Pid;
 
-use super::command::{EXEC_UNIT, EXEC_WANTED, last_word};
+use super::command::{EXEC_UNIT, EXEC_WANTED, last_line};
 use super::container::Container;
 use super::firmware::{Firmware, accelerator, is_emulated};
 use super::start::{Netboot, VmOptions};
@@ -30,18 +30,19 @@ use crate::project::machine_id::uuid_of;
 use crate::util::fs::{private_dir, write_private};
 use crate::util::process::run;
 
-/// Before what the agent says on the console.
+/// Prefix of the agent's lines on the console.
 pub(super) const AGENT: &str = "bakehouse: ";
-/// What it says when its node serves.
+/// The agent's line when its node is ready.
 pub(super) const READY: &str = "bakehouse: ready";
-/// Emulated machines take their time.
+/// Time until a machine is ready; emulated machines are slow.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(1800);
-const STARTED_AGAIN: &str = "bakehouse: the emulated processors have stopped; switched off and on";
-/// Room on the disk beyond what the node's roles ask for; the file holds only what is written.
+const RESTARTED: &str = "bakehouse: the emulated processors have stopped; switched off and on";
+/// Bytes of the disk beyond what the node's roles need. The disk's file is sparse.
 pub(super) const SPARE_DISK: u64 = 4 << 30;
 
-/// A node's machine, running or not.
+/// A node's local machine.
 pub struct Vm {
+    /// Name of the node.
     pub node: String,
     dir: PathBuf,
 }
@@ -50,25 +51,26 @@ pub(super) fn host_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Processors that are worth emulating in each of so many machines: a kernel waits for each of its
-/// own to answer, and one that the host does not run answers late. (Two in each of three machines on
-/// a host of two: most of the time went into that.)
-fn emulated(wished: u16, machines: usize, host: usize) -> u16 {
+/// Returns the number of processors to emulate in each of `machines` machines, which together use at most the host's.
+///
+/// A kernel waits for replies from all its processors (IPI), and a processor that the host does not schedule replies
+/// late. On a host with two processors, three machines with two each spent most of their time in such waits.
+fn emulated_cpus(wanted: u16, machines: usize, host: usize) -> u16 {
     let share = host / machines.max(1);
-    wished.min(u16::try_from(share).unwrap_or(u16::MAX)).max(1)
+    wanted.min(u16::try_from(share).unwrap_or(u16::MAX)).max(1)
 }
 
 impl Vm {
-    /// The machine of a node of this fleet.
+    /// Returns the machine of a node of this fleet.
     ///
     /// # Errors
-    /// No such node.
+    /// If the fleet has no such node.
     pub fn of(project: &Project, node: &str) -> Result<Self> {
         project.node(node)?;
         Ok(Self::at(node, project.dir.join("build/vm").join(node)))
     }
 
-    /// A machine whose files are in `dir`.
+    /// Returns the machine whose files are in `dir`.
     #[must_use]
     pub fn at(node: &str, dir: PathBuf) -> Self {
         Self { node: node.to_owned(), dir }
@@ -78,15 +80,15 @@ impl Vm {
         self.dir.join(name)
     }
 
-    /// Where it is no machine.
+    /// Returns the node's container, if it runs as one.
     pub(super) fn container(&self) -> Option<Container<'_>> {
-        Container::is_one(&self.dir).then_some(Container { node: &self.node, dir: &self.dir })
+        Container::exists(&self.dir).then_some(Container { node: &self.node, dir: &self.dir })
     }
 
-    /// Takes all that the machine keeps.
+    /// Removes the machine's disk, so that the next start creates a blank one.
     ///
     /// # Errors
-    /// It can't be removed.
+    /// If the disk's file cannot be removed.
     pub fn wipe(&self) -> Result<()> {
         match self.container() {
             Some(container) => container.wipe(),
@@ -94,13 +96,13 @@ impl Vm {
         }
     }
 
-    /// The machine's disk: a qcow2 over the image.
+    /// Returns the path of the machine's disk, a qcow2 file with the image as its backing file.
     #[must_use]
     pub fn disk(&self) -> PathBuf {
         self.path("disk.qcow2")
     }
 
-    /// Whether QEMU lives: it holds a lock on its pid's file, whatever became of the number.
+    /// Returns whether QEMU runs. QEMU locks its pid file, so a process that got the same pid later does not count.
     #[must_use]
     pub fn is_running(&self) -> bool {
         if let Some(container) = self.container() {
@@ -114,16 +116,16 @@ impl Vm {
             l_len: 0,
             l_pid: 0,
         };
-        let asked = fcntl(&file, FcntlArg::F_GETLK(&mut lock));
-        asked.is_ok() && lock.l_type != libc::F_UNLCK as libc::c_short
+        let result = fcntl(&file, FcntlArg::F_GETLK(&mut lock));
+        result.is_ok() && lock.l_type != libc::F_UNLCK as libc::c_short
     }
 
-    /// Starts the machine; its disk is made when there is none, or when the image is another.
+    /// Starts the machine. Creates its disk if there is none, or if the image has changed.
     ///
     /// # Errors
-    /// QEMU or the firmware is missing, or does not start.
+    /// If QEMU or the firmware is missing, or QEMU does not start.
     pub fn start(&self, start: &VmOptions) -> Result<()> {
-        // Disks, consoles and firmware variables hold what the node holds: its keys and the fleet's passwords.
+        // Disks and consoles hold the node's secrets: its keys and the fleet's passwords.
         if let Some(all) = self.dir.parent().filter(|dir| dir.ends_with("build/vm")) {
             private_dir(all)?;
         }
@@ -143,7 +145,7 @@ impl Vm {
             let _ = fs::remove_file(self.path("console.log"));
             return container.start(start, interfaces);
         }
-        Container::was_one(&self.dir);
+        Container::forget(&self.dir);
         let firmware = Firmware::find(start.secure_boot)?;
         if !self.disk().exists() || other && !start.keep {
             let _ = fs::remove_file(self.disk());
@@ -161,7 +163,7 @@ impl Vm {
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-name", &self.node, "-nodefaults", "-no-user-config", "-display", "none", "-machine"]);
         if start.secure_boot {
-            // Only the firmware itself may write its keys.
+            // With SMM, only the firmware can write its variables, among them the keys.
             qemu.args(["q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on"]);
         } else if start.bios {
             qemu.arg("q35,graphics=off");
@@ -170,7 +172,7 @@ impl Vm {
         }
         let accelerator = accelerator(&Firmware::find(false)?, self.dir.parent().unwrap_or(&self.dir))?;
         let cpus =
-            if is_emulated(accelerator) { emulated(start.cpus, start.machines, host_cpus()) } else { start.cpus };
+            if is_emulated(accelerator) { emulated_cpus(start.cpus, start.machines, host_cpus()) } else { start.cpus };
         qemu.args(accelerator);
         qemu.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
         qemu.args(["-uuid", &uuid_of(&self.node), "-device", "virtio-rng-pci"]);
@@ -186,10 +188,10 @@ impl Vm {
             qemu.args(["-device", "virtio-blk-pci,drive=seed"]);
         }
         let _ = fs::remove_file(self.path("tpm"));
-        if let Some(memory) = start.tpm {
-            private_dir(memory)?;
-            let memory = memory.canonicalize().map_err(Error::io("find", memory))?;
-            symlink(&memory, self.path("tpm")).map_err(Error::io("link", self.path("tpm")))?;
+        if let Some(state) = start.tpm {
+            private_dir(state)?;
+            let state = state.canonicalize().map_err(Error::io("find", state))?;
+            symlink(&state, self.path("tpm")).map_err(Error::io("link", self.path("tpm")))?;
             self.start_tpm()?;
             qemu.arg("-chardev").arg(format!("socket,id=tpm,path={}", self.path("tpm.sock").display()));
             qemu.args(["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm"]);
@@ -197,7 +199,7 @@ impl Vm {
         qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
         let boot = match start.netboot {
             Some(Netboot::Ipxe) => ",bootindex=2",
-            // The firmware's own client, not the card's.
+            // An empty ROM disables the card's iPXE, so the firmware's own client boots.
             Some(Netboot::Pxe | Netboot::Http) => ",bootindex=2,romfile=",
             None => "",
         };
@@ -207,9 +209,9 @@ impl Vm {
             }
         }
         qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}{boot}", start.wire.mac)]);
-        if let Some(door) = &start.wire.door {
-            qemu.args(["-netdev", &door.netdev()]);
-            qemu.args(["-device", &format!("virtio-net-pci,netdev=door,mac={}", door.mac)]);
+        if let Some(forward) = &start.wire.forward {
+            qemu.args(["-netdev", &forward.netdev()]);
+            qemu.args(["-device", &format!("virtio-net-pci,netdev=door,mac={}", forward.mac)]);
         }
         let socket = |id: &str, more: &str| {
             format!("socket,id={id},path={},server=on,wait=off{more}", self.path(&format!("{id}.sock")).display())
@@ -217,7 +219,7 @@ impl Vm {
         qemu.arg("-chardev")
             .arg(socket("console", &format!(",logappend=on,logfile={}", self.path("console.log").display())));
         qemu.args(["-serial", "chardev:console"]);
-        // No second serial line: firmware and boot loader take what comes by one for a keyboard.
+        // Not a second serial port: firmware and boot loader would read commands from it as keyboard input.
         qemu.args(["-device", "virtio-serial-pci", "-chardev"]).arg(socket("exec", ""));
         qemu.args(["-device", "virtserialport,chardev=exec,name=bakehouse.exec"]);
         qemu.arg("-chardev").arg(socket("monitor", "")).args(["-mon", "chardev=monitor,mode=readline"]);
@@ -226,18 +228,18 @@ impl Vm {
             ("systemd.unit-dropin.multi-user.target".to_owned(), EXEC_WANTED.into()),
         ];
         for (i, (name, content)) in start.credentials.iter().chain(&ours).enumerate() {
-            // By file: everybody on this machine can read a command line.
+            // In a file, because every user of this host can read the command line.
             let path = self.path(&format!("credential-{i}"));
             let value = format!("io.systemd.credential.binary:{name}={}", BASE64.encode(content));
             write_private(&path, value.as_bytes())?;
-            // QEMU's options are separated by commas, and a doubled one is part of the value.
+            // QEMU separates options with commas; a doubled comma is part of the value.
             qemu.arg("-smbios").arg(format!("type=11,path={}", path.display().to_string().replace(',', ",,")));
         }
         qemu.arg("-pidfile").arg(self.path("pid")).arg("-daemonize");
         run(&mut qemu, "qemu-system-x86_64 (apt install qemu-system-x86)")
     }
 
-    /// Starts the TPM that remembers in the folder `tpm`; it ends with the machine.
+    /// Starts swtpm with its state in the folder `tpm`. swtpm ends when QEMU disconnects.
     fn start_tpm(&self) -> Result<()> {
         let mut tpm = Command::new("swtpm");
         tpm.args(["socket", "--tpm2", "--terminate", "--daemon"]);
@@ -246,39 +248,39 @@ impl Vm {
         run(&mut tpm, "swtpm (apt install swtpm)")
     }
 
-    /// Waits until this is said on the console.
-    pub(super) fn comes_so_far(&self, word: &str, step: &Step) -> Result<()> {
+    /// Waits until the console prints this text.
+    pub(super) fn wait_for(&self, wanted: &str, step: &Step) -> Result<()> {
         self.wait_console(BOOT_TIMEOUT, |text| {
-            step.message(&format!("{}: {}", self.node, last_word(text).chars().take(90).collect::<String>()));
-            text.contains(word).then_some(())
+            step.message(&format!("{}: {}", self.node, last_line(text).chars().take(90).collect::<String>()));
+            text.contains(wanted).then_some(())
         })
     }
 
-    /// Pulls the machine's network cable, or puts it back.
+    /// Pulls the machine's network cable, or plugs it in.
     ///
     /// # Errors
-    /// It does not run.
+    /// If QEMU's monitor does not reply, for example because the machine is off.
     pub fn plug(&self, plugged: bool) -> Result<()> {
         if let Some(container) = self.container() {
             return container.plug(plugged);
         }
-        self.order(&format!("set_link wire-card {}", if plugged { "on" } else { "off" }))
+        self.monitor(&format!("set_link wire-card {}", if plugged { "on" } else { "off" }))
     }
 
     /// Presses the power button and waits until the machine is off.
     ///
     /// # Errors
-    /// It is still on after three minutes; then it is switched off.
+    /// If the machine is still on after 180 s. The function switches it off.
     pub fn power_down(&self) -> Result<()> {
         if !self.is_running() {
             return Ok(());
         }
         match self.container() {
-            // It may be gone before it has answered.
+            // The container may stop before its reply arrives.
             Some(container) => drop(container.exec("systemctl --no-block poweroff", Duration::from_secs(30))),
-            None => self.order("system_powerdown")?,
+            None => self.monitor("system_powerdown")?,
         }
-        // systemd gives each service 90 seconds to end, and some wait for others.
+        // systemd gives each service 90 s to stop, and some services stop after others.
         if self.is_off_within(Duration::from_secs(180)) {
             return Ok(());
         }
@@ -286,49 +288,50 @@ impl Vm {
         fail(format!("{} did not shut down in 180 s and was switched off", self.node))
     }
 
-    /// Switches the machine off and on, as it is; what comes on its console follows what was there.
-    pub(super) fn start_again(&self) -> Result<()> {
+    /// Kills QEMU and starts it with the same command line. The console's log continues.
+    pub(super) fn restart(&self) -> Result<()> {
         let command = Path::new("/proc").join(self.pid()?.to_string()).join("cmdline");
-        let words = fs::read(&command).map_err(Error::io("read", &command))?;
+        let line = fs::read(&command).map_err(Error::io("read", &command))?;
         self.cut_power()?;
         let log = self.path("console.log");
         OpenOptions::new()
             .append(true)
             .open(&log)
-            .and_then(|mut log| writeln!(log, "\n{STARTED_AGAIN}"))
+            .and_then(|mut log| writeln!(log, "\n{RESTARTED}"))
             .map_err(Error::io("write", &log))?;
         if self.path("tpm").exists() {
             self.start_tpm()?;
         }
-        let words = words.strip_suffix(b"\0").unwrap_or(&words).split(|byte| *byte == 0).map(OsStr::from_bytes);
-        let mut words = words.collect::<Vec<_>>().into_iter();
-        run(Command::new(words.next().unwrap_or_default()).args(words), "qemu-system-x86_64")
+        let args = line.strip_suffix(b"\0").unwrap_or(&line).split(|byte| *byte == 0).map(OsStr::from_bytes);
+        let mut args = args.collect::<Vec<_>>().into_iter();
+        run(Command::new(args.next().unwrap_or_default()).args(args), "qemu-system-x86_64")
     }
 
     fn pid(&self) -> Result<Pid> {
         let path = self.path("pid");
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let number = text.trim().parse().map_err(|e| Error::Failed(format!("{}: {e}", path.display())))?;
+        let number = text.trim().parse::<i32>();
+        let number = number.map_err(|e| Error::Failed(format!("{} has no process id: {e}", path.display())))?;
         Ok(Pid::from_raw(number))
     }
 
-    /// Switches the machine off, as a power cut does.
+    /// Switches the machine off like a power failure, without a shutdown.
     ///
     /// # Errors
-    /// QEMU can't be killed.
+    /// If QEMU cannot be killed.
     pub fn cut_power(&self) -> Result<()> {
         if !self.is_running() {
             return Ok(());
         }
-        let told = |e| Error::Failed(format!("cannot switch {} off: {e}", self.node));
+        let context = |e| Error::Failed(format!("cannot switch {} off: {e}", self.node));
         match self.container() {
             Some(container) => container.cut_power(),
-            None => kill(self.pid()?, Signal::SIGKILL).map_err(told)?,
+            None => kill(self.pid()?, Signal::SIGKILL).map_err(context)?,
         }
         if self.is_off_within(Duration::from_secs(30)) {
             return Ok(());
         }
-        fail(format!("{} can't be switched off", self.node))
+        fail(format!("cannot switch {} off: it still runs after 30 s", self.node))
     }
 
     fn is_off_within(&self, patience: Duration) -> bool {
@@ -342,9 +345,9 @@ impl Vm {
         true
     }
 
-    /// Connects to one of the machine's sockets. QEMU serves one client at a time, and does not
-    /// see that one has gone as long as the machine does not read: others wait, but not for ever.
-    pub(super) fn knock(&self, socket: &str, until: Instant) -> std::io::Result<UnixStream> {
+    /// Connects to one of the machine's sockets. QEMU serves one client at a time, and does not notice a disconnect
+    /// while the machine does not read. Until `until`, this function retries a connection that QEMU does not accept.
+    pub(super) fn connect(&self, socket: &str, until: Instant) -> std::io::Result<UnixStream> {
         let address = UnixAddr::new(&self.path(socket))?;
         loop {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -361,16 +364,16 @@ impl Vm {
         }
     }
 
-    /// Gives QEMU an order, and waits until it was carried out.
-    fn order(&self, order: &str) -> Result<()> {
-        let told = |e: std::io::Error| Error::Failed(format!("{} does not listen: {e}", self.node));
-        let mut monitor = self.knock("monitor.sock", Instant::now() + Duration::from_secs(30)).map_err(told)?;
-        monitor.set_read_timeout(Some(Duration::from_secs(30))).map_err(told)?;
-        monitor.write_all(format!("{order}\n").as_bytes()).map_err(told)?;
-        // Prompts, once at the greeting, once after the order.
-        let mut said = BufReader::new(monitor);
+    /// Sends a command to QEMU's monitor and waits until QEMU has run it.
+    fn monitor(&self, command: &str) -> Result<()> {
+        let context = |e: std::io::Error| Error::Failed(format!("cannot reach the QEMU monitor of {}: {e}", self.node));
+        let mut monitor = self.connect("monitor.sock", Instant::now() + Duration::from_secs(30)).map_err(context)?;
+        monitor.set_read_timeout(Some(Duration::from_secs(30))).map_err(context)?;
+        monitor.write_all(format!("{command}\n").as_bytes()).map_err(context)?;
+        // QEMU prints the prompt `(qemu)` after its greeting, and again after the command.
+        let mut output = BufReader::new(monitor);
         for _ in 0..2 {
-            said.read_until(b')', &mut Vec::new()).map_err(told)?;
+            output.read_until(b')', &mut Vec::new()).map_err(context)?;
         }
         Ok(())
     }
@@ -381,10 +384,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_more_processors_are_emulated_than_the_host_has() {
-        assert_eq!(emulated(2, 1, 2), 2);
-        assert_eq!(emulated(2, 3, 2), 1);
-        assert_eq!(emulated(2, 8, 64), 2);
-        assert_eq!(emulated(4, 2, 6), 3);
+    fn all_machines_together_emulate_at_most_the_hosts_processors() {
+        assert_eq!(emulated_cpus(2, 1, 2), 2);
+        assert_eq!(emulated_cpus(2, 3, 2), 1);
+        assert_eq!(emulated_cpus(2, 8, 64), 2);
+        assert_eq!(emulated_cpus(4, 2, 6), 3);
     }
 }

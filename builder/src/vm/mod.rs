@@ -1,9 +1,9 @@
-//! Nodes as local virtual machines: QEMU with UEFI firmware, KVM where it really works.
+//! Nodes as local virtual machines: QEMU with UEFI firmware, and KVM if it can run that firmware.
 //!
-//! A machine has no way out: its network card is on a wire that only the fleet's other machines
-//! are on. What it says comes over its serial console into `console.log`; a port of its own, served by a unit that
-//! is handed in as a credential, runs commands. The image has no part in that. Where asked, containers stand in for
-//! machines (`container.rs`).
+//! A machine's network card is connected to the fleet's other machines only. QEMU writes the serial console to
+//! `console.log`. Commands run through a virtio serial port; the builder passes the unit that serves it as a
+//! credential, so the image does not contain it. With `up --containers`, containers replace the machines
+//! (`container.rs`).
 
 mod command;
 mod console;

@@ -1,4 +1,4 @@
-//! Everything that explains what happened, from all machines, in one archive. Without secrets.
+//! `bakehouse report`: an archive of journals, configurations and states from all machines, without secrets.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
@@ -17,7 +17,7 @@ use crate::keys::authority::FleetKey;
 use crate::progress::Progress;
 use crate::project::Project;
 
-/// File in the archive and the command that fills it, on every machine.
+/// Files of the archive from every machine, with the commands that print them.
 const EVERYWHERE: [(&str, &str); 7] = [
     ("journal.txt", "journalctl -b --no-pager -o short-iso-precise -n 20000"),
     ("units.txt", "systemctl --no-pager --failed; systemctl list-units --no-pager --all 'role-*'"),
@@ -25,10 +25,11 @@ const EVERYWHERE: [(&str, &str); 7] = [
     ("addresses.txt", "ip address; ip route; ip -s link"),
     (
         "mesh.txt",
-        "wg show all | sed 's/private key: .*/private key: (taken out)/'; birdc -s /run/bird/bird.ctl show protocols; birdc -s /run/bird/bird.ctl show route",
+        "wg show all | sed 's/private key: .*/private key: (removed)/'; birdc -s /run/bird/bird.ctl show protocols; \
+         birdc -s /run/bird/bird.ctl show route",
     ),
     ("packet-filter.txt", "nft list ruleset"),
-    // Configurations as they are now; keys and certificates are no configuration.
+    // `tls/` has keys and certificates.
     (
         "configurations.txt",
         "cd /run/bakehouse && for f in $(find . -type f -not -path './tls/*' | sort); do echo \"== $f\"; cat $f; done",
@@ -44,23 +45,23 @@ const PATRONI: (&str, &str) =
 const HAPROXY: (&str, &str) =
     ("haproxy.csv", "exec 3<>/dev/tcp/ADDRESS/8404; printf 'GET /;csv HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3");
 
-/// Collects it all into a `.tar.gz`.
+/// Writes the report to a `.tar.gz`. If a machine does not reply, its files contain the error.
 ///
 /// # Errors
-/// The archive can't be written. A machine that does not answer says so in it.
+/// If the fleet key of local machines cannot be read, or the archive cannot be written.
 pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<()> {
-    let step = progress.step("report", "asking every machine");
-    let secrets = words(&FleetKey::of_vms(project)?.secrets);
+    let step = progress.step("report", "collecting from every machine");
+    let secrets = passwords(&FleetKey::of_vms(project)?.secrets);
     let all: Vec<Vec<(String, String)>> = std::thread::scope(|scope| {
         let nodes = project.topology.nodes.iter();
-        let asked: Vec<_> = nodes.map(|node| scope.spawn(|| ask(project, node))).collect();
-        asked.into_iter().filter_map(|thread| thread.join().ok()).collect()
+        let threads: Vec<_> = nodes.map(|node| scope.spawn(|| files_of(project, node))).collect();
+        threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
     });
     let mut files = vec![("board.txt".to_owned(), FleetStatus::read(project).to_string())];
     files.push(("timeline.txt".to_owned(), timeline(&all)));
     files.extend(all.into_iter().flatten());
 
-    let file = private(output).map_err(Error::io("create", output))?;
+    let file = create_private(output).map_err(Error::io("create", output))?;
     let mut archive = tar::Builder::new(GzEncoder::new(file, flate2::Compression::default()));
     for (path, text) in &files {
         let text = redact(text, &secrets);
@@ -76,16 +77,16 @@ pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<
     Ok(())
 }
 
-/// An empty file that its owner alone reads, whatever the umask and the mode of one that was there: journals may hold
-/// what no pattern finds.
-fn private(path: &Path) -> io::Result<File> {
+/// Creates or truncates a file, and sets mode 0600 also on an existing file. Journals may contain secrets that
+/// [`redact`] does not find.
+fn create_private(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.set_permissions(Permissions::from_mode(0o600))?;
     Ok(file)
 }
 
-/// A node's files.
-fn ask(project: &Project, node: &Node) -> Vec<(String, String)> {
+/// Returns a node's files: path and content.
+fn files_of(project: &Project, node: &Node) -> Vec<(String, String)> {
     let vm = Vm::at(&node.name, project.dir.join("build/vm").join(&node.name));
     let file = |name: &str, text: String| (format!("{}/{name}", node.name), text);
     let mut files = vec![file("console.txt", vm.console())];
@@ -100,53 +101,55 @@ fn ask(project: &Project, node: &Node) -> Vec<(String, String)> {
         }
     }
     for (name, command) in wanted {
-        // Packed: a serial line is slow.
+        // Compressed, because the serial port is slow.
         let command = command.replace("ADDRESS", &node.address.to_string());
-        let said = vm.exec(&format!("{{ {command}; }} 2>&1 | gzip -c | base64 -w0"));
-        let text = said.and_then(|done| {
-            let damaged = |e: &dyn std::fmt::Display| Error::Failed(format!("{} answered nonsense: {e}", node.name));
-            let packed = BASE64.decode(done.output.trim()).map_err(|e| damaged(&e))?;
-            io::read_to_string(flate2::read::GzDecoder::new(&packed[..])).map_err(|e| damaged(&e))
+        let result = vm.exec(&format!("{{ {command}; }} 2>&1 | gzip -c | base64 -w0"));
+        let text = result.and_then(|done| {
+            let context = |e: &dyn std::fmt::Display| {
+                Error::Failed(format!("cannot decode the output of `{command}` on {}: {e}", node.name))
+            };
+            let packed = BASE64.decode(done.output.trim()).map_err(|e| context(&e))?;
+            io::read_to_string(flate2::read::GzDecoder::new(&packed[..])).map_err(|e| context(&e))
         });
         files.push(file(name, text.unwrap_or_else(|e| format!("{e}\n"))));
     }
     files
 }
 
-/// What the agents, Patroni and keepalived said, of all machines, by time.
+/// Returns the journal lines of the agents and the daemons on all machines, sorted by time.
 fn timeline(all: &[Vec<(String, String)>]) -> String {
     let journals = all.iter().flatten().filter(|(path, _)| path.ends_with("/journal.txt"));
     let mut lines: Vec<&str> = journals
         .flat_map(|(_, text)| text.lines())
         .filter(|line| {
-            let who = line.split_whitespace().nth(2).unwrap_or_default();
-            ["firstboot[", "patroni[", "Keepalived", "etcd[", "haproxy[", "bird["].iter().any(|w| who.starts_with(w))
+            let unit = line.split_whitespace().nth(2).unwrap_or_default();
+            ["firstboot[", "patroni[", "Keepalived", "etcd[", "haproxy[", "bird["].iter().any(|w| unit.starts_with(w))
         })
         .collect();
-    // They begin with the time.
+    // Each line begins with its time.
     lines.sort_unstable();
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-/// Every password there is.
-fn words(secrets: &Secrets) -> Vec<String> {
+/// Returns every password of the fleet.
+fn passwords(secrets: &Secrets) -> Vec<String> {
     let value = serde_json::to_value(secrets).unwrap_or_default();
     let all = value.as_object().into_iter().flatten().filter_map(|(_, v)| v.as_str());
     all.filter(|v| !v.is_empty()).map(str::to_owned).collect()
 }
 
-/// The text without passwords and private keys.
+/// Returns the text without passwords and private keys.
 fn redact(text: &str, secrets: &[String]) -> String {
     let mut text = text.to_owned();
     for secret in secrets {
-        text = text.replace(secret.as_str(), "(taken out)");
+        text = text.replace(secret.as_str(), "(removed)");
     }
     let mut out = String::with_capacity(text.len());
     let mut inside = false;
     for line in text.split_inclusive('\n') {
         if line.contains("-----BEGIN") && line.contains("PRIVATE KEY") {
             inside = true;
-            out += "(a private key was taken out)\n";
+            out += "(private key removed)\n";
         }
         if !inside {
             out += line;
@@ -163,33 +166,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_secret_is_told() {
-        let secrets = words(&Secrets::sample());
+    fn removes_passwords_and_private_keys() {
+        let secrets = passwords(&Secrets::sample());
         let mut text = String::new();
         for secret in &secrets {
             text += &format!("password: {secret}!\n");
         }
         let kind = "PRIVATE KEY";
         text += &format!("-----BEGIN {kind}-----\nMIGH\n-----END {kind}-----\nafter\n");
-        let told = redact(&text, &secrets);
-        assert!(secrets.len() > 5 && secrets.iter().all(|s| !told.contains(s.as_str())), "{told}");
-        assert!(!told.contains("MIGH") && told.ends_with("(a private key was taken out)\nafter\n"), "{told}");
+        let redacted = redact(&text, &secrets);
+        assert!(secrets.len() > 5 && secrets.iter().all(|s| !redacted.contains(s.as_str())), "{redacted}");
+        assert!(!redacted.contains("MIGH") && redacted.ends_with("(private key removed)\nafter\n"), "{redacted}");
     }
 
     #[test]
-    fn the_archive_is_its_owners() {
+    fn only_the_owner_can_read_the_archive() {
         let dir = tempfile::tempdir().unwrap();
         let (new, old) = (dir.path().join("new"), dir.path().join("old"));
         std::fs::write(&old, "an earlier report").unwrap();
         std::fs::set_permissions(&old, Permissions::from_mode(0o644)).unwrap();
         for path in [&new, &old] {
-            let meta = private(path).unwrap().metadata().unwrap();
+            let meta = create_private(path).unwrap().metadata().unwrap();
             assert_eq!((meta.permissions().mode() & 0o777, meta.len()), (0o600, 0), "{}", path.display());
         }
     }
 
     #[test]
-    fn the_timeline_is_of_all_machines() {
+    fn timeline_merges_journals_by_time() {
         let of = |node: &str, lines: &str| vec![(format!("{node}/journal.txt"), lines.to_owned())];
         let text = timeline(&[
             of("a", "2026-01-01T00:00:02 a patroni[1]: two\n2026-01-01T00:00:03 a kernel: no\n"),

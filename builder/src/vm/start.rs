@@ -1,45 +1,48 @@
-//! How a machine is started.
+//! Options for the start of a machine.
 
 use std::path::Path;
 
 use super::network::VirtualNic;
 
-/// By what its firmware asks the network for something to boot.
+/// Network boot client of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Netboot {
-    /// DHCP and TFTP.
+    /// The firmware's PXE client: DHCP and TFTP.
     Pxe,
-    /// DHCP and HTTP.
+    /// The firmware's HTTP boot client: DHCP and HTTP.
     Http,
-    /// iPXE's own, as it is on QEMU's network cards.
+    /// iPXE in the option ROM of QEMU's network card.
     Ipxe,
 }
 
-/// How to start a machine.
+/// Options for one start of a machine.
 pub struct VmOptions<'a> {
+    /// Image of the disk, raw.
     pub image: &'a Path,
-    /// Bytes.
+    /// Memory in bytes.
     pub memory: u64,
+    /// Processors that the node's profiles ask for.
     pub cpus: u16,
-    /// Machines that run at the same time, this one too.
+    /// Number of machines that run at the same time, including this one.
     pub machines: usize,
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub disk: u64,
-    /// A disk that is there stays, also where the image is another by now.
+    /// Keeps an existing disk, even if it was created from another image.
     pub keep: bool,
+    /// Network card in the fleet's local network.
     pub wire: VirtualNic,
-    /// A second disk, raw.
+    /// Image of a second disk, raw and read-only.
     pub seed: Option<&'a Path>,
-    /// The folder of what its TPM remembers; it has one then.
+    /// Folder with the TPM's state. `None` starts a machine without a TPM.
     pub tpm: Option<&'a Path>,
-    /// Where its disk has nothing to boot, the machine asks on the wire.
+    /// Network boot client that the machine uses if its disk is not bootable.
     pub netboot: Option<Netboot>,
-    /// Its firmware runs what is signed, and nothing else, once it has the fleet's key.
+    /// Uses the firmware build that enforces Secure Boot once the fleet's key is enrolled.
     pub secure_boot: bool,
-    /// Its firmware is no UEFI but a legacy BIOS, with its screen on the serial console.
+    /// Uses a legacy BIOS instead of UEFI, with its screen on the serial console.
     pub bios: bool,
-    /// systemd credentials: name → content.
+    /// systemd credentials: name and content.
     pub credentials: Vec<(String, Vec<u8>)>,
-    /// It is no machine but a container, with these WireGuard interfaces.
+    /// Starts a container instead of a machine, with these WireGuard interfaces.
     pub container: Option<Vec<String>>,
 }

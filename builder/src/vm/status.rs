@@ -1,5 +1,4 @@
-//! The fleet at a glance: what every machine says of itself, and what the services say of each
-//! other.
+//! State of the fleet's local machines, from their agents, PostgreSQL, and HAProxy.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,100 +6,116 @@ use std::fmt;
 use fleet::{Node, Topology};
 use serde::{Deserialize, Serialize};
 
-use super::command::{ANSWER, last_word};
+use super::command::{REPLY_TIMEOUT, last_line};
 use super::machine::Vm;
 use super::network::{HostForward, VirtualNic};
 use crate::project::Project;
 
-/// What `bakehouse status` prints.
+/// State of a fleet, which `bakehouse status` prints.
 #[derive(Clone, Debug, Serialize)]
 pub struct FleetStatus {
+    /// Nodes in the order of the fleet's topology.
     pub nodes: Vec<NodeRow>,
-    /// Odoo's servers as the hub that holds the VIP sees them: name → `UP`, `DOWN` …
+    /// HAProxy's status (`UP`, `DOWN` and others) of each Odoo server, on the hub that holds the VIP.
     pub odoo: BTreeMap<String, String>,
-    /// What a browser on this host opens.
+    /// Addresses of Odoo for a browser on this host.
     pub urls: Vec<String>,
 }
 
-/// One machine.
+/// State of one node.
 #[derive(Clone, Debug, Serialize)]
 pub struct NodeRow {
+    /// Name of the node.
     pub node: String,
+    /// Group of the node.
     pub group: String,
+    /// Roles of the node.
     pub roles: Vec<String>,
+    /// Address in the mesh.
     pub address: String,
+    /// State of its machine.
     pub state: MachineState,
-    /// The last thing its agent said.
+    /// Last message of its agent.
     pub message: String,
+    /// Whether the node holds the VIP.
     pub vip: bool,
+    /// State of PostgreSQL, on a database node.
     pub database: Option<Database>,
 }
 
+/// State of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MachineState {
+    /// The machine is off.
     Off,
-    /// It runs, and does not answer yet.
+    /// The machine runs, and does not reply yet.
     Booting,
+    /// The agent waits for its slot.
     Joining,
+    /// The node's roles start.
     Starting,
+    /// All roles are ready.
     Ready,
 }
 
-/// What PostgreSQL is on a node.
+/// PostgreSQL's state on a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Database {
-    /// With its standbys.
+    /// Primary, with the standbys that replicate from it.
     Primary(Vec<Standby>),
+    /// Standby.
     Standby,
 }
 
-/// A standby, as the primary sees it.
+/// A standby in the primary's `pg_stat_replication`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Standby {
+    /// Name of the node.
     pub node: String,
-    /// A write is acknowledged only when it has it.
+    /// Whether commits wait for this standby (a synchronous standby).
     pub sync: bool,
-    /// Bytes of WAL it has not applied yet.
+    /// Bytes of WAL that the standby has not replayed.
     pub lag: u64,
 }
 
 impl FleetStatus {
-    /// Asks every machine that runs, all at once.
+    /// Reads the state of all nodes, in parallel.
     #[must_use]
     pub fn read(project: &Project) -> Self {
         let topology = &project.topology;
         let seen: Vec<(NodeRow, BTreeMap<String, String>)> = std::thread::scope(|scope| {
-            let asked: Vec<_> = topology.nodes.iter().map(|node| scope.spawn(|| look(project, node))).collect();
-            asked.into_iter().filter_map(|thread| thread.join().ok()).collect()
+            let threads: Vec<_> = topology.nodes.iter().map(|node| scope.spawn(|| query(project, node))).collect();
+            threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
         });
         let holder = seen.iter().find(|(row, _)| row.vip).or_else(|| seen.iter().find(|(_, odoo)| !odoo.is_empty()));
         let odoo = holder.map(|(_, odoo)| odoo.clone()).unwrap_or_default();
         let served = topology.nodes.iter().any(|n| n.has_role("app"));
         let hub_forwards = topology.hubs.iter().filter(|_| served).filter_map(|hub| {
             let up = seen.iter().any(|(row, _)| row.node == hub.name && row.state != MachineState::Off);
-            VirtualNic::of(project, hub).door.filter(|_| up)
+            VirtualNic::of(project, hub).forward.filter(|_| up)
         });
-        let urls = hub_forwards.filter_map(|door: HostForward| door.url()).collect();
+        let urls = hub_forwards.filter_map(|forward: HostForward| forward.url()).collect();
         Self { nodes: seen.into_iter().map(|(row, _)| row).collect(), odoo, urls }
     }
 
-    /// Nothing is missing: every node ready, one holder of the VIP, one primary, every standby
-    /// with it, every Odoo up.
+    /// Returns whether the fleet is complete: every node is ready, one hub holds the VIP, all standbys replicate from
+    /// the one primary, at least one of them synchronously, and HAProxy reports every Odoo server as up.
     #[must_use]
     pub fn is_healthy(&self) -> bool {
         let standbys = self.nodes.iter().filter(|n| n.database == Some(Database::Standby)).count();
-        let followed: Vec<&Vec<Standby>> = self
+        let primaries: Vec<&Vec<Standby>> = self
             .nodes
             .iter()
             .filter_map(|n| if let Some(Database::Primary(standbys)) = &n.database { Some(standbys) } else { None })
             .collect();
+        let is_complete = |with: &[Standby]| with.len() == standbys && (standbys == 0 || with.iter().any(|s| s.sync));
+        let replicating = matches!(primaries[..], [with] if is_complete(with));
         let databases = self.nodes.iter().any(|n| n.roles.iter().any(|r| r == "db"));
         self.nodes.iter().all(|n| n.state == MachineState::Ready)
             && self.nodes.iter().filter(|n| n.vip).count() == 1
-            && (!databases
-                || matches!(followed[..], [with] if with.len() == standbys && (standbys == 0 || with.iter().any(|s| s.sync))))
+            && (!databases || replicating)
             && self.nodes.iter().all(|n| !n.roles.iter().any(|r| r == "db") || n.database.is_some())
             && self
                 .nodes
@@ -108,18 +123,19 @@ impl FleetStatus {
                 .all(|n| !n.roles.iter().any(|r| r == "app") || self.odoo.get(&n.node).is_some_and(|s| s == "UP"))
     }
 
+    /// Returns the state of a node.
     #[must_use]
     pub fn row(&self, node: &str) -> Option<&NodeRow> {
         self.nodes.iter().find(|r| r.node == node)
     }
 
-    /// Who holds the VIP.
+    /// Returns the node that holds the VIP.
     #[must_use]
     pub fn holder(&self) -> Option<&str> {
         self.nodes.iter().find(|r| r.vip).map(|r| r.node.as_str())
     }
 
-    /// Which node takes the writes.
+    /// Returns the node with the primary.
     #[must_use]
     pub fn primary(&self) -> Option<&str> {
         self.nodes.iter().find(|r| matches!(r.database, Some(Database::Primary(_)))).map(|r| r.node.as_str())
@@ -145,7 +161,7 @@ impl fmt::Display for FleetStatus {
                     Some(s) => {
                         notes.push(format!("{}standby, {} behind", if s.sync { "sync " } else { "" }, bytes(s.lag)));
                     }
-                    None => notes.push("standby that follows nobody".to_owned()),
+                    None => notes.push("standby, not replicating".to_owned()),
                 },
                 None => {}
             }
@@ -174,6 +190,7 @@ impl fmt::Display for FleetStatus {
 }
 
 impl MachineState {
+    /// Returns the name that `bakehouse status` prints.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -190,8 +207,8 @@ fn bytes(n: u64) -> String {
     if n < 10_000 { format!("{n} B") } else { format!("{:.1} MB", n as f64 / 1e6) }
 }
 
-/// A machine's row, and Odoo's servers if it is a hub.
-fn look(project: &Project, node: &Node) -> (NodeRow, BTreeMap<String, String>) {
+/// Returns the state of a node, and Odoo's servers if the node is a hub.
+fn query(project: &Project, node: &Node) -> (NodeRow, BTreeMap<String, String>) {
     let vm = Vm::at(&node.name, project.dir.join("build/vm").join(&node.name));
     let mut row = NodeRow {
         node: node.name.clone(),
@@ -208,15 +225,15 @@ fn look(project: &Project, node: &Node) -> (NodeRow, BTreeMap<String, String>) {
         return (row, odoo);
     }
     row.state = MachineState::Booting;
-    match vm.exec_within(&question(&project.topology, node), ANSWER) {
-        Ok(done) => read(&done.output, &mut row, &mut odoo),
-        Err(_) => last_word(&vm.console()).clone_into(&mut row.message),
+    match vm.exec_within(&status_script(&project.topology, node), REPLY_TIMEOUT) {
+        Ok(done) => parse(&done.output, &mut row, &mut odoo),
+        Err(_) => last_line(&vm.console()).clone_into(&mut row.message),
     }
     (row, odoo)
 }
 
-/// A shell script that says how the node is: lines that [`read`] reads.
-fn question(topology: &Topology, node: &Node) -> String {
+/// Returns a shell script that prints the node's state, for [`parse`].
+fn status_script(topology: &Topology, node: &Node) -> String {
     const POSTGRES: &str = "\
 SELECT CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE 'primary' END;
 SELECT 'follower', application_name, sync_state, COALESCE(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn), 0)::bigint
@@ -225,7 +242,8 @@ SELECT 'follower', application_name, sync_state, COALESCE(pg_wal_lsn_diff(pg_cur
     if node.hub > 0 {
         script += &format!("ip -brief address show dev lo | grep -qw {}/32 && echo vip\n", topology.vip);
         script += &format!(
-            "exec 3<>/dev/tcp/{}/8404 && printf 'GET /;csv HTTP/1.0\\r\\n\\r\\n' >&3 && sed -n 's/^odoo,/server ,/p' <&3\n",
+            "exec 3<>/dev/tcp/{}/8404 && printf 'GET /;csv HTTP/1.0\\r\\n\\r\\n' >&3 && \
+             sed -n 's/^odoo,/server ,/p' <&3\n",
             node.address
         );
     }
@@ -236,15 +254,16 @@ SELECT 'follower', application_name, sync_state, COALESCE(pg_wal_lsn_diff(pg_cur
     script
 }
 
-fn read(text: &str, row: &mut NodeRow, odoo: &mut BTreeMap<String, String>) {
+/// Reads the lines of [`status_script`]; ignores lines of other programs.
+fn parse(text: &str, row: &mut NodeRow, odoo: &mut BTreeMap<String, String>) {
     #[derive(Deserialize)]
     struct Agent {
         phase: String,
         message: String,
     }
     for line in text.lines() {
-        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
-        match word {
+        let (kind, rest) = line.split_once(' ').unwrap_or((line, ""));
+        match kind {
             "agent" => {
                 if let Ok(agent) = serde_json::from_str::<Agent>(rest) {
                     row.message = agent.message;
@@ -266,7 +285,7 @@ fn read(text: &str, row: &mut NodeRow, odoo: &mut BTreeMap<String, String>) {
                     with.push(Standby { node: (*node).to_owned(), sync, lag: lag.parse().unwrap_or(0) });
                 }
             }
-            // HAProxy's table: proxy, server, …, status in the 18th column.
+            // HAProxy's CSV: the server's name is the second column, its status the 18th.
             "server" => {
                 let columns: Vec<&str> = rest.split(',').collect();
                 if let (Some(name), Some(status)) = (columns.get(1), columns.get(17))
@@ -284,7 +303,7 @@ fn read(text: &str, row: &mut NodeRow, odoo: &mut BTreeMap<String, String>) {
 mod tests {
     use super::*;
 
-    fn row(node: &str, roles: &[&str], answer: &str) -> (NodeRow, BTreeMap<String, String>) {
+    fn row(node: &str, roles: &[&str], output: &str) -> (NodeRow, BTreeMap<String, String>) {
         let mut row = NodeRow {
             node: node.into(),
             group: "g".into(),
@@ -296,11 +315,11 @@ mod tests {
             database: None,
         };
         let mut odoo = BTreeMap::new();
-        read(answer, &mut row, &mut odoo);
+        parse(output, &mut row, &mut odoo);
         (row, odoo)
     }
 
-    fn board() -> FleetStatus {
+    fn healthy_fleet() -> FleetStatus {
         let ready = r#"agent {"fleet":"q","node":"n","epoch":1,"phase":"ready","message":"ready (n)"}"#;
         let servers = "server ,app-1,0,0,0,1,,0,0,0,,0,,0,0,0,0,UP,1\nserver ,BACKEND,0,0,0,1,,0,0,0,,0,,0,0,0,0,UP,1";
         let hub = row("hub-1", &["hub"], &format!("{ready}\nvip\n{servers}\n"));
@@ -315,45 +334,44 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_fleet_at_a_glance() {
-        let board = board();
-        assert!(board.is_healthy());
-        assert_eq!((board.holder(), board.primary()), (Some("hub-1"), Some("db-1")));
-        let text = board.to_string();
-        for words in ["ready     VIP\n", "ready     primary\n", "sync standby, 12 B behind", "Odoo up", "https://127."]
-        {
-            assert!(text.contains(words), "{words}:\n{text}");
+    fn shows_vip_primary_standbys_and_odoo() {
+        let status = healthy_fleet();
+        assert!(status.is_healthy());
+        assert_eq!((status.holder(), status.primary()), (Some("hub-1"), Some("db-1")));
+        let text = status.to_string();
+        for part in ["ready     VIP\n", "ready     primary\n", "sync standby, 12 B behind", "Odoo up", "https://127."] {
+            assert!(text.contains(part), "{part}:\n{text}");
         }
     }
 
     #[test]
-    fn anything_that_is_missing_counts() {
-        let breaks: [fn(&mut FleetStatus); 6] = [
-            |b| b.nodes[0].vip = false,
-            |b| b.nodes[3].vip = true,
-            |b| b.nodes[1].database = Some(Database::Primary(Vec::new())),
-            |b| b.nodes[2].database = None,
-            |b| b.odoo.clear(),
-            |b| b.nodes[3].state = MachineState::Starting,
+    fn a_fleet_with_one_fault_is_not_healthy() {
+        let faults: [fn(&mut FleetStatus); 6] = [
+            |s| s.nodes[0].vip = false,
+            |s| s.nodes[3].vip = true,
+            |s| s.nodes[1].database = Some(Database::Primary(Vec::new())),
+            |s| s.nodes[2].database = None,
+            |s| s.odoo.clear(),
+            |s| s.nodes[3].state = MachineState::Starting,
         ];
-        for (i, broken) in breaks.iter().enumerate() {
-            let mut board = board();
-            broken(&mut board);
-            assert!(!board.is_healthy(), "{i}");
+        for (i, inject) in faults.iter().enumerate() {
+            let mut status = healthy_fleet();
+            inject(&mut status);
+            assert!(!status.is_healthy(), "{i}");
         }
     }
 
     #[test]
-    fn a_machine_that_starts_says_what_it_waits_for() {
-        let answer = r#"agent {"fleet":"q","node":"","epoch":0,"phase":"joining","message":"asking hub-1"}"#;
-        let board =
-            FleetStatus { nodes: vec![row("db-1", &["db"], answer).0], odoo: BTreeMap::new(), urls: Vec::new() };
-        assert!(board.to_string().contains("joining   asking hub-1"), "{board}");
+    fn shows_the_agents_message_until_a_node_is_ready() {
+        let output = r#"agent {"fleet":"q","node":"","epoch":0,"phase":"joining","message":"asking hub-1"}"#;
+        let status =
+            FleetStatus { nodes: vec![row("db-1", &["db"], output).0], odoo: BTreeMap::new(), urls: Vec::new() };
+        assert!(status.to_string().contains("joining   asking hub-1"), "{status}");
     }
 
     proptest::proptest! {
         #[test]
-        fn no_answer_panics(text: String) {
+        fn parse_never_panics(text: String) {
             row("n", &[], &text);
         }
     }

@@ -1,5 +1,5 @@
-//! Codes that the operator read on a machine's console and confirmed: without one, no hub and no voter gets its
-//! ticket. In a file, so that `bakehouse netboot --approve` reaches the server that runs.
+//! Codes that the operator read on machines' consoles and confirmed. The server gives a hub or a voter its ticket only
+//! after that. The codes are in a file, through which `bakehouse netboot --approve` reaches a running server.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,25 +13,25 @@ use crate::error::{Error, Result};
 use crate::util::fs::write_private;
 use crate::util::json::pretty_json;
 
-/// Codes that wait for their machine, at most; the oldest go first.
-const WAITING: usize = 64;
+/// Maximum number of confirmed codes. The oldest ones are removed first.
+const MAX_CODES: usize = 64;
 
-/// Confirmed codes that no machine has used yet.
+/// Confirmed codes that no machine has used.
 pub struct Approvals {
     path: PathBuf,
 }
 
 impl Approvals {
-    /// Those of the folder with the server's records.
+    /// Returns the codes in the folder of the server's records.
     #[must_use]
     pub fn new(dir: &Path) -> Self {
         Self { path: dir.join("approved.json") }
     }
 
-    /// Confirms what the operator typed; returns the code as the machine shows it.
+    /// Confirms a code that the operator typed. Returns the code in the format of the machine's console.
     ///
     /// # Errors
-    /// It is not a code; the file can't be written.
+    /// If `typed` is not a code, or the file cannot be written.
     pub fn add(&self, typed: &str) -> Result<String> {
         let code = read_code(typed).ok_or_else(|| {
             Error::Usage(format!(
@@ -41,7 +41,7 @@ impl Approvals {
         })?;
         let mut codes = self.read()?;
         codes.insert(code.clone(), now());
-        while codes.len() > WAITING {
+        while codes.len() > MAX_CODES {
             let Some(oldest) = codes.iter().min_by_key(|(_, at)| **at).map(|(code, _)| code.clone()) else { break };
             codes.remove(&oldest);
         }
@@ -49,29 +49,32 @@ impl Approvals {
         Ok(code)
     }
 
-    /// Whether the operator confirmed this code.
+    /// Returns whether the operator confirmed this code.
     ///
     /// # Errors
-    /// The file is damaged.
+    /// If the file cannot be read or parsed.
     pub fn has(&self, code: &str) -> Result<bool> {
         Ok(self.read()?.contains_key(code))
     }
 
-    /// Takes a code that a machine has used.
+    /// Removes a code that a machine has used.
     ///
     /// # Errors
-    /// The file can't be written.
+    /// If the file cannot be written.
     pub fn remove(&self, code: &str) -> Result<()> {
         let mut codes = self.read()?;
         codes.remove(code);
         self.write(&codes)
     }
 
-    /// Codes, and when they were confirmed in seconds since 1970.
+    /// Returns the codes, with the time of their confirmation in seconds since 1970.
     fn read(&self) -> Result<BTreeMap<String, u64>> {
         match fs::read(&self.path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
-                Error::Failed(format!("{} is damaged ({e}); remove it and confirm again", self.path.display()))
+                Error::Failed(format!(
+                    "cannot parse {}: {e}; remove the file and confirm the codes again",
+                    self.path.display()
+                ))
             }),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(BTreeMap::new()),
             Err(e) => Err(Error::io("read", &self.path)(e)),
@@ -93,7 +96,7 @@ mod tests {
         let approvals = Approvals::new(dir.path());
         let code = approvals.add("0123 4567-89ab-cdef").unwrap();
         assert_eq!(code, "0123-4567-89AB-CDEF");
-        // Another process reads it.
+        // Another process reads the same file.
         let server = Approvals::new(dir.path());
         assert!(server.has(&code).unwrap() && !server.has("0000-0000-0000-0000").unwrap());
         server.remove(&code).unwrap();
@@ -102,12 +105,12 @@ mod tests {
     }
 
     #[test]
-    fn there_is_a_bound() {
+    fn keeps_at_most_max_codes() {
         let dir = tempfile::tempdir().unwrap();
         let approvals = Approvals::new(dir.path());
-        for i in 0..WAITING + 10 {
+        for i in 0..MAX_CODES + 10 {
             approvals.add(&format!("{i:016}")).unwrap();
         }
-        assert_eq!(approvals.read().unwrap().len(), WAITING);
+        assert_eq!(approvals.read().unwrap().len(), MAX_CODES);
     }
 }

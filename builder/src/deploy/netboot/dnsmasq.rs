@@ -1,41 +1,45 @@
-//! The configuration of dnsmasq, which answers firmware: addresses (or only the boot file, beside
-//! another DHCP server), and the installer over TFTP.
+//! Configuration of dnsmasq. dnsmasq assigns addresses to machines, or only names the boot file beside another DHCP
+//! server (proxy DHCP). It serves the installer over TFTP.
 
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 
-/// The installer's name on the TFTP server.
+/// Name of the installer on the TFTP server and the HTTP server.
 pub const LOADER: &str = "bakehouse.efi";
-/// iPXE's script on the HTTP server.
+/// Name of iPXE's script on the HTTP server.
 pub const SCRIPT: &str = "bakehouse.ipxe";
-/// Folders in dnsmasq's own.
+/// Folder of the TFTP server, relative to dnsmasq's folder.
 pub const TFTP: &str = "tftp";
+/// Folder of the list of installed machines, relative to dnsmasq's folder.
 pub const HOSTS: &str = "hosts";
 
-/// Where and how firmware is answered.
+/// Network boot service of this host.
 #[derive(Clone, Debug)]
 pub struct Service {
+    /// Network interface.
     pub interface: String,
-    /// This host's, on that interface.
+    /// This host's address on the interface.
     pub address: Ipv4Addr,
+    /// Network of that address.
     pub net: Ipv4Net,
-    /// Gives addresses out itself; else somebody else on the network does.
+    /// Whether dnsmasq assigns addresses. If not, the network has another DHCP server.
     pub dhcp: bool,
-    /// Of the HTTP server.
+    /// Port of the HTTP server.
     pub port: u16,
     /// dnsmasq's folder.
     pub dir: String,
 }
 
 impl Service {
+    /// Returns the address of the HTTP server.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}:{}", self.address, self.port)
     }
 
-    /// `dnsmasq.conf`.
+    /// Returns the content of `dnsmasq.conf`.
     #[must_use]
     pub fn config(&self) -> String {
         let Self { interface, address, net, dir, .. } = self;
@@ -44,20 +48,20 @@ impl Service {
             "# No DNS.\nport=0\nno-resolv\nno-hosts\nbind-interfaces\ninterface={interface}\nexcept-interface=lo\n\
              log-facility=-\nlog-dhcp\nuser=root\ngroup=root\npid-file\n\
              enable-tftp\ntftp-root={dir}/{TFTP}\ntftp-secure\ntftp-no-fail\n\
-             # Machines that were installed start from their disks.\ndhcp-hostsdir={dir}/{HOSTS}\n"
+             # Installed machines boot from their disks.\ndhcp-hostsdir={dir}/{HOSTS}\n"
         );
         if self.dhcp {
             let (first, last) = range(*net, *address);
             let _ = writeln!(
                 text,
                 "dhcp-range={first},{last},{},1h\ndhcp-authoritative\ndhcp-leasefile={dir}/leases\n\
-                 # No router and no name server: this network leads nowhere.\ndhcp-option=3\ndhcp-option=6",
+                 # This network has no router and no name server.\ndhcp-option=3\ndhcp-option=6",
                 net.netmask()
             );
         } else {
             let _ = writeln!(text, "dhcp-range={},proxy,{}", net.network(), net.netmask());
         }
-        // 7 and 9 are what firmware of x86-64 calls itself; 16 asks for an address of HTTP.
+        // Client architectures (RFC 4578): x86-64 firmware sends 7 or 9, and 16 for UEFI HTTP boot.
         for arch in [7, 9] {
             let _ = writeln!(text, "dhcp-match=set:uefi,option:client-arch,{arch}");
         }
@@ -82,14 +86,14 @@ impl Service {
     }
 }
 
-/// iPXE's script. It hands programs their file's name for a command line, which would replace the
-/// installer's own: so it is said here.
+/// Returns iPXE's script. By default, iPXE passes the file's name as the command line, which would replace the command
+/// line in the installer's UKI, so the script passes that one.
 #[must_use]
 pub fn script(service: &Service, cmdline: &str) -> String {
     format!("#!ipxe\nchain {}/{LOADER} {cmdline}\n", service.url())
 }
 
-/// Addresses to give out: the net's upper half, without this host's.
+/// Returns the first and the last address to assign: the upper half of the network, without this host's address.
 fn range(net: Ipv4Net, own: Ipv4Addr) -> (Ipv4Addr, Ipv4Addr) {
     let (network, broadcast) = (u32::from(net.network()), u32::from(net.broadcast()));
     let middle = network + (broadcast - network) / 2 + 1;
@@ -117,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_the_upper_half_and_never_this_hosts() {
+    fn range_is_the_upper_half_without_the_hosts_address() {
         let net: Ipv4Net = "192.0.2.0/24".parse().unwrap();
         let of = |own: u8| range(net, Ipv4Addr::new(192, 0, 2, own));
         assert_eq!(of(1), (Ipv4Addr::new(192, 0, 2, 128), Ipv4Addr::new(192, 0, 2, 254)));
@@ -125,9 +129,8 @@ mod tests {
         assert_eq!(of(200).1, Ipv4Addr::new(192, 0, 2, 199));
     }
 
-    /// `dnsmasq --test` reads it where it is installed; CI has it.
     #[test]
-    fn dnsmasq_takes_it() {
+    fn dnsmasq_accepts_the_configuration() {
         for dhcp in [true, false] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("dnsmasq.conf");
@@ -136,9 +139,9 @@ mod tests {
             }
             let service = Service { dir: dir.path().display().to_string(), ..service(dhcp) };
             std::fs::write(&path, service.config()).unwrap();
-            let said = std::process::Command::new("dnsmasq").arg("--test").arg("-C").arg(&path).output();
-            let said = said.expect("dnsmasq is installed: builder/host-deps.sh dnsmasq-base");
-            assert!(said.status.success(), "{}\n{}", String::from_utf8_lossy(&said.stderr), service.config());
+            let output = std::process::Command::new("dnsmasq").arg("--test").arg("-C").arg(&path).output();
+            let output = output.expect("dnsmasq is installed: builder/host-deps.sh dnsmasq-base");
+            assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), service.config());
         }
     }
 }

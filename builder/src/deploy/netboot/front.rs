@@ -1,4 +1,4 @@
-//! The answers to what machines ask over HTTP.
+//! Handler of the installers' HTTP requests.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,10 +21,11 @@ use crate::keys::ticket::{DEFAULT_TERMS, TicketTerms, mint};
 use crate::keys::ticket_log;
 use crate::project::Project;
 
-/// What the server answers from: the fleet's plan, its keys and its images.
+/// The fleet, its key and its images.
 pub(super) struct FleetPlan {
     pub project: Project,
     pub authority: FleetKey,
+    /// Images by group.
     pub offers: BTreeMap<String, ImageOffer>,
 }
 
@@ -46,10 +47,10 @@ impl Plan for FleetPlan {
         self.project.recipe(group).profiles.iter().all(|p| p.disk.volatile)
     }
 
-    fn disk(&self, group: &str, way: &InstallMode) -> u64 {
+    fn disk(&self, group: &str, mode: &InstallMode) -> u64 {
         let recipe = self.project.recipe(group);
         let var = var_size(&recipe);
-        match way {
+        match mode {
             InstallMode::Install(_) => slots(&self.project, &recipe).map_or(0, |slots| slots.machine_disk(var)),
             InstallMode::Run(_) => var,
         }
@@ -57,7 +58,7 @@ impl Plan for FleetPlan {
 
     fn memory(&self, group: &str) -> u64 {
         let root = self.offers.get(group).map_or(0, |o| o.root.size + o.verity.size);
-        // The kernel keeps a part of what the machine has for itself.
+        // Installers report less memory than a machine has, because the kernel reserves a part: 10 % tolerance.
         root + (self.project.machine(group).memory << 20) / 10 * 9
     }
 
@@ -69,85 +70,86 @@ impl Plan for FleetPlan {
     }
 }
 
-/// What answers machines.
+/// Handler of the installers' requests.
 pub(super) struct NetbootHandler {
     fleet: FleetPlan,
-    desk: Mutex<MachineRegistry>,
+    registry: Mutex<MachineRegistry>,
     /// The folder that dnsmasq reads.
     dir: PathBuf,
-    board: NetbootProgress,
+    progress: NetbootProgress,
 }
 
 impl NetbootHandler {
-    /// Answers from `desk`'s records; keeps dnsmasq's list of installed machines below `dir`.
-    pub(super) fn new(fleet: FleetPlan, desk: MachineRegistry, dir: PathBuf, board: NetbootProgress) -> Self {
-        Self { fleet, desk: Mutex::new(desk), dir, board }
+    /// Returns a handler with the records of `registry`. It writes dnsmasq's list of installed machines below `dir`.
+    pub(super) fn new(fleet: FleetPlan, registry: MachineRegistry, dir: PathBuf, progress: NetbootProgress) -> Self {
+        Self { fleet, registry: Mutex::new(registry), dir, progress }
     }
 
-    /// The answer to a request's body, JSON; or why it is refused.
-    pub(super) fn answer(&self, path: &str, body: &[u8]) -> Result<Vec<u8>, String> {
-        let told = |e: Error| e.to_string();
+    /// Returns the response to a request, in JSON, or the reason for a refusal.
+    pub(super) fn handle(&self, path: &str, body: &[u8]) -> Result<Vec<u8>, String> {
+        let message = |e: Error| e.to_string();
         match path {
             "/v1/machine" => {
                 let machine: NetbootMachine = serde_json::from_slice(body).map_err(|e| e.to_string())?;
-                let errand = self.errand(&machine).map_err(told)?;
-                serde_json::to_vec(&errand).map_err(|e| e.to_string())
+                let assignment = self.assignment(&machine).map_err(message)?;
+                serde_json::to_vec(&assignment).map_err(|e| e.to_string())
             }
             "/v1/news" => {
-                let news: ProgressReport = serde_json::from_slice(body).map_err(|e| e.to_string())?;
-                if self.news(&news).map_err(told)? {
+                let report: ProgressReport = serde_json::from_slice(body).map_err(|e| e.to_string())?;
+                if self.accept_report(&report).map_err(message)? {
                     return Ok(b"{}".to_vec());
                 }
-                Err("the news are ignored: they don't prove that a ticket was sealed for their sender".to_owned())
+                Err("the server ignores this report: it does not prove that its sender opened a sealed ticket"
+                    .to_owned())
             }
-            _ => Err("the server answers POST at /v1/machine and /v1/news only".to_owned()),
+            _ => Err("the server accepts POST requests at /v1/machine and /v1/news only".to_owned()),
         }
     }
 
     /// Confirms the code that the operator typed, and prints the result.
     pub(super) fn approve(&self, typed: &str) {
-        let approved = self.desk().approve(typed);
+        let approved = self.registry().approve(typed);
         match approved {
-            Ok(code) => self.board.say(&format!("{code} is confirmed; its machine asks again within 15 s")),
-            Err(e) => self.board.say(&e.to_string()),
+            Ok(code) => self.progress.say(&format!("confirmed {code}; its machine continues within 15 s")),
+            Err(e) => self.progress.say(&e.to_string()),
         }
     }
 
-    fn desk(&self) -> MutexGuard<'_, MachineRegistry> {
-        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    fn registry(&self) -> MutexGuard<'_, MachineRegistry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn errand(&self, machine: &NetbootMachine) -> Result<Assignment> {
-        let answer = self.desk().decide(machine, &self.fleet)?;
-        match answer {
+    fn assignment(&self, machine: &NetbootMachine) -> Result<Assignment> {
+        let decision = self.registry().decide(machine, &self.fleet)?;
+        match decision {
             RegistryDecision::Assigned(decision) => self.assign(machine, decision),
             RegistryDecision::Unconfirmed { name, to } => {
-                self.board.tell(&name, Some(&to), "waits until the code on its console is typed here");
+                self.progress.report(&name, Some(&to), "waits for its code: type the code on its console here");
                 Ok(Assignment::Confirm { to })
             }
             RegistryDecision::Refused(why) => {
                 let mac = machine.macs.first().map_or_else(String::new, Mac::to_string);
-                self.board.tell(&mac, None, &why);
+                self.progress.report(&mac, None, &why);
                 Ok(Assignment::Nothing { why })
             }
         }
     }
 
-    fn assign(&self, machine: &NetbootMachine, Decision { name, to, way, ticket }: Decision) -> Result<Assignment> {
+    fn assign(&self, machine: &NetbootMachine, Decision { name, to, mode, ticket }: Decision) -> Result<Assignment> {
         let Some(offer) = self.fleet.offers.get(&self.fleet.group_of(&to)).cloned() else {
             return fail(format!("there is no image of `{to}`"));
         };
         let sealed = |bytes: &[u8]| {
             let (sealed, proof) = seal(bytes, &machine.key).map_err(|e| Error::Failed(e.to_string()))?;
-            self.desk().believe(&name, &machine.key, proof)?;
+            self.registry().trust_reports(&name, &machine.key, proof)?;
             Ok::<_, Error>(sealed)
         };
-        Ok(match way {
+        Ok(match mode {
             InstallMode::Install(disk) => {
                 let secure = self.fleet.project.fleet.secure_boot.is_some();
                 let (ticket_path, ticket) = TicketFile::file(&ticket, secure)?;
                 let ticket = sealed(&ticket)?;
-                self.board.tell(&name, Some(&to), &format!("goes to {disk}"));
+                self.progress.report(&name, Some(&to), &format!("installs on {disk}"));
                 Assignment::Install(Install {
                     to,
                     disk,
@@ -163,7 +165,7 @@ impl NetbootHandler {
             }
             InstallMode::Run(var) => {
                 let ticket = sealed(&serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?)?;
-                self.board.tell(&name, Some(&to), "goes to its memory");
+                self.progress.report(&name, Some(&to), "boots from memory");
                 Assignment::Run(Run {
                     to,
                     image: offer.path,
@@ -178,28 +180,28 @@ impl NetbootHandler {
         })
     }
 
-    /// Whether the news were believed.
-    fn news(&self, news: &ProgressReport) -> Result<bool> {
-        let mut desk = self.desk();
-        let Some(heard) = desk.hear(news)? else { return Ok(false) };
-        let line = match &news.step {
+    /// Records and prints a machine's report. Returns whether the registry accepted it.
+    fn accept_report(&self, report: &ProgressReport) -> Result<bool> {
+        let mut registry = self.registry();
+        let Some(accepted) = registry.accept_report(report)? else { return Ok(false) };
+        let line = match &report.step {
             Step::Writing { bytes, of } => {
                 format!("{} % of {} MB", bytes.saturating_mul(100) / of.max(&1), of / 1_000_000)
             }
             Step::Installed => {
-                desk.macs_of(&heard.name).into_iter().try_for_each(|mac| installed(&self.dir, mac))?;
-                "is on its disk".to_owned()
+                registry.macs_of(&accepted.name).into_iter().try_for_each(|mac| installed(&self.dir, mac))?;
+                "is installed".to_owned()
             }
-            Step::Started => "runs from its memory".to_owned(),
+            Step::Started => "runs from memory".to_owned(),
             Step::Failed { why } => why.clone(),
         };
-        drop(desk);
-        self.board.tell(&heard.name, Some(&heard.to), &line);
+        drop(registry);
+        self.progress.report(&accepted.name, Some(&accepted.to), &line);
         Ok(true)
     }
 }
 
-/// From now on the machine's firmware is not sent to the installer.
+/// Marks a machine as installed in dnsmasq's list, so that dnsmasq no longer offers the installer to its firmware.
 pub(super) fn installed(dir: &Path, mac: Mac) -> Result<()> {
     let path = dir.join(HOSTS).join(mac.to_string().replace(':', "-"));
     fs::write(&path, format!("{mac},set:installed\n")).map_err(Error::io("write", &path))

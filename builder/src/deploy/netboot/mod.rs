@@ -1,5 +1,6 @@
-//! `bakehouse netboot`: machines that boot from the network become nodes. dnsmasq answers their
-//! firmware; the installer asks here what its machine is to be, and writes that to the disk.
+//! `bakehouse netboot`: a server that installs nodes on machines that boot from the network. dnsmasq serves DHCP and
+//! TFTP for their firmware. The installer then requests its assignment from this server and writes the image to the
+//! disk.
 
 mod approvals;
 #[cfg(test)]
@@ -40,32 +41,33 @@ use offer::ImageOffer;
 use progress::NetbootProgress;
 use registry::MachineRegistry;
 
-/// Of the HTTP server.
+/// Port of the HTTP server.
 const PORT: u16 = 8470;
-/// Folder of the records, below the project's.
+/// Folder of the records, relative to the project's folder.
 const RECORDS: &str = "build/netboot";
 
-/// Where machines are answered.
+/// Options of the server.
 pub struct NetbootOptions<'a> {
+    /// Network interface that the machines are connected to.
     pub interface: &'a str,
-    /// Give addresses of this network out.
+    /// Network from which the server assigns addresses.
     pub dhcp: Option<Ipv4Net>,
-    /// Machines that are to be installed again, by MAC address or serial number.
+    /// Machines to install again, by MAC address or serial number.
     pub again: &'a [String],
-    /// What machines do, as lines of JSON on standard output.
+    /// Prints the machines' progress as lines of JSON on standard output.
     pub json: bool,
 }
 
-/// Groups whose images machines may ask for.
+/// Returns the groups that `[netboot]` assigns to machines.
 ///
 /// # Errors
-/// fleet.toml says of no machine what it is to be.
+/// If `[netboot]` has no rule.
 pub fn groups(project: &Project) -> Result<Vec<String>> {
     let rules = project.fleet.netboot.get_ref();
     if rules.machines.is_empty() && rules.others.is_none() {
         return Err(Error::Usage(
-            "fleet.toml says of no machine what it is to be; [netboot.machines] \"52:54:00:aa:bb:cc\" = \"hub-1\", or \
-             [netboot] others = \"app\""
+            "fleet.toml assigns no node to a machine\n  help: set [netboot.machines] \"52:54:00:aa:bb:cc\" = \
+             \"hub-1\", or [netboot] others = \"app\""
                 .to_owned(),
         ));
     }
@@ -74,46 +76,46 @@ pub fn groups(project: &Project) -> Result<Vec<String>> {
     Ok(groups?.into_iter().map(str::to_owned).collect())
 }
 
-/// Confirms codes that machines show on their consoles, for the server that runs or for the next one.
+/// Confirms codes from machines' consoles. A running server reads them, otherwise the next one.
 ///
 /// # Errors
-/// One is not a code; the project's folder can't be written.
+/// If a code is malformed, or the project's folder cannot be written.
 pub fn approve(project: &Project, codes: &[String]) -> Result<Vec<String>> {
     let approvals = Approvals::new(&project.dir.join(RECORDS));
     codes.iter().map(|code| approvals.add(code)).collect()
 }
 
-/// Answers machines until it is interrupted.
+/// Serves machines until the operator interrupts it.
 ///
 /// # Errors
-/// No such interface; dnsmasq does not run; a port is taken.
-pub fn netboot(build: &Build, images: &[BuiltImage], order: &NetbootOptions) -> Result<()> {
+/// If the interface does not exist, dnsmasq does not run, or a port is in use.
+pub fn netboot(build: &Build, images: &[BuiltImage], options: &NetbootOptions) -> Result<()> {
     let project = build.project;
     let rules = project.fleet.netboot.get_ref();
-    let Some(first) = images.first() else { return fail("there is no image") };
+    let Some(first) = images.first() else { return fail("there is no image to serve") };
     let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
-    let (address, net) = address(order)?;
+    let (address, net) = address(options)?;
     let service = Service {
-        interface: order.interface.to_owned(),
+        interface: options.interface.to_owned(),
         address,
         net,
-        dhcp: order.dhcp.is_some(),
+        dhcp: options.dhcp.is_some(),
         port: PORT,
         dir: dir.path().display().to_string(),
     };
-    let mut desk = MachineRegistry::open(&project.dir.join(RECORDS), rules)?;
-    order.again.iter().try_for_each(|name| desk.again(name))?;
+    let mut registry = MachineRegistry::open(&project.dir.join(RECORDS), rules)?;
+    options.again.iter().try_for_each(|name| registry.again(name))?;
     let authority = FleetKey::of(project)?;
 
-    // Public, all of it.
-    let world = |path: &Path| {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(Error::io("open to all", path))
+    // dnsmasq reads the folder with few capabilities, and its files are not secret.
+    let make_readable = |path: &Path| {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(Error::io("make readable", path))
     };
-    world(dir.path())?;
+    make_readable(dir.path())?;
     for folder in [TFTP, HOSTS] {
         let path = dir.path().join(folder);
         fs::create_dir(&path)
-            .and_then(|()| world(&path).map_err(std::io::Error::other))
+            .and_then(|()| make_readable(&path).map_err(std::io::Error::other))
             .map_err(Error::io("create", &path))?;
     }
     let loader = dir.path().join(TFTP).join(LOADER);
@@ -126,8 +128,8 @@ pub fn netboot(build: &Build, images: &[BuiltImage], order: &NetbootOptions) -> 
     fs::write(&loader, installer.program).map_err(Error::io("write", &loader))?;
     let ipxe = dir.path().join(SCRIPT);
     fs::write(&ipxe, script(&service, &installer.cmdline)).map_err(Error::io("write", &ipxe))?;
-    fs::set_permissions(&loader, fs::Permissions::from_mode(0o644)).map_err(Error::io("open to all", &loader))?;
-    for mac in desk.installed() {
+    fs::set_permissions(&loader, fs::Permissions::from_mode(0o644)).map_err(Error::io("make readable", &loader))?;
+    for mac in registry.installed() {
         installed(dir.path(), mac)?;
     }
 
@@ -145,38 +147,37 @@ pub fn netboot(build: &Build, images: &[BuiltImage], order: &NetbootOptions) -> 
         files.insert(path, file);
     }
     let fleet = FleetPlan { project: project.clone(), authority, offers };
-    let board = NetbootProgress::new(build.progress.clone(), order.json);
-    let front = Arc::new(NetbootHandler::new(fleet, desk, dir.path().to_owned(), board));
+    let progress = NetbootProgress::new(build.progress.clone(), options.json);
+    let handler = Arc::new(NetbootHandler::new(fleet, registry, dir.path().to_owned(), progress));
     if rules.trust_lan {
         build.progress.say("netboot", "[netboot] trust_lan: tickets of hubs and voters need no code from a console");
     } else if std::io::stdin().is_terminal() {
-        // It ends with the process.
-        let front = front.clone();
+        let handler = handler.clone();
         std::thread::spawn(move || {
-            std::io::stdin().lines().map_while(Result::ok).for_each(|line| front.approve(&line));
+            std::io::stdin().lines().map_while(Result::ok).for_each(|line| handler.approve(&line));
         });
     }
-    let shelf = Arc::new(FileServer { files, desk: Box::new(move |path, body| front.answer(path, body)) });
+    let server = Arc::new(FileServer { files, desk: Box::new(move |path, body| handler.handle(path, body)) });
 
     let config = dir.path().join("dnsmasq.conf");
     fs::write(&config, service.config()).map_err(Error::io("write", &config))?;
     let dnsmasq = Dnsmasq::start(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let runtime = runtime.map_err(|e| Error::Failed(format!("no threads: {e}")))?;
-    build.progress.say("netboot", &format!("{} answers on {}; Ctrl-C ends it", service.url(), order.interface));
+    let runtime = runtime.map_err(|e| Error::Failed(format!("cannot start the server's threads: {e}")))?;
+    build.progress.say("netboot", &format!("serving {} on {}; Ctrl-C ends it", service.url(), options.interface));
     runtime.block_on(async {
         let at = SocketAddr::new(IpAddr::V4(service.address), PORT);
         let listener = TcpListener::bind(at).await.map_err(|e| Error::Failed(format!("cannot listen at {at}: {e}")))?;
         let ended = tokio::task::spawn_blocking(move || dnsmasq.wait());
         tokio::select! {
-            never = http_server::serve(listener, shelf) => match never {},
+            never = http_server::serve(listener, server) => match never {},
             ended = ended => fail(ended.unwrap_or_else(|e| e.to_string())),
         }
     })
 }
 
-/// This host's address on the interface.
-fn address(order: &NetbootOptions) -> Result<(Ipv4Addr, Ipv4Net)> {
+/// Returns this host's address and network on the interface.
+fn address(options: &NetbootOptions) -> Result<(Ipv4Addr, Ipv4Net)> {
     let all = getifaddrs().map_err(|e| Error::Failed(format!("cannot list network interfaces: {e}")))?;
     let mut known = Vec::new();
     for found in all {
@@ -184,43 +185,45 @@ fn address(order: &NetbootOptions) -> Result<(Ipv4Addr, Ipv4Net)> {
         let v4 = |a: Option<nix::sys::socket::SockaddrStorage>| Some(a?.as_sockaddr_in()?.ip());
         let (Some(address), Some(mask)) = (v4(found.address), v4(found.netmask)) else { continue };
         let Ok(net) = Ipv4Net::with_netmask(address, mask) else { continue };
-        if found.interface_name == order.interface && order.dhcp.is_none_or(|wanted| wanted.contains(&address)) {
+        if found.interface_name == options.interface && options.dhcp.is_none_or(|wanted| wanted.contains(&address)) {
             return Ok((address, net.trunc()));
         }
     }
     known.sort();
     known.dedup();
-    Err(Error::Usage(match order.dhcp {
-        Some(net) if known.iter().any(|k| k == order.interface) => {
-            format!("{} has no address in {net}; `ip address add … dev {}`", order.interface, order.interface)
+    Err(Error::Usage(match options.dhcp {
+        Some(net) if known.iter().any(|k| k == options.interface) => {
+            let interface = options.interface;
+            format!("{interface} has no address in {net}\n  help: ip address add ADDRESS/PREFIX dev {interface}")
         }
         _ => {
-            format!("there is no interface `{}` with an IPv4 address; there are {}", order.interface, known.join(", "))
+            let (interface, known) = (options.interface, known.join(", "));
+            format!("there is no interface `{interface}` with an IPv4 address; interfaces are: {known}")
         }
     }))
 }
 
-/// dnsmasq, which ends with us.
+/// The dnsmasq process, which ends with the builder.
 struct Dnsmasq(Child);
 
 impl Dnsmasq {
     fn start(config: &Path) -> Result<Self> {
-        // It would outlive a builder that is killed. The kernel forgets that signal when a program takes
-        // another user's rights, as dnsmasq does: it stays root's, of which it has its trade's rights only.
+        // The kernel kills dnsmasq if the builder dies. It clears that setting when a process changes its user, so
+        // dnsmasq stays root with only the capabilities that it needs.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--no-new-privs"]);
         command.args(["--bounding-set", "-all,+net_admin,+net_bind_service,+net_raw,+setgid"]);
         command.args(["dnsmasq", "--keep-in-foreground", "-C"]).arg(config);
         command.stdin(Stdio::null()).stderr(Stdio::piped());
-        let child = command.spawn();
-        Ok(Self(child.map_err(|e| Error::Failed(format!("dnsmasq does not start ({e}); apt install dnsmasq-base")))?))
+        let context = |e| Error::Failed(format!("cannot start dnsmasq: {e}\n  help: apt install dnsmasq-base"));
+        command.spawn().map_err(context).map(Self)
     }
 
-    /// Until it ends; its last words.
+    /// Waits until dnsmasq ends. Returns a message with the last line of its standard error.
     fn wait(mut self) -> String {
         let mut last = String::new();
-        if let Some(said) = self.0.stderr.take() {
-            last = BufReader::new(said).lines().map_while(Result::ok).last().unwrap_or_default();
+        if let Some(stderr) = self.0.stderr.take() {
+            last = BufReader::new(stderr).lines().map_while(Result::ok).last().unwrap_or_default();
         }
         let _ = self.0.wait();
         format!("dnsmasq ended: {last}")

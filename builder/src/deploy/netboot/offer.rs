@@ -19,7 +19,7 @@ use crate::util::digest::hex;
 /// Parts of an image begin and end at multiples of this.
 const GRAIN: u64 = 1 << 20;
 
-/// One image, as the server describes it to machines.
+/// Description of one image for the installers.
 #[derive(Clone)]
 pub(super) struct ImageOffer {
     pub path: String,
@@ -30,15 +30,15 @@ pub(super) struct ImageOffer {
     pub root: Extent,
     pub verity: Extent,
     pub roothash: String,
-    /// What machines that run from memory ask for beside the hash.
+    /// Signed statement about the root hash, for machines that run from memory.
     pub signed: SignedImage,
 }
 
 impl ImageOffer {
-    /// An image, read once from beginning to end.
+    /// Reads an image once from beginning to end, and describes it.
     ///
     /// # Errors
-    /// The image or its manifest can't be read.
+    /// If the image or its manifest cannot be read.
     pub(super) fn read(
         file: &File,
         path: String,
@@ -46,7 +46,7 @@ impl ImageOffer {
         verity_start: u64,
         authority: &FleetKey,
     ) -> Result<Self> {
-        /// What is asked of the manifest.
+        /// The part of the manifest that the description needs.
         #[derive(Deserialize)]
         struct Manifest {
             fleet: String,
@@ -61,7 +61,7 @@ impl ImageOffer {
         }
         let manifest = fs::read(&image.manifest).map_err(Error::io("read", &image.manifest))?;
         let manifest: Manifest = serde_json::from_slice(&manifest)
-            .map_err(|e| Error::Failed(format!("{}: {e}", image.manifest.display())))?;
+            .map_err(|e| Error::Failed(format!("cannot parse {}: {e}", image.manifest.display())))?;
         let root = Extent { start: ROOT_START, size: manifest.sizes.root };
         let verity = Extent { start: verity_start, size: tree_size(root.size) };
         let read = |e| Error::io("read", &image.disk)(e);

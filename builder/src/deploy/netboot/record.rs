@@ -16,44 +16,45 @@ use crate::error::{Error, Result};
 use crate::util::fs::write_private;
 use crate::util::json::pretty_json;
 
-/// Boots of one machine whose news are believed; the oldest go first.
-const REPORTERS: usize = 8;
-/// Lines in the audit log that one machine may cause, in a run of the server.
-const LINES: u32 = 1000;
+/// Maximum number of boots per machine from which the server accepts reports. The oldest ones are removed first.
+const MAX_REPORTERS: usize = 8;
+/// Maximum number of lines per machine in the audit log, per run of the server.
+const MAX_LINES: u32 = 1000;
 
 /// A machine that has a ticket.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     /// Node or group.
     pub to: String,
-    /// It has none after it was installed, until it is to be installed again.
+    /// The machine's ticket. `None` after the installation, until the operator requests another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ticket: Option<Ticket>,
-    /// When the ticket was minted, in seconds since 1970.
+    /// Time of the minting, in seconds since 1970.
     pub minted: u64,
-    /// When the machine had the node on its disk, in seconds since 1970.
+    /// Time of the installation on the disk, in seconds since 1970.
     pub installed: Option<u64>,
-    /// It was this node before, with keys that are gone.
+    /// Whether the machine was this node before, with keys that it has lost.
     pub heir: bool,
-    /// The machine's network cards.
+    /// MAC addresses of the machine's network cards.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub macs: BTreeSet<Mac>,
-    /// The key that the operator confirmed, base64: a founder's ticket is sealed for no other.
+    /// Key that the operator confirmed, in base64. The server seals a founder's ticket only for this key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confirmed: Option<String>,
-    /// Whose news are believed.
+    /// Boots from which the server accepts reports.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reporters: Vec<Reporter>,
-    /// The machine entered its memory with this ticket.
+    /// Whether the machine reported that it runs from memory with this ticket.
     #[serde(default)]
     pub started: bool,
 }
 
-/// A boot of a machine that was given its ticket.
+/// A boot of a machine for which the server sealed the ticket.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Reporter {
-    /// The machine's key, base64.
+    /// The machine's public key in base64.
     pub key: String,
+    /// Key that verifies the machine's reports.
     pub proof: ReportKey,
 }
 
@@ -72,68 +73,71 @@ impl Record {
         }
     }
 
-    /// Believes news of the machine that a ticket was sealed for.
-    pub(super) fn believe(&mut self, key: &str, proof: ReportKey) {
+    /// Accepts reports from a boot for which the server sealed the ticket.
+    pub(super) fn trust_reports(&mut self, key: &str, proof: ReportKey) {
         self.reporters.retain(|r| r.key != key);
         self.reporters.push(Reporter { key: key.to_owned(), proof });
-        let surplus = self.reporters.len().saturating_sub(REPORTERS);
+        let surplus = self.reporters.len().saturating_sub(MAX_REPORTERS);
         self.reporters.drain(..surplus);
     }
 }
 
-/// Records by the MAC address or serial number that `[netboot.machines]` has; those of `others` by their first MAC
-/// address.
+/// Records of machines. The name of a record is the MAC address or serial number in `[netboot.machines]`, or the first
+/// MAC address of a machine that only `others` matches.
 pub(super) struct Records {
     path: PathBuf,
-    audit: PathBuf,
+    audit_log: PathBuf,
     pub all: BTreeMap<String, Record>,
-    /// Lines that each caused.
+    /// Number of lines in the audit log, by record.
     lines: BTreeMap<String, u32>,
 }
 
 impl Records {
-    /// Reads those of a folder, which is made if it is missing.
+    /// Reads the records of a folder. Creates the folder if it does not exist.
     ///
     /// # Errors
-    /// The file is damaged; the folder can't be made.
+    /// If the file cannot be read or parsed, or the folder cannot be created.
     pub(super) fn open(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         let path = dir.join("machines.json");
         let all = match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
-                Error::Failed(format!("{} is damaged ({e}); remove it to install all machines anew", path.display()))
+                let path = path.display();
+                Error::Failed(format!(
+                    "cannot parse {path}: {e}\n  help: remove the file to install all machines again"
+                ))
             })?,
             Err(e) if e.kind() == ErrorKind::NotFound => BTreeMap::new(),
             Err(e) => return Err(Error::io("read", &path)(e)),
         };
-        Ok(Self { path, audit: dir.join("audit.jsonl"), all, lines: BTreeMap::new() })
+        Ok(Self { path, audit_log: dir.join("audit.jsonl"), all, lines: BTreeMap::new() })
     }
 
-    /// Writes all. There are tickets in it.
+    /// Writes all records to a private file, because they contain tickets.
     ///
     /// # Errors
-    /// The file can't be written.
+    /// If the file cannot be written.
     pub(super) fn store(&self) -> Result<()> {
         write_private(&self.path, &pretty_json(&self.all)?)
     }
 
-    /// Adds a line to the audit log, unless this machine has caused too many.
+    /// Adds a line to the audit log, unless this machine has reached its limit.
     ///
     /// # Errors
-    /// The file can't be written.
-    pub(super) fn note(&mut self, name: &str, what: &str) -> Result<()> {
+    /// If the file cannot be written.
+    pub(super) fn audit(&mut self, name: &str, what: &str) -> Result<()> {
         let lines = self.lines.entry(name.to_owned()).or_default();
-        if *lines >= LINES {
+        if *lines >= MAX_LINES {
             return Ok(());
         }
         *lines += 1;
         let line = serde_json::json!({ "at": now(), "machine": name, "what": what });
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.audit);
-        file.and_then(|mut f| writeln!(f, "{line}")).map_err(Error::io("write", &self.audit))
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.audit_log);
+        file.and_then(|mut f| writeln!(f, "{line}")).map_err(Error::io("write", &self.audit_log))
     }
 }
 
-/// Seconds since 1970.
+/// Returns the seconds since 1970.
 pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

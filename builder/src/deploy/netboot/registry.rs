@@ -1,8 +1,8 @@
-//! Which machine becomes what, and how far each is.
+//! Assignment of nodes to machines, and the state of each machine.
 //!
-//! Every request comes from a network that anyone may be on. So a record belongs to the MAC address or serial number
-//! that a rule of fleet.toml names, whatever else the request says; a rule has one ticket; a hub or a voter gets its
-//! ticket for a key that the operator confirmed.
+//! Attackers may be on the network of the requests. A record therefore belongs to the MAC address or serial number of
+//! a rule in fleet.toml, whatever else the request contains. A rule has one ticket. The registry seals the ticket of a
+//! hub or a voter only for a key that the operator confirmed.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -15,90 +15,100 @@ use super::approvals::Approvals;
 use super::record::{Record, Records, now};
 use crate::error::{Error, Result};
 
-/// Seconds after which a ticket that was not used is too old to be installed: tickets last a day longer.
-const GOOD_FOR: u64 = 6 * 86_400;
-/// Seconds in which a machine that keeps nothing gets the same ticket again, if it did not start with it.
-const SAME: u64 = 600;
-/// Seconds between two tickets of one machine, at least.
-const BETWEEN: u64 = 30;
-/// Bytes of a machine's own words that are kept.
-const WORDS: usize = 300;
+/// Age in seconds from which the registry no longer installs an unused ticket. Tickets expire a day later.
+const MAX_TICKET_AGE: u64 = 6 * 86_400;
+/// Seconds for which a stateless machine gets the same ticket again, until it reports a start with it.
+const REUSE_PERIOD: u64 = 600;
+/// Minimum interval in seconds between two tickets of a stateless machine.
+const MIN_TICKET_INTERVAL: u64 = 30;
+/// Maximum length in characters of a machine's error in the audit log.
+const MAX_ERROR: usize = 300;
 
-/// Machines, by what `[netboot]` says of them.
+/// Machines, by the rules in `[netboot]`.
 pub struct MachineRegistry {
     rules: Netboot,
     records: Records,
     approvals: Approvals,
 }
 
-/// The server's answer to a machine.
+/// Decision about a machine's request.
 #[derive(Clone, Debug)]
 pub enum RegistryDecision {
+    /// The machine gets a ticket.
     Assigned(Decision),
-    /// The operator has to confirm the machine's code; the node or group that it is to be.
+    /// The operator has to confirm the machine's code first.
     Unconfirmed {
+        /// Name of the record.
         name: String,
+        /// Node or group that the machine becomes.
         to: String,
     },
-    /// Nothing, and why, with what to do.
+    /// The machine gets nothing. The text has the reason and the fix.
     Refused(String),
 }
 
-/// What a machine is to be.
+/// Assignment of a machine.
 #[derive(Clone, Debug)]
 pub struct Decision {
-    /// The record's name: a MAC address or a serial number of fleet.toml.
+    /// Name of the record: a MAC address or a serial number from fleet.toml.
     pub name: String,
+    /// Node or group that the machine becomes.
     pub to: String,
-    pub way: InstallMode,
+    /// Place of the image.
+    pub mode: InstallMode,
+    /// Ticket for the machine.
     pub ticket: Ticket,
 }
 
-/// Where its image goes.
+/// Place of a machine's image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InstallMode {
-    /// To this disk.
+    /// The machine boots from this disk.
     Install(String),
-    /// To its memory; what it keeps goes to this disk, if it keeps something.
+    /// The machine runs from memory, with `/var` on this disk if the node has state.
     Run(Option<String>),
 }
 
-/// News that were believed.
+/// A report that the registry accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AcceptedReport {
+    /// Name of the record.
     pub name: String,
+    /// Node or group of the machine.
     pub to: String,
 }
 
-/// What is known of the fleet, as far as it is asked for here.
+/// Properties of the fleet that the registry needs.
 pub trait Plan {
+    /// Returns the group of a node, or `to` itself if it is a group.
     fn group_of(&self, to: &str) -> String;
+    /// Returns the slots of a group.
     fn slots(&self, group: &str) -> Vec<String>;
-    /// Whether its ticket holds an issuer's key: a hub's or a voter's does.
+    /// Returns whether `to` is a founder, whose ticket has an issuer's private key.
     fn is_founder(&self, to: &str) -> bool;
-    /// Whether nothing needs to be kept.
+    /// Returns whether the group's nodes have no state.
     fn is_volatile(&self, group: &str) -> bool;
-    /// Bytes that it needs of the disk that it is on, or that /var is on.
-    fn disk(&self, group: &str, way: &InstallMode) -> u64;
-    /// Bytes that it needs when it runs from memory.
+    /// Returns the bytes that the image, or `/var` alone, needs on the disk.
+    fn disk(&self, group: &str, mode: &InstallMode) -> u64;
+    /// Returns the bytes of memory that a machine needs to run from memory.
     fn memory(&self, group: &str) -> u64;
-    /// A ticket, which takes the place of the node's owner if `replace` says so.
+    /// Mints a ticket. `replace` lets it take the slot from its owner.
     fn mint(&self, to: &str, replace: bool) -> Result<Ticket>;
 }
 
 impl MachineRegistry {
-    /// The records of the fleet whose folder for them this is.
+    /// Opens the registry with the records in a folder.
     ///
     /// # Errors
-    /// The file is damaged.
+    /// If the records cannot be read or parsed.
     pub fn open(dir: &Path, rules: &Netboot) -> Result<Self> {
         Ok(Self { rules: rules.clone(), records: Records::open(dir)?, approvals: Approvals::new(dir) })
     }
 
-    /// Has a machine installed again, in the place that it had, with a new ticket.
+    /// Lets a machine install again, with the same assignment and a new ticket.
     ///
     /// # Errors
-    /// It is not known; the disk is full.
+    /// If no record has this name, or the records cannot be written.
     pub fn again(&mut self, name: &str) -> Result<()> {
         let mac: Option<Mac> = name.parse().ok();
         let normal = mac.map_or_else(|| name.to_owned(), |mac| mac.to_string());
@@ -111,51 +121,52 @@ impl MachineRegistry {
         let Some(record) = found.and_then(|name| all.get_mut(&name)) else {
             let known: Vec<String> = all.keys().map(|k| printable(k)).collect();
             return Err(Error::Usage(format!(
-                "no machine `{}` was installed; known are: {}",
+                "there is no record of a machine `{}`; known machines are: {}",
                 printable(name),
                 known.join(", ")
             )));
         };
-        // A machine that was never the node takes no one's place: a fleet that begins has no hub that could allow it.
+        // A ticket that replaces an owner needs a hub. In a new fleet there is none, so a machine that was never the
+        // node gets an ordinary ticket.
         let heir = record.heir || record.installed.is_some() || record.started;
         *record = Record { heir, macs: record.macs.clone(), ..Record::new(&record.to) };
         self.records.store()
     }
 
-    /// Confirms a machine's code; returns it as the machine shows it.
+    /// Confirms a machine's code. Returns the code in the format of the machine's console.
     ///
     /// # Errors
-    /// It is not a code; the disk is full.
+    /// If `typed` is not a code, or the file cannot be written.
     pub fn approve(&self, typed: &str) -> Result<String> {
         self.approvals.add(typed)
     }
 
-    /// MAC addresses of machines that have their node on their disks.
+    /// Returns the MAC addresses of machines that are installed on their disks.
     pub fn installed(&self) -> BTreeSet<Mac> {
         let names = self.records.all.iter().filter(|(_, r)| r.installed.is_some());
         names.flat_map(|(name, _)| self.macs_of(name)).collect()
     }
 
-    /// MAC addresses that a machine boots from: the one that fleet.toml names, or those that it said. Never one that
-    /// belongs to another machine: it could be kept from booting.
+    /// Returns the MAC addresses that a machine boots from: the one in fleet.toml, or those of its request. Leaves out
+    /// addresses of other machines, because a machine could otherwise stop another one from booting.
     pub fn macs_of(&self, name: &str) -> Vec<Mac> {
         if let Ok(mac) = name.parse() {
             return vec![mac];
         }
-        let said = self.records.all.get(name).map(|r| r.macs.iter().copied().collect::<Vec<_>>()).unwrap_or_default();
+        let known = self.records.all.get(name).map(|r| r.macs.iter().copied().collect::<Vec<_>>()).unwrap_or_default();
         let taken = |mac: &Mac| {
             let mac = mac.to_string();
             self.rules.machines.contains_key(&mac) || self.records.all.contains_key(&mac)
         };
-        said.into_iter().filter(|mac| !taken(mac)).collect()
+        known.into_iter().filter(|mac| !taken(mac)).collect()
     }
 
-    /// What the machine is to be; or why nothing.
+    /// Decides about a machine's request, and mints a ticket if the machine needs one.
     ///
     /// # Errors
-    /// The record can't be written.
+    /// If the records, the codes or the audit log cannot be read or written.
     pub fn decide(&mut self, machine: &NetbootMachine, plan: &impl Plan) -> Result<RegistryDecision> {
-        let (name, to, way) = match self.place(machine, plan) {
+        let (name, to, mode) = match self.match_rule(machine, plan) {
             Ok(found) => found,
             Err(why) => return Ok(RegistryDecision::Refused(why)),
         };
@@ -167,8 +178,8 @@ impl MachineRegistry {
                 Some(key) if *key == machine.key => {}
                 Some(_) => {
                     return Ok(RegistryDecision::Refused(format!(
-                        "the ticket of {to} was sealed for another machine, or for an earlier boot of this one; if this \
-                         machine is to have it: bakehouse netboot --again {name}, and confirm its code"
+                        "the server sealed the ticket of {to} for another machine, or for an earlier boot of this one; \
+                         to give this machine a ticket, run bakehouse netboot --again {name} and confirm the new code"
                     )));
                 }
                 None => {
@@ -181,27 +192,27 @@ impl MachineRegistry {
                 }
             }
         }
-        // What keeps nothing is new at each start, and takes the place that it had itself.
-        let forgets = way == InstallMode::Run(None);
+        // A stateless machine joins as a new node at each start, and replaces its previous self.
+        let is_stateless = mode == InstallMode::Run(None);
         let age = now().saturating_sub(record.minted);
-        let reused = record.ticket.clone().filter(|_| !forgets || !record.started && age < SAME);
-        if matches!(way, InstallMode::Install(_)) && reused.is_some() && age >= GOOD_FOR {
+        let reused = record.ticket.clone().filter(|_| !is_stateless || !record.started && age < REUSE_PERIOD);
+        if matches!(mode, InstallMode::Install(_)) && reused.is_some() && age >= MAX_TICKET_AGE {
             return Ok(RegistryDecision::Refused(format!(
                 "the ticket of {to} is older than {} days; bakehouse netboot --again {name} mints another",
-                GOOD_FOR / 86_400
+                MAX_TICKET_AGE / 86_400
             )));
         }
-        if forgets && record.started && age < BETWEEN {
+        if is_stateless && record.started && age < MIN_TICKET_INTERVAL {
             return Ok(RegistryDecision::Refused(format!(
-                "{to} got a ticket {age} s ago; it gets another after {BETWEEN} s"
+                "{to} got a ticket {age} s ago; it gets another after {MIN_TICKET_INTERVAL} s"
             )));
         }
         let is_new = reused.is_none();
         let ticket = if let Some(ticket) = reused {
             ticket
         } else {
-            // Which of a group's places it had is not known here.
-            let heir = (record.heir || forgets && record.ticket.is_some()) && plan.group_of(&to) != to;
+            // A ticket for a group cannot replace an owner, because this server does not know the machine's slot.
+            let heir = (record.heir || is_stateless && record.ticket.is_some()) && plan.group_of(&to) != to;
             match plan.mint(&to, heir) {
                 Ok(ticket) => {
                     record = Record { minted: now(), started: false, heir, ..record };
@@ -218,71 +229,77 @@ impl MachineRegistry {
         if let Some(code) = code_used {
             self.approvals.remove(&code)?;
         }
-        let place = match &way {
+        let place = match &mode {
             InstallMode::Install(disk) => format!("on {disk}"),
             InstallMode::Run(None) => "in memory".to_owned(),
             InstallMode::Run(Some(disk)) => format!("in memory, with /var on {disk}"),
         };
-        self.records.note(&name, &format!("is to be {to}, {place}"))?;
-        Ok(RegistryDecision::Assigned(Decision { name, to, way, ticket }))
+        self.records.audit(&name, &format!("is to be {to}, {place}"))?;
+        Ok(RegistryDecision::Assigned(Decision { name, to, mode, ticket }))
     }
 
-    /// From now on the news of the machine that a ticket was sealed for are believed.
+    /// Accepts reports from the machine for which the server sealed a ticket.
     ///
     /// # Errors
-    /// The record can't be written.
-    pub fn believe(&mut self, name: &str, key: &str, proof: ReportKey) -> Result<()> {
+    /// If the records cannot be written.
+    pub fn trust_reports(&mut self, name: &str, key: &str, proof: ReportKey) -> Result<()> {
         let Some(record) = self.records.all.get_mut(name) else { return Ok(()) };
-        record.believe(key, proof);
+        record.trust_reports(key, proof);
         self.records.store()
     }
 
-    /// Keeps what a machine says, if it proves that it is one that was given a ticket.
+    /// Records a machine's report, if the report proves that its sender opened a sealed ticket. Otherwise returns
+    /// `None`.
     ///
     /// # Errors
-    /// The record can't be written.
-    pub fn hear(&mut self, news: &ProgressReport) -> Result<Option<AcceptedReport>> {
-        let speaks = |r: &Record| r.reporters.iter().any(|by| by.key == news.key && by.proof.verify(news));
-        let found = self.records.all.iter_mut().find(|(_, r)| news.version == NetbootMachine::VERSION && speaks(r));
+    /// If the records or the audit log cannot be written.
+    pub fn accept_report(&mut self, report: &ProgressReport) -> Result<Option<AcceptedReport>> {
+        let is_proven = |r: &Record| r.reporters.iter().any(|by| by.key == report.key && by.proof.verify(report));
+        let found =
+            self.records.all.iter_mut().find(|(_, r)| report.version == NetbootMachine::VERSION && is_proven(r));
         let Some((name, record)) = found else { return Ok(None) };
-        let heard = AcceptedReport { name: name.clone(), to: record.to.clone() };
-        match &news.step {
+        let accepted = AcceptedReport { name: name.clone(), to: record.to.clone() };
+        match &report.step {
             Step::Writing { .. } => {}
             Step::Started => {
                 record.started = true;
                 self.records.store()?;
-                self.records.note(&heard.name, &format!("runs as {}", heard.to))?;
+                self.records.audit(&accepted.name, &format!("runs as {}", accepted.to))?;
             }
             Step::Installed => {
                 record.installed = Some(now());
-                // The disk has it. Here it would only wait to be stolen.
+                // The machine's disk has the ticket. A copy here could only be stolen.
                 record.ticket = None;
                 self.records.store()?;
-                self.records.note(&heard.name, &format!("has {} on its disk", heard.to))?;
+                self.records.audit(&accepted.name, &format!("has {} on its disk", accepted.to))?;
             }
             Step::Failed { why } => {
-                let why: String = why.chars().take(WORDS).collect();
-                self.records.note(&heard.name, &format!("failed: {why}"))?;
+                let why: String = why.chars().take(MAX_ERROR).collect();
+                self.records.audit(&accepted.name, &format!("failed: {why}"))?;
             }
         }
-        Ok(Some(heard))
+        Ok(Some(accepted))
     }
 
-    /// The record's name, node or group, and where it goes.
-    fn place(&mut self, machine: &NetbootMachine, plan: &impl Plan) -> Result<(String, String, InstallMode), String> {
+    /// Returns the record's name, the node or group, and the place of the image; or the reason for a refusal.
+    fn match_rule(
+        &mut self,
+        machine: &NetbootMachine,
+        plan: &impl Plan,
+    ) -> Result<(String, String, InstallMode), String> {
         if machine.version != NetbootMachine::VERSION {
-            return Err("this installer is of another version of bakehouse; boot it again".to_owned());
+            return Err("this installer belongs to another version of bakehouse; restart the machine".to_owned());
         }
         machine.check()?;
         let first = machine.macs.first().ok_or("a machine without a network card")?;
-        let said = machine.macs.iter().map(Mac::to_string).chain([machine.serial.clone()]);
-        let rule = said.filter(|name| !name.is_empty()).find(|name| self.rules.machines.contains_key(name));
+        let names = machine.macs.iter().map(Mac::to_string).chain([machine.serial.clone()]);
+        let rule = names.filter(|name| !name.is_empty()).find(|name| self.rules.machines.contains_key(name));
         let (name, to) = match (&rule, &self.rules.others) {
             (Some(name), _) => (name.clone(), self.rules.machines[name].clone()),
             (None, Some(to)) => (self.name_of_other(machine, *first), to.clone()),
             (None, None) => {
                 return Err(format!(
-                    "no rule says what this machine is to be; in fleet.toml: [netboot.machines] \"{first}\" = \"NODE\""
+                    "no rule in fleet.toml names this machine; set [netboot.machines] \"{first}\" = \"NODE\""
                 ));
             }
         };
@@ -290,12 +307,12 @@ impl MachineRegistry {
             self.adopt(&name, &to, machine, plan);
         }
         let group = plan.group_of(&to);
-        self.room(&name, &to, plan)?;
+        self.check_free_slot(&name, &to, plan)?;
         if self.rules.diskless.contains(&group) {
             let (need, have) = (plan.memory(&group), machine.memory);
             if have < need {
                 return Err(format!(
-                    "this machine has {} MB of memory, and {to} takes {} MB when it runs from there",
+                    "this machine has {} MB of memory, and {to} needs {} MB to run from memory",
                     have / 1_000_000,
                     need.div_ceil(1_000_000)
                 ));
@@ -309,20 +326,23 @@ impl MachineRegistry {
         }
         if let Some(at) = self.records.all.get(&name).and_then(|r| r.installed) {
             return Err(format!(
-                "this machine was installed before (at {at}); start it from its disk, or: bakehouse netboot --again {name}"
+                "this machine was installed before (at {at}); boot it from its disk, or run bakehouse netboot --again \
+                 {name}"
             ));
         }
         let disk = self.disk(&machine.disks, plan.disk(&group, &InstallMode::Install(String::new())))?;
         Ok((name, to, InstallMode::Install(disk)))
     }
 
-    /// A machine that no rule names: as it was known before, whichever of its cards came up first.
+    /// Returns the record's name for a machine that no rule names: that of an existing record for one of its network
+    /// cards, because firmware may list them in another order.
     fn name_of_other(&self, machine: &NetbootMachine, first: Mac) -> String {
         let mut names = machine.macs.iter().map(Mac::to_string);
         names.find(|name| self.records.all.contains_key(name)).unwrap_or_else(|| first.to_string())
     }
 
-    /// Gives a record of an earlier version, which has the machine's first MAC address for a name, the rule's name.
+    /// Renames a record of an earlier version of bakehouse from the machine's first MAC address to the name in the
+    /// rule.
     fn adopt(&mut self, name: &str, to: &str, machine: &NetbootMachine, plan: &impl Plan) {
         let slots = plan.slots(to);
         let is_same = |known: &str, record: &Record| {
@@ -344,22 +364,22 @@ impl MachineRegistry {
         }
     }
 
-    /// Whether there is a place for one more machine: a node has one, a group as many as it has nodes.
-    fn room(&self, name: &str, to: &str, plan: &impl Plan) -> Result<(), String> {
+    /// Fails if other machines have the node, or all nodes of the group.
+    fn check_free_slot(&self, name: &str, to: &str, plan: &impl Plan) -> Result<(), String> {
         let slots = plan.slots(to);
-        let here = |of: &String| of == to || slots.contains(of);
-        let taken = self.records.all.iter().filter(|(other, r)| *other != name && here(&r.to)).count();
+        let matches = |of: &String| of == to || slots.contains(of);
+        let taken = self.records.all.iter().filter(|(other, r)| *other != name && matches(&r.to)).count();
         if taken < slots.len().max(1) {
             return Ok(());
         }
         Err(if slots.is_empty() {
-            format!("`{to}` is another machine's; in fleet.toml: [netboot.machines] \"{name}\" = \"{to}\"")
+            format!("another machine has `{to}`; in fleet.toml, set [netboot.machines] \"{name}\" = \"{to}\"")
         } else {
-            format!("every node of `{to}` is another machine's; raise its `count`")
+            format!("other machines have every node of `{to}`; raise its `count`")
         })
     }
 
-    /// A slot for a machine that remembers none: the one it has, or the first that no machine has here.
+    /// Returns the slot of a stateless machine: the one in its record, or the first one that no record and no rule has.
     fn slot(&self, name: &str, to: String, plan: &impl Plan) -> Result<String, String> {
         let slots = plan.slots(&to);
         if slots.is_empty() {
@@ -375,10 +395,10 @@ impl MachineRegistry {
             .iter()
             .find(|slot| !taken(slot))
             .cloned()
-            .ok_or_else(|| format!("every node of `{to}` is another machine's; raise its `count`"))
+            .ok_or_else(|| format!("other machines have every node of `{to}`; raise its `count`"))
     }
 
-    /// The disk to overwrite: the one that fleet.toml names, or the only one there is.
+    /// Returns the disk to overwrite: the one in fleet.toml, or the machine's only fixed disk.
     fn disk(&self, disks: &[MachineDisk], need: u64) -> Result<String, String> {
         let list = |disks: &[&MachineDisk]| {
             disks.iter().map(|d| format!("{} ({} MB)", d.path, d.size / 1_000_000)).collect::<Vec<_>>().join(", ")
@@ -390,17 +410,14 @@ impl MachineRegistry {
             (None, [one]) => Some(*one),
             (None, []) => return Err("this machine has no disk".to_owned()),
             (None, _) => {
-                return Err(format!(
-                    "this machine has several disks, say which: [netboot] disk; it has {}",
-                    list(&fixed)
-                ));
+                return Err(format!("this machine has several disks; set [netboot] disk to one of {}", list(&fixed)));
             }
         };
         let Some(chosen) = chosen else {
-            return Err(format!("[netboot] disk is not there; this machine has {}", list(&all)));
+            return Err(format!("this machine has no disk with the path in [netboot] disk; it has {}", list(&all)));
         };
         if chosen.size < need {
-            return Err(format!("{} is too small: it takes {} MB", list(&[chosen]), need.div_ceil(1_000_000)));
+            return Err(format!("{} is too small: the node needs {} MB", list(&[chosen]), need.div_ceil(1_000_000)));
         }
         Ok(chosen.path.clone())
     }

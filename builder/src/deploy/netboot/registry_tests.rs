@@ -33,8 +33,8 @@ impl Plan for Acme {
     fn is_volatile(&self, group: &str) -> bool {
         group == "app"
     }
-    fn disk(&self, _: &str, way: &InstallMode) -> u64 {
-        if matches!(way, InstallMode::Run(_)) { 50 } else { 100 }
+    fn disk(&self, _: &str, mode: &InstallMode) -> u64 {
+        if matches!(mode, InstallMode::Run(_)) { 50 } else { 100 }
     }
     fn memory(&self, _: &str) -> u64 {
         1000
@@ -44,8 +44,8 @@ impl Plan for Acme {
     }
 }
 
-/// Slot or group that a ticket is good for, and whether it takes its owner's place.
-fn right(ticket: &Ticket) -> (String, bool) {
+/// Returns a ticket's slot or group, and whether it replaces the slot's owner.
+fn target(ticket: &Ticket) -> (String, bool) {
     match &ticket.right {
         Credential::Founder(founder) => (founder.slot.clone(), founder.replaces.is_some()),
         Credential::Joiner(joiner) => {
@@ -55,7 +55,7 @@ fn right(ticket: &Ticket) -> (String, bool) {
     }
 }
 
-/// The operator trusts the network: what only a code is asked for is in `attacks.rs`.
+/// Rules with `trust_lan`. The tests with codes are in `attacks.rs`.
 fn rules() -> Netboot {
     let machines = [(ONE, "hub-1"), ("A1", "db-9"), ("A2", "app-2"), ("A3", "monitor")];
     let machines = machines.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
@@ -76,17 +76,17 @@ fn machine(mac: &str, serial: &str, disks: &[(&str, u64, bool)]) -> NetbootMachi
 }
 
 #[track_caller]
-fn yes(answer: RegistryDecision) -> Decision {
-    match answer {
+fn assigned(decision: RegistryDecision) -> Decision {
+    match decision {
         RegistryDecision::Assigned(decision) => decision,
         other => panic!("{other:?}"),
     }
 }
 
 #[track_caller]
-fn no(answer: RegistryDecision, words: &str) {
-    match answer {
-        RegistryDecision::Refused(why) => assert!(why.contains(words), "{why}"),
+fn refused(decision: RegistryDecision, reason: &str) {
+    match decision {
+        RegistryDecision::Refused(why) => assert!(why.contains(reason), "{why}"),
         other => panic!("{other:?}"),
     }
 }
@@ -94,128 +94,129 @@ fn no(answer: RegistryDecision, words: &str) {
 const DISK: [(&str, u64, bool); 2] = [("/dev/vda", 200, false), ("/dev/sda", 200, true)];
 
 #[test]
-fn who_is_named_is_told_and_nobody_else() {
+fn assigns_only_suitable_machines_that_a_rule_names() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
-    let mut desk = MachineRegistry::open(dir.path(), &rules()).unwrap();
-    let mut ask = |m: &NetbootMachine| desk.decide(m, &acme).unwrap();
-    no(ask(&machine("52:54:00:00:00:09", "", &DISK)), "[netboot.machines] \"52:54:00:00:00:09\"");
-    no(ask(&machine(ONE, "", &[])), "no disk");
-    no(ask(&machine(ONE, "", &[("/dev/vda", 99, false)])), "too small");
-    no(ask(&machine(ONE, "", &[("/dev/a", 200, false), ("/dev/b", 200, false)])), "several disks");
-    no(ask(&machine("52:54:00:00:00:02", "A1", &DISK)), "there is no node or group `db-9`");
-    no(ask(&NetbootMachine { version: 1, ..machine(ONE, "", &DISK) }), "another version");
-    no(ask(&NetbootMachine { macs: Vec::new(), ..machine(ONE, "", &DISK) }), "without a network card");
-    no(ask(&machine(ONE, &"x".repeat(1000), &DISK)), "more than 256 bytes");
-    let told = yes(ask(&machine(ONE, "", &DISK)));
-    assert_eq!((told.to.as_str(), told.way), ("hub-1", InstallMode::Install("/dev/vda".into())));
+    let mut registry = MachineRegistry::open(dir.path(), &rules()).unwrap();
+    let mut decide = |m: &NetbootMachine| registry.decide(m, &acme).unwrap();
+    refused(decide(&machine("52:54:00:00:00:09", "", &DISK)), "[netboot.machines] \"52:54:00:00:00:09\"");
+    refused(decide(&machine(ONE, "", &[])), "no disk");
+    refused(decide(&machine(ONE, "", &[("/dev/vda", 99, false)])), "too small");
+    refused(decide(&machine(ONE, "", &[("/dev/a", 200, false), ("/dev/b", 200, false)])), "several disks");
+    refused(decide(&machine("52:54:00:00:00:02", "A1", &DISK)), "there is no node or group `db-9`");
+    refused(decide(&NetbootMachine { version: 1, ..machine(ONE, "", &DISK) }), "another version");
+    refused(decide(&NetbootMachine { macs: Vec::new(), ..machine(ONE, "", &DISK) }), "without a network card");
+    refused(decide(&machine(ONE, &"x".repeat(1000), &DISK)), "more than 256 bytes");
+    let decision = assigned(decide(&machine(ONE, "", &DISK)));
+    assert_eq!((decision.to.as_str(), decision.mode), ("hub-1", InstallMode::Install("/dev/vda".into())));
 }
 
+/// Each request goes to a restarted server.
 #[test]
-fn a_machine_gets_its_ticket_again_until_it_is_installed_also_from_a_server_that_was_restarted() {
+fn reuses_the_ticket_until_the_machine_is_installed() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
     let open = || MachineRegistry::open(dir.path(), &rules()).unwrap();
-    let ask = || open().decide(&machine(ONE, "", &DISK), &acme).unwrap();
-    let first = yes(ask()).ticket;
-    assert!(yes(ask()).ticket == first);
+    let decide = || open().decide(&machine(ONE, "", &DISK), &acme).unwrap();
+    let first = assigned(decide()).ticket;
+    assert!(assigned(decide()).ticket == first);
     let key = fleet::netboot::Key::generate().unwrap();
     let (sealed, server) = fleet::netboot::seal(b"x", key.public()).unwrap();
-    open().believe(ONE, key.public(), server).unwrap();
-    let news = ProgressReport {
+    open().trust_reports(ONE, key.public(), server).unwrap();
+    let report = ProgressReport {
         version: NetbootMachine::VERSION,
         mac: ONE.parse().unwrap(),
         step: Step::Installed,
         key: key.public().to_owned(),
         proof: String::new(),
     };
-    assert_eq!(open().hear(&news).unwrap(), None);
-    let news = key.open(&sealed).unwrap().1.prove(news);
-    let heard = open().hear(&news).unwrap();
-    assert_eq!(heard, Some(AcceptedReport { name: ONE.to_owned(), to: "hub-1".to_owned() }));
+    assert_eq!(open().accept_report(&report).unwrap(), None);
+    let report = key.open(&sealed).unwrap().1.prove(report);
+    let accepted = open().accept_report(&report).unwrap();
+    assert_eq!(accepted, Some(AcceptedReport { name: ONE.to_owned(), to: "hub-1".to_owned() }));
     assert_eq!(open().installed(), BTreeSet::from([ONE.parse().unwrap()]));
-    no(ask(), "--again 52:54:00:00:00:01");
+    refused(decide(), "--again 52:54:00:00:00:01");
     assert!(open().again("52:54:00:00:00:09").is_err());
     open().again("52:54:00:00:00:01").unwrap();
-    // What was said before is of the boot before.
-    assert_eq!(open().hear(&news).unwrap(), None);
-    let again = yes(ask()).ticket;
-    assert_eq!(right(&again), ("hub-1".to_owned(), true));
-    assert!(yes(ask()).ticket == again);
+    // The report belongs to the previous boot.
+    assert_eq!(open().accept_report(&report).unwrap(), None);
+    let again = assigned(decide()).ticket;
+    assert_eq!(target(&again), ("hub-1".to_owned(), true));
+    assert!(assigned(decide()).ticket == again);
     let audit = fs::read_to_string(dir.path().join("audit.jsonl")).unwrap();
     assert_eq!(audit.lines().count(), 5, "{audit}");
     assert!(!audit.contains("joiner"), "a ticket is in the log: {audit}");
 }
 
-/// Its power failed before the image was on its disk. It takes no place from itself: in a new fleet no hub could
-/// allow that.
+/// The power failed during the installation. In a new fleet, no hub could accept a ticket that replaces an owner.
 #[test]
-fn a_machine_that_was_not_installed_takes_no_place() {
+fn a_machine_that_was_not_installed_replaces_no_owner() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
-    let mut desk = MachineRegistry::open(dir.path(), &rules()).unwrap();
-    let first = yes(desk.decide(&machine(ONE, "", &DISK), &acme).unwrap()).ticket;
-    desk.again(ONE).unwrap();
-    let second = yes(desk.decide(&machine(ONE, "", &DISK), &acme).unwrap()).ticket;
+    let mut registry = MachineRegistry::open(dir.path(), &rules()).unwrap();
+    let first = assigned(registry.decide(&machine(ONE, "", &DISK), &acme).unwrap()).ticket;
+    registry.again(ONE).unwrap();
+    let second = assigned(registry.decide(&machine(ONE, "", &DISK), &acme).unwrap()).ticket;
     assert!(first != second);
-    assert_eq!(right(&second), ("hub-1".to_owned(), false));
+    assert_eq!(target(&second), ("hub-1".to_owned(), false));
 }
 
 #[test]
-fn a_machine_is_named_again_by_any_of_its_cards() {
+fn again_accepts_each_name_of_a_machine() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
-    let mut desk = MachineRegistry::open(dir.path(), &rules()).unwrap();
-    yes(desk.decide(&machine("52:54:00:00:00:0A", "A3", &DISK), &acme).unwrap());
-    desk.again("A3").unwrap();
-    desk.again("52:54:00:00:00:0A").unwrap();
-    assert!(desk.again("52:54:00:00:00:0b").unwrap_err().to_string().contains("known are: A3"));
+    let mut registry = MachineRegistry::open(dir.path(), &rules()).unwrap();
+    assigned(registry.decide(&machine("52:54:00:00:00:0A", "A3", &DISK), &acme).unwrap());
+    registry.again("A3").unwrap();
+    registry.again("52:54:00:00:00:0A").unwrap();
+    assert!(registry.again("52:54:00:00:00:0b").unwrap_err().to_string().contains("known machines are: A3"));
 }
 
 #[test]
-fn what_keeps_nothing_has_the_same_slot_at_each_start_and_takes_it_from_itself() {
+fn a_stateless_machine_keeps_its_slot_and_replaces_itself() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
-    let mut desk = MachineRegistry::open(dir.path(), &Netboot { others: Some("app".into()), ..rules() }).unwrap();
+    let mut registry = MachineRegistry::open(dir.path(), &Netboot { others: Some("app".into()), ..rules() }).unwrap();
     for (mac, to) in [("52:54:00:00:00:11", "app-1"), ("52:54:00:00:00:12", "app-3")] {
-        let first = yes(desk.decide(&machine(mac, "", &[]), &acme).unwrap());
-        assert_eq!((first.to.as_str(), &first.way), (to, &InstallMode::Run(None)));
-        assert_eq!(right(&first.ticket), (to.to_owned(), false));
-        // It started, some time ago.
-        let record = desk.records.all.get_mut(mac).unwrap();
-        (record.started, record.minted) = (true, record.minted - BETWEEN);
-        let again = yes(desk.decide(&machine(mac, "", &[]), &acme).unwrap());
+        let first = assigned(registry.decide(&machine(mac, "", &[]), &acme).unwrap());
+        assert_eq!((first.to.as_str(), &first.mode), (to, &InstallMode::Run(None)));
+        assert_eq!(target(&first.ticket), (to.to_owned(), false));
+        // The machine started some time ago.
+        let record = registry.records.all.get_mut(mac).unwrap();
+        (record.started, record.minted) = (true, record.minted - MIN_TICKET_INTERVAL);
+        let again = assigned(registry.decide(&machine(mac, "", &[]), &acme).unwrap());
         assert_eq!(again.to, to);
-        assert_eq!(right(&again.ticket), (to.to_owned(), true));
+        assert_eq!(target(&again.ticket), (to.to_owned(), true));
     }
-    let mut ask = |m: &NetbootMachine| desk.decide(m, &acme).unwrap();
-    no(ask(&machine("52:54:00:00:00:13", "", &[])), "another machine's");
-    no(ask(&NetbootMachine { memory: 999, ..machine("52:54:00:00:00:11", "", &[]) }), "of memory");
-    assert_eq!(yes(ask(&machine("52:54:00:00:00:14", "A2", &[]))).to, "app-2");
+    let mut decide = |m: &NetbootMachine| registry.decide(m, &acme).unwrap();
+    refused(decide(&machine("52:54:00:00:00:13", "", &[])), "other machines have every node");
+    refused(decide(&NetbootMachine { memory: 999, ..machine("52:54:00:00:00:11", "", &[]) }), "of memory");
+    assert_eq!(assigned(decide(&machine("52:54:00:00:00:14", "A2", &[]))).to, "app-2");
 }
 
 #[test]
-fn what_keeps_something_keeps_it_on_a_disk() {
+fn a_machine_with_state_runs_from_memory_with_var_on_a_disk() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
-    let mut desk = MachineRegistry::open(dir.path(), &Netboot { others: Some("monitor".into()), ..rules() }).unwrap();
-    let mut ask = |disks: &[_]| desk.decide(&machine("52:54:00:00:00:21", "A3", disks), &acme).unwrap();
-    no(ask(&[]), "no disk");
-    no(ask(&[("/dev/vda", 49, false)]), "too small");
-    let first = yes(ask(&[("/dev/vda", 50, false)]));
-    assert_eq!((first.to.as_str(), first.way), ("monitor", InstallMode::Run(Some("/dev/vda".into()))));
-    no(desk.decide(&machine("52:54:00:00:00:22", "", &[]), &acme).unwrap(), "every node of `monitor`");
-    let mut ask = |disks: &[_]| desk.decide(&machine("52:54:00:00:00:21", "A3", disks), &acme).unwrap();
-    // It has joined with it, or not: the same is good for both.
-    assert!(yes(ask(&[("/dev/vda", 50, false)])).ticket == first.ticket);
+    let mut registry =
+        MachineRegistry::open(dir.path(), &Netboot { others: Some("monitor".into()), ..rules() }).unwrap();
+    let mut decide = |disks: &[_]| registry.decide(&machine("52:54:00:00:00:21", "A3", disks), &acme).unwrap();
+    refused(decide(&[]), "no disk");
+    refused(decide(&[("/dev/vda", 49, false)]), "too small");
+    let first = assigned(decide(&[("/dev/vda", 50, false)]));
+    assert_eq!((first.to.as_str(), first.mode), ("monitor", InstallMode::Run(Some("/dev/vda".into()))));
+    refused(registry.decide(&machine("52:54:00:00:00:22", "", &[]), &acme).unwrap(), "every node of `monitor`");
+    let mut decide = |disks: &[_]| registry.decide(&machine("52:54:00:00:00:21", "A3", disks), &acme).unwrap();
+    // The machine's state is on the disk, so the same ticket serves for another boot, whether it has joined or not.
+    assert!(assigned(decide(&[("/dev/vda", 50, false)])).ticket == first.ticket);
 }
 
 #[test]
-fn a_ticket_that_is_too_old_to_be_installed_is_not_renewed_by_itself() {
+fn an_old_unused_ticket_needs_again() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
-    let mut desk = MachineRegistry::open(dir.path(), &rules()).unwrap();
-    yes(desk.decide(&machine(ONE, "", &DISK), &acme).unwrap());
-    desk.records.all.get_mut(ONE).unwrap().minted -= GOOD_FOR;
-    no(desk.decide(&machine(ONE, "", &DISK), &acme).unwrap(), "--again 52:54:00:00:00:01");
+    let mut registry = MachineRegistry::open(dir.path(), &rules()).unwrap();
+    assigned(registry.decide(&machine(ONE, "", &DISK), &acme).unwrap());
+    registry.records.all.get_mut(ONE).unwrap().minted -= MAX_TICKET_AGE;
+    refused(registry.decide(&machine(ONE, "", &DISK), &acme).unwrap(), "--again 52:54:00:00:00:01");
 }

@@ -1,4 +1,4 @@
-//! What changes from one version of a group's image to the next, as their manifests say.
+//! Differences between two versions of a group's image, from their manifests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::format::verity;
 
-/// The part of a manifest that two versions are compared by.
+/// The part of a manifest that a comparison reads.
 #[derive(Debug, Deserialize)]
 pub(super) struct Contents {
     pub id: String,
@@ -22,9 +22,9 @@ pub(super) struct Contents {
     packages: Vec<Package>,
     /// Baked files: path → sha256.
     files: BTreeMap<String, String>,
-    /// Addresses by slot.
+    /// Mesh addresses by slot.
     nodes: BTreeMap<String, String>,
-    /// Format of what the agent keeps.
+    /// Version of the format of the agent's state.
     state: u16,
     mesh: String,
     #[serde(default)]
@@ -46,24 +46,28 @@ struct Package {
     version: String,
 }
 
-/// How an image differs from the one that is published.
+/// Differences between an image and the published image of its group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Comparison {
+    /// Name of the group.
     pub group: String,
-    /// None where nothing was published yet.
+    /// Published version; `None` before the first publication.
     pub from: Option<String>,
+    /// Version of the image.
     pub to: String,
-    /// Bytes that a node loads; all of it, where what is published does not tell what nodes have.
+    /// Bytes that a node downloads. The size of the whole image, if the published files do not list their blocks.
     pub load: u64,
-    /// `name version`, `name old → new`.
+    /// New packages: `name version`.
     pub added: Vec<String>,
+    /// Removed packages: `name version`.
     pub removed: Vec<String>,
+    /// Packages with another version: `name old → new`.
     pub changed: Vec<String>,
-    /// Baked files that differ, with `+`, `-` or `~` before.
+    /// Baked files that differ, with the prefix `+`, `-` or `~`.
     pub files: Vec<String>,
-    /// Why nodes of the old version can't take the new one.
+    /// Reasons why nodes of the old version cannot change to the new one.
     pub obstacles: Vec<String>,
-    /// What going back would not undo.
+    /// Changes that a rollback does not undo.
     pub one_way: Vec<String>,
 }
 
@@ -71,7 +75,10 @@ impl Contents {
     pub(super) fn read(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
         serde_json::from_slice(&bytes).map_err(|e| {
-            Error::Failed(format!("{} is not a manifest of this bakehouse ({e}); build it again", path.display()))
+            let path = path.display();
+            Error::Failed(format!(
+                "{path} is not a manifest of this version of bakehouse: {e}\n  help: bakehouse build"
+            ))
         })
     }
 
@@ -106,8 +113,8 @@ impl Comparison {
                 Some(_) => {}
             }
         }
-        let gone = before.iter().filter(|(name, _)| !after.contains_key(*name));
-        found.removed.extend(gone.map(|(name, version)| format!("{name} {version}")));
+        let removed = before.iter().filter(|(name, _)| !after.contains_key(*name));
+        found.removed.extend(removed.map(|(name, version)| format!("{name} {version}")));
         for path in old.files.keys().chain(new.files.keys()).collect::<BTreeSet<_>>() {
             let sign = match (old.files.get(path), new.files.get(path)) {
                 (None, _) => '+',
@@ -127,17 +134,19 @@ impl Comparison {
             let migration = format!("postgresql-{}-to-{to}", list(&from));
             if !new.migrations.contains(&migration) {
                 found.obstacles.push(format!(
-                    "PostgreSQL {} to {to}: the data has to be converted; write the migration `{migration}` (docs/updates.md)",
+                    "PostgreSQL {} to {to} needs a migration of the data; write the migration `{migration}` \
+                     (docs/updates.md)",
                     list(&from)
                 ));
             }
         }
         for name in new.migrations.iter().filter(|name| !old.migrations.contains(name)) {
-            found.one_way.push(format!("the migration `{name}` converts what nodes keep"));
+            found.one_way.push(format!("the migration `{name}` converts the nodes' data"));
         }
         if old.sizes.root_slot != new.sizes.root_slot {
             found.obstacles.push(format!(
-                "the root slot would change from {} to {} MiB, and is cut when a node first boots; set `[image] root_size = \"{}M\"`",
+                "the root partitions would change from {} to {} MiB, but a node creates them only at its first boot; \
+                 set `[image] root_size = \"{}M\"`",
                 old.sizes.root_slot >> 20,
                 new.sizes.root_slot >> 20,
                 old.sizes.root_slot >> 20
@@ -145,37 +154,37 @@ impl Comparison {
         }
         if old.mesh != new.mesh {
             found.obstacles.push(format!(
-                "the mesh would move from {} to {}: half a fleet can't talk to the other",
+                "the mesh would change from {} to {}: during the rollout, nodes could not reach each other",
                 old.mesh, new.mesh
             ));
         }
         if old.restore != new.restore {
-            // One node after the other would change: some would write into the one, some into the other.
+            // A rollout changes one node after the other, so some nodes would use the old database and some the new.
             found.obstacles.push(
-                "[backup] restore makes another database than the one that runs: switch all database nodes off, and \
+                "[backup] restore creates a new database beside the running one; switch all database nodes off, and \
                  start them from blank disks"
                     .to_owned(),
             );
         }
         for (slot, address) in &old.nodes {
             if let Some(now) = new.nodes.get(slot).filter(|now| *now != address) {
-                found.obstacles.push(format!("{slot} would move from {address} to {now}; keep its address"));
+                found.obstacles.push(format!("{slot} would change from {address} to {now}; keep its address"));
             }
         }
         if old.state > new.state {
-            found.obstacles.push(format!("the agent would not read state of format {}", old.state));
+            found.obstacles.push(format!("the agent of the new version cannot read state of format {}", old.state));
         }
         if old.state < new.state {
-            found.one_way.push(format!("the agent's state is converted from format {} to {}", old.state, new.state));
+            found.one_way.push(format!("the agent converts its state from format {} to {}", old.state, new.state));
         }
         let odoo = |versions: &BTreeMap<String, String>| versions.get("odoo-19").cloned();
         if odoo(&before) != odoo(&after) {
-            found.one_way.push("Odoo may bring its database up to date".to_owned());
+            found.one_way.push("Odoo may upgrade its database".to_owned());
         }
         found
     }
 
-    /// Whether there is anything to do.
+    /// Returns whether the images are the same for nodes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.from.is_some()
@@ -186,16 +195,16 @@ impl Comparison {
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(from) = &self.from else {
-            return writeln!(f, "{}: version {}, the first to be published", self.group, self.to);
+            return writeln!(f, "{}: version {}, the first one", self.group, self.to);
         };
         if self.is_empty() {
-            return writeln!(f, "{}: version {from}, nothing changes", self.group);
+            return writeln!(f, "{}: version {from}, no changes", self.group);
         }
         writeln!(f, "{}: version {from} → {}; each node restarts once", self.group, self.to)?;
         let lists = [("added", &self.added), ("removed", &self.removed), ("changed", &self.changed)];
-        for (word, list) in lists {
+        for (title, list) in lists {
             for line in list {
-                writeln!(f, "  {word:<8} {line}")?;
+                writeln!(f, "  {title:<8} {line}")?;
             }
         }
         for line in &self.files {

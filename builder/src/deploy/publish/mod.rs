@@ -1,13 +1,13 @@
-//! `bakehouse publish`: built images into a folder from which nodes bring themselves up to date.
-//! Any HTTP server can serve it; nodes believe the signature, not the server.
+//! `bakehouse publish`: copies built images into a folder from which nodes update themselves. Any HTTP server can serve
+//! the folder, because nodes verify its signature.
 //!
 //! ```text
-//! DIR/GROUP/ID_VERSION_UUID.root.raw     root file system, as it lies in its partition
-//! DIR/GROUP/ID_VERSION_UUID.verity.raw   its hash tree
-//! DIR/GROUP/ID_VERSION.efi               kernel, initrd and root hash
-//! DIR/GROUP/ID_VERSION.blocks            hashes of its blocks: nodes load those that they have not
-//! DIR/GROUP/ID_VERSION.manifest.json     what is in it
-//! DIR/GROUP/SHA256SUMS, SHA256SUMS.gpg   what systemd-sysupdate reads first
+//! DIR/GROUP/ID_VERSION_UUID.root.raw     root file system: the bytes of its partition
+//! DIR/GROUP/ID_VERSION_UUID.verity.raw   hash tree of the root file system
+//! DIR/GROUP/ID_VERSION.efi               UKI: kernel, initrd and root hash
+//! DIR/GROUP/ID_VERSION.blocks            hashes of the UKI's blocks: nodes download only blocks that they lack
+//! DIR/GROUP/ID_VERSION.manifest.json     contents of the image
+//! DIR/GROUP/SHA256SUMS, SHA256SUMS.gpg   checksums and signature, which systemd-sysupdate reads first
 //! ```
 
 mod diff;
@@ -38,25 +38,27 @@ use crate::progress::Progress;
 use crate::util::digest::{hex, sha256};
 use crate::util::fs::write_atomic;
 
-/// What the folder's name for the newest version's manifest is.
+/// Copy of the newest version's manifest.
 const NEWEST: &str = "newest.json";
 const SUMS: &str = "SHA256SUMS";
 
-/// An image that is in the folder.
+/// Result of the publication of an image.
 #[derive(Clone, Debug, Serialize)]
 pub struct Published {
+    /// Name of the group.
     pub group: String,
+    /// Version of the image.
     pub version: String,
-    /// It was there before.
+    /// Whether the image was published before.
     pub unchanged: bool,
-    /// Bytes that a node loads which runs the version before; where there was none, of the whole.
+    /// Bytes that a node of the previous version downloads, or bytes of the whole image for the first version.
     pub bytes: u64,
 }
 
-/// How an image differs from the published one of its group.
+/// Compares an image with the published one of its group.
 ///
 /// # Errors
-/// A manifest can't be read.
+/// If a manifest or the image's files cannot be read.
 pub fn compare(image: &BuiltImage, dir: &Path) -> Result<Comparison> {
     let new = Contents::read(&image.manifest)?;
     let out = dir.join(&image.group);
@@ -69,10 +71,10 @@ pub fn compare(image: &BuiltImage, dir: &Path) -> Result<Comparison> {
     Ok(found)
 }
 
-/// Puts an image into the folder, signed as of `time` (seconds since 1970).
+/// Publishes an image, with a signature of `time` (seconds since 1970).
 ///
 /// # Errors
-/// Nodes that run what was published before could not take it; the disk is full.
+/// If nodes of the published version cannot change to this image, or a file cannot be read or written.
 pub fn publish(image: &BuiltImage, dir: &Path, key: &UpdateKey, time: u64, progress: &Progress) -> Result<Published> {
     let new = Contents::read(&image.manifest)?;
     let out = dir.join(&image.group);
@@ -81,23 +83,25 @@ pub fn publish(image: &BuiltImage, dir: &Path, key: &UpdateKey, time: u64, progr
         Published { group: image.group.clone(), version: new.version.clone(), unchanged: true, bytes: 0 };
     if let Some(old) = &old {
         if old.version == new.version && old.roothash == new.roothash {
-            // Nodes alert when the signature is old: a folder that is current is signed again.
+            // Nodes raise an alert if the signature is old, so an unchanged folder gets a new one.
             let sums = out.join(SUMS);
             let text = fs::read(&sums).map_err(Error::io("read", &sums))?;
             write_atomic(&out.join(format!("{SUMS}.gpg")), &key.sign(&text, time))?;
-            progress.say("publish", &format!("{}: version {} is there; signed again", image.group, new.version));
+            let message = format!("{}: version {} is published already; signed it again", image.group, new.version);
+            progress.say("publish", &message);
             return Ok(published);
         }
         if compare_versions(&new.version, &old.version).is_le() {
             return fail(format!(
-                "{}: version {} is published, nodes would not take {}: raise `version` in fleet.toml and build again",
-                image.group, old.version, new.version
+                "cannot publish version {} of {}: version {} is published already\n  help: raise `version` in \
+                 fleet.toml and build again",
+                new.version, image.group, old.version
             ));
         }
         let obstacles = Comparison::of(Some(old), &new).obstacles;
         if !obstacles.is_empty() {
             return fail(format!(
-                "{}: nodes of version {} can't change to {}: {}",
+                "{}: nodes of version {} cannot change to {}: {}",
                 image.group,
                 old.version,
                 new.version,
@@ -124,7 +128,7 @@ pub fn publish(image: &BuiltImage, dir: &Path, key: &UpdateKey, time: u64, progr
         whole += size;
     }
     whole += uki.len() as u64;
-    // Not `.efi.blocks`: systemd-sysupdate 257 takes what begins with a pattern for what it looks for.
+    // Not `.efi.blocks`, because a pattern of systemd-sysupdate 257 also matches names that continue after it.
     let files = [(".efi", &uki), (".blocks", &blocks.list()), (".manifest.json", &manifest)];
     for (suffix, bytes) in files {
         let name = format!("{name}{suffix}");
@@ -132,7 +136,7 @@ pub fn publish(image: &BuiltImage, dir: &Path, key: &UpdateKey, time: u64, progr
         sums.push((sha256(bytes), name));
     }
     published.bytes = differing.unwrap_or(whole);
-    // The version before stays, for who is loading it now.
+    // The previous version stays, because nodes may be downloading it.
     let kept = old.as_ref().map(stem);
     let before = fs::read_to_string(out.join(SUMS)).unwrap_or_default();
     let of_kept = |name: &str| {
@@ -143,20 +147,20 @@ pub fn publish(image: &BuiltImage, dir: &Path, key: &UpdateKey, time: u64, progr
     sums.extend(kept_sums.map(|(sum, name)| (sum.to_owned(), name.to_owned())));
     sums.sort_by(|a, b| a.1.cmp(&b.1));
     let text: String = sums.iter().map(|(sum, name)| format!("{sum}  {name}\n")).collect();
-    // A node that reads between these two finds that they don't match, and looks again later.
+    // A node that reads between these two writes finds an invalid signature, and retries later.
     write_atomic(&out.join(SUMS), text.as_bytes())?;
     write_atomic(&out.join(format!("{SUMS}.gpg")), &key.sign(text.as_bytes(), time))?;
     write_atomic(&out.join(NEWEST), &manifest)?;
     let listed: BTreeSet<&str> = sums.iter().map(|(_, name)| name.as_str()).collect();
-    sweep(&out, &listed)?;
+    remove_unlisted(&out, &listed)?;
     let mb = |bytes| format!("{:.1} MB", bytes as f64 / 1e6);
-    let loads = old.map(|old| format!("; nodes of version {} load {}", old.version, mb(published.bytes)));
-    step.done(&format!("{}: version {} ({}{})", image.group, new.version, mb(whole), loads.unwrap_or_default()));
+    let download = old.map(|old| format!("; nodes of version {} download {}", old.version, mb(published.bytes)));
+    step.done(&format!("{}: version {} ({}{})", image.group, new.version, mb(whole), download.unwrap_or_default()));
     Ok(published)
 }
 
-/// Bytes that a node loads which runs the published version: only what it has not. `None` if what
-/// is published does not tell.
+/// Returns the bytes that a node of the published version downloads: the blocks that it lacks. `None` if the published
+/// files do not list their blocks.
 fn differing(image: &BuiltImage, new: &Contents, uki: &Blocks, out: &Path, old: &Contents) -> Result<Option<u64>> {
     use std::os::unix::fs::FileExt as _;
     let [_, tree] = partitions(old)?;
@@ -173,18 +177,19 @@ fn differing(image: &BuiltImage, new: &Contents, uki: &Blocks, out: &Path, old: 
     Ok(Some(beside as u64 + missing(&pieces(&old_root, &root)) + missing(&pieces(&old_uki, uki))))
 }
 
-/// What names of a version's files begin with.
+/// Returns the common prefix of the names of a version's files.
 fn stem(contents: &Contents) -> String {
     format!("{}_{}", contents.id, contents.version)
 }
 
-/// Names of its root and its hash tree: partitions have the halves of the root hash for their UUIDs.
+/// Returns the names of the root file system and its hash tree. The UUIDs of their partitions are the halves of the
+/// root hash.
 fn partitions(contents: &Contents) -> Result<[String; 2]> {
     let stem = stem(contents);
     let hash = &contents.roothash;
     let half = |range: std::ops::Range<usize>| hash.get(range).and_then(|half| Uuid::parse_str(half).ok());
     let (Some(data), Some(tree)) = (half(0..32), half(32..64)) else {
-        return fail(format!("the manifest of {stem} has no root hash; build it again"));
+        return fail(format!("the manifest of {stem} has no root hash\n  help: bakehouse build"));
     };
     Ok([format!("{stem}_{data}.root.raw"), format!("{stem}_{tree}.verity.raw")])
 }
@@ -194,7 +199,7 @@ fn newest(out: &Path) -> Result<Option<Contents>> {
     if path.exists() { Contents::read(&path).map(Some) } else { Ok(None) }
 }
 
-/// Copies a part of the disk image; its sum.
+/// Copies a range of the disk image to a file. Returns the SHA-256 sum.
 fn part(disk: &Path, start: u64, size: u64, to: &Path, mut advance: impl FnMut(u64)) -> Result<String> {
     let read = Error::io("read", disk);
     let mut from = File::open(disk).map_err(Error::io("open", disk))?;
@@ -208,7 +213,7 @@ fn part(disk: &Path, start: u64, size: u64, to: &Path, mut advance: impl FnMut(u
     while copied < size {
         let n = from.read(&mut chunk).map_err(Error::io("read", disk))?;
         if n == 0 {
-            return fail(format!("{} is shorter than its manifest says; build it again", disk.display()));
+            return fail(format!("{} is shorter than its manifest states\n  help: bakehouse build", disk.display()));
         }
         hash.update(&chunk[..n]);
         file.write_all(&chunk[..n]).map_err(Error::io("write", to))?;
@@ -220,14 +225,14 @@ fn part(disk: &Path, start: u64, size: u64, to: &Path, mut advance: impl FnMut(u
     Ok(hex(&hash.finalize()))
 }
 
-/// The server may be another user.
+/// Sets mode 0644, because the HTTP server may run as another user.
 fn readable_by_all(file: &NamedTempFile) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     file.as_file().set_permissions(fs::Permissions::from_mode(0o644))
 }
 
-/// Removes files of versions that are not listed any more.
-fn sweep(out: &Path, listed: &BTreeSet<&str>) -> Result<()> {
+/// Removes files of versions that `SHA256SUMS` no longer lists.
+fn remove_unlisted(out: &Path, listed: &BTreeSet<&str>) -> Result<()> {
     let entries = fs::read_dir(out).map_err(Error::io("read", out))?;
     let paths: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
     for path in paths {
@@ -248,16 +253,17 @@ mod tests {
     use serde_json::json;
     use std::os::unix::fs::FileExt;
 
-    struct Lab(tempfile::TempDir);
+    struct UpdateFolder(tempfile::TempDir);
 
-    impl Lab {
+    impl UpdateFolder {
         fn image(&self, version: &str, more: &serde_json::Value) -> BuiltImage {
             let path = |name: &str| self.0.path().join(name);
             let slots = PartitionSizes::of(1 << 20);
             let mut manifest = json!({
-                "id": "acme-db", "version": version, "group": "db", "kernel": "6.12", "roothash": version.repeat(64)[..64],
-                "sizes": { "root_slot": slots.root, "root": 8192, "uki": 4096 }, "packages": [], "files": {}, "nodes": {},
-                "state": 2, "mesh": "10.10.0.0/24",
+                "id": "acme-db", "version": version, "group": "db", "kernel": "6.12",
+                "roothash": version.repeat(64)[..64],
+                "sizes": { "root_slot": slots.root, "root": 8192, "uki": 4096 },
+                "packages": [], "files": {}, "nodes": {}, "state": 2, "mesh": "10.10.0.0/24",
             });
             for (key, value) in more.as_object().unwrap() {
                 manifest[key] = value.clone();
@@ -286,7 +292,7 @@ mod tests {
             publish(image, &self.0.path().join("out"), &key, time, &Progress::new(true, false))
         }
 
-        /// The date that gpgv finds, with the keyring of a fleet.
+        /// Returns the signature's date from gpgv, which verifies it with a fleet's keyring.
         fn date(&self, keyring: &[u8]) -> Result<u64> {
             let scratch = tempfile::tempdir().unwrap();
             let (out, ring) = (self.0.path().join("out/db"), scratch.path().join("ring.gpg"));
@@ -296,7 +302,7 @@ mod tests {
             let output = gpgv.arg(out.join("SHA256SUMS.gpg")).arg(out.join(SUMS)).output().unwrap();
             let status = String::from_utf8(output.stdout).unwrap();
             let valid = status.lines().find_map(|line| line.strip_prefix("[GNUPG:] VALIDSIG "));
-            let time = valid.and_then(|words| words.split(' ').nth(2)?.parse().ok());
+            let time = valid.and_then(|fields| fields.split(' ').nth(2)?.parse().ok());
             time.filter(|_| output.status.success()).ok_or_else(|| Error::Failed("no valid signature".to_owned()))
         }
 
@@ -309,8 +315,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_listed_is_there_whole_and_two_versions_stay() {
-        let lab = Lab(tempfile::tempdir().unwrap());
+    fn keeps_two_complete_versions() {
+        let lab = UpdateFolder(tempfile::tempdir().unwrap());
         for version in ["1", "2", "3"] {
             assert!(!lab.publish(&lab.image(version, &json!({}))).unwrap().unchanged);
         }
@@ -329,10 +335,10 @@ mod tests {
         assert_eq!(names.len(), 10 + 3);
     }
 
-    /// A server that holds updates back serves an old date: it can't make a younger one.
+    /// A server that withholds updates serves an old signature, because it cannot create a newer one.
     #[test]
-    fn the_date_of_a_folder_is_signed_and_new_each_time() {
-        let lab = Lab(tempfile::tempdir().unwrap());
+    fn every_publication_signs_its_date() {
+        let lab = UpdateFolder(tempfile::tempdir().unwrap());
         let image = lab.image("1", &json!({}));
         let own = UpdateKey::of("acme", "root").unwrap().keyring();
         lab.publish_at(&image, 1_760_000_000).unwrap();
@@ -341,20 +347,20 @@ mod tests {
         assert_eq!(lab.date(&own).unwrap(), 1_770_000_000);
         let other = lab.date(&UpdateKey::of("acme", "another root").unwrap().keyring()).unwrap_err().to_string();
         assert!(other.contains("no valid signature"), "{other}");
-        // Another list with this signature.
+        // The signature does not match a changed list.
         let sums = lab.0.path().join("out/db").join(SUMS);
         fs::write(&sums, fs::read_to_string(&sums).unwrap() + "0  more\n").unwrap();
         assert!(lab.date(&own).is_err());
     }
 
     #[test]
-    fn what_nodes_could_not_take_is_refused() {
-        let lab = Lab(tempfile::tempdir().unwrap());
+    fn rejects_images_that_nodes_cannot_change_to() {
+        let lab = UpdateFolder(tempfile::tempdir().unwrap());
         let postgres = |major: u8| json!({ "packages": [{ "name": format!("postgresql-{major}"), "version": "1" }] });
         lab.publish(&lab.image("2", &postgres(17))).unwrap();
-        let refused = |image: &BuiltImage, words: &str| {
+        let refused = |image: &BuiltImage, message: &str| {
             let e = lab.publish(image).unwrap_err().to_string();
-            assert!(e.contains(words), "{e}");
+            assert!(e.contains(message), "{e}");
         };
         refused(&lab.image("1", &postgres(17)), "raise `version`");
         refused(&lab.image("2", &json!({ "roothash": "f".repeat(64) })), "raise `version`");
@@ -364,17 +370,17 @@ mod tests {
         refused(&lab.image("3", &restored), "[backup] restore");
         let mut larger = postgres(17);
         larger["sizes"] = json!({ "root_slot": 2 << 20, "root": 8192, "uki": 4096 });
-        refused(&lab.image("3", &larger), "slot");
-        assert_eq!(lab.files().len(), 5 + 3, "a refused image left something");
+        refused(&lab.image("3", &larger), "root partitions");
+        assert_eq!(lab.files().len(), 5 + 3, "a refused image left files");
 
-        // Unless it brings what converts the data.
+        // A migration permits the change.
         let mut converted = postgres(18);
         converted["migrations"] = json!(["postgresql-16-to-18"]);
         refused(&lab.image("3", &converted), "write the migration `postgresql-17-to-18`");
         converted["migrations"] = json!(["postgresql-17-to-18"]);
         let image = lab.image("3", &converted);
         let comparison = compare(&image, &lab.0.path().join("out")).unwrap();
-        assert_eq!(comparison.one_way, ["the migration `postgresql-17-to-18` converts what nodes keep"]);
+        assert_eq!(comparison.one_way, ["the migration `postgresql-17-to-18` converts the nodes' data"]);
         assert!(!lab.publish(&image).unwrap().unchanged);
     }
 }

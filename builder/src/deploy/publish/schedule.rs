@@ -1,4 +1,4 @@
-//! How a fleet changes: which node after which, what each loads, and about how long it takes.
+//! Schedule of a rollout: the order of the nodes, their downloads, and an estimate of the time.
 
 use std::fmt;
 
@@ -7,29 +7,32 @@ use serde::Serialize;
 
 use super::diff::Comparison;
 
-/// Bytes that a node loads in a second: a gigabit network's.
+/// Bytes that a node downloads per second from a gigabit network.
 const RATE: u64 = 100_000_000;
-/// Seconds for services that end, firmware, boot, and the proof that all is well.
+/// Seconds to stop services, start firmware and kernel, and check the node's health.
 const RESTART: u64 = 60;
 
-/// Nodes one after the other, each of which restarts once.
+/// Order in which nodes change to new images. Each node restarts once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RolloutSchedule {
+    /// Nodes in the order of the rollout.
     pub stops: Vec<ScheduledNode>,
-    /// At a gigabit, and a minute for each restart.
+    /// Estimated time in seconds, with a gigabit network and a minute for each restart.
     pub seconds: u64,
 }
 
+/// A node of the schedule.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ScheduledNode {
+    /// Name of the node.
     pub node: String,
-    /// Bytes.
+    /// Bytes that the node downloads.
     pub load: u64,
 }
 
 impl RolloutSchedule {
-    /// Of the nodes whose group's image changes. Who leads at the time goes last of its kind,
-    /// whatever this says.
+    /// Schedules the nodes whose images change. The rollout itself also puts the primary and the hub with the VIP last
+    /// among nodes of equal rank; the schedule does not know them.
     #[must_use]
     pub fn of(topology: &Topology, plans: &[Comparison]) -> Self {
         let changing = |group: &str| plans.iter().find(|p| p.group == group && p.from.is_some() && !p.is_empty());
@@ -48,8 +51,8 @@ impl fmt::Display for RolloutSchedule {
         if self.stops.is_empty() {
             return Ok(());
         }
-        let stop = |s: &ScheduledNode| format!("{} ({} MB)", s.node, s.load.div_ceil(1_000_000));
-        let order: Vec<String> = self.stops.iter().map(stop).collect();
+        let shown = |s: &ScheduledNode| format!("{} ({} MB)", s.node, s.load.div_ceil(1_000_000));
+        let order: Vec<String> = self.stops.iter().map(shown).collect();
         writeln!(f, "order: {}", order.join(", "))?;
         writeln!(f, "time:  about {} min, at a gigabit and a minute for each restart", self.seconds.div_ceil(60))
     }
@@ -61,7 +64,7 @@ mod tests {
     use fleet::Fleet;
 
     #[test]
-    fn who_is_missed_least_goes_first_and_who_does_not_change_not_at_all() {
+    fn schedules_changing_nodes_least_disruptive_first() {
         let toml = b"name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\napp.count=2\nmonitor.count=1\n";
         let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
         let plan = |group: &str, from: Option<&str>, changed: &[&str]| Comparison {
@@ -82,11 +85,11 @@ mod tests {
             plan("db", Some("1"), &[]),
             plan("monitor", None, &[]),
         ];
-        let course = RolloutSchedule::of(&topology, &plans);
-        let order: Vec<&str> = course.stops.iter().map(|s| s.node.as_str()).collect();
+        let schedule = RolloutSchedule::of(&topology, &plans);
+        let order: Vec<&str> = schedule.stops.iter().map(|s| s.node.as_str()).collect();
         assert_eq!(order, ["app-1", "app-2", "hub-1", "hub-2", "hub-3"]);
-        assert_eq!(course.seconds, 5 * 62);
-        assert!(course.to_string().contains("app-1 (250 MB)"));
+        assert_eq!(schedule.seconds, 5 * 62);
+        assert!(schedule.to_string().contains("app-1 (250 MB)"));
         assert_eq!(RolloutSchedule::of(&topology, &[]).to_string(), "");
     }
 }
