@@ -1,4 +1,4 @@
-//! `docs/ports.md`, written from the table.
+//! Generates `docs/ports.md` from the table.
 
 use std::fmt::{self, Write as _};
 
@@ -37,7 +37,7 @@ impl fmt::Display for Ports {
     }
 }
 
-/// `docs/ports.md`.
+/// Returns the text of `docs/ports.md`.
 #[must_use]
 pub fn page() -> String {
     let mut page = INTRODUCTION.to_owned();
