@@ -26,7 +26,7 @@ async fn one_node_at_a_time_updates() {
     }
     // Only the root's key signs valid orders.
     let other = Issuer::root("acme").expect("randomness");
-    let pause = RolloutOrder::Backoff { why: "month's end".to_owned() };
+    let pause = RolloutOrder::Pause { why: "month's end".to_owned() };
     assert!(site.rollout(pause.clone(), &other).await.is_err());
     assert_eq!(site.rollout(pause, &site.root).await.expect("a reply").paused.as_deref(), Some("month's end"));
     assert!(says(0, 0, "1", wants("2")).await.expect("a reply").why.contains("month's end"));

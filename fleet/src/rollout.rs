@@ -115,7 +115,7 @@ pub enum RolloutOrder {
     /// Return the state of the rollout, and change nothing.
     Tell,
     /// Pause: no node gets the update lock. A node that has it finishes its change.
-    Backoff {
+    Pause {
         /// Reason, for the operators.
         why: String,
     },
@@ -311,6 +311,8 @@ mod tests {
         assert!(json(&available).starts_with(r#"{"wants":{"image":"2","#));
         assert_eq!(json(&UpdateState::RolledBack { from: "3".into() }), r#"{"went_back":{"from":"3"}}"#);
         assert_eq!(json(&UpdateState::Serving), r#""serving""#);
+        let pause = RolloutOrder::Pause { why: "w".into() };
+        assert_eq!(serde_json::to_string(&pause).unwrap(), r#"{"pause":{"why":"w"}}"#);
         let decision = UpdateDecision { granted: true, why: String::new() };
         assert_eq!(serde_json::to_string(&decision).unwrap(), r#"{"go":true,"why":""}"#);
     }
