@@ -156,7 +156,8 @@ impl Lint<'_> {
         }
         if !netboot.diskless.is_empty() && self.fleet.update.get_ref().url.is_some() {
             wrong.push((
-                "[netboot] machines that run from memory take no updates, and a rollout of [update] would wait for them".to_owned(),
+                "[netboot] machines that run from memory take no updates: a rollout of [update] would wait for them"
+                    .to_owned(),
                 "remove [update], and restart the machines one after the other from the newer image".to_owned(),
             ));
         }
