@@ -26,7 +26,7 @@ async fn one_node_at_a_time_updates() {
     }
     // Only the root's key signs valid orders.
     let other = Issuer::root("acme").expect("randomness");
-    let pause = RolloutOrder::Backoff { why: "month's end".to_owned() };
+    let pause = RolloutOrder::Pause { why: "month's end".to_owned() };
     assert!(site.rollout(pause.clone(), &other).await.is_err());
     assert_eq!(site.rollout(pause, &site.root).await.expect("a reply").paused.as_deref(), Some("month's end"));
     assert!(says(0, 0, "1", wants("2")).await.expect("a reply").why.contains("month's end"));
@@ -51,7 +51,7 @@ async fn one_node_at_a_time_updates() {
     let last = (0..3).find(|i| !done.contains(i)).expect("one");
     assert!(says(last, 0, "1", wants("2")).await.expect("a reply").granted);
     says(last, 1, "1", UpdateState::RolledBack { from: "2".to_owned() }).await.expect("a reply");
-    assert!(says(last, 2, "1", wants("2")).await.expect("a reply").why.contains("nobody takes version 2"));
+    assert!(says(last, 2, "1", wants("2")).await.expect("a reply").why.contains("version 2 is denied"));
     let seen = site.rollout(RolloutOrder::Tell, &site.root).await.expect("a reply");
     assert_eq!((seen.turn, seen.held), (None, false));
     // A version that only one node reports as available is not granted.
@@ -104,7 +104,7 @@ async fn operator_overrides_denials_of_a_compromised_node() {
     says(1, "1", wants("7", false)).await;
     assert!(says(0, "1", wants("7", false)).await.granted);
     says(0, "1", UpdateState::RolledBack { from: "7".to_owned() }).await;
-    assert!(says(1, "1", wants("7", false)).await.why.contains("nobody takes version 7"));
+    assert!(says(1, "1", wants("7", false)).await.why.contains("version 7 is denied"));
     let seen = order(RolloutOrder::Allow { version: "7".to_owned() }).await;
     assert!(seen.denied.is_empty() && seen.allowed.contains("7"));
     // It reports an endless start. After the operator skips it, it blocks no other node and gets no lock.

@@ -1,5 +1,5 @@
-//! The real installer, against a server that lies about the image: as root, in a mount namespace with the files that
-//! its initrd would have.
+//! The real installer against a malicious server. The test runs as root, in a mount namespace with the files of the
+//! installer's initrd.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -20,10 +20,10 @@ fn update_key(seed: u8) -> Ed25519KeyPair {
     Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).expect("32 bytes are a key")
 }
 
-/// What happens: a line of the installer's, or a request for a file.
+/// A line that the installer prints, or its request for a file.
 #[derive(Debug)]
 enum Event {
-    Said(String),
+    Printed(String),
     Loads(String),
 }
 
@@ -34,12 +34,12 @@ struct Installer {
 }
 
 impl Installer {
-    /// Starts it; the server gives each machine the answer.
+    /// Starts the installer, and a server that sends `answer`.
     fn start(answer: impl Fn(&NetbootMachine) -> Assignment + Send + 'static) -> Self {
-        let (tell, events) = channel();
+        let (sender, events) = channel();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("a port").port();
-        let of_server = tell.clone();
+        let of_server = sender.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 serve(stream.expect("a connection"), &answer, &of_server);
@@ -57,7 +57,7 @@ impl Installer {
         fs::write(path("cmdline"), format!("quiet {}=http://127.0.0.1:{port}\n", NetbootMachine::SERVER))
             .expect("a file");
         let (etc, name) = InstallerTrust::PATH.rsplit_once('/').expect("a folder and a name");
-        // losetup would detach this host's own devices.
+        // The installer's losetup would detach the host's loop devices.
         let script = format!(
             "mount --bind {cmdline} /proc/cmdline && mount -t tmpfs none /etc && mount -t tmpfs none /run \
              && mount --bind /bin/false \"$(command -v losetup)\" && mkdir -p /{etc} && cp {trust} /{etc}/{name} && exec {installer}",
@@ -73,14 +73,14 @@ impl Installer {
         let out = child.stdout.take().expect("a pipe");
         std::thread::spawn(move || {
             for line in BufReader::new(out).lines().map_while(Result::ok) {
-                let _ = tell.send(Event::Said(line));
+                let _ = sender.send(Event::Printed(line));
             }
         });
         Self { child, events, _dir: dir }
     }
 
     fn next(&self) -> Event {
-        self.events.recv_timeout(PATIENCE).expect("the installer says or does something")
+        self.events.recv_timeout(PATIENCE).expect("the installer prints or requests something")
     }
 }
 
@@ -90,7 +90,7 @@ impl Drop for Installer {
     }
 }
 
-fn serve(stream: TcpStream, answer: &impl Fn(&NetbootMachine) -> Assignment, tell: &Sender<Event>) {
+fn serve(stream: TcpStream, answer: &impl Fn(&NetbootMachine) -> Assignment, events: &Sender<Event>) {
     let mut reader = BufReader::new(stream);
     let (mut first, mut length) = (String::new(), 0);
     reader.read_line(&mut first).expect("a request");
@@ -112,16 +112,17 @@ fn serve(stream: TcpStream, answer: &impl Fn(&NetbootMachine) -> Assignment, tel
         ("200 OK", serde_json::to_vec(&answer(&machine)).expect("JSON"))
     } else {
         if !path.starts_with("/v1/") {
-            tell.send(Event::Loads(path)).expect("the test listens");
+            events.send(Event::Loads(path)).expect("the test listens");
         }
         ("404 Not Found", Vec::new())
     };
     let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
-    // The installer may have ended.
+    // The installer may have exited.
     let _ = reader.get_mut().write_all(&[head.as_bytes(), &body].concat());
 }
 
-/// An image to be run from memory, signed by the key of this seed.
+/// Assigns an image that runs from memory, with a statement about the root hash `signed`, signed with the key of
+/// `seed`.
 fn run(machine: &NetbootMachine, roothash: &str, signed: &str, seed: u8) -> Assignment {
     let statement =
         ImageStatement { fleet: "acme".into(), group: "app".into(), version: "1".into(), roothash: signed.to_owned() };
@@ -139,31 +140,31 @@ fn run(machine: &NetbootMachine, roothash: &str, signed: &str, seed: u8) -> Assi
     })
 }
 
-/// The attack on Secure Boot: the signed installer starts, and another host answers with a root of its own.
+/// An attack on Secure Boot: the signed installer starts, and another host replies with its own root file system.
 #[test]
-fn the_installer_loads_no_root_that_the_fleet_did_not_sign() {
+fn installer_rejects_root_that_the_fleet_did_not_sign() {
     let (good, evil) = ("ab".repeat(32), "cd".repeat(32));
-    // The fleet's statement over the fleet's root beside another root; another key's statement.
+    // The fleet's statement about the fleet's root, and a statement of another key about the other root.
     for (signed, seed) in [(good.clone(), 1), (evil.clone(), 2)] {
         let evil = evil.clone();
         let installer = Installer::start(move |machine| run(machine, &evil, &signed, seed));
         loop {
             match installer.next() {
-                Event::Said(line) if line.contains("the server's image for app-1 is refused") => break,
-                Event::Said(_) => {}
-                Event::Loads(path) => panic!("{path} is loaded"),
+                Event::Printed(line) if line.contains("the server's image for app-1 is refused") => break,
+                Event::Printed(_) => {}
+                Event::Loads(path) => panic!("the installer requests {path}"),
             }
         }
     }
 }
 
 #[test]
-fn the_installer_loads_what_the_fleet_signed() {
+fn installer_loads_root_that_the_fleet_signed() {
     let good = "ab".repeat(32);
     let installer = Installer::start(move |machine| run(machine, &good, &good, 1));
     loop {
         match installer.next() {
-            Event::Said(line) => assert!(!line.contains("is refused"), "{line}"),
+            Event::Printed(line) => assert!(!line.contains("is refused"), "{line}"),
             Event::Loads(path) => {
                 assert_eq!(path, "/images/app.raw");
                 break;
@@ -173,15 +174,15 @@ fn the_installer_loads_what_the_fleet_signed() {
 }
 
 #[test]
-fn the_installer_shows_the_code_of_its_key() {
-    let (tell, keys) = channel();
+fn installer_prints_the_code_of_its_key() {
+    let (sender, keys) = channel();
     let installer = Installer::start(move |machine| {
-        tell.send(machine.key.clone()).expect("the test listens");
+        sender.send(machine.key.clone()).expect("the test listens");
         Assignment::Confirm { to: "hub-1".to_owned() }
     });
-    let key = keys.recv_timeout(PATIENCE).expect("it asks");
-    let Event::Said(line) = installer.next() else { panic!("it loads something") };
+    let key = keys.recv_timeout(PATIENCE).expect("a request");
+    let Event::Printed(line) = installer.next() else { panic!("the installer requests a file") };
     assert!(line.ends_with(&format!("bakehouse netboot --approve {}", code(&key, "hub-1"))), "{line}");
-    // It asks again with the same key: the code stays.
-    assert_eq!(keys.recv_timeout(PATIENCE).expect("it asks again"), key);
+    // The next request has the same key, so the code does not change.
+    assert_eq!(keys.recv_timeout(PATIENCE).expect("a second request"), key);
 }

@@ -1,27 +1,30 @@
-//! Which blocks of a newer file an older one has. Of a root file system dm-verity's hash tree
-//! names every block; of other files `publish` writes a list beside them.
+//! Differential downloads: the blocks of a newer file that an older file also has. For a root file system, dm-verity's
+//! hash tree has the hash of every block. For other files, `publish` writes a list of hashes beside them.
 
 use std::cmp::Ordering;
 
 use sha2::{Digest as _, Sha256};
 
+/// Size of a block, in bytes.
 pub const BLOCK: usize = 4096;
 const DIGEST: usize = 32;
-/// A request for a part costs as much as this many bytes.
+/// A separate request costs about as much as this number of bytes.
 const BRIDGE: u64 = 64 << 10;
 
-/// A file by the hashes of its blocks.
+/// Hashes of a file's blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocks {
-    /// Bytes of the file; its last block may be shorter than the others.
+    /// Size of the file, in bytes. The last block may be shorter than the others.
     pub size: u64,
     salt: Vec<u8>,
     digests: Vec<u8>,
 }
 
 impl Blocks {
-    /// A root file system, by its hash tree as it lies in its partition (which may be longer).
-    /// `None` for what `veritysetup format` would not have made by default.
+    /// Reads the hashes of a root file system from its [dm-verity] hash tree. `tree` may be longer, as a partition is.
+    /// Returns `None` if the tree does not have the default parameters of `veritysetup format`.
+    ///
+    /// [dm-verity]: https://gitlab.com/cryptsetup/cryptsetup/-/wikis/DMVerity
     #[must_use]
     pub fn of_tree(tree: &[u8]) -> Option<Self> {
         let u32_at = |at: usize| Some(u32::from_le_bytes(tree.get(at..at + 4)?.try_into().ok()?));
@@ -34,7 +37,7 @@ impl Blocks {
         }
         let count = usize::try_from(u64::from_le_bytes(tree.get(72..80)?.try_into().ok()?)).ok()?;
         let salt = usize::from(u16::from_le_bytes(tree.get(80..82)?.try_into().ok()?));
-        // The superblock, then levels from the top down: the last has the blocks' own hashes.
+        // The levels of the tree follow the superblock, from the top down. The last level has the blocks' hashes.
         let mut start = BLOCK;
         let mut level = count.div_ceil(BLOCK / DIGEST);
         while level > 1 {
@@ -49,14 +52,14 @@ impl Blocks {
         })
     }
 
-    /// Any file.
+    /// Hashes the blocks of a file.
     #[must_use]
     pub fn of_bytes(bytes: &[u8]) -> Self {
         let digests = bytes.chunks(BLOCK).flat_map(Sha256::digest).collect();
         Self { size: bytes.len() as u64, salt: Vec::new(), digests }
     }
 
-    /// Any file, by its list: its size (8 bytes, little endian), then SHA-256 of each block.
+    /// Reads a list: the size of the file (8 bytes, little endian), then the SHA-256 of each block.
     #[must_use]
     pub fn of_list(list: &[u8]) -> Option<Self> {
         let (size, digests) = list.split_first_chunk()?;
@@ -69,7 +72,7 @@ impl Blocks {
         })
     }
 
-    /// The list that [`Blocks::of_list`] reads; of a root file system, dm-verity has it.
+    /// Returns the list that [`Blocks::of_list`] reads.
     #[must_use]
     pub fn list(&self) -> Vec<u8> {
         [&self.size.to_le_bytes(), &self.digests[..]].concat()
@@ -87,14 +90,15 @@ impl Blocks {
 /// A part of the newer file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockRange {
-    /// Where it is in the newer file; bytes, as below.
+    /// Offset in the newer file, in bytes.
     pub at: u64,
+    /// Length in bytes.
     pub len: u64,
-    /// Where it is in the older one, if it is there.
+    /// Offset in the older file, if the older file has the part.
     pub here: Option<u64>,
 }
 
-/// The whole newer file, in order, of pieces that are as long as can be.
+/// Returns the parts of the whole newer file, in order. Each is as long as possible.
 #[must_use]
 pub fn pieces(old: &Blocks, new: &Blocks) -> Vec<BlockRange> {
     let mut sorted: Vec<u32> = if old.salt == new.salt { (0..old.count() as u32).collect() } else { Vec::new() };
@@ -108,7 +112,7 @@ pub fn pieces(old: &Blocks, new: &Blocks) -> Vec<BlockRange> {
     let mut next = None;
     for block in 0..new.count() {
         let digest = new.digest(block);
-        // Long pieces are read faster: the block after the last one, if it will do.
+        // Long parts are read faster, so prefer the block after the last one.
         let here = next.filter(|n| !sorted.is_empty() && old.digest(*n) == digest).or_else(|| find(digest));
         next = here.map(|h| h + 1);
         let at = (block * BLOCK) as u64;
@@ -118,13 +122,13 @@ pub fn pieces(old: &Blocks, new: &Blocks) -> Vec<BlockRange> {
     bridged(&found)
 }
 
-/// Bytes that are not in the older file, or not worth a request less.
+/// Returns the number of bytes to download.
 #[must_use]
 pub fn missing(pieces: &[BlockRange]) -> u64 {
     pieces.iter().filter(|p| p.here.is_none()).map(|p| p.len).sum()
 }
 
-/// A short piece between two that are not here comes with them.
+/// Joins a short part between two missing parts with them, to save a request.
 fn bridged(found: &[BlockRange]) -> Vec<BlockRange> {
     let mut all = Vec::new();
     for (i, piece) in found.iter().enumerate() {
@@ -151,7 +155,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A file of blocks that are all of one byte.
+    /// Returns a file whose blocks each repeat one byte.
     fn file(blocks: &[u8], tail: usize) -> Vec<u8> {
         let mut bytes: Vec<u8> = blocks.iter().flat_map(|b| [*b; BLOCK]).collect();
         bytes.extend(vec![1; tail]);
@@ -169,16 +173,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_here_is_not_loaded() {
+    fn missing_counts_only_new_blocks() {
         let (old, new) = (file(&[1, 2, 3, 4], 9), file(&[9, 1, 2, 3, 4], 9));
         let found = pieces(&Blocks::of_bytes(&old), &Blocks::of_bytes(&new));
         assert_eq!(missing(&found), BLOCK as u64);
         assert_eq!(found.len(), 2, "{found:?}");
         assert_eq!(put_together(&old, &new, &found), new);
-        // Hashes with another salt say nothing.
+        // Hashes with different salts cannot be compared.
         let salted = Blocks { salt: vec![1], ..Blocks::of_bytes(&old) };
         assert_eq!(missing(&pieces(&salted, &Blocks::of_bytes(&new))), new.len() as u64);
-        // Two that are missing with a little between them are one request.
+        // Two missing parts with a short part between them are one request.
         let far = file(&[8, 1, 7, 3, 4], 9);
         let found = pieces(&Blocks::of_bytes(&old), &Blocks::of_bytes(&far));
         assert_eq!(found[0], BlockRange { at: 0, len: 3 * BLOCK as u64, here: None });
@@ -187,20 +191,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pieces_are_the_file(old: Vec<u8>, new: Vec<u8>, tails in (0..BLOCK, 0..BLOCK)) {
+        fn pieces_make_up_the_file(old: Vec<u8>, new: Vec<u8>, tails in (0..BLOCK, 0..BLOCK)) {
             let (old, new) = (file(&old[..old.len().min(40)], tails.0), file(&new[..new.len().min(40)], tails.1));
             let found = pieces(&Blocks::of_bytes(&old), &Blocks::of_bytes(&new));
             prop_assert_eq!(put_together(&old, &new, &found), new);
         }
 
         #[test]
-        fn a_list_is_its_file(bytes: Vec<u8>) {
+        fn list_round_trips(bytes: Vec<u8>) {
             let blocks = Blocks::of_bytes(&bytes);
             prop_assert_eq!(Blocks::of_list(&blocks.list()), Some(blocks));
         }
 
         #[test]
-        fn nothing_that_is_read_makes_it_fall(mut bytes: Vec<u8>, count: u64, salt: u16) {
+        fn parsers_never_panic(mut bytes: Vec<u8>, count: u64, salt: u16) {
             let _ = Blocks::of_list(&bytes);
             let _ = Blocks::of_tree(&bytes);
             let mut tree = b"verity\0\0\x01\0\0\0\x01\0\0\0".to_vec();

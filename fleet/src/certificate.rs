@@ -1,5 +1,5 @@
-//! The fleet's X.509: its root signs an issuer for each hub, issuers sign nodes. P-256
-//! throughout, because browsers, which may be told to trust the root, know no Ed25519.
+//! Certificates of the fleet (X.509, RFC 5280). The root signs an issuer for each hub, and issuers sign nodes. All keys
+//! are P-256, because users may import the root into browsers, which do not support Ed25519.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
@@ -14,15 +14,15 @@ use serde::{Deserialize, Serialize};
 use crate::encoding;
 use crate::topology::{Node, Topology};
 
-/// Suffix of the DNS names in operators' certificates (`NAME.operator`): no hub's issuer may sign one.
+/// Suffix of the DNS names in operators' certificates (`NAME.operator`). No hub's issuer may sign such a name.
 pub const OPERATOR_SUFFIX: &str = "operator";
 
-/// A key that can't be read, or names that no certificate can hold.
+/// A key that cannot be read, or names that a certificate cannot have.
 #[derive(Debug, thiserror::Error)]
-#[error("a certificate can't be made: {0}")]
+#[error("cannot make a certificate: {0}")]
 pub struct CertificateError(#[from] rcgen::Error);
 
-/// Something that signs certificates: the fleet's root, or an issuer that the root has signed.
+/// A certificate authority: the fleet's root, or an issuer that the root signed.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Issuer {
     /// Common name.
@@ -30,15 +30,15 @@ pub struct Issuer {
     /// PEM.
     cert: String,
     key: String,
-    /// Certificates that a node has to show beside its own: none for the root.
+    /// Intermediate certificates that a node presents in addition to its own; empty for the root.
     chain: String,
 }
 
 impl Issuer {
-    /// A fleet's new root.
+    /// Makes a fleet's root.
     ///
     /// # Errors
-    /// No randomness.
+    /// If the kernel returns no random bytes.
     pub fn root(fleet: &str) -> Result<Self, CertificateError> {
         let key = KeyPair::generate()?;
         let name = root_name(fleet);
@@ -46,21 +46,21 @@ impl Issuer {
         Ok(Self { name, cert, key: key.serialize_pem(), chain: String::new() })
     }
 
-    /// An issuer without name constraints, signed by this root: the form that earlier versions put into
-    /// tickets. New tickets hold [`Self::founder_issuer`].
+    /// Makes an issuer without name constraints. Earlier versions put it into tickets; new tickets have a
+    /// [`Self::founder_issuer`].
     ///
     /// # Errors
-    /// This root's key can't be read.
+    /// If the root's key cannot be read.
     pub fn issuer(&self, fleet: &str, slot: &str) -> Result<Self, CertificateError> {
         self.intermediate(fleet, slot, None)
     }
 
-    /// An issuer for one founder, signed by this root. X.509 name constraints limit what verifiers accept
-    /// from it: a hub's issuer signs no other hub of `topology` and no operator, the issuer of a voter that
-    /// is not a hub signs that node alone.
+    /// Makes an issuer for one founder. X.509 name constraints (RFC 5280 § 4.2.1.10) limit the certificates that
+    /// verifiers accept from it. A hub's issuer signs no other hub of `topology` and no operator. The issuer of a voter
+    /// that is not a hub signs only that node.
     ///
     /// # Errors
-    /// This root's key can't be read.
+    /// If the root's key cannot be read.
     pub fn founder_issuer(&self, topology: &Topology, node: &Node) -> Result<Self, CertificateError> {
         let dns = |name: &str| GeneralSubtree::DnsName(name.to_owned());
         let ip = |address: Ipv4Addr| GeneralSubtree::IpAddress(CidrSubnet::from_addr_prefix(IpAddr::V4(address), 32));
@@ -90,10 +90,10 @@ impl Issuer {
         Ok(Self { name, chain: cert.clone(), cert, key: key.serialize_pem() })
     }
 
-    /// A node's certificate for its own key, and what it has to show with it. PEM.
+    /// Makes a node's certificate for its public key. Returns it with the intermediate certificates, PEM.
     ///
     /// # Errors
-    /// This issuer's key can't be read.
+    /// If the issuer's key cannot be read.
     pub fn node(&self, topology: &Topology, node: &Node, key: &PublicKey) -> Result<String, CertificateError> {
         let mut names = vec![node.name.clone(), node.address.to_string(), "127.0.0.1".to_owned()];
         if node.hub > 0 {
@@ -107,21 +107,21 @@ impl Issuer {
         Ok(self.sign_certificate(&params, key)? + &self.chain)
     }
 
-    /// Signs anything with this key: ECDSA P-256 with SHA-256, ASN.1.
+    /// Signs a message with the key: ECDSA P-256 with SHA-256, ASN.1.
     ///
     /// # Errors
-    /// This issuer's key can't be read.
+    /// If the key cannot be read.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, CertificateError> {
         Ok(KeyPair::from_pem(&self.key)?.sign(message)?)
     }
 
-    /// Its private key, PEM: what other secrets of its owner are derived from.
+    /// Returns the private key, PEM. Callers derive other secrets of the owner from it.
     #[must_use]
     pub fn key(&self) -> &str {
         &self.key
     }
 
-    /// Its own certificate, PEM.
+    /// Returns the certificate, PEM.
     #[must_use]
     pub fn certificate(&self) -> &str {
         &self.cert
@@ -149,12 +149,13 @@ impl fmt::Debug for Issuer {
 pub struct PublicKey(Vec<u8>);
 
 impl PublicKey {
-    /// Takes 65 bytes that look like a point; whether it is on the curve is seen when it is used.
+    /// Accepts 65 bytes in the format of a point. Whether the point is on the curve is checked when the key is used.
     #[must_use]
     pub fn of(point: &[u8]) -> Option<Self> {
         (point.len() == 65 && point[0] == 4).then(|| Self(point.to_vec()))
     }
 
+    /// Returns the point's 65 bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
@@ -171,31 +172,36 @@ impl PublicKeyData for PublicKey {
     }
 }
 
-/// A private key that never leaves the machine that made it.
+/// A P-256 private key. It never leaves the machine that made it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PrivateKey(String);
 
 impl PrivateKey {
+    /// Makes a new key.
+    ///
     /// # Errors
-    /// No randomness.
+    /// If the kernel returns no random bytes.
     pub fn generate() -> Result<Self, CertificateError> {
         Ok(Self(KeyPair::generate()?.serialize_pem()))
     }
 
+    /// Returns the public key.
+    ///
     /// # Errors
-    /// The key can't be read.
+    /// If the key cannot be read.
     pub fn public(&self) -> Result<PublicKey, CertificateError> {
         Ok(PublicKey(KeyPair::from_pem(&self.0)?.public_key_raw().to_vec()))
     }
 
-    /// ECDSA P-256 with SHA-256, ASN.1.
+    /// Signs a message: ECDSA P-256 with SHA-256, ASN.1.
     ///
     /// # Errors
-    /// The key can't be read.
+    /// If the key cannot be read.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, CertificateError> {
         Ok(KeyPair::from_pem(&self.0)?.sign(message)?)
     }
 
+    /// Returns the key, PEM.
     #[must_use]
     pub fn pem(&self) -> &str {
         &self.0
@@ -208,14 +214,14 @@ impl fmt::Debug for PrivateKey {
     }
 }
 
-/// The fleet's root as etcd is to trust it for clients, PEM: the same subject and public key, with name
-/// constraints that permit the hubs, the database nodes and `own`, a member whose gateway dials itself. Go applies
-/// the constraints of a trust anchor, and does not look at the anchor's signature.
+/// Makes the trust anchor for clients of etcd, PEM: subject and public key of the fleet's root, with name constraints
+/// that permit the hubs, the database nodes and `own`, a member whose gateway connects to itself. Go applies the
+/// constraints of a trust anchor, and does not verify the anchor's signature.
 ///
-/// etcd's own `allowed-hostname` does not serve: with it, a member's JSON gateway refuses the member.
+/// etcd's option `allowed-hostname` cannot be used instead, because it makes a member refuse its own JSON gateway.
 ///
 /// # Errors
-/// `root` is not a certificate that [`Issuer::root`] makes for this fleet, or there is no randomness.
+/// If `root` is not the root certificate of this fleet, or the kernel returns no random bytes.
 pub fn etcd_client_anchor(root: &str, topology: &Topology, own: &Node) -> Result<String, CertificateError> {
     let name = root_name(&topology.name);
     let key = root_key(root, &name).ok_or(rcgen::Error::CouldNotParseCertificate)?;
@@ -228,9 +234,9 @@ pub fn etcd_client_anchor(root: &str, topology: &Topology, own: &Node) -> Result
     Ok(params.signed_by(&key, &signer)?.pem())
 }
 
-/// The public key of a root's certificate, if that is for `name` and for a P-256 key.
+/// Returns the public key of a root certificate, if its subject is `name` and the key is P-256.
 fn root_key(pem: &str, name: &str) -> Option<PublicKey> {
-    /// How DER begins the public key of every certificate for P-256.
+    /// DER prefix of every P-256 public key in a certificate.
     const P256: [u8; 26] = [
         0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48,
         0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
@@ -266,14 +272,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_shows_nothing_of_itself() {
+    fn debug_shows_no_key() {
         let root = Issuer::root("acme").unwrap();
         let key = PrivateKey::generate().unwrap();
         assert_eq!(format!("{root:?} {key:?}"), "Issuer(acme fleet root) PrivateKey(…)");
     }
 
     #[test]
-    fn a_node_shows_its_issuer_and_not_the_root() {
+    fn chain_has_the_issuer_and_not_the_root() {
         let fleet = crate::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
         let topology = Topology::of(&fleet);
         let root = Issuer::root("acme").unwrap();
@@ -286,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn what_etcd_trusts_is_the_roots_key() {
+    fn etcd_anchor_has_the_roots_key() {
         let fleet = crate::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
         let topology = Topology::of(&fleet);
         let root = Issuer::root("acme").unwrap();
@@ -298,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn points_have_a_form() {
+    fn public_key_rejects_other_formats() {
         let public = PrivateKey::generate().unwrap().public().unwrap();
         assert_eq!(PublicKey::of(public.as_bytes()), Some(public));
         assert_eq!(PublicKey::of(&[4; 64]), None);

@@ -1,4 +1,4 @@
-//! Errors and warnings about a user's text file: file, line, a caret, and the fix.
+//! Errors and warnings about a user's text file, with file, line, caret and fix.
 
 use std::fmt;
 use std::ops::Range;
@@ -7,13 +7,14 @@ use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// A text file as the user knows it: the name he typed and its content.
+/// A text file: the name that the user typed, and its content.
 #[derive(Clone, Debug)]
 pub struct Source {
     pub name: String,
     pub text: String,
 }
 
+/// Severity of a diagnostic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
@@ -21,27 +22,29 @@ pub enum Severity {
     Warning,
 }
 
-/// One thing wrong with one file.
+/// An error or a warning about one file.
 #[derive(Clone, Debug, Serialize)]
 pub struct Diagnostic {
     pub severity: Severity,
-    /// File name as given by the user.
+    /// File name as the user typed it.
     pub file: String,
-    /// Line, counted from 1; 0 when the finding is about the whole file.
+    /// Line, counted from 1; 0 for the whole file.
     pub line: usize,
     pub message: String,
-    /// What to do about it.
+    /// The fix, as an instruction.
     pub help: Option<String>,
     #[serde(skip)]
     snippet: Option<(String, Range<usize>)>,
 }
 
 impl Diagnostic {
+    /// Makes a diagnostic about the whole file.
     #[must_use]
     pub fn whole_file(severity: Severity, file: &str, message: String, help: Option<String>) -> Self {
         Self { severity, file: file.to_owned(), line: 0, message, help, snippet: None }
     }
 
+    /// Makes a diagnostic about a span (in bytes) of the file.
     #[must_use]
     pub fn at(severity: Severity, source: &Source, span: Range<usize>, message: String, help: Option<String>) -> Self {
         let end = floor_char(&source.text, span.end);
@@ -57,7 +60,7 @@ impl Diagnostic {
         }
     }
 
-    /// The finding with the lines around it and a caret, for a person.
+    /// Returns the diagnostic with the lines of the file and a caret, for a terminal.
     #[must_use]
     pub fn render(&self, colour: bool) -> String {
         let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
@@ -102,11 +105,12 @@ impl fmt::Display for Diagnostic {
 
 impl std::error::Error for Diagnostic {}
 
-/// Everything found wrong, in the order of the files' lines.
+/// Diagnostics, in the order of the files' lines.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Diagnostics(pub Vec<Diagnostic>);
 
 impl Diagnostics {
+    /// Whether one of them is an error.
     #[must_use]
     pub fn has_errors(&self) -> bool {
         self.0.iter().any(|d| d.severity == Severity::Error)
@@ -133,10 +137,10 @@ impl fmt::Display for Diagnostics {
 
 impl std::error::Error for Diagnostics {}
 
-/// Reads a TOML file into a type, or says where and why not.
+/// Parses a TOML file.
 ///
 /// # Errors
-/// Bytes that are not UTF-8, not TOML, or not this type's keys.
+/// If the bytes are not UTF-8, not TOML, or have unknown keys.
 pub(crate) fn parse<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<(T, Source), Box<Diagnostic>> {
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text.to_owned(),
@@ -161,7 +165,7 @@ pub(crate) fn parse<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<(T,
     }
 }
 
-/// serde's "unknown field `x`, expected one of `a`, `b`" → "did you mean `a`?".
+/// Makes "did you mean `a`?" from serde's "unknown field `x`, expected one of `a`, `b`".
 fn suggestion(message: &str) -> Option<String> {
     let mut quoted = message.split('`').skip(1).step_by(2);
     if !message.starts_with("unknown field") && !message.starts_with("unknown variant") {
@@ -171,7 +175,7 @@ fn suggestion(message: &str) -> Option<String> {
     nearest(given, quoted)
 }
 
-/// The word most like `given`, phrased as a question, when one is near enough to be meant.
+/// Returns a question with the candidate that is most similar to `given`, if one is similar enough.
 pub(crate) fn nearest<'a>(given: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
     candidates
         .map(|c| (strsim::damerau_levenshtein(given, c), c))

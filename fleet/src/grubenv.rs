@@ -1,33 +1,35 @@
-//! GRUB's environment block, in which it counts a new image's tries where a legacy BIOS starts the machine.
+//! GRUB's environment block. On machines with a legacy BIOS, GRUB counts the tries of a new image in it.
 
-/// GRUB's environment block, below the EFI partition.
+/// Path of the block in the EFI partition.
 pub const BLOCK: &str = "grub/grubenv";
-/// How often a new image is tried.
+/// Number of times that GRUB tries a new image.
 pub const TRIES: u32 = 3;
 
-/// What a block begins with; the rest is lines of `name=value`, filled up with `#`.
+/// First line of a block. Lines of `name=value` follow, and `#` up to the size.
 const HEAD: &str = "# GRUB Environment Block\n";
 const SIZE: usize = 1024;
 
-/// Names of images that a block has no room for.
+/// Names of images that do not fit in a block.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{good} and {next} don't fit in GRUB's environment block")]
+#[error("the image names `{good}` and `{next}` do not fit in GRUB's environment block; shorten `name` or `version`")]
 pub struct TooLong {
     good: String,
     next: String,
 }
 
-/// What GRUB knows: entries are names of images (`ID_VERSION`).
+/// Variables of the block. Entries are names of images (`ID_VERSION`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Block {
-    /// The image that it starts.
+    /// Image that GRUB starts.
     pub good: String,
-    /// A newer one, which it tries first while there are tries.
+    /// Newer image that GRUB starts instead while `tries` is more than 0; may be empty.
     pub next: String,
+    /// Tries of `next` that are left.
     pub tries: u32,
 }
 
 impl Block {
+    /// Parses a block. Missing variables are empty.
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let value = |name: &str| {
@@ -39,11 +41,11 @@ impl Block {
     /// Returns the block's bytes.
     ///
     /// # Errors
-    /// The names are too long.
+    /// If the names are too long for the block.
     pub fn render(&self) -> Result<Vec<u8>, TooLong> {
         let Self { good, next, tries } = self;
         let mut bytes = format!("{HEAD}good={good}\nnext={next}\ntries={tries}\n").into_bytes();
-        // What changes is in one sector, which a disk writes whole or not at all.
+        // The variables are in one sector, which a disk writes atomically.
         if bytes.len() > SIZE / 2 {
             return Err(TooLong { good: good.clone(), next: next.clone() });
         }
@@ -57,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_is_of_grubs_form() {
+    fn rendered_block_has_grubs_format() {
         let bytes = Block { good: "a_1".into(), next: "a_2".into(), tries: 3 }.render().unwrap();
         assert_eq!(bytes.len(), SIZE);
         assert!(bytes.starts_with(b"# GRUB Environment Block\ngood=a_1\nnext=a_2\ntries=3\n####"));

@@ -1,8 +1,8 @@
-//! The contract that the builder and the agent share: what a `fleet.toml` says, which
-//! slots and addresses follow from it, what a role is, and how a template is rendered.
+//! The contract between the builder and the agent: the schema of `fleet.toml`, the slots and addresses that follow from
+//! it, the roles, the templates, and the messages between nodes.
 //!
-//! Nothing here does I/O: callers hand in bytes and get values or [`Diagnostic`]s back, so
-//! that every rule can be tested without a disk, and fuzzed.
+//! The crate does no I/O. Callers pass bytes, and get values or [`Diagnostic`]s, so tests and fuzzers reach every rule
+//! without a disk.
 
 pub mod blocks;
 mod certificate;
@@ -50,5 +50,5 @@ pub use ticket::{Claims, Credential, Founder, Joiner, Ticket, TicketError, Token
 pub use topology::{BACKUP, GIVEN, Node, Topology, UPDATE, VOTER, slot_parts};
 pub use version::compare_versions;
 
-/// Directory in the image that holds what the agent reads: `fleet.json` and the templates.
+/// Directory in the image with the agent's input: `fleet.json` and the templates.
 pub const IMAGE_DIR: &str = "usr/lib/bakehouse";

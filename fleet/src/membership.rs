@@ -1,61 +1,63 @@
-//! What makes a node a member: its certificate, and the passwords its services share.
+//! Credentials of a member: its certificate, and the passwords of its services.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Format of a node's sealed `state.json`. An image names it in its manifest: `bakehouse plan` warns where an older
-/// image cannot read what a newer one wrote.
+/// Format of a node's sealed `state.json`. The image's manifest has it, so `bakehouse plan` can warn that an older
+/// image cannot read the state of a newer one.
 pub const STATE_VERSION: u16 = 3;
 
-/// Certificate and passwords of one node. Never in an image, never in a log.
+/// Certificate and passwords of one node. They must not get into an image or a log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {
     pub tls: Tls,
     pub secrets: Secrets,
 }
 
-/// PEM texts. The certificate names the node, its mesh address, and on hubs the VIP.
+/// Certificates and key, PEM. The certificate has the node's name, its mesh address, and on hubs the VIP.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tls {
-    /// The fleet's certificate authority.
+    /// The fleet's root certificate.
     pub ca: String,
     pub cert: String,
     pub key: String,
-    /// The authority as a member of etcd trusts it for clients, see [`crate::etcd_client_anchor`].
+    /// Root certificate that etcd trusts for clients, see [`crate::etcd_client_anchor`].
     #[serde(default)]
     pub etcd_clients: String,
 }
 
-/// Passwords of the fleet's services, the same on every node that needs them.
+/// Passwords of the fleet's services. Nodes that have a password have the same one.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Secrets {
-    /// PostgreSQL's superuser, for Patroni alone.
+    /// PostgreSQL's superuser, which only Patroni uses.
     pub postgres: String,
+    /// PostgreSQL's user for replication.
     pub replication: String,
-    /// The user `pg_rewind` connects as.
+    /// PostgreSQL's user for `pg_rewind`.
     pub rewind: String,
-    /// Odoo's database user.
+    /// PostgreSQL's user for Odoo.
     pub odoo: String,
-    /// Odoo's master password; the database manager is off, so nobody types it.
+    /// Odoo's master password. The database manager is off, so nothing asks for it.
     pub odoo_master: String,
-    /// First password of Odoo's administrator.
+    /// Initial password of Odoo's administrator.
     pub odoo_admin: String,
-    /// The database user that reads statistics.
+    /// PostgreSQL's user that reads statistics.
     pub metrics: String,
-    /// Access key and secret of `[backup.s3]`; empty without it.
+    /// Access key of `[backup.s3]`; empty without it.
     pub s3_key: String,
+    /// Secret key of `[backup.s3]`; empty without it.
     pub s3_secret: String,
-    /// Password of etcd's user `root`, for hubs. Empty in what versions without etcd users wrote.
+    /// Password of etcd's user `root`, for hubs. Empty in files of versions without etcd users.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub etcd_root: String,
-    /// Password of etcd's user `patroni`, which may read and write below Patroni's prefix only.
+    /// Password of etcd's user `patroni`, which can read and write only below Patroni's prefix.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub etcd_patroni: String,
 }
 
 impl Membership {
-    /// Stands for a real one where a configuration is only looked at: the values say so.
+    /// Returns sample credentials, with which the builder renders configurations to check them.
     #[must_use]
     pub fn sample() -> Self {
         Self {
@@ -71,7 +73,7 @@ impl Membership {
 }
 
 impl Secrets {
-    /// Values that say that they are none.
+    /// Returns sample passwords, such as `sample-postgres`.
     #[must_use]
     pub fn sample() -> Self {
         let secret = |name: &str| format!("sample-{name}");
@@ -90,7 +92,7 @@ impl Secrets {
         }
     }
 
-    /// What a node with these roles needs to know; the rest is empty.
+    /// Returns the passwords that a node with these roles needs. The others are empty.
     #[must_use]
     pub fn for_roles(&self, roles: &[String]) -> Self {
         let needs = |wanted: &[&str], secret: &str| {
@@ -101,7 +103,7 @@ impl Secrets {
             postgres: needs(&["db"], &self.postgres),
             replication: needs(&["db"], &self.replication),
             rewind: needs(&["db"], &self.rewind),
-            // The database's owner is made on the db nodes.
+            // The db nodes create the user.
             odoo: needs(&["db", "app"], &self.odoo),
             odoo_master: needs(&["app"], &self.odoo_master),
             odoo_admin: needs(&["app"], &self.odoo_admin),
@@ -131,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_is_told_what_its_roles_need() {
+    fn node_gets_only_passwords_of_its_roles() {
         let app = Secrets::sample().for_roles(&["app".to_owned()]);
         assert_eq!((app.odoo.as_str(), app.postgres.as_str()), ("sample-odoo", ""));
         assert_eq!((app.etcd_root.as_str(), app.etcd_patroni.as_str()), ("", ""));
@@ -144,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_secret_is_shown_for_debugging() {
+    fn debug_shows_no_secret() {
         let shown = format!("{:?}", Membership::sample());
         assert_eq!(shown, "Membership { tls: Tls(…), secrets: Secrets(…) }");
     }

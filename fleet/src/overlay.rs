@@ -1,4 +1,4 @@
-//! `overlays/NAME/overlay.toml`: what the file tree beside it can't say by itself.
+//! `overlays/NAME/overlay.toml`: properties of an overlay that its file tree cannot express.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
@@ -7,32 +7,35 @@ use serde::Deserialize;
 
 use crate::diagnostic::{Diagnostic, parse};
 
-/// An overlay's manifest. The tree beside it is laid over the image's root. Files below
-/// `run/` are not: they are templates that the agent renders on the node at every boot.
+/// `overlays/NAME/overlay.toml`: an overlay's manifest. The builder copies the file tree beside it over the image's
+/// root, except for files below `run/`. Those are templates that the agent renders on the node at every boot.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OverlayManifest {
+    /// One line about the overlay.
     pub description: String,
-    /// Ownership and mode of files that are not `root:root 0644`, by path without a leading
-    /// `/` and without `.j2`.
+    /// Owner and mode of files, by path without a leading `/` and without `.j2`. Default: `root:root`, mode `0644`.
+    /// Example: `"usr/bin/tool" = { mode = "0755" }`.
     pub files: BTreeMap<String, FileMeta>,
-    /// Symbolic links: path → target.
+    /// Targets of symbolic links, by path of the link without a leading `/`.
     pub links: BTreeMap<String, String>,
-    /// How the daemon that reads a file is asked about it.
+    /// Commands with which daemons check their configuration: `[[check]]`.
     pub check: Vec<Check>,
-    /// Files that a program of the image makes when the image is built.
+    /// Files that a program of the image generates while the image is built: `[[make]]`.
     pub make: Vec<Make>,
-    /// What converts what a node keeps, in this order.
+    /// Programs that convert a node's data, in this order: `[[migration]]`.
     pub migration: Vec<Migration>,
 }
 
+/// Owner and mode of a file.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FileMeta {
-    /// Octal, such as `"0755"`.
+    /// Mode in octal. Example: `"0755"`. Default: `"0644"`.
     pub mode: String,
-    /// A user known to the image.
+    /// A user of the image. Default: `"root"`.
     pub user: String,
+    /// A group of the image. Default: `"root"`.
     pub group: String,
 }
 
@@ -42,42 +45,47 @@ impl Default for FileMeta {
     }
 }
 
-/// A command run inside the image's tree that must exit 0.
+/// An entry of `[[check]]`: a command that the builder runs inside the image's tree. It must exit with 0.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Check {
-    /// Files whose change makes the answer stale, by path; an entry ending in `/` is a folder.
+    /// Files that the command checks, by path without a leading `/`. An entry that ends in `/` is a folder. The builder
+    /// repeats the check when one of them changes.
     pub of: Vec<String>,
+    /// Program and arguments. Example: `["haproxy", "-c", "-f", "/etc/haproxy/haproxy.cfg"]`.
     pub command: Vec<String>,
 }
 
-/// A file of the image (`root:root 0644`), made by a command that is run inside the image's tree:
-/// what takes long, and is the same on every node. The same tree must give the same bytes.
+/// An entry of `[[make]]`: a file of the image (`root:root`, mode `0644`) that a command generates inside the image's
+/// tree. Use it for work that takes long and has the same result on every node. The same tree must give the same bytes.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Make {
-    /// Its path without a leading `/`; the command has written it when it ends.
+    /// Path of the file without a leading `/`. The command has to write it before it exits.
     pub file: String,
-    /// Files of overlays that it is made from, as in [`Check`]; all of the packages' files are.
+    /// Files of overlays that the command reads, as in `[[check]]`. The builder repeats the command when one of them,
+    /// or a package, changes.
     pub of: Vec<String>,
+    /// Program and arguments.
     pub command: Vec<String>,
 }
 
-/// A program of the overlay, [`MIGRATIONS`]`/NAME`, that every node runs once, before a unit of it
-/// starts for the first time. A power cut begins it anew.
+/// An entry of `[[migration]]`: a program of the overlay, [`MIGRATIONS`]`/NAME`. Every node runs it once, before a unit
+/// starts for the first time. After a power loss the node runs it again.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Migration {
-    /// Letters, digits and dashes; for ever another one for another migration.
+    /// Lower-case letters, digits and dashes. A name must never be used for a second migration, because nodes keep the
+    /// names of those that they ran. Example: `"postgresql-17-to-18"`.
     pub name: String,
-    /// The unit that needs it, such as `patroni.service`.
+    /// Service that waits for the migration. Example: `"patroni.service"`.
     pub before: String,
 }
 
-/// Where migrations are in an image.
+/// Folder of the migrations in an image.
 pub const MIGRATIONS: &str = "usr/lib/bakehouse/migrations";
 
-/// Whether `path` is one of these; an entry ending in `/` is a folder.
+/// Whether `of` contains `path`. An entry that ends in `/` is a folder.
 #[must_use]
 pub fn is_of(of: &[String], path: &str) -> bool {
     of.iter().any(|of| path == of || (of.ends_with('/') && path.starts_with(of.as_str())))
@@ -87,7 +95,8 @@ impl OverlayManifest {
     /// Reads an `overlay.toml`.
     ///
     /// # Errors
-    /// A [`Diagnostic`] with file, line and fix.
+    /// If the bytes are not a manifest, or a mode, a path or a name is invalid. The [`Diagnostic`] has file, line and
+    /// fix.
     pub fn parse(name: &str, bytes: &[u8]) -> Result<Self, Box<Diagnostic>> {
         let (manifest, source) = parse::<Self>(name, bytes)?;
         for (path, meta) in &manifest.files {
@@ -111,23 +120,23 @@ impl OverlayManifest {
                     crate::Severity::Error,
                     &source,
                     at,
-                    format!("`{file}` is no path of a file that is made"),
+                    format!("`{file}` is not a valid path of a generated file"),
                     Some("write it without a leading `/` and without `..`, and not below run/".to_owned()),
                 )));
             }
         }
         for Migration { name, before } in &manifest.migration {
             let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-            let (wrong, fix) = if name.is_empty() || !name.chars().all(plain) {
-                (name, "a migration's name is made of lower-case letters, digits and dashes")
+            let (invalid, fix) = if name.is_empty() || !name.chars().all(plain) {
+                (name, "use lower-case letters, digits and dashes in a migration's name")
             } else if !before.ends_with(".service") {
                 (before, "name the service that has to wait for the migration, such as \"patroni.service\"")
             } else {
                 continue;
             };
-            let quoted = format!("\"{wrong}\"");
+            let quoted = format!("\"{invalid}\"");
             let at = source.text.find(&quoted).map_or(0..0, |at| at..at + quoted.len());
-            let message = format!("`{wrong}` does not do for a migration");
+            let message = format!("`{invalid}` is not valid in a migration");
             return Err(Box::new(Diagnostic::at(crate::Severity::Error, &source, at, message, Some(fix.to_owned()))));
         }
         Ok(manifest)
@@ -139,28 +148,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_made_lies_in_the_image() {
+    fn rejects_generated_file_outside_the_image() {
         let parsed = |file: &str| {
             let toml = format!("[[make]]\nfile = \"{file}\"\nof = []\ncommand = [\"true\"]\n");
             OverlayManifest::parse("overlays/mine/overlay.toml", toml.as_bytes())
         };
         assert!(parsed("usr/share/mine/users").is_ok());
         for file in ["/etc/shadow", "usr/../../etc/shadow", "./usr/x", "run/x", ""] {
-            let words = parsed(file).expect_err(file).to_string();
-            assert!(words.contains("overlay.toml:2") && words.contains("is no path"), "{words}");
+            let message = parsed(file).expect_err(file).to_string();
+            assert!(message.contains("overlay.toml:2") && message.contains("is not a valid path"), "{message}");
         }
     }
 
     #[test]
-    fn a_migration_has_a_plain_name_and_a_service_that_waits() {
+    fn rejects_migration_without_plain_name_or_service() {
         let parsed = |name: &str, before: &str| {
             let toml = format!("[[migration]]\nname = \"{name}\"\nbefore = \"{before}\"\n");
             OverlayManifest::parse("overlays/mine/overlay.toml", toml.as_bytes())
         };
         assert!(parsed("postgresql-17-to-18", "patroni.service").is_ok());
         for (name, before, line) in [("../x", "x.service", 2), ("", "x.service", 2), ("x", "role-db.target", 3)] {
-            let words = parsed(name, before).expect_err(name).to_string();
-            assert!(words.contains(&format!("overlay.toml:{line}")) && words.contains("does not do"), "{words}");
+            let message = parsed(name, before).expect_err(name).to_string();
+            assert!(message.contains(&format!("overlay.toml:{line}")) && message.contains("is not valid"), "{message}");
         }
     }
 }

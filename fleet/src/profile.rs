@@ -1,4 +1,4 @@
-//! Profiles: what a role is (`profiles/roles/*.toml`).
+//! Profiles: definitions of roles (`profiles/roles/*.toml`).
 
 use std::collections::BTreeMap;
 
@@ -8,110 +8,131 @@ use crate::diagnostic::{Diagnostic, parse};
 use crate::schema::ExtraSource;
 use crate::settings::Proto;
 
-/// What a role brings to an image. `base` is one too; every image has it.
+/// `profiles/roles/ROLE.toml`: what a role adds to an image. The profile `base` is in every image.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Profile {
+    /// One line about the role. Example: `"Database: PostgreSQL under Patroni"`.
     pub description: String,
-    /// Debian packages.
+    /// Debian packages. Default: none.
     pub packages: Vec<String>,
-    /// Packages by `[image] hardware`: the kernels.
+    /// Packages for one value of `image.hardware`, such as a kernel: `hardware.cloud`, `hardware.metal`.
     pub hardware: BTreeMap<String, Vec<String>>,
-    /// Apt sources its packages need, as `[[debian.sources]]` in `fleet.toml`. One of the same
-    /// name there takes its place.
+    /// Apt sources of the packages, as in `debian.sources` of `fleet.toml`. A source of `fleet.toml` with the same name
+    /// replaces one of these.
     pub sources: Vec<ExtraSource>,
-    /// Overlays, laid in this order; two overlays with the same file are an error.
+    /// Overlays, applied in this order. Two overlays with the same file are an error.
     pub overlays: Vec<String>,
-    /// Roles that can't be on the same node, with the reason.
+    /// Roles that cannot be on the same node, each with the reason. Example: `conflicts.monitor = "reason"`.
     pub conflicts: BTreeMap<String, String>,
-    /// Seconds after which a blank machine may take the place of one that says nothing. Without it
-    /// an operator has to say so: what the silent one has may be the only copy.
+    /// Seconds without a report of a node after which a blank machine may take its slot. Default: only the operator can
+    /// replace the node, because its disk may have the only copy of its data. Example: `600`.
     pub reclaim_after: Option<u32>,
+    /// Ports on which the role listens: `[[ports]]`.
     pub ports: Vec<Port>,
+    /// Units that systemd starts at boot, or never.
     pub units: Units,
+    /// Units that must run for the image to be good.
     pub health: Health,
+    /// Files of packages that the image leaves out.
     pub trim: Trim,
-    /// Users and groups with ids that are the same in every image, for ever: /var outlives them.
+    /// Users and groups with fixed ids. An id must never change, because files in `/var` outlive the image. Example:
+    /// `postgres = { id = 805, home = "/var/lib/postgresql" }`.
     pub users: BTreeMap<String, User>,
+    /// Sizes of the partitions.
     pub disk: Disk,
+    /// Size of the virtual machine of `bakehouse up`.
     pub vm: VmSize,
-    /// Kernel command line.
+    /// Words for the kernel's command line.
     pub cmdline: Vec<String>,
 }
 
-/// A listening port: two roles on one node can't share one.
+/// An entry of `[[ports]]`: a port on which a role listens. Two roles of one node cannot share a port, unless the
+/// service is the same.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Port {
+    /// Port number.
     pub port: u16,
+    /// `"tcp"` or `"udp"`.
     pub proto: Proto,
-    /// What listens.
+    /// Name of the service that listens. Example: `"postgresql"`.
     pub service: String,
-    /// Roles whose nodes may reach it, beside those of [`crate::ports::rows`]; `every` stands for all nodes.
-    /// Without it, and without a built-in rule, every node may.
+    /// Roles whose nodes may reach the port, in addition to those of the built-in rules ([`crate::ports::rows`]).
+    /// `["every"]` stands for all nodes, `[]` for the node itself alone. Default: the roles of the built-in rules;
+    /// without such a rule every node can reach the port, and `bakehouse check` prints a warning.
     #[serde(default)]
     pub from: Option<Vec<String>>,
 }
 
-/// Which units an image starts by itself. Role services are not here: the agent starts those.
+/// `[units]`: units that systemd starts at boot, or never. Services of a role are not here, because the agent starts
+/// them.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Units {
-    /// Target or unit → units it wants.
+    /// Units that a target or unit wants (`Wants=`).
     pub wants: BTreeMap<String, Vec<String>>,
-    /// Target or unit → units it requires.
+    /// Units that a target or unit requires (`Requires=`).
     pub requires: BTreeMap<String, Vec<String>>,
-    /// Units that never start.
+    /// Units that systemd never starts.
     pub mask: Vec<String>,
 }
 
-/// What has to run on the node itself for an image to be a good one. A unit that needs another
-/// node waits for it in its start: an unplugged cable is no reason to go back to the older image.
+/// `[health]`: units that must run for an image to be good. If one fails, the node returns to its older image. A unit
+/// that needs another node has to wait for it while it starts, because a disconnected network is no reason to return.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Health {
+    /// Names of units. Example: `["patroni.service"]`.
     pub units: Vec<String>,
 }
 
-/// Package files that never reach the tree, in dpkg's path-exclude/path-include language.
+/// `[trim]`: files of packages that the image leaves out, as in dpkg's `path-exclude` and `path-include`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Trim {
+    /// Patterns of paths that the image leaves out. Example: `["/usr/share/i18n/*"]`.
     pub exclude: Vec<String>,
+    /// Patterns of paths that the image keeps although `exclude` matches them.
     pub include: Vec<String>,
-    /// Includes for each of the fleet's languages, which takes the place of `LANGUAGE`.
+    /// Patterns to keep for each of `odoo.languages`. Bakehouse replaces `LANGUAGE` by the language.
     pub languages: Vec<String>,
 }
 
+/// An entry of `[users]`: a user and its group.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct User {
-    /// Same number for user and group.
+    /// Id of both the user and the group.
     pub id: u32,
+    /// Home directory. Default: `"/nonexistent"`.
     #[serde(default = "nologin_home")]
     pub home: String,
-    /// A group only.
+    /// Whether there is only a group, and no user. Default: `false`.
     #[serde(default)]
     pub group_only: bool,
 }
 
-/// Sizes such as `"512M"`.
+/// `[disk]`: sizes of the partitions, such as `"512M"`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Disk {
-    /// One root slot.
+    /// Size of a root partition. The image has the largest of its roles'.
     pub root: Option<String>,
-    /// Least room for /var.
+    /// Least size of the `/var` partition.
     pub var: Option<String>,
-    /// What is in /var may be lost with the power: a machine without disks can have this role.
+    /// Whether the role can lose its `/var` at each restart. A machine without a disk can then have the role. Default:
+    /// `false`.
     pub volatile: bool,
 }
 
-/// What `bakehouse up` gives a node of this role.
+/// `[vm]`: size of the virtual machine of `bakehouse up` for a node with this role.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmSize {
+    /// Memory. Example: `"768M"`.
     pub memory: Option<String>,
+    /// Number of CPUs.
     pub cpus: Option<u16>,
 }
 
@@ -119,7 +140,7 @@ impl Profile {
     /// Reads a profile.
     ///
     /// # Errors
-    /// A [`Diagnostic`] with file, line and fix.
+    /// If the bytes are not a profile, or a size is invalid. The [`Diagnostic`] has file, line and fix.
     pub fn parse(name: &str, bytes: &[u8]) -> Result<Self, Box<Diagnostic>> {
         let (profile, source) = parse::<Self>(name, bytes)?;
         let sizes = [&profile.disk.root, &profile.disk.var, &profile.vm.memory];
@@ -139,10 +160,10 @@ impl Profile {
     }
 }
 
-/// Profiles by role name, `base` among them.
+/// Profiles by name of the role, with `base`.
 pub type Profiles = BTreeMap<String, Profile>;
 
-/// `"512M"` in bytes; K, M, G and T are powers of 1024.
+/// Returns a size such as `"512M"` in bytes. K, M, G and T are powers of 1024.
 #[must_use]
 pub fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -166,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes() {
+    fn parse_size_accepts_units_and_rejects_overflow() {
         assert_eq!(parse_size("512M"), Some(512 << 20));
         assert_eq!(parse_size("2G"), Some(2 << 30));
         assert_eq!(parse_size("7"), Some(7));
@@ -176,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_size_names_its_line() {
+    fn invalid_size_has_a_line() {
         let e = Profile::parse("db.toml", b"[disk]\nvar = \"lots\"\n").unwrap_err();
         assert_eq!(e.line, 2);
         assert!(e.to_string().contains("`lots` is not a size"), "{e}");

@@ -1,5 +1,4 @@
-//! Who may change its image now: one node of the fleet at a time, in an order that its users
-//! don't notice, and nobody any more once one of them has come to harm.
+//! Rolling updates: one node at a time, least disruptive first. The first failure stops the rollout.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,55 +8,62 @@ use crate::signed::OrderScope;
 use crate::topology::{Node, Topology};
 use crate::version::compare_versions;
 
-/// `POST /v1/turn`: what a member runs, and what it would like to run. Every node says it again
-/// and again; who falls silent holds everybody else up.
+/// `POST /v1/turn`: version and state of a member. Every node sends it periodically. A node that stops reporting blocks
+/// the rollout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
+    /// Format of the message: [`crate::PROTOCOL`].
     pub version: u16,
     /// Version of the image that runs.
     pub image: String,
+    /// State of the node.
     pub doing: UpdateState,
 }
 
+/// State of a node in a rollout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UpdateState {
-    /// This boot has not proven itself yet.
+    /// The node has not passed its health checks since this boot.
     Starting,
-    /// All is well, and nothing newer is offered.
+    /// The node is healthy, and the update server has no newer image.
     Serving,
-    /// All is well, and this newer image is offered.
+    /// The update server has a newer image.
     #[serde(rename = "wants")]
     Available {
+        /// Version of the newer image.
         image: String,
-        /// It holds the VIP or has the primary: the others of its kind go first.
+        /// The node holds the VIP or has the primary. Other nodes with its roles change first.
         leads: bool,
-        /// It has the primary, whose change is noticed most. Older agents say nothing of it.
+        /// The node has the primary, whose change disrupts clients most. Older agents leave the field out.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         primary: bool,
-        /// Its boot was taken for a good one, and a role of it has not come up for a long time: others wait
-        /// for it, and it for the newer image.
+        /// The boot counts as good, but one of the node's roles has been down for a long time. Other nodes wait for
+        /// this node, and this node waits for the newer image.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         unwell: bool,
     },
-    /// This newer image was tried, and did not come up.
+    /// A newer image did not come up, and the node returned to its older image.
     #[serde(rename = "went_back")]
-    RolledBack { from: String },
+    RolledBack {
+        /// Version that did not come up.
+        from: String,
+    },
 }
 
 impl UpdateState {
-    /// It may be what the newer image mends.
     fn is_unwell(&self) -> bool {
         matches!(self, Self::Available { unwell: true, .. })
     }
 
-    /// The node serves, whatever it runs.
+    /// Whether the node serves, with whatever version.
     #[must_use]
     pub fn is_well(&self) -> bool {
         !self.is_unwell() && *self != Self::Starting
     }
 
-    /// Of two of a kind, the heavier goes later.
+    /// Returns how much the node's change disrupts clients. Of two nodes with the same roles, the one with the higher
+    /// number changes later.
     fn disruption(&self) -> u8 {
         match self {
             Self::Available { primary: true, .. } => 2,
@@ -67,115 +73,135 @@ impl UpdateState {
     }
 }
 
-/// The answer to a report.
+/// A hub's reply to a [`Report`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpdateDecision {
-    /// The turn is the node's: it may change to the image it wants.
+    /// Whether the node has the update lock, and may change to the newer image.
     #[serde(rename = "go")]
     pub granted: bool,
-    /// For people: what is waited for; empty where nothing is wanted.
+    /// What the node waits for, as a text; empty if the node has no newer image.
     pub why: String,
 }
 
-/// Who changes its image now.
+/// The update lock: the node that changes its image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpdateLock {
+    /// Slot of the node.
     pub slot: String,
+    /// Version that the node leaves.
     pub from: String,
+    /// Version that the node installs.
     pub to: String,
 }
 
-/// `POST /v1/rollout`, signed by the fleet's root.
+/// `POST /v1/rollout`: an order of the operator, signed with the fleet key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RolloutRequest {
+    /// Format of the message: [`crate::PROTOCOL`].
     pub version: u16,
+    /// Name of the fleet.
     pub fleet: String,
+    /// The order.
     pub order: RolloutOrder,
-    /// Where and when it holds; hubs of this version require it.
+    /// Path, hub and time of the order. Hubs of this version require it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<OrderScope>,
 }
 
+/// What the operator orders.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RolloutOrder {
-    /// Only tell.
+    /// Return the state of the rollout, and change nothing.
     Tell,
-    /// Nobody gets a turn; who has one ends it.
-    Backoff {
+    /// Pause: no node gets the update lock. A node that has it finishes its change.
+    Pause {
+        /// Reason, for the operators.
         why: String,
     },
+    /// End a pause.
     Resume,
-    /// A denied version may be tried again; a version that only one node is offered may be tried.
+    /// Allow a version that was denied, or that only one node is offered.
     Allow {
+        /// The version.
         version: String,
     },
-    /// Nobody waits for this node, and it gets no turn, until it reports that it is well.
+    /// No node waits for this node, and it gets no update lock, until it reports that it is well.
     Skip {
+        /// Slot of the node.
         node: String,
     },
 }
 
-/// How far the fleet is, as etcd has it.
+/// State of a rollout, from etcd.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rollout {
+    /// The update lock, if a node has it.
     pub turn: Option<UpdateLock>,
-    /// The turn's time is not over.
+    /// Whether the lease of the update lock has not expired.
     pub held: bool,
+    /// Reason of the pause; `None` if the rollout is not paused.
     pub paused: Option<String>,
-    /// Versions that nobody tries any more, and why.
+    /// Denied versions, with the reason.
     pub denied: BTreeMap<String, String>,
-    /// What each node said last, if that was not long ago.
+    /// Last report of each node. Old reports expire.
     pub nodes: BTreeMap<String, Report>,
     /// Slots that have an owner.
     pub members: BTreeSet<String>,
-    /// Versions that the operator named: one node's offer of them is enough.
+    /// Versions that the operator allowed, even if only one node is offered them.
     #[serde(default)]
     pub allowed: BTreeSet<String>,
-    /// Slots that the operator took out of the order, and since when, in seconds since 1970.
+    /// Slots that the operator skips, with the time of the order in seconds since 1970.
     #[serde(default)]
     pub skipped: BTreeMap<String, u64>,
-    /// Epoch of each slot's record; hubs of the version before say none.
+    /// Epoch of each slot's record. Hubs of the previous version leave it out.
     #[serde(default)]
     pub epochs: BTreeMap<String, u64>,
-    /// TLS key of each slot's owner, as in its record; hubs of the version before say none.
+    /// TLS key of each slot's owner, as in its record. Hubs of the previous version leave it out.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tls_keys: BTreeMap<String, String>,
 }
 
-/// What follows from a report.
+/// A hub's decision on a report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Nothing changes; what is waited for.
+    /// The node has to wait, for this reason.
     Wait(String),
-    /// The node has the turn already.
+    /// The node has the update lock already.
     Go,
-    /// The turn is free: the node may take it.
+    /// The update lock is free, and the node may take it.
     Take(UpdateLock),
-    /// The node's turn is over.
+    /// The node's change is complete, and the hub releases the update lock.
     Release,
-    /// Nobody is to try this version any more; with it ends the turn that led there.
-    Deny { image: String, why: String },
+    /// The hub denies this version to all nodes, and releases the update lock.
+    Deny {
+        /// The version.
+        image: String,
+        /// Reason, for the operators.
+        why: String,
+    },
 }
 
 impl Rollout {
-    /// What follows from a node's report.
+    /// Decides on the report of the node in `slot`.
     #[must_use]
     pub fn decide(&self, topology: &Topology, slot: &str, report: &Report) -> Verdict {
         if let Some(turn) = self.turn.as_ref().filter(|t| t.slot == slot) {
             return match &report.doing {
-                // Of a version that it had no turn for, a node is not believed: one that was taken
-                // over could keep any version from the fleet.
+                // A node can only deny the version of its lock: otherwise a compromised node could deny any version to
+                // the fleet.
                 UpdateState::RolledBack { from } if *from == turn.to => {
                     let why = format!("it did not come up on {slot}, which went back to {}", report.image);
                     Verdict::Deny { image: from.clone(), why }
                 }
                 UpdateState::Available { image, .. } if *image == turn.to && self.held => Verdict::Go,
-                // It came up, and so was not tried again; but it does not do what it is for.
+                // The version came up, so the node did not roll back, but a role of the node is down.
                 UpdateState::Available { unwell: true, .. } if report.image == turn.to => {
                     Verdict::Deny { image: turn.to.clone(), why: format!("with it {slot} is not well") }
                 }
-                UpdateState::Starting if self.held => Verdict::Wait("this boot has to prove itself".to_owned()),
+                UpdateState::Starting if self.held => {
+                    Verdict::Wait("the health checks of this boot are not complete".to_owned())
+                }
                 UpdateState::Starting => lost(turn),
                 _ => Verdict::Release,
             };
@@ -190,13 +216,13 @@ impl Rollout {
         }
     }
 
-    /// Why a node has to wait, if it has to.
+    /// Returns the reason why a node has to wait; `None` if it may change.
     fn obstacle(&self, topology: &Topology, slot: &str, image: &str, doing: &UpdateState) -> Option<String> {
         if let Some(why) = &self.paused {
             return Some(format!("the rollout is paused: {why}"));
         }
         if let Some(why) = self.denied.get(image) {
-            return Some(format!("nobody takes version {image}: {why}"));
+            return Some(format!("version {image} is denied: {why}"));
         }
         if let Some(turn) = &self.turn {
             return Some(format!("{} changes to version {} now", turn.slot, turn.to));
@@ -205,7 +231,7 @@ impl Rollout {
             return Some(format!("the operator skips {slot} until it is well"));
         }
         let others = || self.members.iter().filter(|m| *m != slot && !self.skipped.contains_key(*m));
-        // While one is missing, another must not go.
+        // While one node is missing, a second one must not restart.
         if let Some(silent) = others().find(|m| !self.nodes.contains_key(*m)) {
             return Some(format!("{silent} is silent"));
         }
@@ -215,10 +241,10 @@ impl Rollout {
         }
         if !self.is_offered(slot, image) {
             return Some(format!(
-                "no other node is offered version {image}, or runs it; if that is right: `bakehouse rollout --allow {image}`"
+                "no other node is offered version {image}, or runs it; to allow it: `bakehouse rollout --allow {image}`"
             ));
         }
-        // There may be several, and each would wait for the others.
+        // Two unwell nodes would wait for each other, so an unwell node does not wait for them.
         if doing.is_unwell() {
             return None;
         }
@@ -237,8 +263,8 @@ impl Rollout {
 }
 
 impl Rollout {
-    /// Whether another member is offered this version, or runs it, or the operator named it. One node
-    /// alone could ask for any version, and then deny it to the fleet.
+    /// Whether another member is offered this version, or runs it, or the operator allowed it. Otherwise one
+    /// compromised node could ask for any version, and then deny it to the fleet.
     fn is_offered(&self, slot: &str, image: &str) -> bool {
         let wanted =
             |doing: &UpdateState| matches!(doing, UpdateState::Available { image: wanted, .. } if wanted == image);
@@ -248,8 +274,7 @@ impl Rollout {
             || others().any(|(_, report)| report.image == image || wanted(&report.doing))
     }
 
-    /// Whether nodes wait for a newer version and none of them changes, though the operator has not
-    /// paused the rollout.
+    /// Whether nodes wait for a newer version, no node changes, and the operator has not paused the rollout.
     #[must_use]
     pub fn is_blocked(&self) -> bool {
         let wants = |report: &Report| matches!(report.doing, UpdateState::Available { .. });
@@ -261,7 +286,8 @@ fn lost(turn: &UpdateLock) -> Verdict {
     Verdict::Deny { image: turn.to.clone(), why: format!("{} did not come back with it in time", turn.slot) }
 }
 
-/// Whose loss its users notice less goes earlier.
+/// Returns the position of a node's roles in a rollout. Nodes with a lower number disrupt clients less and change
+/// first.
 #[must_use]
 pub fn disruption_order(node: &Node) -> u8 {
     let of = |role: &String| match role.as_str() {
@@ -277,14 +303,16 @@ pub fn disruption_order(node: &Node) -> u8 {
 mod tests {
     use super::*;
 
-    /// Hubs and nodes of other versions read these words.
+    /// Hubs and nodes of other versions read these names.
     #[test]
-    fn wire_format_keeps_its_words() {
+    fn wire_format_keeps_its_names() {
         let json = |state: &UpdateState| serde_json::to_string(state).unwrap();
         let available = UpdateState::Available { image: "2".into(), leads: false, primary: false, unwell: false };
         assert!(json(&available).starts_with(r#"{"wants":{"image":"2","#));
         assert_eq!(json(&UpdateState::RolledBack { from: "3".into() }), r#"{"went_back":{"from":"3"}}"#);
         assert_eq!(json(&UpdateState::Serving), r#""serving""#);
+        let pause = RolloutOrder::Pause { why: "w".into() };
+        assert_eq!(serde_json::to_string(&pause).unwrap(), r#"{"pause":{"why":"w"}}"#);
         let decision = UpdateDecision { granted: true, why: String::new() };
         assert_eq!(serde_json::to_string(&decision).unwrap(), r#"{"go":true,"why":""}"#);
     }
@@ -296,45 +324,45 @@ mod tests {
         Topology::of(&Fleet::parse("f", toml).unwrap())
     }
 
-    fn says(image: &str, doing: UpdateState) -> Report {
+    fn report_of(image: &str, doing: UpdateState) -> Report {
         Report { version: PROTOCOL, image: image.to_owned(), doing }
     }
 
-    fn wants(leads: bool) -> Report {
-        says("1", UpdateState::Available { image: "2".to_owned(), leads, primary: false, unwell: false })
+    fn offered(leads: bool) -> Report {
+        report_of("1", UpdateState::Available { image: "2".to_owned(), leads, primary: false, unwell: false })
     }
 
-    /// Everybody is up on version 1 and is offered version 2.
-    fn all_want(topology: &Topology) -> Rollout {
+    /// All nodes run version 1 and are offered version 2.
+    fn all_available(topology: &Topology) -> Rollout {
         let members: BTreeSet<String> = topology.nodes.iter().map(|n| n.name.clone()).collect();
         let leads = |name: &str| name == "hub-2" || name == "db-1";
-        let nodes = members.iter().map(|m| (m.clone(), wants(leads(m)))).collect();
+        let nodes = members.iter().map(|m| (m.clone(), offered(leads(m)))).collect();
         Rollout { nodes, members, ..Rollout::default() }
     }
 
     #[test]
-    fn one_after_the_other_and_whoever_leads_last() {
+    fn one_node_at_a_time_and_leaders_last() {
         let topology = topology();
-        let mut fleet = all_want(&topology);
+        let mut fleet = all_available(&topology);
         let mut order = Vec::new();
         while order.len() < 8 {
             let may: Vec<String> = (fleet.nodes.iter())
                 .filter(|(slot, report)| matches!(fleet.decide(&topology, slot, report), Verdict::Take(_)))
                 .map(|(slot, _)| slot.clone())
                 .collect();
-            let slot = may.first().unwrap_or_else(|| panic!("nobody may go after {order:?}")).clone();
+            let slot = may.first().unwrap_or_else(|| panic!("no node may change after {order:?}")).clone();
             let turn = UpdateLock { slot: slot.clone(), from: "1".to_owned(), to: "2".to_owned() };
             fleet.turn = Some(turn);
             fleet.held = true;
-            // Everybody else waits for it; it itself may ask again.
+            // All other nodes wait for the node. The node itself may ask again.
             for (other, report) in &fleet.nodes {
                 let verdict = fleet.decide(&topology, other, report);
                 assert_eq!(matches!(verdict, Verdict::Go), *other == slot, "{other}: {verdict:?}");
                 assert!(!matches!(verdict, Verdict::Take(_)), "{other}");
             }
-            let starting = says("2", UpdateState::Starting);
+            let starting = report_of("2", UpdateState::Starting);
             assert!(matches!(fleet.decide(&topology, &slot, &starting), Verdict::Wait(_)));
-            let done = says("2", UpdateState::Serving);
+            let done = report_of("2", UpdateState::Serving);
             assert_eq!(fleet.decide(&topology, &slot, &done), Verdict::Release);
             fleet.turn = None;
             fleet.nodes.insert(slot.clone(), done);
@@ -343,37 +371,37 @@ mod tests {
         assert_eq!(order, ["monitor-1", "app-1", "app-2", "db-2", "db-1", "hub-1", "hub-3", "hub-2"]);
     }
 
-    /// In quick-ha one machine may hold the VIP and another have the primary.
+    /// In quick-ha one machine can hold the VIP and another have the primary.
     #[test]
-    fn the_primary_changes_hands_once() {
+    fn primary_moves_once() {
         let toml = b"name=\"x\"\n[groups]\nhub.count=3\nhub.roles=[\"hub\",\"db\"]\n";
         let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
-        let mut fleet = all_want(&topology);
+        let mut fleet = all_available(&topology);
         let primary =
-            says("1", UpdateState::Available { image: "2".into(), leads: true, primary: true, unwell: false });
+            report_of("1", UpdateState::Available { image: "2".into(), leads: true, primary: true, unwell: false });
         fleet.nodes.insert("hub-1".into(), primary.clone());
-        let holder = wants(true);
+        let holder = offered(true);
         assert_eq!(fleet.decide(&topology, "hub-1", &primary), Verdict::Wait("hub-2 goes first".into()));
         assert_eq!(fleet.decide(&topology, "hub-2", &holder), Verdict::Wait("hub-3 goes first".into()));
-        fleet.nodes.insert("hub-3".into(), says("2", UpdateState::Serving));
+        fleet.nodes.insert("hub-3".into(), report_of("2", UpdateState::Serving));
         assert!(matches!(fleet.decide(&topology, "hub-2", &holder), Verdict::Take(_)));
-        fleet.nodes.insert("hub-2".into(), says("2", UpdateState::Serving));
+        fleet.nodes.insert("hub-2".into(), report_of("2", UpdateState::Serving));
         assert!(matches!(fleet.decide(&topology, "hub-1", &primary), Verdict::Take(_)));
-        // Of an agent before it, it is known that it leads.
+        // An older agent reports only `leads`.
         let older: UpdateState = serde_json::from_str(r#"{"wants":{"image":"2","leads":true}}"#).unwrap();
         assert_eq!(older, holder.doing);
     }
 
     #[test]
-    fn the_first_failure_stops_everybody() {
+    fn first_failure_stops_the_rollout() {
         let topology = topology();
-        let mut fleet = all_want(&topology);
+        let mut fleet = all_available(&topology);
         fleet.turn = Some(UpdateLock { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         fleet.held = true;
-        let back = says("1", UpdateState::RolledBack { from: "2".into() });
-        // Only who has the turn says so, and of the version it has it for.
+        let back = report_of("1", UpdateState::RolledBack { from: "2".into() });
+        // Only the holder of the lock can deny a version, and only the version of the lock.
         assert_eq!(fleet.decide(&topology, "app-2", &back), Verdict::Wait(String::new()));
-        let other = says("1", UpdateState::RolledBack { from: "3".into() });
+        let other = report_of("1", UpdateState::RolledBack { from: "3".into() });
         assert_eq!(fleet.decide(&topology, "app-1", &other), Verdict::Release);
         let Verdict::Deny { image, why } = fleet.decide(&topology, "app-1", &back) else { panic!() };
         assert_eq!(image, "2");
@@ -384,123 +412,124 @@ mod tests {
         for (slot, report) in &fleet.nodes {
             assert!(matches!(fleet.decide(&topology, slot, report), Verdict::Wait(_)), "{slot}");
         }
-        // A version after it is another matter.
-        let next = says("1", UpdateState::Available { image: "3".into(), leads: false, primary: false, unwell: false });
+        // A later version is not denied.
+        let next =
+            report_of("1", UpdateState::Available { image: "3".into(), leads: false, primary: false, unwell: false });
         fleet.nodes.insert("app-2".into(), next.clone());
         assert!(matches!(fleet.decide(&topology, "monitor-1", &next), Verdict::Take(_)));
     }
 
-    /// A node that was taken over asks for a version that was never published, to deny it.
+    /// A compromised node asks for a version that was never published, to deny it.
     #[test]
-    fn one_node_alone_has_no_turn_for_a_version() {
+    fn version_of_one_node_alone_gets_no_lock() {
         let topology = topology();
-        let mut fleet = all_want(&topology);
+        let mut fleet = all_available(&topology);
         for unwell in [false, true] {
             let made_up =
-                says("1", UpdateState::Available { image: "999".into(), leads: false, primary: false, unwell });
+                report_of("1", UpdateState::Available { image: "999".into(), leads: false, primary: false, unwell });
             let verdict = fleet.decide(&topology, "monitor-1", &made_up);
             assert!(matches!(&verdict, Verdict::Wait(why) if why.contains("--allow 999")), "{verdict:?}");
         }
         let made_up =
-            says("1", UpdateState::Available { image: "999".into(), leads: false, primary: false, unwell: false });
-        // One that is no member says it, too.
+            report_of("1", UpdateState::Available { image: "999".into(), leads: false, primary: false, unwell: false });
+        // The report of a node that is not a member does not count.
         fleet.nodes.insert("stranger-1".into(), made_up.clone());
         assert!(matches!(fleet.decide(&topology, "monitor-1", &made_up), Verdict::Wait(_)));
         fleet.allowed.insert("999".into());
         assert!(matches!(fleet.decide(&topology, "monitor-1", &made_up), Verdict::Take(_)));
-        // A fleet of one node has no other.
+        // In a fleet of one node, no other node can confirm a version.
         let alone = Rollout { members: ["hub-1".to_owned()].into(), ..Rollout::default() };
         assert!(matches!(alone.decide(&topology, "hub-1", &made_up), Verdict::Take(_)));
     }
 
     #[test]
-    fn a_skipped_node_holds_nobody_up_and_has_no_turn() {
+    fn skipped_node_blocks_no_node_and_gets_no_lock() {
         let topology = topology();
         for doing in [None, Some(UpdateState::Starting)] {
-            let mut fleet = all_want(&topology);
+            let mut fleet = all_available(&topology);
             let unwell = UpdateState::Available { image: "2".into(), leads: false, primary: false, unwell: true };
             for doing in [doing.clone(), Some(unwell)] {
                 match &doing {
-                    Some(doing) => drop(fleet.nodes.insert("db-2".into(), says("1", doing.clone()))),
+                    Some(doing) => drop(fleet.nodes.insert("db-2".into(), report_of("1", doing.clone()))),
                     None => drop(fleet.nodes.remove("db-2")),
                 }
                 fleet.skipped.clear();
-                assert!(matches!(fleet.decide(&topology, "monitor-1", &wants(false)), Verdict::Wait(_)), "{doing:?}");
+                assert!(matches!(fleet.decide(&topology, "monitor-1", &offered(false)), Verdict::Wait(_)), "{doing:?}");
                 fleet.skipped.insert("db-2".into(), 1);
-                assert!(matches!(fleet.decide(&topology, "monitor-1", &wants(false)), Verdict::Take(_)), "{doing:?}");
+                assert!(matches!(fleet.decide(&topology, "monitor-1", &offered(false)), Verdict::Take(_)), "{doing:?}");
             }
             assert!(
-                matches!(fleet.decide(&topology, "db-2", &wants(false)), Verdict::Wait(why) if why.contains("skips"))
+                matches!(fleet.decide(&topology, "db-2", &offered(false)), Verdict::Wait(why) if why.contains("skips"))
             );
         }
     }
 
     #[test]
-    fn a_rollout_is_blocked_where_nodes_wait_and_none_changes() {
+    fn rollout_is_blocked_if_nodes_wait_and_none_changes() {
         let topology = topology();
-        let mut fleet = all_want(&topology);
+        let mut fleet = all_available(&topology);
         assert!(fleet.is_blocked());
         fleet.paused = Some("month's end".into());
         assert!(!fleet.is_blocked());
         fleet.paused = None;
         fleet.turn = Some(UpdateLock { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         assert!(!fleet.is_blocked() && !Rollout::default().is_blocked());
-        // Hubs of the version before say nothing of what is new.
+        // Hubs of the previous version leave the new fields out.
         let old = r#"{"turn":null,"held":false,"paused":null,"denied":{},"nodes":{},"members":["hub-1"]}"#;
         assert!(serde_json::from_str::<Rollout>(old).unwrap().skipped.is_empty());
     }
 
     #[test]
-    fn who_does_not_come_back_is_a_failure_too() {
+    fn node_that_does_not_return_in_time_denies_the_version() {
         let topology = topology();
-        let mut fleet = all_want(&topology);
+        let mut fleet = all_available(&topology);
         fleet.turn = Some(UpdateLock { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         fleet.nodes.remove("app-1");
-        let verdict = fleet.decide(&topology, "hub-1", &says("1", UpdateState::Serving));
+        let verdict = fleet.decide(&topology, "hub-1", &report_of("1", UpdateState::Serving));
         assert!(matches!(verdict, Verdict::Deny { ref image, .. } if image == "2"), "{verdict:?}");
-        // If it has come back after all, it is none.
-        assert_eq!(fleet.decide(&topology, "app-1", &says("2", UpdateState::Serving)), Verdict::Release);
+        // If the node returns later, the hub only releases the lock.
+        assert_eq!(fleet.decide(&topology, "app-1", &report_of("2", UpdateState::Serving)), Verdict::Release);
     }
 
-    /// Version 2 came up on app-1 and was taken for a good one, without doing its work; 3 mends that.
+    /// Version 2 counts as good on app-1, but a role is down. Version 3 may fix it.
     #[test]
-    fn who_is_not_well_takes_what_may_mend_it_and_goes_first() {
+    fn unwell_node_takes_the_newer_version_first() {
         let topology = topology();
-        let mut fleet = all_want(&topology);
+        let mut fleet = all_available(&topology);
         fleet.turn = Some(UpdateLock { slot: "app-1".into(), from: "1".into(), to: "2".into() });
         fleet.held = true;
         let unwell =
             |image: &str| UpdateState::Available { image: image.into(), leads: false, primary: false, unwell: true };
-        let report = says("2", unwell("3"));
+        let report = report_of("2", unwell("3"));
         fleet.nodes.insert("app-1".into(), report.clone());
         let Verdict::Deny { image, why } = fleet.decide(&topology, "app-1", &report) else { panic!() };
         assert_eq!((image.as_str(), why.as_str()), ("2", "with it app-1 is not well"));
         fleet.denied.insert(image, why);
         fleet.turn = None;
         let of_three = UpdateState::Available { image: "3".into(), leads: false, primary: false, unwell: false };
-        let monitor = says("1", of_three);
+        let monitor = report_of("1", of_three);
         assert_eq!(fleet.decide(&topology, "monitor-1", &monitor), Verdict::Wait("app-1 is not well".into()));
-        // Another one like it is nothing to wait for; one that starts is.
-        fleet.nodes.insert("hub-1".into(), says("1", unwell("3")));
+        // An unwell node does not wait for another unwell node, but for a starting one.
+        fleet.nodes.insert("hub-1".into(), report_of("1", unwell("3")));
         assert!(matches!(fleet.decide(&topology, "app-1", &report), Verdict::Take(turn) if turn.to == "3"));
-        fleet.nodes.insert("db-1".into(), says("1", UpdateState::Starting));
+        fleet.nodes.insert("db-1".into(), report_of("1", UpdateState::Starting));
         assert_eq!(fleet.decide(&topology, "app-1", &report), Verdict::Wait("db-1 is starting".into()));
-        // To an older hub it is one that wants.
-        let said = serde_json::to_string(&unwell("3")).unwrap();
-        assert_eq!(said, r#"{"wants":{"image":"3","leads":false,"unwell":true}}"#);
+        // An older hub ignores `unwell`.
+        let json = serde_json::to_string(&unwell("3")).unwrap();
+        assert_eq!(json, r#"{"wants":{"image":"3","leads":false,"unwell":true}}"#);
     }
 
     #[test]
-    fn nobody_goes_while_another_is_missing_or_the_operator_says_no() {
+    fn no_node_changes_while_another_is_missing_or_the_rollout_is_paused() {
         let topology = topology();
-        let mut fleet = all_want(&topology);
-        let monitor = |fleet: &Rollout| fleet.decide(&topology, "monitor-1", &wants(false));
+        let mut fleet = all_available(&topology);
+        let monitor = |fleet: &Rollout| fleet.decide(&topology, "monitor-1", &offered(false));
         assert!(matches!(monitor(&fleet), Verdict::Take(_)));
-        fleet.nodes.insert("db-2".into(), says("1", UpdateState::Starting));
+        fleet.nodes.insert("db-2".into(), report_of("1", UpdateState::Starting));
         assert_eq!(monitor(&fleet), Verdict::Wait("db-2 is starting".into()));
         fleet.nodes.remove("db-2");
         assert_eq!(monitor(&fleet), Verdict::Wait("db-2 is silent".into()));
-        // A slot that nobody has taken yet is not missed.
+        // A slot without an owner is not missing.
         fleet.members.remove("db-2");
         assert!(matches!(monitor(&fleet), Verdict::Take(_)));
         fleet.paused = Some("month's end".into());

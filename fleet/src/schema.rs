@@ -1,4 +1,4 @@
-//! `fleet.toml`: the one file a user edits. Every key he may write is a field here.
+//! `fleet.toml`: the one file that a user edits. Each of its keys is a field here, and the parser rejects others.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -14,69 +14,90 @@ use crate::settings::{Alerts, Backup, Database, Firewall, Netboot, Odoo, Promise
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fleet {
-    /// Name of the installation: lower-case letters, digits and `-`.
+    /// Name of the fleet: 1 to 32 lower-case letters, digits and `-`. It starts with a letter and does not end with
+    /// `-`. Example: `"acme"`.
     pub name: Spanned<String>,
-    /// Version of the images this file describes. Raise it with every change that is to
-    /// reach the nodes. Letters, digits, `.`, `~`, `^` and `-`, compared as systemd does.
+    /// Version of the images that this file describes: 1 to 16 letters, digits and `.~^-`. Raise it with every change
+    /// that has to reach the nodes. Versions are compared as systemd compares them. Default: `"1"`.
     #[serde(default = "default_version")]
     pub version: Spanned<String>,
+    /// Settings of all images.
     #[serde(default)]
     pub image: Image,
+    /// Addresses and port of the WireGuard mesh.
     #[serde(default)]
     pub mesh: Mesh,
+    /// The address that clients use.
     #[serde(default)]
     pub vip: Vip,
+    /// Sources of Debian packages.
     #[serde(default)]
     pub debian: Debian,
+    /// Timing of Patroni's failure detection.
     #[serde(default = "default_section")]
     pub database: Spanned<Database>,
+    /// Place and times of PostgreSQL's backups.
     #[serde(default = "default_section")]
     pub backup: Spanned<Backup>,
+    /// Odoo's database, add-ons and languages.
     #[serde(default = "default_section")]
     pub odoo: Spanned<Odoo>,
+    /// Receivers of alerts.
     #[serde(default = "default_section")]
     pub alerts: Spanned<Alerts>,
+    /// Further ports that the packet filter opens.
     #[serde(default = "default_section")]
     pub firewall: Spanned<Firewall>,
+    /// HTTP settings of the hubs.
     #[serde(default = "default_section")]
     pub web: Spanned<Web>,
+    /// Longest outages that the fleet's owner accepts.
     #[serde(default = "default_section")]
     pub promise: Spanned<Promise>,
+    /// Source and times of the nodes' updates.
     #[serde(default = "default_section")]
     pub update: Spanned<Update>,
+    /// Machines that boot from the network.
     #[serde(default = "default_section")]
     pub netboot: Spanned<Netboot>,
-    /// Where it is there, what firmware runs is signed.
+    /// Key that signs what the firmware runs. Default: no section, and Bakehouse signs nothing.
     pub secure_boot: Option<SecureBoot>,
-    /// Nodes by kind: `[groups.hub]`, `[groups.db]` …
+    /// Groups of nodes, by name: `[groups.hub]`, `[groups.db]`. A name has 1 to 20 lower-case letters, digits and `-`.
     #[serde(default)]
     pub groups: BTreeMap<String, Group>,
+    /// The file's name and text, for diagnostics. Not a key.
     #[serde(skip, default = "empty_source")]
     pub source: Source,
 }
 
-/// `[image]`: what every image of the fleet shares.
+/// `[image]`: settings of all images of the fleet.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Image {
-    /// Which kernel: `cloud` (virtio, `NVMe`, the clouds' drivers) or `metal` (every driver).
+    /// The kernel: `"cloud"` has the drivers for virtio, NVMe and the clouds, `"metal"` has every driver. Physical
+    /// servers need `"metal"`. Default: `"cloud"`.
     #[serde(default)]
     pub hardware: Hardware,
-    /// Size of one root slot, e.g. `"640M"`. It can't change over an installation's life,
-    /// because the second slot is cut when a node first boots. Default: the largest of the roles'.
+    /// Size of a root partition (root A, and root B): a whole number with `K`, `M`, `G` or `T`, which are powers of
+    /// 1024. Example: `"640M"`. It is fixed for the life of an installation, because the first boot of a node creates
+    /// root B with that size. Default: the largest `disk.root` of the image's roles.
     #[serde(default)]
     pub root_size: Option<Spanned<String>>,
 }
 
+/// Value of `image.hardware`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Hardware {
+    /// Kernel with the drivers for virtio, NVMe and the clouds.
     #[default]
     Cloud,
+    /// Kernel with every driver.
     Metal,
 }
 
 impl Hardware {
+    /// Returns the value as `fleet.toml` has it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -86,15 +107,17 @@ impl Hardware {
     }
 }
 
-/// `[mesh]`: addresses inside the `WireGuard` mesh.
+/// `[mesh]`: addresses and port of the WireGuard mesh.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Mesh {
-    /// Nodes' own addresses (/32 each) and the VIP.
+    /// Network of the nodes' own addresses (/32 each) and of the VIP. Default: `"10.10.0.0/24"`.
     pub subnet: Spanned<Ipv4Net>,
-    /// Addresses on the `WireGuard` interfaces themselves, where BGP runs.
+    /// Network of the addresses on the WireGuard interfaces, between which BGP runs. It has the prefix length of
+    /// `subnet`, and does not overlap it. Default: `"10.11.0.0/24"`.
     pub transport: Spanned<Ipv4Net>,
-    /// UDP port the hubs listen on for workers; hub-to-hub links take the ports above it.
+    /// UDP port of a hub's WireGuard for workers, and TCP port of its join API. Links between hubs use the next UDP
+    /// ports, one for each hub. Default: `51820`.
     pub port: u16,
 }
 
@@ -108,10 +131,11 @@ impl Default for Mesh {
     }
 }
 
-/// `[vip]`: the address clients use, held by one hub at a time.
+/// `[vip]`: the address that clients use. One hub holds it at a time.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Vip {
+    /// A host address of `mesh.subnet`. Default: `"10.10.0.100"`.
     pub address: Spanned<Ipv4Addr>,
 }
 
@@ -121,16 +145,17 @@ impl Default for Vip {
     }
 }
 
-/// `[debian]`: where packages come from.
+/// `[debian]`: sources of Debian packages.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Debian {
+    /// Suite of all images. Default: `"trixie"`.
     pub suite: String,
-    /// Archive's base address, e.g. `"http://mirror.example/debian"`. Default: the host's own.
+    /// Base address of the archive. Example: `"http://mirror.example/debian"`. Default: the build host's.
     pub mirror: Option<String>,
-    /// Security archive's base address. Default: the host's own.
+    /// Base address of the security archive. Default: the build host's.
     pub security_mirror: Option<String>,
-    /// More signed apt sources: `[[debian.sources]]`.
+    /// Further signed apt sources: `[[debian.sources]]`. Default: none.
     pub sources: Vec<ExtraSource>,
 }
 
@@ -140,56 +165,60 @@ impl Default for Debian {
     }
 }
 
-/// One `[[debian.sources]]`: a signed apt source beside Debian's stable suite.
+/// An entry of `[[debian.sources]]`: a signed apt source in addition to `debian.suite`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExtraSource {
-    /// Name used in the lock and in messages.
+    /// Name of the source in the lock and in messages. Example: `"sid"`.
     pub name: Spanned<String>,
-    /// Base address; without it, the Debian mirror (for another suite, such as `sid`).
+    /// Base address. Default: the Debian mirror, for another suite such as `"sid"`.
     #[serde(default)]
     pub uri: Option<String>,
+    /// Suite of the source. Example: `"sid"`.
     pub suite: String,
+    /// Components of the source. Default: `["main"]`.
     #[serde(default = "main_component")]
     pub components: Vec<String>,
-    /// Path of the `OpenPGP` keyring, relative to `fleet.toml`; without it, Debian's own.
+    /// Path of the OpenPGP keyring, relative to `fleet.toml`. Default: Debian's keyring.
     #[serde(default)]
     pub key: Option<String>,
-    /// The only packages taken from it; everything else there is ignored. Empty: all of it,
-    /// at the priority of the stable suite.
+    /// Packages that come from this source. The resolver ignores all other packages of the source. Default: an empty
+    /// list, and all its packages have the priority of the stable suite.
     #[serde(default)]
     pub packages: Vec<String>,
-    /// Suites whose Release file expires by design between updates (sid) want `false`.
+    /// Whether the Release file must be valid at the time of the lock. Set `false` for suites whose Release file
+    /// expires between updates, such as sid. Default: `true`.
     #[serde(default = "yes")]
     pub check_valid_until: bool,
 }
 
-/// One `[groups.NAME]`: nodes of one kind.
+/// `[groups.NAME]`: nodes with one image.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Group {
-    /// How many slots.
+    /// Number of nodes, 1 to 4000. Each has a slot: `NAME-1`, `NAME-2` and so on.
     pub count: Spanned<u16>,
-    /// Roles each node carries. Default: the group's own name.
+    /// Roles of each node: `"hub"`, `"db"`, `"app"`, `"monitor"`, or roles of your own. Default: the group's name.
     #[serde(default)]
     pub roles: Vec<Spanned<String>>,
-    /// First mesh address; the others follow. Default: by the first role (hub .1, db .10,
-    /// app .20, monitor .30).
+    /// Mesh address of the first node. The other nodes have the next addresses. Default, by the first role: host 1 of
+    /// `mesh.subnet` for `hub`, 10 for `db`, 20 for `app`, 30 for `monitor`, 40 for others. Example: `"10.10.0.50"`.
     #[serde(default)]
     pub first: Option<Spanned<Ipv4Addr>>,
-    /// Public `host:port` of each node: needed for hubs, in the order of the slots.
+    /// Public host name or address of each node, without a port, in the order of the slots. Hubs require it. Example:
+    /// `["hub1.example.net", "198.51.100.7"]`.
     #[serde(default)]
     pub endpoints: Vec<Spanned<String>>,
-    /// Further Debian packages for this group's image.
+    /// Further Debian packages for this group's image. Default: none.
     #[serde(default)]
     pub packages: Vec<String>,
-    /// Further overlays for this group's image.
+    /// Further overlays for this group's image. Default: none.
     #[serde(default)]
     pub overlays: Vec<Spanned<String>>,
 }
 
 impl Group {
-    /// Roles as written, or the group's name.
+    /// Returns the roles of the group: `roles`, or the group's name if `roles` is empty.
     #[must_use]
     pub fn role_names<'a>(&'a self, group: &'a str) -> Vec<&'a str> {
         if self.roles.is_empty() { vec![group] } else { self.roles.iter().map(|r| r.get_ref().as_str()).collect() }
@@ -200,7 +229,7 @@ impl Fleet {
     /// Reads a `fleet.toml`.
     ///
     /// # Errors
-    /// A [`Diagnostic`] with file, line and fix; never a panic, whatever the bytes.
+    /// If the bytes are not UTF-8, not TOML, or have an unknown key. The [`Diagnostic`] has file, line and fix.
     pub fn parse(name: &str, bytes: &[u8]) -> Result<Self, Box<Diagnostic>> {
         let (mut fleet, source) = parse::<Self>(name, bytes)?;
         fleet.source = source;
@@ -208,7 +237,7 @@ impl Fleet {
     }
 }
 
-/// A default has no place in the file: its span is empty.
+/// Wraps a default. Its span is empty, because the file does not contain it.
 pub(crate) fn unspanned<T>(value: T) -> Spanned<T> {
     Spanned::new(0..0, value)
 }

@@ -1,19 +1,19 @@
-//! Settings of the services, as `fleet.toml` says them and as every template sees them.
+//! Settings of the services: sections of `fleet.toml`, and variables of the templates.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// `[database]`: how fast a dead primary is found. Patroni wants
-/// `loop_wait + 2 × retry_timeout ≤ ttl`, and at least 20 seconds of ttl.
+/// `[database]`: timing of Patroni's failure detection. `loop_wait + 2 × retry_timeout` must not exceed `ttl`. A
+/// change applies when a node with that image is the primary.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Database {
-    /// Seconds after which a silent primary's lease ends.
+    /// Seconds that the primary's lease lasts without a renewal. At least 20. Default: `20`.
     pub ttl: u16,
-    /// Seconds between two looks.
+    /// Seconds between two cycles of Patroni. At least 1. Default: `3`.
     pub loop_wait: u16,
-    /// Seconds an operation on etcd or PostgreSQL is tried again.
+    /// Seconds for which Patroni retries an operation on etcd or PostgreSQL. At least 3. Default: `6`.
     pub retry_timeout: u16,
 }
 
@@ -23,23 +23,24 @@ impl Default for Database {
     }
 }
 
-/// `[backup]`: where PostgreSQL's backups and its WAL go.
+/// `[backup]`: place and times of PostgreSQL's backups and its WAL.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Backup {
-    /// Node that keeps them. Default: the first monitor, else the last node that is no `db`;
-    /// where every node is one there are no backups.
+    /// Node that keeps pgBackRest's repository. Default: the first monitor without `db`, else the last node without
+    /// `db`. If every node has `db`, there are no backups. Example: `"monitor-1"`.
     pub node: Option<String>,
-    /// Full backups kept, with the WAL to go back to any moment since the oldest.
+    /// Number of full backups to keep, at least 1. The repository also keeps the WAL since the oldest one, for a
+    /// restore to any moment after it. Default: `4`.
     pub keep: u16,
-    /// When a full one is made, as systemd writes times.
+    /// When a full backup starts: a time as in systemd's `OnCalendar=`. Default: `"Sun 01:30"`.
     pub full: String,
-    /// When what has changed since is added.
+    /// When an incremental backup starts: a time as in `full`. Default: `"Mon..Sat 01:30"`.
     pub incremental: String,
-    /// An S3 bucket instead of a node.
+    /// An S3 bucket instead of a node. Default: none.
     pub s3: Option<S3>,
-    /// The database is not made empty: it is what the repository has, as of this time
-    /// (`"2026-11-23 10:00:00+00"`), or `"latest"`.
+    /// Restores the new database from the repository, as of this time, instead of an empty one: a time such as
+    /// `"2026-11-23 10:00:00+00"`, or `"latest"`. Default: none.
     pub restore: Option<String>,
 }
 
@@ -56,35 +57,39 @@ impl Default for Backup {
     }
 }
 
-/// `[backup.s3]`. The key is a secret and not here: see `bakehouse ticket --help`.
+/// `[backup.s3]`: an S3 bucket for the backups. The access key is a secret, and not a key of this file: give it to
+/// `bakehouse init` in `BAKEHOUSE_S3_KEY` and `BAKEHOUSE_S3_SECRET`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct S3 {
+    /// Name of the bucket.
     pub bucket: String,
-    /// Host name of the service, such as `"s3.eu-central-1.amazonaws.com"`; a port may follow.
+    /// Host name of the service; a port may follow. Example: `"s3.eu-central-1.amazonaws.com"`.
     pub endpoint: String,
+    /// Region of the bucket. Example: `"eu-central-1"`.
     pub region: String,
-    /// The bucket is named in addresses' paths, not in host names; a service of one's own often
-    /// wants it.
+    /// Whether requests name the bucket in the path instead of the host name. Self-hosted services often require it.
+    /// Default: `false`.
     #[serde(default)]
     pub path_style: bool,
-    /// A file beside `fleet.toml` with the certificate (PEM) of who signed the service's own, where
-    /// that is nobody whom Debian knows.
+    /// Path of a PEM file, relative to `fleet.toml`: the certificate of the authority that signed the service's
+    /// certificate. Default: the authorities that Debian trusts.
     #[serde(default)]
     pub ca: Option<String>,
 }
 
-/// `[odoo]`: what the application images hold.
+/// `[odoo]`: content of the application images, and of Odoo's database.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Odoo {
-    /// Name of the database.
+    /// Name of Odoo's database: lower-case letters, digits and `_`, a letter first. Default: `"odoo"`.
     pub database: String,
-    /// Languages whose translations are kept, such as `"de"` or `"pt_BR"`; English is always there.
+    /// Languages whose translations are in the image. English is always in it. Example: `["de", "pt_BR"]`. Default:
+    /// none.
     pub languages: Vec<String>,
-    /// Folders of further add-ons, relative to `fleet.toml`, each holding add-ons as sub-folders.
+    /// Folders with further add-ons, relative to `fleet.toml`. Each sub-folder is an add-on. Default: none.
     pub addons: Vec<String>,
-    /// Add-ons installed when the database is made.
+    /// Add-ons that Odoo installs when it creates the database. Default: `["web"]`.
     pub modules: Vec<String>,
 }
 
@@ -94,34 +99,39 @@ impl Default for Odoo {
     }
 }
 
-/// `[alerts]`: who is told.
+/// `[alerts]`: receivers of alerts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Alerts {
+    /// Receiver of alerts by e-mail. Default: none.
     pub email: Option<Email>,
-    /// Addresses that get Alertmanager's JSON.
+    /// Addresses to which Alertmanager posts its JSON. Example: `["https://chat.example/hook"]`. Default: none.
     pub webhooks: Vec<String>,
-    /// An address that expects a call every minute, and raises the alarm itself when none
-    /// comes: the dead-man's switch.
+    /// Address of a dead man's switch. The monitor calls it every minute, and the service behind it has to raise an
+    /// alarm when no call arrives. Default: none.
     pub dead_man: Option<String>,
 }
 
+/// `[alerts.email]`: alerts by e-mail. There is no login at the mail server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Email {
+    /// Address of the receiver.
     pub to: String,
+    /// Address of the sender.
     pub from: String,
-    /// Mail server, `host:port`.
+    /// Mail server, `"host:port"`. Example: `"mail.example:25"`.
     pub smarthost: String,
 }
 
-/// `[web]`: how hubs take browsers' connections.
+/// `[web]`: HTTP settings of the hubs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Web {
-    /// Whether hubs answer requests without TLS with a redirect to HTTPS.
+    /// Whether hubs redirect HTTP requests to HTTPS, except those for `/web/health`. Default: `false`.
     pub redirect: bool,
-    /// Connections that one address may have at once; four times as many may be opened in ten seconds.
+    /// Number of connections that one address may have to a hub's ports 80 and 443 at the same time, 10 to 3000. One
+    /// address may open four times as many connections in 10 s. An IPv6 /64 counts as one address. Default: `150`.
     pub connections: u16,
 }
 
@@ -131,29 +141,34 @@ impl Default for Web {
     }
 }
 
-/// `[firewall]`: what else faces outside.
+/// `[firewall]`: further ports that the packet filter opens.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Firewall {
+    /// Ports that are open to every address: `[[firewall.open]]`. Default: none.
     pub open: Vec<OpenPort>,
 }
 
-/// One of `[[firewall.open]]`.
+/// An entry of `[[firewall.open]]`: a port that is open to every address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OpenPort {
+    /// Port number.
     pub port: u16,
-    /// `tcp` or `udp`.
+    /// `"tcp"` or `"udp"`.
     pub proto: Proto,
-    /// Role whose nodes open it; without it, every node.
+    /// Role whose nodes open the port. Default: every node opens it.
     #[serde(default)]
     pub role: Option<String>,
 }
 
+/// Transport protocol of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Proto {
+    /// TCP.
     Tcp,
+    /// UDP.
     Udp,
 }
 
@@ -166,17 +181,18 @@ impl std::fmt::Display for Proto {
     }
 }
 
-/// `[update]`: where nodes find newer images of themselves.
+/// `[update]`: source and times of the nodes' updates.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Update {
-    /// Address of the folder that `bakehouse publish` writes, on any HTTP server that the nodes
-    /// reach. Without it nodes stay as they are until they are flashed anew.
+    /// Address of the folder that `bakehouse publish` writes, on any HTTP server that the nodes reach. Example:
+    /// `"https://updates.example/"`. Default: none, and the nodes keep their version until you flash them again.
     pub url: Option<String>,
-    /// When nodes look, as systemd writes times; a maintenance window is a time of the week, such
-    /// as `"Sun *-*-* 02..04:0/5"`.
+    /// When nodes look for a newer version: a time as in systemd's `OnCalendar=`. A maintenance window is a time of the
+    /// week, such as `"Sun *-*-* 02..04:0/5"`. Default: `"*:0/5"`.
     pub when: String,
-    /// Days after which a folder that was not signed again raises an alert: who serves it may hold newer images back.
+    /// Age of the folder's signature, in days, at which the alert `UpdatesStale` is raised. An old signature can mean
+    /// that the server withholds newer images. Default: `30`.
     pub stale_after: u16,
 }
 
@@ -186,34 +202,36 @@ impl Default for Update {
     }
 }
 
-/// `[netboot]`: what machines become that boot from the network. No image depends on it.
+/// `[netboot]`: assignment of nodes to machines that boot from the network. No image depends on it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Netboot {
-    /// Node or group, by MAC address (`52:54:00:aa:bb:cc`) or by the maker's serial number.
+    /// Node or group of a machine, by MAC address in lower case or by serial number. Example:
+    /// `"52:54:00:aa:bb:cc" = "hub-1"`. Default: none.
     pub machines: BTreeMap<String, String>,
-    /// Group of machines that are not named. Without it they are left alone.
+    /// Node or group of the machines that `machines` does not name. Default: none, and the server installs nothing on
+    /// them.
     pub others: Option<String>,
-    /// Groups that run from memory: nothing is installed, and they come over the network at each
-    /// start. What they keep is on a disk, or nowhere if the roles' profiles say that nothing needs to
-    /// be kept.
+    /// Groups whose machines run from memory. Such a machine loads its image over the network at each start, and
+    /// installs nothing. Its `/var` is on a disk, or in memory if the profiles of its roles have `disk.volatile`.
+    /// Default: none.
     pub diskless: Vec<String>,
-    /// Disk that is overwritten, such as `/dev/nvme0n1`. Without it a machine with several disks is
-    /// left alone.
+    /// Disk that the installer overwrites. Example: `"/dev/nvme0n1"`. Default: the only disk. Without this key, the
+    /// installer writes nothing on a machine with several disks.
     pub disk: Option<String>,
-    /// Hubs and voters get their tickets by MAC address or serial number alone, without a code from
-    /// their console: every host on that network can then take the fleet's passwords.
+    /// Whether hubs and voters get their tickets by MAC address or serial number alone, without a code from their
+    /// console. Any host on that network can then obtain the fleet's passwords. Default: `false`.
     pub trust_lan: bool,
 }
 
-/// `[secure_boot]`: files of the key that signs what firmware runs, relative to `fleet.toml`. Only
-/// the certificate comes into images.
+/// `[secure_boot]`: files of the key that signs what the firmware runs, relative to `fleet.toml`. Images contain only
+/// the certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SecureBoot {
-    /// RSA, PEM, without a passphrase.
+    /// Private key: RSA, PEM, without a passphrase. Default: `"secure-boot/db.key"`.
     pub key: String,
-    /// X.509, PEM.
+    /// Certificate: X.509, PEM. Default: `"secure-boot/db.crt"`.
     pub certificate: String,
 }
 
@@ -223,16 +241,17 @@ impl Default for SecureBoot {
     }
 }
 
-/// `[promise]`: the longest outage the fleet's owner accepts, in seconds. `check` compares
-/// what the time-outs add up to.
+/// `[promise]`: longest outages that the fleet's owner accepts. `bakehouse check` compares these values with the sum
+/// of the time-outs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Promise {
-    /// A hub dies: until the VIP answers.
+    /// Seconds from the loss of a hub until the VIP answers. At least 1. Default: `3`.
     pub vip: u16,
-    /// The primary's machine dies: until writes are taken.
+    /// Seconds from the loss of the primary's machine until the database accepts writes. At least `database.ttl` and 5
+    /// s. Default: `25`.
     pub database: u16,
-    /// An application node dies: until nobody is sent to it.
+    /// Seconds from the loss of an application node until no request goes to it. At least 3. Default: `3`.
     pub app: u16,
 }
 

@@ -1,6 +1,6 @@
-//! Signed requests. A signature covers the TLS connection, the method, the path and the body, so
-//! that whoever reads a request at the other end can't send it again on a connection of its own.
-//! An operator's order also names its path, its hub and its time, and has a random id.
+//! Signed requests. A signature covers the TLS connection, the method, the path and the body, so the receiver of a
+//! request cannot replay it on another connection. An operator's order also has its path, its hub, its time and a
+//! nonce.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -10,44 +10,44 @@ use crate::rollout::RolloutRequest;
 
 /// Header with the base64 of a signature over [`bound_message`]: ECDSA P-256, SHA-256, ASN.1.
 pub const BOUND_SIGNATURE_HEADER: &str = "bakehouse-bound-signature";
-/// Label of the TLS exporter (RFC 8446 § 7.5, used as RFC 9266 does) that identifies a connection.
+/// Label of the TLS exporter (RFC 8446 § 7.5, used as in RFC 9266) that identifies a connection.
 pub const EXPORTER_LABEL: &[u8] = b"EXPORTER-bakehouse";
-/// Seconds by which an order's time and the hub's clock may differ.
+/// Largest difference between an order's time and the hub's clock, in seconds.
 pub const ORDER_VALIDITY: u64 = 300;
 
-/// What identifies one TLS connection to both of its ends: 32 bytes of its exporter.
+/// Identifier of a TLS connection, the same at both ends: 32 bytes of its exporter.
 pub type ChannelBinding = [u8; 32];
 
-/// What a bound signature covers. No part can be mistaken for another: the binding has a fixed
-/// length, and neither a method nor a path has a NUL.
+/// Returns the bytes that a bound signature covers. They are unambiguous, because the binding has a fixed length, and
+/// neither a method nor a path contains a NUL.
 #[must_use]
 pub fn bound_message(binding: &ChannelBinding, method: &str, path: &str, body: &[u8]) -> Vec<u8> {
     let parts: [&[u8]; 7] = [b"bakehouse-bound-1\0", binding, method.as_bytes(), b"\0", path.as_bytes(), b"\0", body];
     parts.concat()
 }
 
-/// Where and when an operator's order holds.
+/// Path, hub and time for which an operator's order is valid.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OrderScope {
-    /// Path of the API that it was signed for.
+    /// Path of the API.
     pub path: String,
-    /// Slot of the hub that is to carry it out.
+    /// Slot of the hub that executes the order.
     pub hub: String,
-    /// Seconds since 1970 by the operator's clock.
+    /// Seconds since 1970, by the operator's clock.
     pub issued_at: u64,
-    /// 128 random bits: a hub carries an order out once.
+    /// 128 random bits. A hub executes an order with the same nonce once.
     pub nonce: String,
 }
 
-/// An order that only the owner of the fleet's root can give.
+/// An order that is signed with the fleet key.
 pub trait SignedOrder: Serialize + DeserializeOwned {
-    /// The only path that takes it.
+    /// The only path that accepts the order.
     const PATH: &'static str;
-    /// Format and fleet.
+    /// Returns the format and the fleet.
     fn target(&self) -> (u16, &str);
-    /// Where and when it holds; `None` from an operator of an older version.
+    /// Returns the scope; `None` in an order of an older version.
     fn scope(&self) -> Option<&OrderScope>;
-    /// The same order for one hub and one time.
+    /// Returns the same order with this scope.
     #[must_use]
     fn with_scope(self, scope: OrderScope) -> Self;
 }
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_part_of_the_message_is_no_other_part() {
+    fn bound_messages_of_different_requests_differ() {
         let one = bound_message(&[1; 32], "POST", "/v1/leave", b"{}");
         assert_ne!(one, bound_message(&[2; 32], "POST", "/v1/leave", b"{}"));
         assert_ne!(one, bound_message(&[1; 32], "GET", "/v1/leave", b"{}"));
@@ -90,9 +90,9 @@ mod tests {
         assert_ne!(one, bound_message(&[1; 32], "POST", "/v1/leave{", b"}"));
     }
 
-    /// Bodies of the version before have no scope, and what that version reads has one more field.
+    /// The previous version sends bodies without a scope, and ignores the scope that it receives.
     #[test]
-    fn orders_of_the_version_before_are_read() {
+    fn reads_orders_of_previous_version() {
         let old = r#"{"version":1,"fleet":"acme","slot":"db-1","now":true}"#;
         let order: Departure = serde_json::from_str(old).unwrap();
         assert_eq!((order.scope(), serde_json::to_string(&order).unwrap().as_str()), (None, old));

@@ -1,4 +1,4 @@
-//! The one template engine: strict minijinja, at build time and on the node.
+//! The template engine: minijinja with strict undefined values, in the builder and in the agent.
 
 use std::collections::BTreeSet;
 
@@ -11,23 +11,22 @@ use crate::membership::{Secrets, Tls};
 use crate::ports::Filter;
 use crate::topology::{Node, Topology};
 
-/// Variables of the templates that are rendered on the node: the same there as in the
-/// build's checks.
+/// Variables of the templates that the agent renders on the node. The builder's checks use the same variables.
 #[derive(Clone, Copy, Debug)]
 pub struct NodeContext<'a> {
     pub fleet: &'a Topology,
     pub node: &'a Node,
-    /// Counts the owners the node's slot has had: 1 for the first.
+    /// Epoch of the node's slot: 1 for the first owner.
     pub epoch: u64,
     pub machine: MachineSize,
     pub tls: &'a Tls,
     pub secrets: &'a Secrets,
-    /// Certificate and key for browsers, PEM; the node's own where the user gave none.
+    /// Certificate and key for browsers, PEM. Default: the node's own.
     pub web: &'a str,
 }
 
 impl Serialize for NodeContext<'_> {
-    /// The fields, and `filter`: what the node's packet filter is made of.
+    /// Serializes the fields, and `filter` with the input of the packet filter's template.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         struct Variables<'a> {
@@ -46,24 +45,24 @@ impl Serialize for NodeContext<'_> {
     }
 }
 
-/// The machine a node runs on.
+/// Size of the machine that a node runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MachineSize {
-    /// MiB of memory.
+    /// Memory in MiB.
     pub memory: u64,
-    /// MiB that /var can hold.
+    /// Size of /var in MiB.
     pub var: u64,
     pub cpus: u64,
-    /// Multiplies the time-outs of failure detection (BFD, VRRP, etcd's elections, health
-    /// checks): 1 on real processors, [`EMULATED_TIMEOUT_SCALE`] on one that QEMU emulates.
+    /// Factor for the time-outs of failure detection (BFD, VRRP, etcd's elections, health checks): 1 on real
+    /// processors, [`EMULATED_TIMEOUT_SCALE`] on processors that QEMU emulates.
     pub patience: u64,
 }
 
-/// How much slower an emulated machine is in the worst moments of a host that runs several:
-/// with less, BFD and etcd take slowness for death.
+/// Factor for time-outs on emulated processors. With a smaller factor, BFD and etcd report slow machines as dead when
+/// the host runs several of them.
 pub const EMULATED_TIMEOUT_SCALE: u64 = 10;
 
-/// A template that does not render.
+/// Error in a template.
 #[derive(Debug, thiserror::Error)]
 #[error("{name}:{line}: {message}")]
 pub struct RenderError {
@@ -75,22 +74,22 @@ pub struct RenderError {
 fn environment() -> Environment<'static> {
     let mut env = Environment::new();
     env.set_undefined_behavior(UndefinedBehavior::Strict);
-    // Block tags stand on lines of their own and leave no blank ones behind.
+    // Lines with only a block tag leave no blank lines.
     let mut syntax = SyntaxConfig::builder();
     syntax.keep_trailing_newline(true).trim_blocks(true).lstrip_blocks(true);
     env.add_test("contains", |list: minijinja::Value, item: minijinja::Value| {
         list.try_iter().is_ok_and(|mut all| all.any(|v| v == item))
     });
     env.set_syntax(syntax.build().unwrap_or_default());
-    // Configuration files are not HTML: nothing is escaped.
+    // Configuration files are not HTML.
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env
 }
 
-/// Renders `text` with `context`. A pure function: same inputs, same bytes.
+/// Renders `text` with `context`. The same inputs give the same bytes.
 ///
 /// # Errors
-/// A syntax error or an unknown variable, with the template's line.
+/// If the template has a syntax error or an unknown variable. The error has the template's line.
 pub fn render(name: &str, text: &str, context: &impl Serialize) -> Result<String, RenderError> {
     environment().render_named_str(name, text, Serde(context)).map_err(|e| RenderError {
         name: name.to_owned(),
@@ -99,22 +98,22 @@ pub fn render(name: &str, text: &str, context: &impl Serialize) -> Result<String
     })
 }
 
-/// Names a template takes from outside, such as `node.address`.
+/// Returns the variables that a template takes from its context, such as `node.address`.
 #[must_use]
 pub fn variables(text: &str) -> BTreeSet<String> {
     let env = environment();
     env.template_from_str(text).map(|t| t.undeclared_variables(true).into_iter().collect()).unwrap_or_default()
 }
 
-/// For each line of the rendered text, the template's line it came from (0: not known), so
-/// that what a daemon says of a file can be said of its template.
+/// Returns, for each line of the rendered text, the template's line that it came from, or 0 if that is not known. The
+/// builder uses it to report a daemon's error with the line of the template.
 #[must_use]
 pub fn line_map(name: &str, text: &str, context: &impl Serialize) -> Vec<usize> {
     const OPEN: char = '\u{E000}';
     const CLOSE: char = '\u{E001}';
     let Ok(plain) = render(name, text, context) else { return Vec::new() };
     let unknown = vec![0; plain.lines().count()];
-    // Lines that hold block tags are left alone: the engine swallows their white space.
+    // Lines with block tags get no mark, because the engine trims their white space.
     let marked: String = text
         .split_inclusive('\n')
         .enumerate()
@@ -149,13 +148,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unknown_variable_names_its_line() {
+    fn unknown_variable_has_a_line() {
         let e = render("x.j2", "a\n{{ nope }}\n", &()).unwrap_err();
         assert_eq!((e.name.as_str(), e.line), ("x.j2", 2));
     }
 
     #[test]
-    fn rendered_lines_are_traced_to_the_template() {
+    fn line_map_returns_lines_of_the_template() {
         let context = serde_json::json!({ "xs": [1, 2] });
         let text = "top\n{% for x in xs %}\nx={{ x }}\n{% endfor %}\nend\n";
         assert_eq!(render("t", text, &context).unwrap(), "top\nx=1\nx=2\nend\n");

@@ -1,4 +1,4 @@
-//! Tickets: what a node is given at provisioning, as the systemd credential
+//! Tickets: credentials with which machines join. A machine gets its ticket as the systemd credential
 //! `bakehouse.ticket`.
 
 use std::collections::BTreeMap;
@@ -10,99 +10,114 @@ use crate::encoding;
 use crate::membership::Secrets;
 use crate::topology::slot_parts;
 
-/// What makes a machine a node of one fleet, or lets it ask to become one.
+/// Credential with which a machine becomes a node of one fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ticket {
-    /// Format of this message.
+    /// Format of the ticket: [`Ticket::VERSION`].
     pub version: u16,
     /// Name of the fleet.
     pub fleet: String,
-    /// The fleet root's certificate, PEM: whom this node believes.
+    /// The fleet's root certificate, PEM, which the node trusts.
     pub root: String,
-    /// Where hubs are reached from this node, by slot, where that is not what `fleet.toml` says.
+    /// Endpoints of hubs, by slot, that replace those of `fleet.toml` on this node.
     #[serde(default)]
     pub endpoints: BTreeMap<String, String>,
+    /// Credential of the machine.
     pub right: Credential,
 }
 
-/// Why this machine may be a node.
+/// A ticket's credential.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Credential {
-    /// It is one of those that make the fleet: nobody has to be asked.
+    /// The machine is a founder, and joins without a hub.
     Founder(Founder),
-    /// It may ask the hubs for a slot.
+    /// The machine may claim a slot from a hub.
     Joiner(Joiner),
 }
 
-/// The right to one slot that holds an etcd vote or is a hub's.
+/// Credential for one slot of a hub or a voter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Founder {
+    /// Name of the slot.
     pub slot: String,
-    /// Signs this node's certificate, and those of the nodes it lets in.
+    /// Issuer that signs this node's certificate, and on a hub those of joiners.
     pub issuer: Issuer,
+    /// Passwords of the fleet's services.
     pub secrets: Secrets,
-    /// It takes the place of another machine, and asks the other hubs for it.
+    /// Token with which the machine replaces another one. It asks the other hubs for the slot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replaces: Option<Joiner>,
 }
 
-/// A token, and the key that shows whose it is. The key never crosses the wire.
+/// A token and its private key, with which the machine signs its requests. The key is never sent to a hub.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Joiner {
+    /// The token.
     pub token: Token,
+    /// Private key whose public half is in the token's claims.
     pub key: PrivateKey,
 }
 
-/// What the fleet's root says of a token, and its signature over exactly these bytes.
+/// Claims with the signature of the fleet's root.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Token {
     /// [`Claims`] as JSON.
     pub claims: String,
-    /// Base64 of an ECDSA P-256 signature with SHA-256, ASN.1.
+    /// Base64 of the signature over the bytes of `claims`: ECDSA P-256 with SHA-256, ASN.1.
     pub signature: String,
 }
 
+/// Permissions of a token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claims {
+    /// Name of the fleet.
     pub fleet: String,
     /// 128 random bits, hexadecimal.
     pub id: String,
-    /// Group whose slots it is good for.
+    /// Group of the slots.
     pub group: String,
-    /// The only slot it is good for.
+    /// The only slot for which the token is valid; `None` for every slot of the group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<String>,
-    /// It takes the slot from whoever has it.
+    /// Whether the token takes the slot from its owner.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub replace: bool,
-    /// How many nodes it is good for.
+    /// Number of nodes that may join with the token.
     pub uses: u32,
-    /// Seconds since 1970 after which it is good for none.
+    /// Time after which the token is invalid, in seconds since 1970.
     pub expires: u64,
-    /// Base64 of the public key that belongs to it, P-256, uncompressed.
+    /// Base64 of the token's public key, P-256, uncompressed.
     pub key: String,
 }
 
+/// Error in a ticket.
 #[derive(Debug, thiserror::Error)]
 pub enum TicketError {
-    #[error("the ticket is not readable: {0}; provision the node with a ticket made by `bakehouse ticket`")]
+    /// The ticket is not JSON, or a field is missing or unknown.
+    #[error("cannot read the ticket: {0}; provision the node with a ticket made by `bakehouse ticket`")]
     Malformed(#[from] serde_json::Error),
-    #[error("the ticket has format {0}, this image reads format {known}; rebuild the image or mint the ticket again", known = Ticket::VERSION)]
+    /// The ticket has another format.
+    #[error(
+        "the ticket has format {0}, and this image reads format {known}; build the image again, or mint a new ticket",
+        known = Ticket::VERSION
+    )]
     Version(u16),
-    #[error("the ticket's slot `{0}` is not of the form group-number")]
+    /// The slot's name is invalid.
+    #[error("the ticket's slot `{0}` does not have the form GROUP-NUMBER; mint a new ticket with `bakehouse ticket`")]
     Slot(String),
 }
 
 impl Ticket {
+    /// Format of tickets.
     pub const VERSION: u16 = 2;
-    /// On the EFI partition of a machine with Secure Boot: systemd takes no credential from there that
-    /// anybody could have written.
+    /// Name of the file on the EFI partition. On a machine with Secure Boot, systemd accepts no unauthenticated
+    /// credential from that partition, so the agent reads the file itself.
     pub const FILE: &str = "bakehouse.ticket";
     /// Name of the systemd credential.
     pub const CREDENTIAL: &str = "bakehouse.ticket";
@@ -110,7 +125,7 @@ impl Ticket {
     /// Reads a ticket.
     ///
     /// # Errors
-    /// Bytes that are no ticket, or one of another format.
+    /// If the bytes are not a ticket, or the ticket has another format.
     pub fn parse(bytes: &[u8]) -> Result<Self, TicketError> {
         #[derive(Deserialize)]
         struct Versioned {
@@ -131,7 +146,7 @@ impl Ticket {
 }
 
 impl Ticket {
-    /// The token in it: a founder's ticket has one only if it replaces another machine.
+    /// Returns the token. A founder's ticket has one only if the machine replaces another one.
     #[must_use]
     pub fn token(&self) -> Option<&Token> {
         match &self.right {
@@ -142,10 +157,10 @@ impl Ticket {
 }
 
 impl Joiner {
-    /// Mints a token of these claims (whose `key` is filled in).
+    /// Makes a token with these claims and a new key.
     ///
     /// # Errors
-    /// The root's key can't be read.
+    /// If the root's key cannot be read.
     pub fn mint(root: &Issuer, mut claims: Claims) -> Result<Self, CertificateError> {
         let key = PrivateKey::generate()?;
         claims.key = encoding::encode(key.public()?.as_bytes());
@@ -156,7 +171,7 @@ impl Joiner {
 }
 
 impl Token {
-    /// What it claims; whether the root has signed it is another question.
+    /// Returns the claims, without verifying the signature.
     #[must_use]
     pub fn read(&self) -> Option<Claims> {
         serde_json::from_str(&self.claims).ok()
@@ -164,6 +179,7 @@ impl Token {
 }
 
 impl Claims {
+    /// Returns the token's public key; `None` if `key` is not one.
     #[must_use]
     pub fn public_key(&self) -> Option<PublicKey> {
         PublicKey::of(&encoding::decode(&self.key)?)
@@ -188,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn round_trip() {
+    fn ticket_round_trips() {
         let root = Issuer::root("acme").unwrap();
         let issuer = root.issuer("acme", "hub-1").unwrap();
         let founder = Founder { slot: "hub-1".into(), issuer, secrets: Secrets::sample(), replaces: None };
@@ -206,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_carries_its_own_public_key() {
+    fn minted_token_has_its_public_key() {
         let joiner = Joiner::mint(&Issuer::root("acme").unwrap(), claims()).unwrap();
         let read = joiner.token.read().unwrap();
         assert_eq!(read.public_key(), Some(joiner.key.public().unwrap()));
@@ -214,14 +230,14 @@ mod tests {
     }
 
     #[test]
-    fn another_format_is_named_before_its_fields_are_read() {
+    fn rejects_other_format_before_unknown_fields() {
         let e = Ticket::parse(br#"{"version":9,"new":"field"}"#).unwrap_err();
         assert!(matches!(e, TicketError::Version(9)), "{e}");
     }
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(bytes: Vec<u8>) {
+        fn parse_never_panics(bytes: Vec<u8>) {
             let _ = Ticket::parse(&bytes);
         }
     }

@@ -1,5 +1,5 @@
-//! What follows from a `fleet.toml`: slots, addresses, voters. Baked into every image as
-//! `usr/lib/bakehouse/fleet.json`, and the variables every template sees.
+//! The topology of a fleet: slots, addresses and voters that follow from its `fleet.toml`. Every image contains it as
+//! `usr/lib/bakehouse/fleet.json`, and every template has it as `fleet`.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -12,87 +12,105 @@ use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
 use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Update, Web};
 
-/// The whole fleet, derived.
+/// Topology and settings of a fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Topology {
+    /// Name of the fleet.
     pub name: String,
+    /// Version of the images.
     pub version: String,
+    /// Networks and port of the mesh.
     pub mesh: MeshPlan,
+    /// Address that one hub holds.
     pub vip: Ipv4Addr,
-    /// Every slot, by group and number.
+    /// Every slot, sorted by group and number.
     pub nodes: Vec<Node>,
     /// Nodes with the role `hub`.
     pub hubs: Vec<Node>,
-    /// Nodes that hold an etcd vote: they have the role `voter`.
+    /// Names of the nodes with an etcd vote, which have the role `voter`.
     pub voters: Vec<String>,
+    /// Section `[database]`.
     pub database: Database,
-    /// With the node that keeps the backups, if one does.
+    /// Section `[backup]`, with the node that keeps the backups, if there is one.
     pub backup: Backup,
+    /// Section `[odoo]`.
     pub odoo: Odoo,
+    /// Section `[alerts]`.
     pub alerts: Alerts,
+    /// Section `[firewall]`.
     pub firewall: Firewall,
+    /// Section `[update]`.
     pub update: Update,
+    /// Section `[web]`.
     #[serde(default)]
     pub web: Web,
-    /// Ports of the roles' profiles that the built-in table (`ports.rs`) does not have.
+    /// Ports of the roles' profiles that need a rule in addition to the built-in ones ([`crate::ports`]).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<ServicePort>,
 }
 
+/// Networks and port of the mesh.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MeshPlan {
+    /// Network of the nodes' own addresses.
     pub subnet: Ipv4Net,
+    /// Network of the addresses on the WireGuard interfaces.
     pub transport: Ipv4Net,
+    /// `[mesh] port`.
     pub port: u16,
+    /// MTU of the WireGuard interfaces, in bytes.
     pub mtu: u16,
 }
 
-/// One slot.
+/// A node of the fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
-    /// `group-number`, also the host name.
+    /// Name of the slot, `GROUP-NUMBER`. It is also the host name.
     pub name: String,
+    /// Name of the group.
     pub group: String,
-    /// Counted from 1 within the group.
+    /// Number within the group, counted from 1.
     pub number: u16,
+    /// Roles, with those that the fleet assigns ([`GIVEN`]).
     pub roles: Vec<String>,
     /// The node's own address in the mesh.
     pub address: Ipv4Addr,
-    /// Its address on the `WireGuard` interfaces.
+    /// The node's address on the WireGuard interfaces.
     pub transport: Ipv4Addr,
-    /// Public `host:port`, where the node has one.
+    /// Public host name or address, without a port.
     pub endpoint: Option<String>,
-    /// Place among the hubs, counted from 1; 0 for a worker.
+    /// Number among the hubs, counted from 1; 0 for a worker.
     pub hub: u16,
-    /// Seconds after which a blank machine may take the slot of an owner that says nothing; none
-    /// where what the owner has would be lost with it.
+    /// Seconds without a report of the owner after which a blank machine may take the slot. `None` if the owner may
+    /// have the only copy of its data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reclaim_after: Option<u32>,
 }
 
 impl Node {
+    /// Whether the node has this role.
     #[must_use]
     pub fn has_role(&self, role: &str) -> bool {
         self.roles.iter().any(|r| r == role)
     }
 
-    /// Where the node is reached: the endpoint that `endpoints` gives it, else its own of `fleet.toml`.
+    /// Returns the node's endpoint: that in `endpoints`, else that of `fleet.toml`.
     #[must_use]
     pub fn endpoint_in(&self, endpoints: &BTreeMap<String, String>) -> Option<String> {
         endpoints.get(&self.name).or(self.endpoint.as_ref()).cloned()
     }
 }
 
-/// The role that the fleet gives by itself to the nodes that hold an etcd vote.
+/// Role of the nodes with an etcd vote. The fleet assigns it.
 pub const VOTER: &str = "voter";
-/// The role that the fleet gives by itself to the node that keeps the backups.
+/// Role of the node that keeps the backups. The fleet assigns it.
 pub const BACKUP: &str = "backup";
-/// The role that the fleet gives by itself to every node when `[update]` says where images are.
+/// Role of every node if `update.url` is set. The fleet assigns it.
 pub const UPDATE: &str = "update";
-/// Roles that nobody writes into a `fleet.toml`.
+/// Roles that the fleet assigns. `roles` in `fleet.toml` cannot have them.
 pub const GIVEN: [&str; 4] = ["base", VOTER, BACKUP, UPDATE];
 
-/// Default first host number of a role's address range.
+/// Returns the host number of a group's first node, if `first` is not set.
 fn first_host(role: &str) -> u32 {
     match role {
         "hub" => 1,
@@ -104,7 +122,7 @@ fn first_host(role: &str) -> u32 {
 }
 
 impl Topology {
-    /// Names of a node's WireGuard interfaces: of a hub that which workers come to, and one to each other hub.
+    /// Returns the names of a node's WireGuard interfaces: one for workers on a hub, and one to each other hub.
     #[must_use]
     pub fn wireguard(&self, node: &Node) -> Vec<String> {
         let own = (node.hub > 0).then(|| "wg0".to_owned());
@@ -112,8 +130,8 @@ impl Topology {
         own.into_iter().chain(others).collect()
     }
 
-    /// Lays the fleet out. Total: a fleet that makes no sense gives a topology that makes
-    /// none, and [`crate::lint`] says why.
+    /// Makes the topology of a fleet. An invalid fleet gives an invalid topology without an error, and [`crate::lint`]
+    /// reports the reason.
     #[must_use]
     pub fn of(fleet: &Fleet) -> Self {
         let mesh = MeshPlan {
@@ -180,13 +198,13 @@ impl Topology {
         }
     }
 
-    /// Enters the ports of the roles' profiles that the packet filter has to know.
+    /// Sets `services` to the ports of the roles' profiles that need a rule of their own.
     pub fn open_ports(&mut self, profiles: &Profiles) {
         self.services = services(&self.nodes, profiles);
     }
 
-    /// Enters which slots may be taken from silent owners: those where every role's profile says
-    /// so, after the longest of their times. A founder's is its own.
+    /// Sets `reclaim_after` of each node: the longest time of its roles' profiles, if all of them have one. A founder's
+    /// slot can never be reclaimed.
     pub fn reclaim(&mut self, profiles: &Profiles) {
         let after = |role: &String| profiles.get(role).and_then(|p| p.reclaim_after);
         for i in 0..self.nodes.len() {
@@ -197,12 +215,13 @@ impl Topology {
         }
     }
 
-    /// Whether a node makes the fleet, and needs nobody's leave: hubs and voters.
+    /// Whether a node is a founder (a hub or a voter), which needs no hub to join.
     #[must_use]
     pub fn is_founder(&self, node: &Node) -> bool {
         node.hub > 0 || self.voters.contains(&node.name)
     }
 
+    /// Returns the node with this name.
     #[must_use]
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.iter().find(|n| n.name == name)
@@ -221,31 +240,31 @@ fn offset(net: Ipv4Net, host: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(net.network()).wrapping_add(host))
 }
 
-/// Who holds an etcd vote: five or three hubs; fewer hubs are joined by monitors, then by
-/// the rest in order, until there are three.
+/// Returns the nodes with an etcd vote: five or three hubs. If there are fewer hubs, monitors and then the other nodes
+/// also have a vote, until there are three.
 fn voters(nodes: &[Node], hubs: &[Node], diskless: &[String]) -> Vec<String> {
     let want = if hubs.len() >= 5 { 5 } else { 3 };
-    // A vote is on a disk.
+    // etcd keeps a vote on the disk.
     let with_disk = |n: &&Node| n.hub == 0 && !diskless.contains(&n.group);
     let monitors = nodes.iter().filter(with_disk).filter(|n| n.has_role("monitor"));
     let others = nodes.iter().filter(with_disk).filter(|n| !n.has_role("monitor"));
     let mut voters: Vec<String> =
         hubs.iter().chain(monitors).chain(others).take(want).map(|n| n.name.clone()).collect();
     if voters.len() == 2 {
-        // Of two, the loss of either would stop the fleet; of one, only its own.
+        // With two voters, the loss of either stops the fleet. With one, only the loss of that one does.
         voters.truncate(1);
     }
     voters
 }
 
-/// Who keeps the backups: not a machine whose loss they are for.
+/// Returns the node that keeps the backups. It has no database, so one failure does not lose both.
 fn keeper(nodes: &[Node]) -> Option<String> {
     let monitor = nodes.iter().find(|n| n.has_role("monitor") && !n.has_role("db"));
     let keeper = monitor.or_else(|| nodes.iter().rfind(|n| !n.has_role("db")));
     keeper.map(|n| n.name.clone())
 }
 
-/// `db-2` → (`db`, 2).
+/// Returns the parts of a slot's name: `("db", 2)` of `db-2`.
 #[must_use]
 pub fn slot_parts(name: &str) -> Option<(&str, u16)> {
     let (group, number) = name.rsplit_once('-')?;
@@ -261,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn the_users_own_topology_is_the_default() {
+    fn default_addresses_are_those_of_ha() {
         let t = topology("name = \"x\"\n[groups]\nhub.count = 3\ndb.count = 2\napp.count = 2\nmonitor.count = 1\n");
         let address = |n: &str| t.node(n).unwrap().address.to_string();
         assert_eq!(address("hub-3"), "10.10.0.3");
@@ -274,13 +293,13 @@ mod tests {
     }
 
     #[test]
-    fn two_hubs_borrow_the_monitors_vote() {
+    fn monitor_votes_with_two_hubs() {
         let t = topology("name=\"x\"\n[groups]\nhub.count=2\ndb.count=2\napp.count=2\nmonitor.count=1\n");
         assert_eq!(t.voters, ["hub-1", "hub-2", "monitor-1"]);
     }
 
     #[test]
-    fn five_hubs_give_five_voters_and_four_give_three_and_two_nodes_one() {
+    fn number_of_voters_is_odd() {
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=1\ndb.count=1\n").voters, ["hub-1"]);
         assert_eq!(topology("name=\"x\"\n[groups]\nhub.count=2\n").voters, ["hub-1"]);
         let text = "name=\"x\"\n[netboot]\ndiskless=[\"app\"]\n[groups]\nhub.count=2\napp.count=2\n";
@@ -290,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn backups_are_kept_away_from_the_databases() {
+    fn backups_are_not_on_a_database_node() {
         let keeper = |text: &str| topology(text).backup.node;
         let all = "name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\n";
         assert_eq!(keeper(&format!("{all}monitor.count=2\n")).unwrap(), "monitor-1");
@@ -302,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_keeps_nothing_can_be_replaced_by_a_blank_machine() {
+    fn only_nodes_without_data_are_reclaimable() {
         let mut t = topology(
             "name=\"x\"\n[groups]\nhub.count=3\napp.count=2\nmonitor.count=2\nboth = { count = 1, roles = [\"db\", \"app\"] }\n",
         );
@@ -318,12 +337,12 @@ mod tests {
         t.reclaim(&profiles);
         let of = |name: &str| t.node(name).unwrap().reclaim_after;
         assert_eq!((of("app-2"), of("monitor-2")), (Some(600), Some(900)));
-        // The backups, the database, a founder.
+        // The node with the backups, a database node, a founder.
         assert_eq!((of("monitor-1"), of("both-1"), of("hub-1")), (None, None, None));
     }
 
     #[test]
-    fn slots() {
+    fn slot_parts_rejects_names_without_number() {
         assert_eq!(slot_parts("db-2"), Some(("db", 2)));
         assert_eq!(slot_parts("big-db-2"), Some(("big-db", 2)));
         assert_eq!(slot_parts("db-0"), None);

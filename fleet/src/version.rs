@@ -1,5 +1,6 @@
-//! Which of two image versions is newer: the order of the UAPI group's version format, in which
-//! systemd-sysupdate and systemd-boot compare.
+//! Order of image versions: the [version format] of the UAPI group, which systemd-sysupdate and systemd-boot use.
+//!
+//! [version format]: https://uapi-group.org/specifications/specs/version_format_specification/
 
 use std::cmp::Ordering;
 
@@ -10,7 +11,7 @@ pub fn compare_versions(a: &str, b: &str) -> Ordering {
     loop {
         a = skip_separators(a);
         b = skip_separators(b);
-        // `~` sorts before everything, the end too.
+        // `~` sorts before everything, including the end of the text.
         match (a.first() == Some(&b'~'), b.first() == Some(&b'~')) {
             (true, true) => {
                 (a, b) = (&a[1..], &b[1..]);
@@ -23,7 +24,7 @@ pub fn compare_versions(a: &str, b: &str) -> Ordering {
         if a.is_empty() || b.is_empty() {
             return a.len().min(1).cmp(&b.len().min(1));
         }
-        // Then `-`, `^` and `.`, in this order: a part that ends here is the older one.
+        // Then `-`, `^` and `.`, in this order: a version whose part ends here is older.
         let mut ended = false;
         for separator in [b'-', b'^', b'.'] {
             match (a.first() == Some(&separator), b.first() == Some(&separator)) {
@@ -44,7 +45,7 @@ pub fn compare_versions(a: &str, b: &str) -> Ordering {
             let (x, rest_a) = take(a, u8::is_ascii_digit);
             let (y, rest_b) = take(b, u8::is_ascii_digit);
             (a, b) = (rest_a, rest_b);
-            // No number is older than zero.
+            // A missing number is older than 0.
             match (x.is_empty(), y.is_empty()) {
                 (true, false) => Ordering::Less,
                 (false, true) => Ordering::Greater,
@@ -85,8 +86,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_in_the_order_of_the_format() {
-        // From the specification, oldest first.
+    fn orders_versions_as_the_specification() {
+        // Oldest first.
         let ordered = ["~1", "", "0", "1~rc1", "1", "1-1", "1^20", "1.0", "1.2", "1.10", "2", "10", "10a"];
         for (i, older) in ordered.iter().enumerate() {
             assert_eq!(compare_versions(older, older), Ordering::Equal, "{older}");
@@ -100,7 +101,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_two_have_one_order(a in "[0-9a-z.~^-]{0,8}", b in "[0-9a-z.~^-]{0,8}") {
+        fn order_is_antisymmetric(a in "[0-9a-z.~^-]{0,8}", b in "[0-9a-z.~^-]{0,8}") {
             assert_eq!(compare_versions(&a, &b), compare_versions(&b, &a).reverse());
         }
     }

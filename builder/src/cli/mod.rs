@@ -226,7 +226,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let authority = FleetKey::of(&project)?;
             let endpoints = asked_at(&project, endpoint)?;
             let order = match (pause, allow, skip) {
-                (Some(why), ..) => RolloutOrder::Backoff { why: why.clone() },
+                (Some(why), ..) => RolloutOrder::Pause { why: why.clone() },
                 (_, Some(version), _) => RolloutOrder::Allow { version: version.clone() },
                 (.., Some(node)) => RolloutOrder::Skip { node: node.clone() },
                 _ if *resume => RolloutOrder::Resume,

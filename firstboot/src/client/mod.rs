@@ -1,4 +1,4 @@
-//! Clients of the services that a node talks to.
+//! Clients of the services that a node uses.
 
 pub mod etcd;
 pub mod patroni;

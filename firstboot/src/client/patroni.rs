@@ -1,4 +1,6 @@
-//! What the agent has to do with the database: Patroni's API on this node.
+//! Client of [Patroni's REST API] on this node.
+//!
+//! [Patroni's REST API]: https://patroni.readthedocs.io/en/latest/rest_api.html
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,35 +14,37 @@ use crate::error::{Error, Result};
 use fleet_https::{Connection, request};
 
 const PORT: u16 = 8008;
-/// Longest answer that is read.
+/// Longest reply, in bytes.
 const LONGEST: usize = 1 << 20;
-/// How long a standby is waited for to become the primary, and then this node to follow it.
+/// Time limit for the promotion of a standby, and then for this node to follow it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where Patroni keeps what it knows in etcd.
+/// Returns the prefix of Patroni's keys in etcd.
 #[must_use]
 pub fn scope(topology: &Topology) -> String {
-    let of = match &topology.backup.restore {
+    let scope = match &topology.backup.restore {
         Some(point) => format!("{}@{}", topology.name, point.replace(' ', "T")),
         None => topology.name.clone(),
     };
-    format!("/bakehouse/{of}/")
+    format!("/bakehouse/{scope}/")
 }
 
-/// Whether one of the members, as Patroni lists them, takes writes, is not `slot` (that one is listed as the leader
-/// for as long as it has the key, though its PostgreSQL ends), and has chosen which standby its commits wait for, if
-/// they wait for one. A standby that ends before that is in etcd is not let go first, and commits wait for it until
-/// the primary's next look.
+/// Whether another member than `slot` is the running primary, and has selected its synchronous standby, if it needs
+/// one.
+///
+/// `slot` itself does not count, because Patroni lists it as the leader while it has the leader key, even if its
+/// PostgreSQL stops. If a standby stops before the selection is in etcd, it cannot remove itself from the synchronous
+/// set first, and commits wait for it until Patroni's next cycle on the primary.
 fn another_leads(members: &[u8], config: &[u8], slot: &str) -> bool {
     let read = |text: &[u8]| serde_json::from_slice::<Value>(text).unwrap_or_default();
     let (members, config) = (read(members), read(config));
     let members = members["members"].as_array().map(Vec::as_slice).unwrap_or_default();
     let leads = members.iter().any(|m| m["name"] != slot && m["role"] == "leader" && m["state"] == "running");
-    // Where there was one database, nobody says otherwise before the first new primary.
+    // `synchronous_mode` stays off in a fleet that had one database node, until the first new primary turns it on.
     leads && (config["synchronous_mode"] == false || members.iter().any(|m| m["role"] == "sync_standby"))
 }
 
-/// Patroni on this node.
+/// Client of Patroni on this node.
 pub struct Patroni {
     slot: String,
     address: String,
@@ -48,22 +52,23 @@ pub struct Patroni {
 }
 
 impl Patroni {
-    /// None where the node has no database.
+    /// Makes the client; `None` if the node has no database.
     #[must_use]
     pub fn of(node: &Node, tls: Arc<ClientConfig>) -> Option<Self> {
         node.has_role("db").then(|| Self { slot: node.name.clone(), address: node.address.to_string(), tls })
     }
 
-    /// Whether this node has the primary.
+    /// Whether this node is the primary.
     pub async fn is_primary(&self) -> bool {
         self.ask("GET", "/primary", "").await.is_ok()
     }
 
-    /// Makes a standby the primary, where this node has it and there is one; waits until it is, and this node
-    /// its standby.
+    /// Switches over to a standby, if this node is the primary. Waits until the standby is the primary, and this node
+    /// follows it.
     ///
     /// # Errors
-    /// Patroni says no, as it does where there is no standby that could.
+    /// If Patroni refuses for 60 s, for example because no standby is healthy, or this node does not follow a new
+    /// primary within 60 s.
     pub async fn hand_over(&self) -> Result<()> {
         let until = Instant::now() + PATIENCE;
         let mut last = Ok(());
@@ -71,23 +76,25 @@ impl Patroni {
             if Instant::now() > until {
                 return last;
             }
-            // A standby that is slow to answer is none; the next time it may be.
+            // Patroni does not count a standby that answers slowly. The next attempt may succeed.
             last = self.ask("POST", "/switchover", &format!("{{\"leader\":\"{}\"}}", self.slot)).await.map(drop);
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
-        // Whoever is told to end in the middle of it leaves the fleet without a primary for longer; and who
-        // ends right afterwards, perhaps with the VIP, breaks off what clients have just begun again.
+        // If the node stopped during the switchover, the outage would be longer. If it stopped right after it, perhaps
+        // as the holder of the VIP, it would break connections that clients have just opened again.
         let until = Instant::now() + PATIENCE;
         while !self.follows().await {
             if Instant::now() > until {
-                return Err(Error::Failed("no other primary is in step with its standbys yet".to_owned()));
+                return Err(Error::Failed(
+                    "the switchover is not complete: no other primary has its synchronous standby".to_owned(),
+                ));
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         Ok(())
     }
 
-    /// Whether another node has the primary, knows whom its commits wait for, and this one is its standby.
+    /// Whether another node is the primary and has its synchronous standby, and this node is a running replica.
     async fn follows(&self) -> bool {
         let Ok(config) = self.ask("GET", "/config", "").await else { return false };
         let Ok(members) = self.ask("GET", "/cluster", "").await else { return false };
@@ -105,9 +112,9 @@ impl Patroni {
 mod tests {
     use super::*;
 
-    /// As Patroni 4 answers.
+    /// The replies have the format of Patroni 4.
     #[test]
-    fn the_next_primary_is_another_one_that_runs() {
+    fn another_leads_needs_a_running_primary_with_its_standby() {
         let members = |own: &str, role: &str, state: &str| {
             format!(
                 "{{\"members\": [{{\"name\": \"db-1\", \"role\": \"{own}\", \"state\": \"streaming\"}}, \
@@ -124,11 +131,11 @@ mod tests {
             assert!(!leads(members("sync_standby", role, state), "db-1"), "{role} {state}");
         }
         assert!(!leads("502".to_owned(), "db-1"));
-        // Its commits do not wait for anybody yet, or do already, and nobody can read that.
+        // The primary has no synchronous standby yet. The configuration may be unreadable.
         let alone = members("replica", "leader", "running");
         assert!(!leads(alone.clone(), "db-1"));
         assert!(!another_leads(alone.as_bytes(), b"502", "db-1"));
-        // They never do.
+        // The primary needs no synchronous standby.
         assert!(another_leads(alone.as_bytes(), b"{\"synchronous_mode\": false}", "db-1"));
     }
 }

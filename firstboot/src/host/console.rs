@@ -1,4 +1,4 @@
-//! One line for whoever stands before the machine, and for whoever watches its console.
+//! Messages on the machine's console, for an operator in front of it and for remote consoles.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -11,18 +11,18 @@ use crate::host::notify::notify;
 
 static LAST: LazyLock<watch::Sender<String>> = LazyLock::new(|| watch::Sender::new(String::new()));
 
-/// Says it on the console, in the journal, in `systemctl status` and over D-Bus.
+/// Writes a message to the console, the journal, `systemctl status` and D-Bus.
 pub fn say(event: Event, text: &str) {
     record(event, text);
     notify(&format!("STATUS={text}"));
     LAST.send_replace(text.to_owned());
-    // A machine without a console still works.
+    // A machine may have no console.
     if let Ok(mut console) = OpenOptions::new().write(true).open("/dev/console") {
         let _ = console.write_all(format!("bakehouse: {text}\r\n").as_bytes());
     }
 }
 
-/// What was said last, and what will be.
+/// Returns a receiver of the last message, and of later ones.
 #[must_use]
 pub fn said() -> watch::Receiver<String> {
     LAST.subscribe()

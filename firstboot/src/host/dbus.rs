@@ -1,5 +1,4 @@
-//! The agent's state on D-Bus, for `firstboot status` and whoever else wants to know; and the one
-//! thing that may be asked of it there.
+//! The agent's D-Bus service: its state, for `firstboot status` and other programs, and the method `Leave`.
 
 use tokio::sync::{Mutex, mpsc, oneshot};
 use zbus::object_server::InterfaceRef;
@@ -9,21 +8,22 @@ use crate::host::console::said;
 
 /// Name on the system bus.
 pub const BUS_NAME: &str = "org.bakehouse.Agent1";
-/// Path of the one object.
+/// Path of the object.
 pub const PATH: &str = "/org/bakehouse/Agent1";
 
-/// How far a node has come.
+/// Phase of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// It has no slot yet.
+    /// The node has no slot yet.
     Joining,
-    /// It has one; its roles are starting.
+    /// The node has a slot, and its roles are starting.
     Starting,
-    /// Its roles run.
+    /// The node's roles run.
     Ready,
 }
 
 impl Phase {
+    /// Returns the value of the property.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -34,7 +34,7 @@ impl Phase {
     }
 }
 
-/// The object: properties that tell when they change.
+/// The object. It emits a signal for each change of a property.
 struct Agent {
     fleet: String,
     node: String,
@@ -44,33 +44,33 @@ struct Agent {
     leave_requests: mpsc::Sender<LeaveRequest>,
 }
 
-/// Somebody wants this node to leave; he is told what a hub says.
+/// A call of `Leave`: the channel for a hub's reply.
 type LeaveRequest = oneshot::Sender<Result<()>>;
 
 #[zbus::interface(name = "org.bakehouse.Agent1")]
 impl Agent {
-    /// Has this node hand over what it does, stop, and give its slot back: returns when a hub
-    /// has noted it. Root may ask it.
+    /// Makes this node leave the fleet: it hands over its work, stops, and frees its slot. Returns when a hub has
+    /// recorded the departure. Only root may call it.
     async fn leave(&self) -> zbus::fdo::Result<()> {
-        let (wish, answer) = oneshot::channel();
+        let (request, reply) = oneshot::channel();
         let failed = |why: &dyn std::fmt::Display| zbus::fdo::Error::Failed(why.to_string());
-        self.leave_requests.send(wish).await.map_err(|e| failed(&e))?;
-        answer.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+        self.leave_requests.send(request).await.map_err(|e| failed(&e))?;
+        reply.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
     }
 
-    /// The fleet's name.
+    /// Name of the fleet.
     #[zbus(property)]
     fn fleet(&self) -> &str {
         &self.fleet
     }
 
-    /// The slot; empty as long as there is none.
+    /// Name of the slot; empty before the node has one.
     #[zbus(property)]
     fn node(&self) -> &str {
         &self.node
     }
 
-    /// Counts the owners the slot has had.
+    /// Epoch of the slot.
     #[zbus(property)]
     fn epoch(&self) -> u64 {
         self.epoch
@@ -82,34 +82,34 @@ impl Agent {
         self.phase.as_str()
     }
 
-    /// What the console says.
+    /// The last message on the console.
     #[zbus(property)]
     fn message(&self) -> &str {
         &self.message
     }
 }
 
-/// The published state.
+/// The published object.
 pub struct Status {
     object: InterfaceRef<Agent>,
     leave_requests: Mutex<mpsc::Receiver<LeaveRequest>>,
 }
 
 impl Status {
-    /// Publishes the state of a node that has no slot yet.
+    /// Publishes the state of a node without a slot.
     ///
     /// # Errors
-    /// The bus says no.
+    /// If the bus refuses the object or the name.
     pub async fn publish(bus: &zbus::Connection, fleet: &str) -> Result<Self> {
         let message = said().borrow().clone();
-        let (wish, leave_requests) = mpsc::channel(1);
+        let (sender, leave_requests) = mpsc::channel(1);
         let agent = Agent {
             fleet: fleet.to_owned(),
             node: String::new(),
             epoch: 0,
             phase: Phase::Joining,
             message,
-            leave_requests: wish,
+            leave_requests: sender,
         };
         bus.object_server().at(PATH, agent).await?;
         bus.request_name(BUS_NAME).await?;
@@ -127,10 +127,10 @@ impl Status {
         Ok(published)
     }
 
-    /// The node has its slot.
+    /// Publishes the node's slot and epoch.
     ///
     /// # Errors
-    /// The bus is gone.
+    /// If the connection to the bus is closed.
     pub async fn is(&self, node: &str, epoch: u64) -> Result<()> {
         let mut agent = self.object.get_mut().await;
         (agent.node, agent.epoch) = (node.to_owned(), epoch);
@@ -138,21 +138,23 @@ impl Status {
         Ok(agent.epoch_changed(self.object.signal_emitter()).await?)
     }
 
-    /// Answers for ever those who want this node to leave, with what `ask` says.
+    /// Serves calls of `Leave` with the result of `ask`, without end.
     ///
     /// # Errors
     /// Never while the object is published.
     pub async fn leave_requests(&self, ask: impl AsyncFn() -> Result<()>) -> Result<()> {
         let mut leave_requests = self.leave_requests.lock().await;
-        while let Some(wish) = leave_requests.recv().await {
-            // Who has hung up asks again.
-            let _ = wish.send(ask().await);
+        while let Some(request) = leave_requests.recv().await {
+            // A caller that has disconnected has to call again.
+            let _ = request.send(ask().await);
         }
         Ok(())
     }
 
+    /// Publishes the node's phase.
+    ///
     /// # Errors
-    /// The bus is gone.
+    /// If the connection to the bus is closed.
     pub async fn enter(&self, phase: Phase) -> Result<()> {
         let mut agent = self.object.get_mut().await;
         agent.phase = phase;
@@ -179,18 +181,18 @@ trait Agent1 {
     fn message(&self) -> zbus::Result<String>;
 }
 
-/// Asks the agent to leave the fleet.
+/// Calls `Leave` of the agent.
 ///
 /// # Errors
-/// The agent does not run, or this is not root.
+/// If the agent does not run, the caller is not root, or a hub refuses the departure.
 pub async fn leave(bus: &zbus::Connection) -> Result<()> {
     Ok(Agent1Proxy::new(bus).await?.leave().await?)
 }
 
-/// What `firstboot status` prints: one line for people, or JSON.
+/// Returns the output of `firstboot status`: one line of text, or JSON.
 ///
 /// # Errors
-/// The agent does not run.
+/// If the agent does not run.
 pub async fn describe(bus: &zbus::Connection, json: bool) -> Result<String> {
     let agent = Agent1Proxy::new(bus).await?;
     let (fleet, node, epoch) = (agent.fleet().await?, agent.node().await?, agent.epoch().await?);
@@ -211,7 +213,7 @@ mod tests {
     use crate::host::console::say;
     use tokio::net::UnixStream;
 
-    /// A bus of two: names are not asked for there.
+    /// Returns both ends of a peer-to-peer bus, which has no names.
     async fn pair() -> (zbus::Connection, zbus::Connection) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let server =
@@ -221,16 +223,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_published_is_what_is_read() {
+    async fn describe_returns_the_published_state() {
         let (agent, reader) = pair().await;
-        let (wish, leave_requests) = mpsc::channel(1);
+        let (sender, leave_requests) = mpsc::channel(1);
         let object = Agent {
             fleet: "acme".into(),
             node: String::new(),
             epoch: 0,
             phase: Phase::Joining,
             message: "m".into(),
-            leave_requests: wish,
+            leave_requests: sender,
         };
         agent.object_server().at(PATH, object).await.unwrap();
         let status = Status {
@@ -249,7 +251,7 @@ mod tests {
         let refused = async || Err(crate::error::Error::Failed("the only vote".to_owned()));
         let answer = tokio::select! {
             answer = leave(&reader) => answer,
-            _ = status.leave_requests(refused) => panic!("nobody can ask any more"),
+            _ = status.leave_requests(refused) => panic!("the object is not published any more"),
         };
         assert!(answer.unwrap_err().to_string().contains("the only vote"));
         say(crate::host::journal::Event::Ready, "something");

@@ -1,43 +1,45 @@
-//! The journal, in its own protocol: what happens to a node has a number that stays, so that
-//! `journalctl MESSAGE_ID=…` finds it in whatever words.
+//! Client of the journal, in its [native protocol]. Each event of a node has a constant `MESSAGE_ID`, so
+//! `journalctl MESSAGE_ID=…` finds it, whatever its text.
+//!
+//! [native protocol]: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
 
 use std::os::unix::net::UnixDatagram;
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// What happens to a node.
+/// An event of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// It asks the hubs for a slot.
+    /// The node asks the hubs for a slot.
     Asking,
-    /// No hub has given it a slot yet; the message says why.
+    /// No hub has granted a slot yet. The message has the reasons.
     Waiting,
-    /// It has its slot for the first time.
+    /// The node has its slot for the first time.
     Joined,
-    /// Its role's services are started.
+    /// The services of the node's roles are starting.
     Starting,
-    /// All of them run.
+    /// All services of the roles run.
     Ready,
-    /// Another machine has its slot: it has stopped.
+    /// Another machine has the slot, and this node has stopped.
     Fenced,
-    /// It is to leave the fleet: it hands over, and stops.
+    /// The node leaves the fleet: it hands over its work, and stops.
     Leaving,
-    /// The primary is out of reach: a standby may take its place.
+    /// The primary is unreachable, and the hubs released its leader key.
     Deposed,
-    /// Something only a person can mend; the message says what.
+    /// The agent stopped, and needs an operator. The message has the reason.
     Stopped,
-    /// The image did not prove itself; the machine restarts if there is another.
+    /// The image did not pass its health checks. The machine restarts if it has another image.
     Unwell,
-    /// Its turn has come: a newer image is loaded.
+    /// The node has the update lock, and downloads a newer image.
     Changing,
-    /// The newer image was not loaded; it stays as it is.
+    /// The download of the newer image failed, and the node keeps its version.
     NotLoaded,
-    /// The newer image is loaded; it restarts.
+    /// The newer image is on the disk, and the machine restarts.
     Restarting,
 }
 
 impl Event {
-    /// Its `MESSAGE_ID`, for ever.
+    /// Returns the event's `MESSAGE_ID`, which must never change.
     #[must_use]
     pub fn id(self) -> &'static str {
         match self {
@@ -57,7 +59,7 @@ impl Event {
         }
     }
 
-    /// As syslog numbers it: 3 error, 4 warning, 6 information.
+    /// Returns the priority as in syslog: 3 error, 4 warning, 6 information.
     fn priority(self) -> u8 {
         match self {
             Self::Fenced | Self::Stopped | Self::Unwell => 3,
@@ -67,7 +69,7 @@ impl Event {
     }
 }
 
-/// Writes it down; on standard output where there is no journal.
+/// Writes an event to the journal, or to standard output if there is no journal.
 pub fn record(event: Event, text: &str) {
     let entry = entry(event, text);
     let sent = UnixDatagram::unbound().and_then(|socket| socket.send_to(&entry, SOCKET));
@@ -80,7 +82,7 @@ fn entry(event: Event, text: &str) -> Vec<u8> {
     let mut entry =
         format!("SYSLOG_IDENTIFIER=firstboot\nMESSAGE_ID={}\nPRIORITY={}\nMESSAGE\n", event.id(), event.priority())
             .into_bytes();
-    // With its length before it, it may have lines.
+    // With its length before it, the message may have several lines.
     entry.extend((text.len() as u64).to_le_bytes());
     entry.extend(text.as_bytes());
     entry.push(b'\n');
@@ -92,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_is_what_journald_reads() {
+    fn entry_has_the_format_of_journald() {
         let entry = entry(Event::Ready, "two\nlines");
         let head = format!("SYSLOG_IDENTIFIER=firstboot\nMESSAGE_ID={}\nPRIORITY=6\nMESSAGE\n", Event::Ready.id());
         let text = [&9_u64.to_le_bytes()[..], b"two\nlines\n"].concat();

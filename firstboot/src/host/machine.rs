@@ -1,4 +1,4 @@
-//! What the machine has.
+//! Size of the machine.
 
 use std::fs;
 use std::path::Path;
@@ -9,25 +9,24 @@ use nix::sys::statvfs::statvfs;
 
 use crate::error::{Error, Result};
 
-/// Memory, CPUs and the size of /var of this machine, as the kernel reports them; `virtualization` is what systemd
-/// calls it.
+/// Reads memory, CPUs and the size of /var from the kernel. `virtualization` is systemd's name of the hypervisor.
 ///
 /// # Errors
-/// /proc/meminfo cannot be read, or the file system of /var cannot be asked.
+/// If /proc/meminfo or the size of /var cannot be read.
 pub fn read(virtualization: &str) -> Result<MachineSize> {
     let path = Path::new("/proc/meminfo");
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let memory = memory(&text)
-        .ok_or_else(|| Error::Configuration("/proc/meminfo does not say how much memory there is".to_owned()))?;
+    let memory =
+        memory(&text).ok_or_else(|| Error::Configuration("/proc/meminfo has no valid line `MemTotal`".to_owned()))?;
     let cpus = thread::available_parallelism().map_or(1, |n| n.get() as u64);
-    // `kvm` is the name of QEMU with real processors.
+    // systemd's name is `kvm` for QEMU with real processors, and `qemu` for emulated ones.
     let patience = if virtualization == "qemu" { EMULATED_TIMEOUT_SCALE } else { 1 };
-    let var = statvfs("/var").map_err(|e| Error::io("look at the size of", "/var")(e.into()))?;
+    let var = statvfs("/var").map_err(|e| Error::io("read the size of", "/var")(e.into()))?;
     let var = (var.blocks() * var.fragment_size()) >> 20;
     Ok(MachineSize { memory, var, cpus, patience })
 }
 
-/// MiB of `MemTotal`.
+/// Returns `MemTotal` in MiB.
 fn memory(meminfo: &str) -> Option<u64> {
     let total = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
     let kib: u64 = total.trim().strip_suffix(" kB")?.parse().ok()?;
@@ -39,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_own_words() {
+    fn parses_meminfo_of_the_kernel() {
         assert_eq!(memory("MemTotal:        2037048 kB\nMemFree: 1 kB\n"), Some(1989));
         assert_eq!(memory("nothing of it"), None);
     }

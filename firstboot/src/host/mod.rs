@@ -1,4 +1,4 @@
-//! The machine that the agent runs on: its console, its journal, systemd, and the D-Bus service that the agent offers.
+//! Interfaces to the machine: console, journal, systemd, and the agent's D-Bus service.
 
 pub mod console;
 pub mod dbus;

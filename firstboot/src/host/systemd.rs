@@ -1,4 +1,4 @@
-//! systemd over D-Bus: start a unit and wait for its job, by signal.
+//! Client of systemd over D-Bus. It starts and stops units, and waits for their jobs.
 
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
@@ -57,50 +57,50 @@ trait Network {
     fn reload(&self) -> zbus::Result<()>;
 }
 
-/// A service at one moment.
+/// State of a unit at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceState {
-    /// `active`, `activating` (also where it waits for another unit to start first), `failed` …
+    /// Active state: `active`, `activating` (also for a unit whose job waits for another unit), `failed` and others.
     pub state: String,
-    /// Another one for each of its starts; empty before the first.
+    /// Invocation id, which is new for each start; empty before the first start.
     pub invocation: Vec<u8>,
 }
 
-/// The manager of the system's units.
+/// Client of systemd's manager.
 pub struct Systemd {
     bus: zbus::Connection,
     manager: ManagerProxy<'static>,
 }
 
 impl Systemd {
-    /// Asks it to tell this connection of its jobs.
+    /// Subscribes this connection to the signals of jobs.
     ///
     /// # Errors
-    /// The bus is gone; systemd says no, as it does when a connection asks twice.
+    /// If the connection to the bus is closed, or has subscribed already.
     pub async fn new(bus: &zbus::Connection) -> Result<Self> {
         let manager = ManagerProxy::new(bus).await?;
         manager.subscribe().await?;
         Ok(Self { bus: bus.clone(), manager })
     }
 
-    /// Starts a unit; returns when its job is done.
+    /// Starts a unit, and waits until its job is done.
     ///
     /// # Errors
-    /// The bus is gone, there is no such unit, or the job ends with anything but `done`.
+    /// If the connection to the bus is closed, the unit does not exist, or the result of the job is not `done`.
     pub async fn start(&self, unit: &str) -> Result<()> {
         self.job(unit, async || self.manager.start_unit(unit, "replace").await).await
     }
 
-    /// Has a unit started, and does not wait for it.
+    /// Starts a unit without waiting for its job.
     ///
     /// # Errors
-    /// The bus is gone, or there is no such unit.
+    /// If the connection to the bus is closed, or the unit does not exist.
     pub async fn begin(&self, unit: &str) -> Result<()> {
         self.manager.start_unit(unit, "replace").await?;
         Ok(())
     }
 
-    /// Stops a unit; returns when its job is done.
+    /// Stops a unit, and waits until its job is done.
     ///
     /// # Errors
     /// As for [`Self::start`].
@@ -108,8 +108,8 @@ impl Systemd {
         self.job(unit, async || self.manager.stop_unit(unit, "replace").await).await
     }
 
-    /// Stops a target and all that it requires and wants but `kept`: a target's own end means
-    /// nothing to them. Returns when all their jobs are done.
+    /// Stops a target, and the services and timers that it requires or wants, except `kept`. systemd does not stop them
+    /// with the target. Waits until all jobs are done.
     ///
     /// # Errors
     /// As for [`Self::start`].
@@ -119,23 +119,23 @@ impl Systemd {
         units.extend(of.wants().await?);
         units.retain(|u| (u.ends_with(".service") || u.ends_with(".timer")) && !kept.contains(&u.as_str()));
         units.push(target.to_owned());
-        // One that can't be stopped keeps no other one running.
+        // A failed stop does not prevent the others.
         join_all(units.iter().map(|unit| self.stop(unit))).await.into_iter().collect()
     }
 
     /// Whether a unit is active.
     ///
     /// # Errors
-    /// The bus is gone, or there is no such unit.
+    /// If the connection to the bus is closed, or the unit cannot be loaded.
     pub async fn is_active(&self, unit: &str) -> Result<bool> {
         let path = self.manager.load_unit(unit).await?;
         Ok(self.of(path).await?.active_state().await? == "active")
     }
 
-    /// How a unit is, and which of its starts that is.
+    /// Returns a unit's state and invocation id.
     ///
     /// # Errors
-    /// The bus is gone, or there is no such unit.
+    /// If the connection to the bus is closed, or the unit cannot be loaded.
     pub async fn unit(&self, unit: &str) -> Result<ServiceState> {
         let path = self.manager.load_unit(unit).await?;
         let of = self.of(path).await?;
@@ -146,32 +146,32 @@ impl Systemd {
         Ok(ServiceState { state, invocation: of.invocation_id().await? })
     }
 
-    /// With a cache, each look would have systemd tell all that it knows of the unit.
+    /// Returns the proxy of a unit. It has no cache, because filling the cache would read all properties of the unit.
     async fn of(&self, path: OwnedObjectPath) -> zbus::Result<UnitProxy<'_>> {
         UnitProxy::builder(&self.bus).path(path)?.cache_properties(CacheProperties::No).build().await
     }
 
-    /// What kind of virtual machine this is; empty for a real one.
+    /// Returns systemd's name of the hypervisor; empty for a physical machine.
     ///
     /// # Errors
-    /// The bus is gone.
+    /// If the connection to the bus is closed.
     pub async fn virtualization(&self) -> Result<String> {
         Ok(self.manager.virtualization().await?)
     }
 
-    /// Restarts the machine, once every service has ended in its order. (The manager's own
-    /// `Reboot` kills them all at once: a primary could hand nothing over.)
+    /// Restarts the machine after every service has stopped in its order. The manager's method `Reboot` kills all
+    /// services at the same time, so that a primary could not hand over.
     ///
     /// # Errors
-    /// systemd says no.
+    /// If the connection to the bus is closed, or systemd refuses the job.
     pub async fn reboot(&self) -> Result<()> {
-        // Its end is the machine's.
+        // The job ends with the machine, so there is nothing to wait for.
         self.manager.start_unit("reboot.target", "replace-irreversibly").await?;
         Ok(())
     }
 
     async fn job(&self, unit: &str, begin: impl AsyncFnOnce() -> zbus::Result<OwnedObjectPath>) -> Result<()> {
-        // The stream before the job: else a fast job's end could pass unheard.
+        // Subscribe before the job begins, because a fast job could end before.
         let mut removed = self.manager.receive_job_removed().await?;
         let job = begin().await?;
         while let Some(signal) = removed.next().await {
@@ -190,15 +190,15 @@ impl Systemd {
 /// Sets the transient host name.
 ///
 /// # Errors
-/// The bus or systemd-hostnamed says no.
+/// If systemd-hostnamed does not answer, or refuses the name.
 pub async fn set_hostname(bus: &zbus::Connection, name: &str) -> Result<()> {
     Ok(HostnameProxy::new(bus).await?.set_hostname(name, false).await?)
 }
 
-/// Has systemd-networkd read its files again.
+/// Makes systemd-networkd reload its files.
 ///
 /// # Errors
-/// The bus or systemd-networkd says no.
+/// If systemd-networkd does not answer, or cannot reload.
 pub async fn reload_networkd(bus: &zbus::Connection) -> Result<()> {
     Ok(NetworkProxy::new(bus).await?.reload().await?)
 }
@@ -210,7 +210,7 @@ mod tests {
     use tokio::net::UnixStream;
     use zbus::object_server::SignalEmitter;
 
-    /// systemd's side of the conversation: answers at once or late, with other jobs between.
+    /// A fake of systemd's manager. It emits the end of other jobs first.
     struct FakeManager {
         result: &'static str,
         subscribed: bool,
@@ -237,7 +237,7 @@ mod tests {
                 return Err(zbus::fdo::Error::Failed("Unit no.target not found.".to_owned()));
             }
             let path = |n: u32| OwnedObjectPath::try_from(format!("/org/freedesktop/systemd1/job/{n}")).unwrap();
-            // The end comes before the reply, and another unit's before that.
+            // The job ends before the reply, and another unit's job ends before that.
             Self::job_removed(&emitter, 6, path(6), "other.service".to_owned(), "failed".to_owned()).await?;
             Self::job_removed(&emitter, 7, path(7), name, self.result.to_owned()).await?;
             Ok(path(7))
@@ -256,7 +256,9 @@ mod tests {
     async fn start(units: &[&str], result: &'static str) -> Result<()> {
         let (systemd, _server) = fake(result).await?;
         for unit in units {
-            tokio::time::timeout(Duration::from_secs(10), systemd.start(unit)).await.expect("it waits for ever")?;
+            tokio::time::timeout(Duration::from_secs(10), systemd.start(unit))
+                .await
+                .expect("the end of the job was missed")?;
         }
         Ok(())
     }
@@ -277,24 +279,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_restart_lets_services_end_in_their_order() {
+    async fn reboot_starts_the_target_of_systemd() {
         let (systemd, _server) = fake("done").await.unwrap();
         systemd.reboot().await.unwrap();
     }
 
     #[tokio::test]
-    async fn jobs_that_are_done_before_the_reply_are_seen() {
+    async fn start_sees_jobs_that_end_before_the_reply() {
         start(&["role-base.target", "role-hub.target"], "done").await.unwrap();
     }
 
     #[tokio::test]
-    async fn a_failed_job_is_an_error_with_its_unit() {
+    async fn failed_job_is_an_error_with_its_unit() {
         let e = start(&["role-hub.target"], "dependency").await.unwrap_err();
         assert!(e.to_string().contains("role-hub.target did not start (dependency)"), "{e}");
     }
 
     #[tokio::test]
-    async fn a_unit_that_is_not_there_is_an_error() {
+    async fn missing_unit_is_an_error() {
         assert!(matches!(start(&["no.target"], "done").await.unwrap_err(), Error::Bus(_)));
     }
 }

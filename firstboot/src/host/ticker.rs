@@ -1,13 +1,13 @@
-//! A loop's clock that notices when the loop is late.
+//! Timer of a loop that detects delays of the loop.
 
 use std::time::{Duration, Instant};
 
-/// A tick that is later than this is logged.
+/// Delay of a tick from which on it is logged.
 const LATE: Duration = Duration::from_millis(250);
-/// At most one message in this time.
+/// Shortest time between two messages.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// Ticks some time after each other.
+/// A periodic timer.
 pub struct Ticker {
     name: &'static str,
     period: Duration,
@@ -16,13 +16,14 @@ pub struct Ticker {
 }
 
 impl Ticker {
+    /// Makes a timer. `name` is the loop's name in messages.
     #[must_use]
     pub fn new(name: &'static str, period: Duration) -> Self {
         Self { name, period, worst: Duration::ZERO, logged: None }
     }
 
-    /// Waits one period from now. Logs if this process, or the machine, is so busy that the tick is late by more
-    /// than 250 ms.
+    /// Waits for one period. Logs if the tick is late by more than 250 ms, because the process or the machine is
+    /// overloaded.
     pub async fn tick(&mut self) {
         let due = Instant::now() + self.period;
         tokio::time::sleep(self.period).await;
@@ -34,7 +35,7 @@ impl Ticker {
         }
     }
 
-    /// The latest tick so far, by how much.
+    /// Returns the longest delay of a tick so far.
     #[must_use]
     pub fn worst(&self) -> Duration {
         self.worst
@@ -46,7 +47,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_tick_behind_other_work_is_late() {
+    async fn tick_behind_a_blocking_task_is_late() {
         let mut ticker = Ticker::new("the test", Duration::from_millis(50));
         ticker.tick().await;
         let before = ticker.worst();

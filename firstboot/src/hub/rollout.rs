@@ -92,7 +92,7 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
 pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
     match order {
         RolloutOrder::Tell => {}
-        RolloutOrder::Backoff { why } => drop(etcd.transact(&[], &[Op::Put(PAUSED, why.as_bytes())]).await?),
+        RolloutOrder::Pause { why } => drop(etcd.transact(&[], &[Op::Put(PAUSED, why.as_bytes())]).await?),
         RolloutOrder::Resume => drop(etcd.transact(&[], &[Op::Delete(PAUSED)]).await?),
         RolloutOrder::Allow { version } => {
             let (allowed, now) = (format!("{PREFIX}allowed/{version}"), now().to_string());

@@ -9,7 +9,7 @@ pub(super) fn run(command: &mut Command, what: &str) -> Result<()> {
     output(command, what).map(drop)
 }
 
-/// What a command that must succeed prints.
+/// Runs a command that must succeed. Returns its standard output.
 pub(super) fn output(command: &mut Command, what: &str) -> Result<String> {
     let output = command.output().map_err(|e| Error::Failed(format!("{what} does not start: {e}")))?;
     if output.status.success() {

@@ -1,4 +1,4 @@
-//! The disk that an image is written to.
+//! Writes an image to a disk.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek as _, SeekFrom};
@@ -18,10 +18,10 @@ use crate::error::{Error, Result};
 
 const CHUNK: usize = 1 << 20;
 const SECTOR: usize = 512;
-/// Partition tables, and nothing else, are so near to a disk's beginning and end.
+/// Size of the areas at a disk's beginning and end that have partition tables and nothing else, in bytes.
 const EDGE: u64 = 1 << 20;
 
-/// A disk, and what is to be on it.
+/// A disk and the image to install on it.
 pub(super) struct Target<'a> {
     install: &'a Install,
     path: PathBuf,
@@ -30,7 +30,10 @@ pub(super) struct Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    /// Nobody else may use it.
+    /// Opens the disk exclusively.
+    ///
+    /// # Errors
+    /// If the disk cannot be opened, or is in use.
     pub(super) fn open(install: &'a Install) -> Result<Self> {
         let path = PathBuf::from(&install.disk);
         let mut options = OpenOptions::new();
@@ -40,9 +43,9 @@ impl<'a> Target<'a> {
         Ok(Self { install, path, file, size })
     }
 
-    /// From here on, until the end, no firmware starts from it.
+    /// Erases the disk. No firmware starts from it until [`Self::finish`].
     pub(super) fn clear(&self) -> Result<()> {
-        // Firmware mends a missing table by the copy at the disk's end.
+        // Firmware can restore a missing partition table from the copy at the disk's end, so erase the copy first.
         self.zero(self.size.saturating_sub(EDGE), EDGE.min(self.size))?;
         self.zero(0, EDGE.min(self.size))?;
         self.file.sync_all().map_err(Error::io("write", &self.path))?;
@@ -62,7 +65,7 @@ impl<'a> Target<'a> {
         if fallocate(&self.file, how, start.cast_signed(), size.cast_signed()).is_ok() {
             return Ok(());
         }
-        // It has no way of its own.
+        // The device does not support FALLOC_FL_ZERO_RANGE.
         let zeros = vec![0; CHUNK];
         let mut at = start;
         while at < start + size {
@@ -73,8 +76,8 @@ impl<'a> Target<'a> {
         Ok(())
     }
 
-    /// Everything but the partition table. `told` hears of each part how many bytes it has.
-    pub(super) fn write(&self, server: &Server, mut told: impl FnMut(u64)) -> Result<()> {
+    /// Writes the image except for the partition table. Calls `progress` with the size of each part, in bytes.
+    pub(super) fn write(&self, server: &Server, mut progress: impl FnMut(u64)) -> Result<()> {
         let mut hash = Sha256::new();
         let mut chunk = vec![0; CHUNK];
         for extent in &self.install.extents {
@@ -87,15 +90,16 @@ impl<'a> Target<'a> {
                 hash.update(&chunk[..part]);
                 self.file.write_all_at(&chunk[..part], at).map_err(Error::io("write", &self.path))?;
                 at += part as u64;
-                told(part as u64);
+                progress(part as u64);
             }
         }
-        self.sums_agree(hash, "what came over the network")?;
+        self.check_sum(hash, "the downloaded image")?;
         self.file.sync_all().map_err(Error::io("write", &self.path))
     }
 
-    /// From the medium, not from memory.
+    /// Reads the image back from the disk, and compares its hash.
     pub(super) fn verify(&self) -> Result<()> {
+        // Drop the page cache, to read from the medium.
         posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
             .map_err(|e| Error::io("read", &self.path)(e.into()))?;
         let mut hash = Sha256::new();
@@ -109,22 +113,25 @@ impl<'a> Target<'a> {
                 at += part as u64;
             }
         }
-        self.sums_agree(hash, "what the disk has")
+        self.check_sum(hash, "the image on the disk")
     }
 
-    fn sums_agree(&self, hash: Sha256, what: &str) -> Result<()> {
+    fn check_sum(&self, hash: Sha256, what: &str) -> Result<()> {
         let sum: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         if sum == self.install.sha256 {
             return Ok(());
         }
-        Err(Error::Failed(format!("{what} is not the image that was built; it is tried again")))
+        Err(Error::Failed(format!("{what} has another SHA-256 than the server's image; the installer tries again")))
     }
 
-    /// Onto the EFI partition.
+    /// Writes the ticket to the EFI partition.
     pub(super) fn put_ticket(&self, ticket: &[u8]) -> Result<()> {
         let plain = |c| matches!(c, Component::Normal(_));
         if !Path::new(&self.install.ticket_path).components().all(plain) {
-            return Err(Error::Failed(format!("`{}` is no place for a ticket", self.install.ticket_path)));
+            return Err(Error::Failed(format!(
+                "the server's path of the ticket is invalid: `{}`",
+                self.install.ticket_path
+            )));
         }
         let dir = Path::new("/run/bakehouse-esp");
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
@@ -142,12 +149,12 @@ impl<'a> Target<'a> {
         put.map_err(Error::io("write", &path))
     }
 
-    /// The partition table: from here on the disk is a node's.
+    /// Writes the partition table. From then on firmware starts from the disk.
     pub(super) fn finish(&self) -> Result<()> {
         let table = decode(&self.install.table).filter(|t| t.len() as u64 <= EDGE);
         let table = table.filter(|t| t.len() > SECTOR);
-        let table = table.ok_or_else(|| Error::Failed("the partition table is none".to_owned()))?;
-        // The first sector is what both UEFI and a BIOS begin with, and a disk writes it whole or not at all.
+        let table = table.ok_or_else(|| Error::Failed("the server's partition table is invalid".to_owned()))?;
+        // UEFI and legacy BIOS both read the first sector first, and a disk writes a sector atomically.
         let (first, rest) = table.split_at(SECTOR);
         let write = |bytes: &[u8], at| self.file.write_all_at(bytes, at).and_then(|()| self.file.sync_all());
         write(rest, SECTOR as u64).and_then(|()| write(first, 0)).map_err(Error::io("write", &self.path))

@@ -1,4 +1,4 @@
-//! What this machine is: its network cards, its maker's serial number, its disks, its memory.
+//! Description of this machine: network cards, serial number, disks and memory.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use fleet::netboot::{Mac, MachineDisk, NetbootMachine};
 
 use crate::error::{Error, Result};
 
-/// As the kernel tells it.
+/// Reads the description from the kernel.
 pub(super) fn look() -> Result<NetbootMachine> {
     let memory = crate::host::machine::read("")?.memory << 20;
     Ok(NetbootMachine { memory, ..look_in(Path::new("/sys"))? })
@@ -17,16 +17,16 @@ fn look_in(sys: &Path) -> Result<NetbootMachine> {
     let read = |path: &Path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let mut macs = Vec::new();
     for card in entries(&sys.join("class/net"))? {
-        // Only what is a device, and Ethernet.
+        // Only Ethernet, and only interfaces with a device.
         if card.join("device").exists() && read(&card.join("type")) == "1" {
-            // A card that is not up yet may have none.
+            // A card that is not up yet may have no address.
             macs.extend(read(&card.join("address")).parse::<Mac>().ok());
         }
     }
     let mut disks = Vec::new();
     for disk in entries(&sys.join("class/block"))? {
         let size = read(&disk.join("size")).parse::<u64>().unwrap_or(0) * 512;
-        // Optical drives are devices too.
+        // Optical drives (sr) also have a device.
         let name = disk.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         if disk.join("device").exists() && !disk.join("partition").exists() && size > 0 && !name.starts_with("sr") {
             let removable = read(&disk.join("removable")) == "1";
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cards_and_disks_are_devices() {
+    fn lists_only_real_cards_and_disks() {
         let dir = tempfile::tempdir().unwrap();
         let write = |path: &str, text: &str| {
             let path = dir.path().join(path);

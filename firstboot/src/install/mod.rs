@@ -1,9 +1,9 @@
-//! A bare machine that booted from the network becomes a node: it asks what it is to be, writes the
-//! image to its disk, checks what it wrote, puts its ticket in, and restarts from there; or it
-//! takes the image into its memory, and goes on from there.
+//! The installer: makes a node of a blank machine that booted from the network. The machine asks the server for its
+//! assignment. Then it writes the image to its disk, verifies the disk, adds its ticket, and restarts; or it loads the
+//! image into memory, and switches to it.
 //!
-//! The partition table comes last: a machine whose power fails before has a disk that no firmware
-//! starts from, boots from the network again, and starts over.
+//! The installer writes the partition table last. After a power loss before that, no firmware starts from the disk, so
+//! the machine boots from the network again, and starts over.
 
 mod command;
 mod disk;
@@ -26,44 +26,44 @@ use server::Server;
 
 use crate::error::{Error, Result};
 
-/// How often a server that says "nothing" is asked again.
+/// Interval at which the machine asks the server again.
 const PAUSE: Duration = Duration::from_secs(15);
-/// How often the server is told that the machine goes on from its memory.
+/// Number of times that the machine reports that it runs from memory.
 const STARTED: u32 = 4;
 
-/// Ends when the machine is to restart from its disk, or to go on from its memory.
+/// Installs this machine. Returns when systemd restarts the machine, or switches to the image in memory.
 ///
 /// # Errors
-/// The kernel's command line names no server. Whatever else goes wrong is said, and tried again.
+/// If the kernel's command line has no server. The installer prints other errors, and tries again.
 pub fn install() -> Result<()> {
     let cmdline = std::fs::read_to_string("/proc/cmdline").map_err(Error::io("read", Path::new("/proc/cmdline")))?;
     let mut server = Server::of(&cmdline)?;
-    // One for the whole boot: the code that the operator confirms stays the same.
+    // One key for the whole boot, so that the code that the operator confirms does not change.
     let key = Key::generate()?;
-    let mut said = String::new();
+    let mut printed = String::new();
     loop {
         match attempt(&mut server, &key) {
             Ok(None) => return Ok(()),
-            // Once: a machine may wait for days until somebody says what it is to be.
-            Ok(Some(why)) if why != said => {
+            // Print a reason once, because a machine may wait for days until the operator assigns it.
+            Ok(Some(why)) if why != printed => {
                 tell(&why);
-                said = why;
+                printed = why;
             }
             Ok(Some(_)) => {}
             Err(e) => {
                 let why = e.to_string();
-                if why != said {
+                if why != printed {
                     tell(&why);
-                    said.clone_from(&why);
+                    printed.clone_from(&why);
                 }
-                server.news(Step::Failed { why });
+                server.try_report(Step::Failed { why });
             }
         }
         std::thread::sleep(PAUSE);
     }
 }
 
-/// Why there is nothing to do; none when it was done.
+/// Asks for the assignment, and executes it. Returns the reason if there is none yet, and `None` when it is complete.
 fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
     let machine = NetbootMachine { key: key.public().to_owned(), ..machine::look()? };
     match server.ask(&machine)? {
@@ -71,7 +71,7 @@ fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
         Assignment::Confirm { to } => {
             let code = code(key.public(), &to);
             return Ok(Some(format!(
-                "this machine is to be {to}, whose ticket holds the fleet's secrets; confirm it at the server: \
+                "this machine becomes {to}, whose ticket has the fleet's secrets; confirm it at the server: \
                  bakehouse netboot --approve {code}"
             )));
         }
@@ -79,21 +79,21 @@ fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
             let (ticket, reports) = key.open(&install.ticket)?;
             server.reports = Some(reports);
             write(server, &install, &ticket)?;
-            // A server that does not know it would have the node overwritten, where firmware asks the network
-            // first.
+            // Without this report, the server would assign the image again. Firmware that boots from the network first
+            // would then overwrite the node.
             while let Err(e) = server.report(Step::Installed) {
-                tell(format!("{} is on {}, and the server has to hear it: {e}", install.to, install.disk));
+                tell(format!("{} is on {}, but the report to the server failed: {e}", install.to, install.disk));
                 std::thread::sleep(PAUSE);
             }
             tell(format!("{} is on {}; restarting from there", install.to, install.disk));
             run(Command::new("/usr/bin/systemctl").args(["--no-block", "--force", "reboot"]), "systemctl reboot")?;
         }
-        Assignment::Run(errand) => {
-            tell(format!("{} comes to this machine's memory", errand.to));
-            let (ticket, reports) = key.open(&errand.ticket)?;
+        Assignment::Run(assignment) => {
+            tell(format!("loading {} into memory", assignment.to));
+            let (ticket, reports) = key.open(&assignment.ticket)?;
             server.reports = Some(reports);
-            memory::prepare(server, &errand, &ticket)?;
-            // A server that does not know that this ticket is used would hand it out at the next start, too.
+            memory::prepare(server, &assignment, &ticket)?;
+            // Without this report, the server would issue the same ticket at the next start.
             for _ in 0..STARTED {
                 match server.report(Step::Started) {
                     Ok(()) => break,
@@ -108,11 +108,11 @@ fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
 }
 
 fn write(server: &Server, install: &Install, ticket: &[u8]) -> Result<()> {
-    tell(format!("{} comes to {}", install.to, install.disk));
+    tell(format!("installing {} on {}", install.to, install.disk));
     let target = Target::open(install)?;
     target.clear()?;
-    let mut tenths = ProgressPrinter::of(install.extents.iter().map(|e| e.size).sum());
-    target.write(server, |bytes| tenths.advance(server, bytes))?;
+    let mut progress = ProgressPrinter::of(install.extents.iter().map(|e| e.size).sum());
+    target.write(server, |bytes| progress.advance(server, bytes))?;
     target.verify()?;
     target.put_ticket(ticket)?;
     target.finish()

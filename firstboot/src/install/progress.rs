@@ -1,4 +1,4 @@
-//! Progress of the installer, on the console and for the server.
+//! Progress of the installer, on the console and at the server.
 
 use std::fmt::Display;
 
@@ -6,7 +6,7 @@ use fleet::netboot::{Step, printable};
 
 use super::server::Server;
 
-/// How far it is: a line for each tenth.
+/// Prints and reports the progress of a download, once for each tenth.
 pub(super) struct ProgressPrinter {
     bytes: u64,
     of: u64,
@@ -23,7 +23,7 @@ impl ProgressPrinter {
         let now = self.bytes * 10 / self.of;
         if now > before {
             tell(format!("{} % of {} MB", now * 10, self.of / 1_000_000));
-            server.news(Step::Writing { bytes: self.bytes, of: self.of });
+            server.try_report(Step::Writing { bytes: self.bytes, of: self.of });
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `bakehouse netboot`, as a machine asks it.
+//! Client of `bakehouse netboot`.
 
 use std::io::Read;
 use std::time::Duration;
@@ -8,21 +8,22 @@ use ureq::Agent;
 
 use crate::error::{Error, Result};
 
-/// Without a byte for so long, a connection is dead.
+/// Time limit for a connection, and for the headers of a reply.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Client of the netboot server.
 pub(super) struct Server {
     base: String,
     agent: Agent,
     mac: Option<Mac>,
     /// The machine's key, base64.
     key: String,
-    /// Proves that reports are this machine's; there is none before a ticket came.
+    /// Authenticates this machine's reports; `None` before the machine has a ticket.
     pub(super) reports: Option<ReportKey>,
 }
 
 impl Server {
-    /// By the word on the kernel's command line.
+    /// Makes a client of the server on the kernel's command line.
     pub(super) fn of(cmdline: &str) -> Result<Self> {
         let word = cmdline.split_whitespace().find_map(|w| w.strip_prefix(NetbootMachine::SERVER)?.strip_prefix('='));
         let base = word.ok_or_else(|| {
@@ -37,8 +38,8 @@ impl Server {
         Ok(Self { base, agent: config.into(), mac: None, key: String::new(), reports: None })
     }
 
-    /// What this machine is to be. News are this machine's, from now on: its cards come up in their
-    /// own time.
+    /// Asks for the machine's assignment. Later reports have the first MAC address of this request, because other
+    /// network cards may come up later.
     pub(super) fn ask(&mut self, machine: &NetbootMachine) -> Result<Assignment> {
         self.mac = machine.macs.first().copied();
         self.key.clone_from(&machine.key);
@@ -51,28 +52,28 @@ impl Server {
         serde_json::from_str(&text).map_err(|e| self.failed(e))
     }
 
-    /// Nobody waits for it.
-    pub(super) fn news(&self, step: Step) {
+    /// Sends a report, and ignores errors.
+    pub(super) fn try_report(&self, step: Step) {
         let _ = self.report(step);
     }
 
-    /// News that the server has written down.
+    /// Sends a report, and waits until the server has stored it.
     ///
     /// # Errors
-    /// The server does not answer, or does not accept them: it ignores news of a machine that has no ticket.
+    /// If the machine has no ticket, or the server does not answer or refuses the report.
     pub(super) fn report(&self, step: Step) -> Result<()> {
         let (Some(mac), Some(reports)) = (self.mac, &self.reports) else {
-            return Err(Error::Failed("this machine has no ticket: it can't prove its news".to_owned()));
+            return Err(Error::Failed("cannot send a report: this machine has no ticket".to_owned()));
         };
-        let news =
+        let report =
             ProgressReport { version: NetbootMachine::VERSION, mac, step, key: self.key.clone(), proof: String::new() };
-        let news = reports.prove(news);
-        let body = serde_json::to_vec(&news).map_err(|e| Error::Failed(e.to_string()))?;
+        let report = reports.prove(report);
+        let body = serde_json::to_vec(&report).map_err(|e| Error::Failed(e.to_string()))?;
         let answer = self.agent.post(self.url("/v1/news")).send(&body[..]).map_err(|e| self.failed(e))?;
         if answer.status().is_success() { Ok(()) } else { Err(self.failed(answer.status())) }
     }
 
-    /// A part of a file.
+    /// Reads a part of a file.
     pub(super) fn read(&self, path: &str, extent: Extent) -> Result<impl Read + use<>> {
         let range = format!("bytes={}-{}", extent.start, extent.start + extent.size - 1);
         let answer = self.agent.get(self.url(path)).header("range", range).call().map_err(|e| self.failed(e))?;

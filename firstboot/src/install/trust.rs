@@ -1,4 +1,4 @@
-//! What the installer trusts: a file of its own initrd.
+//! Trust of the installer: a file of its initrd.
 
 use std::fs;
 use std::path::Path;
@@ -10,10 +10,11 @@ use crate::error::{Error, Result};
 /// Reads the file.
 ///
 /// # Errors
-/// There is no such file, or it is damaged.
+/// If the file is missing or damaged.
 pub(super) fn load(root: &Path) -> Result<InstallerTrust> {
     let path = root.join(InstallerTrust::PATH);
     let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| Error::Configuration(format!("{}: {e}; start `bakehouse netboot` anew", path.display())))
+    serde_json::from_slice(&bytes).map_err(|e| {
+        Error::Configuration(format!("cannot read {}: {e}; start `bakehouse netboot` again", path.display()))
+    })
 }

@@ -6,17 +6,17 @@ use futures_util::TryStreamExt as _;
 
 use crate::error::{Error, Result};
 
-/// Whether this machine has an address now. Binding to it would not tell: hubs may bind to what
-/// they don't have.
+/// Whether this machine has an address now. A test by `bind` would not work, because hubs may bind to addresses that
+/// they do not have (`ip_nonlocal_bind`).
 ///
 /// # Errors
-/// The kernel does not speak netlink with this process.
+/// If the netlink socket cannot be opened, or the kernel does not list its addresses.
 pub async fn has_address(address: Ipv4Addr) -> Result<bool> {
     let (task, handle, _) = rtnetlink::new_connection().map_err(Error::io("open", "a netlink socket"))?;
     let task = tokio::spawn(task);
     let found = handle.address().get().set_address_filter(IpAddr::V4(address)).execute().try_next().await;
     task.abort();
-    found.map(|f| f.is_some()).map_err(|e| Error::Failed(format!("the kernel does not tell its addresses: {e}")))
+    found.map(|f| f.is_some()).map_err(|e| Error::Failed(format!("cannot list the kernel's addresses: {e}")))
 }
 
 #[cfg(test)]
@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn loopback_is_there_and_a_documentation_address_is_not() {
+    async fn finds_loopback_and_no_documentation_address() {
         assert!(has_address(Ipv4Addr::LOCALHOST).await.unwrap());
         assert!(!has_address(Ipv4Addr::new(192, 0, 2, 77)).await.unwrap());
     }

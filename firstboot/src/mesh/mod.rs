@@ -1,4 +1,4 @@
-//! This node's WireGuard interfaces: which there are, and that the kernel has them.
+//! This node's WireGuard interfaces: their plan, and its application to the kernel.
 
 mod address;
 pub mod plan;
@@ -24,32 +24,33 @@ use wireguard::Wireguard;
 pub use address::has_address;
 pub use routes::Routes;
 
-/// How often peers that don't answer at one address of their name are looked for.
+/// Interval at which the agent looks for silent peers whose name has several addresses.
 const CHECK: Duration = Duration::from_secs(30);
-/// A peer without a handshake for so long does not answer: WireGuard gives a session up after this time, and a
-/// peer with a keepalive renews it every two minutes.
+/// A peer without a handshake for this time is silent. WireGuard ends a session after this time, and a peer with a
+/// keepalive renews its session every 120 s.
 const SILENT: Duration = Duration::from_secs(180);
 
-/// Keeps the kernel's interfaces in step with what is known of the others. Sessions of peers
-/// that don't change are not touched.
+/// Keeps the WireGuard interfaces equal to the plan for the peer table. Sessions of unchanged peers continue.
 pub struct Mesh {
     wireguard: Wireguard,
     private: [u8; 32],
     topology: Topology,
     node: Node,
     endpoints: BTreeMap<String, String>,
-    /// What the kernel was last told.
+    /// Configuration that was applied last.
     applied: Vec<Interface<SocketAddr>>,
     resolver: Resolver,
-    /// When each peer was given the address it has.
+    /// Time at which each peer got its address.
     chosen: BTreeMap<MeshKey, Instant>,
-    /// Peers that don't answer at the address they have.
+    /// Peers that do not answer at their address.
     silent: BTreeMap<MeshKey, SocketAddr>,
 }
 
 impl Mesh {
+    /// Prepares the mesh of `node`, without changing an interface.
+    ///
     /// # Errors
-    /// The kernel does not speak netlink with this process.
+    /// If the netlink socket cannot be opened, or the node's key is damaged.
     pub fn new(topology: &Topology, node: &Node, endpoints: &BTreeMap<String, String>, keys: &Keys) -> Result<Self> {
         Ok(Self {
             wireguard: Wireguard::open()?,
@@ -64,11 +65,11 @@ impl Mesh {
         })
     }
 
-    /// Brings the kernel to what the neighbourhood says now. Does not wait for a name server: a peer whose name
-    /// has no known address gets one when it is found.
+    /// Configures the interfaces for the current peer table. It does not wait for a name server. A peer whose name has
+    /// no known address gets its address later.
     ///
     /// # Errors
-    /// The kernel refuses an interface or a peer.
+    /// If the kernel refuses an interface or a peer.
     pub async fn apply(&mut self, neighbourhood: &PeerTable) -> Result<()> {
         let out = neighbourhood.out();
         let planned = interfaces(&self.topology, &self.node, &neighbourhood.keys_without(&out), &self.endpoints);
@@ -84,10 +85,10 @@ impl Mesh {
         Ok(())
     }
 
-    /// Applies each change until the process ends.
+    /// Applies each change of the peer table, until the process ends.
     ///
     /// # Errors
-    /// The kernel refuses an interface or a peer.
+    /// If the kernel refuses an interface or a peer.
     pub async fn keep(mut self, neighbourhood: Arc<PeerTable>) -> Result<()> {
         let mut changes = neighbourhood.follow();
         loop {
@@ -100,7 +101,7 @@ impl Mesh {
         }
     }
 
-    /// Finds peers that have another address to try, and no session by the one they have.
+    /// Finds peers without a recent handshake that have used their address for 30 s. They get the next address.
     async fn find_silent(&mut self) {
         self.silent.clear();
         for interface in &self.applied {
@@ -118,13 +119,13 @@ impl Mesh {
                     };
                     self.silent.extend(peers.into_iter().filter(|(key, _)| !answers(key)));
                 }
-                Err(e) => println!("{e}"),
+                Err(e) => println!("cannot read the handshakes of {}: {e}", interface.name),
             }
         }
     }
 
-    /// Endpoints' names become addresses; one that can't be found keeps the address it had, or
-    /// goes without: the other side may call.
+    /// Resolves the endpoints' names. If a name cannot be resolved, the peer keeps its address, or has no endpoint. The
+    /// other end can still connect.
     fn resolve(&mut self, interface: Interface<(String, u16)>) -> Interface<SocketAddr> {
         let mut peers = Vec::new();
         for peer in interface.peers {

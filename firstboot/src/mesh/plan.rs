@@ -1,5 +1,5 @@
-//! Which interfaces a node has and who is behind them: a pure function. The reasons are in
-//! docs/how-it-works.md, "The mesh".
+//! The plan of a node's WireGuard interfaces and their peers, as a pure function. `docs/how-it-works.md` has the
+//! reasons.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -7,32 +7,37 @@ use std::net::Ipv4Addr;
 use fleet::{MeshKey, Node, Topology};
 use ipnet::Ipv4Net;
 
-/// One WireGuard interface; `E` is an endpoint, a name at first and then an address.
+/// A WireGuard interface. `E` is the type of endpoints: a name in the plan, an address after its resolution.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface<E> {
+    /// Name of the interface.
     pub name: String,
-    /// UDP port it listens at; any, where none is given.
+    /// UDP port on which it listens; `None` for a port that the kernel chooses.
     pub port: Option<u16>,
-    /// This node's transport address, with the length of the network that is behind it.
+    /// This node's transport address, with the prefix length of the interface's network.
     pub address: Ipv4Net,
-    /// The other end's, where there is but one.
+    /// Transport address of the other end, if the interface is for one peer.
     pub partner: Option<Ipv4Addr>,
+    /// Peers of the interface.
     pub peers: Vec<Peer<E>>,
 }
 
+/// A peer of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer<E> {
+    /// The peer's public key.
     pub key: MeshKey,
+    /// The peer's endpoint; `None` if only the peer connects.
     pub endpoint: Option<E>,
-    /// Addresses that may come from it, which is also where they are sent to.
+    /// Networks that WireGuard accepts from the peer, and sends to it (`AllowedIPs`).
     pub allowed: Vec<Ipv4Net>,
-    /// Seconds after which a silent connection says that it is there, for the sake of NAT.
+    /// Interval of keepalive packets in seconds, which keep NAT mappings alive.
     pub keepalive: Option<u16>,
 }
 
 const KEEPALIVE: u16 = 25;
 
-/// The interfaces of `node`, with those peers whose keys are known.
+/// Returns the interfaces of `node`. Peers whose keys are unknown are left out.
 #[must_use]
 pub fn interfaces(
     topology: &Topology,
@@ -44,7 +49,7 @@ pub fn interfaces(
     if node.hub > 0 {
         let workers = topology.nodes.iter().filter(|n| n.hub == 0);
         let peers = workers.filter_map(|n| {
-            // Only its own addresses: a worker can't speak for another.
+            // Only the worker's own addresses, so that it cannot send packets as another node.
             let allowed = vec![Ipv4Net::from(n.address), Ipv4Net::from(n.transport)];
             Some(Peer { key: *keys.get(&n.name)?, endpoint: None, allowed, keepalive: None })
         });
@@ -58,7 +63,7 @@ pub fn interfaces(
         });
     }
     for hub in topology.hubs.iter().filter(|h| h.name != node.name) {
-        // Between hubs each pair has ports of its own; workers come to the common one.
+        // Each pair of hubs has its own ports. Workers use the common port.
         let port = topology.mesh.port + node.hub;
         let peer = keys.get(&hub.name).map(|key| Peer {
             key: *key,
@@ -96,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_has_an_interface_for_each_hub_and_waits_for_keys_it_lacks() {
+    fn worker_has_an_interface_for_each_hub() {
         let all = of("db-1");
         let names: Vec<_> = all.iter().map(|i| (i.name.as_str(), i.peers.len(), i.port)).collect();
         assert_eq!(names, [("wg-hub1", 1, None), ("wg-hub2", 1, None), ("wg-hub3", 0, None)]);
@@ -108,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn who_serves_the_interfaces_knows_their_names() {
+    fn names_match_those_of_the_topology() {
         let topology = topology();
         for node in &topology.nodes {
             let names: Vec<String> = of(&node.name).into_iter().map(|i| i.name).collect();
@@ -117,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hub_lets_each_worker_speak_for_itself_only() {
+    fn hub_accepts_only_own_addresses_of_workers() {
         let all = of("hub-1");
         assert_eq!(
             (all[0].name.as_str(), all[0].port, all[0].address.to_string().as_str()),
@@ -128,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn both_ends_of_a_hub_link_mean_the_same_ports() {
+    fn both_ends_of_a_hub_link_use_the_same_ports() {
         let topology = topology();
         let link = |from: &str, to: u16| of(from).into_iter().find(|i| i.name == format!("wg-hub{to}")).unwrap();
         let (ab, ba) = (link("hub-1", 2), link("hub-2", 1));
@@ -138,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn another_endpoint_may_be_given() {
+    fn endpoint_can_be_replaced() {
         let topology = topology();
         let elsewhere = BTreeMap::from([("hub-2".to_owned(), "192.0.2.7".to_owned())]);
         let all = interfaces(&topology, topology.node("db-1").unwrap(), &keys(), &elsewhere);

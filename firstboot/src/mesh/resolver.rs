@@ -1,4 +1,4 @@
-//! Addresses of endpoints' names. Look-ups run in tasks of their own: nothing waits for a name server.
+//! Resolves the names of endpoints in background tasks, so that nothing waits for a name server.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -9,17 +9,17 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-/// How often names are looked up again.
+/// Interval of look-ups of a name.
 const INTERVAL: Duration = Duration::from_secs(60);
-/// How soon a name that has no address yet is looked up again.
+/// Interval of look-ups of a name that has no address yet.
 const RETRY: Duration = Duration::from_secs(5);
-/// Longest look-up: longer than the C library takes for three name servers that don't answer.
+/// Time limit of a look-up. It is longer than the C library's time-out for three name servers that do not answer.
 const TIMEOUT: Duration = Duration::from_secs(45);
 
-/// A host and a port.
+/// Host name and port.
 type Name = (String, u16);
 
-/// Names under observation, and the addresses they had last.
+/// Names, and the addresses of their last look-up.
 pub(super) struct Resolver {
     found: watch::Sender<BTreeMap<Name, Vec<SocketAddr>>>,
     changes: watch::Receiver<BTreeMap<Name, Vec<SocketAddr>>>,
@@ -32,7 +32,7 @@ impl Resolver {
         Self { found, changes, tasks: BTreeMap::new() }
     }
 
-    /// The last known addresses of a name, without waiting; from now on the name is looked up.
+    /// Returns the last known addresses of a name without waiting. The first call starts the look-ups of the name.
     pub(super) fn addresses(&mut self, name: &Name) -> Vec<SocketAddr> {
         if let Ok(address) = name.0.parse() {
             return vec![SocketAddr::new(address, name.1)];
@@ -44,9 +44,9 @@ impl Resolver {
         self.changes.borrow().get(name).cloned().unwrap_or_default()
     }
 
-    /// Waits until a name has other addresses than before.
+    /// Waits until the addresses of a name change.
     pub(super) async fn changed(&mut self) {
-        // The sender lives as long as this.
+        // The sender lives as long as `self`, so this cannot fail.
         let _ = self.changes.changed().await;
     }
 }
@@ -57,7 +57,7 @@ impl Drop for Resolver {
     }
 }
 
-/// Looks a name up again and again. One that cannot be found keeps the addresses it had.
+/// Looks a name up periodically. If a look-up fails, the name keeps its addresses.
 async fn follow(name: Name, found: watch::Sender<BTreeMap<Name, Vec<SocketAddr>>>) {
     let mut logged = false;
     loop {
@@ -83,7 +83,7 @@ async fn follow(name: Name, found: watch::Sender<BTreeMap<Name, Vec<SocketAddr>>
             Err(_) => format!("no name server answered within {} s", TIMEOUT.as_secs()),
         };
         if !logged {
-            println!("the endpoint {} cannot be looked up: {why}", name.0);
+            println!("look-up of the endpoint {} failed: {why}", name.0);
             logged = true;
         }
         let known = found.borrow().contains_key(&name);
@@ -91,8 +91,8 @@ async fn follow(name: Name, found: watch::Sender<BTreeMap<Name, Vec<SocketAddr>>
     }
 }
 
-/// The address to use of those that a name has: the one in use as long as the name has it and its peer
-/// answers, then the next.
+/// Selects one of the addresses of a name. An address stays in use while the name has it and its peer answers. The next
+/// one follows it.
 pub(super) fn choose(
     addresses: &[SocketAddr],
     used: Option<SocketAddr>,
@@ -111,29 +111,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_used_until_its_peer_is_silent() {
+    fn address_stays_in_use_until_its_peer_is_silent() {
         let address = |last: u8| SocketAddr::from(([192, 0, 2, last], 51820));
         let all = [address(1), address(2), address(3)];
         let answers = |_| false;
         assert_eq!(choose(&all, None, answers), Some(address(1)));
-        // A name server that rotates its answer changes nothing.
+        // The order of a name server's reply does not matter.
         assert_eq!(choose(&all, Some(address(2)), answers), Some(address(2)));
         assert_eq!(choose(&all, Some(address(2)), |_| true), Some(address(3)));
         assert_eq!(choose(&all, Some(address(3)), |_| true), Some(address(1)));
-        // The name has moved, or cannot be found at all.
+        // The name has other addresses, or no address.
         assert_eq!(choose(&all, Some(address(9)), answers), Some(address(1)));
         assert_eq!(choose(&[], Some(address(9)), answers), Some(address(9)));
         assert_eq!(choose(&[], None, answers), None);
     }
 
     #[tokio::test]
-    async fn an_address_needs_no_lookup_and_a_name_is_found_in_time() {
+    async fn only_names_are_looked_up() {
         let mut resolver = Resolver::new();
         let literal = resolver.addresses(&("192.0.2.1".to_owned(), 51820));
         assert_eq!(literal, ["192.0.2.1:51820".parse().unwrap()]);
         assert!(resolver.tasks.is_empty());
         let name = ("localhost".to_owned(), 51820);
-        assert!(resolver.addresses(&name).is_empty(), "it did not wait");
+        assert!(resolver.addresses(&name).is_empty(), "the call waited for the look-up");
         resolver.changed().await;
         assert!(resolver.addresses(&name).iter().all(|a| a.ip().is_loopback()));
         assert_eq!(resolver.tasks.len(), 1);

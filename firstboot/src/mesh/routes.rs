@@ -1,4 +1,4 @@
-//! Whom there is a way to: what BIRD gave the kernel.
+//! Routes of the kernel, which BIRD sets.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -9,26 +9,28 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 
 use crate::error::{Error, Result};
 
-/// The kernel's routes, as they are asked for.
+/// Netlink client for routes.
 pub struct Routes(Handle);
 
 impl Routes {
+    /// Opens the client.
+    ///
     /// # Errors
-    /// The kernel does not speak netlink with this process.
+    /// If the netlink socket cannot be opened.
     pub fn open() -> Result<Self> {
         let (task, handle, _) = rtnetlink::new_connection().map_err(Error::io("open", "a netlink socket"))?;
         tokio::spawn(task);
         Ok(Self(handle))
     }
 
-    /// Single addresses that have a route to another machine.
+    /// Returns the addresses that have a host route (/32) to another machine.
     ///
     /// # Errors
-    /// The kernel does not tell.
+    /// If the kernel does not list its routes.
     pub async fn hosts(&self) -> Result<BTreeSet<Ipv4Addr>> {
         let all = self.0.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
-        let told = |e| Error::Failed(format!("the kernel does not tell its routes: {e}"));
-        let routes: Vec<_> = all.try_collect().await.map_err(told)?;
+        let failed = |e| Error::Failed(format!("cannot list the kernel's routes: {e}"));
+        let routes: Vec<_> = all.try_collect().await.map_err(failed)?;
         let host = |attributes: &[RouteAttribute]| {
             attributes.iter().find_map(|a| match a {
                 RouteAttribute::Destination(RouteAddress::Inet(host)) => Some(*host),

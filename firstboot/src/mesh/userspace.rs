@@ -1,5 +1,7 @@
-//! WireGuard that is a program, as in a container on a host whose kernel has none: it is told through its socket, as
-//! wg(8) does it (wireguard.com/xplatform).
+//! WireGuard in userspace, for example in a container on a host whose kernel has no WireGuard. The agent configures the
+//! program through its socket with the [cross-platform protocol], as wg(8) does.
+//!
+//! [cross-platform protocol]: https://www.wireguard.com/xplatform/
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,12 +16,13 @@ use tokio::net::UnixStream;
 use super::plan::Peer;
 use crate::error::{Error, Result};
 
-/// The socket of the program that serves an interface, if one does.
+/// Client of the program that serves an interface.
 pub(super) struct Program {
     socket: PathBuf,
 }
 
 impl Program {
+    /// Returns the client; `None` if no program serves the interface.
     pub(super) fn of(interface: &str) -> Option<Self> {
         let socket = PathBuf::from(format!("/run/wireguard/{interface}.sock"));
         socket.exists().then_some(Self { socket })
@@ -34,31 +37,31 @@ impl Program {
         self.ask(&peers(gone, new)).await.map(drop)
     }
 
-    /// Keys of the peers that it has.
+    /// Returns the keys of the program's peers.
     pub(super) async fn peers(&self) -> Result<Vec<MeshKey>> {
-        let said = self.ask("get=1\n\n").await?;
-        Ok(said.lines().filter_map(|line| key(line.strip_prefix("public_key=")?)).collect())
+        let reply = self.ask("get=1\n\n").await?;
+        Ok(reply.lines().filter_map(|line| key(line.strip_prefix("public_key=")?)).collect())
     }
 
-    /// When each of them had its last handshake, for those that had one.
+    /// Returns the time of the last handshake of each peer that had one.
     pub(super) async fn handshakes(&self) -> Result<BTreeMap<MeshKey, SystemTime>> {
         Ok(handshakes(&self.ask("get=1\n\n").await?))
     }
 
-    /// One question; its answer ends with an empty line.
-    async fn ask(&self, question: &str) -> Result<String> {
-        let talk = async {
+    /// Sends a request. The reply ends with an empty line.
+    async fn ask(&self, request: &str) -> Result<String> {
+        let exchange = async {
             let mut program = UnixStream::connect(&self.socket).await?;
-            program.write_all(question.as_bytes()).await?;
-            let mut said = Vec::new();
-            while !said.ends_with(b"\n\n") && program.read_buf(&mut said).await? > 0 {}
-            Ok(String::from_utf8_lossy(&said).into_owned())
+            program.write_all(request.as_bytes()).await?;
+            let mut reply = Vec::new();
+            while !reply.ends_with(b"\n\n") && program.read_buf(&mut reply).await? > 0 {}
+            Ok(String::from_utf8_lossy(&reply).into_owned())
         };
-        let said = talk.await.map_err(Error::io("ask", &self.socket))?;
-        if said.lines().any(|line| line == "errno=0") {
-            return Ok(said);
+        let reply = exchange.await.map_err(Error::io("configure", &self.socket))?;
+        if reply.lines().any(|line| line == "errno=0") {
+            return Ok(reply);
         }
-        Err(Error::Failed(format!("{} says no: {}", self.socket.display(), said.trim())))
+        Err(Error::Failed(format!("{} refused a request: {}", self.socket.display(), reply.trim())))
     }
 }
 
@@ -74,9 +77,9 @@ fn key(hex: &str) -> Option<MeshKey> {
     (hex.len() == 64).then_some(MeshKey(bytes))
 }
 
-fn handshakes(said: &str) -> BTreeMap<MeshKey, SystemTime> {
+fn handshakes(reply: &str) -> BTreeMap<MeshKey, SystemTime> {
     let (mut all, mut peer) = (BTreeMap::new(), None);
-    for line in said.lines() {
+    for line in reply.lines() {
         match line.split_once('=') {
             Some(("public_key", hex)) => peer = key(hex),
             Some(("last_handshake_time_sec", seconds)) => {
@@ -116,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_are_read_as_they_are_written() {
+    fn key_round_trips_through_hex() {
         let bytes: [u8; 32] = std::array::from_fn(|i| 7 * i as u8);
         assert_eq!(key(&hex(&bytes)), Some(MeshKey(bytes)));
         for wrong in ["", "ab", &"ab".repeat(33), &"gg".repeat(32), &"ü".repeat(32)] {
@@ -125,19 +128,19 @@ mod tests {
     }
 
     #[test]
-    fn handshakes_are_told_for_peers_that_had_one() {
+    fn handshakes_lists_only_peers_with_a_handshake() {
         let (one, two) = (MeshKey([1; 32]), MeshKey([2; 32]));
-        let said = format!(
+        let reply = format!(
             "listen_port=1\npublic_key={}\nendpoint=[::1]:2\nlast_handshake_time_sec=0\nlast_handshake_time_nsec=0\n\
              public_key={}\nlast_handshake_time_sec=1700000000\nlast_handshake_time_nsec=5\nerrno=0\n\n",
             hex(&one.0),
             hex(&two.0)
         );
-        assert_eq!(handshakes(&said), BTreeMap::from([(two, UNIX_EPOCH + Duration::from_secs(1_700_000_000))]));
+        assert_eq!(handshakes(&reply), BTreeMap::from([(two, UNIX_EPOCH + Duration::from_secs(1_700_000_000))]));
     }
 
     #[test]
-    fn peers_in_the_words_of_the_protocol() {
+    fn peers_have_the_format_of_the_protocol() {
         let peer = Peer {
             key: MeshKey([0xab; 32]),
             endpoint: Some("198.18.0.1:51820".parse().unwrap()),

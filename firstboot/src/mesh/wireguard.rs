@@ -1,5 +1,7 @@
-//! WireGuard interfaces: of the kernel, by netlink, or of a program that serves them. systemd-networkd is not asked:
-//! its reload drops peers it does not know (systemd issue 38196).
+//! WireGuard interfaces: of the kernel, over netlink, or of a userspace program. The agent does not use
+//! systemd-networkd, whose reload removes unknown peers ([systemd issue 38196]).
+//!
+//! [systemd issue 38196]: https://github.com/systemd/systemd/issues/38196
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -22,9 +24,10 @@ use super::plan::{Interface, Peer};
 use super::userspace::Program;
 use crate::error::{Error, Result};
 
-/// Peers in one message: a message has to fit into a page or two.
+/// Number of peers in one message, which has to fit in a netlink buffer of one or two pages.
 const BATCH: usize = 16;
 
+/// Netlink client for WireGuard interfaces.
 pub(super) struct Wireguard {
     route: Handle,
     generic: GenetlinkHandle,
@@ -32,15 +35,14 @@ pub(super) struct Wireguard {
 
 impl Wireguard {
     pub(super) fn open() -> Result<Self> {
-        let told = Error::io("open", "a netlink socket");
-        let (route_task, route, _) = rtnetlink::new_connection().map_err(told)?;
+        let (route_task, route, _) = rtnetlink::new_connection().map_err(Error::io("open", "a netlink socket"))?;
         let (generic_task, generic, _) = genetlink::new_connection().map_err(Error::io("open", "a netlink socket"))?;
         tokio::spawn(route_task);
         tokio::spawn(generic_task);
         Ok(Self { route, generic })
     }
 
-    /// Makes an interface what it should be, where `before` is what this process made of it.
+    /// Configures an interface as `wanted`. `before` is the configuration that this process applied last.
     pub(super) async fn apply(
         &mut self,
         wanted: &Interface<SocketAddr>,
@@ -62,11 +64,11 @@ impl Wireguard {
         let had: &[Peer<SocketAddr>] = before.map_or(&[], |b| &b.peers);
         let known = match (before, &program) {
             (Some(before), _) => before.peers.iter().map(|p| p.key).collect(),
-            // What an earlier start of the agent left.
+            // An earlier process of the agent may have left peers.
             (None, Some(program)) => program.peers().await?,
             (None, None) => self.peers(&wanted.name).await?,
         };
-        // Those that are gone first: an address belongs to one peer, and may have another's now.
+        // Remove peers first, because an allowed address belongs to one peer, and may move to another.
         let gone: Vec<MeshKey> = known.into_iter().filter(|key| wanted.peers.iter().all(|w| w.key != *key)).collect();
         let new: Vec<&Peer<SocketAddr>> = wanted.peers.iter().filter(|p| !had.contains(p)).collect();
         if let Some(program) = program {
@@ -79,15 +81,15 @@ impl Wireguard {
         Ok(())
     }
 
-    /// The interface itself, with its address, up. One that an earlier start of the agent made, or a program, stays,
-    /// and its sessions with it.
+    /// Creates the interface with its address, and sets it up. An existing interface of an earlier process, or of a
+    /// program, stays with its sessions.
     async fn make(&self, wanted: &Interface<SocketAddr>, mtu: u16) -> Result<()> {
-        let refused = |e: rtnetlink::Error| Error::Failed(format!("the kernel does not make {}: {e}", wanted.name));
+        let refused = |e: rtnetlink::Error| Error::Failed(format!("cannot create the interface {}: {e}", wanted.name));
         if self.index(&wanted.name).await.is_none() {
             let link = LinkWireguard::new(&wanted.name).mtu(mtu.into()).build();
             self.route.link().add(link).execute().await.map_err(refused)?;
         }
-        let missing = || Error::Failed(format!("{} is gone as soon as it was made", wanted.name));
+        let missing = || Error::Failed(format!("the interface {} is missing after its creation", wanted.name));
         let index = self.index(&wanted.name).await.ok_or_else(missing)?;
         let local = wanted.address.addr();
         let mut address = self.route.address().add(index, IpAddr::V4(local), wanted.address.prefix_len()).replace();
@@ -106,7 +108,7 @@ impl Wireguard {
         found.ok().flatten().map(|link| link.header.index)
     }
 
-    /// Keys of the peers that the kernel has.
+    /// Returns the keys of the kernel's peers.
     async fn peers(&mut self, name: &str) -> Result<Vec<MeshKey>> {
         let of = vec![WireguardAttribute::IfName(name.to_owned())];
         let answers = self.talk(name, WireguardCmd::GetDevice, of, NLM_F_REQUEST | NLM_F_DUMP).await?;
@@ -121,7 +123,7 @@ impl Wireguard {
         Ok(keys.collect())
     }
 
-    /// When each peer of an interface had its last handshake, for those that had one.
+    /// Returns the time of the last handshake of each peer that had one.
     pub(super) async fn handshakes(&mut self, name: &str) -> Result<BTreeMap<MeshKey, SystemTime>> {
         if let Some(program) = Program::of(name) {
             return program.handshakes().await;
@@ -159,19 +161,19 @@ impl Wireguard {
         attributes: Vec<WireguardAttribute>,
         flags: u16,
     ) -> Result<Vec<WireguardMessage>> {
-        let refused = |why: String| Error::Failed(format!("the kernel does not configure {name}: {why}"));
+        let refused = |why: String| Error::Failed(format!("cannot configure the interface {name}: {why}"));
         let mut message = NetlinkMessage::from(GenlMessage::from_payload(WireguardMessage { cmd, attributes }));
         message.header.flags = flags;
         let mut answers = self.generic.request(message).await.map_err(|e| refused(e.to_string()))?;
-        let mut said = Vec::new();
+        let mut messages = Vec::new();
         while let Some(answer) = answers.next().await {
             match answer.map_err(|e| refused(e.to_string()))?.payload {
                 NetlinkPayload::Error(e) if e.code.is_some() => return Err(refused(e.to_io().to_string())),
-                NetlinkPayload::InnerMessage(message) => said.push(message.payload),
+                NetlinkPayload::InnerMessage(message) => messages.push(message.payload),
                 _ => {}
             }
         }
-        Ok(said)
+        Ok(messages)
     }
 }
 

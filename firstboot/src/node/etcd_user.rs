@@ -1,20 +1,20 @@
-//! etcd users of a node's services, and how the node names them to a hub.
+//! etcd users of a node's services, and the header that reports them to a hub.
 
 use std::fs;
 use std::path::Path;
 
-/// Header of `GET /v1/peers`: the etcd user whose password the node's Patroni runs with; of `POST /v1/introduce`:
-/// [`MEMBER`].
+/// Header with an etcd user. In `GET /v1/peers` it is the user with whose password the node's Patroni runs, and in
+/// `POST /v1/introduce` it is [`MEMBER`].
 pub const USER_HEADER: &str = "bakehouse-etcd-user";
-/// Patroni's user, and the role that it has.
+/// Patroni's user in etcd, and the name of its role.
 pub const PATRONI: &str = "patroni";
-/// No user: the node's etcd takes its clients' passwords.
+/// Value for a voter's etcd that supports passwords of clients. It is not a user.
 pub const MEMBER: &str = "member";
-/// The configuration that Patroni was started with, whatever was rendered since. Its unit copies it there: systemd
-/// shows the credentials of a unit to no other one.
+/// The configuration with which Patroni started, even if the agent has rendered a newer one since. Patroni's unit
+/// copies it there, because systemd hides the credentials of a unit from other units.
 const PATRONI_CONFIGURATION: &str = "/run/bakehouse/patroni.started.yml";
 
-/// Whether the Patroni that runs on this node was started with a configuration that has this password.
+/// Whether the Patroni of this node started with a configuration that has this password.
 #[must_use]
 pub fn patroni_runs_with(password: &str) -> bool {
     patroni_has(password, Path::new(PATRONI_CONFIGURATION))
@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_patroni_that_was_started_before_its_password_came_does_not_have_it() {
+    fn configuration_without_password_does_not_have_it() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("patroni.yml");
         assert!(!patroni_has("secret", &file));

@@ -1,4 +1,4 @@
-//! The hubs, as a node reaches them: at their mesh addresses once it is a member, and at their public
+//! Client of the hubs' API. A member connects to the hubs' mesh addresses first, and other machines to their public
 //! endpoints.
 
 use std::collections::BTreeMap;
@@ -23,31 +23,32 @@ use crate::node::neighbours::PeerTable;
 use crate::node::trust::{Decision, Heard, HubAnswer, signed_by_root};
 use fleet_https::{Connection, request};
 
-/// How long a hub's mesh address may take before its public endpoint is asked.
+/// Time limit for a connection to a hub's mesh address, before the node tries its public endpoint.
 const MESH_PATIENCE: Duration = Duration::from_secs(2);
-/// How long one hub may take in a round.
+/// Time limit for the reply of one hub in a round.
 const ROUND_PATIENCE: Duration = Duration::from_secs(12);
-/// Hubs that are asked in each round: an evicted one alone can't keep a node from hearing of it.
+/// Number of hubs that a node asks in each round. With two, an evicted hub alone cannot hide its eviction from the
+/// node.
 const ASKED: usize = 2;
 
-/// The hubs, as this node reaches them.
+/// Client of the hubs' API.
 pub struct Hubs {
     hubs: Vec<HubAddress>,
     port: u16,
     tls: Arc<ClientConfig>,
-    /// What a member knows of the hubs; a machine that joins knows nothing.
+    /// Keys of the hubs; `None` on a machine that joins.
     neighbourhood: Option<Arc<PeerTable>>,
     over_mesh: bool,
-    /// The last round heard none of the hubs that are known.
+    /// Whether no known hub replied in the last round.
     is_lost: AtomicBool,
-    /// What this node's Patroni is to authenticate with at etcd; empty without a Patroni or a password.
+    /// Patroni's etcd password; empty without Patroni or a password.
     etcd_patroni: String,
     fleet: String,
-    /// The fleet root's certificate, PEM: what evictions are verified with. Empty where the node acts on none.
+    /// The fleet's root certificate, PEM, which verifies evictions. If it is empty, the node accepts no eviction.
     root: String,
 }
 
-/// Where one hub is.
+/// Addresses of a hub.
 pub(crate) struct HubAddress {
     pub(crate) slot: String,
     public: String,
@@ -55,7 +56,7 @@ pub(crate) struct HubAddress {
 }
 
 impl Hubs {
-    /// All hubs but this node itself.
+    /// Makes a client of all hubs except this node itself.
     #[must_use]
     pub fn of(topology: &Topology, endpoints: &BTreeMap<String, String>, own: &str, tls: Arc<ClientConfig>) -> Self {
         let of = |hub: &Node| {
@@ -77,37 +78,37 @@ impl Hubs {
         }
     }
 
-    /// Verifies the operator's evictions of hubs, which hubs hand out, with the fleet root's certificate.
+    /// Accepts evictions of hubs that the fleet's root signed.
     #[must_use]
     pub fn with_root(self, root: &str) -> Self {
         Self { root: root.to_owned(), ..self }
     }
 
-    /// Tells the hubs, with each question who is where, whether this node's Patroni runs with this etcd password.
+    /// Reports to the hubs, with each request for peers, whether this node's Patroni runs with this etcd password.
     #[must_use]
     pub fn with_etcd_patroni(self, password: &str) -> Self {
         Self { etcd_patroni: password.to_owned(), ..self }
     }
 
-    /// Asks only hubs whose TLS keys are those that the neighbourhood knows, once it knows any.
+    /// Sends requests only to hubs whose TLS keys are in the peer table, if the table has any.
     #[must_use]
     pub fn known_by(self, neighbourhood: Arc<PeerTable>) -> Self {
         Self { neighbourhood: Some(neighbourhood), ..self }
     }
 
-    /// Asks at the mesh addresses first.
+    /// Tries the mesh addresses first.
     #[must_use]
     pub fn over_mesh(self) -> Self {
         Self { over_mesh: true, ..self }
     }
 
-    /// Slots of all hubs of the plan but this node.
+    /// Returns the slots of all hubs of the topology except this node.
     #[must_use]
     pub fn slots(&self) -> Vec<String> {
         self.hubs.iter().map(|hub| hub.slot.clone()).collect()
     }
 
-    /// All hubs in an order of chance, so that a rack that starts does not ask one of them alone.
+    /// Returns all hubs in random order, so that machines that start together do not all ask the same hub.
     pub(crate) fn shuffled(&self) -> Vec<&HubAddress> {
         let mut hubs: Vec<_> = self.hubs.iter().collect();
         for i in (1..hubs.len()).rev() {
@@ -116,8 +117,8 @@ impl Hubs {
         hubs
     }
 
-    /// Hubs that are current as far as this node knows; all of the plan where it knows none, or hears
-    /// none of those that it knows.
+    /// Returns the current hubs, as far as this node knows them. If it knows none, or no known hub replied in the last
+    /// round, it returns all hubs of the topology.
     fn current(&self) -> Vec<&HubAddress> {
         let mut hubs = self.shuffled();
         let pins = self.pins();
@@ -131,7 +132,7 @@ impl Hubs {
         self.neighbourhood.as_ref().map(|n| n.pins()).unwrap_or_default()
     }
 
-    /// Opens a connection at the public endpoint.
+    /// Connects to the hub's public endpoint.
     pub(crate) async fn public(&self, hub: &HubAddress) -> Result<Connection> {
         Ok(Connection::open(&hub.public, self.port, &hub.slot, &self.tls).await?)
     }
@@ -146,18 +147,18 @@ impl Hubs {
         self.public(hub).await
     }
 
-    /// Asks one hub something, if it is the hub that this node knows.
+    /// Sends a request to one hub, if the hub has the key that this node knows.
     async fn ask(&self, hub: &HubAddress, method: &str, path: &str, body: &[u8]) -> Result<bytes::Bytes> {
         let mut connection = self.connect(hub).await?;
         let pins = self.pins();
         if !pins.is_empty() && pins.get(&hub.slot).map(String::as_str) != connection.peer_key() {
-            let why = "the other hubs know it by another key: it is not asked until they name this one".to_owned();
+            let why = "the hub has another key than the other hubs report; no request was sent".to_owned();
             return Err(Error::Network { to: hub.slot.clone(), why });
         }
         Ok(connection.ask(request(method, "hub", path, &[], body.to_vec().into())?, LONGEST).await?)
     }
 
-    /// The first hub's answer, of those that are current.
+    /// Returns the reply of the first current hub that answers.
     async fn first<T>(
         &self,
         method: &str,
@@ -175,7 +176,7 @@ impl Hubs {
         Err(last)
     }
 
-    /// What one hub says of the fleet, with the key that it says it with.
+    /// Returns one hub's reply to a request for peers.
     async fn heard(&self, hub: &HubAddress) -> Result<HubAnswer> {
         let asked = async {
             let mut connection = self.connect(hub).await?;
@@ -184,7 +185,7 @@ impl Hubs {
             let answer = connection.ask(sent, LONGEST).await?;
             self.answered(&hub.slot, &connection, &answer)
         };
-        let late = |_| Err(Error::Network { to: hub.slot.clone(), why: "no answer".to_owned() });
+        let late = |_| Err(Error::Network { to: hub.slot.clone(), why: "no reply".to_owned() });
         timeout(ROUND_PATIENCE, asked).await.unwrap_or_else(late)
     }
 
@@ -198,7 +199,7 @@ impl Hubs {
         Ok(HubAnswer { hub: slot.to_owned(), tls_key, peers, evicted })
     }
 
-    /// Their answers, and why others do not answer.
+    /// Returns the replies of these hubs, and the errors of the others.
     async fn all_heard(&self, hubs: &[&HubAddress]) -> (Vec<HubAnswer>, Vec<Error>) {
         let (mut answers, mut errors) = (Vec::new(), Vec::new());
         for answer in join_all(hubs.iter().map(|hub| self.heard(hub))).await {
@@ -210,13 +211,13 @@ impl Hubs {
         (answers, errors)
     }
 
-    /// What every hub of the plan says of the fleet.
+    /// Returns the replies of all hubs of the topology to a request for peers.
     pub async fn answers(&self) -> Vec<HubAnswer> {
         self.all_heard(&self.shuffled()).await.0
     }
 
-    /// Asks two hubs who is where, and the others where these leave something open; `decide` says what
-    /// follows from the answers.
+    /// Asks two hubs for peers. If their replies leave something open, it also asks the others. `decide` makes the
+    /// decision.
     pub async fn round(&self, decide: impl Fn(&[HubAnswer]) -> Decision) -> Decision {
         let mut left = self.current();
         let (mut answers, mut errors) = (Vec::new(), Vec::new());
@@ -233,45 +234,45 @@ impl Hubs {
         }
         if decision.heard == Heard::None {
             for e in &errors {
-                println!("{e}");
+                println!("request for peers failed: {e}");
             }
             for answer in &answers {
-                println!("{}: its key is not the one that the other hubs name", answer.hub);
+                println!("{}: reply ignored: the hub has another key than the other hubs report", answer.hub);
             }
         }
         self.is_lost.store(decision.heard == Heard::None, Ordering::Relaxed);
         decision
     }
 
-    /// Says what this node runs, to whichever hub answers first.
+    /// Reports this node's version and state to the first hub that answers, and asks for the update lock.
     ///
     /// # Errors
-    /// No hub answers, or the one that does refuses.
+    /// If no hub answers, or all refuse the report.
     pub async fn turn(&self, report: &Report) -> Result<UpdateDecision> {
         let body = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
         self.first("POST", "/v1/turn", &body, read).await
     }
 
-    /// Says that this node is about to leave, to whichever hub answers first.
+    /// Tells the first hub that answers that this node leaves the fleet.
     ///
     /// # Errors
-    /// No hub answers, or etcd can't do without this node now.
+    /// If no hub answers, or etcd would lose its quorum without this node.
     pub async fn leave(&self) -> Result<()> {
         self.first("POST", "/v1/leave", b"", |_, _| Ok(())).await
     }
 
-    /// Says that this node has stopped for good.
+    /// Reports that this node has stopped, and its slot is free.
     ///
     /// # Errors
-    /// No hub answers.
+    /// If no hub answers.
     pub async fn left(&self) -> Result<()> {
         self.first("POST", "/v1/left", b"", |_, _| Ok(())).await
     }
 
-    /// Gives the hubs this node's next keys. A hub that says "later" is not the last one asked.
+    /// Sends this node's next keys to a hub. After a temporary refusal it tries the next hub.
     ///
     /// # Errors
-    /// No hub answers.
+    /// If no hub answers.
     pub async fn renew(&self, next: &Keys) -> Result<JoinReply> {
         let asked = Renewal {
             version: PROTOCOL,
@@ -283,7 +284,7 @@ impl Hubs {
         for hub in self.current() {
             last = self.ask(hub, "POST", "/v1/renew", &body).await.and_then(|b| read(&hub.slot, &b));
             let later = match &last {
-                Ok(JoinReply::Refused(no)) => no.reason.passes(),
+                Ok(JoinReply::Refused(refusal)) => refusal.reason.passes(),
                 Ok(JoinReply::Granted(_)) => false,
                 Err(_) => true,
             };
@@ -294,24 +295,25 @@ impl Hubs {
         last
     }
 
-    /// Tells every hub whose key is not known who this founder is; gives what they answer.
+    /// Introduces this founder to every hub whose key is not `known`. Returns their replies.
     pub async fn introduce(&self, own: &Introduction, known: impl Fn(&str) -> bool) -> Vec<HubAnswer> {
         let body = serde_json::to_vec(own).unwrap_or_default();
         let asked = self.hubs.iter().filter(|hub| !known(&hub.slot)).map(async |hub| {
             let answer = async {
-                // Before they know each other, there is no mesh between them.
+                // Before two founders know each other's keys, there is no mesh between them.
                 let mut connection = self.public(hub).await?;
                 let sent = request("POST", "hub", "/v1/introduce", &[(USER_HEADER, MEMBER)], body.clone().into())?;
                 let answer = connection.ask(sent, LONGEST).await?;
                 self.answered(&hub.slot, &connection, &answer)
             };
-            answer.await.inspect_err(|e| println!("{e}")).ok()
+            answer.await.inspect_err(|e| println!("introduction failed: {e}")).ok()
         });
         join_all(asked).await.into_iter().flatten().collect()
     }
 }
 
+/// Parses a hub's reply.
 pub(crate) fn read<T: DeserializeOwned>(slot: &str, bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes)
-        .map_err(|e| Error::Network { to: slot.to_owned(), why: format!("its answer is not readable: {e}") })
+        .map_err(|e| Error::Network { to: slot.to_owned(), why: format!("cannot read the reply: {e}") })
 }

@@ -1,4 +1,4 @@
-//! Who this node is: remembered; or founded, by its ticket alone; or granted, by the hubs.
+//! Identity of the node: loaded from the disk, made from a founder's ticket, or granted by a hub.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,31 +18,36 @@ use crate::node::keys::Keys;
 use crate::node::neighbours::PeerTable;
 use crate::node::state::{State, StateDir};
 
-/// Everything a node is, on its disk by the time this is returned.
+/// Identity of a node. All of it is on the disk.
 pub struct Identity {
+    /// Private keys.
     pub keys: Keys,
+    /// Slot, certificate and passwords.
     pub state: State,
+    /// Mesh keys of the other nodes.
     pub neighbourhood: Arc<PeerTable>,
 }
 
 impl Identity {
-    /// How this node shows itself to others of the fleet.
+    /// Returns the TLS configuration with which this node connects to others.
     ///
     /// # Errors
-    /// What it keeps does not fit together.
+    /// If the certificate and the key do not match.
     pub fn client(&self) -> Result<Arc<ClientConfig>> {
         let own = fleet_https::Identity { cert: &self.state.cert, key: self.keys.tls.pem() };
         Ok(fleet_https::client(&self.state.root, Some(own))?)
     }
 }
 
-/// Remembers, founds, or asks; each step is on the disk before the next one begins.
+/// Loads the identity, or makes it from a founder's ticket, or claims a slot. Each step is on the disk before the next
+/// one begins.
 ///
 /// # Errors
-/// What only a person can mend. Hubs that don't answer are asked for ever.
+/// If the state cannot be read or written, the ticket is missing or does not fit, or a hub refuses the node. If no hub
+/// answers, the node asks without end.
 pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Image) -> Result<Identity> {
     if let Some(mut state) = State::load(dir)? {
-        // Earlier versions kept it on voters that are not hubs, which sign nobody.
+        // Earlier versions stored the issuer on voters that are not hubs, where it has no use.
         if node_of(&state, image)?.hub == 0 && state.issuer.take().is_some() {
             state.store(dir)?;
         }
@@ -58,7 +63,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
         endpoints: ticket.endpoints.clone(),
         ..State::new(&image.topology, slot, epoch, &ticket.root)
     };
-    // A ticket that is wrong leaves no trace: keys are made once it is known to fit.
+    // The agent makes keys only after it has checked the ticket, so a wrong ticket leaves no file.
     let (keys, state, known) = match &ticket.right {
         Credential::Founder(founder) => {
             let state = first(&founder.slot, 1);
@@ -99,10 +104,10 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
     Ok(Identity { keys, state, neighbourhood })
 }
 
-/// This state's node in this image's plan.
+/// Returns the node of this state in the image's topology.
 ///
 /// # Errors
-/// The image is another fleet's or another group's, or its plan has no such slot.
+/// If the image is for another fleet or another group, or its topology does not have the slot.
 pub fn node_of<'a>(state: &State, image: &'a Image) -> Result<&'a Node> {
     if state.fleet != image.topology.name {
         return Err(Error::Configuration(format!(
@@ -112,7 +117,7 @@ pub fn node_of<'a>(state: &State, image: &'a Image) -> Result<&'a Node> {
     }
     let Some(node) = image.topology.node(&state.slot) else {
         return Err(Error::Configuration(format!(
-            "this node is {}, which version {} of the fleet does not have; put the slot back into fleet.toml, or wipe the node",
+            "this node is {}, which version {} of the fleet does not have; add the slot to fleet.toml, or wipe the node",
             state.slot, image.topology.version
         )));
     };
@@ -125,8 +130,8 @@ pub fn node_of<'a>(state: &State, image: &'a Image) -> Result<&'a Node> {
     Ok(node)
 }
 
-/// A founder signs its own certificate, and tells no other node yet. Hubs keep the issuer, to sign other nodes
-/// and their own next keys; a voter that is not a hub has no further use for it.
+/// Makes the state of a founder, which signs its own certificate and needs no other node. Hubs keep the issuer to sign
+/// other nodes and their own next keys. A voter that is not a hub does not keep it.
 fn found(state: State, founder: &Founder, node: &Node, image: &Image, keys: &Keys) -> Result<State> {
     let cert = founder.issuer.node(&image.topology, node, &keys.tls.public()?)?;
     let issuer = (node.hub > 0).then(|| founder.issuer.clone());
@@ -137,7 +142,7 @@ fn granted(state: State, grant: Grant) -> (State, BTreeMap<String, MeshKey>) {
     (State { cert: grant.cert, secrets: grant.secrets, ..state }, grant.hubs)
 }
 
-/// What can be said of a token without asking anybody.
+/// Checks a token as far as that is possible without a hub.
 fn check_token(joiner: &Joiner, image: &Image) -> Result<()> {
     let claims = joiner.token.read().ok_or_else(|| wrong("damaged"))?;
     if claims.group != image.info.group {
@@ -169,13 +174,13 @@ mod tests {
     use crate::node::image::ImageInfo;
     use fleet::{Claims, Issuer, Secrets, Topology};
 
-    struct Lab {
+    struct TestNode {
         dir: tempfile::TempDir,
         image: Image,
         root: Issuer,
     }
 
-    fn lab() -> Lab {
+    fn test_node() -> TestNode {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("state")).unwrap();
         fs::create_dir(dir.path().join("credentials")).unwrap();
@@ -188,10 +193,10 @@ mod tests {
             roles: vec!["hub".into()],
             health: Vec::new(),
         };
-        Lab { dir, image: Image { info, topology }, root: Issuer::root("acme").unwrap() }
+        TestNode { dir, image: Image { info, topology }, root: Issuer::root("acme").unwrap() }
     }
 
-    impl Lab {
+    impl TestNode {
         fn give(&self, fleet: &str, right: Credential) {
             let root = self.root.certificate().to_owned();
             let ticket =
@@ -222,36 +227,36 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_node_keeps_its_slot_and_keys_whatever_ticket_it_is_given_later() {
-        let lab = lab();
-        lab.founder("acme", "hub-1");
-        let one = lab.who().await.unwrap();
-        lab.founder("acme", "hub-2");
-        let two = lab.who().await.unwrap();
+    async fn later_ticket_changes_neither_slot_nor_keys() {
+        let node = test_node();
+        node.founder("acme", "hub-1");
+        let one = node.who().await.unwrap();
+        node.founder("acme", "hub-2");
+        let two = node.who().await.unwrap();
         assert_eq!((one.state.slot.as_str(), two.state.slot.as_str()), ("hub-1", "hub-1"));
         assert!(one.keys == two.keys && one.state == two.state);
     }
 
     #[tokio::test]
-    async fn a_cut_between_keys_and_grant_keeps_the_keys() {
-        let lab = lab();
-        let keys = Keys::load_or_make(&lab.states()).unwrap();
-        lab.founder("acme", "hub-1");
-        assert!(lab.who().await.unwrap().keys == keys);
+    async fn keys_survive_power_loss_before_the_grant() {
+        let node = test_node();
+        let keys = Keys::load_or_make(&node.states()).unwrap();
+        node.founder("acme", "hub-1");
+        assert!(node.who().await.unwrap().keys == keys);
     }
 
     #[tokio::test]
-    async fn a_ticket_that_does_not_fit_says_why_and_leaves_no_trace() {
-        let lab = lab();
-        for (fleet, slot, words) in [
+    async fn rejects_wrong_ticket_and_writes_nothing() {
+        let node = test_node();
+        for (fleet, slot, expected) in [
             ("other", "hub-1", "of the fleet `other`"),
             ("acme", "hub-9", "does not have"),
             ("acme", "db-1", "boot the image of `db`"),
         ] {
-            lab.founder(fleet, slot);
-            let e = lab.who().await.map(drop).unwrap_err();
+            node.founder(fleet, slot);
+            let e = node.who().await.map(drop).unwrap_err();
             assert_eq!(e.exit_code(), 78);
-            assert!(e.to_string().contains(words), "{e}");
+            assert!(e.to_string().contains(expected), "{e}");
         }
         let claims = Claims {
             fleet: "acme".into(),
@@ -263,46 +268,46 @@ mod tests {
             expires: 1,
             key: String::new(),
         };
-        lab.give("acme", Credential::Joiner(Joiner::mint(&lab.root, claims).unwrap()));
-        let e = lab.who().await.map(drop).unwrap_err();
+        node.give("acme", Credential::Joiner(Joiner::mint(&node.root, claims).unwrap()));
+        let e = node.who().await.map(drop).unwrap_err();
         assert!(e.to_string().contains("for the group `db`"), "{e}");
-        assert_eq!(lab.traces(), 0);
+        assert_eq!(node.traces(), 0);
     }
 
     #[tokio::test]
-    async fn without_a_ticket_the_fix_is_told_and_nothing_is_written() {
-        let lab = lab();
-        let e = lab.who().await.map(drop).unwrap_err();
+    async fn missing_ticket_is_an_error_and_writes_nothing() {
+        let node = test_node();
+        let e = node.who().await.map(drop).unwrap_err();
         assert_eq!(e.exit_code(), 78);
         assert!(e.to_string().contains("bakehouse.ticket"), "{e}");
-        assert_eq!(lab.traces(), 0);
+        assert_eq!(node.traces(), 0);
     }
 
     #[tokio::test]
-    async fn only_a_hub_keeps_its_issuer() {
-        let lab = lab();
-        lab.founder("acme", "hub-1");
-        assert!(lab.who().await.unwrap().state.issuer.is_some());
-        // A voter that is not a hub, with a state of an earlier version.
-        let mut lab = self::lab();
-        for node in lab.image.topology.nodes.iter_mut().filter(|n| n.name == "hub-2") {
-            node.hub = 0;
+    async fn only_hubs_keep_their_issuer() {
+        let node = test_node();
+        node.founder("acme", "hub-1");
+        assert!(node.who().await.unwrap().state.issuer.is_some());
+        // A voter that is not a hub, with the state of an earlier version.
+        let mut node = test_node();
+        for hub in node.image.topology.nodes.iter_mut().filter(|n| n.name == "hub-2") {
+            hub.hub = 0;
         }
-        lab.founder("acme", "hub-2");
-        let who = lab.who().await.unwrap();
+        node.founder("acme", "hub-2");
+        let who = node.who().await.unwrap();
         assert!(who.state.issuer.is_none());
         who.client().unwrap();
-        let issuer = Some(lab.root.issuer("acme", "hub-2").unwrap());
-        State { issuer, ..who.state }.store(&lab.states()).unwrap();
-        assert!(lab.who().await.unwrap().state.issuer.is_none());
-        assert!(State::load(&lab.states()).unwrap().unwrap().issuer.is_none());
+        let issuer = Some(node.root.issuer("acme", "hub-2").unwrap());
+        State { issuer, ..who.state }.store(&node.states()).unwrap();
+        assert!(node.who().await.unwrap().state.issuer.is_none());
+        assert!(State::load(&node.states()).unwrap().unwrap().issuer.is_none());
     }
 
     #[tokio::test]
-    async fn a_founders_certificate_is_its_own_keys() {
-        let lab = lab();
-        lab.founder("acme", "hub-1");
-        let who = lab.who().await.unwrap();
+    async fn certificate_of_founder_matches_its_key() {
+        let node = test_node();
+        node.founder("acme", "hub-1");
+        let who = node.who().await.unwrap();
         let own = fleet_https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
         fleet_https::server(&who.state.root, own).unwrap();
         fleet_https::client(&who.state.root, Some(own)).unwrap();

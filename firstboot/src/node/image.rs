@@ -1,4 +1,4 @@
-//! What the image knows: the fleet's plan, and what this image is.
+//! Data of the image: the fleet's topology, and the image's name, version, group and roles.
 
 use std::fs;
 use std::path::Path;
@@ -12,18 +12,24 @@ use crate::error::{Error, Result};
 /// `image.json`, baked by the builder.
 #[derive(Clone, Debug, Deserialize)]
 pub struct ImageInfo {
+    /// Name of the image, `FLEET-GROUP`.
     pub id: String,
+    /// Version of the image.
     pub version: String,
+    /// Group of the image.
     pub group: String,
+    /// Roles of the image.
     pub roles: Vec<String>,
-    /// Units that run where all is well.
+    /// Units that must run for the image to be good.
     pub health: Vec<String>,
 }
 
-/// Everything read from the image.
+/// Data of the image.
 #[derive(Clone, Debug)]
 pub struct Image {
+    /// Content of `image.json`.
     pub info: ImageInfo,
+    /// Content of `fleet.json`.
     pub topology: Topology,
 }
 
@@ -31,7 +37,7 @@ impl Image {
     /// Reads `fleet.json` and `image.json` below `dir`.
     ///
     /// # Errors
-    /// The image is damaged.
+    /// If a file cannot be read, or has another format.
     pub fn read(dir: &Path) -> Result<Self> {
         Ok(Self { info: json(&dir.join("image.json"))?, topology: json(&dir.join("fleet.json"))? })
     }
@@ -39,7 +45,6 @@ impl Image {
 
 fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&bytes).map_err(|e| {
-        Error::Configuration(format!("{} is not what this agent reads: {e}; rebuild the image", path.display()))
-    })
+    serde_json::from_slice(&bytes)
+        .map_err(|e| Error::Configuration(format!("cannot read {}: {e}; build the image again", path.display())))
 }

@@ -1,4 +1,4 @@
-//! A node's side of joining: asks the hubs for a slot until one gives it.
+//! A node's side of joining: sends claims to the hubs until one grants a slot.
 
 use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, PROTOCOL, encoding};
 
@@ -10,10 +10,10 @@ use crate::node::hubs::{Hubs, read};
 use crate::node::image::Image;
 use crate::node::keys::Keys;
 
-/// Asks until a hub gives a slot.
+/// Sends claims to the hubs until one grants a slot.
 ///
 /// # Errors
-/// A refusal that no waiting can change.
+/// If a hub refuses the claim for a reason that does not change with time.
 pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> Result<Grant> {
     let asked = JoinRequest {
         version: PROTOCOL,
@@ -26,7 +26,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
     let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
     say(Event::Asking, &format!("asking {} for a slot in {}", hubs.slots().join(", "), asked.group));
     let mut pause = Backoff::default();
-    let mut told = String::new();
+    let mut reported = String::new();
     loop {
         let mut answers = Vec::new();
         for hub in hubs.shuffled() {
@@ -37,25 +37,26 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
             };
             match answer.await.and_then(|b| read(slot, &b)) {
                 Ok(JoinReply::Granted(grant)) => return Ok(grant),
-                Ok(JoinReply::Refused(no)) if !no.reason.passes() => {
-                    return Err(Error::Configuration(format!("{slot} refuses this node: {}", no.text)));
+                Ok(JoinReply::Refused(refusal)) if !refusal.reason.passes() => {
+                    return Err(Error::Configuration(format!("{slot} refuses this node: {}", refusal.text)));
                 }
-                Ok(JoinReply::Refused(no)) => answers.push((slot.as_str(), Ok(no.text))),
+                Ok(JoinReply::Refused(refusal)) => answers.push((slot.as_str(), Ok(refusal.text))),
                 Err(e) => answers.push((slot.as_str(), Err(e.to_string()))),
             }
         }
-        // On the console once, not once a second.
-        let why = summed_up(answers);
-        if why != told {
+        // Only a new reason goes to the console, because the node asks every minute or more often.
+        let why = summary(answers);
+        if why != reported {
             say(Event::Waiting, &format!("still without a slot: {why}"));
-            told = why;
+            reported = why;
         }
         tokio::time::sleep(pause.next_delay()).await;
     }
 }
 
-/// What hubs answered, or why one did not: the same answer once, and in the same order whoever was asked first.
-fn summed_up(mut answers: Vec<(&str, std::result::Result<String, String>)>) -> String {
+/// Returns the hubs' replies and errors as one line. Equal replies appear once, with the names of their hubs. The order
+/// of the requests does not change the line.
+fn summary(mut answers: Vec<(&str, std::result::Result<String, String>)>) -> String {
     answers.sort_unstable();
     let mut lines: Vec<(Vec<&str>, String)> = Vec::new();
     for (hub, answer) in answers {
@@ -64,7 +65,7 @@ fn summed_up(mut answers: Vec<(&str, std::result::Result<String, String>)>) -> S
                 Some((hubs, _)) => hubs.push(hub),
                 None => lines.push((vec![hub], text)),
             },
-            // It names the hub.
+            // The error names the hub.
             Err(why) => lines.push((vec![], why)),
         }
     }
@@ -79,13 +80,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_answer_is_told_once() {
-        let no = |text: &str| Ok(text.to_owned());
-        let cut = Err("hub-2 does not answer".to_owned());
-        let one = vec![("hub-3", no("taken")), ("hub-2", cut.clone()), ("hub-1", no("taken")), ("hub-4", no("later"))];
+    fn summary_has_equal_replies_once() {
+        let refused = |text: &str| Ok(text.to_owned());
+        let unreachable = Err("hub-2 does not answer".to_owned());
+        let one = vec![
+            ("hub-3", refused("taken")),
+            ("hub-2", unreachable),
+            ("hub-1", refused("taken")),
+            ("hub-4", refused("later")),
+        ];
         let mut other = one.clone();
         other.reverse();
-        assert_eq!(summed_up(one), "hub-1, hub-3: taken; hub-2 does not answer; hub-4: later");
-        assert_eq!(summed_up(other), "hub-1, hub-3: taken; hub-2 does not answer; hub-4: later");
+        assert_eq!(summary(one), "hub-1, hub-3: taken; hub-2 does not answer; hub-4: later");
+        assert_eq!(summary(other), "hub-1, hub-3: taken; hub-2 does not answer; hub-4: later");
     }
 }

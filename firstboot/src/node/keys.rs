@@ -1,4 +1,5 @@
-//! The node's own keys: made here, on the disk before any packet leaves, and never elsewhere.
+//! The node's private keys. The node makes them, stores them before it sends any packet, and sends them to no other
+//! machine.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,27 +12,28 @@ use crate::node::state::StateDir;
 
 const FILE: &str = "keys.json";
 
-/// WireGuard's private key and that of the TLS certificate.
+/// Private keys of WireGuard and of the TLS certificate.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keys {
     version: u16,
-    /// Base64, as WireGuard writes it.
+    /// WireGuard's private key, base64.
     mesh: String,
+    /// Key of the TLS certificate.
     pub tls: PrivateKey,
-    /// Seconds since 1970, by the clock of this machine; 0 for what earlier agents made.
+    /// Time at which the keys were made, in seconds since 1970 by this machine's clock; 0 for keys of earlier agents.
     #[serde(default)]
     made: u64,
 }
 
 impl Keys {
-    /// Formats of the file: sealed, and not.
+    /// Format of the sealed file. [`Self::OPEN`] is the format of a file that is not sealed.
     const VERSION: u16 = 2;
     const OPEN: u16 = 1;
 
-    /// The keys of an earlier boot, or new ones that are on the disk when this returns.
+    /// Loads the keys, or makes new keys and stores them.
     ///
     /// # Errors
-    /// The disk says no, or holds something else.
+    /// If the file cannot be read, written or unsealed, or is damaged.
     pub fn load_or_make(dir: &StateDir) -> Result<Self> {
         if let Some(keys) = dir.read::<Self>(FILE, Self::OPEN..=Self::VERSION)? {
             keys.mesh_private()?;
@@ -39,51 +41,57 @@ impl Keys {
         }
         let keys = Self::make()?;
         keys.store(dir)?;
-        println!("new keys; this node is {} in the mesh", keys.mesh_public()?);
+        println!("made new keys; the mesh key is {}", keys.mesh_public()?);
         Ok(keys)
     }
 
-    /// New keys, nowhere but here yet.
+    /// Makes new keys, without storing them.
     ///
     /// # Errors
-    /// No randomness.
+    /// If the kernel returns no random bytes.
     pub fn make() -> Result<Self> {
         let mut mesh = [0; 32];
-        getrandom::fill(&mut mesh).map_err(|e| Error::Failed(format!("no randomness: {e}")))?;
-        // The form that WireGuard keeps them in.
+        getrandom::fill(&mut mesh).map_err(|e| Error::Failed(format!("the kernel returns no random bytes: {e}")))?;
+        // WireGuard stores keys clamped (RFC 7748 § 5).
         mesh[0] &= 0xf8;
         mesh[31] = (mesh[31] & 0x7f) | 0x40;
         Ok(Self { version: Self::OPEN, mesh: encoding::encode(&mesh), tls: PrivateKey::generate()?, made: now() })
     }
 
+    /// Stores the keys.
+    ///
     /// # Errors
-    /// The disk says no; what was there before still is.
+    /// If the file cannot be sealed or written. The file of before is then unchanged.
     pub fn store(&self, dir: &StateDir) -> Result<()> {
         dir.write(FILE, Self::VERSION, self)
     }
 
-    /// How long they have served; nothing, if they are of a time to come.
+    /// Returns the age of the keys; 0 if their time is in the future.
     #[must_use]
     pub fn age(&self) -> Duration {
         Duration::from_secs(now().saturating_sub(self.made))
     }
 
+    /// Returns WireGuard's private key.
+    ///
     /// # Errors
-    /// The file was damaged.
+    /// If the file is damaged.
     pub fn mesh_private(&self) -> Result<[u8; 32]> {
         encoding::decode(&self.mesh)
             .and_then(|bytes| bytes.try_into().ok())
             .ok_or_else(|| Error::Configuration(format!("{FILE} is damaged; wipe /var to make this a new node")))
     }
 
+    /// Returns WireGuard's public key.
+    ///
     /// # Errors
-    /// The file was damaged.
+    /// If the file is damaged.
     pub fn mesh_public(&self) -> Result<MeshKey> {
         Ok(MeshKey(PublicKey::from(&StaticSecret::from(self.mesh_private()?)).to_bytes()))
     }
 }
 
-/// Seconds since 1970, by this machine's clock.
+/// Returns the time in seconds since 1970, by this machine's clock.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
@@ -94,7 +102,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn keys_are_made_once_and_are_nobody_elses() {
+    fn stored_keys_are_private_and_unique() {
         let dir = tempfile::tempdir().unwrap();
         let states = StateDir::new(dir.path(), None);
         let keys = Keys::load_or_make(&states).unwrap();
@@ -109,8 +117,8 @@ mod tests {
     }
 
     #[test]
-    fn the_public_key_is_the_one_wireguard_knows() {
-        // Of OpenSSL's making (`openssl genpkey -algorithm X25519`).
+    fn public_key_matches_openssl() {
+        // Made by `openssl genpkey -algorithm X25519`.
         let keys = Keys {
             version: 1,
             mesh: "wFTe/nBkCyNKj6aBu64Z5aEZWZuDv0pyACVGi/cx1XA=".to_owned(),
@@ -121,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_keys_are_not_new_keys() {
+    fn damaged_keys_are_an_error() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(FILE), "{").unwrap();
         assert_eq!(Keys::load_or_make(&StateDir::new(dir.path(), None)).map(drop).unwrap_err().exit_code(), 78);

@@ -1,4 +1,4 @@
-//! What a node is and keeps: its identity, its keys, its state on the disk, its peers, and the hubs as it reaches them.
+//! A node's identity, keys, state on the disk and peers, and its client of the hubs' API.
 
 pub mod etcd_user;
 pub mod hubs;

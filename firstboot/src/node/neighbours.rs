@@ -1,5 +1,5 @@
-//! Who is where in the mesh, as far as this node knows: kept on the disk, so that the mesh
-//! comes back when nobody can be asked.
+//! The peer table: mesh keys of the other nodes. The disk has a copy, so the mesh comes up after a boot when no hub
+//! answers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,21 +13,22 @@ use tokio::sync::watch;
 use crate::node::state::Neighbours;
 use crate::node::trust::Decision;
 
-/// Mesh keys by slot; whoever follows is woken by each change.
+/// Mesh keys by slot. Each change wakes the receivers of [`PeerTable::follow`].
 pub struct PeerTable {
     file: Writer,
     keys: watch::Sender<BTreeMap<String, MeshKey>>,
-    /// Slots whose keys are etcd's word.
+    /// Slots whose keys come from etcd.
     granted: Mutex<BTreeSet<String>>,
     /// TLS keys of the current hubs, by slot.
     pins: Mutex<BTreeMap<String, String>>,
-    /// Those whom nothing is let through from for now, and those of them whom the kernel does not know any more.
+    /// Slots that are fenced.
     shut: Mutex<BTreeSet<String>>,
+    /// Fenced slots whose peers the kernel has removed.
     out: watch::Sender<BTreeSet<String>>,
 }
 
 impl PeerTable {
-    /// What is on the disk, and `first` in addition.
+    /// Loads the table from the disk, and adds `first`.
     #[must_use]
     pub fn load(dir: &Path, first: BTreeMap<String, MeshKey>) -> Self {
         let Neighbours { mut keys, granted, hubs, .. } = Neighbours::load(dir);
@@ -42,31 +43,32 @@ impl PeerTable {
         }
     }
 
-    /// Lets nothing through from a slot's owner any more; returns when the kernel does not.
+    /// Fences a slot: its peer leaves the mesh. Returns when the kernel has removed the peer.
     pub async fn fence_node(&self, slot: &str) {
         self.shut().insert(slot.to_owned());
         self.keys.send_modify(|_| {});
-        // The mesh lives as long as this process.
+        // The sender lives as long as this process, so the wait cannot fail.
         let _ = self.out.subscribe().wait_for(|out| out.contains(slot)).await;
     }
 
-    /// Its packets are let through again.
+    /// Ends the fence of a slot: its peer rejoins the mesh.
     pub fn unfence_node(&self, slot: &str) {
         self.shut().remove(slot);
         self.keys.send_modify(|_| {});
     }
 
-    /// Who is to be shut out.
+    /// Returns the fenced slots.
     #[must_use]
     pub fn out(&self) -> BTreeSet<String> {
         self.shut().clone()
     }
 
-    /// The kernel knows none of these.
+    /// Records that the kernel has no peers of these slots.
     pub fn are_out(&self, out: BTreeSet<String>) {
         self.out.send_replace(out);
     }
 
+    /// Returns the mesh keys, without those of the slots in `out`.
     #[must_use]
     pub fn keys_without(&self, out: &BTreeSet<String>) -> BTreeMap<String, MeshKey> {
         let mut keys = self.keys();
@@ -78,36 +80,38 @@ impl PeerTable {
         self.shut.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Returns the mesh keys, by slot.
     #[must_use]
     pub fn keys(&self) -> BTreeMap<String, MeshKey> {
         self.keys.borrow().clone()
     }
 
+    /// Returns a receiver of changes.
     #[must_use]
     pub fn follow(&self) -> watch::Receiver<BTreeMap<String, MeshKey>> {
         self.keys.subscribe()
     }
 
-    /// One more, or another key for one.
+    /// Adds a slot's key, or replaces it.
     pub fn learn(&self, slot: &str, key: MeshKey) {
         self.change(|keys, _, _| keys.insert(slot.to_owned(), key) != Some(key));
     }
 
-    /// Whether a founder that introduces itself is not the one that etcd has let in there: a blank machine
-    /// with an ordinary ticket, or one that was evicted. It must not get a vote: it has forgotten what it
-    /// voted for. The key of a granted slot changes by etcd's word alone, whatever epoch is said.
+    /// Whether a founder that introduces itself has another key than etcd has for its slot: a blank machine with an
+    /// ordinary ticket, or an evicted one. Such a machine must not get a vote, because it has lost the log of its
+    /// votes. Only etcd changes the key of a granted slot, whatever epoch the founder claims.
     #[must_use]
     pub fn is_stranger(&self, slot: &str, key: MeshKey) -> bool {
         self.granted().contains(slot) && self.keys.borrow().get(slot).is_some_and(|known| *known != key)
     }
 
-    /// TLS keys of the current hubs, by slot; empty where they are not known yet.
+    /// Returns the TLS keys of the current hubs, by slot; empty before the node knows them.
     #[must_use]
     pub fn pins(&self) -> BTreeMap<String, String> {
         self.pins.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes in what enough hubs have agreed on.
+    /// Applies the changes that enough hubs confirm.
     pub fn apply(&self, decision: &Decision) {
         self.change(|keys, _, pins| {
             let before = (keys.clone(), pins.clone());
@@ -117,8 +121,8 @@ impl PeerTable {
         });
     }
 
-    /// What etcd says: these mesh keys are known now, and these hubs' TLS keys; of the other mesh keys,
-    /// those that `keep` says stay.
+    /// Applies etcd's records: `new` has the mesh keys, and `hubs` the hubs' TLS keys. Of the other mesh keys, those
+    /// stay for which `keep` returns true.
     pub fn are_granted(
         &self,
         new: &BTreeMap<String, MeshKey>,
@@ -136,7 +140,7 @@ impl PeerTable {
     pub fn flush(&self) {
         let (done, flushed) = channel();
         self.file.send(WriterCommand::Flush(done));
-        // Without a thread there is nothing to wait for.
+        // Without a thread, there is nothing to wait for.
         let _ = flushed.recv();
     }
 
@@ -160,8 +164,8 @@ impl PeerTable {
     }
 }
 
-/// Writes the file on a thread of its own: a slow disk delays neither the mesh nor the fence. Of several changes
-/// that wait, the last one is written. Dropped, it returns when that one is on the disk.
+/// Writes the file on its own thread, so that a slow disk delays neither the mesh nor the fence. Of several queued
+/// changes, it writes the last. Dropping it waits until that change is on the disk.
 struct Writer {
     orders: Option<Sender<WriterCommand>>,
     thread: Option<JoinHandle<()>>,
@@ -169,40 +173,40 @@ struct Writer {
 
 enum WriterCommand {
     Write(Neighbours),
-    /// Answers when everything before it is on the disk.
+    /// Replies when all earlier changes are on the disk.
     Flush(Sender<()>),
 }
 
 impl Writer {
     fn start(dir: &Path) -> Self {
-        let (orders, waiting) = channel();
+        let (orders, queue) = channel();
         let dir = dir.to_owned();
         let thread = std::thread::Builder::new().name("neighbours".to_owned()).spawn(move || {
-            while let Ok(first) = waiting.recv() {
+            while let Ok(first) = queue.recv() {
                 let (mut last, mut flushed) = (None, Vec::new());
-                for order in std::iter::once(first).chain(waiting.try_iter()) {
+                for order in std::iter::once(first).chain(queue.try_iter()) {
                     match order {
                         WriterCommand::Write(neighbours) => last = Some(neighbours),
                         WriterCommand::Flush(done) => flushed.push(done),
                     }
                 }
-                // A full disk must not cost the mesh: after a boot, the hubs are asked again.
+                // A full disk must not stop the mesh. After a boot, the node asks the hubs again.
                 if let Some(Err(e)) = last.map(|last| last.store(&dir)) {
-                    eprintln!("{e}");
+                    eprintln!("cannot store the peers' keys: {e}");
                 }
-                // The one that waits may be gone.
+                // The receiver may be gone.
                 for done in flushed {
                     let _ = done.send(());
                 }
             }
         });
-        let thread = thread.inspect_err(|e| eprintln!("peers' keys are not kept: no thread can be started: {e}"));
+        let thread = thread.inspect_err(|e| eprintln!("cannot store the peers' keys: the thread does not start: {e}"));
         Self { orders: Some(orders), thread: thread.ok() }
     }
 
     fn send(&self, order: WriterCommand) {
         if let Some(orders) = &self.orders {
-            // Without a thread nothing is kept: that has been logged.
+            // Without a thread, nothing is stored. The agent has logged that.
             let _ = orders.send(order);
         }
     }
@@ -244,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_learnt_is_there_after_a_boot() {
+    fn keys_survive_a_boot() {
         let dir = tempfile::tempdir().unwrap();
         let (one, two) = (MeshKey([1; 32]), MeshKey([2; 32]));
         let all = PeerTable::load(dir.path(), BTreeMap::from([("hub-1".to_owned(), one)]));
@@ -253,7 +257,7 @@ mod tests {
         assert!(changes.has_changed().unwrap());
         changes.mark_unchanged();
         all.learn("hub-2", two);
-        assert!(!changes.has_changed().unwrap(), "nothing new");
+        assert!(!changes.has_changed().unwrap(), "the same key is a change");
         let agreed = Decision {
             keys: BTreeMap::from([("hub-2".to_owned(), None), ("hub-3".to_owned(), Some(one))]),
             pins: BTreeMap::from([("hub-3".to_owned(), Some("key".to_owned()))]),
@@ -266,16 +270,16 @@ mod tests {
         assert_eq!(all.pins(), BTreeMap::from([("hub-3".to_owned(), "key".to_owned())]));
     }
 
-    /// The file that is written beside is a pipe that nobody reads: opening it takes until somebody does.
+    /// The temporary file is a pipe, so opening it blocks until a reader opens it.
     #[test]
-    fn a_disk_that_hangs_delays_no_change() {
+    fn slow_disk_delays_no_change() {
         use std::time::{Duration, Instant};
         let dir = tempfile::tempdir().unwrap();
         let pipe = dir.path().join("neighbours.new");
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_secs(3));
-            // Each write, until the folder is gone.
+            // Reads each write, until the folder is gone.
             while std::fs::read(&pipe).is_ok() {}
         });
         let all = PeerTable::load(dir.path(), BTreeMap::new());
@@ -288,11 +292,11 @@ mod tests {
     }
 
     #[test]
-    fn who_founds_a_slot_that_etcd_gave_to_another_is_a_stranger() {
+    fn founder_with_other_key_than_etcds_is_a_stranger() {
         let dir = tempfile::tempdir().unwrap();
         let (old, new) = (MeshKey([1; 32]), MeshKey([2; 32]));
         let all = PeerTable::load(dir.path(), BTreeMap::new());
-        // Before there is an etcd, a founder may lose its disk and come again.
+        // Before etcd exists, a founder may lose its disk and join again.
         all.learn("hub-1", old);
         assert!(!all.is_stranger("hub-1", new));
         all.learn("hub-2", old);

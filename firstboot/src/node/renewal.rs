@@ -1,5 +1,5 @@
-//! Keys that have served for long are replaced when the agent starts: the hubs enter the new ones,
-//! and take the old ones out, in one step. Nothing is asked of the services, which go on.
+//! Renewal of keys. When the agent starts with keys that are older than 90 days, it replaces them. The hubs enter the
+//! new keys and remove the old ones in one transaction. Services keep running.
 
 use std::time::Duration;
 
@@ -13,13 +13,13 @@ use crate::node::image::Image;
 use crate::node::keys::Keys;
 use crate::node::state::{State, StateDir};
 
-/// How long keys serve.
+/// Age at which keys are replaced.
 const LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
 const FILE: &str = "renewal.json";
-/// How long a start may wait for passwords that an earlier version did not have.
+/// Longest wait at the start for passwords that an earlier version did not have.
 const PASSWORDS_PATIENCE: Duration = Duration::from_secs(5);
 
-/// New keys on their way: written before the hubs hear of them, and again with their answer.
+/// A renewal in progress. The agent stores it before it sends the keys to a hub, and again with the hub's reply.
 #[derive(Serialize, Deserialize)]
 struct Renewal {
     version: u16,
@@ -34,7 +34,7 @@ struct Granted {
 }
 
 impl Renewal {
-    /// Formats of the file: sealed, and not.
+    /// Format of the sealed file. [`Self::OPEN`] is the format of a file that is not sealed.
     const VERSION: u16 = 2;
     const OPEN: u16 = 1;
 
@@ -47,17 +47,17 @@ impl Renewal {
     }
 }
 
-/// Whether the hubs may know this node by keys that it has not taken yet.
+/// Whether a renewal is in progress: the hubs may already have the new keys.
 #[must_use]
 pub fn is_pending(dir: &StateDir) -> bool {
     Renewal::load(dir).is_ok_and(|r| r.is_some())
 }
 
-/// The same node, with new keys if its own have served for long and a hub enters them now; and
-/// with those of a renewal that was cut short. True if they are new.
+/// Replaces the node's keys if they are old and a hub accepts new ones, and completes an interrupted renewal. Returns
+/// the identity, and whether its keys are new.
 ///
 /// # Errors
-/// The disk says no. Hubs that don't answer are asked again at the next start.
+/// If a file cannot be read, written or removed. If no hub answers, the node keeps its keys and asks at its next start.
 pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Identity, bool)> {
     let node = node_of(&who.state, image)?;
     let alone = image.topology.hubs.iter().all(|hub| hub.name == node.name);
@@ -72,10 +72,11 @@ pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Iden
     };
     let granted = match renewal.granted.take() {
         Some(granted) => granted,
-        // Not before: cut between their files, key and certificate are of two times.
+        // The key and the certificate are in two files, so the agent stores both in `renewal.json` first. After a power
+        // loss it continues from there.
         None => match hubs(&who, node, image)?.renew(&renewal.keys).await {
             Ok(JoinReply::Granted(Grant { epoch, cert, .. })) => {
-                // Name constraints keep other hubs' issuers from signing a hub: it signs itself.
+                // Name constraints forbid other hubs' issuers to sign a hub, so a hub signs its own certificate.
                 let cert = match &who.state.issuer {
                     Some(issuer) if node.hub > 0 => issuer.node(&image.topology, node, &renewal.keys.tls.public()?)?,
                     _ => cert,
@@ -84,35 +85,35 @@ pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Iden
                 renewal.store(dir)?;
                 Granted { epoch, cert }
             }
-            Ok(JoinReply::Refused(no)) => {
-                println!("the keys stay as they are: {}", no.text);
-                if !no.reason.passes() {
+            Ok(JoinReply::Refused(refusal)) => {
+                println!("renewal of the keys refused: {}; the old keys stay in use", refusal.text);
+                if !refusal.reason.passes() {
                     dir.remove(FILE)?;
                 }
                 return Ok((who, false));
             }
             Err(e) => {
-                println!("the keys stay as they are for now: {e}");
+                println!("renewal of the keys failed: {e}; the next start tries again");
                 return Ok((who, false));
             }
         },
     };
     let state = State { epoch: granted.epoch, cert: granted.cert, ..who.state };
-    // Cut between these, it begins again at the first.
+    // After a power loss between these steps, the next start repeats them.
     renewal.keys.store(dir)?;
     state.store(dir)?;
     dir.remove(FILE)?;
-    println!("{}: new keys, {} in the mesh (epoch {})", state.slot, renewal.keys.mesh_public()?, state.epoch);
+    println!("{}: keys renewed, the mesh key is {} (epoch {})", state.slot, renewal.keys.mesh_public()?, state.epoch);
     Ok((Identity { keys: renewal.keys, state, ..who }, true))
 }
 
-/// Takes over etcd passwords that this node's roles need and its state, of an earlier version, does not have:
-/// a hub answers a renewal with the present keys with the same grant, and the passwords in it. Services are
-/// rendered with them from then on.
+/// Requests the etcd passwords that this node's roles need and its state, written by an earlier version, does not have.
+/// The node sends a renewal with its current keys, and the hub replies with the same grant, which has the passwords.
+/// The agent renders services with them from then on.
 ///
 /// # Errors
-/// The state can't be written. Without an answer within 5 seconds, or from a hub that has none either, the node
-/// goes on without, and asks at its next start.
+/// If the state cannot be written. If no hub replies within 5 s, or the hub does not have the passwords either, the
+/// node starts without them, and asks at its next start.
 pub async fn take_missing_passwords(dir: &StateDir, mut who: Identity, image: &Image) -> Result<Identity> {
     let node = node_of(&who.state, image)?;
     let secrets = &who.state.secrets;
@@ -129,13 +130,13 @@ pub async fn take_missing_passwords(dir: &StateDir, mut who: Identity, image: &I
         who.state.secrets.etcd_root = secrets.etcd_root;
         who.state.secrets.etcd_patroni = secrets.etcd_patroni;
         who.state.store(dir)?;
-        println!("{}: etcd passwords taken over from a hub", node.name);
+        println!("{}: received etcd passwords from a hub", node.name);
     }
     Ok(who)
 }
 
 fn hubs(who: &Identity, node: &Node, image: &Image) -> Result<Hubs> {
-    // The mesh is not up yet.
+    // The mesh is not up yet, so the hubs' public endpoints are used.
     let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
     Ok(hubs.known_by(who.neighbourhood.clone()))
 }

@@ -1,9 +1,10 @@
-//! Seals what a node keeps for this machine's TPM, if it has one. systemd does it
-//! (`io.systemd.Credentials`, a Varlink service); the agent does not touch the TPM.
+//! Seals a node's state to the machine's TPM 2.0, if there is one. The agent calls systemd's Varlink service
+//! [`io.systemd.Credentials`], and does not access the TPM itself.
 //!
-//! Without a TPM nothing is sealed: systemd's key for that case lies on the same disk, and systemd
-//! deletes it where the machine's id is another, so that a disk that was only tried in another machine
-//! would no longer be a node in its own.
+//! Without a TPM the agent seals nothing. systemd's key for that case is on the same disk, and systemd deletes it when
+//! the machine id changes. A disk that was only tried in another machine could then not return to its own.
+//!
+//! [`io.systemd.Credentials`]: https://systemd.io/CREDENTIALS/
 
 use std::fmt::Display;
 use std::fs;
@@ -19,10 +20,10 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 
-/// A TPM takes a second for what it does; one that is silent for longer is asked again.
+/// Longest wait for a reply. A TPM usually needs about a second. The agent retries after this time.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Where sealing is asked for.
+/// Client of the sealing service: the path of its socket.
 #[derive(Clone, Debug)]
 pub struct Sealer(PathBuf);
 
@@ -34,36 +35,39 @@ struct Reply {
 }
 
 impl Sealer {
-    /// None without a TPM 2.0.
+    /// Returns the sealer of this machine; `None` without a TPM 2.0.
     #[must_use]
     pub fn of_node() -> Option<Self> {
         let has_tpm = fs::read_dir("/sys/class/tpmrm").is_ok_and(|mut all| all.next().is_some());
         has_tpm.then(|| Self("/run/systemd/io.systemd.Credentials".into()))
     }
 
-    /// Seals bytes under a name, without which they don't open.
+    /// Seals bytes under a name. They open only under the same name.
     ///
     /// # Errors
-    /// systemd says no.
+    /// If systemd does not reply, or cannot seal the bytes.
     pub fn seal(&self, name: &str, bytes: &[u8]) -> Result<String> {
         let open = json!({ "name": name, "data": encoding::encode(bytes) });
         self.call("Encrypt", &open, "blob")?.map_err(|why| {
             Error::Failed(format!(
-                "{name} could not be sealed for this machine's TPM ({why}); clear the TPM, or switch it off, in the \
-                 firmware's menu"
+                "cannot seal {name} for this machine's TPM ({why}); clear the TPM, or switch it off, in the firmware's \
+                 menu"
             ))
         })
     }
 
+    /// Opens sealed bytes.
+    ///
     /// # Errors
-    /// It was sealed for another TPM, under another name, or was damaged.
+    /// If systemd does not reply, or the bytes were sealed to another TPM, under another name, or are damaged.
     pub fn open(&self, name: &str, sealed: &str) -> Result<Vec<u8>> {
-        let told = self.call("Decrypt", &json!({ "name": name, "blob": sealed }), "data")?;
-        told.and_then(|data| encoding::decode(&data).ok_or_else(|| "no Base64".to_owned()))
+        let reply = self.call("Decrypt", &json!({ "name": name, "blob": sealed }), "data")?;
+        reply
+            .and_then(|data| encoding::decode(&data).ok_or_else(|| "the reply is not base64".to_owned()))
             .map_err(|why| not_here(name, &why))
     }
 
-    /// What systemd answers, or why it does not.
+    /// Calls a method. Returns `field` of the reply, or the name of systemd's error.
     fn call(&self, method: &str, parameters: &Value, field: &str) -> Result<Result<String, String>> {
         let call = json!({ "method": format!("io.systemd.Credentials.{method}"), "parameters": parameters });
         let mut reply = Vec::new();
@@ -75,28 +79,28 @@ impl Sealer {
         };
         exchange().map_err(Error::io("ask", &self.0))?;
         let broken = |e: &dyn Display| Error::Failed(format!("{}: {e}", self.0.display()));
-        let whole = reply.strip_suffix(&[0]).ok_or_else(|| broken(&"no answer"))?;
+        let whole = reply.strip_suffix(&[0]).ok_or_else(|| broken(&"no reply"))?;
         let reply: Reply = serde_json::from_slice(whole).map_err(|e| broken(&e))?;
-        // What systemd makes of TPM_RC_LOCKOUT.
+        // systemd returns this error for TPM_RC_LOCKOUT.
         if reply.parameters.get("errno").and_then(Value::as_i64) == Some(Errno::ENOLCK as i64) {
             return Err(Error::Failed(
-                "this machine's TPM is locked: it takes power cuts for attempts to guess a password, and somebody gave \
-                 it an owner's password; it opens by itself, in minutes or a day, and is asked until then"
+                "this machine's TPM is locked: it counts power losses as failed authorizations, and has an owner \
+                 password, so the lock cannot be reset; the agent tries again until the TPM unlocks, in minutes or a day"
                     .to_owned(),
             ));
         }
         Ok(match (reply.error, reply.parameters.get(field).and_then(Value::as_str)) {
             (None, Some(bytes)) => Ok(bytes.to_owned()),
-            (error, _) => Err(error.unwrap_or_else(|| "an empty answer".to_owned())),
+            (error, _) => Err(error.unwrap_or_else(|| "the reply is empty".to_owned())),
         })
     }
 }
 
-/// What was sealed does not open.
+/// Returns the error for sealed bytes that do not open.
 pub fn not_here(name: &str, why: &str) -> Error {
     Error::Failed(format!(
-        "{name} was sealed for the TPM of another machine, or for this one's before it was cleared ({why}); put the \
-         disk back where it was, or wipe /var to make this a new node"
+        "{name} was sealed for the TPM of another machine, or for this one's before it was cleared ({why}); put the disk \
+         back into its machine, or wipe /var to make this a new node"
     ))
 }
 
@@ -107,7 +111,7 @@ pub mod tests {
     use std::path::Path;
     use std::thread;
 
-    /// Answers as systemd does, with the name in the place of a key; a machine more is another one.
+    /// Serves the protocol of systemd. The machine's number and the name take the place of a key.
     pub fn machine(dir: &Path, number: u8) -> Sealer {
         let socket = dir.join(format!("credentials-{number}"));
         let listener = UnixListener::bind(&socket).unwrap();
@@ -138,7 +142,7 @@ pub mod tests {
     }
 
     #[test]
-    fn what_is_sealed_opens_here_by_its_name_and_nowhere_else() {
+    fn sealed_bytes_open_only_here_and_under_their_name() {
         let dir = tempfile::tempdir().unwrap();
         let here = machine(dir.path(), 1);
         let sealed = here.seal("keys.json", b"secret").unwrap();
@@ -146,13 +150,13 @@ pub mod tests {
         for (machine, name) in [(&here, "state.json"), (&machine(dir.path(), 2), "keys.json")] {
             let e = machine.open(name, &sealed).unwrap_err();
             assert!(e.to_string().contains("TPM of another machine") && e.to_string().contains("NameMismatch"), "{e}");
-            // It may be the TPM's mood: it is asked again.
+            // The TPM's error may be temporary, so the agent retries.
             assert_eq!(e.exit_code(), 1);
         }
     }
 
     #[test]
-    fn a_tpm_that_is_locked_is_not_another_machines() {
+    fn locked_tpm_differs_from_another_machines() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("locked");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -171,9 +175,9 @@ pub mod tests {
     }
 
     #[test]
-    fn without_an_answer_nothing_is_guessed() {
+    fn invalid_replies_are_errors() {
         let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("nobody");
+        let socket = dir.path().join("socket");
         assert!(Sealer(socket.clone()).seal("x", b"").unwrap_err().to_string().starts_with("cannot ask "));
         for reply in ["", "{}", "{}\0", "nonsense\0", "{\"parameters\":{\"blob\":7}}\0"] {
             let listener = UnixListener::bind(&socket).unwrap();

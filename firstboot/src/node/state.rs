@@ -1,9 +1,9 @@
-//! What a node remembers, in `/var/lib/bakehouse`: written whole or not at all.
+//! State of a node, in `/var/lib/bakehouse`. The agent writes each file atomically.
 //!
-//! An image that went back reads what the newer one wrote: a field may be added, and is left
-//! alone by who does not know it. Where that does not serve, the format's number rises, and
-//! `bakehouse plan` says that there is no way back. `fixtures/` keeps what was ever written.
-//! What is there stays as it is, for that reason also unsealed.
+//! After a rollback, an older image reads the state of a newer one. A newer version may add fields, because the older
+//! one ignores unknown fields. Any other change needs a higher format number, and `bakehouse plan` then warns that
+//! nodes cannot roll back. `fixtures/` has the files of all earlier versions. For the same reason the agent does not
+//! seal existing files that are not sealed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -19,57 +19,62 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::node::seal::{Sealer, not_here};
 
-/// The folder of what a node remembers.
+/// Folder of a node's state.
 #[derive(Clone, Debug)]
 pub struct StateDir {
     path: PathBuf,
     sealer: Option<Sealer>,
 }
 
-/// A file as it is on the disk.
+/// A sealed file.
 #[derive(Serialize, Deserialize)]
 struct Sealed {
     version: u16,
     sealed: String,
 }
 
-/// Who this node is: its grant, or what its founder's ticket said.
+/// Identity of the node, from its grant or its founder's ticket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     pub(crate) version: u16,
+    /// Name of the fleet.
     pub fleet: String,
+    /// Name of the slot.
     pub slot: String,
-    /// Counts the keys the slot has had.
+    /// Epoch of the slot's record.
     pub epoch: u64,
-    /// The fleet root's certificate, PEM.
+    /// The fleet's root certificate, PEM.
     pub root: String,
-    /// Where hubs are, if not where `fleet.toml` says.
+    /// Endpoints of hubs, by slot, that replace those of `fleet.toml`.
     pub endpoints: BTreeMap<String, String>,
-    /// This node's certificate and its issuer's, PEM.
+    /// Certificates of this node and of its issuer, PEM.
     pub cert: String,
+    /// Passwords that the node's roles need.
     pub secrets: Secrets,
-    /// What a hub signs other nodes with.
+    /// Issuer with which a hub signs other nodes; `None` on nodes that are not hubs.
     pub issuer: Option<Issuer>,
 }
 
-/// Mesh keys of others, by slot: what brings the mesh back when nobody can be asked.
+/// Mesh keys of the other nodes, with which the mesh comes up when no hub answers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Neighbours {
     version: u16,
+    /// Mesh keys, by slot.
     pub keys: BTreeMap<String, MeshKey>,
-    /// Slots whose keys are etcd's word, on a founder.
+    /// On a founder: slots whose keys come from etcd.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub granted: BTreeSet<String>,
-    /// TLS keys of the current hubs, by slot: the only hubs that a node believes.
+    /// TLS keys of the current hubs, by slot. The node trusts no other hubs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub hubs: BTreeMap<String, String>,
 }
 
 impl State {
-    /// Format of what is in the file, and of a file that is not sealed; [`STATE_VERSION`] is the sealed file's.
+    /// Format of the content, and of a file that is not sealed. [`STATE_VERSION`] is the format of a sealed file.
     const OPEN: u16 = 2;
     const FILE: &str = "state.json";
 
+    /// Makes the state of a node without certificate and passwords.
     #[must_use]
     pub fn new(topology: &Topology, slot: &str, epoch: u64, root: &str) -> Self {
         Self {
@@ -85,14 +90,18 @@ impl State {
         }
     }
 
+    /// Loads the state; `None` if there is no file.
+    ///
     /// # Errors
-    /// The file is there and is not a state: nothing is guessed.
+    /// If the file cannot be read or unsealed, has another format, or is damaged.
     pub fn load(dir: &StateDir) -> Result<Option<Self>> {
         dir.read(Self::FILE, Self::OPEN..=STATE_VERSION)
     }
 
+    /// Stores the state.
+    ///
     /// # Errors
-    /// The disk says no; what was there before still is.
+    /// If the file cannot be sealed or written. The file of before is then unchanged.
     pub fn store(&self, dir: &StateDir) -> Result<()> {
         dir.write(Self::FILE, STATE_VERSION, self)
     }
@@ -101,34 +110,38 @@ impl State {
 impl Neighbours {
     const VERSION: u16 = 1;
 
+    /// Makes the content of the file.
     #[must_use]
     pub fn of(keys: BTreeMap<String, MeshKey>, granted: BTreeSet<String>, hubs: BTreeMap<String, String>) -> Self {
         Self { version: Self::VERSION, keys, granted, hubs }
     }
 
-    /// Empty where there is nothing to read: they can be asked for again.
+    /// Loads the keys; empty if the file is missing or damaged, because the node can ask the hubs again.
     #[must_use]
     pub fn load(dir: &Path) -> Self {
         match read_json(&dir.join("neighbours.json"), &(Self::VERSION..=Self::VERSION), None) {
             Ok(found) => found.unwrap_or_default(),
             Err(e) => {
-                eprintln!("{e}");
+                eprintln!("cannot load the peers' keys: {e}");
                 Self::default()
             }
         }
     }
 
+    /// Stores the keys.
+    ///
     /// # Errors
-    /// The disk says no; what was there before still is.
+    /// If the file cannot be written. The file of before is then unchanged.
     pub fn store(&self, dir: &Path) -> Result<()> {
         write_json(&dir.join("neighbours.json"), self)
     }
 }
 
-/// Who has each slot, as a founder last heard it from etcd.
+/// Records of the slots' owners, as a founder last read them from etcd.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlotRecords {
     version: u16,
+    /// Records, by slot.
     pub slots: BTreeMap<String, SlotRecord>,
 }
 
@@ -136,40 +149,43 @@ impl SlotRecords {
     const VERSION: u16 = 1;
     const FILE: &str = "slots.json";
 
+    /// Makes the content of the file.
     #[must_use]
     pub fn of(slots: BTreeMap<String, SlotRecord>) -> Self {
         Self { version: Self::VERSION, slots }
     }
 
-    /// Reads `slots.json` below `dir`; empty where there is nothing to read.
+    /// Loads `slots.json` below `dir`; empty if the file is missing or damaged.
     #[must_use]
     pub fn load(dir: &Path) -> Self {
         match read_json(&dir.join(Self::FILE), &(Self::VERSION..=Self::VERSION), None) {
             Ok(found) => found.unwrap_or_default(),
             Err(e) => {
-                eprintln!("{e}");
+                eprintln!("cannot load the slots' records: {e}");
                 Self::default()
             }
         }
     }
 
-    /// Writes `slots.json` below `dir`.
+    /// Stores `slots.json` below `dir`.
     ///
     /// # Errors
-    /// It can't be written; the file of before is still there.
+    /// If the file cannot be written. The file of before is then unchanged.
     pub fn store(&self, dir: &Path) -> Result<()> {
         write_json(&dir.join(Self::FILE), self)
     }
 }
 
-/// A newer image that the boot loader passed over, as it does where the entry is damaged: it counts
-/// no try then.
+/// A newer image that the boot loader skipped, for example because the boot entry is damaged. The boot loader does not
+/// count a try then, so the agent counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PassedOver {
     version: u16,
+    /// Version of the image.
     pub image: String,
+    /// Number of boots that skipped the image.
     pub boots: u32,
-    /// The last of them.
+    /// Id of the last of these boots.
     boot_id: String,
 }
 
@@ -177,13 +193,13 @@ impl PassedOver {
     const VERSION: u16 = 1;
     const FILE: &str = "passed-over.json";
 
-    /// Counts this boot, once, where `pending` was there when it began.
+    /// Counts this boot once, if `pending` had a boot entry when the boot began.
     ///
     /// # Errors
-    /// The disk says no; what was there before still is.
+    /// If the file cannot be written or removed. The file of before is then unchanged.
     pub fn count(dir: &StateDir, pending: Option<&str>, boot_id: &str) -> Result<Self> {
         let path = dir.path.join(Self::FILE);
-        // What can't be read is of no more use than nothing.
+        // A damaged file counts as a missing one.
         let before: Option<Self> = read_json(&path, &(Self::VERSION..=Self::VERSION), None).unwrap_or_default();
         let Some(image) = pending else {
             if before.is_some() {
@@ -207,29 +223,30 @@ impl PassedOver {
 }
 
 impl StateDir {
-    /// A folder; what is secret is sealed from now on, if there is something to seal it with.
+    /// Opens a folder. With a sealer, [`Self::write`] seals secrets.
     #[must_use]
     pub fn new(path: &Path, sealer: Option<Sealer>) -> Self {
         Self { path: path.to_owned(), sealer }
     }
 
+    /// Returns the folder's path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Reads a secret that [`Self::write`] wrote; none if it is not there.
+    /// Reads a secret that [`Self::write`] wrote; `None` if there is no file.
     ///
     /// # Errors
-    /// It can't be read, is of another version, was sealed elsewhere, or is damaged.
+    /// If the file cannot be read, has another format, was sealed on another machine, or is damaged.
     pub fn read<T: DeserializeOwned>(&self, file: &str, versions: RangeInclusive<u16>) -> Result<Option<T>> {
         read_json(&self.path.join(file), &versions, self.sealer.as_ref())
     }
 
-    /// Writes a secret; `version` is the format of the sealed file.
+    /// Writes a secret. `version` is the format of the sealed file.
     ///
     /// # Errors
-    /// It can't be sealed, or the disk says no; what was there before still is.
+    /// If the file cannot be sealed or written. The file of before is then unchanged.
     pub fn write(&self, file: &str, version: u16, value: &impl Serialize) -> Result<()> {
         let path = self.path.join(file);
         let Some(sealer) = &self.sealer else { return write_json(&path, value) };
@@ -237,10 +254,10 @@ impl StateDir {
         write_json(&path, &Sealed { version, sealed: sealer.seal(file, &open)? })
     }
 
-    /// Forgets what [`Self::write`] wrote.
+    /// Removes a file that [`Self::write`] wrote.
     ///
     /// # Errors
-    /// The disk says no.
+    /// If the file cannot be removed.
     pub fn remove(&self, file: &str) -> Result<()> {
         let path = self.path.join(file);
         fs::remove_file(&path).map_err(Error::io("remove", &path))?;
@@ -273,7 +290,7 @@ fn read_json<T: DeserializeOwned>(
     let found: Outside = serde_json::from_slice(&bytes).map_err(damaged)?;
     if !versions.contains(&found.version) {
         return Err(Error::Configuration(format!(
-            "{} has format {}, this agent reads {}; boot the version of the image that wrote it",
+            "{} has format {}, and this agent reads format {}; boot the version of the image that wrote it",
             path.display(),
             found.version,
             versions.end()
@@ -290,10 +307,11 @@ fn read_json<T: DeserializeOwned>(
     serde_json::from_slice(&open).map(Some).map_err(damaged)
 }
 
-/// Writes beside, fsyncs, renames, fsyncs the folder: a power cut leaves the old or the new.
+/// Writes a temporary file, syncs it, renames it, and syncs the folder. After a power loss, the disk has either the old
+/// or the new file.
 ///
 /// # Errors
-/// The disk says no.
+/// If the file cannot be written.
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::Failed(e.to_string()))?;
     bytes.push(b'\n');
@@ -322,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn state_is_kept_and_private() {
+    fn stored_state_is_private() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(State::load(&StateDir::new(dir.path(), None)).unwrap(), None);
         state().store(&StateDir::new(dir.path(), None)).unwrap();
@@ -332,12 +350,12 @@ mod tests {
     }
 
     #[test]
-    fn a_boot_that_passed_an_image_over_counts_once() {
+    fn skipped_image_counts_once_a_boot() {
         let dir = tempfile::tempdir().unwrap();
         let states = StateDir::new(dir.path(), None);
         let boots = |pending, boot_id| PassedOver::count(&states, pending, boot_id).unwrap().boots;
         assert_eq!(boots(None, "a"), 0);
-        // The agent may start twice in a boot.
+        // The agent can start twice in a boot.
         assert_eq!([boots(Some("2"), "b"), boots(Some("2"), "b"), boots(Some("2"), "c")], [1, 1, 2]);
         assert_eq!(boots(Some("3"), "d"), 1, "another image");
         assert_eq!([boots(None, "e"), boots(Some("3"), "f")], [0, 1]);
@@ -346,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_secret_is_sealed_and_what_was_there_before_is_read() {
+    fn seals_state_and_reads_unsealed_state() {
         let dir = tempfile::tempdir().unwrap();
         let sealer = crate::node::seal::tests::machine(dir.path(), 1);
         let states = StateDir::new(dir.path(), Some(sealer));
@@ -356,19 +374,19 @@ mod tests {
         let text = fs::read_to_string(dir.path().join("state.json")).unwrap();
         assert!(!text.contains("hub-1"), "{text}");
         assert_eq!(State::load(&states).unwrap(), Some(state()));
-        // An agent of before says whose it is, and starts no new node.
+        // An older agent refuses the format, and does not make a new node.
         let older = read_json::<State>(&dir.path().join("state.json"), &(2..=2), None).unwrap_err();
         assert!(older.to_string().contains("has format 3") && older.exit_code() == 78, "{older}");
-        // And so does a machine without a TPM.
+        // A machine without a TPM refuses the file, too.
         let elsewhere = State::load(&StateDir::new(dir.path(), None)).unwrap_err();
         assert!(elsewhere.to_string().contains("(this machine has none)"), "{elsewhere}");
-        // The file of one thing is not another's.
+        // A sealed file does not open under another name.
         fs::rename(dir.path().join("state.json"), dir.path().join("keys.json")).unwrap();
         assert!(states.read::<State>("keys.json", 2..=3).is_err());
     }
 
     #[test]
-    fn half_a_write_beside_changes_nothing() {
+    fn incomplete_temporary_file_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         state().store(&StateDir::new(dir.path(), None)).unwrap();
         fs::write(dir.path().join("state.new"), b"{\"ver").unwrap();
@@ -378,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_or_newer_state_is_not_a_new_node() {
+    fn damaged_or_newer_state_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         for text in ["", "{", "{\"version\":9}", "{\"version\":2,\"fleet\":\"a\"}"] {
             fs::write(dir.path().join("state.json"), text).unwrap();
@@ -386,23 +404,23 @@ mod tests {
         }
     }
 
-    /// Reads what a version of bakehouse wrote, and the same with a field that a later one added.
+    /// Reads a file of an earlier version, also with a field that a later version added.
     fn read<T: DeserializeOwned + Serialize>(path: &Path) -> serde_json::Value {
         let text = fs::read_to_string(path).unwrap();
         let mut later: serde_json::Value = serde_json::from_str(&text).unwrap();
         let earlier = serde_json::to_value(serde_json::from_str::<T>(&text).unwrap()).unwrap();
-        assert_eq!(earlier, later, "{} was not kept whole", path.display());
+        assert_eq!(earlier, later, "a field of {} was lost", path.display());
         later["a later field"] = 1.into();
         serde_json::from_value::<T>(later).unwrap();
         earlier
     }
 
     #[test]
-    fn what_earlier_versions_wrote_is_read() {
+    fn reads_state_of_earlier_versions() {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
         for version in fs::read_dir(fixtures).unwrap() {
             let dir = version.unwrap().path();
-            // On the node, by the functions that the agent reads it with.
+            // Files on the node.
             let states = StateDir::new(&dir, None);
             let state = State::load(&states).unwrap().unwrap();
             assert_eq!((state.slot.as_str(), state.secrets.odoo.as_str()), ("hub-1", "password of odoo"));
@@ -410,7 +428,7 @@ mod tests {
             let keys = crate::node::keys::Keys::load_or_make(&states).unwrap();
             assert_eq!(keys.mesh_public().unwrap().to_string(), "B07PggAHt1Z+blnesUGIXbtvHiydXHGEoaAWxICOiHk=");
             read::<State>(&dir.join("state.json"));
-            // In etcd.
+            // Values in etcd.
             read::<fleet::SlotRecord>(&dir.join("slot.json"));
             read::<fleet::Report>(&dir.join("report.json"));
             read::<fleet::UpdateLock>(&dir.join("turn.json"));
@@ -418,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_neighbours_are_asked_for_again() {
+    fn damaged_neighbours_are_empty() {
         let dir = tempfile::tempdir().unwrap();
         let keys = BTreeMap::from([("hub-1".to_owned(), MeshKey([7; 32]))]);
         Neighbours::of(keys.clone(), BTreeSet::new(), BTreeMap::new()).store(dir.path()).unwrap();
@@ -429,7 +447,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic(bytes: Vec<u8>) {
+        fn load_never_panics(bytes: Vec<u8>) {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join("state.json"), bytes).unwrap();
             let _ = State::load(&StateDir::new(dir.path(), None));

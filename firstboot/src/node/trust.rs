@@ -1,11 +1,11 @@
-//! Which answers of hubs a node acts on.
+//! Decides which replies of hubs a node acts on.
 //!
-//! Certificates have no end, so a machine that was a hub can answer long after its eviction. A node
-//! therefore knows the current hubs by their TLS keys ("pins"), which come from etcd's records. What
-//! stops a node or redirects it (it is fenced, or is to leave; a hub is gone, or has another key)
-//! counts when two such hubs say it in one round, and never on the word of the hub it is about.
-//! Where there is only one other hub, that one's word counts, unless the hub that it is about answers. The operator's
-//! signed order to evict a hub counts from whichever hub hands it out.
+//! Certificates do not expire, so a machine that was a hub can reply long after its eviction. A node therefore stores
+//! the TLS keys of the current hubs ("pins"), which come from etcd's records. Some replies stop a node or redirect it:
+//! the node is fenced or has to leave, or a hub has left or has another key. The node acts on such a reply when two
+//! pinned hubs send it in one round. The hub that the reply is about does not count. If there is only one other hub,
+//! its reply is enough, unless the hub that it is about also replies. An order of the operator to evict a hub is
+//! signed, so one hub is enough to deliver it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,70 +14,75 @@ use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use webpki::{EndEntityCert, ring::ECDSA_P256_SHA256};
 
-/// One hub's answer, and the TLS key that it came with.
+/// A hub's reply, and the TLS key of its connection.
 #[derive(Clone, Debug)]
 pub struct HubAnswer {
+    /// Slot of the hub.
     pub hub: String,
-    /// Base64, as in [`fleet::SlotRecord`].
+    /// Base64 of the TLS key, as in [`fleet::SlotRecord`].
     pub tls_key: String,
+    /// The reply.
     pub peers: Peers,
-    /// Slots and TLS keys of hubs that the operator evicted, as the orders prove that it hands out.
+    /// Slots and TLS keys of evicted hubs, from orders in the reply whose signature is valid.
     pub evicted: BTreeSet<(String, String)>,
 }
 
-/// What a node knows before it asks.
+/// Data of the node before a round.
 pub struct Known<'a> {
-    /// Its own slot and epoch.
+    /// Slot and epoch of the node.
     pub own: (&'a str, u64),
-    /// Hubs of the plan.
+    /// Hubs of the topology.
     pub plan: &'a [String],
-    /// TLS keys of the current hubs, by slot; empty where no round has told them yet.
+    /// TLS keys of the current hubs, by slot; empty before the first successful round.
     pub pins: &'a BTreeMap<String, String>,
     /// Mesh keys of hubs and other founders.
     pub keys: &'a BTreeMap<String, MeshKey>,
-    /// It has not been granted its slot, as far as it knows: it stops at one hub's word.
+    /// Whether the node, as far as it knows, has no grant yet. One hub is then enough to stop it.
     pub is_new: bool,
 }
 
-/// What a node is to the fleet.
+/// Standing of a node in the fleet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Standing {
-    /// The owner of its slot, as far as enough hubs say.
+    /// The node owns its slot.
     #[default]
     Owner,
-    /// It is to leave.
+    /// The node has to leave.
     Leaving,
-    /// Another machine has its slot since this epoch.
+    /// Another machine has the slot since this epoch.
     Fenced(u64),
-    /// No machine has its slot.
+    /// No machine has the slot.
     Left,
 }
 
-/// Whose answers were believed.
+/// Kind of hubs whose replies counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Heard {
+    /// No reply counted.
     #[default]
     None,
-    /// Hubs with the keys that the node knows, or any where it knows none.
+    /// Hubs with pinned keys, or all hubs if the node has no pins.
     Known,
-    /// No such hub: hubs that confirm each other's keys.
+    /// Hubs without pinned keys that confirm each other's keys.
     Confirmed,
 }
 
-/// What follows from one round.
+/// Result of a round.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
+    /// Standing of the node.
     pub standing: Standing,
-    /// Mesh keys that change; `None` where a slot has no owner.
+    /// Mesh keys that change, by slot; `None` for a slot without an owner.
     pub keys: BTreeMap<String, Option<MeshKey>>,
-    /// Hubs' TLS keys that change; `None` where a hub's slot has no owner.
+    /// TLS keys of hubs that change, by slot; `None` for a slot without an owner.
     pub pins: BTreeMap<String, Option<String>>,
-    /// A hub says something new that too few others confirm: the node asks again soon.
+    /// Whether a hub reports something new that too few others confirm. The node then asks again soon.
     pub is_open: bool,
+    /// Kind of hubs whose replies counted.
     pub heard: Heard,
 }
 
-/// Decides what a node acts on after one round.
+/// Decides what a node acts on after a round.
 #[must_use]
 pub fn decide(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
     let evicted: BTreeSet<&(String, String)> = answers.iter().flat_map(|answer| &answer.evicted).collect();
@@ -93,9 +98,9 @@ pub fn decide(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
     decision
 }
 
-/// As [`decide`], by the answers of hubs that were not evicted.
+/// As [`decide`], with the replies of hubs that were not evicted.
 fn decide_among(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
-    let votes = believed(known, answers);
+    let votes = counted(known, answers);
     let is_known = |vote: &&HubAnswer| known.pins.is_empty() || known.pins.get(&vote.hub) == Some(&vote.tls_key);
     let heard = match votes.first() {
         None => Heard::None,
@@ -105,9 +110,9 @@ fn decide_among(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
     let mut decision = Decision { heard, ..Decision::default() };
     let (own, own_epoch) = known.own;
 
-    let count = |says: &dyn Fn(&Peers) -> bool| votes.iter().filter(|v| says(&v.peers)).count();
+    let count = |holds: &dyn Fn(&Peers) -> bool| votes.iter().filter(|v| holds(&v.peers)).count();
     let needed = if known.is_new { 1 } else { needed(known, None) };
-    // A hub that has not heard of this node's grant yet still names the owner before.
+    // A hub that has not seen this node's grant yet still reports the previous owner.
     let is_fenced = |p: &Peers| p.fenced.is_some_and(|epoch| epoch >= own_epoch);
     let (fenced, leaving) = (count(&is_fenced), count(&|p| p.leaving));
     let left = count(&|p| is_fenced(p) && p.vacant.contains(own));
@@ -142,9 +147,9 @@ fn decide_among(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
     decision
 }
 
-/// Answers that count. Of a hub whose key is not the pinned one, none does, unless no pinned hub
-/// answers at all, as after months without power: then those of hubs that confirm each other's keys.
-fn believed<'a>(known: &Known<'_>, answers: &'a [HubAnswer]) -> Vec<&'a HubAnswer> {
+/// Returns the replies that count: those of pinned hubs. If no pinned hub replies, as after months without power, the
+/// replies of hubs count that confirm each other's keys.
+fn counted<'a>(known: &Known<'_>, answers: &'a [HubAnswer]) -> Vec<&'a HubAnswer> {
     let planned = answers.iter().filter(|a| known.plan.contains(&a.hub) && a.hub != known.own.0);
     if known.pins.is_empty() {
         return planned.collect();
@@ -161,7 +166,7 @@ fn believed<'a>(known: &Known<'_>, answers: &'a [HubAnswer]) -> Vec<&'a HubAnswe
     planned.iter().copied().filter(confirmed).collect()
 }
 
-/// How many hubs have to say something about `subject`.
+/// Returns the number of hubs that have to agree on something about `subject`.
 fn needed(known: &Known<'_>, subject: Option<&str>) -> usize {
     let is_elector = |slot: &&String| **slot != known.own.0 && Some(slot.as_str()) != subject;
     let electors = if known.pins.is_empty() {
@@ -172,22 +177,24 @@ fn needed(known: &Known<'_>, subject: Option<&str>) -> usize {
     electors.clamp(1, 2)
 }
 
-/// What the votes say of one thing.
+/// Result of a vote on one value.
 enum Agreed<T> {
+    /// Enough hubs agree on this value.
     On(T),
-    /// Too few say each of these, or several say each of several.
+    /// Too few hubs agree on each of these values, or enough hubs agree on several.
     Open(Vec<T>),
+    /// No hub has a value.
     No,
 }
 
-/// What enough hubs say of `subject`. Its own word counts only for the first pins, where its
-/// connection proves that it has the key.
+/// Returns the value of `subject` on which enough hubs agree. The reply of `subject` itself counts only for the first
+/// pins (`first`), for which its connection proves that it has the key.
 fn agreed<T: Clone + PartialEq>(
     known: &Known<'_>,
     votes: &[&HubAnswer],
     subject: &str,
     first: bool,
-    says: impl Fn(&Peers) -> Option<T>,
+    value_of: impl Fn(&Peers) -> Option<T>,
 ) -> Agreed<T> {
     let needed = needed(known, (!first).then_some(subject));
     let mut values: Vec<(T, usize)> = Vec::new();
@@ -196,7 +203,7 @@ fn agreed<T: Clone + PartialEq>(
         if vote.hub == subject && !proves {
             continue;
         }
-        let Some(value) = says(&vote.peers) else { continue };
+        let Some(value) = value_of(&vote.peers) else { continue };
         match values.iter_mut().find(|(there, _)| *there == value) {
             Some((_, count)) => *count += 1,
             None => values.push((value, 1)),
@@ -204,8 +211,8 @@ fn agreed<T: Clone + PartialEq>(
     }
     let mut enough = values.iter().filter(|(_, count)| *count >= needed);
     match (enough.next(), enough.next()) {
-        // One hub alone says it, and the one that it is about answers with the key that the node knows: which of them
-        // lies can't be known here. The operator's order decides.
+        // Only one hub sends the value, and the hub that it is about also replies, with the pinned key. The node cannot
+        // detect which of the two lies. The operator's order decides.
         (Some((value, 1)), None) if !first && votes.iter().any(|vote| vote.hub == subject) => {
             Agreed::Open(vec![value.clone()])
         }
@@ -244,8 +251,8 @@ mod tests {
         MeshKey([hub.as_bytes()[hub.len() - 1]; 32])
     }
 
-    /// A hub's honest answer where `hubs` are the current ones.
-    fn says(hub: &str, hubs: &[&str], change: impl FnOnce(&mut Peers)) -> HubAnswer {
+    /// Returns the correct reply of a hub if `hubs` are the current hubs.
+    fn reply(hub: &str, hubs: &[&str], change: impl FnOnce(&mut Peers)) -> HubAnswer {
         let mut peers = Peers {
             keys: keys(hubs),
             hubs: pins(hubs),
@@ -269,9 +276,9 @@ mod tests {
     const THREE: [&str; 3] = ["hub-1", "hub-2", "hub-3"];
 
     #[test]
-    fn one_hub_alone_stops_and_redirects_no_node() {
+    fn one_hub_alone_neither_stops_nor_redirects_a_node() {
         let lies = |hub: &str| {
-            says(hub, &THREE, |p| {
+            reply(hub, &THREE, |p| {
                 p.fenced = Some(99_999);
                 p.leaving = true;
                 p.keys.insert("hub-1".into(), KEY);
@@ -281,8 +288,8 @@ mod tests {
         };
         for answers in [
             vec![lies("hub-2")],
-            vec![lies("hub-2"), says("hub-1", &THREE, |_| {}), says("hub-3", &THREE, |_| {})],
-            // The attacker shows certificates of its own issuer for the others.
+            vec![lies("hub-2"), reply("hub-1", &THREE, |_| {}), reply("hub-3", &THREE, |_| {})],
+            // The attacker presents certificates of its own issuer for the other hubs.
             vec![
                 lies("hub-2"),
                 HubAnswer { tls_key: "key of the attacker".into(), ..lies("hub-1") },
@@ -297,20 +304,20 @@ mod tests {
     }
 
     #[test]
-    fn what_two_hubs_say_counts() {
+    fn node_acts_if_two_hubs_agree() {
         let gone = |hub: &str| {
-            says(hub, &["hub-1", "hub-3"], |p| {
+            reply(hub, &["hub-1", "hub-3"], |p| {
                 p.vacant.insert("hub-2".into());
             })
         };
-        let lie = says("hub-2", &THREE, |p| p.fenced = Some(99));
+        let lie = reply("hub-2", &THREE, |p| p.fenced = Some(99));
         let decision = worker(3, &THREE, &[gone("hub-1"), lie, gone("hub-3")]);
         assert_eq!(decision.keys, BTreeMap::from([("hub-2".to_owned(), None)]));
         assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), None)]));
         assert_eq!(decision.standing, Standing::Owner);
-        // New keys of a hub; the node itself is fenced, or is to leave.
+        // A hub has new keys. The node itself is fenced, or has to leave.
         let renewed = |hub: &str| {
-            says(hub, &THREE, |p| {
+            reply(hub, &THREE, |p| {
                 p.keys.insert("hub-2".into(), KEY);
                 p.hubs.insert("hub-2".into(), "next".into());
             })
@@ -318,34 +325,34 @@ mod tests {
         let decision = worker(3, &THREE, &[renewed("hub-1"), renewed("hub-3")]);
         assert_eq!(decision.keys, BTreeMap::from([("hub-2".to_owned(), Some(KEY))]));
         assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), Some("next".to_owned()))]));
-        let fenced = |hub: &str, epoch| says(hub, &THREE, |p| p.fenced = Some(epoch));
+        let fenced = |hub: &str, epoch| reply(hub, &THREE, |p| p.fenced = Some(epoch));
         assert_eq!(worker(3, &THREE, &[fenced("hub-1", 4), fenced("hub-3", 4)]).standing, Standing::Fenced(4));
-        // Of the owner before this node.
+        // The epoch of the previous owner.
         assert_eq!(worker(3, &THREE, &[fenced("hub-1", 2), fenced("hub-3", 2)]).standing, Standing::Owner);
-        let leaving = |hub: &str| says(hub, &THREE, |p| p.leaving = true);
+        let leaving = |hub: &str| reply(hub, &THREE, |p| p.leaving = true);
         assert_eq!(worker(3, &THREE, &[leaving("hub-1"), leaving("hub-3")]).standing, Standing::Leaving);
-        let one = worker(3, &THREE, &[leaving("hub-1"), says("hub-3", &THREE, |_| {})]);
+        let one = worker(3, &THREE, &[leaving("hub-1"), reply("hub-3", &THREE, |_| {})]);
         assert!(one.standing == Standing::Owner && one.is_open);
     }
 
     #[test]
-    fn the_only_other_hub_is_believed() {
-        let only = says("hub-1", &["hub-1"], |p| p.fenced = Some(3));
+    fn only_other_hub_is_enough() {
+        let only = reply("hub-1", &["hub-1"], |p| p.fenced = Some(3));
         assert_eq!(worker(1, &["hub-1"], std::slice::from_ref(&only)).standing, Standing::Fenced(3));
         assert_eq!(worker(1, &["hub-1"], &[HubAnswer { tls_key: "another".into(), ..only }]).standing, Standing::Owner);
-        // Of two, one is gone; but not where each says it of the other.
+        // One of two hubs has left.
         let two = ["hub-1", "hub-2"];
         let gone = |hub: &str, other: &str| {
-            says(hub, &two, |p| {
+            reply(hub, &two, |p| {
                 p.vacant.insert(other.into());
             })
         };
         let decision = worker(2, &two, &[gone("hub-1", "hub-2")]);
         assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), None)]));
-        // A hub that answers is not gone because the other one says so: one of two that was taken over must not
-        // take the other's place.
+        // A hub that replies has not left, whatever the other hub reports. Otherwise a compromised hub could exclude
+        // the other one.
         for answers in
-            [[gone("hub-1", "hub-2"), gone("hub-2", "hub-1")], [gone("hub-1", "hub-2"), says("hub-2", &two, |_| {})]]
+            [[gone("hub-1", "hub-2"), gone("hub-2", "hub-1")], [gone("hub-1", "hub-2"), reply("hub-2", &two, |_| {})]]
         {
             let decision = worker(2, &two, &answers);
             assert!(decision.pins.is_empty() && decision.keys.is_empty() && decision.is_open);
@@ -353,10 +360,10 @@ mod tests {
     }
 
     #[test]
-    fn the_operators_order_decides_between_two_hubs() {
+    fn operators_order_decides_between_two_hubs() {
         let two = ["hub-1", "hub-2"];
         let gone = |hub: &str, other: &str| {
-            says(hub, &two, |p| {
+            reply(hub, &two, |p| {
                 p.vacant.insert(other.into());
             })
         };
@@ -369,13 +376,13 @@ mod tests {
         assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), None)]));
         assert_eq!(decision.keys, BTreeMap::from([("hub-2".to_owned(), None)]));
         assert_eq!((decision.standing, decision.heard), (Standing::Owner, Heard::Known));
-        // An order against an owner before is none against this one.
+        // An order against the previous owner does not apply to this one.
         let decision = worker(2, &two, &[proves("key of an owner before"), lie.clone()]);
         assert!(decision.pins.is_empty() && decision.keys.is_empty() && decision.is_open);
-        // The machine that has the slot afterwards is a hub again, whatever the evicted one says.
+        // The next machine in the slot is a hub again, whatever the evicted one replies.
         let next = HubAnswer {
             evicted: BTreeSet::from([("hub-2".to_owned(), "key of hub-2".to_owned())]),
-            ..says("hub-1", &two, |p| {
+            ..reply("hub-1", &two, |p| {
                 p.hubs.insert("hub-2".into(), "next".into());
                 p.keys.insert("hub-2".into(), KEY);
             })
@@ -386,23 +393,24 @@ mod tests {
     }
 
     #[test]
-    fn the_first_pins_are_what_two_hubs_say_of_each_other() {
-        let all = |hub: &str| says(hub, &THREE, |_| {});
+    fn first_pins_need_two_hubs_that_confirm_each_other() {
+        let all = |hub: &str| reply(hub, &THREE, |_| {});
         assert!(worker(3, &[], &[all("hub-1")]).pins.is_empty());
         assert_eq!(worker(3, &[], &[all("hub-1"), all("hub-2")]).pins.len(), 3);
-        // One of the version before says none; nor does a hub that lies alone become the only one.
-        let old = says("hub-1", &THREE, |p| p.hubs.clear());
+        // A hub of the previous version sends no pins.
+        let old = reply("hub-1", &THREE, |p| p.hubs.clear());
         assert!(worker(3, &[], &[old, all("hub-2")]).pins.is_empty());
-        let lie = says("hub-2", &THREE, |p| p.hubs = BTreeMap::from([("hub-2".into(), "key of hub-2".into())]));
+        // A hub that lies alone does not become the only hub.
+        let lie = reply("hub-2", &THREE, |p| p.hubs = BTreeMap::from([("hub-2".into(), "key of hub-2".into())]));
         let decision = worker(3, &[], &[lie, all("hub-1"), all("hub-3")]);
         assert_eq!(decision.pins.keys().collect::<Vec<_>>(), ["hub-1", "hub-2", "hub-3"]);
     }
 
     #[test]
-    fn a_node_that_was_off_for_long_finds_hubs_that_confirm_each_other() {
+    fn node_with_outdated_pins_accepts_hubs_that_confirm_each_other() {
         let renewed = |hub: &str| {
             let mut answer =
-                says(hub, &THREE, |p| p.hubs = THREE.iter().map(|h| ((*h).into(), format!("next {h}"))).collect());
+                reply(hub, &THREE, |p| p.hubs = THREE.iter().map(|h| ((*h).into(), format!("next {h}"))).collect());
             answer.tls_key = format!("next {hub}");
             answer
         };

@@ -1,17 +1,18 @@
-//! Pauses between two attempts: longer each time, and different on each node.
+//! Delays between attempts. They grow with each attempt, and differ between nodes.
 
 use std::time::Duration;
 
-/// The longest pause between two attempts.
+/// Longest delay between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-/// How often a node asks who is where, if nothing has changed.
+/// Interval at which a node asks the hubs for its peers, if nothing has changed.
 const ROUND: Duration = Duration::from_secs(30);
 
-/// Pauses that grow from half a second to a minute, each by chance up to a half shorter.
+/// Exponential backoff with jitter: delays from 0.5 s to 60 s, each shortened by a random part of up to a half.
 #[derive(Default)]
 pub struct Backoff(u32);
 
 impl Backoff {
+    /// Returns the next delay.
     pub fn next_delay(&mut self) -> Duration {
         let full = (Duration::from_millis(500) * 2_u32.pow(self.0.min(8))).min(LONGEST_PAUSE);
         self.0 += 1;
@@ -19,22 +20,22 @@ impl Backoff {
     }
 }
 
-/// A number below `n`.
+/// Returns a random number below `n`.
 pub fn chance(n: usize) -> usize {
     let mut bytes = [0; 8];
     let _ = getrandom::fill(&mut bytes);
     usize::from_le_bytes(bytes) % n.max(1)
 }
 
-/// Milliseconds until the next attempt: longer each time, never the same for two hubs.
+/// Returns the delay before an attempt in milliseconds. It grows with `attempt`, and is random, so that two hubs do not
+/// collide again.
 pub fn jitter(attempt: u64) -> u64 {
     let mut byte = [0; 1];
     let _ = getrandom::fill(&mut byte);
     (2 << attempt.min(6)) * (128 + u64::from(byte[0])) / 256
 }
 
-/// [`ROUND`], for each node a little different, so that a fleet that started at once does not
-/// ask at once.
+/// Returns 30 s with up to 25 % of jitter, so that nodes that started together do not send their requests together.
 pub fn round() -> Duration {
     let mut byte = [0; 1];
     let _ = getrandom::fill(&mut byte);
@@ -46,11 +47,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_and_differ() {
-        let mut pause = Backoff::default();
-        let pauses: Vec<Duration> = std::iter::repeat_with(|| pause.next_delay()).take(20).collect();
-        assert!(pauses[0] <= Duration::from_millis(500));
-        assert!(pauses[19] >= LONGEST_PAUSE / 2 && pauses.iter().all(|p| *p <= LONGEST_PAUSE));
-        assert!(pauses[10..].windows(2).any(|w| w[0] != w[1]));
+    fn delays_grow_and_differ() {
+        let mut backoff = Backoff::default();
+        let delays: Vec<Duration> = std::iter::repeat_with(|| backoff.next_delay()).take(20).collect();
+        assert!(delays[0] <= Duration::from_millis(500));
+        assert!(delays[19] >= LONGEST_PAUSE / 2 && delays.iter().all(|p| *p <= LONGEST_PAUSE));
+        assert!(delays[10..].windows(2).any(|w| w[0] != w[1]));
     }
 }

@@ -1,5 +1,5 @@
-//! HTTP over TLS between nodes. Everybody believes the fleet's root and nobody else, and
-//! everybody is called by his slot's name, wherever he is reached. Updates come from elsewhere.
+//! HTTP over TLS between nodes. Clients and servers trust only the fleet's root. A certificate has the name of the
+//! slot, at whatever address the node is reached.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,33 +31,44 @@ pub mod backoff;
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Error of a connection or a request.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A certificate or a key cannot be used. A later attempt fails, too.
+    /// A certificate or a key cannot be used. A later attempt also fails.
     #[error("{0}")]
     Configuration(String),
-    /// A request cannot be made.
+    /// A request cannot be built.
     #[error("{0}")]
     Failed(String),
-    /// A peer cannot be reached, is not the one that was expected, or does not answer as it should.
+    /// A peer cannot be reached, has another certificate than expected, or sends an invalid reply.
     #[error("{to}: {why}")]
-    Network { to: String, why: String },
+    Network {
+        /// Name and address of the peer.
+        to: String,
+        /// Cause.
+        why: String,
+    },
+    /// A certificate or a signature cannot be made.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
 }
 
-/// How long a connection, or an answer, may take.
+/// Time limit of a connection, and of a reply.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A certificate with its issuers, and its key. PEM.
+/// A certificate with its intermediate certificates, and its key. PEM.
 #[derive(Clone, Copy)]
 pub struct Identity<'a> {
+    /// The certificates, the node's first.
     pub cert: &'a str,
+    /// The private key.
     pub key: &'a str,
 }
 
+/// Returns the configuration of a TLS client that trusts only `root`, and presents `identity` if there is one.
+///
 /// # Errors
-/// PEM that is none.
+/// If the PEM is invalid.
 pub fn client(root: &str, identity: Option<Identity>) -> Result<Arc<ClientConfig>> {
     let config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
@@ -69,17 +80,17 @@ pub fn client(root: &str, identity: Option<Identity>) -> Result<Arc<ClientConfig
     }))
 }
 
-/// Whoever has a certificate of the fleet shows it; who has none may still ask.
+/// Returns the configuration of a TLS server. Client certificates are optional, and verified against `root`.
 ///
 /// # Errors
-/// PEM that is none.
+/// If the PEM is invalid.
 pub fn server(root: &str, own: Identity) -> Result<Arc<ServerConfig>> {
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(root)?), provider())
         .allow_unauthenticated()
         .build()
-        .map_err(|e| Error::Configuration(format!("the fleet root's certificate: {e}")))?;
+        .map_err(|e| Error::Configuration(format!("cannot use the fleet's root certificate: {e}")))?;
     let config = ServerConfig::builder_with_provider(provider())
-        // TLS 1.2's exporter identifies a connection only with an extension.
+        // In TLS 1.2 the exporter identifies a connection only with the extension of RFC 7627.
         .with_protocol_versions(&[&TLS13])
         .map_err(tls)?
         .with_client_cert_verifier(verifier)
@@ -88,7 +99,7 @@ pub fn server(root: &str, own: Identity) -> Result<Arc<ServerConfig>> {
     Ok(Arc::new(config))
 }
 
-/// One connection; requests go over it one after the other.
+/// A connection to a peer. It carries one request at a time.
 pub struct Connection {
     to: String,
     sender: SendRequest<Full<Bytes>>,
@@ -97,10 +108,10 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to `host:port`, where whoever answers has to be `name` (a slot, or an address).
+    /// Connects to `host:port` with TLS. The peer's certificate must have `name`, a slot or an address.
     ///
     /// # Errors
-    /// Nobody answers, or somebody else.
+    /// If the peer does not answer within 10 s, or its certificate has another name or issuer.
     pub async fn open(host: &str, port: u16, name: &str, config: &Arc<ClientConfig>) -> Result<Self> {
         let to = format!("{name} ({host}:{port})");
         let failed = |e: String| Error::Network { to: to.clone(), why: e };
@@ -120,23 +131,23 @@ impl Connection {
         Ok(Self { binding: Some(binding), peer_key, ..connection })
     }
 
-    /// What identifies this TLS connection to both of its ends; `None` without TLS.
+    /// Returns the identifier of this TLS connection; `None` without TLS.
     #[must_use]
     pub fn binding(&self) -> Option<&ChannelBinding> {
         self.binding.as_ref()
     }
 
-    /// Base64 of the public key in the other end's certificate, as in [`fleet::SlotRecord`].
+    /// Returns the base64 of the public key in the peer's certificate, as in [`fleet::SlotRecord`].
     #[must_use]
     pub fn peer_key(&self) -> Option<&str> {
         self.peer_key.as_deref()
     }
 
-    /// Posts a body that `sign` signs for this connection and this path, and, for hubs of the version
-    /// before, by itself; reads the whole answer, if it is no longer than `longest` bytes.
+    /// Posts a body with two signatures of `sign`: one for this connection and this path, and one over the body alone
+    /// for hubs of the previous version. Returns the body of the reply, which may have up to `longest` bytes.
     ///
     /// # Errors
-    /// The connection has no TLS, the key can't be read; as [`Self::ask`].
+    /// If the connection has no TLS, the key cannot be read, or [`Self::ask`] fails.
     pub async fn post_signed(
         &mut self,
         path: &str,
@@ -151,10 +162,10 @@ impl Connection {
         self.ask(request("POST", "hub", path, &headers, body.to_vec().into())?, longest).await
     }
 
-    /// Connects to whoever answers at `host:port`, without TLS.
+    /// Connects to `host:port` without TLS.
     ///
     /// # Errors
-    /// Nobody answers.
+    /// If the peer does not answer within 10 s.
     pub async fn plain(host: &str, port: u16) -> Result<Self> {
         let to = format!("{host}:{port}");
         let failed = |e: String| Error::Network { to: to.clone(), why: e };
@@ -165,20 +176,20 @@ impl Connection {
 
     async fn over(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, to: String) -> Result<Self> {
         let (sender, connection) = match handshake(TokioIo::new(stream)).await {
-            Ok(made) => made,
+            Ok(parts) => parts,
             Err(e) => return Err(Error::Network { to, why: e.to_string() }),
         };
-        // Its end is seen by whoever asks next.
+        // The next request reports the end of the connection.
         tokio::spawn(async move {
             let _ = connection.await;
         });
         Ok(Self { to, sender, binding: None, peer_key: None })
     }
 
-    /// Sends one request; the answer's body is still to come.
+    /// Sends a request. Returns the reply before its body.
     ///
     /// # Errors
-    /// The connection ends, or nothing comes in time.
+    /// If the connection ends, or no reply arrives within 10 s.
     pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
         let failed = |why: String| Error::Network { to: self.to.clone(), why };
         let answer = timeout(PATIENCE, async {
@@ -188,10 +199,11 @@ impl Connection {
         answer.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))
     }
 
-    /// Sends a request and reads the whole answer, if it is no longer than `longest`.
+    /// Sends a request. Returns the body of the reply, which may have up to `longest` bytes.
     ///
     /// # Errors
-    /// As above; a status other than 200, with the body's beginning.
+    /// If [`Self::send`] fails, the body is too long, or the status is no success. The error has the first 200
+    /// characters of the body.
     pub async fn ask(&mut self, request: Request<Full<Bytes>>, longest: usize) -> Result<Bytes> {
         let response = self.send(request).await?;
         let status = response.status();
@@ -202,15 +214,15 @@ impl Connection {
         if status.is_success() {
             return Ok(body);
         }
-        let words: String = String::from_utf8_lossy(&body).chars().take(200).collect();
-        Err(failed(format!("{status} {words}")))
+        let text: String = String::from_utf8_lossy(&body).chars().take(200).collect();
+        Err(failed(format!("{status} {text}")))
     }
 }
 
-/// A request of ours. Every one of them is well formed by construction.
+/// Builds a request.
 ///
 /// # Errors
-/// A header that HTTP can't carry.
+/// If a header or the path is not valid in HTTP.
 pub fn request(
     method: &str,
     host: &str,
@@ -222,14 +234,14 @@ pub fn request(
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    request.body(Full::new(body)).map_err(|e| Error::Failed(format!("a request can't be made: {e}")))
+    request.body(Full::new(body)).map_err(|e| Error::Failed(format!("cannot build a request for {path}: {e}")))
 }
 
-/// Base64 of a certificate's P-256 public key; `None` for a key of another kind.
+/// Returns the base64 of a certificate's P-256 public key; `None` for a key of another kind.
 #[must_use]
 pub fn tls_key(cert: &EndEntityCert) -> Option<String> {
     let spki = cert.subject_public_key_info();
-    // An uncompressed P-256 point is the end of it.
+    // The structure ends with the uncompressed P-256 point.
     let point = spki.as_ref().get(spki.as_ref().len().checked_sub(65)?..)?;
     Some(encoding::encode(PublicKey::of(point)?.as_bytes()))
 }
@@ -248,19 +260,19 @@ fn roots(pem: &str) -> Result<RootCertStore> {
 
 fn chain(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
     let certs: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
-    let certs = certs.map_err(|e| Error::Configuration(format!("a certificate can't be read: {e}")))?;
+    let certs = certs.map_err(|e| Error::Configuration(format!("cannot read a certificate: {e}")))?;
     if certs.is_empty() {
-        return Err(Error::Configuration("a certificate is missing from the ticket or the state".to_owned()));
+        return Err(Error::Configuration("the ticket or the state has no certificate".to_owned()));
     }
     Ok(certs)
 }
 
 fn key(pem: &str) -> Result<PrivateKeyDer<'static>> {
     PrivateKeyDer::from_pem_slice(pem.as_bytes())
-        .map_err(|e| Error::Configuration(format!("this node's key can't be read: {e}")))
+        .map_err(|e| Error::Configuration(format!("cannot read this node's key: {e}")))
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
+#[allow(clippy::needless_pass_by_value, reason = "map_err passes the error by value")]
 fn tls(e: tokio_rustls::rustls::Error) -> Error {
-    Error::Configuration(format!("a certificate or key is not to be used: {e}"))
+    Error::Configuration(format!("cannot use a certificate or a key: {e}"))
 }

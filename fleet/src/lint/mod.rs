@@ -1,4 +1,4 @@
-//! What `bakehouse check` knows of the domain, beyond the shape of the TOML.
+//! Rules of `bakehouse check` for a `fleet.toml` that parses.
 
 mod ports;
 mod services;
@@ -16,17 +16,21 @@ use crate::schema::{Fleet, Group};
 use crate::topology::{GIVEN, Topology};
 use ports::Listeners;
 
-/// A line of the table of minimum and recommended node counts.
+/// A row of the table of minimum and recommended node counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct HaRow {
+    /// Name of the role.
     pub role: &'static str,
+    /// Number of nodes with the role.
     pub have: usize,
+    /// Number of nodes with which the role survives one failure.
     pub minimum: usize,
+    /// Number of nodes that is recommended.
     pub recommended: usize,
 }
 
 impl HaRow {
-    /// What the loss of one means, for a person.
+    /// Returns the effect of the loss of one node, as a text.
     #[must_use]
     pub fn verdict(&self) -> &'static str {
         match self.have {
@@ -38,7 +42,7 @@ impl HaRow {
     }
 }
 
-/// Node counts by role beside what high availability needs.
+/// Returns the node counts by role, with those that high availability needs.
 #[must_use]
 pub fn ha_table(topology: &Topology) -> Vec<HaRow> {
     [("hub", 2, 3), ("db", 2, 3), ("app", 2, 3), ("monitor", 1, 2)]
@@ -52,7 +56,7 @@ pub fn ha_table(topology: &Topology) -> Vec<HaRow> {
         .collect()
 }
 
-/// Every rule, over a fleet whose shape is right. Sorted by line.
+/// Checks a fleet against every rule. Returns the diagnostics sorted by line.
 #[must_use]
 pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     let mut lint = Lint { fleet, profiles, topology: Topology::of(fleet), found: Vec::new() };
@@ -103,7 +107,7 @@ impl Lint<'_> {
         if !is_dns_label(name.get_ref(), 32) {
             self.error(
                 name.span(),
-                format!("`{}` can't be a fleet's name", name.get_ref()),
+                format!("`{}` cannot be a fleet's name", name.get_ref()),
                 "use 1 to 32 lower-case letters, digits and `-`, a letter first".to_owned(),
             );
         }
@@ -114,7 +118,7 @@ impl Lint<'_> {
         if text.is_empty() || text.len() > 16 || !text.chars().all(fits) {
             self.error(
                 version.span(),
-                format!("`{text}` can't be an image's version"),
+                format!("`{text}` cannot be an image's version"),
                 "use 1 to 16 letters, digits, `.`, `~`, `^` and `-`".to_owned(),
             );
         }
@@ -133,7 +137,7 @@ impl Lint<'_> {
             if !is_dns_label(name, 20) {
                 self.error(
                     group.count.span(),
-                    format!("`{name}` can't be a group's name"),
+                    format!("`{name}` cannot be a group's name"),
                     "use 1 to 20 lower-case letters, digits and `-`, a letter first".to_owned(),
                 );
             }
@@ -141,7 +145,7 @@ impl Lint<'_> {
                 self.error(
                     group.count.span(),
                     format!("group `{name}` has {} nodes", group.count.get_ref()),
-                    "a group has 1 to 4000; remove the group to have none".to_owned(),
+                    "set 1 to 4000, or remove the group".to_owned(),
                 );
             }
             self.roles_of(name, group);
@@ -158,7 +162,7 @@ impl Lint<'_> {
             let Some(profile) = profiles.get(*role).filter(|_| !GIVEN.contains(role)) else {
                 let known = || profiles.keys().map(String::as_str).filter(|r| !GIVEN.contains(r));
                 let help = nearest(role, known()).unwrap_or_else(|| {
-                    format!("roles are {}; set `roles = […]` in the group", known().collect::<Vec<_>>().join(", "))
+                    format!("set `roles` in the group to some of {}", known().collect::<Vec<_>>().join(", "))
                 });
                 self.error(span_of(i), format!("group `{name}`: there is no role `{role}`"), help);
                 continue;
@@ -175,7 +179,7 @@ impl Lint<'_> {
                 if let Some(why) = profile.conflicts.get(*other) {
                     self.error(
                         span_of(i),
-                        format!("group `{name}`: `{role}` and `{other}` can't be on one node: {why}"),
+                        format!("group `{name}`: `{role}` and `{other}` cannot be on one node: {why}"),
                         "put them in two groups".to_owned(),
                     );
                 }
@@ -213,15 +217,15 @@ impl Lint<'_> {
         }
         let mut owners: BTreeMap<Ipv4Addr, String> = BTreeMap::from([(vip, "the VIP".to_owned())]);
         let mut nodes = self.topology.nodes.clone();
-        // A range that was chosen by hand is the one to blame.
+        // Groups with `first` come last, so a conflict is reported for the range that the user set.
         nodes.sort_by_key(|n| fleet.groups[&n.group].first.is_some());
-        let mut told: BTreeSet<(String, bool)> = BTreeSet::new();
+        let mut reported: BTreeSet<(String, bool)> = BTreeSet::new();
         for node in nodes {
             let group = &fleet.groups[&node.group];
             let span = group.first.as_ref().map_or_else(|| group.count.span(), Spanned::span);
-            // A group that runs out of the subnet, or into another, is told once, not per node.
+            // One diagnostic for each group, not for each node.
             if !usable(node.address) {
-                if told.insert((node.group.clone(), false)) {
+                if reported.insert((node.group.clone(), false)) {
                     self.error(
                         span,
                         format!("{} would have {}, which is outside the mesh {subnet}", node.name, node.address),
@@ -229,12 +233,12 @@ impl Lint<'_> {
                     );
                 }
             } else if let Some(owner) = owners.insert(node.address, node.name.clone())
-                && told.insert((node.group.clone(), true))
+                && reported.insert((node.group.clone(), true))
             {
                 self.error(
                     span,
                     format!("{} and {owner} would both have {}", node.name, node.address),
-                    "set `first` in one of the groups so that the ranges don't meet".to_owned(),
+                    "set `first` in one of the groups so that the ranges do not overlap".to_owned(),
                 );
             }
         }
@@ -247,13 +251,13 @@ impl Lint<'_> {
             self.error(
                 0..0,
                 "no group has the role `hub`".to_owned(),
-                "add `[groups.hub]`: hubs carry the mesh, the VIP and etcd".to_owned(),
+                "add `[groups.hub]`: hubs run the mesh, the VIP and etcd".to_owned(),
             );
         }
         if let ([only], 2..) = (&voters[..], self.topology.nodes.len()) {
             self.warning(
                 0..0,
-                format!("etcd has its only vote on {only}, whose loss stops the fleet"),
+                format!("etcd has its only vote on {only}: the loss of {only} stops the fleet"),
                 "have at least 3 nodes".to_owned(),
             );
         }
@@ -363,7 +367,7 @@ mod tests {
     const HUBS: &str = "name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"a\", \"b\", \"c\"]\n";
 
     #[test]
-    fn two_nodes_have_one_vote_and_are_told_so() {
+    fn warns_about_the_only_vote() {
         let text = "name = \"acme\"\n[groups.hub]\ncount = 2\nendpoints = [\"a\", \"b\"]\n";
         let found = lint(&Fleet::parse("fleet.toml", text.as_bytes()).unwrap(), &profiles());
         assert!(found.iter().any(|d| d.severity == Severity::Warning && d.message.contains("only vote on hub-1")));
@@ -371,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_role_nobody_has_is_not_one_whose_failure_hurts() {
+    fn missing_role_differs_from_role_of_one_node() {
         let text = format!("{HUBS}[groups.db]\ncount = 1\n[groups.monitor]\ncount = 1\n");
         let fleet = Fleet::parse("fleet.toml", text.as_bytes()).unwrap();
         let found = lint(&fleet, &profiles()).into_iter().map(|d| d.message);
@@ -382,33 +386,33 @@ mod tests {
     }
 
     #[track_caller]
-    fn one(text: &str, line: usize, words: &str) {
+    fn one(text: &str, line: usize, message: &str) {
         let found = errors(text);
         let prefix = if line == 0 { "fleet.toml: ".to_owned() } else { format!("fleet.toml:{line}: ") };
         assert!(
-            found.len() == 1 && found[0].starts_with(&prefix) && found[0].contains(words),
-            "expected {prefix}…{words}…, found {found:#?}"
+            found.len() == 1 && found[0].starts_with(&prefix) && found[0].contains(message),
+            "expected {prefix}…{message}…, found {found:#?}"
         );
     }
 
     #[test]
-    fn a_good_fleet_has_no_errors() {
+    fn valid_fleet_has_no_errors() {
         assert_eq!(errors(HUBS), Vec::<String>::new());
     }
 
     #[test]
-    fn each_rule_names_line_and_thing() {
+    fn each_rule_has_a_line_and_a_message() {
         one(&format!("{HUBS}[groups.db]\ncount = 2\nroles = [\"bd\"]\n"), 7, "did you mean `db`?");
         one(&format!("{HUBS}[groups.db]\ncount = 2\nfirst = \"10.10.0.3\"\n"), 7, "would both have 10.10.0.3");
         one(&format!("{HUBS}[groups.db]\ncount = 2\nfirst = \"10.10.1.3\"\n"), 7, "outside the mesh");
         one(&format!("{HUBS}[vip]\naddress = \"10.9.0.1\"\n"), 6, "the VIP 10.9.0.1");
-        one(&HUBS.replacen("acme", "slots", 1), 1, "`/bakehouse/slots/` in etcd is the hubs' own");
+        one(&HUBS.replacen("acme", "slots", 1), 1, "the hubs use `/bakehouse/slots/` in etcd");
         one(&format!("{HUBS}[netboot]\nothers = \"app\"\n"), 5, "no node or group `app`");
         one(&format!("{HUBS}[netboot.machines]\n\"52:54:00:AA:BB:CC\" = \"hub-1\"\n"), 5, "not a MAC address");
         one(
             &format!("{HUBS}[netboot.machines]\nA1 = \"hub-1\"\nA2 = \"hub-1\"\n"),
             5,
-            "two machines are to be `hub-1`",
+            "two machines have the node `hub-1`",
         );
         one(&format!("{HUBS}[netboot]\ndiskless = [\"app\"]\n"), 5, "no group `app`");
         one(
@@ -418,7 +422,7 @@ mod tests {
             7,
             "take no updates",
         );
-        one(&format!("{HUBS}[netboot]\ndiskless = [\"hub\"]\n"), 5, "hub-1 has one of etcd's votes");
+        one(&format!("{HUBS}[netboot]\ndiskless = [\"hub\"]\n"), 5, "hub-1 has an etcd vote");
         one(&format!("{HUBS}[vip]\naddress = \"10.10.0.2\"\n"), 3, "hub-2 and the VIP");
         one(&format!("{HUBS}[mesh]\ntransport = \"10.10.0.0/24\"\n"), 6, "overlaps");
         one(&format!("{HUBS}[groups.a]\ncount = 1\nroles = [\"db\", \"monitor\"]\n"), 7, "both eat the disk");
@@ -427,7 +431,7 @@ mod tests {
                 "{HUBS}[groups.a]\ncount = 1\nroles = [\"hub\", \"app\"]\nfirst = \"10.10.0.9\"\nendpoints = [\"d\"]\n"
             ),
             7,
-            "both want tcp port 5000",
+            "both use tcp port 5000",
         );
         one(&format!("{HUBS}[image]\nroot_size = \"500M\"\n[groups.db]\ncount = 2\n"), 6, "role `db` needs 900M");
         one(&format!("{HUBS}[image]\nroot_size = \"big\"\n"), 6, "not a size");
@@ -454,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_has_a_line_a_caret_and_a_suggestion() {
+    fn unknown_key_has_line_caret_and_suggestion() {
         let e = Fleet::parse("fleet.toml", b"name = \"x\"\n[groups.hub]\ncuont = 3\n").unwrap_err();
         let shown = e.render(false);
         assert_eq!(e.line, 3);
@@ -463,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_type_has_a_line() {
+    fn wrong_type_has_a_line() {
         let e = Fleet::parse("fleet.toml", b"name = \"x\"\n[groups.hub]\ncount = \"three\"\n").unwrap_err();
         assert_eq!(e.line, 3);
     }
@@ -472,15 +476,15 @@ mod tests {
         #![proptest_config(proptest::prelude::ProptestConfig::with_cases(512))]
 
         #[test]
-        fn no_byte_string_makes_the_loader_panic(bytes: Vec<u8>) {
+        fn parse_never_panics(bytes: Vec<u8>) {
             if let Err(e) = Fleet::parse("fleet.toml", &bytes) {
                 drop(e.render(false));
             }
         }
 
-        /// Near-miss files: real text with a slice replaced, which reaches far more of the loader.
+        /// A real file with a replaced slice reaches more of the parser than random bytes.
         #[test]
-        fn no_mutation_makes_load_or_lint_panic(at in 0usize..200, len in 0usize..40, with in "[ -~\n]{0,30}|[0-9]{1,12}|\\PC{0,8}") {
+        fn parse_and_lint_never_panic_on_mutations(at in 0usize..200, len in 0usize..40, with in "[ -~\n]{0,30}|[0-9]{1,12}|\\PC{0,8}") {
             let text = format!("{HUBS}[mesh]\nsubnet = \"10.10.0.0/24\"\ntransport = \"10.11.0.0/24\"\n[groups.db]\ncount = 2\nfirst = \"10.10.0.10\"\n");
             let at = at.min(text.len());
             let end = (at + len).min(text.len());

@@ -1,4 +1,4 @@
-//! Ports of the roles' profiles: two listeners for one, and who may reach them.
+//! Rules for the ports of the roles' profiles.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -12,7 +12,7 @@ use crate::settings::Proto;
 pub(super) type Listeners = BTreeMap<(u16, Proto), (String, String)>;
 
 impl Lint<'_> {
-    /// Two roles of one group can't listen on one port.
+    /// Reports two roles of one group that listen on the same port.
     pub(super) fn listeners(&mut self, group: &str, role: &str, span: &Range<usize>, known: &mut Listeners) {
         let profiles = self.profiles;
         for port in profiles.get(role).iter().flat_map(|p| &p.ports) {
@@ -23,7 +23,7 @@ impl Lint<'_> {
                 self.error(
                     span.clone(),
                     format!(
-                        "group `{group}`: {} of `{role}` and {service} of `{other}` both want {} port {}",
+                        "group `{group}`: {} of `{role}` and {service} of `{other}` both use {} port {}",
                         port.service, port.proto, port.port
                     ),
                     "put the roles in two groups".to_owned(),
@@ -32,7 +32,7 @@ impl Lint<'_> {
         }
     }
 
-    /// Every port of a role in use says who may reach it: by a built-in rule, or by `from`.
+    /// Reports ports of roles in use that neither a built-in rule nor `from` limits.
     pub(super) fn ports(&mut self) {
         let profiles = self.profiles;
         let roles: BTreeSet<String> = self.topology.nodes.iter().flat_map(|n| n.roles.iter().cloned()).collect();
@@ -41,14 +41,14 @@ impl Lint<'_> {
                 let what = format!("role `{role}`: {} port {} of {}", port.proto, port.port, port.service);
                 for from in port.from.iter().flatten().filter(|f| *f != EVERY && !profiles.contains_key(*f)) {
                     let help = nearest(from, profiles.keys().map(String::as_str));
-                    self.error(0..0, format!("{what}: `from` names no role: `{from}`"), help);
+                    self.error(0..0, format!("{what}: `from` has the unknown role `{from}`"), help);
                 }
                 if port.from.is_none() && !has_rule(role, port) {
                     self.warning(
                         0..0,
                         format!("{what} can be reached by every node"),
                         format!(
-                            "name who needs it in profiles/roles/{role}.toml: `from = [\"app\"]`; `from = []` \
+                            "name the roles that need it in profiles/roles/{role}.toml: `from = [\"app\"]`; `from = []` \
                              for the node itself alone, `from = [\"{EVERY}\"]` for every node"
                         ),
                     );
@@ -62,7 +62,7 @@ impl Lint<'_> {
 mod tests {
     use crate::{Fleet, Profile, Profiles, Severity, lint};
 
-    /// What is said of the ports of a role `report`.
+    /// Returns the diagnostics of the ports of a role `report`.
     fn found(ports: &str) -> Vec<(Severity, String)> {
         let profile = |text: &str| Profile::parse("p", text.as_bytes()).unwrap();
         let mut profiles: Profiles = ["base", "hub", "app"].map(|role| (role.to_owned(), profile(""))).into();
@@ -70,22 +70,22 @@ mod tests {
         let text = "name = \"x\"\n[groups.hub]\ncount = 1\nendpoints = [\"a\"]\n[groups.report]\ncount = 1\n";
         let fleet = Fleet::parse("fleet.toml", text.as_bytes()).unwrap();
         let all = lint(&fleet, &profiles).into_iter().map(|d| (d.severity, d.to_string()));
-        all.filter(|(_, words)| words.contains("port 7000")).collect()
+        all.filter(|(_, message)| message.contains("port 7000")).collect()
     }
 
     #[test]
-    fn a_port_that_nothing_limits_is_a_warning() {
+    fn warns_about_port_without_limit() {
         let port = "[[ports]]\nport = 7000\nproto = \"tcp\"\nservice = \"report\"\n";
-        let [(Severity::Warning, words)] = &found(port)[..] else { panic!("{:?}", found(port)) };
+        let [(Severity::Warning, message)] = &found(port)[..] else { panic!("{:?}", found(port)) };
         assert!(
-            words.contains("can be reached by every node") && words.contains("profiles/roles/report.toml"),
-            "{words}"
+            message.contains("can be reached by every node") && message.contains("profiles/roles/report.toml"),
+            "{message}"
         );
         for from in ["[]", "[\"app\"]", "[\"every\"]"] {
             assert_eq!(found(&format!("{port}from = {from}\n")), []);
         }
         let wrong = found(&format!("{port}from = [\"apps\"]\n"));
-        let [(Severity::Error, words)] = &wrong[..] else { panic!("{wrong:?}") };
-        assert!(words.contains("names no role: `apps`") && words.contains("did you mean `app`?"), "{words}");
+        let [(Severity::Error, message)] = &wrong[..] else { panic!("{wrong:?}") };
+        assert!(message.contains("the unknown role `apps`") && message.contains("did you mean `app`?"), "{message}");
     }
 }

@@ -1,36 +1,37 @@
-//! What is known of the services: what they insist on, and what their time-outs add up to.
+//! Rules for the services' settings, and for the sum of their time-outs.
 
 use std::collections::BTreeSet;
 
 use super::Lint;
 use crate::diagnostic::nearest;
 
-/// Seconds until another hub has the VIP and the routes to it: three adverts and three BFD
-/// packets at the intervals of the templates, rounded up.
+/// Seconds until another hub has the VIP and its routes: three VRRP advertisements and three BFD packets at the
+/// intervals of the templates, rounded up.
 const VIP_MOVES: u16 = 1;
-/// Seconds from the end of a dead primary's lease until HAProxy sends writes to the next.
+/// Seconds from the end of a dead primary's lease until HAProxy sends writes to the new primary.
 const PROMOTION: u16 = 5;
-/// Seconds until HAProxy has taken an application node out: one interval, then two checks.
+/// Seconds until HAProxy marks an application node down: one interval, then two checks.
 const APP_IS_OUT: u16 = 3;
 
-/// Folders of `/bakehouse/` in etcd that only hubs may write.
+/// Folders of `/bakehouse/` in etcd that only hubs write.
 const ETCD_FOLDERS: [&str; 11] =
     ["audit", "etcd-ready", "owners", "readmitted", "renewed", "revoked", "rollout", "seen", "shut", "slots", "tokens"];
 
 impl Lint<'_> {
-    /// Patroni's keys are below `/bakehouse/NAME/` in etcd, beside the hubs' own folders.
+    /// Reports a fleet's name that the hubs use in etcd: Patroni's keys are below `/bakehouse/NAME/`, beside the hubs'
+    /// folders.
     pub(super) fn etcd_folders(&mut self) {
         let name = &self.fleet.name;
         if ETCD_FOLDERS.contains(&name.get_ref().as_str()) {
             self.error(
                 name.span(),
-                format!("`{0}` can't be a fleet's name: `/bakehouse/{0}/` in etcd is the hubs' own", name.get_ref()),
+                format!("`{0}` cannot be a fleet's name: the hubs use `/bakehouse/{0}/` in etcd", name.get_ref()),
                 "choose another name, such as your organisation's".to_owned(),
             );
         }
     }
 
-    /// What Patroni itself insists on, said before a node is built with it.
+    /// Reports settings that Patroni rejects, or with which a slow primary loses its lease.
     pub(super) fn database(&mut self) {
         let span = self.fleet.database.span();
         let d = self.fleet.database.get_ref().clone();
@@ -40,7 +41,7 @@ impl Lint<'_> {
             if value < least {
                 self.error(
                     span.clone(),
-                    format!("[database] {key} is {value} s, less than Patroni allows"),
+                    format!("[database] {key} = {value} s is less than Patroni allows"),
                     format!("set at least {key} = {least}"),
                 );
             }
@@ -50,7 +51,8 @@ impl Lint<'_> {
             self.error(
                 span,
                 format!(
-                    "[database] loop_wait + 2 × retry_timeout is {sum} s, more than ttl ({} s): a primary that is only slow would lose its lease",
+                    "[database] loop_wait + 2 × retry_timeout is {sum} s, more than ttl ({} s): a slow primary would lose \
+                     its lease",
                     d.ttl
                 ),
                 format!("set ttl = {sum}, or lower the others"),
@@ -65,7 +67,7 @@ impl Lint<'_> {
         if let (Some(node), Some(_)) = (&backup.node, &backup.s3) {
             self.error(
                 span.clone(),
-                format!("[backup] has both the node `{node}` and s3"),
+                format!("[backup] has both `node` (`{node}`) and `s3`"),
                 "leave one of them out".to_owned(),
             );
         }
@@ -77,7 +79,7 @@ impl Lint<'_> {
         if let Some(name) = keeper.as_ref().filter(|n| n.has_role("db")).map(|n| &n.name) {
             self.warning(
                 span.clone(),
-                format!("[backup] {name} has the database and its backups: one machine loses both"),
+                format!("[backup] {name} has the database and its backups: the loss of one machine loses both"),
                 "name a node without the role `db`, or an S3 bucket".to_owned(),
             );
         }
@@ -89,21 +91,25 @@ impl Lint<'_> {
             );
         }
         if backup.keep == 0 {
-            self.error(span.clone(), "[backup] keep = 0 keeps nothing".to_owned(), "keep at least 1".to_owned());
+            self.error(span.clone(), "[backup] keep = 0 keeps no backup".to_owned(), "set at least 1".to_owned());
         }
         let s3 = backup.s3.iter().flat_map(|s| [&s.bucket, &s.endpoint, &s.region]);
         for text in [&backup.full, &backup.incremental].into_iter().chain(&backup.restore).chain(s3) {
             if text.is_empty() || text.contains(|c: char| c.is_control() || "\"'%\\$".contains(c)) {
                 self.error(
                     span.clone(),
-                    format!("[backup] `{}` can't be written into a configuration", text.escape_debug()),
+                    format!(
+                        "[backup] `{}` is empty, or has a quote, `%`, `\\`, `$` or a control character",
+                        text.escape_debug()
+                    ),
                     None,
                 );
             }
         }
     }
 
-    /// Machines that boot from the network become something that there is.
+    /// Reports machines that boot from the network whose node or group does not exist, and settings that exclude each
+    /// other.
     pub(super) fn netboot(&mut self) {
         let netboot = self.fleet.netboot.get_ref();
         let span = self.fleet.netboot.span();
@@ -131,8 +137,10 @@ impl Lint<'_> {
         let mut seen = BTreeSet::new();
         for to in netboot.machines.values().filter(|to| nodes.iter().any(|n| n.name == **to)) {
             if !seen.insert(to) {
-                wrong
-                    .push((format!("[netboot] two machines are to be `{to}`"), "each is a node of its own".to_owned()));
+                wrong.push((
+                    format!("[netboot] two machines have the node `{to}`"),
+                    "name a node once, or name its group".to_owned(),
+                ));
             }
         }
         for group in netboot.diskless.iter().filter(|g| !self.fleet.groups.contains_key(*g)) {
@@ -142,14 +150,15 @@ impl Lint<'_> {
         let vote = nodes.iter().find(|n| netboot.diskless.contains(&n.group) && self.topology.voters.contains(&n.name));
         if let Some(hub) = vote {
             wrong.push((
-                format!("[netboot] {} has one of etcd's votes, and runs from memory", hub.name),
-                format!("take `{}` out of `diskless`: a vote is on a disk that the node starts from", hub.group),
+                format!("[netboot] {} has an etcd vote, and cannot run from memory", hub.name),
+                format!("remove `{}` from `diskless`: etcd keeps a vote on the disk", hub.group),
             ));
         }
         if !netboot.diskless.is_empty() && self.fleet.update.get_ref().url.is_some() {
             wrong.push((
-                "[netboot] machines that run from memory take no updates, and [update] would wait for them".to_owned(),
-                "leave [update] out, and restart them one after the other from the newer image".to_owned(),
+                "[netboot] machines that run from memory take no updates: a rollout of [update] would wait for them"
+                    .to_owned(),
+                "remove [update], and restart the machines one after the other from the newer image".to_owned(),
             ));
         }
         for (message, help) in wrong {
@@ -176,12 +185,12 @@ impl Lint<'_> {
         if !is_identifier(&odoo.database) {
             self.error(
                 fleet.odoo.span(),
-                format!("[odoo] `{}` can't be a database's name", odoo.database),
+                format!("[odoo] `{}` cannot be a database's name", odoo.database),
                 "use lower-case letters, digits and `_`, a letter first".to_owned(),
             );
         }
         for module in odoo.modules.iter().filter(|m| !is_identifier(m)) {
-            self.error(fleet.odoo.span(), format!("[odoo] `{module}` can't be an add-on's name"), None);
+            self.error(fleet.odoo.span(), format!("[odoo] `{module}` cannot be an add-on's name"), None);
         }
         for role in fleet.firewall.get_ref().open.iter().filter_map(|open| open.role.as_ref()) {
             if !self.profiles.contains_key(role) {
@@ -189,12 +198,12 @@ impl Lint<'_> {
                 self.error(fleet.firewall.span(), format!("[firewall] there is no role `{role}`"), help);
             }
         }
-        // Browsers open several at once.
+        // A browser opens several connections in parallel.
         if fleet.web.get_ref().connections < 10 || fleet.web.get_ref().connections > 3000 {
             self.error(
                 fleet.web.span(),
-                format!("[web] connections is {}", fleet.web.get_ref().connections),
-                "one address may have 10 to 3000 connections; 150 by default".to_owned(),
+                format!("[web] connections = {} is out of range", fleet.web.get_ref().connections),
+                "set 10 to 3000; the default is 150".to_owned(),
             );
         }
         let alerts = fleet.alerts.get_ref();
@@ -203,17 +212,17 @@ impl Lint<'_> {
                 self.error(
                     fleet.alerts.span(),
                     format!("[alerts] `{url}` is not an address"),
-                    "it begins with https:// or http://".to_owned(),
+                    "begin it with https:// or http://".to_owned(),
                 );
             }
         }
         let update = fleet.update.get_ref();
-        // Everything in it is part of the address: nothing in it may end it.
+        // The URL goes into the transfer files of systemd-sysupdate, unquoted.
         if let Some(url) = update.url.as_ref().filter(|url| !is_address(url)) {
             self.error(
                 fleet.update.span(),
                 format!("[update] `{}` is not an address", url.escape_debug()),
-                "it begins with https:// or http://, and has letters, digits and -._~:/[] only".to_owned(),
+                "begin it with https:// or http://, and use only letters, digits and -._~:/[]".to_owned(),
             );
         }
         if update.when.is_empty() || update.when.contains(|c: char| c.is_control() || c == '%') {
@@ -227,29 +236,29 @@ impl Lint<'_> {
         if watched && alerts.email.is_none() && alerts.webhooks.is_empty() {
             self.warning(
                 fleet.alerts.span(),
-                "nobody is told of failures: [alerts] names no e-mail and no webhook".to_owned(),
+                "[alerts] has no receiver: failures raise no message".to_owned(),
                 "add `[alerts] webhooks = [\"https://…\"]` or `[alerts.email]`".to_owned(),
             );
         }
     }
 
-    /// A promise that the time-outs can't keep is not one.
+    /// Reports promises that are shorter than the sum of the time-outs.
     pub(super) fn promises(&mut self) {
         let promise = self.fleet.promise.get_ref().clone();
         let ttl = self.fleet.database.get_ref().ttl;
         for (key, promised, takes, why) in [
-            ("vip", promise.vip, VIP_MOVES, "missed VRRP adverts and BFD"),
+            ("vip", promise.vip, VIP_MOVES, "missed VRRP advertisements and BFD"),
             ("database", promise.database, ttl.saturating_add(PROMOTION), "the lease's ttl, promotion, a health check"),
             ("app", promise.app, APP_IS_OUT, "two failed health checks"),
         ] {
             if promised < takes {
                 self.error(
                     self.fleet.promise.span(),
-                    format!("[promise] {key} = {promised} s can't be kept: it may take {takes} s ({why})"),
+                    format!("[promise] {key} = {promised} s is too short: it may take {takes} s ({why})"),
                     if key == "database" {
-                        format!("raise it, or lower [database] ttl (now {ttl}, at least 20)")
+                        format!("set at least {takes}, or lower [database] ttl (now {ttl}, at least 20)")
                     } else {
-                        format!("promise at least {takes}")
+                        format!("set at least {takes}")
                     },
                 );
             }

@@ -1,4 +1,4 @@
-//! Messages between a machine and the server.
+//! Messages between a machine and the netboot server.
 
 use std::fmt;
 use std::str::FromStr;
@@ -53,111 +53,121 @@ impl fmt::Display for Mac {
     }
 }
 
-/// `POST /v1/machine`: this is a machine with nothing on it; what is it to be?
+/// `POST /v1/machine`: a blank machine asks for its assignment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetbootMachine {
     /// Format of these messages: [`NetbootMachine::VERSION`].
     pub version: u16,
-    /// Of its network cards.
+    /// MAC addresses of the network cards.
     pub macs: Vec<Mac>,
-    /// Serial number that its maker gave it; may be empty.
+    /// Serial number; may be empty.
     pub serial: String,
+    /// Disks of the machine.
     pub disks: Vec<MachineDisk>,
-    /// Bytes.
+    /// Memory in bytes.
     pub memory: u64,
-    /// Base64 of a key that its ticket is encrypted for (X25519), made for this boot.
+    /// Base64 of the machine's public key (X25519), which the machine makes at each boot. The server encrypts the
+    /// ticket to it.
     pub key: String,
 }
 
 /// A disk of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineDisk {
-    /// `/dev/nvme0n1`.
+    /// Path of the device, such as `/dev/nvme0n1`.
     pub path: String,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// A stick, a card.
+    /// Whether the disk is removable, such as a USB stick.
     pub removable: bool,
 }
 
-/// The answer.
+/// The server's reply to a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Assignment {
+    /// Install an image on a disk.
     Install(Install),
+    /// Run an image from memory.
     Run(Run),
     /// The operator has to confirm this machine's key before it gets the ticket of a hub or a voter.
     Confirm {
-        /// Node that the machine is to be: it is part of the code that the machine shows.
+        /// Node that the machine becomes. The code on the machine's console covers it.
         to: String,
     },
-    /// Nothing, and why, with what to do. Asking again later may bring another answer.
+    /// The server has no assignment for the machine now. The machine asks again later.
     Nothing {
+        /// Reason and fix.
         why: String,
     },
 }
 
-/// An image is to be written to a disk.
+/// Assignment of a machine that installs an image on a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Install {
-    /// Node or group that the machine is to be.
+    /// Node or group that the machine becomes.
     pub to: String,
-    /// The disk.
+    /// Path of the disk's device.
     pub disk: String,
     /// Path of the image on the server.
     pub image: String,
-    /// Bytes.
+    /// Size of the image in bytes.
     pub size: u64,
-    /// Base64 of its beginning, the partition table: written last.
+    /// Base64 of the image's first bytes, with the partition table. The installer writes them last.
     pub table: String,
-    /// Its other parts that are not zero, in order.
+    /// The other parts of the image that are not zero, in order.
     pub extents: Vec<Extent>,
-    /// sha256 of the extents' content, one after the other.
+    /// SHA-256 of the concatenated extents, hexadecimal.
     pub sha256: String,
     /// The EFI system partition.
     pub esp: Extent,
-    /// Path of the ticket there.
+    /// Path of the ticket in the EFI system partition.
     pub ticket_path: String,
+    /// The machine's ticket.
     pub ticket: SealedTicket,
 }
 
-/// An image is to be run from memory, and nothing of it to be written to a disk.
+/// Assignment of a machine that runs an image from memory, and installs nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
-    /// Node that the machine is to be, or its group.
+    /// Node or group that the machine becomes.
     pub to: String,
     /// Path of the image on the server.
     pub image: String,
-    /// Its root file system, and the hash tree over it.
+    /// The root file system.
     pub root: Extent,
+    /// The dm-verity hash tree of the root file system.
     pub verity: Extent,
-    /// Of the hash tree, in hex.
+    /// Root hash of the hash tree, hexadecimal.
     pub roothash: String,
-    /// The fleet's signature over that hash. The installer enters no root without it.
+    /// The fleet's signature over the root hash. The installer runs no root without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signed: Option<SignedImage>,
-    /// Disk for what the node keeps. Without one it keeps nothing.
+    /// Path of the disk for `/var`. Without it, `/var` is in memory.
     pub var: Option<String>,
+    /// The machine's ticket.
     pub ticket: SealedTicket,
 }
 
-/// Bytes of an image.
+/// A part of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
+    /// Offset in bytes.
     pub start: u64,
+    /// Size in bytes.
     pub size: u64,
 }
 
-/// A machine's ticket, encrypted for who asked: whoever listens on the network learns nothing.
+/// A ticket, encrypted to the requesting machine. A passive eavesdropper learns nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedTicket {
-    /// Base64 of the server's key, made for this answer.
+    /// Base64 of the server's public key (X25519), which the server makes for each reply.
     pub key: String,
-    /// Base64.
+    /// Base64 of the encrypted ticket.
     pub content: String,
 }
 
-/// What the fleet's update key says of an image that machines run from memory, and its signature.
+/// Statement about an image that machines run from memory, with the signature of the fleet's update key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignedImage {
     /// [`ImageStatement`] as JSON.
@@ -166,57 +176,64 @@ pub struct SignedImage {
     pub signature: String,
 }
 
-/// An image that the fleet's machines may run from memory.
+/// Statement that the fleet's machines may run an image from memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageStatement {
+    /// Name of the fleet.
     pub fleet: String,
+    /// Group of the image.
     pub group: String,
+    /// Version of the image.
     pub version: String,
-    /// Of the hash tree, in hex.
+    /// Root hash of the dm-verity hash tree, hexadecimal.
     pub roothash: String,
 }
 
-/// What the installer believes: a file of its own initrd, which Secure Boot's signature covers.
+/// Trust of the installer: a file of its initrd, which the Secure Boot signature covers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstallerTrust {
+    /// Name of the fleet.
     pub fleet: String,
-    /// Version of the fleet that the installer was built with: it runs no older image.
+    /// Version of the fleet at the installer's build. The installer runs no older image.
     pub version: String,
     /// Base64 of the public half of the fleet's update key, Ed25519.
     pub key: String,
 }
 
 impl InstallerTrust {
-    /// Its path in the installer's initrd.
+    /// Path of the file in the installer's initrd.
     pub const PATH: &str = "etc/bakehouse/netboot.json";
 }
 
 impl SignedImage {
-    /// The bytes that are signed. The first line keeps the signature from meaning anything elsewhere: the
-    /// same key signs updates.
+    /// Returns the bytes that the signature covers. Their first line separates them from the update manifests that the
+    /// same key signs.
     #[must_use]
     pub fn message(statement: &str) -> Vec<u8> {
         format!("bakehouse netboot image, v1\n{statement}").into_bytes()
     }
 }
 
-/// `POST /v1/news`: how far a machine is.
+/// `POST /v1/news`: a machine reports its progress.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProgressReport {
+    /// Format of the message: [`NetbootMachine::VERSION`].
     pub version: u16,
+    /// MAC address of the machine's first network card.
     pub mac: Mac,
+    /// Step that the machine has reached.
     pub step: Step,
     /// The machine's key, as in [`NetbootMachine::key`].
     #[serde(default)]
     pub key: String,
-    /// Base64 of an HMAC-SHA-256 over [`ProgressReport::message`], by a key that only this machine and the server
-    /// can derive. News without it are ignored.
+    /// Base64 of an HMAC-SHA-256 over [`ProgressReport::message`], with a key that only this machine and the server can
+    /// derive. The server ignores reports without it.
     #[serde(default)]
     pub proof: String,
 }
 
 impl ProgressReport {
-    /// The bytes that the proof is over.
+    /// Returns the bytes that the proof covers.
     #[must_use]
     pub fn message(&self) -> Vec<u8> {
         serde_json::json!(["bakehouse netboot news", self.version, self.mac, self.key, self.step])
@@ -225,50 +242,56 @@ impl ProgressReport {
     }
 }
 
+/// Step of an installation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
+    /// The machine loads the image.
     Writing {
+        /// Bytes that are written.
         bytes: u64,
+        /// Bytes in total.
         of: u64,
     },
-    /// It restarts from its disk.
+    /// The image is on the disk, and the machine restarts from it.
     Installed,
-    /// It goes on into what is in its memory.
+    /// The image is in memory, and the machine starts it.
     Started,
+    /// The installation failed. The machine tries again.
     Failed {
+        /// Cause of the failure.
         why: String,
     },
 }
 
 impl NetbootMachine {
-    /// 1 had no proof in its news and no code for founders.
+    /// Format of the messages. Version 1 had no proof in progress reports, and no code for founders.
     pub const VERSION: u16 = 2;
-    /// Word on the kernel's command line that has the server's address.
+    /// Parameter of the kernel's command line with the server's address.
     pub const SERVER: &str = "bakehouse.netboot";
-    /// Network cards and disks of a machine, at most.
+    /// Largest number of network cards, and of disks, of a machine.
     const PARTS: usize = 256;
-    /// Bytes of a text in its message, at most.
+    /// Longest text in the message, in bytes.
     const TEXT: usize = 256;
 
-    /// Whether the message has the size that a real machine's has.
+    /// Checks that the message is no larger than that of a real machine.
     ///
     /// # Errors
-    /// It has more network cards or disks, or longer texts, than any machine.
+    /// If the machine has more than 256 network cards or disks, or a text is longer than 256 bytes.
     pub fn check(&self) -> Result<(), String> {
         let texts = self.disks.iter().map(|d| &d.path).chain([&self.serial, &self.key]);
         if self.macs.len() > Self::PARTS || self.disks.len() > Self::PARTS {
-            return Err(format!("a machine with more than {} network cards or disks", Self::PARTS));
+            return Err(format!("the machine has more than {} network cards or disks", Self::PARTS));
         }
         if texts.into_iter().any(|t| t.len() > Self::TEXT) {
-            return Err(format!("a serial number, a disk's path or a key of more than {} bytes", Self::TEXT));
+            return Err(format!("a serial number, a disk's path or a key is longer than {} bytes", Self::TEXT));
         }
         Ok(())
     }
 }
 
-/// A text of another machine's, for a terminal: control characters and invisible ones are escaped, so that it
-/// can't move the cursor, hide text or set a title.
+/// Escapes control characters and invisible characters of another machine's text, so that the text cannot move a
+/// terminal's cursor, hide text or set a title.
 #[must_use]
 pub fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -286,7 +309,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mac_addresses_have_one_form() {
+    fn rejects_invalid_mac_addresses() {
         assert_eq!("52:54:00:AA:bb:Cc".parse::<Mac>().unwrap().to_string(), "52:54:00:aa:bb:cc");
         for text in [
             "",
@@ -307,9 +330,9 @@ mod tests {
         assert_eq!(serde_json::to_string(&mac).unwrap(), "\"52:54:00:aa:bb:cc\"");
     }
 
-    /// The message of an installer of version 1 is read, so that it can be answered.
+    /// The server reads a message of version 1, so that it can reply with an error.
     #[test]
-    fn messages_of_version_1_are_read() {
+    fn reads_messages_of_version_1() {
         let machine = r#"{"version":1,"macs":["52:54:00:aa:bb:cc"],"serial":"","disks":[],"memory":1,"key":"x"}"#;
         assert_eq!(serde_json::from_str::<NetbootMachine>(machine).unwrap().version, 1);
         let news: ProgressReport =
@@ -318,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_has_bounds() {
+    fn check_rejects_oversized_messages() {
         let machine = NetbootMachine {
             version: NetbootMachine::VERSION,
             macs: Vec::new(),
@@ -333,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_gets_no_control_characters() {
+    fn printable_escapes_control_characters() {
         let shown = printable("a\x1b[2Jb\u{202e}c\r\n\u{9b}2J \"quoted\" ü");
         assert!(shown.chars().all(|c| !c.is_control() && c != '\u{202e}'), "{shown}");
         assert!(shown.ends_with(" \"quoted\" ü"), "{shown}");
@@ -341,13 +364,13 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn a_mac_address_is_what_it_prints(octets: [u8; 6]) {
+        fn mac_round_trips(octets: [u8; 6]) {
             let mac = Mac(octets);
             proptest::prop_assert_eq!(mac.to_string().parse(), Ok(mac));
         }
 
         #[test]
-        fn what_parses_has_the_one_form(text: String) {
+        fn parsed_mac_prints_the_input_in_lower_case(text: String) {
             if let Ok(mac) = text.parse::<Mac>() {
                 proptest::prop_assert_eq!(text.to_ascii_lowercase(), mac.to_string());
             }

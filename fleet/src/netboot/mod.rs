@@ -1,5 +1,4 @@
-//! What a machine that booted from the network and `bakehouse netboot` say to each other: JSON over
-//! HTTP, on the network that both are on.
+//! Messages between `bakehouse netboot` and machines that boot from the network: JSON over HTTP, on a local network.
 
 mod messages;
 mod sealed;

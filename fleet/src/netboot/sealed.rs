@@ -1,5 +1,5 @@
-//! A ticket on its way over a network that others listen on: encrypted for the machine that asked. The
-//! same key agreement gives the key that the machine's reports are authenticated with.
+//! Encryption of tickets to the requesting machine: X25519, HKDF-SHA-256 and AES-256-GCM. The same key agreement gives
+//! the key that authenticates the machine's reports.
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::hkdf::{HKDF_SHA256, KeyType, Prk, Salt};
@@ -11,9 +11,9 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use super::messages::{ProgressReport, SealedTicket};
 use crate::encoding::{decode, encode};
 
-/// Symbols of a code: Crockford's base 32, which has no letter that looks like a digit.
+/// Alphabet of a code: Crockford's base 32, in which no letter looks like a digit.
 const SYMBOLS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
-/// Symbols of a code: 80 bits, so that no one can search for another key with the same code.
+/// Number of symbols in a code. They have 80 bits, so a search for another key with the same code is not feasible.
 const CODE: usize = 16;
 
 /// A ticket that cannot be encrypted or decrypted.
@@ -21,48 +21,48 @@ const CODE: usize = 16;
 #[error("{0}")]
 pub struct SealError(String);
 
-/// The machine's key pair, made for this boot and never written down.
+/// The machine's key pair. The machine makes it at each boot, and stores it nowhere.
 pub struct Key {
     secret: StaticSecret,
     public: String,
 }
 
 impl Key {
-    /// A new key pair.
+    /// Makes a new key pair.
     ///
     /// # Errors
-    /// The kernel gives no randomness.
+    /// If the kernel returns no random bytes.
     pub fn generate() -> Result<Self, SealError> {
         let mut bytes = [0; 32];
-        getrandom::fill(&mut bytes).map_err(|e| failed(&format!("the kernel gives no randomness: {e}")))?;
+        getrandom::fill(&mut bytes).map_err(|e| failed(&format!("the kernel returns no random bytes: {e}")))?;
         let secret = StaticSecret::from(bytes);
         let public = encode(PublicKey::from(&secret).as_bytes());
         Ok(Self { secret, public })
     }
 
-    /// The public half, base64.
+    /// Returns the public key, base64.
     #[must_use]
     pub fn public(&self) -> &str {
         &self.public
     }
 
-    /// Decrypts a ticket; also returns the key for this machine's reports.
+    /// Decrypts a ticket. Returns it with the key for this machine's reports.
     ///
     /// # Errors
-    /// The ticket was encrypted for another key, or was changed on its way.
+    /// If the ticket is encrypted to another key, or was changed in transit.
     pub fn open(&self, sealed: &SealedTicket) -> Result<(Vec<u8>, ReportKey), SealError> {
         let mut content = decode(&sealed.content).ok_or_else(|| failed("the ticket is not base64"))?;
         let (key, report) = agree(&self.secret, &sealed.key, &sealed.key, &self.public)?;
         let open = key.open_in_place(nonce(), Aad::empty(), &mut content);
-        let ticket = open.map_err(|_| failed("the ticket is encrypted for another machine, or damaged"))?.to_vec();
+        let ticket = open.map_err(|_| failed("the ticket is encrypted to another machine, or damaged"))?.to_vec();
         Ok((ticket, report))
     }
 }
 
-/// Encrypts a ticket for the machine that has this key; also returns the key for its reports.
+/// Encrypts a ticket to a machine's public key. Returns it with the key for the machine's reports.
 ///
 /// # Errors
-/// `to` is not an X25519 key.
+/// If `to` is not an X25519 key.
 pub fn seal(content: &[u8], to: &str) -> Result<(SealedTicket, ReportKey), SealError> {
     let own = Key::generate()?;
     let mut content = content.to_vec();
@@ -71,11 +71,11 @@ pub fn seal(content: &[u8], to: &str) -> Result<(SealedTicket, ReportKey), SealE
     Ok((SealedTicket { key: own.public, content: encode(&content) }, report))
 }
 
-/// What a machine shows on its console and the operator types at the server: it stands for the machine's
-/// key and for the node that it is to be.
+/// Returns the code of a machine's key and the node that it becomes. The machine shows the code on its console, and the
+/// operator types it at the server.
 ///
-/// 80 bits of SHA-256 in four groups of four symbols. A host that wants its own key to be confirmed would have to
-/// find one with the same code.
+/// The code has 80 bits of SHA-256, in four groups of four symbols. An attacker would need a key with the same code to
+/// get that key confirmed.
 #[must_use]
 pub fn code(key: &str, to: &str) -> String {
     let mut hash = Sha256::new();
@@ -90,7 +90,7 @@ pub fn code(key: &str, to: &str) -> String {
     symbols.chunks(4).map(|group| group.iter().collect()).collect::<Vec<String>>().join("-")
 }
 
-/// A code as [`code`] writes it, of what a person typed: either case, with or without dashes and spaces.
+/// Normalises a code that the operator typed: in either case, with or without dashes and spaces.
 #[must_use]
 pub fn read_code(typed: &str) -> Option<String> {
     let symbols: Option<Vec<char>> = typed
@@ -106,7 +106,7 @@ pub fn read_code(typed: &str) -> Option<String> {
     Some(symbols.chunks(4).map(|group| group.iter().collect()).collect::<Vec<String>>().join("-"))
 }
 
-/// Authenticates a machine's reports. Only the machine and the server can derive it.
+/// Key that authenticates a machine's reports. Only the machine and the server can derive it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ReportKey(String);
@@ -118,17 +118,17 @@ impl std::fmt::Debug for ReportKey {
 }
 
 impl ReportKey {
-    /// The news with their proof.
+    /// Returns the report with its proof.
     #[must_use]
-    pub fn prove(&self, mut news: ProgressReport) -> ProgressReport {
-        news.proof = encode(hmac::sign(&self.hmac(), &news.message()).as_ref());
-        news
+    pub fn prove(&self, mut report: ProgressReport) -> ProgressReport {
+        report.proof = encode(hmac::sign(&self.hmac(), &report.message()).as_ref());
+        report
     }
 
-    /// Whether the news come from the machine that shares this key.
+    /// Whether the report comes from the machine that shares this key.
     #[must_use]
-    pub fn verify(&self, news: &ProgressReport) -> bool {
-        decode(&news.proof).is_some_and(|proof| hmac::verify(&self.hmac(), &news.message(), &proof).is_ok())
+    pub fn verify(&self, report: &ProgressReport) -> bool {
+        decode(&report.proof).is_some_and(|proof| hmac::verify(&self.hmac(), &report.message(), &proof).is_ok())
     }
 
     fn hmac(&self) -> hmac::Key {
@@ -136,7 +136,7 @@ impl ReportKey {
     }
 }
 
-/// 32 bytes of HKDF's output.
+/// Length of HKDF's output: 32 bytes.
 struct Secret32;
 
 impl KeyType for Secret32 {
@@ -145,7 +145,7 @@ impl KeyType for Secret32 {
     }
 }
 
-/// The ticket's key and the reports' key that `secret` and the other's public key agree on.
+/// Derives the ticket's key and the reports' key from `secret` and the other end's public key.
 fn agree(
     secret: &StaticSecret,
     other: &str,
@@ -155,13 +155,13 @@ fn agree(
     let bytes = decode(other).and_then(|b| <[u8; 32]>::try_from(b).ok());
     let other = PublicKey::from(bytes.ok_or_else(|| failed("the key is not an X25519 key in base64"))?);
     let shared = secret.diffie_hellman(&other);
-    // A key of low order would give a secret that everyone knows.
+    // A key of low order would give a secret that is publicly known (RFC 7748 § 6.1).
     if !shared.was_contributory() {
         return Err(failed("the key is not an X25519 key"));
     }
     let prk = Salt::new(HKDF_SHA256, b"bakehouse netboot ticket").extract(shared.as_bytes());
     let context = |what: &'static str| [what.as_bytes(), server.as_bytes(), machine.as_bytes()];
-    let no_key = |_| failed("the keys can't be derived");
+    let no_key = |_| failed("cannot derive the keys");
     let ticket = prk.expand(&context("ticket"), &AES_256_GCM).map(UnboundKey::from).map_err(no_key)?;
     Ok((LessSafeKey::new(ticket), ReportKey(report_secret(&prk, &context("report")).map_err(no_key)?)))
 }
@@ -172,7 +172,7 @@ fn report_secret(prk: &Prk, context: &[&[u8]]) -> Result<String, ring::error::Un
     Ok(encode(&bytes))
 }
 
-/// The server makes a key pair for each answer: no key encrypts twice.
+/// Returns the nonce. It can be constant, because the server makes a key pair for each reply and so uses each key once.
 fn nonce() -> Nonce {
     Nonce::assume_unique_for_key([0; 12])
 }
@@ -187,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_who_asked_reads_it() {
+    fn only_the_requesting_machine_opens_the_ticket() {
         let (asker, other) = (Key::generate().unwrap(), Key::generate().unwrap());
         let (sealed, _) = seal(b"a ticket", asker.public()).unwrap();
         assert!(!sealed.content.contains("ticket"));
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_changed_is_refused() {
+    fn open_rejects_changed_ticket() {
         let asker = Key::generate().unwrap();
         let (mut sealed, _) = seal(b"a ticket", asker.public()).unwrap();
         sealed.content.replace_range(..1, if sealed.content.starts_with('A') { "B" } else { "A" });
@@ -207,31 +207,28 @@ mod tests {
     }
 
     #[test]
-    fn reports_are_proven_by_the_machine_that_opened_the_ticket() {
+    fn verify_rejects_reports_of_other_machines() {
         let (asker, other) = (Key::generate().unwrap(), Key::generate().unwrap());
         let (sealed, server) = seal(b"a ticket", asker.public()).unwrap();
         let (_, machine) = asker.open(&sealed).unwrap();
         let mac = "52:54:00:00:00:01".parse().unwrap();
         let key = asker.public().to_owned();
-        let news =
+        let report =
             ProgressReport { version: NetbootMachine::VERSION, mac, step: Step::Installed, key, proof: String::new() };
-        let proven = machine.prove(news.clone());
+        let proven = machine.prove(report.clone());
         assert!(server.verify(&proven));
-        assert!(!server.verify(&news));
-        assert!(
-            !server.verify(&ProgressReport { step: Step::Started, ..proven.clone() }),
-            "another step, the same proof"
-        );
-        // A key of another agreement.
+        assert!(!server.verify(&report));
+        assert!(!server.verify(&ProgressReport { step: Step::Started, ..proven.clone() }), "the proof of another step");
+        // The key of another machine.
         let (sealed, _) = seal(b"a ticket", other.public()).unwrap();
-        assert!(!server.verify(&other.open(&sealed).unwrap().1.prove(news)));
-        // The server keeps it in a file.
-        let kept: ReportKey = serde_json::from_str(&serde_json::to_string(&server).unwrap()).unwrap();
-        assert!(kept.verify(&proven));
+        assert!(!server.verify(&other.open(&sealed).unwrap().1.prove(report)));
+        // The server stores the key in a file.
+        let stored: ReportKey = serde_json::from_str(&serde_json::to_string(&server).unwrap()).unwrap();
+        assert!(stored.verify(&proven));
     }
 
     #[test]
-    fn a_code_stands_for_a_key_and_a_node() {
+    fn code_depends_on_key_and_node() {
         let (one, two) = (Key::generate().unwrap(), Key::generate().unwrap());
         let shown = code(one.public(), "hub-1");
         assert_eq!(shown.len(), CODE + 3);
@@ -251,7 +248,7 @@ mod tests {
         }
 
         #[test]
-        fn a_code_reads_as_itself(key: String, to: String) {
+        fn code_round_trips(key: String, to: String) {
             let shown = code(&key, &to);
             proptest::prop_assert_eq!(read_code(&shown), Some(shown));
         }

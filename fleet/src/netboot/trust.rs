@@ -1,6 +1,6 @@
-//! Which images a machine runs from its memory: those that the fleet's update key signed. The installer's own
-//! initrd has the public half, and Secure Boot's signature covers that: so enforcing firmware leads to signed code
-//! only, whatever host answers on the network.
+//! Verification of images that a machine runs from memory. The fleet's update key signs them. The installer's initrd
+//! has the public half, and the Secure Boot signature covers the initrd. So firmware that enforces Secure Boot leads to
+//! signed code only, whichever host replies on the network.
 
 use ring::signature::{ED25519, UnparsedPublicKey};
 
@@ -8,7 +8,7 @@ use super::messages::{ImageStatement, InstallerTrust, Run, SignedImage};
 use crate::compare_versions;
 use crate::encoding::decode;
 
-/// An image that the fleet's update key did not sign, or that the installer refuses for its age or fleet.
+/// An image without a signature of the fleet's update key, of another fleet, or of an older version.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the server's image for {to} is refused: {why}; start `bakehouse netboot` of this fleet")]
 pub struct UntrustedImage {
@@ -16,11 +16,11 @@ pub struct UntrustedImage {
     why: String,
 }
 
-/// The root hash of an image, if the fleet signed it.
+/// Returns the root hash of an image after verifying its signature.
 ///
 /// # Errors
-/// There is no signature of the fleet's update key over this root hash; the image is another fleet's, or older than
-/// the installer.
+/// If the fleet's update key did not sign this root hash, or the image is for another fleet or older than the
+/// installer.
 pub fn signed_root(trust: &InstallerTrust, run: &Run) -> Result<String, UntrustedImage> {
     let refused = |why: &str| UntrustedImage { to: run.to.clone(), why: why.to_owned() };
     let Some(SignedImage { statement, signature }) = &run.signed else {
@@ -31,12 +31,12 @@ pub fn signed_root(trust: &InstallerTrust, run: &Run) -> Result<String, Untruste
         .verify(&SignedImage::message(statement), &signature)
         .map_err(|_| refused("the fleet's update key did not sign its root hash"))?;
     let signed: ImageStatement =
-        serde_json::from_str(statement).map_err(|e| refused(&format!("its statement is not readable ({e})")))?;
+        serde_json::from_str(statement).map_err(|e| refused(&format!("cannot read its statement: {e}")))?;
     if signed.roothash != run.roothash {
-        return Err(refused("another root hash was signed"));
+        return Err(refused("the signature is for another root hash"));
     }
     if signed.fleet != trust.fleet {
-        return Err(refused("another fleet signed it"));
+        return Err(refused("the signature is for another fleet"));
     }
     if compare_versions(&signed.version, &trust.version).is_lt() {
         let older = format!("version {} is older than this installer, {}", signed.version, trust.version);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_the_update_key_signed_is_run() {
+    fn rejects_images_that_the_update_key_did_not_sign() {
         let of = |fleet: &str, version: &str, seed| {
             let text = statement(fleet, version);
             run(&text, &SignedImage::message(&text), seed)
@@ -90,17 +90,17 @@ mod tests {
         assert_eq!(signed_root(&trust(), &good).unwrap(), "ab".repeat(32));
         assert!(signed_root(&trust(), &of("acme", "10", 1)).is_ok(), "a newer image than the installer");
         let text = statement("acme", "2");
-        for (bad, words) in [
+        for (bad, expected) in [
             (Run { signed: None, ..good.clone() }, "not signed"),
             (of("acme", "2", 2), "did not sign"),
             (of("other", "2", 1), "another fleet"),
             (of("acme", "1.9", 1), "older than"),
             (Run { roothash: "cd".repeat(32), ..good }, "another root hash"),
-            // A signature of the same key over the same text, made for something else.
+            // A signature of the same key over the same text, without the prefix of netboot images.
             (run(&text, text.as_bytes(), 1), "did not sign"),
         ] {
             let e = signed_root(&trust(), &bad).unwrap_err().to_string();
-            assert!(e.contains(words), "{words}: {e}");
+            assert!(e.contains(expected), "{expected}: {e}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The packet filter of one node, as its template sees it.
+//! The packet filter of one node: input of the template in `overlays/nftables`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -9,23 +9,23 @@ use serde::Serialize;
 use super::{HUB, Network, Party, Protocol, Rule, rules};
 use crate::topology::{Node, Topology};
 
-/// First and last port of the kernel's range for clients' sockets: where answers to UDP go.
+/// The kernel's range of ephemeral ports, to which servers send UDP replies.
 const CLIENT_PORTS: RangeInclusive<u16> = 32768..=60999;
 
-/// What the packet filter of one node is made of. Equal fleets give equal texts, whose length grows with the
-/// number of groups and not of nodes: successive addresses are one element of a set.
+/// Input of a node's packet filter. Equal fleets give equal texts. Their length grows with the number of groups and not
+/// of nodes, because successive addresses are one element of a set.
 #[derive(Clone, Debug, Serialize)]
 pub struct Filter {
     sets: Vec<AddressSet>,
     /// Connections that other nodes may open to this one.
     input: Vec<Match>,
-    /// Answers to connections that this node may open.
+    /// Replies to connections that this node may open.
     replies: Vec<Match>,
-    /// Connections between other nodes that cross this one.
+    /// Connections between other nodes that this node forwards.
     forward: Vec<Match>,
-    /// What is open to addresses outside the fleet.
+    /// Ports that are open to addresses outside the fleet.
     public: Vec<Match>,
-    /// Ports of this node's clients, as nftables writes a range.
+    /// Ephemeral ports of this node, as a range of nftables.
     client_ports: String,
 }
 
@@ -35,7 +35,7 @@ struct AddressSet {
     elements: Vec<String>,
 }
 
-/// One line of the filter: sets of addresses, and ports as nftables writes them.
+/// A rule of the filter: sets of addresses, and ports in the syntax of nftables.
 #[derive(Clone, Debug, Serialize)]
 struct Match {
     from: String,
@@ -45,7 +45,7 @@ struct Match {
 }
 
 impl Filter {
-    /// The filter of `node`.
+    /// Returns the filter of `node`.
     #[must_use]
     pub fn of(topology: &Topology, node: &Node) -> Self {
         let mut lines = Lines { topology, sets: BTreeMap::new() };
@@ -53,14 +53,14 @@ impl Filter {
         let rules: Vec<Rule> = rules(topology).into_iter().filter(|r| r.from != Party::Itself).collect();
         let with =
             |wanted: &dyn Fn(&Rule) -> bool| -> Vec<Rule> { rules.iter().copied().filter(|r| wanted(r)).collect() };
-        // ICMP has a line of its own.
+        // The template has its own rule for ICMP.
         let numbered = |r: &Rule| r.protocol != Protocol::Icmp;
         let mesh = |r: &Rule| numbered(r) && r.is_inside();
         let input = lines.of(&with(&|r| mesh(r) && r.to.has(node) && others(r.from)), true, false);
-        // BFD has no answers: both ends send to its port.
-        let asks =
+        // BFD has no replies, because both ends send to its port.
+        let opens =
             |r: &Rule| mesh(r) && r.from.has(node) && others(r.to) && r.protocol != Protocol::Vrrp && !r.is_bfd();
-        let replies = lines.of(&with(&asks), false, true);
+        let replies = lines.of(&with(&opens), false, true);
         let crosses = |r: &Rule| mesh(r) && r.network == Network::Mesh && r.is_between(topology, node);
         let forward = if node.hub > 0 { lines.of(&with(&crosses), true, true) } else { Vec::new() };
         let public = lines.of(&with(&|r| numbered(r) && r.from == Party::Public && r.to.has(node)), false, false);
@@ -73,17 +73,18 @@ impl Filter {
     }
 }
 
-/// Both ends of a line, as names of sets, and what it lets through between them.
+/// Network, source set, destination set and protocol of a line.
 type Ends = (Network, String, String, Protocol);
 
-/// Gathers rules to lines, and remembers which sets they name.
+/// Combines rules into lines, and collects the sets that the lines use.
 struct Lines<'a> {
     topology: &'a Topology,
     sets: BTreeMap<String, Vec<String>>,
 }
 
 impl Lines<'_> {
-    /// One line for all ports with the same ends; an end that the line does not name is empty.
+    /// Returns one line for all ports with the same ends. `from` and `to` say whether a line names that end; an end
+    /// without a name is empty.
     fn of(&mut self, rules: &[Rule], from: bool, to: bool) -> Vec<Match> {
         let mut gathered: BTreeMap<Ends, BTreeSet<(u16, u16)>> = BTreeMap::new();
         for rule in rules {
@@ -109,7 +110,7 @@ impl Lines<'_> {
     }
 }
 
-/// Successive addresses as `first-last`.
+/// Returns successive addresses as `first-last`.
 fn ranges(addresses: &BTreeSet<Ipv4Addr>) -> Vec<String> {
     let mut ranges: Vec<(u32, u32)> = Vec::new();
     for address in addresses.iter().map(|a| u32::from(*a)) {

@@ -1,5 +1,5 @@
-//! Who may reach what inside the fleet and from outside: the one table that the packet filter
-//! (`overlays/nftables`), `docs/ports.md` and the tests are made from.
+//! Ports of the fleet and the nodes that may reach them. The packet filter (`overlays/nftables`), `docs/ports.md` and
+//! the tests use this table.
 
 mod filter;
 mod page;
@@ -24,19 +24,23 @@ pub enum Party<'a> {
     Role(&'a str),
     /// Every node of the fleet.
     Member,
-    /// Every address that reaches the node, over the mesh or by its uplink.
+    /// Every address that reaches the node, over the mesh or over its uplink.
     Public,
-    /// The destination itself: no other machine.
+    /// The destination itself, and no other machine.
     Itself,
 }
 
-/// What a rule is about, below ports.
+/// Protocol of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
+    /// TCP.
     Tcp,
+    /// UDP.
     Udp,
+    /// ICMP, which has no ports.
     Icmp,
+    /// VRRP, which has no ports.
     Vrrp,
 }
 
@@ -45,30 +49,35 @@ pub enum Protocol {
 pub enum Ports {
     /// The protocol has no ports.
     None,
+    /// This port.
     One(u16),
     /// `[mesh] port`.
     Mesh,
-    /// `[mesh] port` and one port above it for each hub.
+    /// `[mesh] port` and the next ports, one for each hub.
     MeshAndLinks,
 }
 
-/// Addresses of the nodes that a rule holds for.
+/// Network to which a rule applies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Network {
     /// Nodes' own addresses and the VIP.
     Mesh,
-    /// Addresses of the WireGuard interfaces: a link between a node and a hub, never forwarded.
+    /// Addresses of the WireGuard interfaces. Hubs do not forward packets of these links.
     Transport,
 }
 
-/// A permission: what has no rule is dropped.
+/// A permission. The packet filter drops what has no rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule<'a> {
+    /// Source of the connection.
     pub from: Party<'a>,
+    /// Destination of the connection.
     pub to: Party<'a>,
+    /// Protocol.
     pub protocol: Protocol,
+    /// Ports of the destination.
     pub ports: Ports,
-    /// What needs it.
+    /// Service that needs the rule.
     pub why: &'a str,
     network: Network,
 }
@@ -117,74 +126,78 @@ const RULES: &[Rule] = &[
     other(HUB, HUB, Protocol::Vrrp, Ports::None, "keepalived: which hub holds the VIP"),
     tcp(HUB, VOTERS, 2379, "etcd's clients: the hubs' agents"),
     tcp(DB, VOTERS, 2379, "etcd's clients: Patroni"),
-    tcp(VOTERS, VOTERS, 2380, "etcd's members among each other"),
+    tcp(VOTERS, VOTERS, 2380, "between etcd members"),
     tcp(MONITOR, VOTERS, 2381, "etcd's metrics"),
     tcp(APP, DB, 5432, "PostgreSQL, by HAProxy on the application node"),
     tcp(HUB, DB, 5432, "PostgreSQL, by HAProxy on the hub"),
     tcp(DB, DB, 5432, "replication, copies and pg_rewind"),
-    tcp(APP, DB, 8008, "Patroni: HAProxy asks which database takes writes"),
-    tcp(HUB, DB, 8008, "Patroni: HAProxy asks which database takes writes"),
-    tcp(DB, DB, 8008, "Patroni's members among each other"),
+    tcp(APP, DB, 8008, "Patroni: HAProxy checks which database accepts writes"),
+    tcp(HUB, DB, 8008, "Patroni: HAProxy checks which database accepts writes"),
+    tcp(DB, DB, 8008, "between Patroni members"),
     tcp(MONITOR, DB, 8008, "Patroni's metrics"),
     tcp(MONITOR, DB, 9187, "PostgreSQL's metrics"),
     tcp(DB, KEEPER, 8432, "pgBackRest: WAL and restores"),
     tcp(KEEPER, DB, 8432, "pgBackRest: backups"),
     tcp(APP, HUB, 5000, "PostgreSQL's primary behind the VIP"),
     tcp(DB, HUB, 5000, "PostgreSQL's primary behind the VIP, for an operator on a database node"),
-    tcp(MONITOR, HUB, 5000, "the monitor looks whether writes get through"),
+    tcp(MONITOR, HUB, 5000, "the monitor checks that writes succeed"),
     tcp(APP, HUB, 5001, "PostgreSQL's standbys behind the VIP"),
     tcp(DB, HUB, 5001, "PostgreSQL's standbys behind the VIP, for an operator on a database node"),
     tcp(Party::Itself, APP, 5000, "PostgreSQL's primary for Odoo, on loopback"),
     tcp(HUB, APP, 8069, "Odoo's pages, by HAProxy"),
-    tcp(MONITOR, APP, 8069, "the monitor looks whether Odoo answers"),
+    tcp(MONITOR, APP, 8069, "the monitor checks that Odoo answers"),
     tcp(HUB, APP, 8072, "Odoo's websockets, by HAProxy"),
     tcp(MONITOR, HUB, 8404, "HAProxy's metrics and page"),
     tcp(MONITOR, APP, 8404, "HAProxy's metrics and page"),
-    tcp(MONITOR, MONITOR, 9090, "each monitor watches the other's Prometheus"),
-    tcp(MONITOR, MONITOR, 9093, "alerts go to every Alertmanager"),
-    tcp(MONITOR, MONITOR, 9094, "Alertmanagers among each other"),
-    other(MONITOR, MONITOR, Protocol::Udp, Ports::One(9094), "Alertmanagers among each other"),
+    tcp(MONITOR, MONITOR, 9090, "each monitor checks the other's Prometheus"),
+    tcp(MONITOR, MONITOR, 9093, "Prometheus sends alerts to every Alertmanager"),
+    tcp(MONITOR, MONITOR, 9094, "between Alertmanagers"),
+    other(MONITOR, MONITOR, Protocol::Udp, Ports::One(9094), "between Alertmanagers"),
     tcp(Party::Itself, MONITOR, 9115, "blackbox exporter, for Prometheus on the same node"),
     tcp(MONITOR, Party::Member, 9100, "the node's metrics"),
     tcp(MONITOR, Party::Member, 9324, "BIRD's metrics"),
 ];
 
-/// The built-in rules, in the order of the page.
+/// Returns the built-in rules, in the order of `docs/ports.md`.
 #[must_use]
 pub fn rows() -> &'static [Rule<'static>] {
     RULES
 }
 
-/// A port of a role's profile with the roles that may reach it, as the image's plan keeps it: what
-/// the built-in rules don't say.
+/// A port of a role's profile that the built-in rules do not cover, with the roles that may reach it. The topology in
+/// the image contains it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServicePort {
+    /// Role that listens.
     pub role: String,
+    /// Port number.
     pub port: u16,
+    /// Transport protocol.
     pub proto: Proto,
+    /// Name of the service that listens.
     pub service: String,
-    /// Roles that may reach it.
+    /// Roles that may reach the port.
     pub from: Vec<String>,
 }
 
-/// The word for every node in a profile's `from`.
+/// Value for every node in a profile's `from`.
 pub const EVERY: &str = "every";
 
-/// Whether a built-in rule names this port of a role's profile.
+/// Whether a built-in rule covers this port of a role's profile.
 #[must_use]
 pub fn has_rule(role: &str, port: &Port) -> bool {
     let is_its = |to: Party| to == Party::Role(role) || to == Party::Member && role == "base";
     let number = |ports: Ports| match ports {
         Ports::One(number) => number == port.port,
-        // The profile has the default of `[mesh] port`.
+        // The profile has the default of `[mesh] port`, so the service's name identifies the port.
         Ports::Mesh | Ports::MeshAndLinks => port.service == "wireguard" || port.service == "firstboot",
         Ports::None => false,
     };
     RULES.iter().any(|r| is_its(r.to) && r.protocol == Protocol::from(port.proto) && number(r.ports))
 }
 
-/// Ports of the profiles of roles in use that need more than the built-in rules: those with `from`, and
-/// those that no rule names, which every member may reach.
+/// Returns the ports of the profiles of roles in use that need a rule in addition to the built-in ones: ports with
+/// `from`, and ports that no rule covers, which every member may reach.
 #[must_use]
 pub(crate) fn services(nodes: &[Node], profiles: &Profiles) -> Vec<ServicePort> {
     let used: BTreeSet<&str> = nodes.iter().flat_map(|n| n.roles.iter().map(String::as_str)).chain(["base"]).collect();
@@ -202,7 +215,7 @@ pub(crate) fn services(nodes: &[Node], profiles: &Profiles) -> Vec<ServicePort> 
         .collect()
 }
 
-/// Every rule of a fleet: the built-in ones, those of its profiles, and `[firewall] open`.
+/// Returns every rule of a fleet: the built-in rules, those of its profiles, and `[firewall] open`.
 #[must_use]
 pub fn rules(topology: &Topology) -> Vec<Rule<'_>> {
     let services = topology.services.iter().flat_map(|s| {
@@ -226,8 +239,8 @@ pub fn rules(topology: &Topology) -> Vec<Rule<'_>> {
     RULES.iter().copied().chain(services).chain(open).collect()
 }
 
-/// Whether `from` reaches `port` of `to` over the mesh; the protocols without ports take any number. A node reaches
-/// everything of its own.
+/// Whether `from` reaches `port` of `to` over the mesh. Protocols without ports ignore `port`. A node reaches all its
+/// own ports.
 #[must_use]
 pub fn allowed(topology: &Topology, from: &Node, to: &Node, protocol: Protocol, port: u16) -> bool {
     from.name == to.name
@@ -247,7 +260,7 @@ impl<'a> Party<'a> {
         if role == EVERY || role == "base" { Self::Member } else { Self::Role(role) }
     }
 
-    /// Whether a node is one of them, seen from another node.
+    /// Whether `node` belongs to the party, seen from another node.
     fn has(self, node: &Node) -> bool {
         match self {
             Self::Role(role) => node.has_role(role),
@@ -256,7 +269,7 @@ impl<'a> Party<'a> {
         }
     }
 
-    /// Name of the set of its addresses.
+    /// Returns the name of the set of the party's addresses.
     fn set(self, network: Network) -> String {
         let name = match self {
             Self::Role(role) => role,
@@ -267,7 +280,7 @@ impl<'a> Party<'a> {
         format!("{kind}_{}", name.chars().map(plain).collect::<String>())
     }
 
-    /// Addresses of its nodes; the VIP is the hubs'.
+    /// Returns the addresses of the party's nodes. The VIP counts as an address of the hubs.
     fn addresses(self, topology: &Topology, network: Network) -> BTreeSet<Ipv4Addr> {
         let nodes = topology.nodes.iter().filter(|n| self.has(n));
         match network {
@@ -285,7 +298,7 @@ impl<'a> Party<'a> {
 }
 
 impl Ports {
-    /// First and last port, inclusive; none where the protocol has no ports.
+    /// Returns the first and the last port, inclusive; `None` for a protocol without ports.
     #[must_use]
     pub fn range(self, topology: &Topology) -> Option<RangeInclusive<u16>> {
         let mesh = topology.mesh.port;
@@ -301,7 +314,7 @@ impl Ports {
 }
 
 impl Rule<'_> {
-    /// Whether packets of it cross the mesh. WireGuard's own don't.
+    /// Whether the rule applies to packets inside the mesh. WireGuard's own packets are outside it.
     fn is_inside(&self) -> bool {
         self.ports != Ports::MeshAndLinks
     }
@@ -314,7 +327,7 @@ impl Rule<'_> {
         self.protocol == protocol && self.ports.range(topology).is_none_or(|range| range.contains(&port))
     }
 
-    /// Whether two different nodes, neither of them `without`, are its ends.
+    /// Whether the rule permits connections between two different nodes, neither of which is `without`.
     fn is_between(&self, topology: &Topology, without: &Node) -> bool {
         let others = || topology.nodes.iter().filter(|n| n.name != without.name);
         let mut from = others().filter(|n| self.from.has(n)).take(2).peekable();
@@ -345,7 +358,7 @@ mod tests {
     const HA: &str = "name = \"x\"\n[groups]\nhub.count = 3\ndb.count = 2\napp.count = 2\nmonitor.count = 2\n";
 
     #[test]
-    fn one_taken_application_node_reaches_neither_etcd_nor_vrrp() {
+    fn compromised_app_node_reaches_neither_etcd_nor_vrrp() {
         let t = topology(HA);
         let may = |from: &str, to: &str, protocol, port| {
             allowed(&t, t.node(from).unwrap(), t.node(to).unwrap(), protocol, port)
@@ -365,7 +378,6 @@ mod tests {
         }
         assert!(may("app-1", "db-1", Protocol::Tcp, 5432) && !may("monitor-1", "db-1", Protocol::Tcp, 5432));
         assert!(may("hub-2", "hub-1", Protocol::Vrrp, 0) && may("db-1", "hub-1", Protocol::Tcp, 2379));
-        // A node's own.
         assert!(may("monitor-1", "monitor-1", Protocol::Tcp, 9115));
         let outside = |to: &str, protocol, port| allowed_from_outside(&t, t.node(to).unwrap(), protocol, port);
         assert!(outside("hub-1", Protocol::Udp, 51823) && !outside("hub-1", Protocol::Udp, 51824));
@@ -373,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_profile_says_who_reaches_its_ports() {
+    fn from_of_a_profile_limits_its_ports() {
         let profile = |text: &str| Profile::parse("p", text.as_bytes()).unwrap();
         let mut t = topology(&format!("{HA}report.count = 1\n"));
         let known = profile("[[ports]]\nport = 5432\nproto = \"tcp\"\nservice = \"postgresql\"\n");
@@ -389,13 +401,13 @@ mod tests {
         };
         assert!(may("app-1", Protocol::Tcp, 7000) && !may("db-1", Protocol::Tcp, 7000));
         assert!(may("db-1", Protocol::Udp, 7001) && !may("app-1", Protocol::Tcp, 7002));
-        // What an image keeps is what was built.
+        // The image contains the topology as JSON.
         let kept: Topology = serde_json::from_str(&serde_json::to_string(&t).unwrap()).unwrap();
         assert_eq!(kept, t);
     }
 
     #[test]
-    fn the_filter_of_two_thousand_nodes_is_as_long_as_that_of_two() {
+    fn filter_does_not_grow_with_nodes() {
         let large = "name = \"x\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\n[groups]\n\
                      hub.count = 3\ndb.count = 2\nmonitor.count = 2\napp = { count = 2000, first = \"10.10.1.0\" }\n";
         let length = |text: &str| {

@@ -1,4 +1,6 @@
-//! etcd, by its JSON gateway: the same way Patroni takes, without a gRPC stack in the agent.
+//! Client of [etcd's JSON gateway], which Patroni also uses. The agent then needs no gRPC stack.
+//!
+//! [etcd's JSON gateway]: https://etcd.io/docs/v3.5/dev-guide/api_grpc_gateway/
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -17,52 +19,57 @@ use tokio_rustls::rustls::ClientConfig;
 use crate::error::{Error, Result};
 use fleet_https::{Connection, PATIENCE, request};
 
-/// Longest answer: every slot of the largest fleet, several times over.
+/// Longest reply, in bytes: several times all slots of the largest fleet.
 pub(super) const LONGEST: usize = 64 << 20;
-/// How long the local member may take to show that it is of use again.
+/// Time limit for the local member to prove that it reaches the quorum again.
 const PROBE: Duration = Duration::from_secs(2);
-/// Errors by which etcd refuses a request before it looks at it: its token is missing, unknown or too old.
+/// Errors of etcd for a token that is missing, unknown or too old. etcd has then not executed the request.
 const TOKEN_REFUSED: [&str; 3] = ["user name is empty", "invalid auth token", "revision of auth store is old"];
 const AUTH_NOT_ENABLED: &str = "authentication is not enabled";
 
-/// A cluster, reached by whichever member answers.
+/// Client of an etcd cluster. It uses the first member that answers.
 pub struct Etcd {
-    /// Addresses of members, the nearest first.
+    /// Addresses of the members, the nearest first.
     members: Vec<(String, u16)>,
     tls: Arc<ClientConfig>,
     pub(super) connection: Mutex<Option<(String, Connection)>>,
-    /// Where to begin: another member after each failure. One that answers may still be of no
-    /// use, as a learner is, or a member that has lost the others.
+    /// Index of the first member to try. It moves on after each failure, because a member that answers can still be
+    /// unusable: a learner, or a member without quorum.
     pub(super) first: AtomicUsize,
-    /// How long a member may take to be reached, or to answer in full: as its connection's own limits, or less.
+    /// Time limit for the connection to a member, and for a complete reply.
     patience: Duration,
-    /// Name and password of the etcd user, where this node has one.
+    /// Name and password of the etcd user, if this node has one.
     user: Option<(String, String)>,
-    /// Of the last authentication. Tokens end after some time, and with the member's process.
+    /// Token of the last authentication. Tokens expire, and also become invalid when the member restarts.
     token: RwLock<Option<String>>,
 }
 
-/// One key.
+/// A key and its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyValue {
+    /// The key.
     pub key: String,
+    /// The value.
     pub value: Vec<u8>,
-    /// Revision of its last change; 0 where there is no such key.
+    /// Revision of the key's last change; 0 if the key does not exist.
     pub revision: u64,
 }
 
-/// What must hold for a transaction to take place.
+/// Condition of a transaction.
 #[derive(Clone, Copy, Debug)]
 pub enum Compare<'a> {
-    /// The key's last change is this one; 0: there is no such key.
+    /// The key's last change has this revision; 0 if the key does not exist.
     Unchanged(&'a str, u64),
 }
 
+/// Operation of a transaction.
 #[derive(Clone, Copy, Debug)]
 pub enum Op<'a> {
+    /// Sets a key.
     Put(&'a str, &'a [u8]),
-    /// As long as a lease lasts.
+    /// Sets a key for as long as a lease lasts: key, value, lease.
     PutFor(&'a str, &'a [u8], &'a str),
+    /// Deletes a key.
     Delete(&'a str),
 }
 
@@ -103,16 +110,19 @@ struct Response {
     response_range: Range,
 }
 
-/// One of the cluster.
+/// A member of the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct EtcdMember {
+    /// Id of the member.
     #[serde(rename = "ID")]
     pub id: String,
-    /// Empty until it has started.
+    /// Name of the member; empty before its first start.
     pub name: String,
+    /// Addresses for the other members.
     #[serde(rename = "peerURLs")]
     pub peer_urls: Vec<String>,
+    /// Whether the member is a learner, which has no vote.
     #[serde(rename = "isLearner")]
     pub is_learner: bool,
 }
@@ -124,6 +134,7 @@ struct Members {
 }
 
 impl Etcd {
+    /// Makes a client of these members (host and port), the nearest first.
     #[must_use]
     pub fn new(members: Vec<(String, u16)>, tls: Arc<ClientConfig>) -> Self {
         Self {
@@ -137,39 +148,40 @@ impl Etcd {
         }
     }
 
-    /// Authenticates as this etcd user where etcd asks for it; an empty password means no user.
+    /// Authenticates as this etcd user if etcd requires it. An empty password means no user.
     #[must_use]
     pub fn with_user(self, name: &str, password: &str) -> Self {
         let user = (!password.is_empty()).then(|| (name.to_owned(), password.to_owned()));
         Self { user, ..self }
     }
 
-    /// Gives a member up, and asks the next, when it has not answered for so long.
+    /// Sets the time limit after which the client tries the next member.
     #[must_use]
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
     }
 
-    /// The same cluster and user by a connection of its own: calls of the two don't wait for each other.
+    /// Returns a client of the same cluster and user with its own connection. Calls of the two clients do not wait for
+    /// each other.
     #[must_use]
     pub fn reconnected(&self) -> Self {
         let own = Self::new(self.members.clone(), self.tls.clone()).with_patience(self.patience);
         Self { user: self.user.clone(), ..own }
     }
 
-    /// Every key below a prefix, and the revision they are of.
+    /// Lists the keys below a prefix. Returns the revision of the list, and the keys.
     ///
     /// # Errors
-    /// No member answers.
+    /// If no member answers.
     pub async fn list(&self, prefix: &str) -> Result<(u64, Vec<KeyValue>)> {
         let body = json!({ "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)) });
         listed(&self.call("/v3/kv/range", &body).await?)
     }
 
-    /// These keys, as of one moment, in this order; revision 0 where there is none.
+    /// Reads keys in one transaction. Returns them in the same order, with revision 0 for keys that do not exist.
     ///
     /// # Errors
-    /// No member answers.
+    /// If no member answers.
     pub async fn get(&self, keys: &[&str]) -> Result<Vec<KeyValue>> {
         let ranges: Vec<Value> =
             keys.iter().map(|k| json!({ "request_range": { "key": encode(k.as_bytes()) } })).collect();
@@ -184,10 +196,10 @@ impl Etcd {
         keys.iter().zip(&answered.responses).map(of).collect::<Option<_>>().ok_or_else(foreign)
     }
 
-    /// All of `then`, or nothing when something of `when` does not hold. Says which.
+    /// Executes `then` if all conditions of `when` hold. Returns whether they held.
     ///
     /// # Errors
-    /// No member answers: it may have taken place, or not.
+    /// If no member answers. The transaction may or may not have been executed then.
     pub async fn transact(&self, when: &[Compare<'_>], then: &[Op<'_>]) -> Result<bool> {
         let compare = |c: &Compare| match c {
             Compare::Unchanged(key, revision) => json!({
@@ -211,10 +223,10 @@ impl Etcd {
         Ok(answered.succeeded)
     }
 
-    /// A lease of so many seconds: its name.
+    /// Grants a lease of this number of seconds. Returns its id.
     ///
     /// # Errors
-    /// No member answers.
+    /// If no member answers.
     pub async fn lease(&self, seconds: u32) -> Result<String> {
         #[derive(Deserialize)]
         struct Granted {
@@ -225,47 +237,49 @@ impl Etcd {
         Ok(granted.id)
     }
 
-    /// Ends a lease, and what was put for it.
+    /// Revokes a lease, which deletes its keys.
     ///
     /// # Errors
-    /// No member answers.
+    /// If no member answers.
     pub async fn revoke(&self, lease: &str) -> Result<()> {
         self.call("/v3/lease/revoke", &json!({ "ID": lease })).await.map(|_: Value| ())
     }
 
-    /// The cluster, as it agrees that it is.
+    /// Lists the members of the cluster (a linearizable read).
     ///
     /// # Errors
-    /// It does not agree now.
+    /// If no member answers, or the cluster has no quorum.
     pub async fn members(&self) -> Result<Vec<EtcdMember>> {
         let found: Members = self.call("/v3/cluster/member/list", &json!({ "linearizable": true })).await?;
         Ok(found.members)
     }
 
+    /// Removes a member.
+    ///
     /// # Errors
-    /// The cluster says no, as it does where it would lose its quorum.
+    /// If no member answers, or the cluster would lose its quorum.
     pub async fn remove(&self, member: &EtcdMember) -> Result<()> {
         self.call("/v3/cluster/member/remove", &json!({ "ID": member.id })).await.map(|_: Value| ())
     }
 
-    /// Adds one that listens and has no vote yet.
+    /// Adds a learner, a member without a vote.
     ///
     /// # Errors
-    /// The cluster says no.
+    /// If no member answers, or the cluster refuses another learner.
     pub async fn add_learner(&self, peer_url: &str) -> Result<()> {
         let body = json!({ "peerURLs": [peer_url], "isLearner": true });
         self.call("/v3/cluster/member/add", &body).await.map(|_: Value| ())
     }
 
-    /// Gives a learner its vote.
+    /// Promotes a learner to a voting member.
     ///
     /// # Errors
-    /// It has not caught up yet.
+    /// If no member answers, or the learner has not caught up yet.
     pub async fn promote(&self, member: &EtcdMember) -> Result<()> {
         self.call("/v3/cluster/member/promote", &json!({ "ID": member.id })).await.map(|_: Value| ())
     }
 
-    /// Goes back to the first member, this node's own, if another one was asked last and the first answers again.
+    /// Returns to the first member, which is this node's own, if it answers again.
     pub async fn prefer_first(&self) {
         if self.first.load(Ordering::Relaxed).is_multiple_of(self.members.len().max(1)) {
             return;
@@ -273,7 +287,7 @@ impl Etcd {
         let Some((host, port)) = self.members.first() else { return };
         let probed = timeout(PROBE, async {
             let mut connection = Connection::open(host, *port, host, &self.tls).await?;
-            // Only a member that reaches the quorum can answer it.
+            // Only a member that reaches the quorum can answer a linearizable read.
             let body = Bytes::from_static(br#"{"linearizable":true}"#);
             let asked = self.request(host, "/v3/cluster/member/list", body)?;
             match connection.ask(asked, LONGEST).await.map_err(Error::from) {
@@ -291,7 +305,7 @@ impl Etcd {
         let body = Bytes::from(serde_json::to_vec(body).map_err(|e| Error::Failed(e.to_string()))?);
         let mut kept = self.connection.lock().await;
         let answer = match self.ask(&mut kept, path, &body).await {
-            // etcd has not carried it out: a transaction, too, may be sent again.
+            // etcd has not executed the request, so even a transaction can be repeated.
             Err(e) if self.user.is_some() && contains(&e, &TOKEN_REFUSED) => {
                 self.authenticate(&mut kept).await?;
                 self.ask(&mut kept, path, &body).await?
@@ -301,9 +315,9 @@ impl Etcd {
         read(&answer)
     }
 
-    /// Asks over the connection that was kept, or a new one, which is kept.
+    /// Sends a request over the kept connection, or over a new one, which is then kept.
     async fn ask(&self, kept: &mut Option<(String, Connection)>, path: &str, body: &Bytes) -> Result<Bytes> {
-        // The one that was kept may have ended meanwhile: then a new one, once.
+        // If the kept connection has ended, the request is sent once more over a new one.
         if let Some((host, connection)) = kept.as_mut() {
             let asked = self.request(host, path, body.clone())?;
             match self.in_time(host, connection.ask(asked, LONGEST)).await {
@@ -312,7 +326,7 @@ impl Etcd {
                 Err(e) => {
                     *kept = None;
                     self.first.fetch_add(1, Ordering::Relaxed);
-                    // It may have been carried out: the caller has to look first.
+                    // The transaction may have been executed, so the caller has to read the keys first.
                     if path.ends_with("txn") {
                         return Err(e);
                     }
@@ -329,7 +343,7 @@ impl Etcd {
         answer
     }
 
-    /// Gets a token for this node's user, or finds that etcd asks for none.
+    /// Gets a token for this node's user. If etcd requires no authentication, there is no token.
     async fn authenticate(&self, kept: &mut Option<(String, Connection)>) -> Result<()> {
         #[derive(Deserialize)]
         struct Token {
@@ -349,7 +363,7 @@ impl Etcd {
 
     pub(super) fn request(&self, host: &str, path: &str, body: Bytes) -> Result<Request<Full<Bytes>>> {
         let token = self.token.read().unwrap_or_else(PoisonError::into_inner).clone();
-        // A watch without it goes on at a member that has lost the others.
+        // Without this header, a watch continues on a member that has lost its quorum.
         let mut headers = vec![("grpc-metadata-hasleader", "true")];
         headers.extend(token.as_deref().map(|token| ("authorization", token)));
         Ok(request("POST", host, path, &headers, body)?)
@@ -372,16 +386,16 @@ impl Etcd {
         member: &str,
         answer: impl Future<Output = Result<T, fleet_https::Error>>,
     ) -> Result<T> {
-        let late = |_| Err(Error::Network { to: member.to_owned(), why: "no answer".to_owned() });
+        let late = |_| Err(Error::Network { to: member.to_owned(), why: "no reply".to_owned() });
         timeout(self.patience, answer).await.map_or_else(late, |answer| Ok(answer?))
     }
 }
 
-/// The first key that does not begin with `prefix`.
+/// Returns the first key after those that begin with `prefix`.
 pub(super) fn after(prefix: &str) -> Vec<u8> {
     let mut end = prefix.as_bytes().to_vec();
     if let Some(last) = end.last_mut() {
-        // Prefixes are ours and end in `/`.
+        // The agent's prefixes end in `/`, so this does not overflow.
         *last += 1;
     }
     end
@@ -399,10 +413,10 @@ fn pair(kv: &Kv) -> Option<KeyValue> {
     })
 }
 
-/// Reads an answer to a range request: the revision that it is of, and its keys.
+/// Parses a reply to a range request. Returns its revision and keys.
 ///
 /// # Errors
-/// The bytes are no such answer, or a key is not UTF-8.
+/// If the bytes are not such a reply, or a key is not UTF-8.
 pub fn pairs(bytes: &[u8]) -> Result<(u64, Vec<KeyValue>)> {
     listed(&read(bytes)?)
 }
@@ -416,12 +430,12 @@ pub(super) fn read<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|_| foreign())
 }
 
-pub(super) fn contains(e: &Error, words: &[&str]) -> bool {
-    matches!(e, Error::Network { why, .. } if words.iter().any(|w| why.contains(w)))
+pub(super) fn contains(e: &Error, messages: &[&str]) -> bool {
+    matches!(e, Error::Network { why, .. } if messages.iter().any(|m| why.contains(m)))
 }
 
 pub(super) fn foreign() -> Error {
-    Error::Network { to: "etcd".to_owned(), why: "it answers what this agent does not understand".to_owned() }
+    Error::Network { to: "etcd".to_owned(), why: "the reply has an unknown format".to_owned() }
 }
 
 #[cfg(test)]
@@ -429,13 +443,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_prefix_ends_before_its_neighbour() {
+    fn range_of_prefix_excludes_next_prefix() {
         assert_eq!(after("/bakehouse/slots/"), b"/bakehouse/slots0");
     }
 
     proptest::proptest! {
         #[test]
-        fn pairs_are_read_as_they_were_written(all: Vec<(String, Vec<u8>, u64)>, revision: u64) {
+        fn pairs_round_trip(all: Vec<(String, Vec<u8>, u64)>, revision: u64) {
             let kvs: Vec<Value> = all.iter().map(|(key, value, revision)| json!({
                 "key": encode(key.as_bytes()), "value": encode(value), "mod_revision": revision.to_string(),
             })).collect();

@@ -1,4 +1,4 @@
-//! etcd, by its JSON gateway: key-value store, cluster members, users, and watches.
+//! Client of etcd's JSON gateway: key-value store, cluster members, users and watches.
 
 mod gateway;
 mod users;

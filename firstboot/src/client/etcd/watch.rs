@@ -1,4 +1,4 @@
-//! Changes below a prefix, as they happen.
+//! Watches: changes of the keys below a prefix.
 
 use std::time::Duration;
 
@@ -15,15 +15,15 @@ use super::gateway::{Etcd, Kv, LONGEST, after, foreign, read};
 use crate::error::{Error, Result};
 use fleet_https::Connection;
 
-/// How long a member may send nothing: it tells its progress each five seconds (`etcd.yml`), so one that is
-/// silent for longer hangs, or the way to it is cut.
+/// Longest time without data from a member. It sends a progress notification every 5 s (`etcd.yml`), so one that sends
+/// nothing for longer hangs, or cannot be reached.
 const SILENCE: Duration = Duration::from_secs(12);
-/// After so long everything is listed again, whatever the watch has brought.
+/// Longest duration of a watch. The caller then lists all keys again.
 const LONGEST_WATCH: Duration = Duration::from_secs(60);
 
-/// Changes as they happen.
+/// A running watch.
 pub struct Watch {
-    /// Dropped with the watch, which ends the answer.
+    /// Owned here, so that dropping the watch closes it.
     _connection: Connection,
     body: Incoming,
     rest: BytesMut,
@@ -31,10 +31,12 @@ pub struct Watch {
     silence: Duration,
 }
 
-/// One change: the key, and its value if it has one now.
+/// A change of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WatchEvent {
+    /// The key.
     pub key: String,
+    /// Its new value; `None` if the key was deleted.
     pub value: Option<Vec<u8>>,
 }
 
@@ -59,17 +61,17 @@ struct Event {
 }
 
 impl Etcd {
-    /// Every change below a prefix from a revision on, for up to a minute.
+    /// Watches all keys below a prefix, from a revision on, for up to 60 s.
     ///
     /// # Errors
-    /// No member answers.
+    /// If no member answers.
     pub async fn watch(&self, prefix: &str, revision: u64) -> Result<Watch> {
         let body = json!({ "create_request": {
             "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)),
             "start_revision": revision.to_string(), "progress_notify": true,
         } });
         let body = serde_json::to_vec(&body).map_err(|e| Error::Failed(e.to_string()))?;
-        // A connection of its own: the answer lasts as long as the watch.
+        // The watch needs its own connection, because the reply lasts as long as the watch.
         let (host, mut connection) = self.connect().await?;
         let asked = self.request(&host, "/v3/watch", body.into())?;
         let response = self.in_time(&host, connection.send(asked)).await.inspect_err(|_| {
@@ -77,7 +79,7 @@ impl Etcd {
         })?;
         if !response.status().is_success() {
             self.first.fetch_add(1, Ordering::Relaxed);
-            return Err(Error::Network { to: host, why: format!("{} to a watch", response.status()) });
+            return Err(Error::Network { to: host, why: format!("the watch was refused: {}", response.status()) });
         }
         Ok(Watch {
             _connection: connection,
@@ -88,16 +90,17 @@ impl Etcd {
         })
     }
 
-    /// The watch ended without a word of its member: the next request goes to another one.
+    /// Selects another member for the next request, after a watch ended without a message of its member.
     pub(super) async fn give_up_member(&self) {
         self.first.fetch_add(1, Ordering::Relaxed);
         *self.connection.lock().await = None;
     }
 
-    /// The next changes of a watch; none when it has ended and everything has to be listed again.
+    /// Waits for the next changes of a watch. Returns `None` when the watch has ended, and the caller has to list all
+    /// keys again.
     ///
     /// # Errors
-    /// The connection broke, or the member was silent for 12 seconds: the next request asks another member.
+    /// If the connection breaks, or the member sends nothing for 12 s. The next request then goes to another member.
     pub async fn next(&self, watch: &mut Watch) -> Result<Option<Vec<WatchEvent>>> {
         match watch.next().await {
             Err(e) => {
@@ -122,7 +125,7 @@ impl Watch {
                 }
             }
             if self.rest.len() > LONGEST {
-                return Err(broken("a line without end".to_owned()));
+                return Err(broken("a line of the watch is too long".to_owned()));
             }
             let Ok(frame) = timeout_at(self.ends, timeout(self.silence, self.body.frame())).await else {
                 return Ok(None);
@@ -140,14 +143,14 @@ impl Watch {
     }
 }
 
-/// Reads one line of a watch: the changes in it; `None` if the member has ended the watch.
+/// Parses one line of a watch. Returns its changes; `None` if the member has ended the watch.
 ///
 /// # Errors
-/// The line is none of a watch, or a key is not UTF-8.
+/// If the line is not JSON of a watch, or a key is not UTF-8.
 pub fn changes(line: &[u8]) -> Result<Option<Vec<WatchEvent>>> {
     let watched: Watched = read(line)?;
     if watched.result.canceled {
-        println!("etcd ended a watch: {}", watched.result.cancel_reason);
+        println!("etcd cancelled a watch: {}", watched.result.cancel_reason);
         return Ok(None);
     }
     let changes = watched.result.events.iter().map(|e| {
@@ -162,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn progress_is_no_change_and_a_cancelled_watch_ends() {
+    fn progress_has_no_changes_and_cancelled_watch_ends() {
         let progress = br#"{"result":{"header":{"revision":"7"}}}"#;
         assert_eq!(changes(progress).unwrap(), Some(Vec::new()));
         let cancelled = br#"{"result":{"canceled":true,"created":true,"cancel_reason":"permission denied"}}"#;
@@ -171,7 +174,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn changes_are_read_as_they_were_written(all: Vec<(String, Option<Vec<u8>>)>) {
+        fn changes_round_trip(all: Vec<(String, Option<Vec<u8>>)>) {
             let events: Vec<_> = all.iter().map(|(key, value)| match value {
                 Some(value) => json!({ "kv": { "key": encode(key.as_bytes()), "value": encode(value) } }),
                 None => json!({ "type": "DELETE", "kv": { "key": encode(key.as_bytes()) } }),
