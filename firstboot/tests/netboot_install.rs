@@ -60,7 +60,8 @@ impl Installer {
         // The installer's losetup would detach the host's loop devices.
         let script = format!(
             "mount --bind {cmdline} /proc/cmdline && mount -t tmpfs none /etc && mount -t tmpfs none /run \
-             && mount --bind /bin/false \"$(command -v losetup)\" && mkdir -p /{etc} && cp {trust} /{etc}/{name} && exec {installer}",
+             && mount --bind /bin/false \"$(command -v losetup)\" && mkdir -p /{etc} \
+             && cp {trust} /{etc}/{name} && exec {installer}",
             cmdline = path("cmdline").display(),
             trust = path("trust").display(),
             installer = env!("CARGO_BIN_EXE_firstboot-install"),

@@ -323,7 +323,8 @@ mod tests {
     #[test]
     fn only_nodes_without_data_are_reclaimable() {
         let mut t = topology(
-            "name=\"x\"\n[groups]\nhub.count=3\napp.count=2\nmonitor.count=2\nboth = { count = 1, roles = [\"db\", \"app\"] }\n",
+            "name=\"x\"\n[groups]\nhub.count=3\napp.count=2\nmonitor.count=2\n\
+             both = { count = 1, roles = [\"db\", \"app\"] }\n",
         );
         let profile = |text: &str| crate::profile::Profile::parse("p", text.as_bytes()).unwrap();
         let plain = profile("");

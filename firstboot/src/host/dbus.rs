@@ -117,10 +117,10 @@ impl Status {
             Self { object: bus.object_server().interface(PATH).await?, leave_requests: Mutex::new(leave_requests) };
         let object = published.object.clone();
         tokio::spawn(async move {
-            let mut said = said();
-            while said.changed().await.is_ok() {
+            let mut messages = said();
+            while messages.changed().await.is_ok() {
                 let mut agent = object.get_mut().await;
-                agent.message.clone_from(&said.borrow_and_update());
+                agent.message.clone_from(&messages.borrow_and_update());
                 let _ = agent.message_changed(object.signal_emitter()).await;
             }
         });

@@ -87,7 +87,8 @@ mod tests {
     use super::*;
 
     fn topology() -> Topology {
-        let toml = b"name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"one\", \"two\", \"three\"]\n[groups.db]\ncount = 2\n";
+        let toml = b"name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"one\", \"two\", \"three\"]\n\
+                     [groups.db]\ncount = 2\n";
         Topology::of(&fleet::Fleet::parse("f", toml).unwrap())
     }
 

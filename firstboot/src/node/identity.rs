@@ -117,7 +117,8 @@ pub fn node_of<'a>(state: &State, image: &'a Image) -> Result<&'a Node> {
     }
     let Some(node) = image.topology.node(&state.slot) else {
         return Err(Error::Configuration(format!(
-            "this node is {}, which version {} of the fleet does not have; add the slot to fleet.toml, or wipe the node",
+            "this node is {}, which version {} of the fleet does not have; add the slot to fleet.toml, or wipe the \
+             node",
             state.slot, image.topology.version
         )));
     };
@@ -217,7 +218,7 @@ mod tests {
             StateDir::new(&self.dir.path().join("state"), None)
         }
 
-        async fn who(&self) -> Result<Identity> {
+        async fn identity(&self) -> Result<Identity> {
             identity(&self.states(), Some(&self.dir.path().join("credentials")), &self.image).await
         }
 
@@ -230,9 +231,9 @@ mod tests {
     async fn later_ticket_changes_neither_slot_nor_keys() {
         let node = test_node();
         node.founder("acme", "hub-1");
-        let one = node.who().await.unwrap();
+        let one = node.identity().await.unwrap();
         node.founder("acme", "hub-2");
-        let two = node.who().await.unwrap();
+        let two = node.identity().await.unwrap();
         assert_eq!((one.state.slot.as_str(), two.state.slot.as_str()), ("hub-1", "hub-1"));
         assert!(one.keys == two.keys && one.state == two.state);
     }
@@ -242,7 +243,7 @@ mod tests {
         let node = test_node();
         let keys = Keys::load_or_make(&node.states()).unwrap();
         node.founder("acme", "hub-1");
-        assert!(node.who().await.unwrap().keys == keys);
+        assert!(node.identity().await.unwrap().keys == keys);
     }
 
     #[tokio::test]
@@ -254,7 +255,7 @@ mod tests {
             ("acme", "db-1", "boot the image of `db`"),
         ] {
             node.founder(fleet, slot);
-            let e = node.who().await.map(drop).unwrap_err();
+            let e = node.identity().await.map(drop).unwrap_err();
             assert_eq!(e.exit_code(), 78);
             assert!(e.to_string().contains(expected), "{e}");
         }
@@ -269,7 +270,7 @@ mod tests {
             key: String::new(),
         };
         node.give("acme", Credential::Joiner(Joiner::mint(&node.root, claims).unwrap()));
-        let e = node.who().await.map(drop).unwrap_err();
+        let e = node.identity().await.map(drop).unwrap_err();
         assert!(e.to_string().contains("for the group `db`"), "{e}");
         assert_eq!(node.traces(), 0);
     }
@@ -277,7 +278,7 @@ mod tests {
     #[tokio::test]
     async fn missing_ticket_is_an_error_and_writes_nothing() {
         let node = test_node();
-        let e = node.who().await.map(drop).unwrap_err();
+        let e = node.identity().await.map(drop).unwrap_err();
         assert_eq!(e.exit_code(), 78);
         assert!(e.to_string().contains("bakehouse.ticket"), "{e}");
         assert_eq!(node.traces(), 0);
@@ -287,19 +288,19 @@ mod tests {
     async fn only_hubs_keep_their_issuer() {
         let node = test_node();
         node.founder("acme", "hub-1");
-        assert!(node.who().await.unwrap().state.issuer.is_some());
+        assert!(node.identity().await.unwrap().state.issuer.is_some());
         // A voter that is not a hub, with the state of an earlier version.
         let mut node = test_node();
         for hub in node.image.topology.nodes.iter_mut().filter(|n| n.name == "hub-2") {
             hub.hub = 0;
         }
         node.founder("acme", "hub-2");
-        let who = node.who().await.unwrap();
-        assert!(who.state.issuer.is_none());
-        who.client().unwrap();
+        let identity = node.identity().await.unwrap();
+        assert!(identity.state.issuer.is_none());
+        identity.client().unwrap();
         let issuer = Some(node.root.issuer("acme", "hub-2").unwrap());
-        State { issuer, ..who.state }.store(&node.states()).unwrap();
-        assert!(node.who().await.unwrap().state.issuer.is_none());
+        State { issuer, ..identity.state }.store(&node.states()).unwrap();
+        assert!(node.identity().await.unwrap().state.issuer.is_none());
         assert!(State::load(&node.states()).unwrap().unwrap().issuer.is_none());
     }
 
@@ -307,11 +308,11 @@ mod tests {
     async fn certificate_of_founder_matches_its_key() {
         let node = test_node();
         node.founder("acme", "hub-1");
-        let who = node.who().await.unwrap();
-        let own = fleet_https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
-        fleet_https::server(&who.state.root, own).unwrap();
-        fleet_https::client(&who.state.root, Some(own)).unwrap();
+        let identity = node.identity().await.unwrap();
+        let own = fleet_https::Identity { cert: &identity.state.cert, key: identity.keys.tls.pem() };
+        fleet_https::server(&identity.state.root, own).unwrap();
+        fleet_https::client(&identity.state.root, Some(own)).unwrap();
         let other = fleet::PrivateKey::generate().unwrap();
-        assert!(fleet_https::server(&who.state.root, fleet_https::Identity { key: other.pem(), ..own }).is_err());
+        assert!(fleet_https::server(&identity.state.root, fleet_https::Identity { key: other.pem(), ..own }).is_err());
     }
 }

@@ -58,12 +58,12 @@ pub fn is_pending(dir: &StateDir) -> bool {
 ///
 /// # Errors
 /// If a file cannot be read, written or removed. If no hub answers, the node keeps its keys and asks at its next start.
-pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Identity, bool)> {
-    let node = node_of(&who.state, image)?;
+pub async fn renew(dir: &StateDir, own: Identity, image: &Image) -> Result<(Identity, bool)> {
+    let node = node_of(&own.state, image)?;
     let alone = image.topology.hubs.iter().all(|hub| hub.name == node.name);
     let mut renewal = match Renewal::load(dir)? {
         Some(begun) => begun,
-        None if who.keys.age() < LIFETIME || alone => return Ok((who, false)),
+        None if own.keys.age() < LIFETIME || alone => return Ok((own, false)),
         None => {
             let new = Renewal { version: Renewal::OPEN, keys: Keys::make()?, granted: None };
             new.store(dir)?;
@@ -74,10 +74,10 @@ pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Iden
         Some(granted) => granted,
         // The key and the certificate are in two files, so the agent stores both in `renewal.json` first. After a power
         // loss it continues from there.
-        None => match hubs(&who, node, image)?.renew(&renewal.keys).await {
+        None => match hubs(&own, node, image)?.renew(&renewal.keys).await {
             Ok(JoinReply::Granted(Grant { epoch, cert, .. })) => {
                 // Name constraints forbid other hubs' issuers to sign a hub, so a hub signs its own certificate.
-                let cert = match &who.state.issuer {
+                let cert = match &own.state.issuer {
                     Some(issuer) if node.hub > 0 => issuer.node(&image.topology, node, &renewal.keys.tls.public()?)?,
                     _ => cert,
                 };
@@ -90,21 +90,21 @@ pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Iden
                 if !refusal.reason.passes() {
                     dir.remove(FILE)?;
                 }
-                return Ok((who, false));
+                return Ok((own, false));
             }
             Err(e) => {
                 println!("renewal of the keys failed: {e}; the next start tries again");
-                return Ok((who, false));
+                return Ok((own, false));
             }
         },
     };
-    let state = State { epoch: granted.epoch, cert: granted.cert, ..who.state };
+    let state = State { epoch: granted.epoch, cert: granted.cert, ..own.state };
     // After a power loss between these steps, the next start repeats them.
     renewal.keys.store(dir)?;
     state.store(dir)?;
     dir.remove(FILE)?;
     println!("{}: keys renewed, the mesh key is {} (epoch {})", state.slot, renewal.keys.mesh_public()?, state.epoch);
-    Ok((Identity { keys: renewal.keys, state, ..who }, true))
+    Ok((Identity { keys: renewal.keys, state, ..own }, true))
 }
 
 /// Requests the etcd passwords that this node's roles need and its state, written by an earlier version, does not have.
@@ -114,29 +114,29 @@ pub async fn renew(dir: &StateDir, who: Identity, image: &Image) -> Result<(Iden
 /// # Errors
 /// If the state cannot be written. If no hub replies within 5 s, or the hub does not have the passwords either, the
 /// node starts without them, and asks at its next start.
-pub async fn take_missing_passwords(dir: &StateDir, mut who: Identity, image: &Image) -> Result<Identity> {
-    let node = node_of(&who.state, image)?;
-    let secrets = &who.state.secrets;
+pub async fn take_missing_passwords(dir: &StateDir, mut own: Identity, image: &Image) -> Result<Identity> {
+    let node = node_of(&own.state, image)?;
+    let secrets = &own.state.secrets;
     let lacks = (node.hub > 0 && secrets.etcd_root.is_empty())
         || ((node.hub > 0 || node.has_role("db")) && secrets.etcd_patroni.is_empty());
     if !lacks || is_pending(dir) {
-        return Ok(who);
+        return Ok(own);
     }
-    let hubs = hubs(&who, node, image)?;
-    let answer = tokio::time::timeout(PASSWORDS_PATIENCE, hubs.renew(&who.keys)).await;
+    let hubs = hubs(&own, node, image)?;
+    let answer = tokio::time::timeout(PASSWORDS_PATIENCE, hubs.renew(&own.keys)).await;
     if let Ok(Ok(JoinReply::Granted(Grant { secrets, .. }))) = answer
         && !secrets.etcd_patroni.is_empty()
     {
-        who.state.secrets.etcd_root = secrets.etcd_root;
-        who.state.secrets.etcd_patroni = secrets.etcd_patroni;
-        who.state.store(dir)?;
+        own.state.secrets.etcd_root = secrets.etcd_root;
+        own.state.secrets.etcd_patroni = secrets.etcd_patroni;
+        own.state.store(dir)?;
         println!("{}: received etcd passwords from a hub", node.name);
     }
-    Ok(who)
+    Ok(own)
 }
 
-fn hubs(who: &Identity, node: &Node, image: &Image) -> Result<Hubs> {
+fn hubs(own: &Identity, node: &Node, image: &Image) -> Result<Hubs> {
     // The mesh is not up yet, so the hubs' public endpoints are used.
-    let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
-    Ok(hubs.known_by(who.neighbourhood.clone()))
+    let hubs = Hubs::of(&image.topology, &own.state.endpoints, &node.name, own.client()?);
+    Ok(hubs.known_by(own.neighbourhood.clone()))
 }

@@ -84,8 +84,9 @@ impl Sealer {
         // systemd returns this error for TPM_RC_LOCKOUT.
         if reply.parameters.get("errno").and_then(Value::as_i64) == Some(Errno::ENOLCK as i64) {
             return Err(Error::Failed(
-                "this machine's TPM is locked: it counts power losses as failed authorizations, and has an owner \
-                 password, so the lock cannot be reset; the agent tries again until the TPM unlocks, in minutes or a day"
+                "this machine's TPM is locked: it counts power losses as failed authorizations, and it has an owner \
+                 password, so the agent cannot reset the lock; the agent tries again until the TPM unlocks, in minutes \
+                 or a day"
                     .to_owned(),
             ));
         }
@@ -99,8 +100,8 @@ impl Sealer {
 /// Returns the error for sealed bytes that do not open.
 pub fn not_here(name: &str, why: &str) -> Error {
     Error::Failed(format!(
-        "{name} was sealed for the TPM of another machine, or for this one's before it was cleared ({why}); put the disk \
-         back into its machine, or wipe /var to make this a new node"
+        "{name} was sealed for the TPM of another machine, or for this one's before it was cleared ({why}); put the \
+         disk back into its machine, or wipe /var to make this a new node"
     ))
 }
 

@@ -417,7 +417,8 @@ mod tests {
         one(&format!("{HUBS}[netboot]\ndiskless = [\"app\"]\n"), 5, "no group `app`");
         one(
             &format!(
-                "{HUBS}[update]\nurl = \"http://a.example/\"\n[netboot]\ndiskless = [\"app\"]\n[groups.app]\ncount = 2\n"
+                "{HUBS}[update]\nurl = \"http://a.example/\"\n[netboot]\ndiskless = [\"app\"]\n\
+                 [groups.app]\ncount = 2\n"
             ),
             7,
             "take no updates",
@@ -484,8 +485,15 @@ mod tests {
 
         /// A real file with a replaced slice reaches more of the parser than random bytes.
         #[test]
-        fn parse_and_lint_never_panic_on_mutations(at in 0usize..200, len in 0usize..40, with in "[ -~\n]{0,30}|[0-9]{1,12}|\\PC{0,8}") {
-            let text = format!("{HUBS}[mesh]\nsubnet = \"10.10.0.0/24\"\ntransport = \"10.11.0.0/24\"\n[groups.db]\ncount = 2\nfirst = \"10.10.0.10\"\n");
+        fn parse_and_lint_never_panic_on_mutations(
+            at in 0usize..200,
+            len in 0usize..40,
+            with in "[ -~\n]{0,30}|[0-9]{1,12}|\\PC{0,8}",
+        ) {
+            let text = format!(
+                "{HUBS}[mesh]\nsubnet = \"10.10.0.0/24\"\ntransport = \"10.11.0.0/24\"\n\
+                 [groups.db]\ncount = 2\nfirst = \"10.10.0.10\"\n"
+            );
             let at = at.min(text.len());
             let end = (at + len).min(text.len());
             let mutated = format!("{}{with}{}", &text[..at], &text[end..]);

@@ -16,7 +16,8 @@ impl Lint<'_> {
     pub(super) fn listeners(&mut self, group: &str, role: &str, span: &Range<usize>, known: &mut Listeners) {
         let profiles = self.profiles;
         for port in profiles.get(role).iter().flat_map(|p| &p.ports) {
-            if let Some((other, service)) = known.insert((port.port, port.proto), (role.to_owned(), port.service.clone()))
+            let listener = (role.to_owned(), port.service.clone());
+            if let Some((other, service)) = known.insert((port.port, port.proto), listener)
                 // The same service in two roles is one listener.
                 && service != port.service
             {
@@ -48,8 +49,8 @@ impl Lint<'_> {
                         0..0,
                         format!("{what} can be reached by every node"),
                         format!(
-                            "name the roles that need it in profiles/roles/{role}.toml: `from = [\"app\"]`; `from = []` \
-                             for the node itself alone, `from = [\"{EVERY}\"]` for every node"
+                            "name the roles that need it in profiles/roles/{role}.toml: `from = [\"app\"]`; \
+                             `from = []` for the node itself alone, `from = [\"{EVERY}\"]` for every node"
                         ),
                     );
                 }

@@ -51,8 +51,8 @@ impl Lint<'_> {
             self.error(
                 span,
                 format!(
-                    "[database] loop_wait + 2 × retry_timeout is {sum} s, more than ttl ({} s): a slow primary would lose \
-                     its lease",
+                    "[database] loop_wait + 2 × retry_timeout is {sum} s, more than ttl ({} s): a slow primary would \
+                     lose its lease",
                     d.ttl
                 ),
                 format!("set ttl = {sum}, or lower the others"),

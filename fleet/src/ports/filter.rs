@@ -83,7 +83,7 @@ struct Lines<'a> {
 }
 
 impl Lines<'_> {
-    /// Returns one line for all ports with the same ends. `from` and `to` say whether a line names that end; an end
+    /// Returns one line for all ports with the same ends. `from` and `to` are whether a line names that end. An end
     /// without a name is empty.
     fn of(&mut self, rules: &[Rule], from: bool, to: bool) -> Vec<Match> {
         let mut gathered: BTreeMap<Ends, BTreeSet<(u16, u16)>> = BTreeMap::new();
