@@ -258,7 +258,7 @@ async fn measure() -> Vec<Row> {
 }
 
 /// Whether a member shares an attacker's address, and the duration of its request if that succeeded.
-type UpdateDecision = (bool, Option<Duration>);
+type JoinOutcome = (bool, Option<Duration>);
 
 /// Sends one request a second for each member, and 20 a second to HAProxy, until shortly before the attack ends.
 async fn ask_all(
@@ -267,7 +267,7 @@ async fn ask_all(
     target: &Target,
 ) -> Row {
     let until = Instant::now() + MEASURED;
-    let answers: Arc<Mutex<Vec<UpdateDecision>>> = Arc::default();
+    let answers: Arc<Mutex<Vec<JoinOutcome>>> = Arc::default();
     let mut asking = JoinSet::new();
     for (i, (who, grant)) in members.iter().enumerate() {
         let behind = i >= MEMBERS - BEHIND_ATTACKERS;

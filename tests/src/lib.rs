@@ -37,7 +37,7 @@ pub struct TestFleet {
 }
 
 /// Exit status and output of a `bakehouse` command.
-pub struct UpdateDecision {
+pub struct CommandOutput {
     pub status: i32,
     pub out: String,
     pub err: String,
@@ -128,13 +128,13 @@ impl TestFleet {
         command
     }
 
-    pub fn run(&self, args: &[&str]) -> UpdateDecision {
-        UpdateDecision::of(&self.command(args).output().expect("bakehouse starts"))
+    pub fn run(&self, args: &[&str]) -> CommandOutput {
+        CommandOutput::of(&self.command(args).output().expect("bakehouse starts"))
     }
 
     /// Runs a command that must succeed. Returns its output.
     #[track_caller]
-    pub fn ok(&self, args: &[&str]) -> UpdateDecision {
+    pub fn ok(&self, args: &[&str]) -> CommandOutput {
         let answer = self.run(args);
         assert_eq!(answer.status, 0, "bakehouse {args:?} failed:\n{}{}", answer.out, answer.err);
         answer
@@ -172,7 +172,7 @@ impl TestFleet {
     }
 }
 
-impl UpdateDecision {
+impl CommandOutput {
     pub fn of(output: &Output) -> Self {
         Self {
             status: output.status.code().unwrap_or(-1),
