@@ -10,7 +10,7 @@ use crate::progress::Progress;
 use crate::project::{self, Project};
 use crate::util::fs::write_atomic;
 
-/// Creates a fleet's folder with `fleet.toml` and the fleet key. Keeps existing files. The fleet gets the folder's name.
+/// Creates a folder with `fleet.toml` and the fleet key, and names the fleet after the folder. Keeps existing files.
 pub(super) fn init(
     dir: &Path,
     from: &str,

@@ -53,7 +53,7 @@ impl AlertReceiver {
     /// # Errors
     /// If a port is in use.
     pub fn listen(alerts: &Alerts) -> Result<Option<Self>> {
-        let ports = HostForward::told(alerts);
+        let ports = HostForward::alert_ports(alerts);
         if ports.is_empty() {
             return Ok(None);
         }
