@@ -472,7 +472,7 @@ fn init_creates_the_fleet_key_once_and_it_signs_tickets() {
     let nowhere = ["hub-1", "hub-2", "hub-3"].map(|hub| format!("{hub}=127.0.0.1"));
     let ends = nowhere.each_ref().map(|at| ["--endpoint", at.as_str()]);
     let listed = ticket(&[&["--list", "--json"], ends.as_flattened()].concat());
-    assert!(listed.status == 0 && listed.err.contains("nobody says how often each was used"), "{}", listed.err);
+    assert!(listed.status == 0 && listed.err.contains("cannot list how often each ticket was used"), "{}", listed.err);
     let listed: serde_json::Value = serde_json::from_str(&listed.out).expect("JSON");
     assert_eq!((listed.as_array().map(Vec::len), listed[0]["to"].as_str()), (Some(1), Some("app")), "{listed}");
     assert_eq!((listed[0]["uses"].as_u64(), listed[0]["state"].as_str()), (Some(5), Some("good")));

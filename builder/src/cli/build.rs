@@ -1,4 +1,4 @@
-//! `bakehouse lock` and `bakehouse build`, and what other commands need of them.
+//! `bakehouse lock` and `bakehouse build`, also for commands that build first.
 
 use super::args::MirrorArg;
 use super::output::print;
@@ -14,10 +14,12 @@ use crate::progress::Progress;
 use crate::project::{ImageSpec, Project};
 use crate::store::Store;
 
+/// Selects package versions and writes `bakehouse.lock`. Keeps a valid lock unless `update` is set.
 pub(super) fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress, update: bool) -> Result<()> {
     let path = Lock::path(project);
     if !update && Lock::load(project).is_ok() {
-        progress.say("lock", &format!("{} serves; newer packages: bakehouse lock --update", path.display()));
+        let message = format!("{} is valid; for newer packages, run bakehouse lock --update", path.display());
+        progress.say("lock", &message);
         return Ok(());
     }
     let old = Lock::read(&path).unwrap_or(None);
@@ -27,6 +29,7 @@ pub(super) fn lock(project: &Project, mirror: &Mirror, store: &Store, progress: 
     changes.iter().try_for_each(|change| print(format_args!("{change}\n")))
 }
 
+/// Builds the images of groups, or of all groups if `groups` is empty. Downloads missing packages first.
 pub(super) fn build(
     project: &Project,
     groups: &[String],

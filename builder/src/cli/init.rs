@@ -10,7 +10,7 @@ use crate::progress::Progress;
 use crate::project::{self, Project};
 use crate::util::fs::write_atomic;
 
-/// A folder with a fleet.toml of the folder's name, and a key. What is there already stays.
+/// Creates a folder with `fleet.toml` and the fleet key, and names the fleet after the folder. Keeps existing files.
 pub(super) fn init(
     dir: &Path,
     from: &str,
@@ -20,40 +20,44 @@ pub(super) fn init(
 ) -> Result<ExitCode> {
     let text = project::built_in_fleet(from)?;
     std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    // `.` has a name too; a symbolic link keeps its own.
+    // Resolves `.`, which has no name. A symbolic link keeps its own name.
     let named =
         if dir.file_name().is_some() { dir.to_owned() } else { dir.canonicalize().map_err(Error::io("find", dir))? };
-    let missing = || Error::Usage(format!("`{}` has no name to give the fleet", dir.display()));
-    let name = named.file_name().and_then(|n| n.to_str()).ok_or_else(missing)?;
+    let unnamed = || Error::Usage(format!("cannot name the fleet after the folder `{}`", dir.display()));
+    let name = named.file_name().and_then(|n| n.to_str()).ok_or_else(unnamed)?;
     let path = dir.join("fleet.toml");
     if !path.exists() {
         let text = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
-        let section =
-            if secure_boot { "\n# What firmware runs is signed (docs/secure-boot.md).\n[secure_boot]\n" } else { "" };
+        let section = if secure_boot {
+            "\n# Firmware runs only signed programs (docs/secure-boot.md).\n[secure_boot]\n"
+        } else {
+            ""
+        };
         write_atomic(&path, (text + section).as_bytes())?;
-        progress.say("init", &format!("{}: change it to what you want", path.display()));
+        progress.say("init", &format!("{}: describes the fleet; edit it", path.display()));
     }
     let project = Project::load(dir)?;
     let key = project.dir.join(FleetKey::FILE);
     if FleetKey::init(&project.dir, &project.topology.name, passphrase)? {
-        progress.say("init", &format!("{}: a secret; keep it off the nodes, and keep a copy", key.display()));
+        progress.say("init", &format!("{}: secret; keep it off the nodes, and keep a copy", key.display()));
     } else if passphrase {
         FleetKey::of(&project)?.seal(&project.dir)?;
-        progress.say("init", &format!("{}: of use only with its new passphrase", key.display()));
+        progress.say("init", &format!("{}: encrypted with the new passphrase", key.display()));
     }
     if let Some(signer) = Signer::of(&project) {
         if signer.init(&project.topology.name)? {
             let key = signer.key().display();
-            progress.say("init", &format!("{key}: signs what firmware runs; a secret, and keep a copy"));
+            progress.say("init", &format!("{key}: signs boot programs for Secure Boot; secret; keep a copy"));
         }
     } else if secure_boot {
-        return Err(Error::Usage(format!("{} has no [secure_boot]; add it", path.display())));
+        let path = path.display();
+        return Err(Error::Usage(format!("{path} has no [secure_boot]\n  help: add the line [secure_boot] to it")));
     }
     let keyring = project.dir.join(Project::UPDATE_KEYRING);
     let wanted = FleetKey::of(&project)?.update_key()?.keyring();
     if std::fs::read(&keyring).ok().as_ref() != Some(&wanted) {
         write_atomic(&keyring, &wanted)?;
-        progress.say("init", &format!("{}: what nodes verify updates with; public", keyring.display()));
+        progress.say("init", &format!("{}: public key with which nodes verify updates", keyring.display()));
     }
     Ok(ExitCode::SUCCESS)
 }

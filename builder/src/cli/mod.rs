@@ -1,4 +1,4 @@
-//! What the commands do.
+//! The command line: parses the arguments and runs the commands.
 
 mod args;
 mod build;
@@ -35,17 +35,17 @@ use crate::vm::{self, report};
 use args::{Cli, Command, StoreCommand};
 use build::{build, lock};
 use init::init;
-use output::{colour, complain, print, print_json};
+use output::{colour, print, print_error, print_json};
 
-/// Runs the command line; errors go to standard error.
+/// Runs the command line. Prints errors to standard error.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    interruptible();
+    handle_signals();
     match run(&cli) {
         Ok(code) => code,
         Err(e) => {
-            complain(&e, cli.json);
+            print_error(&e, cli.json);
             e.exit_code()
         }
     }
@@ -56,7 +56,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Store(StoreCommand::Gc { older_than }) => {
             let (count, bytes) = Store::open()?.gc(Duration::from_secs(older_than * 86_400))?;
-            progress.say("gc", &format!("{count} entries, {:.0} MB removed", bytes as f64 / 1e6));
+            progress.say("gc", &format!("removed {count} entries, {:.0} MB", bytes as f64 / 1e6));
             return Ok(ExitCode::SUCCESS);
         }
         Command::Init { dir, from, secure_boot, passphrase } => {
@@ -72,8 +72,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     let project = Project::load(&cli.fleet)?;
     let warn = || {
-        let shown = project.warnings.iter().map(|w| w.render(colour()));
-        shown.for_each(|w| {
+        let rendered = project.warnings.iter().map(|w| w.render(colour()));
+        rendered.for_each(|w| {
             if !cli.quiet && !cli.json {
                 line(&w);
             }
@@ -93,10 +93,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             }
         }
         Command::Ticket { list: true, endpoint, .. } => {
-            let (authority, endpoints) = (FleetKey::of(&project)?, asked_at(&project, endpoint)?);
+            let (authority, endpoints) = (FleetKey::of(&project)?, hub_endpoints(&project, endpoint)?);
             let known = Hubs { authority: &authority, topology: &project.topology, endpoints }.tokens();
             if let Err(e) = &known {
-                progress.say("ticket", &format!("nobody says how often each was used: {e}"));
+                progress.say("ticket", &format!("cannot list how often each ticket was used: {e}"));
             }
             let rows = ticket_log::rows(&project.dir, known.ok().as_ref())?;
             print_json(cli.json, &rows)?;
@@ -106,17 +106,17 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Ticket { revoke: Some(number), endpoint, .. } => {
             let authority = FleetKey::of(&project)?;
-            let endpoints = asked_at(&project, endpoint)?;
+            let endpoints = hub_endpoints(&project, endpoint)?;
             let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.revoke(number)?;
-            progress.say("ticket", &format!("{number} is revoked, says {hub}"));
+            progress.say("ticket", &format!("{hub} revoked {number}"));
         }
         Command::Leave { node, now, endpoint } => {
             project.node(node)?;
             let authority = FleetKey::of(&project)?;
-            let endpoints = asked_at(&project, endpoint)?;
+            let endpoints = hub_endpoints(&project, endpoint)?;
             let hub = Hubs { authority: &authority, topology: &project.topology, endpoints }.leave(node, *now)?;
-            let what = if *now { "is shut out" } else { "is told to leave" };
-            progress.say("leave", &format!("{node} {what}, says {hub}"));
+            let message = if *now { format!("{hub} evicted {node}") } else { format!("{hub} asked {node} to leave") };
+            progress.say("leave", &message);
         }
         Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None, list: false } => {
             let lasts = Duration::from_secs(u64::from(*days) * 86_400);
@@ -125,7 +125,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let ticket = mint(&FleetKey::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
             ticket_log::note(&project.dir, &ticket)?;
             if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
-                progress.say("ticket", &format!("number {}: for {to}, {uses} times within {days} days", claims.id));
+                progress.say("ticket", &format!("number {}: for {to}, {uses} uses within {days} days", claims.id));
             }
             let text = serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
             match output {
@@ -137,16 +137,16 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let group = flash::group_of(&project.topology, to)?.to_owned();
             let terms = TicketTerms { replace: *replace, ..DEFAULT_TERMS };
             let mint = || mint(&FleetKey::of(&project)?, &project.topology, to, &terms, BTreeMap::new());
-            // Said before the work: there may be no such ticket.
+            // Before the build, so that an impossible ticket fails early.
             let ticket = if *no_ticket { None } else { Some(mint()?) };
             ticket.iter().try_for_each(|ticket| ticket_log::note(&project.dir, ticket))?;
             let images = build(&project, &[group], None, mirror, &progress)?;
-            let order = flash::FlashOptions { target, yes: *yes, force: force.as_deref(), json: cli.json };
+            let options = flash::FlashOptions { target, yes: *yes, force: force.as_deref(), json: cli.json };
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
             for image in &images {
                 let secure = project.fleet.secure_boot.is_some();
-                let carried = ticket.as_ref().map(|ticket| flash::TicketFile { ticket, secure, tools: &tools });
-                flash::flash(&image.disk, carried.as_ref(), &order, &progress)?;
+                let ticket = ticket.as_ref().map(|ticket| flash::TicketFile { ticket, secure, tools: &tools });
+                flash::flash(&image.disk, ticket.as_ref(), &options, &progress)?;
             }
         }
         Command::Vm { node, format, ticket, replace, output, mirror } => {
@@ -161,14 +161,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Netboot { interface, dhcp, again, approve, mirror } => {
             for code in netboot::approve(&project, approve)? {
-                progress.say("netboot", &format!("{code} is confirmed; its machine asks again within 15 s"));
+                progress.say("netboot", &format!("confirmed {code}; its machine continues within 15 s"));
             }
             let Some(interface) = interface else {
                 if again.is_empty() && dhcp.is_none() {
                     return Ok(ExitCode::SUCCESS);
                 }
                 return Err(Error::Usage(
-                    "--again and --dhcp need --interface: they are for a server that starts".into(),
+                    "--again and --dhcp start a server, which needs --interface\n  help: add --interface NAME".into(),
                 ));
             };
             let images = build(&project, &netboot::groups(&project)?, None, mirror, &progress)?;
@@ -198,23 +198,23 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Plan { dir, groups, mirror } => {
             let images = build(&project, groups, None, mirror, &progress)?;
             let plans = images.iter().map(|i| publish::compare(i, dir)).collect::<Result<Vec<_>>>()?;
-            let course = publish::RolloutSchedule::of(&project.topology, &plans);
-            print_json(cli.json, &serde_json::json!({ "groups": plans, "course": course }))?;
+            let schedule = publish::RolloutSchedule::of(&project.topology, &plans);
+            print_json(cli.json, &serde_json::json!({ "groups": plans, "course": schedule }))?;
             if !cli.json {
                 for plan in &plans {
                     print(plan)?;
                 }
-                print(course)?;
+                print(schedule)?;
             }
             if plans.iter().any(|plan| !plan.obstacles.is_empty()) {
                 return Ok(ExitCode::FAILURE);
             }
         }
         Command::Publish { dir, groups, mirror } => {
-            // Said before the work: there may be no key.
+            // Before the build, so that a missing key fails early.
             let key = FleetKey::of(&project)?.update_key()?;
             let images = build(&project, groups, None, mirror, &progress)?;
-            // Nodes report a folder that was not signed lately: publishing again has to clear the alert.
+            // Nodes raise an alert if the signature is old. A new publication has to clear it, so it gets today's date.
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
             let time = Lock::load(&project)?.epoch.max(now);
             let published =
@@ -224,7 +224,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Rollout { pause, resume, allow, skip, endpoint } => {
             skip.as_deref().map_or(Ok(()), |node| project.node(node).map(drop))?;
             let authority = FleetKey::of(&project)?;
-            let endpoints = asked_at(&project, endpoint)?;
+            let endpoints = hub_endpoints(&project, endpoint)?;
             let order = match (pause, allow, skip) {
                 (Some(why), ..) => RolloutOrder::Pause { why: why.clone() },
                 (_, Some(version), _) => RolloutOrder::Allow { version: version.clone() },
@@ -244,7 +244,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             vm::are_containers(&project, *containers)?;
             build(&project, &groups, None, mirror, &progress)?;
             vm::up(&project, nodes, &progress)?;
-            board(&project, cli.json)?;
+            status(&project, cli.json)?;
         }
         Command::Rehearse { scenarios, repeat, page, revision } => {
             let chosen = rehearse::chosen(scenarios)?;
@@ -254,24 +254,27 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 .map(|path| rehearse::Page::open(&project, path, rehearsal.machines, revision.as_deref()));
             let page = page.transpose()?;
             let mut outcomes = Vec::new();
-            // What was seen is told and kept, whatever comes after.
-            let played = rehearsal.play(&chosen, *repeat, |seen| {
-                outcomes = seen.to_vec();
-                page.as_ref().map_or(Ok(()), |page| page.write(seen))
+            // After an error, the command still prints the outcomes of earlier runs.
+            let played = rehearsal.play(&chosen, *repeat, |so_far| {
+                outcomes = so_far.to_vec();
+                page.as_ref().map_or(Ok(()), |page| page.write(so_far))
             });
-            let told = if cli.json { print_json(true, &outcomes) } else { print(rehearse::table(&outcomes)) };
-            played.and(told)?;
+            let printed = if cli.json { print_json(true, &outcomes) } else { print(rehearse::table(&outcomes)) };
+            played.and(printed)?;
             if outcomes.iter().any(|o| !o.broken.is_empty()) {
                 return Ok(ExitCode::FAILURE);
             }
         }
         Command::Report { output } => report::collect(&project, output, &progress)?,
         Command::Down { nodes } => vm::down(&project, nodes, &progress)?,
-        Command::Status => board(&project, cli.json)?,
+        Command::Status => status(&project, cli.json)?,
         Command::Explain { path, group } => {
             let groups = project.groups(&group.iter().cloned().collect::<Vec<_>>())?;
             let [group] = groups[..] else {
-                return Err(Error::Usage(format!("which image? add --group: {}", groups.join(", "))));
+                let groups = groups.join(", ");
+                return Err(Error::Usage(format!(
+                    "the fleet has several images\n  help: add --group, one of {groups}"
+                )));
             };
             let explanation = explain(&project, group, path)?;
             print_json(cli.json, &explanation)?;
@@ -285,23 +288,23 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn board(project: &Project, json: bool) -> Result<()> {
-    let board = vm::FleetStatus::read(project);
-    print_json(json, &board)?;
+fn status(project: &Project, json: bool) -> Result<()> {
+    let status = vm::FleetStatus::read(project);
+    print_json(json, &status)?;
     if !json {
-        print(board)?;
+        print(status)?;
     }
     Ok(())
 }
 
-/// Where this machine asks the hubs: `local` are those that `up` started.
-fn asked_at(project: &Project, given: &[String]) -> Result<BTreeMap<String, String>> {
+/// Parses `--endpoint`. `local` selects the hubs that `up` started.
+fn hub_endpoints(project: &Project, given: &[String]) -> Result<BTreeMap<String, String>> {
     if given == ["local"] { Ok(vm::hub_forwards(project)) } else { endpoints(project, given) }
 }
 
-/// `hub-1=192.0.2.1`, for hubs that there are.
+/// Parses `hub-1=192.0.2.1`. Rejects hubs that the fleet does not have.
 fn endpoints(project: &Project, given: &[String]) -> Result<BTreeMap<String, String>> {
-    let of = |text: &String| {
+    let parse = |text: &String| {
         let (hub, host) = text.split_once('=').unwrap_or((text, ""));
         let known = project.topology.hubs.iter().any(|h| h.name == hub);
         if known && !host.is_empty() {
@@ -310,17 +313,17 @@ fn endpoints(project: &Project, given: &[String]) -> Result<BTreeMap<String, Str
         let hubs: Vec<&str> = project.topology.hubs.iter().map(|h| h.name.as_str()).collect();
         Err(Error::Usage(format!("`{text}` is not HUB=HOST; hubs are {}", hubs.join(", "))))
     };
-    given.iter().map(of).collect()
+    given.iter().map(parse).collect()
 }
 
-/// Ctrl-C ends at once: whatever was being made has no final name yet, and the sandbox and
-/// its children die with us.
-fn interruptible() {
+/// Exits at Ctrl-C and SIGTERM. Unfinished files have no final name yet, and the kernel kills the sandbox and its
+/// children with this process.
+fn handle_signals() {
     let signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM]);
     if let Ok(mut signals) = signals {
         std::thread::spawn(move || {
             if signals.forever().next().is_some() {
-                line("\ninterrupted; nothing half-made was kept, the same command goes on from here");
+                line("\ninterrupted; run the same command to continue from here");
                 std::process::exit(130);
             }
         });

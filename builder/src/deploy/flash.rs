@@ -1,7 +1,7 @@
 //! `bakehouse flash`: writes an image and the node's ticket to a disk or a file.
 //!
-//! After the write, the image is read back from the medium and compared. Ranges of zeros become holes in a file. On a
-//! disk, the kernel zeroes them with the device's own command if it has one.
+//! After the write, the command reads the image back from the medium and compares it. Ranges of zeros become holes in a
+//! file. On a disk, the kernel zeroes them with the device's own command if the device has one.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal as _, Read, Seek, SeekFrom, Write};

@@ -1,17 +1,20 @@
-//! The kind of a fleet's machines, and how fast they are.
+//! Kinds of machines that a fleet runs on, and their speed.
 
 use fleet::EMULATED_TIMEOUT_SCALE;
 
-/// What a fleet's machines are.
+/// Kind of a fleet's machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Machines {
+    /// Virtual machines with KVM.
     Kvm,
+    /// Virtual machines with QEMU's emulation.
     Emulated,
+    /// Containers.
     Containers,
 }
 
 impl Machines {
-    /// How much slower they are than real ones.
+    /// Returns the factor by which timeouts are longer than on real machines.
     #[must_use]
     pub const fn factor(self) -> u32 {
         match self {

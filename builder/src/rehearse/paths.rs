@@ -1,4 +1,4 @@
-//! Cuts a machine's paths to hubs or to etcd with a packet filter, and opens them again.
+//! Network faults: a packet filter that drops a machine's packets to and from hubs or etcd.
 
 use std::net::Ipv4Addr;
 
@@ -6,7 +6,7 @@ use fleet::Topology;
 
 use crate::vm::VirtualNic;
 
-/// Which paths of a machine are cut.
+/// Paths of a machine that a fault cuts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
     /// To the hub that holds the VIP.
@@ -17,11 +17,11 @@ pub enum Path {
     Etcd,
 }
 
-/// The addresses of hubs on the network that the mesh runs over.
+/// Addresses of hubs in the network below the mesh.
 pub(super) struct Paths {
     /// The hub that holds the VIP.
     holder: Ipv4Addr,
-    /// The hubs that are not the victim itself.
+    /// All hubs except the fault's targets.
     hubs: Vec<Ipv4Addr>,
 }
 
@@ -35,9 +35,9 @@ impl Paths {
         }
     }
 
-    /// The command that cuts a path.
+    /// Returns the command that cuts a path.
     pub(super) fn cut(&self, path: Path) -> String {
-        let (there, back) = match path {
+        let (output, input) = match path {
             Path::Hub | Path::Hubs => ("ip daddr @hubs drop", "ip saddr @hubs drop"),
             Path::Etcd => ("tcp dport 2379 drop", "tcp sport 2379 drop"),
         };
@@ -48,13 +48,13 @@ impl Paths {
         format!(
             "nft 'table inet rehearsal {{ \
              set hubs {{ type ipv4_addr; elements = {{ {} }}; }}; \
-             chain there {{ type filter hook output priority -300; {there}; }}; \
-             chain back {{ type filter hook input priority -300; {back}; }}; }}'",
+             chain output {{ type filter hook output priority -300; {output}; }}; \
+             chain input {{ type filter hook input priority -300; {input}; }}; }}'",
             hubs.join(", ")
         )
     }
 
-    /// The command that opens or closes the path to the last hub, after [`Path::Hubs`] was cut.
+    /// Returns the command that opens or cuts the path to the last hub, after [`Path::Hubs`] is cut.
     pub(super) fn last_hub(&self, open: bool) -> String {
         let verb = if open { "delete" } else { "add" };
         let hub = self.hubs.last().copied().unwrap_or(Ipv4Addr::UNSPECIFIED);

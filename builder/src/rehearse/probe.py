@@ -1,9 +1,9 @@
-"""What the fleet's clients see: run on one of its nodes while something is broken.
+"""Runs clients of the fleet on one of its nodes during a rehearsal, and records their successes and errors.
 
-Reads its configuration as JSON from the file it is given, keeps `state` beside it up to date
-(how long ago each kind of client last succeeded, in seconds) and `acknowledged` (how many writes
-were), and writes `result` when it is told to end. The journal has what clients were told instead of an
-answer. Times are milliseconds of the clock that /proc/uptime shows.
+Reads its configuration (JSON) from the file in the first argument. Every second, writes two files beside it: `state`
+has the seconds since the last success of each kind of client, `acknowledged` has the number of acknowledged writes. On
+SIGTERM, writes `result` and exits. Prints the clients' errors to the journal. Times are milliseconds of the clock that
+/proc/uptime shows (CLOCK_BOOTTIME).
 """
 import http.cookiejar
 import json
@@ -25,8 +25,8 @@ with open(sys.argv[1]) as file:
 HERE = os.path.dirname(sys.argv[1])
 VIP = CONFIG["vip"]
 CA = "/run/bakehouse/tls/ca.crt"
-# How much slower the machines are than real ones: clients wait that much longer for an answer, and before they
-# ask again, so that the load is a real one's.
+# How many times slower the machines are than real ones. Clients multiply their timeouts and their intervals by it, so
+# that the load is in proportion to the machines' speed.
 PATIENCE = CONFIG["patience"]
 
 seen = {"vip": [], "writes": [], "http": [], "errors": [], "logouts": [], "primaries": {}}
@@ -57,9 +57,9 @@ def connect(host, port, database):
 
 
 def ping():
-    """An echo every 50 ms to the VIP."""
-    line = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
-    line.settimeout(0.05)
+    """Sends an ICMP echo request to the VIP every 50 ms."""
+    connection = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    connection.settimeout(0.05)
     own = os.getpid() & 0xFFFF
     number = 0
     while not ended.is_set():
@@ -69,11 +69,11 @@ def ping():
         total = (total >> 16) + (total & 0xFFFF)
         sent = time.monotonic()
         try:
-            line.sendto(struct.pack("!BBHHH", 8, 0, ~total & 0xFFFF, own, number), (VIP, 0))
+            connection.sendto(struct.pack("!BBHHH", 8, 0, ~total & 0xFFFF, own, number), (VIP, 0))
             while True:
-                answer = line.recv(2048)
-                kind, _, _, who, _ = struct.unpack("!BBHHH", answer[20:28])
-                if kind == 0 and who == own:
+                reply = connection.recv(2048)
+                kind, _, _, identifier, _ = struct.unpack("!BBHHH", reply[20:28])
+                if kind == 0 and identifier == own:
                     seen["vip"].append(now())
                     break
         except OSError:
@@ -82,20 +82,20 @@ def ping():
 
 
 def prepare():
-    """A database of its own, which the one before may have left."""
+    """Creates the database `rehearsal`, unless an earlier rehearsal created it."""
     while True:
         try:
-            line = connect(VIP, 5000, "postgres")
-            line.autocommit = True
-            with line.cursor() as cursor:
+            connection = connect(VIP, 5000, "postgres")
+            connection.autocommit = True
+            with connection.cursor() as cursor:
                 cursor.execute("SELECT 1 FROM pg_database WHERE datname = 'rehearsal'")
                 if not cursor.fetchone():
                     cursor.execute("CREATE DATABASE rehearsal")
-            line.close()
-            line = connect(VIP, 5000, "rehearsal")
-            with line, line.cursor() as cursor:
+            connection.close()
+            connection = connect(VIP, 5000, "rehearsal")
+            with connection, connection.cursor() as cursor:
                 cursor.execute("CREATE TABLE IF NOT EXISTS ledger (run text, id bigint, PRIMARY KEY (run, id))")
-            line.close()
+            connection.close()
             return
         except psycopg2.Error as e:
             print("prepare:", e, flush=True)
@@ -103,100 +103,100 @@ def prepare():
 
 
 def write():
-    """One row after the other; what was acknowledged must be there in the end."""
-    line = None
+    """Inserts one row after the other, and records the acknowledged ones."""
+    connection = None
     number = 0
     while not ended.is_set():
         number += 1
         try:
-            if line is None:
-                line = connect(VIP, 5000, "rehearsal")
-                line.autocommit = True
-            with line.cursor() as cursor:
+            if connection is None:
+                connection = connect(VIP, 5000, "rehearsal")
+                connection.autocommit = True
+            with connection.cursor() as cursor:
                 cursor.execute("INSERT INTO ledger VALUES (%s, %s)", (CONFIG["run"], number))
             acknowledged.append(number)
             seen["writes"].append(now())
             time.sleep(0.05 * PATIENCE)
         except psycopg2.Error as e:
             print("write:", e, flush=True)
-            if line is not None:
-                line.close()
-                line = None
+            if connection is not None:
+                connection.close()
+                connection = None
             time.sleep(0.1)
 
 
 def lost():
-    """Acknowledged rows that are not there, asked of whoever is the primary now."""
+    """Returns the acknowledged rows that are missing on the current primary."""
     while True:
         try:
-            line = connect(VIP, 5000, "rehearsal")
-            with line, line.cursor() as cursor:
+            connection = connect(VIP, 5000, "rehearsal")
+            with connection, connection.cursor() as cursor:
                 cursor.execute("SELECT id FROM ledger WHERE run = %s", (CONFIG["run"],))
-                there = {row[0] for row in cursor.fetchall()}
-            line.close()
-            return [number for number in acknowledged if number not in there]
+                found = {row[0] for row in cursor.fetchall()}
+            connection.close()
+            return [number for number in acknowledged if number not in found]
         except psycopg2.Error:
             time.sleep(1)
 
 
 def watch(name, address):
-    """Whether a database server says that it takes writes, asked of itself."""
+    """Records when a database server reports that it accepts writes. Connects to the server directly."""
     spans = seen["primaries"].setdefault(name, [])
-    line = None
+    connection = None
     while not ended.is_set():
-        asked = now()
+        started = now()
         try:
-            if line is None:
-                line = connect(address, 5432, "rehearsal")
-                line.autocommit = True
-            with line.cursor() as cursor:
-                # Not what it says of itself alone: it has to take a write.
+            if connection is None:
+                connection = connect(address, 5432, "rehearsal")
+                connection.autocommit = True
+            with connection.cursor() as cursor:
+                # A server that is not in recovery may still be read-only.
                 cursor.execute("SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'")
                 if not cursor.fetchone()[0]:
-                    spans.append([asked, now()])
+                    spans.append([started, now()])
         except psycopg2.Error:
-            if line is not None:
-                line.close()
-                line = None
+            if connection is not None:
+                connection.close()
+                connection = None
         time.sleep(0.3)
 
 
 class User:
-    """Somebody who is logged in to Odoo and looks at it all the time."""
+    """User of Odoo, who logs in once and then sends one request after the other."""
 
     def __init__(self):
         tls = ssl.create_default_context(cafile=CA)
         jar = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
         self.web = urllib.request.build_opener(urllib.request.HTTPSHandler(context=tls), jar)
-        self.who = None
+        self.uid = None
 
     def call(self, path, seconds, **params):
         body = json.dumps({"jsonrpc": "2.0", "method": "call", "params": params}).encode()
         request = urllib.request.Request(f"https://{VIP}{path}", body, {"Content-Type": "application/json"})
-        with self.web.open(request, timeout=seconds * PATIENCE) as answer:
-            return json.load(answer)
+        with self.web.open(request, timeout=seconds * PATIENCE) as response:
+            return json.load(response)
 
-    def enter(self):
-        while self.who is None:
+    def log_in(self):
+        while self.uid is None:
             try:
-                # It is not measured, and long: a password is hashed 600,000 times.
-                answer = self.call("/web/session/authenticate", 25, db="odoo", login="admin", password=CONFIG["admin"])
-                self.who = answer["result"]["uid"]
+                # A long timeout, because Odoo hashes the password 600,000 times. The rehearsal does not measure it.
+                reply = self.call("/web/session/authenticate", 25, db="odoo", login="admin", password=CONFIG["admin"])
+                self.uid = reply["result"]["uid"]
             except (OSError, KeyError, ValueError) as e:
                 print("login:", repr(e), flush=True)
                 time.sleep(1)
 
-    def look(self):
+    def browse(self):
         while not ended.is_set():
             try:
-                answer = self.call("/web/session/get_session_info", 5)
-                if answer.get("result", {}).get("uid") == self.who:
+                reply = self.call("/web/session/get_session_info", 5)
+                if reply.get("result", {}).get("uid") == self.uid:
                     seen["http"].append(now())
-                elif answer.get("error", {}).get("code") == 100:
-                    # "Odoo Session Expired": logged out.
+                elif reply.get("error", {}).get("code") == 100:
+                    # "Odoo Session Expired"
                     seen["logouts"].append(now())
                 else:
-                    print("page:", answer, flush=True)
+                    print("page:", reply, flush=True)
                     seen["errors"].append(now())
             except (OSError, ValueError) as e:
                 print("page:", e, flush=True)
@@ -222,10 +222,10 @@ def main():
     if CONFIG["apps"]:
         users = [User(), User()]
         for user in users:
-            user.enter()
-        jobs += [user.look for user in users]
+            user.log_in()
+        jobs += [user.browse for user in users]
         kinds.append("http")
-    # Before there is anything to tell, the signal ends it at once.
+    # Until here, SIGTERM ends the probe without a result.
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
     for thread in threads:
@@ -235,7 +235,7 @@ def main():
         put("state", {kind: age(kind) for kind in kinds})
     seen["lost"] = lost()
     put("result", seen)
-    # Clients that wait for a dead peer are not waited for.
+    # Does not wait for threads, which may wait for a dead peer.
     os._exit(0)
 
 

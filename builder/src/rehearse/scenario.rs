@@ -1,4 +1,4 @@
-//! What can be broken, and what the fleet promises when it is.
+//! Scenarios: faults, their targets, and the limits that the fleet promises.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -9,75 +9,82 @@ use super::paths::{Path, Paths};
 use crate::error::{Error, Result, fail};
 use crate::vm::{Database, FleetStatus, Vm};
 
-/// One way to break the fleet.
+/// A fault, its target, and its limits.
 pub struct Scenario {
+    /// Name on the command line.
     pub name: &'static str,
+    /// Description for help and progress.
     pub about: &'static str,
+    /// Target of the fault.
     pub victim: Target,
+    /// The fault.
     pub fault: Fault,
-    /// Seconds that it lasts at least.
+    /// Minimum duration in seconds.
     pub lasts: u64,
-    /// Where the victim is nothing else.
+    /// Limits for a target that has only the roles of the scenario.
     pub promise: Limits,
 }
 
-/// Whom it hits.
+/// Target of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// The hub that holds the VIP.
     Holder,
-    /// The machine whose etcd member leads.
+    /// The machine with the etcd leader.
     EtcdLeader,
-    /// The machine that takes the writes.
+    /// The machine with PostgreSQL's primary.
     Primary,
-    /// A machine that follows it.
+    /// A machine with a standby.
     Standby,
-    /// A machine that runs Odoo.
+    /// A machine with Odoo.
     App,
-    /// Any worker, or a hub that does not hold the VIP.
+    /// A machine with Odoo that does not hold the VIP.
     Worker,
-    /// A machine whose place a blank one may take.
+    /// A machine whose slot a blank machine may reclaim.
     Spare,
     /// Every machine.
     All,
     /// Every machine with an etcd vote.
     Voters,
-    /// A machine that monitors.
+    /// A machine with the role `monitor`.
     Monitor,
 }
 
-/// What is done to it.
+/// Fault to inject.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Switched off at once; switched on again when the fleet has got over it.
+    /// Power failure. The machine starts again after the fleet's failover.
     PowerOff,
-    /// Its disk is lost; a blank machine comes in its place.
+    /// Power failure and loss of the disk. A blank machine starts in its place.
     Wipe,
-    /// The network cable is pulled.
+    /// Unplugged network cable.
     Unplug,
-    /// It is pulled and put back again and again.
+    /// Network cable that is unplugged and plugged in repeatedly.
     Flap,
-    /// Processes of a unit stop running, and go on later.
+    /// Frozen processes of a unit.
     Freeze(&'static str),
-    /// The path to one hub, or to etcd, is cut.
+    /// Dropped packets to and from hubs or etcd.
     Cut(Path),
-    /// The paths to all hubs are cut; the path to one of them comes back, goes again, and comes back for good.
+    /// Dropped packets to and from all hubs. The path to one hub opens and closes repeatedly; in the end, it is open.
     FlapByOneHub,
-    /// A command is run; nothing is to be mended afterwards.
+    /// A command; the fault needs no recovery.
     Run(&'static str),
-    /// It changes to the newer version that is published, as every node does in its turn.
+    /// Change to the published version, by an ordinary rollout.
     Upgrade,
-    /// A command is run, and another one mends it.
+    /// A command, and a second one for the recovery.
     RunThen(&'static str, &'static str),
 }
 
-/// Longest outages in seconds at native speed; none where nothing is promised.
+/// Longest permitted outages in seconds, on machines at native speed; `None` is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Limits {
+    /// Without a ping reply from the VIP.
     pub vip: Option<f64>,
+    /// Without an acknowledged write.
     pub writes: Option<f64>,
+    /// Without a correct response of Odoo.
     pub http: Option<f64>,
-    /// Which part of Odoo's answers may be errors.
+    /// Permitted share of errors in Odoo's responses.
     pub errors: Option<f64>,
 }
 
@@ -85,51 +92,51 @@ const fn limits(vip: f64, writes: f64, http: f64) -> Limits {
     Limits { vip: Some(vip), writes: Some(writes), http: Some(http), errors: None }
 }
 
-/// Seconds of three leases, as long as they are by default: what becomes of a primary without one is seen when
-/// it has ended.
+/// Three default leases in seconds, because Patroni acts on a lost lease only after the lease has expired.
 const LEASES: u64 = 60;
 
-/// When a machine is gone. The hubs free a dead primary's place; Patroni alone takes 25.
+/// Loss of the primary's machine. The hubs remove the leader key of an unreachable primary; Patroni alone needs 25 s.
 const PRIMARY: Limits = limits(1.5, 8.0, 12.0);
+/// Loss of a standby's machine.
 const STANDBY: Limits = limits(1.5, 15.0, 15.0);
-/// Who waits for a page of a dead hub gives up after 5 s (`probe.py`): nobody is there to tell it sooner.
+/// Loss of the hub with the VIP. No host resets its connections, so clients wait for their timeout of 5 s (`probe.py`).
 const HOLDER: Limits = limits(1.5, 5.0, 8.0);
-/// Who waits for one of a dead Odoo is told within 3 s, and asks again.
+/// Loss of a machine with Odoo. HAProxy ends requests to it within 3 s, and clients retry.
 const APP: Limits = limits(1.5, 1.0, 4.0);
 
 impl Limits {
     fn or_longer(self, other: Self) -> Self {
-        let next_delay = |a: Option<f64>, b: Option<f64>| Some(a?.max(b?));
+        let longer = |a: Option<f64>, b: Option<f64>| Some(a?.max(b?));
         Self {
-            vip: next_delay(self.vip, other.vip),
-            writes: next_delay(self.writes, other.writes),
-            http: next_delay(self.http, other.http),
+            vip: longer(self.vip, other.vip),
+            writes: longer(self.writes, other.writes),
+            http: longer(self.http, other.http),
             errors: self.errors,
         }
     }
 }
 
 impl Scenario {
-    /// What is promised when these nodes of a fleet that stands like this are hit: who loses a whole machine
-    /// loses all that was on it.
-    pub(super) fn promised(&self, victims: &[String], board: &FleetStatus) -> Limits {
+    /// Returns the limits for these targets. A fault of a whole machine affects all its roles, so the longest limits
+    /// apply.
+    pub(super) fn promised(&self, victims: &[String], status: &FleetStatus) -> Limits {
         if !matches!(self.fault, Fault::PowerOff | Fault::Wipe | Fault::Unplug | Fault::Flap | Fault::FlapByOneHub) {
             return self.promise;
         }
-        let hit = board.nodes.iter().filter(|row| victims.contains(&row.node));
+        let hit = status.nodes.iter().filter(|row| victims.contains(&row.node));
         hit.fold(self.promise, |promise, row| {
-            let carries = [
+            let roles = [
                 (row.vip, HOLDER),
                 (matches!(row.database, Some(Database::Primary(_))), PRIMARY),
                 (row.database == Some(Database::Standby), STANDBY),
                 (row.roles.iter().any(|r| r == "app"), APP),
             ];
-            carries.into_iter().filter(|(it, _)| *it).fold(promise, |promise, (_, of_it)| promise.or_longer(of_it))
+            roles.into_iter().filter(|(has, _)| *has).fold(promise, |promise, (_, limits)| promise.or_longer(limits))
         })
     }
 }
 
-/// What there is, in the order it is rehearsed in.
+/// All scenarios, in the order of a full rehearsal.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hub",
@@ -141,7 +148,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "db",
-        about: "the database's primary loses its power",
+        about: "the primary's machine loses its power",
         victim: Target::Primary,
         fault: Fault::PowerOff,
         lasts: 20,
@@ -157,7 +164,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "etcd-leader",
-        about: "the machine whose etcd member leads loses its power",
+        about: "the machine with the etcd leader loses its power",
         victim: Target::EtcdLeader,
         fault: Fault::PowerOff,
         lasts: 20,
@@ -165,7 +172,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "standby",
-        about: "a standby loses its power under load",
+        about: "a standby's machine loses its power under load",
         victim: Target::Standby,
         fault: Fault::PowerOff,
         lasts: 20,
@@ -181,7 +188,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "hub-flaps",
-        about: "the cable of the hub that holds the VIP comes and goes",
+        about: "the hub that holds the VIP loses its cable repeatedly",
         victim: Target::Holder,
         fault: Fault::Flap,
         lasts: 20,
@@ -189,7 +196,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "path",
-        about: "one machine's path to the hub that holds the VIP is cut",
+        about: "one machine cannot reach the hub that holds the VIP",
         victim: Target::Worker,
         fault: Fault::Cut(Path::Hub),
         lasts: 20,
@@ -197,7 +204,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "postgres",
-        about: "the primary's PostgreSQL is killed",
+        about: "PostgreSQL on the primary's machine crashes (SIGKILL)",
         victim: Target::Primary,
         fault: Fault::Run("pkill -KILL -o -u postgres -x postgres"),
         lasts: 20,
@@ -205,7 +212,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "patroni",
-        about: "the primary's Patroni is stopped (SIGSTOP)",
+        about: "Patroni on the primary's machine hangs (SIGSTOP)",
         victim: Target::Primary,
         fault: Fault::RunThen(
             "kill -STOP $(systemctl show -P MainPID patroni)",
@@ -224,7 +231,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "db-flaps",
-        about: "the primary's machine loses its uplink, which comes and goes by way of one hub",
+        about: "the primary's machine cannot reach the hubs, and reaches one of them intermittently",
         victim: Target::Primary,
         fault: Fault::FlapByOneHub,
         lasts: 20,
@@ -232,7 +239,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "db-etcd",
-        about: "the primary is cut from etcd only",
+        about: "the primary's machine cannot reach etcd",
         victim: Target::Primary,
         fault: Fault::Cut(Path::Etcd),
         lasts: LEASES,
@@ -240,15 +247,15 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "switchover",
-        about: "the primary hands over on request",
+        about: "the operator requests a switchover",
         victim: Target::Primary,
-        // It says with 0 that it did not. Where its answer was slow it has, and whoever asks without a name has
-        // it back; but who is not the leader at first has not handed over.
+        // patronictl exits with 0 even if the switchover failed, so the script matches its output. After a lost reply,
+        // a retry without --leader would switch back. 'is not the leader' means success, except on the first attempt.
         fault: Fault::Run(
             "for i in $(seq 20); do \
-             said=$(patronictl -c /run/bakehouse/patroni.yml switchover --leader $(hostname) --force 2>&1); \
-             case $said in *'uccessfully switched over'*) exit 0;; \
-             *'is not the leader'*) [ $i != 1 ] && exit 0; break;; esac; sleep 1; done; echo \"$said\"; exit 1",
+             output=$(patronictl -c /run/bakehouse/patroni.yml switchover --leader $(hostname) --force 2>&1); \
+             case $output in *'uccessfully switched over'*) exit 0;; \
+             *'is not the leader'*) [ $i != 1 ] && exit 0; break;; esac; sleep 1; done; echo \"$output\"; exit 1",
         ),
         lasts: 20,
         promise: limits(0.5, 8.0, 10.0),
@@ -279,7 +286,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "blank",
-        about: "a machine loses its disk, and a blank one takes its place without a hand",
+        about: "a machine loses its disk, and a blank machine reclaims its slot",
         victim: Target::Spare,
         fault: Fault::Wipe,
         lasts: 20,
@@ -287,16 +294,16 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "upgrade",
-        about: "every machine changes to the version that is published",
+        about: "every node changes to the published version",
         victim: Target::All,
         fault: Fault::Upgrade,
         lasts: 20,
-        // Of writes, all pauses together.
+        // For writes, the limit is for the sum of all pauses.
         promise: Limits { errors: Some(0.001), ..limits(3.0, 5.0, 5.0) },
     },
     Scenario {
         name: "power",
-        about: "the power fails everywhere",
+        about: "all machines lose their power",
         victim: Target::All,
         fault: Fault::PowerOff,
         lasts: 20,
@@ -304,10 +311,10 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Scenarios by name; all when none is named.
+/// Returns the named scenarios, or all if `names` is empty.
 ///
 /// # Errors
-/// A name that is none.
+/// If there is no scenario with one of the names.
 pub fn chosen(names: &[String]) -> Result<Vec<&'static Scenario>> {
     if names.is_empty() {
         return Ok(SCENARIOS.iter().collect());
@@ -315,18 +322,18 @@ pub fn chosen(names: &[String]) -> Result<Vec<&'static Scenario>> {
     let find = |name: &String| {
         SCENARIOS.iter().find(|s| s.name == name).ok_or_else(|| {
             let known: Vec<&str> = SCENARIOS.iter().map(|s| s.name).collect();
-            Error::Usage(format!("there is no scenario `{name}`; there are: {}", known.join(", ")))
+            Error::Usage(format!("there is no scenario `{name}`; scenarios are: {}", known.join(", ")))
         })
     };
     names.iter().map(find).collect()
 }
 
 impl Target {
-    /// The nodes it means, as the fleet stands; none where the fleet has no such node.
+    /// Returns the nodes of the target in the fleet's current state; none if the fleet has no such node.
     pub(super) fn find(
         self,
         topology: &Topology,
-        board: &FleetStatus,
+        status: &FleetStatus,
         machine: &dyn Fn(&str) -> Vm,
     ) -> Result<Vec<String>> {
         let one = |name: Option<&str>| Ok(name.map(str::to_owned).into_iter().collect());
@@ -334,19 +341,19 @@ impl Target {
             topology.nodes.iter().find(|n| n.has_role(role) && not != Some(&n.name)).map(|n| n.name.as_str())
         };
         match self {
-            Self::Holder => one(board.holder()),
-            Self::Primary => one(board.primary()),
+            Self::Holder => one(status.holder()),
+            Self::Primary => one(status.primary()),
             Self::Standby => {
-                one(board.nodes.iter().find(|r| r.database == Some(Database::Standby)).map(|r| r.node.as_str()))
+                one(status.nodes.iter().find(|r| r.database == Some(Database::Standby)).map(|r| r.node.as_str()))
             }
-            // Not the one that has the VIP or the database too, where there is a choice.
+            // Prefers a machine without the VIP and without the primary, so that the fault affects Odoo only.
             Self::App => {
                 let apps = || topology.nodes.iter().filter(|n| n.has_role("app"));
-                let busy = |n: &Node| board.holder() == Some(&n.name) || board.primary() == Some(&n.name);
+                let busy = |n: &Node| status.holder() == Some(&n.name) || status.primary() == Some(&n.name);
                 one(apps().find(|n| !busy(n)).or_else(|| apps().next()).map(|n| n.name.as_str()))
             }
             Self::Worker => {
-                let worker = topology.nodes.iter().find(|n| n.has_role("app") && board.holder() != Some(&n.name));
+                let worker = topology.nodes.iter().find(|n| n.has_role("app") && status.holder() != Some(&n.name));
                 one(worker.map(|n| n.name.as_str()))
             }
             Self::Spare => {
@@ -359,23 +366,23 @@ impl Target {
             Self::EtcdLeader => {
                 for name in &topology.voters {
                     let Some(node) = topology.node(name) else { continue };
-                    let asked = format!(
+                    let query = format!(
                         "exec 3<>/dev/tcp/{}/2381; printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; \
                          grep -q '^etcd_server_is_leader 1' <&3",
                         node.address
                     );
-                    if machine(name).exec(&asked)?.status == 0 {
+                    if machine(name).exec(&query)?.status == 0 {
                         return Ok(vec![name.clone()]);
                     }
                 }
-                fail("no member of etcd leads")
+                fail("etcd has no leader")
             }
         }
     }
 }
 
 impl Fault {
-    /// Breaks a machine, which is `factor` times slower than a real one.
+    /// Injects the fault into a machine, which is `factor` times slower than a real one.
     pub(super) fn inject(self, vm: &Vm, paths: &Paths, factor: u32) -> Result<()> {
         match self {
             Self::PowerOff => vm.cut_power(),
@@ -385,7 +392,7 @@ impl Fault {
             }
             Self::Unplug => vm.plug(false),
             Self::Flap => {
-                // As long as it takes to notice, and to come back.
+                // Long enough for failure detection and for recovery.
                 let pause = Duration::from_secs(2) * factor;
                 for plugged in [false, true, false, true, false, true] {
                     vm.plug(plugged)?;
@@ -393,47 +400,47 @@ impl Fault {
                 }
                 Ok(())
             }
-            Self::Freeze(unit) => done(vm, &format!("systemctl freeze {unit}")),
-            Self::Run(command) | Self::RunThen(command, _) => done(vm, command),
-            Self::Cut(path) => done(vm, &paths.cut(path)),
+            Self::Freeze(unit) => run(vm, &format!("systemctl freeze {unit}")),
+            Self::Run(command) | Self::RunThen(command, _) => run(vm, command),
+            Self::Cut(path) => run(vm, &paths.cut(path)),
             Self::FlapByOneHub => {
                 let pause = Duration::from_secs(2) * factor;
-                done(vm, &paths.cut(Path::Hubs))?;
+                run(vm, &paths.cut(Path::Hubs))?;
                 for open in [true, false, true, false, true] {
                     sleep(pause);
-                    done(vm, &paths.last_hub(open))?;
+                    run(vm, &paths.last_hub(open))?;
                 }
                 Ok(())
             }
-            // It does that by itself.
+            // The nodes' agents start the update.
             Self::Upgrade => Ok(()),
         }
     }
 
-    /// Whether nobody hears of who is hit.
+    /// Returns whether the fault also stops the target from reporting.
     pub(super) const fn silences(self) -> bool {
         matches!(self, Self::PowerOff | Self::Wipe | Self::Unplug)
     }
 
-    /// Mends it; machines that are off are not started here.
+    /// Recovers from the fault. The caller starts machines that are off.
     pub(super) fn recover(self, vm: &Vm) -> Result<()> {
         match self {
             Self::PowerOff | Self::Wipe | Self::Flap | Self::Run(_) | Self::Upgrade => Ok(()),
             Self::Unplug => vm.plug(true),
-            Self::Freeze(unit) => done(vm, &format!("systemctl thaw {unit}")),
-            // Its watchdog may have restarted it in the meantime.
+            Self::Freeze(unit) => run(vm, &format!("systemctl thaw {unit}")),
+            // The result does not matter, because the watchdog may have reset the machine in the meantime.
             Self::RunThen(_, command) => vm.exec(command).map(drop),
             Self::Cut(_) | Self::FlapByOneHub => vm.exec("nft delete table inet rehearsal").map(drop),
         }
     }
 }
 
-fn done(vm: &Vm, command: &str) -> Result<()> {
+fn run(vm: &Vm, command: &str) -> Result<()> {
     let done = vm.exec(command)?;
     if done.status == 0 {
         return Ok(());
     }
-    fail(format!("`{command}` on {} ended with {}: {}", vm.node, done.status, done.output.trim_end()))
+    fail(format!("`{command}` on {} exited with {}: {}", vm.node, done.status, done.output.trim_end()))
 }
 
 #[cfg(test)]
@@ -458,36 +465,36 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_with_several_roles_is_all_of_them() {
+    fn the_longest_limits_of_all_roles_apply() {
         let rows = vec![
             row("hub-1", &["hub"], true, None),
             row("app-1", &["app"], false, None),
             row("work-1", &["hub", "db", "app"], false, Some(Database::Standby)),
             row("data-1", &["hub", "db"], true, Some(Database::Primary(vec![]))),
         ];
-        let board = FleetStatus { nodes: rows, odoo: BTreeMap::new(), urls: vec![] };
+        let status = FleetStatus { nodes: rows, odoo: BTreeMap::new(), urls: vec![] };
         let promised = |name: &str, victim: &str| {
             let scenario = chosen(&[name.to_owned()]).unwrap()[0];
-            scenario.promised(&[victim.to_owned()], &board)
+            scenario.promised(&[victim.to_owned()], &status)
         };
         assert_eq!(promised("hub", "hub-1"), HOLDER);
         assert_eq!(promised("app", "app-1"), APP);
         assert_eq!(promised("app", "work-1"), STANDBY);
         assert_eq!(promised("hub", "data-1"), limits(1.5, 8.0, 12.0));
-        // Only one service of it is hit.
+        // The fault hits only one service of the machine.
         assert_eq!(promised("odoo", "work-1"), limits(0.5, 1.0, 10.0));
-        // Nothing is promised of whom nothing can be asked.
+        // The clients lose their power, too, so there are no limits for them.
         assert_eq!(promised("power", "data-1"), Limits::default());
     }
 
     #[test]
-    fn names_are_names() {
+    fn scenario_names_are_unique_and_unknown_ones_rejected() {
         assert_eq!(chosen(&[]).unwrap().len(), SCENARIOS.len());
         assert_eq!(chosen(&["db".into(), "hub".into()]).unwrap()[0].name, "db");
         let e = chosen(&["dbb".into()]).map(drop).unwrap_err().to_string();
-        assert!(e.contains("there is no scenario `dbb`; there are: hub, db"), "{e}");
+        assert!(e.contains("there is no scenario `dbb`; scenarios are: hub, db"), "{e}");
         for (i, s) in SCENARIOS.iter().enumerate() {
-            assert!(SCENARIOS[..i].iter().all(|other| other.name != s.name), "{} is there twice", s.name);
+            assert!(SCENARIOS[..i].iter().all(|other| other.name != s.name), "two scenarios have the name {}", s.name);
         }
     }
 }

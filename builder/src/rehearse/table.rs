@@ -1,4 +1,4 @@
-//! Outcomes for people: a line each, and least, median and most where a scenario ran often.
+//! Tables of outcomes: a row per run, and minimum, median and maximum of scenarios that ran more than once.
 
 use std::fmt::Write as _;
 
@@ -18,18 +18,19 @@ pub(super) const HEAD: [&str; 11] = [
     "promise",
 ];
 
-/// A table that is readable on a terminal and is Markdown too.
+/// Returns the outcomes as a Markdown table with aligned columns.
 #[must_use]
 pub fn table(outcomes: &[Outcome]) -> String {
     let rows: Vec<TableRow> = outcomes.iter().map(row).collect();
     with_summary(lay_out(&HEAD, &rows), &rows)
 }
 
-/// A scenario's run as a line: name, victim, seconds of the VIP, of writes and of Odoo, …
+/// Row of a run, with the columns of [`HEAD`].
 pub(super) type TableRow = [String; 11];
 
+/// Returns the row of an outcome.
 pub(super) fn row(o: &Outcome) -> TableRow {
-    // A cell of a Markdown table is on one line.
+    // A cell of a Markdown table must not contain newlines or bars.
     let broken = || o.broken.join("; ").replace('\n', " ").replace('|', "/");
     let kept = if o.broken.is_empty() { "kept".to_owned() } else { format!("BROKEN: {}", broken()) };
     let victims = if o.victims.len() > 2 { format!("{} machines", o.victims.len()) } else { o.victims.join(", ") };
@@ -48,12 +49,12 @@ pub(super) fn row(o: &Outcome) -> TableRow {
     ]
 }
 
-/// Adds least, median and most of what ran more than once.
+/// Appends minimum, median and maximum of scenarios that ran more than once.
 pub(super) fn with_summary(mut text: String, rows: &[TableRow]) -> String {
     let mut names: Vec<&str> = rows.iter().map(|r| r[0].as_str()).collect();
     names.dedup();
-    let often = |name: &&str| rows.iter().filter(|r| r[0] == **name).count() > 1;
-    let summary: Vec<[String; 5]> = names.into_iter().filter(often).map(|name| summary(name, rows)).collect();
+    let repeated = |name: &&str| rows.iter().filter(|r| r[0] == **name).count() > 1;
+    let summary: Vec<[String; 5]> = names.into_iter().filter(repeated).map(|name| summary(name, rows)).collect();
     if !summary.is_empty() {
         text += "\n";
         text += &lay_out(&["scenario", "runs", "VIP s", "writes s", "HTTP s"], &summary);
@@ -74,6 +75,7 @@ fn summary(name: &str, rows: &[TableRow]) -> [String; 5] {
     [name.to_owned(), runs.len().to_string(), spread(2), spread(3), spread(4)]
 }
 
+/// Returns a Markdown table with aligned columns.
 pub(super) fn lay_out<const N: usize>(head: &[&str; N], rows: &[[String; N]]) -> String {
     let head = head.map(str::to_owned);
     let rows: Vec<&[String; N]> = std::iter::once(&head).chain(rows).collect();
@@ -122,7 +124,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn one_line_each_and_a_summary_of_what_ran_often() {
+    fn table_has_a_row_per_run_and_a_summary_of_repeated_scenarios() {
         let text = table(&[outcome("hub", 1.0, &[]), outcome("hub", 3.0, &["VIP: 3.0 s"]), outcome("db", 2.0, &[])]);
         assert!(text.contains("| hub      | hub-1  | 1.0   | -        |"), "{text}");
         assert!(text.contains("BROKEN: VIP: 3.0 s"), "{text}");

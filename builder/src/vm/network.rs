@@ -54,7 +54,7 @@ impl VirtualNic {
         let [_, _, c, d] = address.octets();
         let updates = project.topology.update.url.as_deref().and_then(HostForward::port);
         let alerts =
-            if node.has_role("monitor") { HostForward::told(&project.topology.alerts) } else { BTreeSet::new() };
+            if node.has_role("monitor") { HostForward::alert_ports(&project.topology.alerts) } else { BTreeSet::new() };
         let forward = HostForward {
             // Browsers and operators connect to hubs only.
             address: (node.hub > 0).then(|| Ipv4Addr::new(127, byte(0).max(1), byte(1) ^ c, d)),
@@ -102,7 +102,7 @@ impl HostForward {
 
     /// Returns the ports on this host's loopback interface to which Alertmanager posts alerts.
     #[must_use]
-    pub fn told(alerts: &Alerts) -> BTreeSet<u16> {
+    pub fn alert_ports(alerts: &Alerts) -> BTreeSet<u16> {
         alerts.webhooks.iter().chain(&alerts.dead_man).filter_map(|url| Self::port(url)).collect()
     }
 
