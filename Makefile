@@ -31,6 +31,8 @@ test: deps check build
 	cargo test --release --locked --workspace --test hostile
 	# As root, at native speed: a fleet with failing nodes, and updates.
 	cargo test --release --locked --workspace --test fleet --test containers --test upgrade -- --test-threads=1 --nocapture containers
+	# What one taken machine can do in a fleet.
+	cargo test --release --locked --workspace --test containment -- --nocapture
 	# Real etcd, BIRD, nftables and HAProxy on loopback and in namespaces.
 	cargo test --release --locked --workspace --test join --test attack --test mesh --test replay --test eviction \
 		--test rollout --test fence --test model --test etcd_access --test ports --test web --test netboot_install \
@@ -95,8 +97,7 @@ roles: deps build
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
 	cargo test --release --locked --workspace --test fleet --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test founders --test cuts -- --test-threads=1 --nocapture
 
-# Tests what a compromised machine can do, for each cell of the table in docs/security.md. Needs root, takes 10 min. Not
-# in `test`, because the evicted hub of a fleet with two hubs can still do more than it should.
+# Tries what one taken machine can do, cell by cell. Takes about six minutes. Needs root.
 containment: deps build
 	builder/host-deps.sh iproute2 wireguard-go mtools
 	cargo test --release --locked --workspace --test containment -- --nocapture
@@ -111,7 +112,7 @@ fuzz:
 # Everything that needs no compiled test. ruff comes from PyPI.
 RUFF = build/tools/bin/ruff
 SHELL_SCRIPTS = git grep -lIE '^\#!/bin/(ba|da)?sh' -- .ci builder fuzz overlays tests
-check: $(RUFF)
+check: $(RUFF) style
 	builder/host-deps.sh shellcheck python3-venv
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings

@@ -2,7 +2,7 @@
 
 use bakehouse_tests::Machine;
 use bakehouse_tests::updates::{
-    LOOK, READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, mended, publish, runs, version,
+    LOOK, READY, broken, comes_up, goes_back, is_blessed, is_denied, lab_of_one, publish, repaired, runs, version,
 };
 
 #[test]
@@ -42,7 +42,7 @@ fn legacy_bios_updates_and_rolls_back() {
     assert_eq!(hub.ok("ls /efi/EFI/Linux"), "up-hub_2.efi\nup-hub_3+0-3.efi");
 
     version(&lab, "3", "4");
-    mended(&lab);
+    repaired(&lab);
     publish(&lab);
     let before = hub.console().matches(READY).count();
     assert_eq!(hub.ok(LOOK), "4");

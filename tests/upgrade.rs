@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use bakehouse_tests::updates::{
-    LOOK, READY, broken, comes_up, converting, goes_back, is_blessed, is_denied, lab_of_one, mended, publish, runs,
+    LOOK, READY, broken, comes_up, converting, goes_back, is_blessed, is_denied, lab_of_one, publish, repaired, runs,
     version,
 };
 use bakehouse_tests::{Machine, TestFleet};
@@ -39,7 +39,7 @@ fn machine_rolls_back_failing_update_and_takes_the_next() {
 
     // The next version works. The power fails during its download, and the node installs it afterwards.
     version(&lab, "2", "3");
-    mended(&lab);
+    repaired(&lab);
     lab.edit("overlays/haproxy/run/bakehouse/haproxy.cfg.j2", "# HAProxy of", "# Changed. HAProxy of");
     converting(&lab);
     publish(&lab);
@@ -174,7 +174,7 @@ fn containers_install_valid_updates_and_refuse_others() {
 
     // The next version works.
     version(&lab, "3", "4");
-    mended(&lab);
+    repaired(&lab);
     publish(&lab);
     let before = hub.console().matches(READY).count();
     assert_eq!(hub.ok(LOOK), "4");

@@ -124,7 +124,7 @@ pub fn broken(lab: &TestFleet) {
 }
 
 /// Repairs the failing service in the version after that.
-pub fn mended(lab: &TestFleet) {
+pub fn repaired(lab: &TestFleet) {
     lab.edit("overlays/broken/usr/lib/systemd/system/broken.service", "/usr/bin/false", "/usr/bin/true");
 }
 
