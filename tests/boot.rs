@@ -274,6 +274,9 @@ fn exported_disks_are_valid_and_boot_under_legacy_bios_with_user_data() {
         run("sh", &["-n", &format!("{dir}/hub-1.proxmox.sh")]);
     }
     lab.ok(&["vm", "hub-1", "--format", "qcow2", "--ticket", "disk", "-o", dir]);
+    // A machine may run from the disk.
+    let again = ["vm", "hub-1", "--format", "qcow2", "-o", dir];
+    lab.run(&again).fails(2, &["hub-1.qcow2 exists", "add --yes"]);
     for file in ["hub-1.xml", "hub-1.proxmox.sh", "hub-1.qcow2"] {
         let mode = fs::metadata(out.join(file)).expect("an exported file").permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{file} contains a ticket");

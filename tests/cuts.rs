@@ -2,11 +2,15 @@
 //! one use of its ticket. A node always boots, runs a complete version, and finally the newer one, also if one boot
 //! entry cannot start.
 
+use std::collections::BTreeMap;
 use std::thread::sleep;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bakehouse_tests::updates::{LOOK, comes_up, is_blessed, is_denied, lab_of_one, publish, runs, version};
 use bakehouse_tests::{ETCDCTL, Machine, TestFleet};
+use builder::keys::authority::FleetKey;
+use builder::keys::ticket::{TicketTerms, mint};
+use builder::project::Project;
 
 const CUTS: u32 = 20;
 
@@ -38,7 +42,7 @@ fn interrupted_join_completes_after_power_loss() {
 
     // An expired and a revoked ticket: the agent prints the reason and stores no state.
     let edge = Machine::of(&lab, "edge-1");
-    let expired = lab.ok(&["ticket", "edge", "--days", "0"]).out;
+    let expired = expired_ticket(&lab, "edge");
     let revoked = lab.ok(&["ticket", "edge"]).out;
     let noted = lab.read("tickets.jsonl");
     let claims: serde_json::Value = serde_json::from_str(noted.lines().last().expect("a line")).expect("JSON");
@@ -193,4 +197,13 @@ fn skipped_boot_entry_is_downloaded_again_and_then_denied() {
     assert!(is_denied(&hub, "3").contains("did not come up on hub-1"));
     assert_eq!(hub.ok("systemctl --failed --no-legend --plain"), "");
     hub.shut_down();
+}
+
+/// Mints a ticket that has expired already, which the command line refuses.
+fn expired_ticket(lab: &TestFleet, group: &str) -> String {
+    let project = Project::load(&lab.dir).expect("a fleet");
+    let key = FleetKey::of_vms(&project).expect("a fleet key");
+    let terms = TicketTerms { uses: 1, lasts: Duration::ZERO, replace: false };
+    let ticket = mint(&key, &project.topology, group, &terms, BTreeMap::new()).expect("a ticket");
+    serde_json::to_string(&ticket).expect("JSON")
 }

@@ -445,12 +445,18 @@ fn init_creates_the_fleet_key_once_and_it_signs_tickets() {
     let dir = &lab.dir;
     let path = dir.to_str().expect("a UTF-8 path");
     lab.run(&["init", path, "--from", "no-such"]).fails(2, &["there is no built-in fleet `no-such`", "quick-ha"]);
+    let invalid = dir.join("Acme_Corp");
+    let name = invalid.to_str().expect("a UTF-8 path");
+    lab.run(&["init", name]).fails(2, &["`Acme_Corp` cannot be a fleet's name", "lower-case letters"]);
+    assert!(!invalid.exists(), "init left a folder with an invalid name");
+    lab.run(&["check"]).fails(2, &["there is no fleet here", "`bakehouse init DIR`"]);
     let inside = lab.command(&["init", "."]).current_dir(dir).status();
     assert!(inside.expect("bakehouse starts").success());
     let key = fs::read(dir.join("fleet.key")).expect("a key");
     assert_eq!(fs::metadata(dir.join("fleet.key")).expect("a key").permissions().mode() & 0o777, 0o600);
     fs::write(dir.join("fleet.toml"), lab.read("fleet.toml") + "\n# mine\n").expect("the lab is writable");
-    lab.ok(&["init", path]);
+    assert!(lab.ok(&["init", path]).err.contains("has all its files already"));
+    assert!(lab.read(".gitignore").contains("*.key\n*.ticket\n"));
     assert_eq!(fs::read(dir.join("fleet.key")).expect("a key"), key, "init replaced the fleet key");
     assert!(lab.read("fleet.toml").contains("name = \"tickets\"") && lab.read("fleet.toml").ends_with("# mine\n"));
 
@@ -466,6 +472,11 @@ fn init_creates_the_fleet_key_once_and_it_signs_tickets() {
     assert_eq!(ticket(&["hub-1", "-o", file.to_str().expect("a UTF-8 path")]).out, "");
     assert_eq!(fs::metadata(&file).expect("a ticket").permissions().mode() & 0o777, 0o600);
     fleet::Ticket::parse(&fs::read(&file).expect("a ticket")).expect("a ticket");
+    ticket(&["hub-1", "--uses", "2"]).fails(2, &["hub-1 is a founder", "leave out --uses and --days"]);
+    ticket(&["app", "--days", "0"]).fails(2, &["0 is not in 1.."]);
+    lab.run(&["console", "hub-1"]).fails(1, &["hub-1 has no console here", "bakehouse up hub-1"]);
+    lab.run(&["exec", "hub-1", "--", "true"]).fails(1, &["hub-1 does not run on this host"]);
+    lab.run(&["report"]).fails(1, &["no machine of the fleet runs on this host"]);
     ticket(&["hub"]).fails(2, &["each has a ticket of its own"]);
     ticket(&["app", "--endpoint", "db-1=x"]).fails(2, &["`db-1=x` is not HUB=HOST"]);
     // tickets.jsonl records joiners' tickets. Only hubs know how often each was used.

@@ -31,7 +31,7 @@ pub use join::{
     Departure, Eviction, Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason,
     Refusal, Renewal, Revocation, SIGNATURE_HEADER, SlotRecord, Tokens, TokensRequest,
 };
-pub use lint::{HaRow, ha_table, lint};
+pub use lint::{HaRow, ha_table, is_fleet_name, lint};
 pub use membership::{Membership, STATE_VERSION, Secrets, Tls};
 pub use overlay::{Check, FileMeta, MIGRATIONS, Make, Migration, OverlayManifest, is_of};
 pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};

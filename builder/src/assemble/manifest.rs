@@ -34,6 +34,10 @@ pub struct Manifest<'a> {
     pub files: BTreeMap<&'a str, String>,
     /// Addresses of the group's slots.
     pub nodes: BTreeMap<&'a str, Ipv4Addr>,
+    /// Names of the fleet's hubs.
+    pub hubs: Vec<&'a str>,
+    /// Names of the nodes with an etcd vote.
+    pub voters: Vec<&'a str>,
     /// Format of the agent's state on a node.
     pub state: u16,
     pub mesh: String,

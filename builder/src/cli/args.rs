@@ -64,12 +64,12 @@ pub(super) enum Command {
         /// Node or group
         #[arg(required_unless_present_any = ["revoke", "list"])]
         to: Option<String>,
-        /// Number of nodes that may join with the ticket
-        #[arg(long, default_value_t = 1)]
-        uses: u32,
-        /// Days until the ticket expires
-        #[arg(long, default_value_t = 1)]
-        days: u32,
+        /// Number of nodes that may join with the ticket; default: 1
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        uses: Option<u32>,
+        /// Days until the ticket expires; default: 1
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        days: Option<u32>,
         /// Replace the machine that has the node's slot
         #[arg(long)]
         replace: bool,
@@ -144,6 +144,9 @@ pub(super) enum Command {
         /// Replace the machine that has the node's slot
         #[arg(long)]
         replace: bool,
+        /// Overwrite the files of an earlier `bakehouse vm`
+        #[arg(short, long)]
+        yes: bool,
         /// Folder for the files
         #[arg(short, long, default_value = ".", value_name = "DIR")]
         output: PathBuf,

@@ -10,6 +10,9 @@ use crate::progress::Progress;
 use crate::project::{self, Project};
 use crate::util::fs::write_atomic;
 
+/// Secrets, and files that a build can make again.
+const IGNORED: &str = "/build/\n*.key\n*.ticket\n/tickets.jsonl\n";
+
 /// Creates a folder with `fleet.toml` and the fleet key, and names the fleet after the folder. Keeps existing files.
 pub(super) fn init(
     dir: &Path,
@@ -19,14 +22,23 @@ pub(super) fn init(
     progress: &Progress,
 ) -> Result<ExitCode> {
     let text = project::built_in_fleet(from)?;
-    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     // Resolves `.`, which has no name. A symbolic link keeps its own name.
     let named =
         if dir.file_name().is_some() { dir.to_owned() } else { dir.canonicalize().map_err(Error::io("find", dir))? };
     let unnamed = || Error::Usage(format!("cannot name the fleet after the folder `{}`", dir.display()));
     let name = named.file_name().and_then(|n| n.to_str()).ok_or_else(unnamed)?;
     let path = dir.join("fleet.toml");
+    let mut unchanged = true;
     if !path.exists() {
+        // Before the folder is created, so that an invalid name leaves nothing behind.
+        if !fleet::is_fleet_name(name) {
+            return Err(Error::Usage(format!(
+                "`{name}` cannot be a fleet's name\n  help: name the folder with 1 to 32 lower-case letters, digits and \
+                 `-`, a letter first"
+            )));
+        }
+        std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        unchanged = false;
         let text = text.replacen(&format!("name = \"{from}\""), &format!("name = \"{name}\""), 1);
         let section = if secure_boot {
             "\n# Firmware runs only signed programs (docs/secure-boot.md).\n[secure_boot]\n"
@@ -36,16 +48,24 @@ pub(super) fn init(
         write_atomic(&path, (text + section).as_bytes())?;
         progress.say("init", &format!("{}: describes the fleet; edit it", path.display()));
     }
+    let ignored = dir.join(".gitignore");
+    if !ignored.exists() {
+        unchanged = false;
+        write_atomic(&ignored, IGNORED.as_bytes())?;
+    }
     let project = Project::load(dir)?;
     let key = project.dir.join(FleetKey::FILE);
     if FleetKey::init(&project.dir, &project.topology.name, passphrase)? {
+        unchanged = false;
         progress.say("init", &format!("{}: secret; keep it off the nodes, and keep a copy", key.display()));
     } else if passphrase {
+        unchanged = false;
         FleetKey::of(&project)?.seal(&project.dir)?;
         progress.say("init", &format!("{}: encrypted with the new passphrase", key.display()));
     }
     if let Some(signer) = Signer::of(&project) {
         if signer.init(&project.topology.name)? {
+            unchanged = false;
             let key = signer.key().display();
             progress.say("init", &format!("{key}: signs boot programs for Secure Boot; secret; keep a copy"));
         }
@@ -56,8 +76,15 @@ pub(super) fn init(
     let keyring = project.dir.join(Project::UPDATE_KEYRING);
     let wanted = FleetKey::of(&project)?.update_key()?.keyring();
     if std::fs::read(&keyring).ok().as_ref() != Some(&wanted) {
+        unchanged = false;
         write_atomic(&keyring, &wanted)?;
         progress.say("init", &format!("{}: public key with which nodes verify updates", keyring.display()));
     }
+    let message = if unchanged {
+        format!("{}: has all its files already", dir.display())
+    } else {
+        format!("next: edit {}, then run `bakehouse -C {} check`", path.display(), dir.display())
+    };
+    progress.say("init", &message);
     Ok(ExitCode::SUCCESS)
 }

@@ -64,7 +64,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Exec { node, command } => {
             let project = Project::load(&cli.fleet)?;
-            let done = vm::Vm::of(&project, node)?.exec(&vm::command_line(command))?;
+            let vm = vm::Vm::of(&project, node)?;
+            if !vm.is_running() {
+                return Err(Error::Failed(format!(
+                    "{node} does not run on this host\n  help: `bakehouse up {node}` starts it as a local machine"
+                )));
+            }
+            let done = vm.exec(&vm::command_line(command))?;
             print(done.output)?;
             return Ok(ExitCode::from(u8::try_from(done.status).unwrap_or(1)));
         }
@@ -119,14 +125,23 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             progress.say("leave", &message);
         }
         Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None, list: false } => {
-            let lasts = Duration::from_secs(u64::from(*days) * 86_400);
-            let terms = TicketTerms { uses: *uses, lasts, replace: *replace };
+            let limited = uses.is_some() || days.is_some();
+            let (uses, days) = (uses.unwrap_or(1), days.unwrap_or(1));
+            let lasts = Duration::from_secs(u64::from(days) * 86_400);
+            let terms = TicketTerms { uses, lasts, replace: *replace };
             let to = to.as_deref().unwrap_or_default();
             let ticket = mint(&FleetKey::of(&project)?, &project.topology, to, &terms, endpoints(&project, endpoint)?)?;
+            let message = if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
+                format!("number {}: for {to}, {uses} uses within {days} days", claims.id)
+            } else if limited {
+                return Err(Error::Usage(format!(
+                    "{to} is a founder (hub or voter), whose ticket has no limits\n  help: leave out --uses and --days"
+                )));
+            } else {
+                format!("for {to}, a founder (hub or voter): it does not expire; keep it secret")
+            };
             ticket_log::note(&project.dir, &ticket)?;
-            if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
-                progress.say("ticket", &format!("number {}: for {to}, {uses} uses within {days} days", claims.id));
-            }
+            progress.say("ticket", &message);
             let text = serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
             match output {
                 Some(path) => write_private(path, text.as_bytes())?,
@@ -149,9 +164,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 flash::flash(&image.disk, ticket.as_ref(), &options, &progress)?;
             }
         }
-        Command::Vm { node, format, ticket, replace, output, mirror } => {
+        Command::Vm { node, format, ticket, replace, yes, output, mirror } => {
             let group = vm::groups_of(&project, std::slice::from_ref(node))?;
-            let options = export::ExportOptions { node, format: *format, transport: *ticket, replace: *replace };
+            let options =
+                export::ExportOptions { node, format: *format, transport: *ticket, replace: *replace, yes: *yes };
+            // Before the build, so that an existing file fails early.
+            options.check(output)?;
             let images = build(&project, &group, None, mirror, &progress)?;
             let tools = Tools::prepare(&Lock::load(&project)?, &Store::open()?, &progress)?;
             for image in &images {
@@ -265,7 +283,17 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        Command::Report { output } => report::collect(&project, output, &progress)?,
+        Command::Report { output } => {
+            let nodes = &project.topology.nodes;
+            if !nodes.iter().any(|node| vm::Vm::of(&project, &node.name).is_ok_and(|vm| vm.is_running())) {
+                return Err(Error::Failed(
+                    "no machine of the fleet runs on this host\n  help: `bakehouse up` starts local machines; \
+                     `bakehouse rollout` shows the nodes of a real fleet"
+                        .to_owned(),
+                ));
+            }
+            report::collect(&project, output, &progress)?;
+        }
         Command::Down { nodes } => vm::down(&project, nodes, &progress)?,
         Command::Status => status(&project, cli.json)?,
         Command::Explain { path, group } => {
@@ -282,7 +310,16 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 print(format_args!("{explanation}\n"))?;
             }
         }
-        Command::Console { node } => print(vm::Vm::of(&project, node)?.console())?,
+        Command::Console { node } => {
+            let console = vm::Vm::of(&project, node)?.console();
+            if console.is_empty() {
+                return Err(Error::Failed(format!(
+                    "{node} has no console here: it was not started on this host\n  help: `bakehouse up {node}` starts \
+                     it as a local machine"
+                )));
+            }
+            print(console)?;
+        }
         Command::Init { .. } | Command::Store(_) | Command::Exec { .. } => {}
     }
     Ok(ExitCode::SUCCESS)

@@ -60,6 +60,8 @@ pub struct ExportOptions<'a> {
     pub transport: TicketTransport,
     /// Whether the ticket replaces the machine that owns the node's slot.
     pub replace: bool,
+    /// Whether to overwrite existing disks.
+    pub yes: bool,
 }
 
 /// Files that an export wrote.
@@ -92,6 +94,35 @@ impl Format {
     }
 }
 
+impl ExportOptions<'_> {
+    /// Checks that the export overwrites no disk, which a running machine may use.
+    ///
+    /// # Errors
+    /// If a disk exists, and the options do not allow to overwrite it.
+    pub fn check(&self, out: &Path) -> Result<()> {
+        let files = self.files(out);
+        let existing = [Some(&files.disk), files.seed.as_ref()].into_iter().flatten().find(|disk| disk.exists());
+        match existing {
+            Some(disk) if !self.yes => Err(Error::Usage(format!(
+                "{} exists, and a machine may use it\n  help: add --yes to overwrite it",
+                disk.display()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the paths of the export's files.
+    fn files(&self, out: &Path) -> Export {
+        let path = |suffix: &str| out.join(format!("{}{suffix}", self.node));
+        Export {
+            disk: path(&format!(".{}", self.format.name())),
+            seed: (self.transport == TicketTransport::Seed).then(|| path("-seed.img")),
+            libvirt: path(".xml"),
+            proxmox: path(".proxmox.sh"),
+        }
+    }
+}
+
 /// Mints a ticket, and writes a node's disk and the definitions of its machine to the folder `out`.
 ///
 /// # Errors
@@ -99,23 +130,18 @@ impl Format {
 pub fn export(
     project: &Project,
     image: &BuiltImage,
-    &ExportOptions { node, format, transport, replace }: &ExportOptions,
+    options: &ExportOptions,
     out: &Path,
     tools: &Tools,
     progress: &Progress,
 ) -> Result<Export> {
+    let &ExportOptions { node, format, transport, replace, .. } = options;
     let authority = FleetKey::of(project)?;
     let ticket = mint(&authority, &project.topology, node, &TicketTerms { replace, ..DEFAULT_TERMS }, BTreeMap::new())?;
     ticket_log::note(&project.dir, &ticket)?;
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
     let out = out.canonicalize().map_err(Error::io("find", out))?;
-    let path = |suffix: &str| out.join(format!("{node}{suffix}"));
-    let export = Export {
-        disk: path(&format!(".{}", format.name())),
-        seed: (transport == TicketTransport::Seed).then(|| path("-seed.img")),
-        libvirt: path(".xml"),
-        proxmox: path(".proxmox.sh"),
-    };
+    let export = options.files(&out);
     let step = progress.step("vm", &format!("{}: {}", node, export.disk.display()));
     let recipe = project.recipe(&image.group);
     let size = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE;

@@ -187,6 +187,8 @@ impl Build<'_> {
                 .filter(|n| n.group == group)
                 .map(|n| (n.name.as_str(), n.address))
                 .collect(),
+            hubs: self.project.topology.hubs.iter().map(|hub| hub.name.as_str()).collect(),
+            voters: self.project.topology.voters.iter().map(String::as_str).collect(),
             state: fleet::STATE_VERSION,
             mesh: self.project.topology.mesh.subnet.to_string(),
             migrations: baked.migrations.iter().map(|m| m.name.as_str()).collect(),

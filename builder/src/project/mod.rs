@@ -79,7 +79,14 @@ impl Project {
     /// If a file cannot be read or parsed, or the lint reports an error.
     pub fn load(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join("fleet.toml") } else { path.to_owned() };
-        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+        let bytes = fs::read(&file).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => Error::Usage(format!(
+                "cannot read {}: there is no fleet here\n  help: `bakehouse init DIR` creates one; `bakehouse -C DIR` \
+                 uses one in another folder",
+                file.display()
+            )),
+            _ => Error::io("read", &file)(e),
+        })?;
         let dir = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
         let name = file.display().to_string();
         let fleet = Fleet::parse(&name, &bytes)?;

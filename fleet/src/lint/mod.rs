@@ -104,7 +104,7 @@ impl Lint<'_> {
 
     fn names(&mut self) {
         let name = &self.fleet.name;
-        if !is_dns_label(name.get_ref(), 32) {
+        if !is_fleet_name(name.get_ref()) {
             self.error(
                 name.span(),
                 format!("`{}` cannot be a fleet's name", name.get_ref()),
@@ -324,6 +324,12 @@ impl Lint<'_> {
             }
         }
     }
+}
+
+/// Returns whether a fleet may have this name: it becomes a part of host names and of file names.
+#[must_use]
+pub fn is_fleet_name(text: &str) -> bool {
+    is_dns_label(text, 32)
 }
 
 fn is_dns_label(text: &str, longest: usize) -> bool {

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use fleet::compare_versions;
+
 use crate::error::{Error, Result};
 use crate::format::verity;
 
@@ -24,6 +26,10 @@ pub(super) struct Contents {
     files: BTreeMap<String, String>,
     /// Mesh addresses by slot.
     nodes: BTreeMap<String, String>,
+    /// Names of the fleet's hubs; `None` in manifests of earlier versions of bakehouse.
+    hubs: Option<Vec<String>>,
+    /// Names of the nodes with an etcd vote; `None` in manifests of earlier versions of bakehouse.
+    voters: Option<Vec<String>>,
     /// Version of the format of the agent's state.
     state: u16,
     mesh: String,
@@ -126,6 +132,24 @@ impl Comparison {
         }
         if old.kernel != new.kernel {
             found.changed.push(format!("kernel {} → {}", old.kernel, new.kernel));
+        }
+        if old.roothash != new.roothash && compare_versions(&new.version, &old.version).is_le() {
+            found.obstacles.push(format!(
+                "version {} is published already, and nodes take only newer ones; raise `version` in fleet.toml",
+                old.version
+            ));
+        }
+        for (what, old, new) in [("hubs", &old.hubs, &new.hubs), ("etcd voters", &old.voters, &new.voters)] {
+            if let (Some(old), Some(new)) = (old, new)
+                && old != new
+            {
+                found.obstacles.push(format!(
+                    "the {what} would change from {} to {}: a rollout cannot add or remove them in a running fleet; \
+                     keep the counts of these groups",
+                    old.join(", "),
+                    new.join(", ")
+                ));
+            }
         }
         let list = |set: &BTreeSet<u32>| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let (from, to) = (old.postgres(), new.postgres());

@@ -19,7 +19,6 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use fleet::blocks::{Blocks, missing, pieces};
-use fleet::compare_versions;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
@@ -90,13 +89,6 @@ pub fn publish(image: &BuiltImage, dir: &Path, key: &UpdateKey, time: u64, progr
             let message = format!("{}: version {} is published already; signed it again", image.group, new.version);
             progress.say("publish", &message);
             return Ok(published);
-        }
-        if compare_versions(&new.version, &old.version).is_le() {
-            return fail(format!(
-                "cannot publish version {} of {}: version {} is published already\n  help: raise `version` in \
-                 fleet.toml and build again",
-                new.version, image.group, old.version
-            ));
         }
         let obstacles = Comparison::of(Some(old), &new).obstacles;
         if !obstacles.is_empty() {
@@ -364,6 +356,9 @@ mod tests {
         };
         refused(&lab.image("1", &postgres(17)), "raise `version`");
         refused(&lab.image("2", &json!({ "roothash": "f".repeat(64) })), "raise `version`");
+        // `bakehouse plan` names the same obstacle.
+        let obstacles = compare(&lab.image("1", &postgres(17)), &lab.0.path().join("out")).unwrap().obstacles;
+        assert!(obstacles.iter().any(|o| o.contains("version 2 is published already")), "{obstacles:?}");
         refused(&lab.image("3", &postgres(18)), "PostgreSQL 17 to 18");
         let mut restored = postgres(17);
         restored["restore"] = json!("latest");
@@ -372,6 +367,20 @@ mod tests {
         larger["sizes"] = json!({ "root_slot": 2 << 20, "root": 8192, "uki": 4096 });
         refused(&lab.image("3", &larger), "root partitions");
         assert_eq!(lab.files().len(), 5 + 3, "a refused image left files");
+
+        // Manifests of earlier versions do not list hubs and voters.
+        let with = |field: &str, names: &[&str]| {
+            let mut manifest = postgres(17);
+            manifest[field] = json!(names);
+            manifest
+        };
+        for (field, message) in [("hubs", "the hubs would change"), ("voters", "the etcd voters would change")] {
+            let folder = UpdateFolder(tempfile::tempdir().unwrap());
+            folder.publish(&folder.image("1", &with(field, &["hub-1", "hub-2", "hub-3"]))).unwrap();
+            let e = folder.publish(&folder.image("2", &with(field, &["hub-1"]))).unwrap_err().to_string();
+            assert!(e.contains(message), "{e}");
+            assert!(!folder.publish(&folder.image("2", &postgres(17))).unwrap().unchanged);
+        }
 
         // A migration permits the change.
         let mut converted = postgres(18);
