@@ -106,7 +106,7 @@ fn assigns_only_suitable_machines_that_a_rule_names() {
     refused(decide(&machine("52:54:00:00:00:02", "A1", &DISK)), "there is no node or group `db-9`");
     refused(decide(&NetbootMachine { version: 1, ..machine(ONE, "", &DISK) }), "another version");
     refused(decide(&NetbootMachine { macs: Vec::new(), ..machine(ONE, "", &DISK) }), "without a network card");
-    refused(decide(&machine(ONE, &"x".repeat(1000), &DISK)), "more than 256 bytes");
+    refused(decide(&machine(ONE, &"x".repeat(1000), &DISK)), "longer than 256 bytes");
     let decision = assigned(decide(&machine(ONE, "", &DISK)));
     assert_eq!((decision.to.as_str(), decision.mode), ("hub-1", InstallMode::Install("/dev/vda".into())));
 }
