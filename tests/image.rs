@@ -275,7 +275,7 @@ fn closed_output_ends_a_command_quietly_after_its_work() {
 fn errors_in_fleet_and_lock_name_the_fix() {
     let lab = TestFleet::of_fleet("wrong", "ha");
     lab.edit("fleet.toml", "[groups.db]", "packages = [\"jq\"]\n\n[groups.db]");
-    lab.run(&["build", "hub"]).fails(1, &["lacks the package `jq`, which `hub` asks for", "bakehouse lock"]);
+    lab.run(&["build", "hub"]).fails(1, &["lacks the package `jq`, which `hub` requests", "bakehouse lock"]);
     lab.edit("fleet.toml", "jq", "no-such-package");
     lab.run(&["lock"]).fails(1, &["no-such-package", "[groups.hub] in", "check its name"]);
     lab.edit("fleet.toml", "packages =", "pakcages =");
@@ -340,7 +340,7 @@ fn full_disk_is_reported_before_the_build_and_leaves_no_files() {
     // The space that the message names is enough.
     lab.ok(&["build", "hub"]);
     let said = build_with("64M", "build", "").err;
-    let asked = said.split_once("may take ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<u32>().ok());
+    let asked = said.split_once("may need ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<u32>().ok());
     let answer = build_with(&format!("{}M", asked.expect("a number") + 1), "build", "");
     assert_eq!(answer.status, 0, "{}", answer.err);
     // A store with all inputs, which needs no space for another layer.
