@@ -1,5 +1,6 @@
 //! Rules of `bakehouse check` for a `fleet.toml` that parses.
 
+mod names;
 mod ports;
 mod services;
 
@@ -14,6 +15,8 @@ use crate::diagnostic::{Diagnostic, Severity, nearest};
 use crate::profile::{Profiles, parse_size};
 use crate::schema::{Fleet, Group};
 use crate::topology::{GIVEN, Topology};
+pub use names::is_fleet_name;
+use names::{is_dns_label, is_host};
 use ports::Listeners;
 
 /// A row of the table of minimum and recommended node counts.
@@ -324,30 +327,6 @@ impl Lint<'_> {
             }
         }
     }
-}
-
-/// Returns whether a fleet may have this name: it becomes a part of host names and of file names.
-#[must_use]
-pub fn is_fleet_name(text: &str) -> bool {
-    is_dns_label(text, 32)
-}
-
-fn is_dns_label(text: &str, longest: usize) -> bool {
-    text.len() <= longest
-        && text.starts_with(|c: char| c.is_ascii_lowercase())
-        && !text.ends_with('-')
-        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
-}
-
-fn is_host(text: &str) -> bool {
-    text.len() <= 253
-        && !text.is_empty()
-        && text.split('.').all(|label| {
-            (1..=63).contains(&label.len())
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-                && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
-        })
 }
 
 #[cfg(test)]
