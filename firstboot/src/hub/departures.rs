@@ -39,7 +39,8 @@ impl SlotAllocator {
         }
         let place = self.place(slot).await?;
         let done = |record: &SlotRecord| {
-            record.vacant && matches!(owner, Identified::Epoch(Some(epoch)) if epoch + 1 == record.epoch)
+            record.vacant
+                && matches!(owner, Identified::Epoch(Some(epoch)) if record.epoch.checked_sub(1) == Some(epoch))
         };
         if place.before.as_ref().is_some_and(done) {
             return Ok(Ok(()));
