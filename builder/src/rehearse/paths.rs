@@ -43,14 +43,16 @@ impl Paths {
         };
         let hubs: Vec<String> = match path {
             Path::Hub => vec![self.holder.to_string()],
-            _ => self.hubs.iter().map(ToString::to_string).collect(),
+            Path::Hubs => self.hubs.iter().map(ToString::to_string).collect(),
+            Path::Etcd => Vec::new(),
         };
+        // nft rejects an empty list of elements.
+        let elements = if hubs.is_empty() { String::new() } else { format!("elements = {{ {} }};", hubs.join(", ")) };
         format!(
             "nft 'table inet rehearsal {{ \
-             set hubs {{ type ipv4_addr; elements = {{ {} }}; }}; \
+             set hubs {{ type ipv4_addr; {elements} }}; \
              chain output {{ type filter hook output priority -300; {output}; }}; \
-             chain input {{ type filter hook input priority -300; {input}; }}; }}'",
-            hubs.join(", ")
+             chain input {{ type filter hook input priority -300; {input}; }}; }}'"
         )
     }
 
@@ -59,5 +61,29 @@ impl Paths {
         let verb = if open { "delete" } else { "add" };
         let hub = self.hubs.last().copied().unwrap_or(Ipv4Addr::UNSPECIFIED);
         format!("nft {verb} element inet rehearsal hubs '{{ {hub} }}'")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    /// nft parses the commands in a network namespace of its own.
+    #[test]
+    fn nft_accepts_every_cut() {
+        let hubs = vec![Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)];
+        for paths in [Paths { holder: hubs[0], hubs }, Paths { holder: Ipv4Addr::UNSPECIFIED, hubs: Vec::new() }] {
+            for path in [Path::Hub, Path::Hubs, Path::Etcd] {
+                let mut script = paths.cut(path);
+                if path == Path::Hubs && !paths.hubs.is_empty() {
+                    script = format!("{script} && {} && {}", paths.last_hub(true), paths.last_hub(false));
+                }
+                let mut command = Command::new("unshare");
+                let output =
+                    command.args(["--map-root-user", "--user", "--net", "sh", "-c", &script]).output().unwrap();
+                assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+            }
+        }
     }
 }
