@@ -1,5 +1,6 @@
 //! Tasks of a running node: it follows the peers of the mesh and, as a hub, serves the join API.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use crate::node::identity::Identity;
 use crate::node::image::Image;
 use crate::node::neighbours::PeerTable;
 use crate::node::state::StateDir;
-use crate::node::trust::{Decision, Heard, Known, Standing, decide};
+use crate::node::trust::{Decision, Heard, Known, Standing, decide, first_keys};
 use crate::update::Updates;
 
 /// Time to the next request while the hubs do not agree yet.
@@ -219,9 +220,10 @@ impl Member {
             if decision.heard == Heard::Confirmed && !desk.has_heard() {
                 neighbourhood.apply(&decision);
             }
-            for (slot, key) in answers.iter().flat_map(|a| &a.peers.keys).filter(|(slot, _)| **slot != node.name) {
-                if !owners.contains_key(slot) {
-                    neighbourhood.learn(slot, *key);
+            let everyone = Known { keys: &BTreeMap::new(), ..known };
+            for (slot, key) in first_keys(&everyone, &answers) {
+                if !owners.contains_key(&slot) {
+                    neighbourhood.learn(&slot, key);
                 }
             }
             tokio::time::sleep(pause.next_delay().min(round())).await;
@@ -312,18 +314,17 @@ async fn introduce_voter(hubs: &Hubs, neighbourhood: &PeerTable, slot: &str, own
     let mut pause = Backoff::default();
     loop {
         let answers = hubs.introduce(&own, |_| false).await;
-        let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
+        // In this order: a hub whose key has left the table in between has no pin, either.
+        let keys = neighbourhood.keys();
+        let pins = neighbourhood.pins();
         let known = Known { own: (slot, own.epoch), plan: &plan, pins: &pins, keys: &keys, is_new: pins.is_empty() };
         let decision = decide(&known, &answers);
         if let Some(why) = reason_to_stop(hubs, slot, &decision).await {
             return Err(why);
         }
-        // One hub's answer is enough for a new key, so that a first quorum of two can form. A known key changes only if
-        // the hubs agree.
-        for (hub, key) in answers.iter().flat_map(|a| &a.peers.keys).filter(|(hub, _)| *hub != slot) {
-            if !keys.contains_key(hub) {
-                neighbourhood.learn(hub, *key);
-            }
+        // A known key changes only if the hubs agree.
+        for (slot, key) in first_keys(&known, &answers) {
+            neighbourhood.learn(&slot, key);
         }
         tokio::time::sleep(pause.next_delay().min(round())).await;
     }

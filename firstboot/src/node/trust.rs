@@ -98,6 +98,20 @@ pub fn decide(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
     decision
 }
 
+/// Returns mesh keys for slots of which the node has no key. One hub is enough to report such a key, so that a first
+/// quorum of two can form. A hub that was evicted does not count, nor does a hub without its pinned key: the node has
+/// no key for the slot of an evicted hub, and must not take one from it.
+#[must_use]
+pub fn first_keys(known: &Known<'_>, answers: &[HubAnswer]) -> BTreeMap<String, MeshKey> {
+    let is_pinned = |a: &&HubAnswer| known.pins.is_empty() || known.pins.get(&a.hub) == Some(&a.tls_key);
+    let is_evicted =
+        |a: &HubAnswer| answers.iter().any(|other| other.evicted.contains(&(a.hub.clone(), a.tls_key.clone())));
+    let counted = answers.iter().filter(|a| is_pinned(a) && !is_evicted(a));
+    let keys = counted.flat_map(|a| a.peers.keys.iter().filter(|(slot, _)| !a.peers.vacant.contains(*slot)));
+    let is_new = |slot: &String| *slot != known.own.0 && !known.keys.contains_key(slot);
+    keys.filter(|(slot, _)| is_new(slot)).map(|(slot, key)| (slot.clone(), *key)).collect()
+}
+
 /// As [`decide`], with the replies of hubs that were not evicted.
 fn decide_among(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
     let votes = counted(known, answers);
@@ -357,6 +371,26 @@ mod tests {
             let decision = worker(2, &two, &answers);
             assert!(decision.pins.is_empty() && decision.keys.is_empty() && decision.is_open);
         }
+    }
+
+    #[test]
+    fn evicted_hub_does_not_report_first_keys() {
+        let plan = plan(2);
+        let lie = reply("hub-2", &["hub-1", "hub-2"], |p| p.keys = BTreeMap::from([("hub-2".into(), KEY)]));
+        let honest = reply("hub-1", &["hub-1"], |p| p.keys = BTreeMap::from([("app-1".into(), KEY)]));
+        let first = |pinned: &[&str], answers: &[HubAnswer]| {
+            let (pins, keys) = (pins(pinned), keys(&["hub-1"]));
+            let known = Known { own: ("monitor-1", 1), plan: &plan, pins: &pins, keys: &keys, is_new: false };
+            first_keys(&known, answers).into_keys().collect::<Vec<_>>()
+        };
+        // The node has removed the evicted hub, or learns of the eviction in this round.
+        assert_eq!(first(&["hub-1"], &[lie.clone(), honest.clone()]), ["app-1"]);
+        let evicted = BTreeSet::from([("hub-2".to_owned(), "key of hub-2".to_owned())]);
+        let order = HubAnswer { evicted, ..honest.clone() };
+        assert_eq!(first(&["hub-1", "hub-2"], &[lie.clone(), order]), ["app-1"]);
+        // Before the first pins, and from a current hub, one reply is enough.
+        assert_eq!(first(&[], std::slice::from_ref(&lie)), ["hub-2"]);
+        assert_eq!(first(&["hub-1", "hub-2"], &[lie, honest]), ["app-1", "hub-2"]);
     }
 
     #[test]
