@@ -1,10 +1,10 @@
 //! Tasks of a running node: it follows the peers of the mesh and, as a hub, serves the join API.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 
@@ -32,6 +32,9 @@ use crate::update::Updates;
 
 /// Time to the next request while the hubs do not agree yet.
 const SOON: Duration = Duration::from_secs(3);
+/// How long a hub has to be silent before the only other hub is enough to report that it has left or has another key.
+/// A hub that is busy while etcd elects a leader replies again within that time.
+const SILENT: Duration = Duration::from_secs(35);
 /// Time within which every running node reads the peers from the hubs.
 pub const ALL_HAVE_ASKED: Duration = Duration::from_secs(45);
 /// File with the rollout's metrics for node_exporter.
@@ -211,7 +214,14 @@ impl Member {
                 !pins.is_empty() || !key.is_some_and(|key| neighbourhood.is_stranger(&a.hub, *key))
             });
             let own = (node.name.as_str(), introduction.epoch);
-            let known = Known { own, plan: &plan, pins: &pins, keys: &keys, is_new: owners.is_empty() };
+            let known = Known {
+                own,
+                plan: &plan,
+                pins: &pins,
+                keys: &keys,
+                recent: &BTreeSet::new(),
+                is_new: owners.is_empty(),
+            };
             let decision = decide(&known, &answers);
             if let Some(why) = reason_to_stop(hubs, &node.name, &decision).await {
                 return Err(why);
@@ -317,7 +327,14 @@ async fn introduce_voter(hubs: &Hubs, neighbourhood: &PeerTable, slot: &str, own
         // In this order: a hub whose key has left the table in between has no pin, either.
         let keys = neighbourhood.keys();
         let pins = neighbourhood.pins();
-        let known = Known { own: (slot, own.epoch), plan: &plan, pins: &pins, keys: &keys, is_new: pins.is_empty() };
+        let known = Known {
+            own: (slot, own.epoch),
+            plan: &plan,
+            pins: &pins,
+            keys: &keys,
+            recent: &BTreeSet::new(),
+            is_new: pins.is_empty(),
+        };
         let decision = decide(&known, &answers);
         if let Some(why) = reason_to_stop(hubs, slot, &decision).await {
             return Err(why);
@@ -335,22 +352,29 @@ async fn introduce_voter(hubs: &Hubs, neighbourhood: &PeerTable, slot: &str, own
 /// # Errors
 /// If the node is fenced, has left, or is ordered to leave.
 pub async fn follow_hubs(hubs: &Hubs, neighbourhood: &PeerTable, own: (&str, u64)) -> Result<()> {
-    // If only one hub reports a change, the node asks again soon, up to three times.
+    // If only one hub reports a change, the node asks again soon, up to this number of times.
+    const RETRIES: u32 = 12;
     let mut open = 0;
     // This node is not a hub, so `hubs` has all hubs.
     let plan = hubs.slots();
+    let started = Instant::now();
+    let mut replies: BTreeMap<String, Instant> = BTreeMap::new();
     loop {
+        // After its start, a node does not know how long a hub has been silent.
+        let is_recent = |hub: &String| replies.get(hub).unwrap_or(&started).elapsed() < SILENT;
+        let recent: BTreeSet<String> = neighbourhood.pins().into_keys().filter(is_recent).collect();
         let decision = hubs.round(|answers| {
             let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
-            decide(&Known { own, plan: &plan, pins: &pins, keys: &keys, is_new: false }, answers)
+            decide(&Known { own, plan: &plan, pins: &pins, keys: &keys, recent: &recent, is_new: false }, answers)
         });
         let decision = decision.await;
         if let Some(why) = reason_to_stop(hubs, own.0, &decision).await {
             return Err(why);
         }
         neighbourhood.apply(&decision);
+        replies.extend(decision.replied.iter().map(|hub| (hub.clone(), Instant::now())));
         open = if decision.is_open { open + 1 } else { 0 };
-        tokio::time::sleep(if (1..=3).contains(&open) { SOON } else { round() }).await;
+        tokio::time::sleep(if (1..=RETRIES).contains(&open) { SOON } else { round() }).await;
     }
 }
 

@@ -4,7 +4,7 @@
 //! the TLS keys of the current hubs ("pins"), which come from etcd's records. Some replies stop a node or redirect it:
 //! the node is fenced or has to leave, or a hub has left or has another key. The node acts on such a reply when two
 //! pinned hubs send it in one round. The hub that the reply is about does not count. If there is only one other hub,
-//! its reply is enough, unless the hub that it is about also replies. An order of the operator to evict a hub is
+//! its reply is enough, unless the hub that it is about also replies, or did so a moment ago. An order of the operator to evict a hub is
 //! signed, so one hub is enough to deliver it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +37,8 @@ pub struct Known<'a> {
     pub pins: &'a BTreeMap<String, String>,
     /// Mesh keys of hubs and other founders.
     pub keys: &'a BTreeMap<String, MeshKey>,
+    /// Pinned hubs that replied a moment ago, also if they are silent in this round.
+    pub recent: &'a BTreeSet<String>,
     /// Whether the node, as far as it knows, has no grant yet. One hub is then enough to stop it.
     pub is_new: bool,
 }
@@ -80,6 +82,8 @@ pub struct Decision {
     pub is_open: bool,
     /// Kind of hubs whose replies counted.
     pub heard: Heard,
+    /// Hubs whose replies counted.
+    pub replied: BTreeSet<String>,
 }
 
 /// Decides what a node acts on after a round.
@@ -121,7 +125,8 @@ fn decide_among(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
         Some(vote) if is_known(vote) => Heard::Known,
         Some(_) => Heard::Confirmed,
     };
-    let mut decision = Decision { heard, ..Decision::default() };
+    let replied = votes.iter().map(|vote| vote.hub.clone()).collect();
+    let mut decision = Decision { heard, replied, ..Decision::default() };
     let (own, own_epoch) = known.own;
 
     let count = |holds: &dyn Fn(&Peers) -> bool| votes.iter().filter(|v| holds(&v.peers)).count();
@@ -225,9 +230,11 @@ fn agreed<T: Clone + PartialEq>(
     }
     let mut enough = values.iter().filter(|(_, count)| *count >= needed);
     match (enough.next(), enough.next()) {
-        // Only one hub sends the value, and the hub that it is about also replies, with the pinned key. The node cannot
-        // detect which of the two lies. The operator's order decides.
-        (Some((value, 1)), None) if !first && votes.iter().any(|vote| vote.hub == subject) => {
+        // Only one hub sends the value, and the hub that it is about also replies with the pinned key, or did so a
+        // moment ago. The node cannot detect which of the two lies. The operator's order decides.
+        (Some((value, 1)), None)
+            if !first && (known.recent.contains(subject) || votes.iter().any(|vote| vote.hub == subject)) =>
+        {
             Agreed::Open(vec![value.clone()])
         }
         (Some((value, _)), None) => Agreed::On(value.clone()),
@@ -281,9 +288,15 @@ mod tests {
     }
 
     fn worker(hubs: usize, pinned: &[&str], answers: &[HubAnswer]) -> Decision {
+        worker_that_heard(&[], hubs, pinned, answers)
+    }
+
+    /// As [`worker`], if these hubs replied a moment ago.
+    fn worker_that_heard(recent: &[&str], hubs: usize, pinned: &[&str], answers: &[HubAnswer]) -> Decision {
+        let recent = recent.iter().map(|hub| (*hub).to_owned()).collect();
         let (plan, pins, keys) =
             (plan(hubs), pins(pinned), keys(&plan(hubs).iter().map(String::as_str).collect::<Vec<_>>()));
-        let known = Known { own: ("db-1", 3), plan: &plan, pins: &pins, keys: &keys, is_new: false };
+        let known = Known { own: ("db-1", 3), plan: &plan, pins: &pins, keys: &keys, recent: &recent, is_new: false };
         decide(&known, answers)
     }
 
@@ -363,6 +376,13 @@ mod tests {
         };
         let decision = worker(2, &two, &[gone("hub-1", "hub-2")]);
         assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), None)]));
+        // As long as the other hub replied a moment ago, the node waits: that hub may only be busy.
+        let decision = worker_that_heard(&["hub-1", "hub-2"], 2, &two, &[gone("hub-1", "hub-2")]);
+        assert!(decision.pins.is_empty() && decision.keys.is_empty() && decision.is_open);
+        assert_eq!(decision.replied, BTreeSet::from(["hub-1".to_owned()]));
+        // Two hubs that agree need not wait for the third.
+        let decision = worker_that_heard(&THREE, 3, &THREE, &[gone("hub-1", "hub-2"), gone("hub-3", "hub-2")]);
+        assert_eq!(decision.pins, BTreeMap::from([("hub-2".to_owned(), None)]));
         // A hub that replies has not left, whatever the other hub reports. Otherwise a compromised hub could exclude
         // the other one.
         for answers in
@@ -380,7 +400,14 @@ mod tests {
         let honest = reply("hub-1", &["hub-1"], |p| p.keys = BTreeMap::from([("app-1".into(), KEY)]));
         let first = |pinned: &[&str], answers: &[HubAnswer]| {
             let (pins, keys) = (pins(pinned), keys(&["hub-1"]));
-            let known = Known { own: ("monitor-1", 1), plan: &plan, pins: &pins, keys: &keys, is_new: false };
+            let known = Known {
+                own: ("monitor-1", 1),
+                plan: &plan,
+                pins: &pins,
+                keys: &keys,
+                recent: &BTreeSet::new(),
+                is_new: false,
+            };
             first_keys(&known, answers).into_keys().collect::<Vec<_>>()
         };
         // The node has removed the evicted hub, or learns of the eviction in this round.
