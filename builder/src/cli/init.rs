@@ -1,7 +1,6 @@
 //! `bakehouse init`.
 
 use std::path::Path;
-use std::process::ExitCode;
 
 use crate::assemble::secure_boot::Signer;
 use crate::error::{Error, Result};
@@ -14,13 +13,7 @@ use crate::util::fs::write_atomic;
 const IGNORED: &str = "/build/\n*.key\n*.ticket\n/tickets.jsonl\n";
 
 /// Creates a folder with `fleet.toml` and the fleet key, and names the fleet after the folder. Keeps existing files.
-pub(super) fn init(
-    dir: &Path,
-    from: &str,
-    secure_boot: bool,
-    passphrase: bool,
-    progress: &Progress,
-) -> Result<ExitCode> {
+pub(super) fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, progress: &Progress) -> Result<()> {
     let text = project::built_in_fleet(from)?;
     // Resolves `.`, which has no name. A symbolic link keeps its own name.
     let named =
@@ -86,5 +79,5 @@ pub(super) fn init(
         format!("next: edit {}, then run `bakehouse -C {} check`", path.display(), dir.display())
     };
     progress.say("init", &message);
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }

@@ -25,7 +25,7 @@ const ELECTION: Duration = Duration::from_secs(30);
 /// Client of the hubs' API on the operator's machine.
 pub struct Hubs<'a> {
     /// Key that signs the orders.
-    pub authority: &'a FleetKey,
+    pub authority: FleetKey,
     /// The fleet.
     pub topology: &'a Topology,
     /// Endpoints of hubs that replace those of `fleet.toml`.

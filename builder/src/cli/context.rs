@@ -1,0 +1,53 @@
+//! What every command gets: the fleet, the progress output, and the hubs.
+
+use std::collections::BTreeMap;
+
+use super::output::colour;
+use crate::deploy::hub_client::Hubs;
+use crate::error::{Error, Result};
+use crate::keys::authority::FleetKey;
+use crate::progress::{Progress, line};
+use crate::project::Project;
+use crate::vm;
+
+/// A command's fleet and output.
+pub(super) struct Context<'a> {
+    pub(super) project: &'a Project,
+    pub(super) progress: &'a Progress,
+    /// Prints results as JSON.
+    pub(super) json: bool,
+    /// Prints only errors.
+    pub(super) quiet: bool,
+}
+
+impl Context<'_> {
+    /// Prints the warnings about the fleet's files to standard error.
+    pub(super) fn warn(&self) {
+        if !self.quiet && !self.json {
+            self.project.warnings.iter().for_each(|w| line(&w.render(colour())));
+        }
+    }
+
+    /// Returns a client of the hubs. `local` as endpoint selects the hubs that `up` started.
+    pub(super) fn hubs(&self, endpoint: &[String]) -> Result<Hubs<'_>> {
+        let authority = FleetKey::of(self.project)?;
+        let is_local = endpoint == ["local"];
+        let endpoints = if is_local { vm::hub_forwards(self.project) } else { self.endpoints(endpoint)? };
+        Ok(Hubs { authority, topology: &self.project.topology, endpoints })
+    }
+
+    /// Parses `hub-1=192.0.2.1`. Rejects hubs that the fleet does not have.
+    pub(super) fn endpoints(&self, given: &[String]) -> Result<BTreeMap<String, String>> {
+        let hubs = &self.project.topology.hubs;
+        let parse = |text: &String| {
+            let (hub, host) = text.split_once('=').unwrap_or((text, ""));
+            let known = hubs.iter().any(|h| h.name == hub);
+            if known && !host.is_empty() {
+                return Ok((hub.to_owned(), host.to_owned()));
+            }
+            let hubs: Vec<&str> = hubs.iter().map(|h| h.name.as_str()).collect();
+            Err(Error::Usage(format!("`{text}` is not HUB=HOST; hubs are {}", hubs.join(", "))))
+        };
+        given.iter().map(parse).collect()
+    }
+}

@@ -1,0 +1,79 @@
+//! `bakehouse ticket` and `bakehouse leave`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::context::Context;
+use super::output::{print, print_json};
+use crate::error::{Error, Result};
+use crate::keys::authority::FleetKey;
+use crate::keys::ticket::{TicketTerms, mint};
+use crate::keys::ticket_log;
+use crate::util::fs::write_private;
+
+/// Options of a new ticket.
+pub(super) struct NewTicket<'a> {
+    /// Node or group.
+    pub(super) to: &'a str,
+    pub(super) uses: Option<u32>,
+    pub(super) days: Option<u32>,
+    pub(super) replace: bool,
+    pub(super) output: Option<&'a Path>,
+    /// Options `--endpoint`.
+    pub(super) endpoint: &'a [String],
+}
+
+/// Mints a ticket.
+pub(super) fn new(context: &Context, options: &NewTicket) -> Result<()> {
+    let Context { project, progress, .. } = context;
+    let &NewTicket { to, replace, .. } = options;
+    let limited = options.uses.is_some() || options.days.is_some();
+    let (uses, days) = (options.uses.unwrap_or(1), options.days.unwrap_or(1));
+    let lasts = Duration::from_secs(u64::from(days) * 86_400);
+    let terms = TicketTerms { uses, lasts, replace };
+    let endpoints = context.endpoints(options.endpoint)?;
+    let ticket = mint(&FleetKey::of(project)?, &project.topology, to, &terms, endpoints)?;
+    let message = if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
+        format!("number {}: for {to}, {uses} uses within {days} days", claims.id)
+    } else if limited {
+        return Err(Error::Usage(format!(
+            "{to} is a founder (hub or voter), whose ticket has no limits\n  help: leave out --uses and --days"
+        )));
+    } else {
+        format!("for {to}, a founder (hub or voter): it does not expire; keep it secret")
+    };
+    ticket_log::note(&project.dir, &ticket)?;
+    progress.say("ticket", &message);
+    let text = serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
+    match options.output {
+        Some(path) => write_private(path, text.as_bytes()),
+        None => print(format_args!("{text}\n")),
+    }
+}
+
+/// Lists the minted tickets.
+pub(super) fn list(context: &Context, endpoint: &[String]) -> Result<()> {
+    let known = context.hubs(endpoint)?.tokens();
+    if let Err(e) = &known {
+        context.progress.say("ticket", &format!("cannot list how often each ticket was used: {e}"));
+    }
+    let rows = ticket_log::rows(&context.project.dir, known.ok().as_ref())?;
+    print_json(context.json, &rows)?;
+    if context.json { Ok(()) } else { print(ticket_log::table(&rows)) }
+}
+
+/// Revokes a ticket.
+pub(super) fn revoke(context: &Context, number: &str, endpoint: &[String]) -> Result<()> {
+    let hub = context.hubs(endpoint)?.revoke(number)?;
+    context.progress.say("ticket", &format!("{hub} revoked {number}"));
+    Ok(())
+}
+
+/// Removes a node from the fleet.
+pub(super) fn leave(context: &Context, node: &str, now: bool, endpoint: &[String]) -> Result<()> {
+    context.project.node(node)?;
+    let hub = context.hubs(endpoint)?.leave(node, now)?;
+    let message = if now { format!("{hub} evicted {node}") } else { format!("{hub} asked {node} to leave") };
+    context.progress.say("leave", &message);
+    Ok(())
+}
