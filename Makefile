@@ -117,9 +117,11 @@ check: $(RUFF) style
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	tests/dependencies.py
+	tests/readme.py
+	tests/translations.py
 	$(SHELL_SCRIPTS) | xargs shellcheck -S warning
-	$(RUFF) check overlays tests/dependencies.py
-	$(RUFF) format --check overlays tests/dependencies.py
+	$(RUFF) check overlays tests/*.py
+	$(RUFF) format --check overlays tests/*.py
 
 $(RUFF):
 	builder/host-deps.sh python3-venv

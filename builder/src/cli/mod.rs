@@ -3,6 +3,8 @@
 mod args;
 mod build;
 mod context;
+#[cfg(test)]
+mod documented;
 mod init;
 mod inspect;
 mod install;
