@@ -1,9 +1,8 @@
-# `make demo` builds the hub image and boots it. `make test` runs the tests of CI.
+# `make demo` starts Odoo on three machines and cuts the power of one. `make test` runs the tests of CI.
 
 BAKEHOUSE = target/release/bakehouse
-DEMO = build/demo
 
-.PHONY: all deps build demo test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot containment fuzz check style unit clean
+.PHONY: all deps build demo demo-build test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot containment fuzz check style unit clean
 
 all: build
 
@@ -13,14 +12,12 @@ deps:
 build:
 	cargo build --release --locked --workspace
 
-demo: deps build
-	mkdir -p $(DEMO)
-	cp profiles/fleets/ha.toml $(DEMO)/fleet.toml
-	$(BAKEHOUSE) -C $(DEMO) lock
-	$(BAKEHOUSE) -C $(DEMO) up hub-1
-	$(BAKEHOUSE) -C $(DEMO) exec hub-1 -- systemctl --no-pager list-dependencies role-hub.target
-	@echo "hub-1 runs. Run a command:  $(BAKEHOUSE) -C $(DEMO) exec hub-1 -- COMMAND"
-	@echo "Stop it:                    $(BAKEHOUSE) -C $(DEMO) down"
+# Containers, as root; `make demo MACHINES=1` starts virtual machines.
+demo:
+	demo/run $(if $(MACHINES),--machines)
+
+# What demo/run compiles.
+demo-build: build
 
 test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, and
@@ -111,7 +108,7 @@ fuzz:
 
 # Everything that needs no compiled test. ruff comes from PyPI.
 RUFF = build/tools/bin/ruff
-SHELL_SCRIPTS = git grep -lIE '^\#!/bin/(ba|da)?sh' -- .ci builder fuzz overlays tests
+SHELL_SCRIPTS = git grep -lIE '^\#!/bin/(ba|da)?sh' -- .ci builder demo fuzz overlays tests
 check: $(RUFF) style
 	builder/host-deps.sh shellcheck python3-venv
 	cargo fmt --all --check
