@@ -1,4 +1,4 @@
-//! Messages between nodes and hubs: JSON over HTTPS. `docs/join.md` has the protocol.
+//! Messages between nodes and hubs: JSON over HTTPS. `docs/join-protocol.md` has the protocol.
 //!
 //! During a rollout two versions exchange these messages. A newer version may add fields, because receivers ignore
 //! unknown fields. Any other change needs a higher [`PROTOCOL`].
