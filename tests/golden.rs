@@ -1,4 +1,5 @@
-//! Golden files of every configuration that a node renders, for each fleet that Bakehouse ships.
+//! Golden files of every configuration that a node renders, for each fleet that Bakehouse ships, and generated files of
+//! the documentation.
 //! `UPDATE_GOLDEN=1 cargo test --test golden` writes them.
 
 use std::collections::BTreeMap;
@@ -8,6 +9,7 @@ use std::path::{Path, PathBuf};
 use bakehouse_tests::root;
 use builder::project::Project;
 use fleet::Membership;
+use pikchr::{Pikchr, PikchrFlags};
 
 #[test]
 fn rendered_configurations_match_golden_files() {
@@ -44,6 +46,36 @@ fn rendered_configurations_match_golden_files() {
         }
     }
     assert!(wrong.is_empty(), "review the change, then run with UPDATE_GOLDEN=1:\n{}", wrong.join("\n"));
+}
+
+/// `docs/pictures/NAME.pikchr` is the source of `NAME.svg`.
+#[test]
+fn pictures_match_their_sources() {
+    let folder = root().join("docs/pictures");
+    let mut sources: Vec<PathBuf> = fs::read_dir(&folder)
+        .expect("docs/pictures")
+        .map(|entry| entry.expect("docs/pictures").path())
+        .filter(|path| path.extension().is_some_and(|e| e == "pikchr"))
+        .collect();
+    sources.sort();
+    assert!(!sources.is_empty());
+    for source in sources {
+        let drawn = draw(&fs::read_to_string(&source).expect("text"));
+        let (picture, name) = (source.with_extension("svg"), source.display());
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            fs::write(&picture, &drawn).expect("docs/pictures");
+        }
+        let written = fs::read_to_string(&picture).unwrap_or_default();
+        assert!(written == drawn, "the SVG differs from {name}: UPDATE_GOLDEN=1 writes it");
+    }
+}
+
+/// Draws a picture in Pikchr's language (<https://pikchr.org>) on a white ground, so that it is readable on a dark page.
+fn draw(source: &str) -> String {
+    let svg = Pikchr::render(source, None, PikchrFlags::default()).unwrap_or_else(|e| panic!("{e}"));
+    let (head, rest) = svg.split_once('>').expect("an svg element");
+    let head = head.replace("font-size:initial;", "font-family:sans-serif;font-size:16px;");
+    format!("{head}>\n<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>{rest}")
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub mod rack;
 pub mod rogue_hub;
 pub mod site;
 pub mod targets;
+pub mod tutorial;
 pub mod updates;
 pub mod wire;
 
@@ -50,7 +51,7 @@ impl TestFleet {
         let toml = root().join("profiles/fleets").join(format!("{fleet}.toml"));
         fs::copy(toml, lab.dir.join("fleet.toml")).expect("the fleet exists");
         // All tests of a run share one lock, because the archive may change between two of them.
-        let shared = root().join("target/lab").join(format!("{fleet}.lock"));
+        let shared = Self::shared_lock(fleet);
         if shared.exists() {
             fs::copy(&shared, lab.dir.join("bakehouse.lock")).expect("the lock can be copied");
         }
@@ -68,6 +69,17 @@ impl TestFleet {
     pub fn is_of_containers(&self) {
         let project = builder::project::Project::load(&self.dir).expect("a valid fleet.toml");
         builder::vm::are_containers(&project, true).expect("no node runs");
+    }
+
+    /// Returns the fleet in a folder of this one's folder.
+    #[must_use]
+    pub fn within(self, folder: &str) -> Self {
+        Self { dir: self.dir.join(folder), ..self }
+    }
+
+    /// Returns where the tests of a run keep the lock of a built-in fleet, which they share.
+    pub fn shared_lock(fleet: &str) -> PathBuf {
+        root().join("target/lab").join(format!("{fleet}.lock"))
     }
 
     /// Creates an empty folder.

@@ -3,13 +3,13 @@
 mod args;
 mod build;
 mod context;
-#[cfg(test)]
-mod documented;
 mod init;
 mod inspect;
 mod install;
 mod machines;
 mod output;
+#[cfg(test)]
+mod pages;
 mod rehearse;
 mod rollout;
 mod ticket;
