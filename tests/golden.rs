@@ -70,6 +70,23 @@ fn pictures_match_their_sources() {
     }
 }
 
+/// The failover pictures have the numbers of the rehearsal page: seconds until a write, a page and an alert, and writes.
+#[test]
+fn failover_pictures_have_measured_numbers() {
+    let read = |path: &str| fs::read_to_string(root().join(path)).expect("text");
+    let page = read("docs/rehearsal-ha-containers.md");
+    for (scenario, picture) in [("db", "failover-primary"), ("hub", "failover-hub")] {
+        let mut rows = page.lines().map(|line| line.split('|').map(str::trim).collect::<Vec<_>>());
+        let row = rows.find(|row| row.get(1) == Some(&scenario)).expect("a row of the scenario");
+        let source = read(&format!("docs/pictures/{picture}.pikchr"));
+        let lost = row[7].replace('/', " of ");
+        let shown = [format!("{} s: first write", row[4]), format!("{} s: first page", row[5])];
+        for text in shown.into_iter().chain([format!("{} s: alert", row[10]), format!("{lost} writes lost")]) {
+            assert!(source.contains(&text), "docs/pictures/{picture}.pikchr does not show `{text}`");
+        }
+    }
+}
+
 /// Draws a picture in Pikchr's language (<https://pikchr.org>) on a white ground, so that it is readable on a dark page.
 fn draw(source: &str) -> String {
     let svg = Pikchr::render(source, None, PikchrFlags::default()).unwrap_or_else(|e| panic!("{e}"));
