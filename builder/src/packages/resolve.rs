@@ -17,6 +17,7 @@ use crate::progress::Progress;
 use crate::project::Project;
 use crate::store::{Kind, Store};
 use crate::util::digest::Key;
+use crate::util::time::rfc2822;
 
 /// Resolves every image of the fleet.
 ///
@@ -269,27 +270,11 @@ fn newest_release(lists: &Path) -> Result<u64> {
             continue;
         }
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        if let Some(seconds) = field(&text, "Date").and_then(rfc2822_utc) {
+        if let Some(seconds) = field(&text, "Date").and_then(rfc2822) {
             newest = newest.max(seconds);
         }
     }
     Ok(newest)
-}
-
-/// Parses `Sat, 15 Nov 2025 10:15:00 UTC` ([RFC 2822](https://www.rfc-editor.org/rfc/rfc2822)). Returns seconds since
-/// 1970.
-fn rfc2822_utc(text: &str) -> Option<u64> {
-    const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
-    let mut fields = text.split_once(", ")?.1.split(' ');
-    let day: u64 = fields.next()?.parse().ok()?;
-    let month = MONTHS.find(fields.next()?)? as u64 / 3 + 1;
-    let year: u64 = fields.next()?.parse().ok()?;
-    let mut clock = fields.next()?.split(':').map(|n| n.parse::<u64>().ok());
-    let (h, m, s) = (clock.next()??, clock.next()??, clock.next()??);
-    // Days in the Gregorian calendar, with years that begin in March.
-    let (y, m_from_march) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m_from_march + 2) / 5 + day - 1;
-    Some((days.checked_sub(719_468)?) * 86_400 + h * 3600 + m * 60 + s)
 }
 
 /// Returns the errors and warnings in apt's output.
@@ -315,13 +300,5 @@ mod tests {
                     passwd_1%3a4.17.4-2_amd64.deb 1 SHA256:0";
         assert_eq!(download(line).as_deref(), Some("passwd=1:4.17.4-2"));
         assert_eq!(download("Reading package lists..."), None);
-    }
-
-    #[test]
-    fn parses_release_dates() {
-        assert_eq!(rfc2822_utc("Thu, 01 Jan 1970 00:00:00 UTC"), Some(0));
-        assert_eq!(rfc2822_utc("Sat, 06 Sep 2025 10:15:02 UTC"), Some(1_757_153_702));
-        assert_eq!(rfc2822_utc("Thu, 29 Feb 2024 23:59:59 UTC"), Some(1_709_251_199));
-        assert_eq!(rfc2822_utc("nonsense"), None);
     }
 }

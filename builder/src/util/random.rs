@@ -1,18 +1,13 @@
 //! Random numbers of the kernel.
 
-use std::fs::File;
-use std::io::Read as _;
-use std::path::Path;
-
 use crate::error::{Error, Result};
 
-/// Returns random bytes from /dev/urandom.
+/// Returns random bytes from getrandom(2).
 ///
 /// # Errors
-/// If the device cannot be read.
+/// If the kernel returns none.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
-    let path = Path::new("/dev/urandom");
-    File::open(path).and_then(|mut f| f.read_exact(&mut bytes)).map_err(Error::io("read", path))?;
+    getrandom::fill(&mut bytes).map_err(|e| Error::Failed(format!("the kernel returns no random bytes: {e}")))?;
     Ok(bytes)
 }

@@ -1,17 +1,25 @@
-//! Formats times.
+//! Formats and parses times.
 
-/// Formats seconds since 1970 as `2025-01-31T12:00:00Z` ([RFC 3339](https://www.rfc-editor.org/rfc/rfc3339)).
+use time::OffsetDateTime;
+use time::format_description::well_known::{Rfc2822, Rfc3339};
+
+/// 9999-12-31T23:59:59Z. RFC 3339 has no later time.
+const LAST: u64 = 253_402_300_799;
+
+/// Formats seconds since 1970 as `2025-01-31T12:00:00Z` ([RFC 3339](https://www.rfc-editor.org/rfc/rfc3339)). A time
+/// after the year 9999 becomes that year's last second.
 pub(crate) fn rfc3339(seconds: u64) -> String {
-    let (days, time) = (seconds / 86_400 + 719_468, seconds % 86_400);
-    let era = days / 146_097;
-    let of_era = days % 146_097;
-    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let day_of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let m = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * m + 2) / 5 + 1;
-    let month = if m < 10 { m + 3 } else { m - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", time / 3600, time / 60 % 60, time % 60)
+    let time = OffsetDateTime::from_unix_timestamp(seconds.min(LAST).cast_signed()).expect("at most the year 9999");
+    time.format(&Rfc3339).expect("a year of four digits, in UTC")
+}
+
+/// Parses `Sat, 15 Nov 2025 10:15:00 UTC`, the date of an archive's Release file
+/// ([RFC 2822](https://www.rfc-editor.org/rfc/rfc2822)). Returns seconds since 1970.
+pub(crate) fn rfc2822(text: &str) -> Option<u64> {
+    // RFC 2822 has `GMT` and `UT`, but no `UTC`.
+    let text = text.strip_suffix("UTC").map_or_else(|| text.to_owned(), |date| format!("{date}GMT"));
+    let time = OffsetDateTime::parse(&text, &Rfc2822).ok()?;
+    u64::try_from(time.unix_timestamp()).ok()
 }
 
 #[cfg(test)]
@@ -23,5 +31,18 @@ mod tests {
         assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
         assert_eq!(rfc3339(1_709_251_199), "2024-02-29T23:59:59Z");
         assert_eq!(rfc3339(1_757_153_702), "2025-09-06T10:15:02Z");
+        assert_eq!(rfc3339(LAST), "9999-12-31T23:59:59Z");
+        assert_eq!(rfc3339(u64::MAX), rfc3339(LAST));
+    }
+
+    #[test]
+    fn parses_release_dates() {
+        assert_eq!(rfc2822("Thu, 01 Jan 1970 00:00:00 UTC"), Some(0));
+        assert_eq!(rfc2822("Sat, 06 Sep 2025 10:15:02 UTC"), Some(1_757_153_702));
+        assert_eq!(rfc2822("Sat,  6 Sep 2025 12:15:02 +0200"), Some(1_757_153_702));
+        assert_eq!(rfc2822("Thu, 29 Feb 2024 23:59:59 UTC"), Some(1_709_251_199));
+        for text in ["nonsense", "Wed, 31 Dec 1969 23:59:59 UTC", "Sun, 31 Feb 2025 00:00:00 UTC", ""] {
+            assert_eq!(rfc2822(text), None, "{text}");
+        }
     }
 }
