@@ -13,6 +13,7 @@ pub struct Step {
     pub inputs: &'static [&'static str],
 }
 
+/// All steps.
 pub const STEPS: [Step; 7] = [
     Step {
         name: "COMPOSE",
@@ -61,6 +62,7 @@ pub const STEPS: [Step; 7] = [
         name: "GENERATE",
         code: &[
             "src/bake/mod.rs",
+            "src/bake/context.rs",
             "src/bake/generate.rs",
             "src/bake/migrations.rs",
             "src/bake/tar.rs",

@@ -3,23 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fleet::{Diagnostic, Diagnostics, Membership, Severity, is_of};
 use serde::{Deserialize, Serialize};
 
-use crate::bake::{Baked, OverlayCheck};
+use crate::bake::{Baked, BuildContext, OverlayCheck};
 use crate::compose::{ImageTree, Layer};
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
-use crate::progress::Progress;
-use crate::project::{ImageSpec, Project};
+use crate::project::Project;
 use crate::sandbox::chroot::{CommandOutput, Commands};
 use crate::sandbox::tree_root::Runner;
 use crate::sandbox::{self, Files, Limits};
-use crate::store::{Kind, Store};
+use crate::store::Kind;
 use crate::util::digest::Key;
 use crate::util::fs::write_atomic;
 
@@ -46,19 +44,12 @@ struct Case {
 ///
 /// # Errors
 /// If a daemon rejects its configuration. The error has the daemon's output, with the template and its line.
-pub fn check(
-    project: &Project,
-    recipe: &ImageSpec,
-    layer: &Layer,
-    baked: &Baked,
-    baked_tar: &Path,
-    store: &Store,
-    progress: &Progress,
-) -> Result<usize> {
+pub fn check(context: &BuildContext) -> Result<usize> {
+    let BuildContext { project, spec, layer, baked, baked_tar, store, progress } = *context;
     let mut open = Vec::new();
     // Daemons parse the certificates, so they need real ones. The fleet key that signs them is discarded.
     let authority = FleetKey::create(&project.topology.name)?;
-    let nodes: Vec<&fleet::Node> = project.topology.nodes.iter().filter(|n| n.group == recipe.group).collect();
+    let nodes: Vec<&fleet::Node> = project.topology.nodes.iter().filter(|n| n.group == spec.group).collect();
     for check in &baked.checks {
         let per_node = check.check.of.iter().any(|f| f.starts_with("run/"));
         for node in nodes.iter().take(if per_node { nodes.len() } else { 1 }) {
@@ -75,8 +66,8 @@ pub fn check(
     if open.is_empty() {
         return Ok(0);
     }
-    let step = progress.step("check", &format!("{}: {} configurations", recipe.group, open.len()));
-    let work = store.scratch(Kind::Check, &recipe.group);
+    let step = progress.step("check", &format!("{}: {} configurations", spec.group, open.len()));
+    let work = store.scratch(Kind::Check, &spec.group);
     fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
     let job = Job {
         tree: ImageTree::of(layer, baked_tar)?,
@@ -100,7 +91,7 @@ pub fn check(
     if !errors.is_empty() {
         return Err(Error::Config(Diagnostics(errors)));
     }
-    step.done(&format!("{}: {} configurations accepted", recipe.group, open.len()));
+    step.done(&format!("{}: {} configurations accepted", spec.group, open.len()));
     Ok(open.len())
 }
 

@@ -3,18 +3,15 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::bake::{Baked, GeneratedFile};
-use crate::compose::{ImageTree, Layer};
+use crate::bake::{BuildContext, GeneratedFile};
+use crate::compose::ImageTree;
 use crate::error::{Error, Result};
-use crate::progress::Progress;
-use crate::project::ImageSpec;
 use crate::sandbox::chroot::Commands;
 use crate::sandbox::{self, Files, HostFile, Limits};
-use crate::store::{Kind, Store};
+use crate::store::Kind;
 use crate::util::digest::Key;
 use crate::util::fs::write_atomic;
 
@@ -34,14 +31,8 @@ pub struct Job {
 ///
 /// # Errors
 /// If a program fails. The error has its output.
-pub fn generate(
-    recipe: &ImageSpec,
-    layer: &Layer,
-    baked: &Baked,
-    baked_tar: &Path,
-    store: &Store,
-    progress: &Progress,
-) -> Result<Vec<GeneratedFile>> {
+pub fn generate(context: &BuildContext) -> Result<Vec<GeneratedFile>> {
+    let BuildContext { spec, layer, baked, baked_tar, store, progress, .. } = *context;
     let mut all = Vec::new();
     for wanted in &baked.makes {
         let mut key = Key::new(env!("CODE_GENERATE"));
@@ -55,7 +46,7 @@ pub fn generate(
         let _guard = store.lock(Kind::GeneratedFile, &key)?;
         let path = store.path(Kind::GeneratedFile, &key);
         if store.get(Kind::GeneratedFile, &key).is_none() {
-            let step = progress.step("make", &format!("{}: {}", recipe.group, wanted.make.file));
+            let step = progress.step("make", &format!("{}: {}", spec.group, wanted.make.file));
             let work = store.scratch(Kind::GeneratedFile, &key);
             fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
             let out = work.with_extension("file");
@@ -73,7 +64,7 @@ pub fn generate(
             let context = |e| Error::Failed(format!("overlays/{}: /{}: {e}", wanted.overlay, wanted.make.file));
             let bytes = bytes.map_err(context)?;
             write_atomic(&path, &bytes)?;
-            step.done(&format!("{}: {} ({:.1} MB)", recipe.group, wanted.make.file, bytes.len() as f64 / 1e6));
+            step.done(&format!("{}: {} ({:.1} MB)", spec.group, wanted.make.file, bytes.len() as f64 / 1e6));
         }
         let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
         all.push(GeneratedFile { overlay: wanted.overlay.clone(), path: wanted.make.file.clone(), bytes });

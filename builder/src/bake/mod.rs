@@ -2,6 +2,7 @@
 //! os-release. Files that differ between nodes remain templates, which the agent renders.
 
 pub(crate) mod checks;
+mod context;
 pub(crate) mod generate;
 mod migrations;
 mod tar;
@@ -11,6 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fleet::{Check, Diagnostic, MIGRATIONS, Make, Membership, Migration, Severity, is_of};
 use serde::Serialize;
+
+pub use context::BuildContext;
 
 use crate::assemble::layout::{image_id, slots, var_size};
 use crate::compose::tar_index::Tree;
@@ -26,18 +29,26 @@ pub struct Baked {
     pub entries: BTreeMap<String, Entry>,
     /// Templates that the agent renders on the node, by path relative to the root: `run/…`.
     pub templates: BTreeMap<String, Template>,
+    /// Commands that validate the files, of the image's overlays.
     pub checks: Vec<OverlayCheck>,
+    /// Commands that generate files, of the image's overlays.
     pub makes: Vec<OverlayMake>,
     /// In the order in which a node runs the migrations.
     pub migrations: Vec<Migration>,
+    /// Content of the image's os-release file.
     pub os_release: String,
 }
 
+/// A file or a link that the builder adds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
+    /// Permissions.
     pub mode: u32,
+    /// Number of the owner.
     pub uid: u32,
+    /// Number of the owner's group.
     pub gid: u32,
+    /// Bytes or target.
     pub content: Content,
     /// Source of the entry: an overlay's file, or `bakehouse`.
     pub origin: String,
@@ -54,33 +65,48 @@ impl Entry {
     }
 }
 
+/// Content of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
+    /// A regular file with these bytes.
     File(Vec<u8>),
+    /// A symbolic link to this path.
     Link(String),
 }
 
 /// A template that the agent renders. The rendered file has the same mode.
 pub struct Template {
+    /// The overlay's file, for messages.
     pub origin: String,
+    /// The template.
     pub text: String,
+    /// Permissions of the rendered file.
     pub mode: u32,
 }
 
+/// A `[[check]]` table.
 pub struct OverlayCheck {
+    /// Overlay with the table.
     pub overlay: String,
+    /// The table.
     pub check: Check,
 }
 
+/// A `[[make]]` table.
 pub struct OverlayMake {
+    /// Overlay with the table.
     pub overlay: String,
+    /// The table.
     pub make: Make,
 }
 
 /// A file that a program of the image has generated.
 pub struct GeneratedFile {
+    /// Overlay that describes the file.
     pub overlay: String,
+    /// Path in the image, without a leading `/`.
     pub path: String,
+    /// Content.
     pub bytes: Vec<u8>,
 }
 
@@ -95,7 +121,9 @@ struct Context<'a> {
 /// The variable `group` of templates.
 #[derive(Serialize)]
 pub struct GroupVars<'a> {
+    /// Name of the group.
     pub name: &'a str,
+    /// Roles of the group.
     pub roles: &'a [String],
 }
 
