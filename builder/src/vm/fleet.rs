@@ -10,8 +10,9 @@ use fleet::{Node, Ticket};
 
 use super::container::remove_lan;
 use super::firmware::{Firmware, accelerator, is_emulated};
-use super::machine::{AGENT, READY, SPARE_DISK, Vm, host_cpus};
+use super::machine::{AGENT, READY, SPARE_DISK, Vm};
 use super::network::VirtualNic;
+use super::qemu::host_cpus;
 use super::start::VmOptions;
 use crate::assemble::layout::{image_id, slots, var_size};
 use crate::error::{Error, Result, fail};

@@ -1,4 +1,4 @@
-//! One local machine: its files, its power, QEMU's command line and monitor.
+//! One local machine: its files, its power, QEMU's monitor.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -11,23 +11,21 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
 use nix::unistd::Pid;
 
-use super::command::{EXEC_UNIT, EXEC_WANTED, last_line};
+use super::command::last_line;
 use super::container::Container;
-use super::firmware::{Firmware, accelerator, is_emulated};
-use super::start::{Netboot, VmOptions};
+use super::firmware::{Firmware, accelerator};
+use super::qemu::QemuCommand;
+use super::start::VmOptions;
 use crate::error::{Error, Result, fail};
 use crate::progress::Step;
 use crate::project::Project;
-use crate::project::machine_id::uuid_of;
-use crate::util::fs::{private_dir, write_private};
+use crate::util::fs::private_dir;
 use crate::util::process::run;
 
 /// Prefix of the agent's lines on the console.
@@ -45,19 +43,6 @@ pub struct Vm {
     /// Name of the node.
     pub node: String,
     dir: PathBuf,
-}
-
-pub(super) fn host_cpus() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Returns the number of processors to emulate in each of `machines` machines, which together use at most the host's.
-///
-/// A kernel waits for replies from all its processors (IPI), and a processor that the host does not schedule replies
-/// late. On a host with two processors, three machines with two each spent most of their time in such waits.
-fn emulated_cpus(wanted: u16, machines: usize, host: usize) -> u16 {
-    let share = host / machines.max(1);
-    wanted.min(u16::try_from(share).unwrap_or(u16::MAX)).max(1)
 }
 
 impl Vm {
@@ -124,119 +109,65 @@ impl Vm {
     ///
     /// # Errors
     /// If QEMU or the firmware is missing, or QEMU does not start.
-    pub fn start(&self, start: &VmOptions) -> Result<()> {
+    pub fn start(&self, options: &VmOptions) -> Result<()> {
         // Disks and consoles hold the node's secrets: its keys and the fleet's passwords.
         if let Some(all) = self.dir.parent().filter(|dir| dir.ends_with("build/vm")) {
             private_dir(all)?;
         }
         private_dir(&self.dir)?;
-        let image = start.image.canonicalize().map_err(Error::io("find", start.image))?;
+        let image = options.image.canonicalize().map_err(Error::io("find", options.image))?;
         let meta = fs::metadata(&image).map_err(Error::io("read", &image))?;
         let changed = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
         let from = format!("{} {}", image.display(), changed.as_nanos());
-        let of = self.path(if start.container.is_some() { "var.image" } else { "image" });
+        let of = self.path(if options.container.is_some() { "var.image" } else { "image" });
         let other = fs::read_to_string(&of).ok().as_deref() != Some(&from);
-        if let Some(interfaces) = &start.container {
+        if let Some(interfaces) = &options.container {
             let container = Container { node: &self.node, dir: &self.dir };
-            if other && !start.keep {
+            if other && !options.keep {
                 container.wipe()?;
             }
             fs::write(&of, &from).map_err(Error::io("write", &of))?;
             let _ = fs::remove_file(self.path("console.log"));
-            return container.start(start, interfaces);
+            return container.start(options, interfaces);
         }
         Container::forget(&self.dir);
-        let firmware = Firmware::find(start.secure_boot)?;
-        if !self.disk().exists() || other && !start.keep {
-            let _ = fs::remove_file(self.disk());
-            let mut create = Command::new("qemu-img");
-            create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&image).arg(self.disk());
-            create.arg(start.disk.to_string());
-            run(&mut create, "qemu-img (apt install qemu-utils)")?;
-            fs::copy(&firmware.vars, self.path("vars.fd")).map_err(Error::io("copy", &firmware.vars))?;
-            for file in [self.disk(), self.path("vars.fd")] {
-                fs::set_permissions(&file, Permissions::from_mode(0o600)).map_err(Error::io("make private", &file))?;
-            }
+        let firmware = Firmware::find(options.secure_boot)?;
+        if !self.disk().exists() || other && !options.keep {
+            self.create_disk(&image, options.disk, &firmware)?;
             fs::write(&of, &from).map_err(Error::io("write", &of))?;
         }
         let _ = fs::remove_file(self.path("console.log"));
-        let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-name", &self.node, "-nodefaults", "-no-user-config", "-display", "none", "-machine"]);
-        if start.secure_boot {
-            // With SMM, only the firmware can write its variables, among them the keys.
-            qemu.args(["q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on"]);
-        } else if start.bios {
-            qemu.arg("q35,graphics=off");
-        } else {
-            qemu.arg("q35");
-        }
         let accelerator = accelerator(&Firmware::find(false)?, self.dir.parent().unwrap_or(&self.dir))?;
-        let cpus =
-            if is_emulated(accelerator) { emulated_cpus(start.cpus, start.machines, host_cpus()) } else { start.cpus };
-        qemu.args(accelerator);
-        qemu.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", start.memory >> 20)]);
-        qemu.args(["-uuid", &uuid_of(&self.node), "-device", "virtio-rng-pci"]);
-        let drive = |unit: &str, options: &str| format!("if=pflash,format=raw,unit={unit},{options}");
-        if !start.bios {
-            qemu.arg("-drive").arg(drive("0", &format!("readonly=on,file={}", firmware.code.display())));
-            qemu.arg("-drive").arg(drive("1", &format!("file={}", self.path("vars.fd").display())));
+        let mut qemu = QemuCommand::new(&self.node, &self.dir);
+        qemu.chipset(options).processors(options, accelerator);
+        if !options.bios {
+            qemu.firmware(&firmware);
         }
-        qemu.arg("-drive").arg(format!("if=none,id=disk,format=qcow2,file={}", self.disk().display()));
-        qemu.args(["-device", "virtio-blk-pci,drive=disk,bootindex=1"]);
-        if let Some(seed) = start.seed {
-            qemu.arg("-drive").arg(format!("if=none,id=seed,format=raw,readonly=on,file={}", seed.display()));
-            qemu.args(["-device", "virtio-blk-pci,drive=seed"]);
-        }
+        qemu.disks(options.seed);
         let _ = fs::remove_file(self.path("tpm"));
-        if let Some(state) = start.tpm {
+        if let Some(state) = options.tpm {
             private_dir(state)?;
             let state = state.canonicalize().map_err(Error::io("find", state))?;
             symlink(&state, self.path("tpm")).map_err(Error::io("link", self.path("tpm")))?;
             self.start_tpm()?;
-            qemu.arg("-chardev").arg(format!("socket,id=tpm,path={}", self.path("tpm.sock").display()));
-            qemu.args(["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm"]);
+            qemu.tpm();
         }
-        qemu.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", start.wire.group)]);
-        let boot = match start.netboot {
-            Some(Netboot::Ipxe) => ",bootindex=2",
-            // An empty ROM disables the card's iPXE, so the firmware's own client boots.
-            Some(Netboot::Pxe | Netboot::Http) => ",bootindex=2,romfile=",
-            None => "",
-        };
-        if start.netboot == Some(Netboot::Http) {
-            for version in ["4", "6"] {
-                qemu.args(["-fw_cfg", &format!("name=opt/org.tianocore/IPv{version}PXESupport,string=no")]);
-            }
+        qemu.network(options).sockets().credentials(&options.credentials)?;
+        run(&mut qemu.finish(), "qemu-system-x86_64 (apt install qemu-system-x86)")
+    }
+
+    /// Creates a disk of `size` bytes over the image, and blank firmware variables.
+    fn create_disk(&self, image: &Path, size: u64, firmware: &Firmware) -> Result<()> {
+        let _ = fs::remove_file(self.disk());
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(image).arg(self.disk());
+        create.arg(size.to_string());
+        run(&mut create, "qemu-img (apt install qemu-utils)")?;
+        fs::copy(&firmware.vars, self.path("vars.fd")).map_err(Error::io("copy", &firmware.vars))?;
+        for file in [self.disk(), self.path("vars.fd")] {
+            fs::set_permissions(&file, Permissions::from_mode(0o600)).map_err(Error::io("make private", &file))?;
         }
-        qemu.args(["-device", &format!("virtio-net-pci,id=wire-card,netdev=wire,mac={}{boot}", start.wire.mac)]);
-        if let Some(forward) = &start.wire.forward {
-            qemu.args(["-netdev", &forward.netdev()]);
-            qemu.args(["-device", &format!("virtio-net-pci,netdev=door,mac={}", forward.mac)]);
-        }
-        let socket = |id: &str, more: &str| {
-            format!("socket,id={id},path={},server=on,wait=off{more}", self.path(&format!("{id}.sock")).display())
-        };
-        qemu.arg("-chardev")
-            .arg(socket("console", &format!(",logappend=on,logfile={}", self.path("console.log").display())));
-        qemu.args(["-serial", "chardev:console"]);
-        // Not a second serial port: firmware and boot loader would read commands from it as keyboard input.
-        qemu.args(["-device", "virtio-serial-pci", "-chardev"]).arg(socket("exec", ""));
-        qemu.args(["-device", "virtserialport,chardev=exec,name=bakehouse.exec"]);
-        qemu.arg("-chardev").arg(socket("monitor", "")).args(["-mon", "chardev=monitor,mode=readline"]);
-        let ours = [
-            ("systemd.extra-unit.bakehouse-exec.service".to_owned(), EXEC_UNIT.into()),
-            ("systemd.unit-dropin.multi-user.target".to_owned(), EXEC_WANTED.into()),
-        ];
-        for (i, (name, content)) in start.credentials.iter().chain(&ours).enumerate() {
-            // In a file, because every user of this host can read the command line.
-            let path = self.path(&format!("credential-{i}"));
-            let value = format!("io.systemd.credential.binary:{name}={}", BASE64.encode(content));
-            write_private(&path, value.as_bytes())?;
-            // QEMU separates options with commas; a doubled comma is part of the value.
-            qemu.arg("-smbios").arg(format!("type=11,path={}", path.display().to_string().replace(',', ",,")));
-        }
-        qemu.arg("-pidfile").arg(self.path("pid")).arg("-daemonize");
-        run(&mut qemu, "qemu-system-x86_64 (apt install qemu-system-x86)")
+        Ok(())
     }
 
     /// Starts swtpm with its state in the folder `tpm`. swtpm ends when QEMU disconnects.
@@ -376,18 +307,5 @@ impl Vm {
             output.read_until(b')', &mut Vec::new()).map_err(context)?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn all_machines_together_emulate_at_most_the_hosts_processors() {
-        assert_eq!(emulated_cpus(2, 1, 2), 2);
-        assert_eq!(emulated_cpus(2, 3, 2), 1);
-        assert_eq!(emulated_cpus(2, 8, 64), 2);
-        assert_eq!(emulated_cpus(4, 2, 6), 3);
     }
 }

@@ -16,7 +16,8 @@ pub struct VirtualNic {
     pub group: String,
     /// MAC address.
     pub mac: String,
-    address: Ipv4Addr,
+    /// Address in the local network.
+    pub(super) address: Ipv4Addr,
     pub(super) forward: Option<HostForward>,
 }
 
