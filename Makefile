@@ -24,6 +24,7 @@ test: deps check build
 	# wireguard-go is WireGuard in containers.
 	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg
 	cargo test --release --locked --workspace --lib --test golden --test fuzz
+	cargo test --release --locked --package fleet --doc
 	# Packages whose maintainer scripts attack the build host.
 	cargo test --release --locked --workspace --test hostile
 	# As root, at native speed: a fleet with failing nodes, and updates.
@@ -129,9 +130,10 @@ $(RUFF):
 style:
 	tests/style.sh
 
-# Unit tests, golden files, fuzz seeds.
+# Unit tests, golden files, fuzz seeds, and the examples in the documentation of `fleet`.
 unit:
 	cargo test --release --locked --workspace --lib --test golden --test fuzz
+	cargo test --release --locked --package fleet --doc
 
 # The site of the documentation, in build/docs, with a check of all its links. The first run compiles mdBook, which takes
 # minutes; lychee comes from PyPI.

@@ -10,7 +10,9 @@ use serde::de::DeserializeOwned;
 /// A text file: the name that the user typed, and its content.
 #[derive(Clone, Debug)]
 pub struct Source {
+    /// File name as the user typed it.
     pub name: String,
+    /// The whole text. Spans of diagnostics are byte ranges of it.
     pub text: String,
 }
 
@@ -18,18 +20,22 @@ pub struct Source {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
+    /// The file cannot be used.
     Error,
+    /// The file can be used, but a failure may surprise its owner.
     Warning,
 }
 
 /// An error or a warning about one file.
 #[derive(Clone, Debug, Serialize)]
 pub struct Diagnostic {
+    /// Whether the file can be used.
     pub severity: Severity,
     /// File name as the user typed it.
     pub file: String,
     /// Line, counted from 1; 0 for the whole file.
     pub line: usize,
+    /// What is wrong, without file and line.
     pub message: String,
     /// The fix, as an instruction.
     pub help: Option<String>,

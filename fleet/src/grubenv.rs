@@ -30,6 +30,18 @@ pub struct Block {
 
 impl Block {
     /// Parses a block. Missing variables are empty.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fleet::grubenv::{Block, TRIES};
+    ///
+    /// let block = Block { good: "acme-db_1".to_owned(), next: "acme-db_2".to_owned(), tries: TRIES };
+    /// let bytes = block.render()?;
+    /// assert_eq!(bytes.len(), 1024);
+    /// assert_eq!(Block::parse(std::str::from_utf8(&bytes)?), block);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let value = |name: &str| {

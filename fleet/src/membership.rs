@@ -11,7 +11,9 @@ pub const STATE_VERSION: u16 = 3;
 /// Certificate and passwords of one node. They must not get into an image or a log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {
+    /// Certificates and key of the node.
     pub tls: Tls,
+    /// Passwords of the services that run on the node.
     pub secrets: Secrets,
 }
 
@@ -20,7 +22,9 @@ pub struct Membership {
 pub struct Tls {
     /// The fleet's root certificate.
     pub ca: String,
+    /// The node's certificate, followed by the issuer's.
     pub cert: String,
+    /// The certificate's private key, PKCS #8.
     pub key: String,
     /// Root certificate that etcd trusts for clients, see [`crate::etcd_client_anchor`].
     #[serde(default)]

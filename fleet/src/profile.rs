@@ -164,6 +164,13 @@ impl Profile {
 pub type Profiles = BTreeMap<String, Profile>;
 
 /// Returns a size such as `"512M"` in bytes. K, M, G and T are powers of 1024.
+///
+/// # Examples
+///
+/// ```
+/// assert_eq!(fleet::parse_size("640M"), Some(640 * 1024 * 1024));
+/// assert_eq!(fleet::parse_size("640 MB"), None);
+/// ```
 #[must_use]
 pub fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());

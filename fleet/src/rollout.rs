@@ -184,6 +184,30 @@ pub enum Verdict {
 
 impl Rollout {
     /// Decides on the report of the node in `slot`.
+    ///
+    /// # Examples
+    ///
+    /// Both nodes are offered version 2. The application server changes before the database.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use fleet::{PROTOCOL, Report, Rollout, UpdateState, Verdict};
+    ///
+    /// let toml = b"name = \"acme\"\n[groups]\napp.count = 1\ndb.count = 1\n";
+    /// let topology = fleet::Topology::of(&fleet::Fleet::parse("fleet.toml", toml)?);
+    /// let offered = UpdateState::Available { image: "2".to_owned(), leads: false, primary: false, unwell: false };
+    /// let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: offered };
+    /// let rollout = Rollout {
+    ///     nodes: ["app-1", "db-1"].map(|slot| (slot.to_owned(), report.clone())).into(),
+    ///     members: ["app-1", "db-1"].map(str::to_owned).into(),
+    ///     ..Rollout::default()
+    /// };
+    /// let Verdict::Take(lock) = rollout.decide(&topology, "app-1", &report) else { panic!("app-1 waits") };
+    /// assert_eq!((lock.from.as_str(), lock.to.as_str()), ("1", "2"));
+    /// assert_eq!(rollout.decide(&topology, "db-1", &report), Verdict::Wait("app-1 goes first".to_owned()));
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn decide(&self, topology: &Topology, slot: &str, report: &Report) -> Verdict {
         if let Some(turn) = self.turn.as_ref().filter(|t| t.slot == slot) {

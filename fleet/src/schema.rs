@@ -230,6 +230,14 @@ impl Fleet {
     ///
     /// # Errors
     /// If the bytes are not UTF-8, not TOML, or have an unknown key. The [`Diagnostic`] has file, line and fix.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// let error = fleet::Fleet::parse("fleet.toml", b"name = \"acme\"\n[groups.db]\ncuont = 2\n").unwrap_err();
+    /// assert_eq!((error.file.as_str(), error.line), ("fleet.toml", 3));
+    /// assert_eq!(error.help.as_deref(), Some("did you mean `count`?"));
+    /// ```
     pub fn parse(name: &str, bytes: &[u8]) -> Result<Self, Box<Diagnostic>> {
         let (mut fleet, source) = parse::<Self>(name, bytes)?;
         fleet.source = source;

@@ -14,12 +14,17 @@ use crate::topology::{Node, Topology};
 /// Variables of the templates that the agent renders on the node. The builder's checks use the same variables.
 #[derive(Clone, Copy, Debug)]
 pub struct NodeContext<'a> {
+    /// All nodes, and the settings of the fleet.
     pub fleet: &'a Topology,
+    /// The node that renders the template.
     pub node: &'a Node,
     /// Epoch of the node's slot: 1 for the first owner.
     pub epoch: u64,
+    /// Memory, processors and disk of the machine.
     pub machine: MachineSize,
+    /// Certificates and key of the node.
     pub tls: &'a Tls,
+    /// Passwords of the fleet's services.
     pub secrets: &'a Secrets,
     /// Certificate and key for browsers, PEM. Default: the node's own.
     pub web: &'a str,
@@ -52,6 +57,7 @@ pub struct MachineSize {
     pub memory: u64,
     /// Size of /var in MiB.
     pub var: u64,
+    /// Number of processors.
     pub cpus: u64,
     /// Factor for the time-outs of failure detection (BFD, VRRP, etcd's elections, health checks): 1 on real
     /// processors, [`EMULATED_TIMEOUT_SCALE`] on processors that QEMU emulates.
@@ -66,8 +72,11 @@ pub const EMULATED_TIMEOUT_SCALE: u64 = 10;
 #[derive(Debug, thiserror::Error)]
 #[error("{name}:{line}: {message}")]
 pub struct RenderError {
+    /// Name of the template, as the caller passed it.
     pub name: String,
+    /// Line of the template, counted from 1.
     pub line: usize,
+    /// The template engine's message.
     pub message: String,
 }
 
@@ -90,6 +99,31 @@ fn environment() -> Environment<'static> {
 ///
 /// # Errors
 /// If the template has a syntax error or an unknown variable. The error has the template's line.
+///
+/// # Examples
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let toml = b"name = \"acme\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub.example.net\"]\n";
+/// let topology = fleet::Topology::of(&fleet::Fleet::parse("fleet.toml", toml)?);
+/// let member = fleet::Membership::sample();
+/// let context = fleet::NodeContext {
+///     fleet: &topology,
+///     node: &topology.nodes[0],
+///     epoch: 1,
+///     machine: fleet::MachineSize { memory: 2048, var: 4096, cpus: 2, patience: 1 },
+///     tls: &member.tls,
+///     secrets: &member.secrets,
+///     web: "",
+/// };
+/// let text = fleet::render("motd.j2", "{{ node.name }} has {{ node.address }}\n", &context)?;
+/// assert_eq!(text, "hub-1 has 10.10.0.1\n");
+///
+/// let error = fleet::render("motd.j2", "Welcome\n{{ node.nmae }}\n", &context).unwrap_err();
+/// assert_eq!(error.line, 2);
+/// # Ok(())
+/// # }
+/// ```
 pub fn render(name: &str, text: &str, context: &impl Serialize) -> Result<String, RenderError> {
     environment().render_named_str(name, text, Serde(context)).map_err(|e| RenderError {
         name: name.to_owned(),
@@ -99,6 +133,14 @@ pub fn render(name: &str, text: &str, context: &impl Serialize) -> Result<String
 }
 
 /// Returns the variables that a template takes from its context, such as `node.address`.
+///
+/// # Examples
+///
+/// ```
+/// let text = "{% for hub in fleet.hubs %}{{ hub.address }}{% endfor %} {{ node.name }}";
+/// let names: Vec<String> = fleet::variables(text).into_iter().collect();
+/// assert_eq!(names, ["fleet.hubs", "node.name"]);
+/// ```
 #[must_use]
 pub fn variables(text: &str) -> BTreeSet<String> {
     let env = environment();
@@ -107,6 +149,16 @@ pub fn variables(text: &str) -> BTreeSet<String> {
 
 /// Returns, for each line of the rendered text, the template's line that it came from, or 0 if that is not known. The
 /// builder uses it to report a daemon's error with the line of the template.
+///
+/// # Examples
+///
+/// ```
+/// let context = std::collections::BTreeMap::from([("ports", [80, 443])]);
+/// let template = "# Ports\n{% for port in ports %}\nlisten {{ port }}\n{% endfor %}\n";
+/// assert_eq!(fleet::render("x.j2", template, &context).unwrap(), "# Ports\nlisten 80\nlisten 443\n");
+/// // Both `listen` lines come from line 3.
+/// assert_eq!(fleet::line_map("x.j2", template, &context), [1, 3, 3]);
+/// ```
 #[must_use]
 pub fn line_map(name: &str, text: &str, context: &impl Serialize) -> Vec<usize> {
     const OPEN: char = '\u{E000}';

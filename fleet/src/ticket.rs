@@ -102,7 +102,7 @@ pub enum TicketError {
     /// The ticket is not JSON, or a field is missing or unknown.
     #[error("cannot read the ticket: {0}; provision the node with a ticket made by `bakehouse ticket`")]
     Malformed(#[from] serde_json::Error),
-    /// The ticket has another format.
+    /// The ticket has another format, namely this one.
     #[error(
         "the ticket has format {0}, and this image reads format {known}; build the image again, or mint a new ticket",
         known = Ticket::VERSION
@@ -126,6 +126,13 @@ impl Ticket {
     ///
     /// # Errors
     /// If the bytes are not a ticket, or the ticket has another format.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// let error = fleet::Ticket::parse(br#"{ "version": 1 }"#).unwrap_err();
+    /// assert!(error.to_string().starts_with("the ticket has format 1, and this image reads format 2"));
+    /// ```
     pub fn parse(bytes: &[u8]) -> Result<Self, TicketError> {
         #[derive(Deserialize)]
         struct Versioned {
@@ -161,6 +168,44 @@ impl Joiner {
     ///
     /// # Errors
     /// If the root's key cannot be read.
+    ///
+    /// # Examples
+    ///
+    /// The operator mints a token for two nodes of the group `app`, and puts it into a ticket. Only the machine with
+    /// the ticket has the token's private key.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use fleet::{Claims, Credential, Issuer, Joiner, Ticket};
+    ///
+    /// let root = Issuer::root("acme")?;
+    /// let claims = Claims {
+    ///     fleet: "acme".to_owned(),
+    ///     id: "00112233445566778899aabbccddeeff".to_owned(),
+    ///     group: "app".to_owned(),
+    ///     slot: None,
+    ///     replace: false,
+    ///     uses: 2,
+    ///     expires: 1_767_225_600,
+    ///     key: String::new(),
+    /// };
+    /// let joiner = Joiner::mint(&root, claims)?;
+    /// let ticket = Ticket {
+    ///     version: Ticket::VERSION,
+    ///     fleet: "acme".to_owned(),
+    ///     root: root.certificate().to_owned(),
+    ///     endpoints: Default::default(),
+    ///     right: Credential::Joiner(joiner.clone()),
+    /// };
+    /// let bytes = serde_json::to_vec(&ticket)?;
+    ///
+    /// let token = Ticket::parse(&bytes)?.token().cloned().unwrap();
+    /// let claims = token.read().unwrap();
+    /// assert_eq!(claims.uses, 2);
+    /// assert_eq!(claims.public_key(), Some(joiner.key.public()?));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn mint(root: &Issuer, mut claims: Claims) -> Result<Self, CertificateError> {
         let key = PrivateKey::generate()?;
         claims.key = encoding::encode(key.public()?.as_bytes());

@@ -132,6 +132,18 @@ impl Topology {
 
     /// Makes the topology of a fleet. An invalid fleet gives an invalid topology without an error, and [`crate::lint`]
     /// reports the reason.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
+    /// let topology = fleet::Topology::of(&fleet::Fleet::parse("fleet.toml", toml)?);
+    /// assert_eq!(topology.node("db-2").unwrap().address.to_string(), "10.10.0.11");
+    /// assert_eq!(topology.voters, ["hub-1", "hub-2", "hub-3"]);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn of(fleet: &Fleet) -> Self {
         let mesh = MeshPlan {
@@ -264,7 +276,14 @@ fn keeper(nodes: &[Node]) -> Option<String> {
     keeper.map(|n| n.name.clone())
 }
 
-/// Returns the parts of a slot's name: `("db", 2)` of `db-2`.
+/// Returns the parts of a slot's name.
+///
+/// # Examples
+///
+/// ```
+/// assert_eq!(fleet::slot_parts("big-db-2"), Some(("big-db", 2)));
+/// assert_eq!(fleet::slot_parts("db-0"), None);
+/// ```
 #[must_use]
 pub fn slot_parts(name: &str) -> Option<(&str, u16)> {
     let (group, number) = name.rsplit_once('-')?;

@@ -5,6 +5,17 @@
 use std::cmp::Ordering;
 
 /// Compares as `systemd-analyze compare-versions` does.
+///
+/// # Examples
+///
+/// ```
+/// use std::cmp::Ordering;
+///
+/// assert_eq!(fleet::compare_versions("1.9", "1.10"), Ordering::Less);
+/// // A release candidate is older than its release.
+/// assert_eq!(fleet::compare_versions("2~rc1", "2"), Ordering::Less);
+/// assert_eq!(fleet::compare_versions("2", "2"), Ordering::Equal);
+/// ```
 #[must_use]
 pub fn compare_versions(a: &str, b: &str) -> Ordering {
     let (mut a, mut b) = (a.as_bytes(), b.as_bytes());

@@ -46,6 +46,18 @@ impl HaRow {
 }
 
 /// Returns the node counts by role, with those that high availability needs.
+///
+/// # Examples
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 1\n";
+/// let topology = fleet::Topology::of(&fleet::Fleet::parse("fleet.toml", toml)?);
+/// let verdicts: Vec<_> = fleet::ha_table(&topology).iter().map(|row| (row.role, row.verdict())).collect();
+/// assert_eq!(verdicts[..2], [("hub", "as recommended"), ("db", "one failure stops it")]);
+/// # Ok(())
+/// # }
+/// ```
 #[must_use]
 pub fn ha_table(topology: &Topology) -> Vec<HaRow> {
     [("hub", 2, 3), ("db", 2, 3), ("app", 2, 3), ("monitor", 1, 2)]
@@ -60,6 +72,25 @@ pub fn ha_table(topology: &Topology) -> Vec<HaRow> {
 }
 
 /// Checks a fleet against every rule. Returns the diagnostics sorted by line.
+///
+/// # Examples
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fleet::{Fleet, Profile, Profiles, Severity};
+///
+/// let profiles = Profiles::from([
+///     ("hub".to_owned(), Profile::parse("profiles/roles/hub.toml", b"")?),
+///     ("app".to_owned(), Profile::parse("profiles/roles/app.toml", b"")?),
+/// ]);
+/// let toml = b"name = \"acme\"\n[groups.hub]\ncount = 3\n[groups.web]\ncount = 2\nroles = [\"ap\"]\n";
+/// let found = fleet::lint(&Fleet::parse("fleet.toml", toml)?, &profiles);
+/// let error = found.iter().find(|d| d.message == "group `web`: there is no role `ap`").unwrap();
+/// assert_eq!((error.severity, error.line), (Severity::Error, 6));
+/// assert_eq!(error.help.as_deref(), Some("did you mean `app`?"));
+/// # Ok(())
+/// # }
+/// ```
 #[must_use]
 pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     let mut lint = Lint { fleet, profiles, topology: Topology::of(fleet), found: Vec::new() };
