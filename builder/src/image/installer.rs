@@ -8,7 +8,7 @@ use crate::assemble::{initrd, uki};
 use crate::compose;
 use crate::compose::tar_index::Tree;
 use crate::error::{Error, Result};
-use crate::image::{Build, beside, cmdline};
+use crate::image::{Build, cmdline, node_program};
 use crate::toolchain::Tools;
 
 /// The installer's os-release.
@@ -34,7 +34,7 @@ impl Build<'_> {
         let layer = compose::compose(&recipe, self.lock, self.store, self.progress)?;
         let tree = Tree::open(&layer.tar())?;
         let kernel = layer.info()?.kernel;
-        let path = beside("firstboot-install")?;
+        let path = node_program("firstboot-install")?;
         let program = fs::read(&path).map_err(Error::io("read", &path))?;
         let mut spec = self.initrd_spec(&["profiles/initrd.toml", "profiles/netboot.toml"])?;
         spec.programs.push(("usr/bin/firstboot-install", program));

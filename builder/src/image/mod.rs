@@ -7,6 +7,7 @@
 mod build_record;
 mod disk_space;
 mod installer;
+mod node_programs;
 mod output;
 mod parts;
 
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use node_programs::node_program;
 use output::Output;
 
 use crate::assemble::layout::{self, image_id};
@@ -62,7 +64,7 @@ impl Build<'_> {
     pub fn image(&self, group: &str) -> Result<BuiltImage> {
         let spec = self.project.recipe(group);
         let sizes = layout::slots(self.project, &spec)?;
-        let agent_path = beside("firstboot")?;
+        let agent_path = node_program("firstboot")?;
         let agent = fs::read(&agent_path).map_err(Error::io("read", &agent_path))?;
         let inputs = self.inputs(&spec, &agent)?;
         let out = self.project.out_dir(group);
@@ -122,14 +124,4 @@ impl BuiltImage {
 /// Returns the kernel options of the profiles.
 fn cmdline(recipe: &ImageSpec) -> String {
     recipe.profiles.iter().flat_map(|p| &p.cmdline).map(String::as_str).collect::<Vec<_>>().join(" ")
-}
-
-/// Returns the path of a program for nodes, which is installed beside `bakehouse`.
-fn beside(name: &str) -> Result<PathBuf> {
-    let own = std::env::current_exe().map_err(Error::io("find", "bakehouse's own program"))?;
-    let path = own.with_file_name(name);
-    if path.is_file() {
-        return Ok(path);
-    }
-    fail(format!("{} is missing; build it with `cargo build --release`", path.display()))
 }
