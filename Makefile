@@ -19,7 +19,7 @@ demo-build:
 # The Debian package, in build/package.
 package: build
 	builder/host-deps.sh dpkg-dev python3
-	packaging/deb.sh
+	builder/packaging/deb.sh
 
 # Installs the package in clean trees of Debian 12 and 13, and builds an image there. Needs root.
 package-test: package
@@ -28,7 +28,7 @@ package-test: package
 
 # Containers, as root; `make demo MACHINES=1` starts virtual machines.
 demo:
-	demo/run $(if $(MACHINES),--machines)
+	builder/demo.sh $(if $(MACHINES),--machines)
 
 test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, and
@@ -120,7 +120,7 @@ fuzz:
 
 # Everything that needs no compiled test. ruff comes from PyPI.
 RUFF = build/tools/bin/ruff
-SHELL_SCRIPTS = git grep -lIE '^\#!/bin/(ba|da)?sh' -- .ci builder demo fuzz overlays packaging tests
+SHELL_SCRIPTS = git grep -lIE '^\#!/bin/(ba|da)?sh' -- .ci builder fuzz overlays tests
 check: $(RUFF) style
 	builder/host-deps.sh shellcheck python3-venv
 	cargo fmt --all --check
@@ -129,8 +129,8 @@ check: $(RUFF) style
 	tests/readme.py
 	tests/translations.py
 	$(SHELL_SCRIPTS) | xargs shellcheck -S warning
-	$(RUFF) check overlays packaging tests/*.py
-	$(RUFF) format --check overlays packaging tests/*.py
+	$(RUFF) check builder/packaging overlays tests/*.py
+	$(RUFF) format --check builder/packaging overlays tests/*.py
 
 $(RUFF):
 	builder/host-deps.sh python3-venv

@@ -40,7 +40,7 @@ enter() {
 
 # The same bytes twice.
 cp "$deb" "$trees/"
-again=$(packaging/deb.sh)
+again=$(builder/packaging/deb.sh)
 cmp "$trees/${deb##*/}" "$again"
 say "the same programs give the same package"
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TARGET = "x86_64-unknown-linux-gnu"
 RULE = "=" * 80
 

@@ -1,8 +1,8 @@
 #!/bin/bash
 # `make demo`: Odoo on three machines of this host. One of them loses its power while you use Odoo.
 #
-#   demo/run               the machines are containers; needs root, and asks sudo for it
-#   demo/run --machines    the machines are virtual; needs no root
+#   builder/demo.sh               the machines are containers; needs root, and asks sudo for it
+#   builder/demo.sh --machines    the machines are virtual; needs no root
 #
 # BAKEHOUSE names an installed `bakehouse`. Without it, the script installs what is missing and compiles.
 set -euo pipefail

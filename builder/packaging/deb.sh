@@ -8,7 +8,7 @@
 #   DEBFULLNAME, DEBEMAIL   maintainer of the package; default: the author of the commit
 #   SOURCE_DATE_EPOCH       time of all files; default: the time of the commit
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 umask 022
 export LC_ALL=C.UTF-8 TZ=UTC
 
@@ -61,8 +61,8 @@ complete bash bash-completion/completions/bakehouse
 complete zsh zsh/vendor-completions/_bakehouse
 complete fish fish/vendor_completions.d/bakehouse.fish
 
-install -Dm644 -t "$doc" packaging/copyright
-packaging/notices.py | gzip -9n >"$work/notices.gz"
+install -Dm644 -t "$doc" builder/packaging/copyright
+builder/packaging/notices.py | gzip -9n >"$work/notices.gz"
 install -Dm644 "$work/notices.gz" "$doc/NOTICES.gz"
 gzip -9nc CHANGELOG.md >"$work/changelog.gz"
 gzip -9nc >"$work/changelog.Debian.gz" <<END
@@ -73,7 +73,7 @@ bakehouse ($version) unstable; urgency=medium
  -- $maintainer  $(date --date="@$SOURCE_DATE_EPOCH" --rfc-email)
 END
 install -m644 -t "$doc" "$work/changelog.gz" "$work/changelog.Debian.gz"
-install -Dm644 packaging/lintian-overrides "$root/usr/share/lintian/overrides/bakehouse"
+install -Dm644 builder/packaging/lintian-overrides "$root/usr/share/lintian/overrides/bakehouse"
 
 # dpkg-shlibdeps reads the version of libc6 from the symbols that the programs import. It wants a source package.
 printf 'Source: bakehouse\n\nPackage: bakehouse\nArchitecture: any\n' >"$work/debian/control"
@@ -82,7 +82,7 @@ libraries=$(cd "$work" && dpkg-shlibdeps -O debian/bakehouse/usr/bin/* debian/ba
 sed -e "s|@VERSION@|$version|" -e "s|@ARCHITECTURE@|$architecture|" -e "s|@MAINTAINER@|$maintainer|" \
     -e "s|@LIBRARIES@|${libraries#shlibs:Depends=}|" \
     -e "s|@SIZE@|$(find "$root/usr" -printf '%y %s\n' | awk '{ n += $1 == "f" ? int(($2 + 1023) / 1024) : 1 } END { print n }')|" \
-    packaging/control >"$root/DEBIAN/control"
+    builder/packaging/control >"$root/DEBIAN/control"
 (cd "$root" && find usr -type f -print0 | sort -z | xargs -0 md5sum) >"$root/DEBIAN/md5sums"
 find "$root" -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
 
