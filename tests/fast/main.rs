@@ -1,0 +1,4 @@
+//! Golden files, and the seeds of the fuzz targets. These tests need no image and no root.
+
+mod fuzz;
+mod golden;

@@ -1,0 +1,18 @@
+//! Nodes that run: in virtual machines, and in containers (their tests have `containers` in the name).
+
+mod boot;
+mod bootstrap;
+mod cloud_init;
+mod containers;
+mod containment;
+mod fleet;
+mod ipxe;
+mod legacy_bios;
+mod netboot;
+mod power_loss;
+mod quick_ha;
+mod restore;
+mod roles;
+mod rolling_update;
+mod secure_netboot;
+mod upgrade;
