@@ -34,22 +34,7 @@ test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, and
 	# wireguard-go is WireGuard in containers.
 	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg
-	cargo test --release --locked --workspace --lib --test golden --test fuzz
-	cargo test --release --locked --package fleet --doc
-	# Packages whose maintainer scripts attack the build host.
-	cargo test --release --locked --workspace --test hostile
-	# As root, at native speed: a fleet with failing nodes, and updates.
-	cargo test --release --locked --workspace --test fleet --test containers --test upgrade -- --test-threads=1 --nocapture containers
-	# What one taken machine can do in a fleet.
-	cargo test --release --locked --workspace --test containment -- --nocapture
-	# Real etcd, BIRD, nftables and HAProxy on loopback and in namespaces.
-	cargo test --release --locked --workspace --test join --test attack --test mesh --test replay --test eviction \
-		--test rollout --test fence --test model --test etcd_access --test ports --test web --test netboot_install \
-		-- --test-threads=1
-	# Two groups in parallel, because each virtual machine uses one processor.
-	cargo test --release --locked --workspace --test image --test boot -- --test-threads=1 --nocapture & boot=$$!; \
-		cargo test --release --locked --workspace --test netboot --test upgrade -- --test-threads=1 --nocapture --skip containers; \
-		others=$$?; wait $$boot && exit $$others
+	tests/run.sh
 
 # Compares builds with mkosi and mmdebstrap. Needs root, and a machine that is otherwise idle.
 bench: deps build
@@ -96,7 +81,7 @@ rehearse-containers: deps build
 # version that does not work. Then the same updates in containers. Takes 4 h with two emulated processors.
 quick-ha: deps build
 	builder/host-deps.sh busybox iproute2 wireguard-go mtools
-	cargo test --release --locked --workspace --test quick_ha --test rolling -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test machines -- --test-threads=1 --nocapture quick_ha:: rolling_update::
 
 # Tests every service on virtual machines, a restore, less common firmware, and power cuts in every stage of an update.
 # Takes 4 h with emulated processors.
@@ -104,12 +89,12 @@ roles: deps build
 	builder/host-deps.sh iproute2 dnsmasq-base xorriso busybox swtpm wireguard-go
 	# The object store of the restore test. It needs Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
-	cargo test --release --locked --workspace --test fleet --test roles --test restore --test bios --test seed --test secure_netboot --test ipxe --test founders --test cuts -- --test-threads=1 --nocapture
+	cargo test --release --locked --workspace --test machines -- --test-threads=1 --nocapture fleet:: roles:: restore:: legacy_bios:: cloud_init:: secure_netboot:: ipxe:: bootstrap:: power_loss::
 
 # Tries what one taken machine can do, cell by cell. Takes about six minutes. Needs root.
 containment: deps build
 	builder/host-deps.sh iproute2 wireguard-go mtools
-	cargo test --release --locked --workspace --test containment -- --nocapture
+	cargo test --release --locked --workspace --test machines -- --nocapture containment::
 
 # Runs every fuzz target under libFuzzer (fuzz/README.md).
 SECONDS = 300
@@ -143,8 +128,7 @@ style:
 
 # Unit tests, golden files, fuzz seeds, and the examples in the documentation of `fleet`.
 unit:
-	cargo test --release --locked --workspace --lib --test golden --test fuzz
-	cargo test --release --locked --package fleet --doc
+	tests/run.sh unit
 
 # The site of the documentation, in build/docs, with a check of all its links. The first run compiles mdBook, which takes
 # minutes; lychee comes from PyPI.
@@ -167,7 +151,7 @@ $(LYCHEE):
 
 # Draws the SVG files of docs/pictures. `make unit` fails if one differs from its source.
 pictures:
-	UPDATE_GOLDEN=1 cargo test --locked -p bakehouse-tests --test golden pictures
+	UPDATE_GOLDEN=1 cargo test --locked -p bakehouse-tests --test fast golden::pictures
 
 clean:
 	rm -rf build target

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::attack::{Target, join_request, peers, source};
-use bakehouse_tests::site::{TestCluster, granted};
+use bakehouse_tests::site::{HUB_PORT, TestCluster, granted};
 use firstboot::client::etcd::Etcd;
 use firstboot::host::ticker::Ticker;
 use firstboot::hub::api::Hub;
@@ -29,7 +29,6 @@ use fleet_https::{Identity, request};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::JoinSet;
 
-const PORT: u16 = 25_600;
 /// Address of the hub under attack, which is a second hub-1.
 const AT: &str = "127.0.0.4";
 const PAGE: u16 = 25_790;
@@ -90,7 +89,7 @@ fn hub(dir: &Path) {
             neighbourhood: neighbourhood.clone(),
             orders: OrderLog::default(),
         });
-        let at: SocketAddr = format!("{AT}:{PORT}").parse().expect("an address");
+        let at: SocketAddr = format!("{AT}:{HUB_PORT}").parse().expect("an address");
         let tls = fleet_https::server(&root, own).expect("a certificate");
         let fencing = etcd().with_patience(fence::ANSWER);
         let fence = Fence { etcd: &fencing, topology: &topology, own: node, neighbourhood: &neighbourhood, slow: 1 };
@@ -121,7 +120,7 @@ fn hub(dir: &Path) {
 /// Attacks for the duration of an attack. Prints the number of connections or requests.
 fn attack(kind: &str, dir: &Path) {
     let root = fs::read_to_string(dir.join("root.pem")).expect("a file of the bench");
-    let target = Target::new(&root, format!("{AT}:{PORT}").parse().expect("an address"), "hub-1");
+    let target = Target::new(&root, format!("{AT}:{HUB_PORT}").parse().expect("an address"), "hub-1");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime").block_on(async {
         let mut attackers = JoinSet::new();
@@ -194,7 +193,7 @@ fn bench() {
 }
 
 async fn measure() -> Vec<Row> {
-    let site = TestCluster::open(PORT, "app.count = 40\ndb.count = 2\n");
+    let site = TestCluster::open("app.count = 40\ndb.count = 2\n");
     let members = site.members("app", MEMBERS).await;
     let dir = tempfile::tempdir().expect("a folder");
     let write = |file: &str, bytes: &[u8]| fs::write(dir.path().join(file), bytes).expect("a folder");
@@ -226,7 +225,7 @@ async fn measure() -> Vec<Row> {
         }
     });
     let _haproxy = haproxy(dir.path());
-    let at: SocketAddr = format!("{AT}:{PORT}").parse().expect("an address");
+    let at: SocketAddr = format!("{AT}:{HUB_PORT}").parse().expect("an address");
     let target = Target::new(site.root.certificate(), at, "hub-1");
     while target.connect(source(200)).await.is_err() {
         tokio::time::sleep(Duration::from_millis(50)).await;

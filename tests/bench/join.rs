@@ -3,17 +3,16 @@
 
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::site::{TestCluster, TestJoiner, granted, insist};
+use bakehouse_tests::site::{HUB_PORT, TestCluster, TestJoiner, granted, insist};
 use tokio::task::JoinSet;
 
 const NODES: usize = 3000;
 /// Concurrent claims.
 const AT_ONCE: usize = 64;
-const PORT: u16 = 23_000;
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
-    let site = TestCluster::open(PORT, &format!("app.count = {NODES}\n"));
+    let site = TestCluster::open(&format!("app.count = {NODES}\n"));
     let token = site.token("app", |c| c.uses = NODES as u32);
     let askers: Vec<TestJoiner> = (0..NODES).map(|_| TestCluster::asker(&token, "app")).collect();
     // The first claim waits for etcd's election, which is not part of the measurement.
@@ -27,7 +26,7 @@ async fn main() {
         let root = site.root.certificate().to_owned();
         asked.spawn(async move {
             let begun = Instant::now();
-            granted(insist(root, PORT, asker, i).await);
+            granted(insist(root, HUB_PORT, asker, i).await);
             begun.elapsed()
         });
     }

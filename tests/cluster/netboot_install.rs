@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use bakehouse_tests::root;
 use fleet::encoding::encode;
 use fleet::netboot::{
     Assignment, Extent, ImageStatement, InstallerTrust, NetbootMachine, Run, SignedImage, code, seal,
@@ -64,7 +65,7 @@ impl Installer {
              && cp {trust} /{etc}/{name} && exec {installer}",
             cmdline = path("cmdline").display(),
             trust = path("trust").display(),
-            installer = env!("CARGO_BIN_EXE_firstboot-install"),
+            installer = root().join("target/release/firstboot-install").display(),
         );
         let mut child = Command::new("unshare")
             .args(["--mount", "--", "sh", "-ec", &script])

@@ -1,6 +1,6 @@
 //! Golden files of every configuration that a node renders, for each fleet that Bakehouse ships, and generated files of
 //! the documentation.
-//! `UPDATE_GOLDEN=1 cargo test --test golden` writes them.
+//! `UPDATE_GOLDEN=1 cargo test --test fast golden::` writes them.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -5,6 +5,7 @@ mod compare;
 pub mod containment;
 mod etcd;
 mod machine;
+pub mod network;
 pub mod rack;
 pub mod rogue_hub;
 pub mod site;
@@ -56,7 +57,10 @@ impl TestFleet {
             fs::copy(&shared, lab.dir.join("bakehouse.lock")).expect("the lock can be copied");
         }
         lab.ok(&["lock"]);
-        fs::copy(lab.dir.join("bakehouse.lock"), &shared).expect("the lock can be kept");
+        // Renamed, because another test may read it at the same time.
+        let whole = lab.dir.join("bakehouse.lock.shared");
+        fs::copy(lab.dir.join("bakehouse.lock"), &whole).expect("the lock can be kept");
+        fs::rename(whole, &shared).expect("the lock can be kept");
         lab
     }
 

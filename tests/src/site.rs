@@ -24,6 +24,17 @@ use serde_json::{Value, json};
 
 use crate::Cluster;
 
+/// Port of the hubs' API.
+pub const HUB_PORT: u16 = 21_000;
+/// First port of the etcd members.
+const ETCD_PORT: u16 = 21_100;
+
+/// Returns the address of hub `number`, which counts from 1.
+#[must_use]
+pub fn hub_address(number: u8) -> SocketAddr {
+    ([127, 0, 0, number], HUB_PORT).into()
+}
+
 /// Three hubs at 127.0.0.1 to 127.0.0.3, and three etcd members.
 pub struct TestCluster {
     pub topology: Topology,
@@ -45,17 +56,17 @@ pub struct TestJoiner {
 }
 
 impl TestCluster {
-    /// Starts the hubs' API on `port` and etcd from `port + 100` on. `groups` are TOML lines of the other groups.
+    /// Starts the hubs' API and etcd. `groups` are TOML lines of the other groups.
     #[must_use]
-    pub fn open(port: u16, groups: &str) -> Self {
-        Self::open_with(port, groups, |_| {})
+    pub fn open(groups: &str) -> Self {
+        Self::open_with(groups, |_| {})
     }
 
     /// Like [`Self::open`], and `change` edits the topology before the hubs start.
     #[must_use]
-    pub fn open_with(port: u16, groups: &str, change: impl FnOnce(&mut Topology)) -> Self {
+    pub fn open_with(groups: &str, change: impl FnOnce(&mut Topology)) -> Self {
         let toml = format!(
-            "name = \"acme\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\nport = {port}\n\
+            "name = \"acme\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\nport = {HUB_PORT}\n\
              [vip]\naddress = \"10.10.0.100\"\n\
              [groups]\n{groups}\n[groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n"
         );
@@ -66,7 +77,7 @@ impl TestCluster {
         }
         change(&mut topology);
         let root = Issuer::root("acme").expect("randomness");
-        let cluster = Cluster::start(&topology, &root, port + 100);
+        let cluster = Cluster::start(&topology, &root, ETCD_PORT);
         let dir = tempfile::tempdir().expect("a folder");
         let keys = (0..3).map(|_| PrivateKey::generate().expect("randomness")).collect();
         let mut site = Self { topology, root, cluster, dir, hubs: Vec::new(), keys };
@@ -76,7 +87,7 @@ impl TestCluster {
         }
         // The runtime starts the hubs in the background.
         for i in 1..=site.topology.hubs.len() {
-            while TcpStream::connect(format!("127.0.0.{i}:{port}")).is_err() {
+            while TcpStream::connect(hub_address(i as u8)).is_err() {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }

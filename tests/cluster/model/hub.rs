@@ -1,7 +1,7 @@
 //! Steps of a hub, as in `firstboot/src/hub/fence.rs`. Any other step may come between two calls to etcd.
 
-use crate::protocol::{Protocol, SyncPut};
-use crate::state::{Cycle, Deposition, Id, State, bit, has};
+use super::protocol::{Protocol, SyncPut};
+use super::state::{Cycle, Deposition, Id, State, bit, has};
 
 /// Returns the state after the next step of a hub that cannot reach `slot`, or `None` if it changes nothing.
 pub fn depose(state: &State, protocol: Protocol, id: Id, slot: Id) -> Option<State> {
@@ -98,7 +98,7 @@ pub fn join(state: &State, id: Id, slot: Id) -> Option<State> {
 pub fn restart(state: &State, protocol: Protocol, id: Id) -> Option<State> {
     let mut next = state.clone();
     next.budget.restarts = next.budget.restarts.checked_sub(1)?;
-    *next.hub_mut(id) = crate::state::Hub::default();
+    *next.hub_mut(id) = super::state::Hub::default();
     if !protocol.joins {
         state.nodes().for_each(|slot| next.set_recorded(id, slot, false));
     }

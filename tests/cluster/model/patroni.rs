@@ -1,8 +1,8 @@
 //! Steps of Patroni's cycle, as in `ha.py`, `postgresql/sync.py` and `dcs/etcd3.py` of Patroni 4.1. Any other step may
 //! come between two of them.
 
-use crate::protocol::Outcome;
-use crate::state::{Cycle, Id, Snapshot, State, Sync, bit};
+use super::protocol::Outcome;
+use super::state::{Cycle, Id, Snapshot, State, Sync, bit};
 
 /// Returns the state after one step of the node's cycle, or `None` if the step is impossible or changes nothing.
 pub fn step(state: &State, id: Id, outcome: Outcome) -> Option<State> {

@@ -2,8 +2,8 @@
 
 use stateright::{Model, Property};
 
-use crate::state::{Budget, Cycle, Etcd, Id, Node, Set, State, Sync, bit, has};
-use crate::{hub, patroni};
+use super::state::{Budget, Cycle, Etcd, Id, Node, Set, State, Sync, bit, has};
+use super::{hub, patroni};
 
 /// The hubs' protocol, with a switch for each part, so that a test can leave one out.
 #[derive(Clone, Copy, Debug)]
@@ -157,7 +157,7 @@ impl Model for Fleet {
             Action::LoadTorn(id) => patroni::load_torn(state, id, self.protocol.sync_put == SyncPut::BeforeDeletion),
             Action::Depose(hub, slot) => {
                 // A hub continues a deposition also if the node is reachable again.
-                let goes_on = state.hub(hub).deposition != crate::state::Deposition::Idle;
+                let goes_on = state.hub(hub).deposition != super::state::Deposition::Idle;
                 let misses = goes_on || self.suspects_anyone || !state.on_mesh(slot);
                 misses.then(|| hub::depose(state, self.protocol, hub, slot)).flatten()
             }

@@ -1,0 +1,69 @@
+#!/bin/bash
+# Runs the stages of `make test` that need compiled tests, as root. Two stages run in parallel where one of them mostly
+# waits or uses one processor only. Prints the output of each stage when it ends, and the times of all stages at the end.
+#
+# tests/run.sh           all stages
+# tests/run.sh STAGE...  these stages, one after the other
+set -uo pipefail
+cd "$(dirname "$0")/.."
+LOGS=build/test
+mkdir -p "$LOGS"
+: >"$LOGS/times"
+
+tests() { cargo test --release --locked --workspace "$@"; }
+
+# Unit tests, golden files, fuzz seeds, and the examples in the documentation of `fleet`.
+unit() {
+    tests --lib --test fast &&
+        cargo test --release --locked --package fleet --doc
+}
+# Packages whose maintainer scripts attack the build host.
+hostile() { tests --test hostile; }
+# At native speed: fleets with failing nodes.
+containers() { tests --test machines -- --test-threads=1 --nocapture fleet::containers containers::; }
+# Updates of a node.
+upgrades() { tests --test machines -- --test-threads=1 --nocapture upgrade::containers; }
+# Real etcd, BIRD, nftables and HAProxy. Most of these tests wait.
+cluster() { tests --test cluster -- --test-threads="${1:-4}"; }
+# What one taken machine can do in a fleet.
+containment() { tests --test machines -- --test-threads=1 --nocapture containment::; }
+images() { tests --test images -- --test-threads=1 --nocapture; }
+# Each emulated machine uses one processor.
+machines() { tests --test machines -- --test-threads=2 --nocapture --skip containers boot:: netboot:: upgrade::; }
+
+# Runs a stage with its output in a file, and prints that when the stage has ended.
+stage() {
+    local name=$1 begun=$SECONDS result=ok
+    "$@" >"$LOGS/$name.log" 2>&1 || result=FAILED
+    printf '%-12s %-6s %5d s\n' "$name" "$result" $((SECONDS - begun)) >>"$LOGS/times"
+    printf '\n==== %s: %s after %d s\n' "$name" "$result" $((SECONDS - begun))
+    cat "$LOGS/$name.log"
+    [ "$result" = ok ]
+}
+
+# Ends the script if a stage failed.
+require() {
+    "$@" && return
+    cat "$LOGS/times"
+    exit 1
+}
+
+# Runs two sequences of stages in parallel.
+both() {
+    local first=$1 second=$2 failed=0
+    (for name in $first; do stage "$name" || exit 1; done) &
+    for name in $second; do stage "$name" || { failed=1; break; }; done
+    wait $! || failed=1
+    return $failed
+}
+
+if [ $# -gt 0 ]; then
+    for name; do require stage "$name"; done
+else
+    require stage unit
+    require stage hostile
+    require both containers "upgrades cluster"
+    require both containment images
+    require stage machines
+fi
+cat "$LOGS/times"
