@@ -1,7 +1,4 @@
-//! The builder's commands, with the real binary, real packages and the real hub image.
-
-mod flash;
-mod fleet_key;
+//! Builds: reproducibility, faults, interruptions, and what the images contain.
 
 use std::fs;
 use std::io;
@@ -11,6 +8,8 @@ use std::process::Command;
 use std::time::UNIX_EPOCH;
 
 use bakehouse_tests::{CommandOutput, TestFleet, first_difference, root, shared_store, tar_differences};
+use builder::project::Project;
+use fleet::Membership;
 
 const ARTEFACTS: [&str; 5] =
     ["ha-hub_1.raw", "ha-hub_1.efi", "ha-hub_1.manifest.json", "ha-hub_1.spdx.json", "SHA256SUMS"];
@@ -194,17 +193,30 @@ fn generated_file_is_cached_by_its_inputs() {
 /// Runs Odoo and PostgreSQL of the image in its tree.
 #[test]
 fn odoo_users_notice_no_change_of_the_primary() {
-    plays_in_the_image_of("app", "switchover", include_str!("../src/switchover.py"));
+    plays_in_the_image_of("app", "switchover", include_str!("../src/switchover.py"), &[]);
 }
 
 #[test]
 fn base_backup_of_a_stalled_standby_completes() {
-    plays_in_the_image_of("db", "copy", include_str!("../src/copy.py"));
+    plays_in_the_image_of("db", "copy", include_str!("../src/copy.py"), &[]);
+}
+
+/// HAProxy 3.0.11 of Debian 13 leaves clients that are connecting hanging if it shuts down a server's sessions.
+#[test]
+fn no_client_of_the_database_hangs_during_a_failover() {
+    let project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
+    let node = project.topology.node("app-1").expect("app-1");
+    let overlay = project.overlay("haproxy").expect("the overlay exists");
+    let (name, text) = overlay.files.iter().find(|(n, _)| n.ends_with("haproxy.cfg.j2")).expect("a template");
+    let member = Membership::sample();
+    let context = project.context(node, &member);
+    let config = fleet::render(name, &String::from_utf8_lossy(text), &context).expect("a valid template");
+    plays_in_the_image_of("app", "proxy", include_str!("../src/database_proxy.py"), &[("haproxy.cfg", &config)]);
 }
 
 /// Builds a group's image with an additional check, a Python program that runs in the image's tree.
 #[track_caller]
-fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
+fn plays_in_the_image_of(group: &str, name: &str, program: &str, files: &[(&str, &str)]) {
     let lab = TestFleet::of_fleet(name, "ha");
     let table = format!("[groups.{group}]");
     lab.edit("fleet.toml", &table, &format!("{table}\noverlays = [\"{name}\"]"));
@@ -217,6 +229,9 @@ fn plays_in_the_image_of(group: &str, name: &str, program: &str) {
     let now = UNIX_EPOCH.elapsed().expect("a clock").as_nanos();
     lab.write(&format!("overlays/{name}/{folder}/play"), &format!("{program}# {now}\n"));
     lab.write(&format!("overlays/{name}/{folder}/sandbox.py"), include_str!("../src/sandbox.py"));
+    for (file, text) in files {
+        lab.write(&format!("overlays/{name}/{folder}/{file}"), text);
+    }
     lab.ok(&["build", group]);
 }
 
