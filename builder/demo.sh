@@ -241,11 +241,13 @@ while [ -e /proc/$rehearsal ]; do
         successor=$found
         say "$successor is the primary now"
     fi
-    [ $terminal = no ] || printf '\r\033[K    %(%H:%M:%S)T  %d pages; now waiting %s; longest wait %s' -1 \
-        $count "$(seconds $(($(now) - last)))" "$(seconds $longest)"
+    wait=$(($(now) - last))
+    [ $terminal = no ] || printf '\r\033[K    %(%H:%M:%S)T  Odoo: %d pages; now waiting %s; longest wait %s' -1 \
+        $count "$(seconds $wait)" "$(seconds $((wait > longest ? wait : longest)))"
 done
 [ $terminal = no ] || printf '\r\033[K'
-wait $rehearsal || fail "the fleet broke a promise: $(cat "$work/rehearsal" "$work/table")" "run \`$shown report\`"
+wait $rehearsal || fail "the fleet broke a promise:
+$(cat "$work/rehearsal" "$work/table")" "run \`$shown report\`"
 say "$victim is back. A user of this host got $count pages, waited at most $(seconds $longest), and is still logged in."
 echo
 sed 's/^/    /' "$work/table"
