@@ -45,7 +45,7 @@ impl Tools {
         let _ = fs::remove_dir_all(&scratch);
         for package in lock.packages_of(TOOLS, false) {
             let deb = Deb::open(&store.path(Kind::Deb, &package.sha256), &package.sha256)?;
-            unpack(&deb, &scratch).map_err(|e| Error::Failed(format!("{}: {e}", package.name)))?;
+            unpack(&deb, &scratch).map_err(Error::at(&package.name))?;
         }
         let dir = store.put(Kind::Tools, &key, &scratch)?;
         step.done("unpacked");
@@ -77,7 +77,7 @@ impl Tools {
 }
 
 /// Unpacks programs, libraries and their data. Documentation and owners are left out.
-fn unpack(deb: &Deb, root: &Path) -> Result<(), String> {
+fn unpack(deb: &Deb, root: &Path) -> Result<()> {
     data_entries(deb, |path, entry| {
         let path = path.strip_prefix("/lib64/").map_or_else(|| path.to_owned(), |rest| format!("/usr/lib64/{rest}"));
         let wanted = ["/usr/bin/", "/usr/sbin/", "/usr/lib/", "/usr/lib64/"];
@@ -86,7 +86,7 @@ fn unpack(deb: &Deb, root: &Path) -> Result<(), String> {
             return Ok(());
         }
         let full = root.join(&path[1..]);
-        let context = |e: io::Error| format!("{path}: {e}");
+        let context = |e: io::Error| Error::at(&path)(e);
         if let Some(parent) = full.parent() {
             fs::create_dir_all(parent).map_err(context)?;
         }

@@ -7,6 +7,7 @@ use std::time::UNIX_EPOCH;
 
 use fleet::{Node, NodeContext, Tls, etcd_client_anchor};
 use futures_util::future::try_join_all;
+use tracing::{error, info, warn};
 
 use crate::client::backoff::Backoff;
 use crate::client::patroni::Patroni;
@@ -75,7 +76,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
     let who = take_missing_passwords(&paths.state, who, &image).await?;
     // A stolen disk must not contain the ticket.
     if let Err(e) = units.start("firstboot-forget.service").await {
-        println!("the ticket is not removed from the disk: {e}");
+        error!("the ticket is not removed from the disk: {}", e.chain());
     }
     let node = node_of(&who.state, &image)?;
     let tls = Tls {
@@ -95,7 +96,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
     };
     let slow = u32::try_from(context.machine.patience).unwrap_or(u32::MAX);
     let count = render_all(&paths.image.join("templates"), &paths.root, &context)?;
-    println!("{}: rendered {count} configuration files", node.name);
+    info!(slot = node.name, "{}: rendered {count} configuration files", node.name);
     status.is(&node.name, who.state.epoch).await?;
     status.enter(Phase::Starting).await?;
     systemd::set_hostname(&bus, &node.name).await?;
@@ -160,12 +161,12 @@ async fn leave(units: &Systemd, node: &Node, hubs: &Hubs, patroni: Option<&Patro
     if let Some(patroni) = patroni
         && let Err(e) = patroni.hand_over().await
     {
-        println!("switchover before leaving failed: {e}");
+        warn!("switchover before leaving failed: {}", e.chain());
     }
     stop(units, node).await?;
     let mut pause = Backoff::default();
     while let Err(e) = hubs.left().await {
-        println!("cannot report to a hub that this node has stopped: {e}");
+        warn!("cannot report to a hub that this node has stopped: {}", e.chain());
         tokio::time::sleep(pause.next_delay()).await;
     }
     Err(Error::Left { slot: node.name.clone() })
@@ -178,7 +179,7 @@ async fn start(units: &Systemd, node: &Node) -> Result<()> {
     // In parallel, because a role may wait for another one, on this node or elsewhere.
     try_join_all(node.roles.iter().map(async |role| {
         units.start(&format!("role-{role}.target")).await?;
-        println!("{}: {role} runs", node.name);
+        info!(slot = node.name, role, "{}: {role} runs", node.name);
         Ok::<_, Error>(())
     }))
     .await?;

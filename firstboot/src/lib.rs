@@ -13,10 +13,12 @@
 //! - `mesh`: WireGuard
 //! - `node`: identity, keys, state on disk, peers, the client of the hubs
 //! - `client`: clients of etcd and Patroni, backoff
-//! - `host`: systemd, D-Bus, the journal, the console
+//! - `host`: systemd, D-Bus, the log, the console
 //! - `error`: the error type
 //!
 //! [`install`] is the program of the network installer, and imports `client`, `host` and `error` only.
+
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod agent;
 pub mod client;

@@ -1,5 +1,6 @@
 //! The command `firstboot`.
 
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -8,12 +9,14 @@ use firstboot::error::{Error, Result};
 use firstboot::host::console::say;
 use firstboot::host::dbus::describe;
 use firstboot::host::journal::Event;
+use firstboot::host::log::{self, Process};
 use firstboot::host::systemd::Systemd;
 use firstboot::node::image::Image;
 use firstboot::update::boot_entries::{Boots, ENTRIES};
 use firstboot::update::grub::keep_in_step;
 use firstboot::update::health::healthy;
 use fleet::grubenv::BLOCK;
+use tracing::error;
 
 /// Where the EFI partition is mounted.
 const ESP: &str = "/efi";
@@ -30,10 +33,12 @@ usage: firstboot run              make this machine a node, and run the node (fi
 ";
 
 fn main() -> ExitCode {
+    let is_agent = std::env::args().nth(1).as_deref() == Some("run");
+    log::start(if is_agent { Process::Lasting } else { Process::Short });
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
-            eprintln!("cannot start the runtime: {e}");
+            tracing::error!("cannot start the runtime: {e}");
             return ExitCode::FAILURE;
         }
     };
@@ -47,25 +52,27 @@ async fn command() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
-        ["run"] => Box::pin(run(&Paths::of_node())).await.inspect_err(|e| say(Event::Stopped, &e.to_string())),
-        ["status"] => status(false).await.inspect_err(|e| eprintln!("{e}\n  help: see `systemctl status firstboot`")),
-        ["status", "--json"] => {
-            status(true).await.inspect_err(|e| eprintln!("{e}\n  help: see `systemctl status firstboot`"))
+        ["run"] => Box::pin(run(&Paths::of_node())).await.inspect_err(|e| say(Event::Stopped, &e.chain())),
+        ["status"] => status(false).await.inspect_err(tell),
+        ["status", "--json"] => status(true).await.inspect_err(tell),
+        ["leave"] => leave().await.inspect_err(tell),
+        ["healthy"] => {
+            health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {}", e.chain())))
         }
-        ["leave"] => leave().await.inspect_err(|e| eprintln!("{e}\n  help: see `systemctl status firstboot`")),
-        ["healthy"] => health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {e}"))),
-        ["load"] => load().await.inspect_err(|e| eprintln!("download of the newer image failed: {e}")),
-        ["signed"] => signed().await.inspect_err(|e| eprintln!("cannot read the update folder's signature time: {e}")),
-        ["grub"] => grub(false).await.inspect_err(|e| eprintln!("cannot synchronize GRUB's count of tries: {e}")),
-        ["grub", "--good"] => {
-            grub(true).await.inspect_err(|e| eprintln!("cannot synchronize GRUB's count of tries: {e}"))
+        ["load"] => load().await.inspect_err(|e| error!("download of the newer image failed: {}", e.chain())),
+        ["signed"] => {
+            signed().await.inspect_err(|e| error!("cannot read the update folder's signature time: {}", e.chain()))
+        }
+        ["grub"] | ["grub", "--good"] => {
+            let done = grub(args.len() == 2).await;
+            done.inspect_err(|e| error!("cannot synchronize GRUB's count of tries: {}", e.chain()))
         }
         ["--help" | "-h"] => {
-            print!("{USAGE}");
+            print(USAGE);
             return ExitCode::SUCCESS;
         }
         _ => {
-            eprint!("{USAGE}");
+            print_error(USAGE);
             return ExitCode::from(2);
         }
     };
@@ -75,8 +82,22 @@ async fn command() -> ExitCode {
     }
 }
 
+/// Prints a result on standard output. A reader that has closed it has read enough.
+fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
+/// Prints a text for the person who runs the command.
+fn print_error(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+fn tell(e: &Error) {
+    print_error(&format!("{}\n  help: see `systemctl status firstboot`\n", e.chain()));
+}
+
 async fn status(json: bool) -> Result<()> {
-    println!("{}", describe(&zbus::Connection::system().await?, json).await?);
+    print(&format!("{}\n", describe(&zbus::Connection::system().await?, json).await?));
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
+use tracing::warn;
 
 use crate::client::backoff::{Backoff, round};
 use crate::client::etcd::Etcd;
@@ -247,7 +248,7 @@ impl Member {
             match desk.follow(|owners| take_in(&self.topology, &self.who.neighbourhood, owners)).await {
                 // The watch ends each minute.
                 Ok(()) => pause = Backoff::default(),
-                Err(e) => println!("cannot follow the owners of slots in etcd: {e}"),
+                Err(e) => warn!("cannot follow the owners of slots in etcd: {}", e.chain()),
             }
             tokio::time::sleep(pause.next_delay()).await;
         }
@@ -267,13 +268,12 @@ async fn register(desk: &SlotAllocator, slot: &str, keys: (MeshKey, &str), versi
     let mut pause = Backoff::default();
     loop {
         match desk.register(slot, keys.0, keys.1, version).await {
-            Ok(Ok(_)) => match desk.vote(slot).await {
+            Ok(_) => match desk.vote(slot).await {
                 Ok(()) => return Ok(()),
-                Err(e) => println!("cannot promote the etcd member of {slot}: {e}"),
+                Err(e) => warn!(slot, "cannot promote the etcd member of {slot}: {}", e.chain()),
             },
-            Ok(Err(refusal)) if !refusal.reason.passes() => return Err(Error::Configuration(refusal.text)),
-            Ok(Err(refusal)) => println!("cannot register {slot}: {}", refusal.text),
-            Err(e) => println!("cannot register {slot}: {e}"),
+            Err(Error::Refused(refusal)) if !refusal.reason.passes() => return Err(Error::Configuration(refusal.text)),
+            Err(e) => warn!(slot, "cannot register {slot}: {}", e.chain()),
         }
         tokio::time::sleep(pause.next_delay()).await;
     }
@@ -388,7 +388,7 @@ async fn reason_to_stop(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<
         Standing::Leaving => match hubs.leave().await {
             Ok(()) => Some(Error::Leaving),
             Err(e) => {
-                println!("cannot leave the fleet yet: {e}");
+                warn!("cannot leave the fleet yet: {}", e.chain());
                 None
             }
         },

@@ -7,6 +7,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use fleet::NodeContext;
+use fleet_https::Cause;
 use walkdir::WalkDir;
 
 use crate::error::{Error, Result};
@@ -20,26 +21,20 @@ use crate::error::{Error, Result};
 pub fn render_all(templates: &Path, root: &Path, context: &NodeContext) -> Result<usize> {
     let mut count = 0;
     for entry in WalkDir::new(templates).sort_by_file_name() {
-        let entry = entry
-            .map_err(|e| Error::Configuration(format!("cannot read the image's templates: {e}; rebuild the image")))?;
+        let entry = entry.map_err(|e| unusable(templates, e))?;
         if !entry.file_type().is_file() {
             continue;
         }
         let name = entry.path().strip_prefix(templates).unwrap_or(entry.path());
         let text = fs::read_to_string(entry.path()).map_err(Error::io("read", entry.path()))?;
-        let rendered = fleet::render(&name.display().to_string(), &text, context)
-            .map_err(|e| Error::Configuration(format!("{e}; rebuild the image")))?;
+        let rendered =
+            fleet::render(&name.display().to_string(), &text, context).map_err(|e| unusable(entry.path(), e))?;
         let target = root.join(name);
         if let Some(dir) = target.parent() {
             fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
             open_to_all(dir, root)?;
         }
-        let file_mode = entry
-            .metadata()
-            .map_err(|e| Error::Configuration(format!("cannot read the mode of {}: {e}", entry.path().display())))?
-            .permissions()
-            .mode()
-            & 0o777;
+        let file_mode = entry.metadata().map_err(|e| unusable(entry.path(), e))?.permissions().mode() & 0o777;
         let beside = target.with_extension("new");
         // An interrupted agent may have left this file, with a mode that others can read.
         let _ = fs::remove_file(&beside);
@@ -55,6 +50,10 @@ pub fn render_all(templates: &Path, root: &Path, context: &NodeContext) -> Resul
         count += 1;
     }
     Ok(count)
+}
+
+fn unusable(path: &Path, cause: impl Into<Cause>) -> Error {
+    Error::Unusable { path: path.to_owned(), fix: "build the image again", source: cause.into() }
 }
 
 /// Makes a folder and its parents readable for daemons of other users, because the agent's umask is 077.

@@ -22,6 +22,7 @@
 
 pub mod blocks;
 mod certificate;
+mod chain;
 mod diagnostic;
 pub mod encoding;
 pub mod grubenv;
@@ -42,6 +43,7 @@ mod topology;
 mod version;
 
 pub use certificate::{CertificateError, Issuer, OPERATOR_SUFFIX, PrivateKey, PublicKey, etcd_client_anchor};
+pub use chain::ErrorChain;
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
 pub use join::{
     Departure, Eviction, Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason,

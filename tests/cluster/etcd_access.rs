@@ -56,7 +56,7 @@ impl Shown {
 }
 
 fn told<T>(answer: firstboot::error::Result<T>) -> String {
-    answer.map_or_else(|e| e.to_string(), |_| "done".to_owned())
+    answer.map_or_else(|e| e.chain(), |_| "done".to_owned())
 }
 
 /// Puts a key, and retries until etcd accepts it, because the cluster may have just started.
@@ -117,9 +117,7 @@ fn etcd_users_limit_patroni_to_its_own_keys() {
             let mesh_key = MeshKey([i as u8 + 1; 32]);
             desks[i]
                 .register(&site.topology.hubs[i].name, mesh_key, key, "1")
-                .await
-                .expect("etcd")
-                .expect("a free slot");
+                .await.expect("a free slot");
         }
         let (db, grant) = site.members("db", 1).await.remove(0);
 
@@ -436,7 +434,7 @@ fn hub_signs_its_own_renewed_certificate() {
         put(&site.etcd(0), "/bakehouse/test", "x").await;
         let tls_key = encoding::encode(who.keys.tls.public().expect("a key").as_bytes());
         let mesh_key = who.keys.mesh_public().expect("a key");
-        desk.register("hub-1", mesh_key, &tls_key, "1").await.expect("etcd").expect("a free slot");
+        desk.register("hub-1", mesh_key, &tls_key, "1").await.expect("a free slot");
         let file = dir.path().join("state/keys.json");
         let text = fs::read_to_string(&file).expect("a file");
         let keys: serde_json::Value = serde_json::from_str(&text).expect("JSON");

@@ -239,7 +239,8 @@ fn rejects_requests_without_client_certificate() {
         ] {
             let mut hub = Connection::open("127.0.0.1", HUB_PORT, "hub-1", &tls).await.expect("a hub");
             let e = hub.ask(request(method, "hub", path, &[], "".into()).expect("HTTP"), 1 << 16).await.map(drop);
-            assert!(e.expect_err(path).to_string().contains(status), "{path}");
+            let text = fleet::ErrorChain::of(&e.expect_err(path)).to_string();
+            assert!(text.contains(status), "{path}: {text}");
         }
         let mut hub = Connection::open("127.0.0.1", HUB_PORT, "hub-1", &tls).await.expect("a hub");
         let long = request("POST", "hub", "/v1/join", &[], vec![b'x'; 1 << 20].into()).expect("HTTP");
@@ -359,7 +360,7 @@ fn interrupted_join_resumes_with_the_same_keys_and_slot() {
         }
         files(&[]);
         let e = identity(&states, Some(&credentials), &image).await.map(drop).expect_err("the token is spent");
-        assert!(e.to_string().contains("all uses of the token are spent"), "{e}");
+        assert!(e.chain().contains("all uses of the token are spent"), "{e}");
         assert_eq!(e.exit_code(), 78);
     });
 }

@@ -35,7 +35,7 @@ async fn replay(site: &TestCluster, hub: usize, captured: &Captured) -> Result<b
         let mut hub = Connection::open(&host, site.topology.mesh.port, &name, &tls).await?;
         hub.ask(request(&method, "hub", &path, &headers, captured.body.clone().into())?, 1 << 20).await
     };
-    sent.await.map_err(|e| e.to_string())
+    sent.await.map_err(|e| fleet::ErrorChain::of(&e).to_string())
 }
 
 /// A compromised hub records a joiner's request and sends it to other hubs, before and after the joiner has its grant.

@@ -140,7 +140,7 @@ impl Host {
             out: self.out(i),
             finish,
         });
-        TreeOrder::new(sets.collect(), room, limits).compose(&work).map_err(|e| e.to_string())
+        TreeOrder::new(sets.collect(), room, limits).compose(&work).map_err(|e| e.chain())
     }
 
     fn out(&self, stage: usize) -> PathBuf {

@@ -85,7 +85,7 @@ impl Machine {
         let wanted = "[Unit]\nWants=cut.service\nAfter=cut.service\n";
         start.credentials.push(("systemd.extra-unit.cut.service".to_owned(), unit.into_bytes()));
         start.credentials.push(("systemd.unit-dropin.firstboot.service~cut".to_owned(), wanted.into()));
-        self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
+        self.vm.start(&start).unwrap_or_else(|e| panic!("{}", e.chain()));
         let until = Instant::now() + PATIENCE;
         while self.vm.is_running() {
             assert!(Instant::now() < until, "{file} was not created:\n{}", self.console());
@@ -98,7 +98,7 @@ impl Machine {
         let described = self.described();
         let mut start = described.as_start();
         start.credentials.push((format!("systemd.unit-dropin.{unit}~test"), text.into()));
-        self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
+        self.vm.start(&start).unwrap_or_else(|e| panic!("{}", e.chain()));
     }
 
     /// Starts the machine from a flashed disk. The ticket comes from that disk only.
@@ -114,7 +114,7 @@ impl Machine {
         let start = described.as_start();
         self.vm
             .start(&VmOptions { image: disk, seed: Some(seed), bios: self.bios, ..start })
-            .unwrap_or_else(|e| panic!("{e}"));
+            .unwrap_or_else(|e| panic!("{}", e.chain()));
     }
 
     /// Starts the machine from the network by PXE, with a blank disk and without a ticket. A hub keeps its public
@@ -136,7 +136,7 @@ impl Machine {
         if self.project.topology.node(&self.vm.node).is_none_or(|node| node.hub == 0) {
             start.credentials.clear();
         }
-        self.vm.start(&start).unwrap_or_else(|e| panic!("{e}"));
+        self.vm.start(&start).unwrap_or_else(|e| panic!("{}", e.chain()));
     }
 
     /// Returns multicast group and port of the machine's network.
@@ -150,7 +150,7 @@ impl Machine {
         let image = self.image.as_deref().unwrap_or(start.image);
         self.vm
             .start(&VmOptions { image, tpm: self.tpm.as_deref(), bios: self.bios, ..start })
-            .unwrap_or_else(|e| panic!("{e}"));
+            .unwrap_or_else(|e| panic!("{}", e.chain()));
     }
 
     /// Replaces the disk by a blank one.
@@ -161,13 +161,13 @@ impl Machine {
     /// Waits until one of the texts is on the console. Returns that text.
     pub fn wait_for<'a>(&self, texts: &[&'a str]) -> &'a str {
         let found = self.vm.wait_console(PATIENCE, |console| texts.iter().copied().find(|t| console.contains(t)));
-        found.unwrap_or_else(|e| panic!("{e}"))
+        found.unwrap_or_else(|e| panic!("{}", e.chain()))
     }
 
     /// Waits until the console's text fulfils a condition.
     pub fn wait_until(&self, what: &str, is: impl Fn(&str) -> bool) {
         let found = self.vm.wait_console(PATIENCE, |console| is(console).then_some(()));
-        found.unwrap_or_else(|e| panic!("{what}: {e}"));
+        found.unwrap_or_else(|e| panic!("{what}: {}", e.chain()));
     }
 
     pub fn console(&self) -> String {
@@ -176,7 +176,7 @@ impl Machine {
 
     /// Runs a command in the machine. Its status may be any.
     pub fn exec(&self, command: &str) -> Done {
-        self.vm.exec(command).unwrap_or_else(|e| panic!("{e}\nconsole:\n{}", self.console()))
+        self.vm.exec(command).unwrap_or_else(|e| panic!("{}\nconsole:\n{}", e.chain(), self.console()))
     }
 
     /// Runs a command that must succeed. Returns its output without trailing white space.
@@ -199,11 +199,11 @@ impl Machine {
     }
 
     pub fn shut_down(&self) {
-        self.vm.power_down().unwrap_or_else(|e| panic!("{e}"));
+        self.vm.power_down().unwrap_or_else(|e| panic!("{}", e.chain()));
     }
 
     pub fn cut_power(&self) {
-        self.vm.cut_power().unwrap_or_else(|e| panic!("{e}"));
+        self.vm.cut_power().unwrap_or_else(|e| panic!("{}", e.chain()));
     }
 }
 

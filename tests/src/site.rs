@@ -108,7 +108,7 @@ impl TestCluster {
             let tls_key = encoding::encode(key.public().expect("a key").as_bytes());
             let mesh_key = MeshKey([i as u8 + 1; 32]);
             let mut left = 100;
-            while !matches!(desk.register(&node.name, mesh_key, &tls_key, "1").await, Ok(Ok(_))) {
+            while desk.register(&node.name, mesh_key, &tls_key, "1").await.is_err() {
                 left -= 1;
                 assert!(left > 0, "{} cannot register in etcd", node.name);
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -267,7 +267,7 @@ impl TestCluster {
             let mut connection = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
             connection.ask(request(method, "hub", path, &[], body.into())?, 1 << 20).await
         };
-        asked.await.map_err(|e| e.to_string())
+        asked.await.map_err(|e| fleet::ErrorChain::of(&e).to_string())
     }
 
     /// Sends an order signed with this root to hub-2 and returns the reply.
@@ -293,7 +293,7 @@ impl TestCluster {
             let mut hub = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
             hub.post_signed(path, &body, |message| root.sign(message), 1 << 20).await
         };
-        asked.await.map_err(|e| e.to_string())
+        asked.await.map_err(|e| fleet::ErrorChain::of(&e).to_string())
     }
 
     /// # Errors

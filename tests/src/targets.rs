@@ -157,7 +157,7 @@ fn deb(bytes: &[u8]) {
     let _ = data_entries(&deb, |path, _| {
         assert!(path.starts_with('/') || !path.split('/').any(|part| part == ".."), "{path} leaves the tree");
         entries += 1;
-        if entries < 1000 { Ok(()) } else { Err("enough".to_owned()) }
+        if entries < 1000 { Ok(()) } else { builder::error::fail("enough") }
     });
 }
 

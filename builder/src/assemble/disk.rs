@@ -58,8 +58,7 @@ pub fn write(out: &Path, slots: PartitionSizes, content: &Content, tools: &Tools
     file.set_len(slots.disk()).map_err(Error::io("size", out))?;
     let esp = ESP_START;
     let (root, verity) = (ROOT_START, slots.verity_start());
-    partitions(&file, slots, content, [esp, root, verity])
-        .map_err(|e| Error::Failed(format!("cannot write the GPT: {e}")))?;
+    partitions(&file, slots, content, [esp, root, verity]).map_err(Error::cannot("write the GPT"))?;
     copy_to(&file, root, content.root).map_err(Error::io("write", out))?;
     let mut at = &file;
     at.seek(SeekFrom::Start(verity)).and_then(|_| at.write_all(content.verity)).map_err(Error::io("write", out))?;
@@ -67,8 +66,10 @@ pub fn write(out: &Path, slots: PartitionSizes, content: &Content, tools: &Tools
     boot_files(out, esp, content, tools, scratch)
 }
 
-fn partitions(file: &File, slots: PartitionSizes, content: &Content, starts: [u64; 3]) -> Result<(), String> {
-    let half = |range: std::ops::Range<usize>| Uuid::parse_str(&content.roothash[range]).map_err(|e| e.to_string());
+fn partitions(file: &File, slots: PartitionSizes, content: &Content, starts: [u64; 3]) -> Result<()> {
+    let half = |range: std::ops::Range<usize>| {
+        Uuid::parse_str(&content.roothash[range]).map_err(Error::at("the root hash is invalid"))
+    };
     let partition = |kind: Type, id: Uuid, start: u64, size: u64, flags: u64, name: String| Partition {
         part_type_guid: kind,
         part_guid: id,
@@ -89,7 +90,7 @@ fn partitions(file: &File, slots: PartitionSizes, content: &Content, starts: [u6
     if !content.bios.core.is_empty() {
         let room = ESP_START - core;
         if content.bios.core.len() as u64 > room {
-            return Err(format!(
+            return fail(format!(
                 "GRUB needs {} bytes, but there are {room} bytes in front of the partitions",
                 content.bios.core.len()
             ));
@@ -100,12 +101,16 @@ fn partitions(file: &File, slots: PartitionSizes, content: &Content, starts: [u6
     let sectors = u32::try_from(slots.disk() / SECTOR - 1).unwrap_or(u32::MAX);
     let mut record = gpt::mbr::ProtectiveMBR::with_lb_size(sectors);
     record.set_bootcode(content.bios.record);
-    record.overwrite_lba0(&mut file).map_err(|e| e.to_string())?;
-    let mut disk =
-        gpt::GptConfig::new().writable(true).create_from_device(file, Some(DISK_GUID)).map_err(|e| e.to_string())?;
-    disk.update_partitions(table).map_err(|e| e.to_string())?;
-    disk.write().map_err(|e| e.to_string())?;
-    file.seek(SeekFrom::Start(core)).and_then(|_| file.write_all(&content.bios.core)).map_err(|e| e.to_string())
+    record.overwrite_lba0(&mut file).map_err(Error::cannot("write the first sector"))?;
+    let mut disk = gpt::GptConfig::new()
+        .writable(true)
+        .create_from_device(file, Some(DISK_GUID))
+        .map_err(Error::cannot("write the partitions"))?;
+    disk.update_partitions(table).map_err(Error::cannot("write the partitions"))?;
+    disk.write().map_err(Error::cannot("write the partitions"))?;
+    file.seek(SeekFrom::Start(core))
+        .and_then(|_| file.write_all(&content.bios.core))
+        .map_err(Error::cannot("write the partitions"))
 }
 
 /// Copies a file into the image. Blocks of zeros remain holes.

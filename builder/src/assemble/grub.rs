@@ -118,7 +118,7 @@ fn install(boot: &[u8], core: &mut [u8]) -> Option<[u8; RECORD]> {
 /// If the name is too long.
 pub fn files(image: &str) -> Result<[(String, Vec<u8>); 2]> {
     let block = Block { good: image.to_owned(), ..Block::default() };
-    let block = block.render().map_err(|e| Error::Failed(e.to_string()))?;
+    let block = block.render().map_err(Error::cannot("make GRUB's environment block"))?;
     Ok([("grub/grub.cfg".to_owned(), CONFIG.into()), (fleet::grubenv::BLOCK.to_owned(), block)])
 }
 

@@ -99,8 +99,7 @@ fn compose(tree: &Tree, kernel: &str, spec: &InitrdSpec) -> Result<Vec<u8>> {
     let mut recipe = InitrdRecipe::default();
     for (path, text) in &spec.recipes {
         let text = String::from_utf8_lossy(text);
-        let more: InitrdRecipe =
-            toml::from_str(&text).map_err(|e| Error::Failed(format!("{path}: {}", e.message())))?;
+        let more: InitrdRecipe = toml::from_str(&text).map_err(Error::at(*path))?;
         recipe.add(more);
     }
     let mut initrd = Initrd { tree, not_opened: &recipe.not_opened, files: BTreeMap::new(), missing: Vec::new() };

@@ -96,7 +96,7 @@ pub fn check(context: &BuildContext) -> Result<usize> {
 }
 
 /// Runs in the sandbox: unpacks the tree once, and runs all cases in parallel.
-pub fn work(job: &Job, files: &Files) -> Result<Vec<CommandOutput>, String> {
+pub fn work(job: &Job, files: &Files) -> Result<Vec<CommandOutput>> {
     job.tree.with(files, |_, runner| Ok(run_cases(job, runner)))
 }
 
@@ -121,7 +121,7 @@ fn run_cases(job: &Job, runner: &Runner) -> Vec<CommandOutput> {
                         Commands { commands, stand_ins: Vec::new(), files: case.files.clone(), own_network: true };
                     let output = match runner.run(commands) {
                         Ok(()) => CommandOutput { ok: true, text: String::new() },
-                        Err(text) => CommandOutput { ok: false, text },
+                        Err(e) => CommandOutput { ok: false, text: e.chain() },
                     };
                     outputs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(i, output);
                 }

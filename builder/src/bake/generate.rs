@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bake::{BuildContext, GeneratedFile};
 use crate::compose::ImageTree;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, fail};
 use crate::sandbox::chroot::Commands;
 use crate::sandbox::{self, Files, HostFile, Limits};
 use crate::store::Kind;
@@ -61,8 +61,7 @@ pub fn generate(context: &BuildContext) -> Result<Vec<GeneratedFile>> {
             let _ = fs::remove_dir_all(&work);
             let bytes = generated.and_then(|()| fs::read(&out).map_err(Error::io("read", &out)));
             let _ = fs::remove_file(&out);
-            let context = |e| Error::Failed(format!("overlays/{}: /{}: {e}", wanted.overlay, wanted.make.file));
-            let bytes = bytes.map_err(context)?;
+            let bytes = bytes.map_err(Error::at(format!("overlays/{}: /{}", wanted.overlay, wanted.make.file)))?;
             write_atomic(&path, &bytes)?;
             step.done(&format!("{}: {} ({:.1} MB)", spec.group, wanted.make.file, bytes.len() as f64 / 1e6));
         }
@@ -73,16 +72,16 @@ pub fn generate(context: &BuildContext) -> Result<Vec<GeneratedFile>> {
 }
 
 /// Runs in the sandbox: runs the command, and copies the file out.
-pub fn work(job: &Job, files: &Files) -> Result<(), String> {
+pub fn work(job: &Job, files: &Files) -> Result<()> {
     job.tree.with(files, |root, runner| {
         let commands = vec![job.command.clone()];
         runner.run(Commands { commands, stand_ins: Vec::new(), files: Vec::new(), own_network: true })?;
-        let context = |e| format!("{}: {e}", job.file);
+        let context = |e: io::Error| Error::at(&job.file)(e);
         // A link cannot leave the tree, because the tree is this thread's `/`.
         let path = root.join(&job.file);
         fs::symlink_metadata(&path).map_err(context)?;
         if !path.is_file() {
-            return Err(format!("{} is not a regular file", job.file));
+            return fail(format!("{} is not a regular file", job.file));
         }
         let mut out = files.next().map_err(context)?;
         io::copy(&mut File::open(path).map_err(context)?, &mut out).map(drop).map_err(context)

@@ -20,7 +20,7 @@ pub(super) struct Cli {
     /// fleet.toml or its folder
     #[arg(short = 'C', long = "fleet", global = true, default_value = "fleet.toml", value_name = "PATH")]
     pub(super) fleet: PathBuf,
-    /// Print which results are reused, and the reasons for those that are not
+    /// Print the reasons for results that are not reused, and each cause of an error on a line of its own
     #[arg(short, long, global = true)]
     pub(super) verbose: bool,
     /// Print only errors

@@ -39,7 +39,7 @@ pub fn main() -> ExitCode {
     match run(&cli) {
         Ok(code) => code,
         Err(e) => {
-            print_error(&e, cli.json);
+            print_error(&e, cli.json, cli.verbose);
             e.exit_code()
         }
     }

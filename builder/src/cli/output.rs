@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
 
-use fleet::Diagnostics;
+use fleet::{Diagnostics, ErrorChain};
 
 use crate::error::{Error, Result};
 use crate::progress::line;
@@ -26,8 +26,8 @@ pub(super) fn print(result: impl Display) -> Result<()> {
     })
 }
 
-/// Prints an error.
-pub(super) fn print_error(e: &Error, json: bool) {
+/// Prints an error with its causes: on one line, or with `verbose` each on a line of its own.
+pub(super) fn print_error(e: &Error, json: bool, verbose: bool) {
     match e {
         Error::Config(Diagnostics(all)) if json => {
             // The exit code reports the first error already.
@@ -37,7 +37,9 @@ pub(super) fn print_error(e: &Error, json: bool) {
         Error::Config(Diagnostics(all)) => all.iter().for_each(|d| line(&format!("{}\n", d.render(colour())))),
         e => {
             let prefix = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
-            line(&format!("{prefix}: {e}"));
+            let chain = ErrorChain::of(e);
+            let text = if verbose { chain.lines() } else { chain.to_string() };
+            line(&format!("{prefix}: {text}"));
         }
     }
 }

@@ -44,7 +44,7 @@ pub(super) fn new(context: &Context, options: &NewTicket) -> Result<()> {
     };
     ticket_log::note(&project.dir, &ticket)?;
     progress.say("ticket", &message);
-    let text = serde_json::to_string(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
+    let text = serde_json::to_string(&ticket).map_err(Error::Json)?;
     match options.output {
         Some(path) => write_private(path, text.as_bytes()),
         None => print(format_args!("{text}\n")),
@@ -55,7 +55,7 @@ pub(super) fn new(context: &Context, options: &NewTicket) -> Result<()> {
 pub(super) fn list(context: &Context, endpoint: &[String]) -> Result<()> {
     let known = context.hubs(endpoint)?.tokens();
     if let Err(e) = &known {
-        context.progress.say("ticket", &format!("cannot list how often each ticket was used: {e}"));
+        context.progress.say("ticket", &format!("cannot list how often each ticket was used: {}", e.chain()));
     }
     let rows = ticket_log::rows(&context.project.dir, known.ok().as_ref())?;
     print_json(context.json, &rows)?;

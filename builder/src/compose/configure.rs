@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
+use crate::error::{Error, Result, fail};
 use crate::sandbox::chroot::Commands;
 use crate::sandbox::tree_root::Runner;
 
@@ -44,7 +45,7 @@ pub fn configure(
     names: &[String],
     essential: &[String],
     users: &BTreeMap<String, (u32, String, bool)>,
-) -> Result<(), String> {
+) -> Result<()> {
     let has = |name: &str| names.iter().any(|n| n == name);
     // dpkg would run preinst scripts before it unpacks a package. On a new tree they may run afterwards: there are no
     // older files to convert, and the database that they read exists already.
@@ -67,7 +68,7 @@ pub fn configure(
     }
     let script = vec!["/bin/sh".to_owned(), "-c".to_owned(), script];
     runner.run(Commands::new(vec![script]).with_stand_ins(&STAND_INS))?;
-    seed_users(root, users).map_err(|e| format!("cannot write the fixed users: {e}"))?;
+    seed_users(root, users).map_err(Error::cannot("write the fixed users"))?;
     let dpkg = |what: &[String]| -> Vec<String> {
         ["dpkg", "--force-unsafe-io", "--configure"]
             .into_iter()
@@ -84,12 +85,12 @@ pub fn configure(
     std::thread::scope(|scope| {
         let modules = scope.spawn(|| depmod(root, runner, names));
         runner.run(Commands::new(commands).with_stand_ins(&STAND_INS))?;
-        modules.join().map_err(|_| "depmod panicked".to_owned())?
+        modules.join().unwrap_or_else(|_| fail("depmod panicked"))
     })
 }
 
 /// Indexes the modules of the kernel, if these packages include one.
-fn depmod(root: &Path, runner: &Runner, names: &[String]) -> Result<(), String> {
+fn depmod(root: &Path, runner: &Runner, names: &[String]) -> Result<()> {
     let mut kernels = names.iter().filter_map(|n| n.strip_prefix("linux-image-"));
     let Some(version) = kernels.find(|v| root.join("usr/lib/modules").join(v).is_dir()) else { return Ok(()) };
     runner.run(Commands::new(vec![["/usr/sbin/depmod", version].map(str::to_owned).into()]))

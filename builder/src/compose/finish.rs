@@ -9,6 +9,7 @@ use std::path::Path;
 
 use walkdir::WalkDir;
 
+use crate::error::{Error, Result};
 use crate::sandbox::chroot::Commands;
 use crate::sandbox::tree_root::Runner;
 
@@ -55,36 +56,36 @@ const IN_VAR: [(&str, &str); 4] =
     [("root", "var/roothome"), ("home", "var/home"), ("srv", "var/srv"), ("usr/local", "../var/usrlocal")];
 
 /// Turns the tree into the tree of an image, and writes the kernel to `vmlinuz`. Returns the kernel's version.
-pub fn finish(root: &Path, runner: &Runner, vmlinuz: &mut File) -> Result<String, String> {
-    let context = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+pub fn finish(root: &Path, runner: &Runner, vmlinuz: &mut File) -> Result<String> {
+    let context = |action: &'static str| Error::cannot::<io::Error>(action);
     if root.join("usr/bin/python3").exists() {
         compile_python(root, runner)?;
     }
-    let kernel = take_kernel(root, vmlinuz).map_err(context("cannot take the kernel"))?;
+    let kernel = take_kernel(root, vmlinuz).map_err(context("take the kernel"))?;
     for path in DROPPED {
-        drop_path(root, path).map_err(|e| format!("cannot remove {path}: {e}"))?;
+        drop_path(root, path).map_err(Error::cannot(format!("remove {path}")))?;
     }
-    private_keys(root).map_err(context("cannot remove keys"))?;
-    disable_units(root).map_err(context("cannot disable units"))?;
-    shadow_without_dates(root).map_err(context("cannot clean etc/shadow"))?;
-    var_to_factory(root).map_err(context("cannot empty /var"))?;
+    private_keys(root).map_err(context("remove keys"))?;
+    disable_units(root).map_err(context("disable units"))?;
+    shadow_without_dates(root).map_err(context("clean etc/shadow"))?;
+    var_to_factory(root).map_err(context("empty /var"))?;
     for (link, target) in IN_VAR {
-        symlink(target, root.join(link)).map_err(context("cannot link into /var"))?;
+        symlink(target, root.join(link)).map_err(context("link into /var"))?;
     }
     // var/tmp: services with `PrivateTmp=` start before /var is mounted.
     for dir in ["boot", "dev", "efi", "mnt", "opt", "proc", "run", "sys", "tmp", "var/tmp"] {
-        fs::create_dir_all(root.join(dir)).map_err(context("cannot create a folder"))?;
+        fs::create_dir_all(root.join(dir)).map_err(context("create a folder"))?;
     }
     // systemd mounts the node's machine id over the empty file.
-    fs::write(root.join("etc/machine-id"), "").map_err(context("cannot write etc/machine-id"))?;
+    fs::write(root.join("etc/machine-id"), "").map_err(context("write etc/machine-id"))?;
     Ok(kernel)
 }
 
 /// Compiles Python's modules. A `.pyc` file has the hash of its source instead of the time, because times change later.
-fn compile_python(root: &Path, runner: &Runner) -> Result<(), String> {
+fn compile_python(root: &Path, runner: &Runner) -> Result<()> {
     let mut args: Vec<String> =
         ["python3", "-m", "compileall", "-q", "-j0", "--invalidation-mode", "unchecked-hash"].map(str::to_owned).into();
-    let dirs = fs::read_dir(root.join("usr/lib")).map_err(|e| e.to_string())?.flatten();
+    let dirs = fs::read_dir(root.join("usr/lib")).map_err(Error::io("read", "/usr/lib"))?.flatten();
     let mut names: Vec<String> =
         dirs.filter_map(|d| d.file_name().into_string().ok()).filter(|n| n.starts_with("python3")).collect();
     names.sort();

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::archive;
 use super::layer::Layer;
-use crate::error;
+use crate::error::{Error, Result};
 use crate::sandbox::tree_root::{Room, Runner, with_tree};
 use crate::sandbox::{Files, HostFile};
 
@@ -23,7 +23,7 @@ impl ImageTree {
     ///
     /// # Errors
     /// If the layer in the store is damaged.
-    pub fn of(layer: &Layer, baked: &Path) -> error::Result<Self> {
+    pub fn of(layer: &Layer, baked: &Path) -> Result<Self> {
         Ok(Self { room: Room::for_tree(layer.info()?.bytes), layer: layer.tar(), baked: baked.to_owned() })
     }
 
@@ -37,17 +37,13 @@ impl ImageTree {
     ///
     /// # Errors
     /// If a tar cannot be unpacked, or `then` fails.
-    pub fn with<T: Send>(
-        &self,
-        files: &Files,
-        then: impl FnOnce(&Path, &Runner) -> Result<T, String> + Send,
-    ) -> Result<T, String> {
+    pub fn with<T: Send>(&self, files: &Files, then: impl FnOnce(&Path, &Runner) -> Result<T> + Send) -> Result<T> {
         with_tree(self.room, |root, runner| {
             for tar in [&self.layer, &self.baked] {
                 files
                     .next()
                     .and_then(|file| archive::read_onto(file, root))
-                    .map_err(|e| format!("{}: {e}", tar.display()))?;
+                    .map_err(Error::at(tar.display().to_string()))?;
             }
             then(root, runner)
         })

@@ -44,8 +44,6 @@ impl Layer {
     pub fn info(&self) -> Result<LayerInfo> {
         let path = self.dir.join("layer.json");
         let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        serde_json::from_slice(&bytes).map_err(|e| {
-            Error::Failed(format!("{} is damaged ({e}); run `bakehouse store gc --older-than 0`", path.display()))
-        })
+        serde_json::from_slice(&bytes).map_err(Error::damaged(&path, "run `bakehouse store gc --older-than 0`"))
     }
 }

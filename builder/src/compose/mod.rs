@@ -122,7 +122,7 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
         limits: Limits::for_folder(&work),
     };
     let info = order.compose(&work).map_err(|e| match e {
-        Error::Failed(message) => Error::Failed(format!("{name}: cannot compose the packages:\n{message}")),
+        job @ Error::Sandbox(_) => Error::at(format!("{name}: cannot compose the packages"))(job),
         e => e,
     })?;
     let base_out = scratch.join("base");
@@ -130,7 +130,7 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
         store.put(Kind::Layer, base_key, &base_out)?;
     }
     let layer = scratch.join("layer");
-    let json = serde_json::to_vec(&info).map_err(|e| Error::Failed(e.to_string()))?;
+    let json = serde_json::to_vec(&info).map_err(Error::Json)?;
     fs::write(layer.join("layer.json"), json).map_err(Error::io("write", &layer))?;
     let dir = store.put(Kind::Layer, &key, &layer)?;
     step.done(&format!("{name}: {} packages, {:.0} MB in {} files", all.len(), info.bytes as f64 / 1e6, info.files));

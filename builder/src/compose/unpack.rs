@@ -12,6 +12,7 @@ use glob::Pattern;
 use md5::{Digest as _, Md5};
 
 use super::job::{DebFile, Rule};
+use crate::error::{Error, Result, fail};
 use crate::format::deb::{Deb, data_entries};
 use crate::sandbox::Files;
 use crate::util::digest::hex;
@@ -33,13 +34,13 @@ pub struct Trimmer(Vec<(Pattern, bool)>);
 
 impl Trimmer {
     /// Compiles the patterns.
-    pub fn new(rules: &[Rule]) -> Result<Self, String> {
+    pub fn new(rules: &[Rule]) -> Result<Self> {
         rules
             .iter()
             .map(|r| {
                 Pattern::new(&r.pattern)
                     .map(|p| (p, r.keep))
-                    .map_err(|e| format!("invalid pattern `{}`: {e}", r.pattern))
+                    .map_err(Error::at(format!("invalid pattern `{}`", r.pattern)))
             })
             .collect::<Result<_, _>>()
             .map(Self)
@@ -51,8 +52,8 @@ impl Trimmer {
 }
 
 /// Unpacks all packages below `root`, each from the next of `files`. The result is sorted by the packages' names.
-pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> Result<Vec<Unpacked>, String> {
-    skeleton(root).map_err(|e| format!("cannot create the tree: {e}"))?;
+pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> Result<Vec<Unpacked>> {
+    skeleton(root).map_err(Error::cannot("create the tree"))?;
     let next = AtomicUsize::new(0);
     let results = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -64,10 +65,10 @@ pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> R
                     let result = match next {
                         Ok(Some((info, file))) => Deb::read(file, &info.name, &info.sha256).and_then(|deb| {
                             let name = deb.name.clone();
-                            unpack_one(deb, info.essential, root, trim).map_err(|e| format!("{name}: {e}"))
+                            unpack_one(deb, info.essential, root, trim).map_err(Error::at(name))
                         }),
                         Ok(None) => break,
-                        Err(e) => Err(format!("cannot open a package's file: {e}")),
+                        Err(e) => Err(Error::cannot("open a package's file")(e)),
                     };
                     results.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(result);
                 }
@@ -78,7 +79,7 @@ pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> R
     let mut all = results.into_iter().collect::<Result<Vec<_>, _>>()?;
     all.sort_by(|a, b| a.deb.name.cmp(&b.deb.name));
     no_file_twice(&all)?;
-    directories(&all, root).map_err(|e| format!("cannot set a folder's owner or mode: {e}"))?;
+    directories(&all, root).map_err(Error::cannot("set a folder's owner or mode"))?;
     Ok(all)
 }
 
@@ -96,12 +97,12 @@ fn skeleton(root: &Path) -> io::Result<()> {
 }
 
 /// Fails if two packages have the same file: threads write in any order, so the content would be random.
-fn no_file_twice(all: &[Unpacked]) -> Result<(), String> {
+fn no_file_twice(all: &[Unpacked]) -> Result<()> {
     let mut owners: BTreeMap<&str, &str> = BTreeMap::new();
     for package in all {
         for file in &package.files {
             if let Some(other) = owners.insert(file, &package.deb.name) {
-                return Err(format!("{other} and {} both have {file}", package.deb.name));
+                return fail(format!("{other} and {} both have {file}", package.deb.name));
             }
         }
     }
@@ -130,17 +131,17 @@ fn directories(all: &[Unpacked], root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn unpack_one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacked, String> {
+fn unpack_one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<Unpacked> {
     let (mut paths, mut conffiles, mut dirs, mut files) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     data_entries(&deb, |path, entry| {
         paths.push(path.to_owned());
         let header = entry.header();
         let kind = header.entry_type();
-        let number = |n: io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(0)).map_err(|e| e.to_string());
-        let (mode, uid, gid) =
-            (header.mode().map_err(|e| e.to_string())?, number(header.uid())?, number(header.gid())?);
+        let context = |e: io::Error| Error::at(path)(e);
+        let number = |n: io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(0)).map_err(context);
+        let (mode, uid, gid) = (header.mode().map_err(context)?, number(header.uid())?, number(header.gid())?);
         let full = root.join(&path[1..]);
-        let context = |e: io::Error| format!("{path}: {e}");
+        let invalid = |what: &str| Error::At { place: path.to_owned(), source: what.into() };
         if kind.is_dir() {
             fs::create_dir_all(&full).map_err(context)?;
             dirs.push((path.to_owned(), mode, uid, gid));
@@ -153,8 +154,8 @@ fn unpack_one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<
             fs::create_dir_all(parent).map_err(context)?;
         }
         if kind.is_symlink() {
-            let target = entry.link_name_bytes().ok_or("a link without a target")?.into_owned();
-            let target = String::from_utf8(target).map_err(|_| "a link's target is not UTF-8")?;
+            let target = entry.link_name_bytes().ok_or_else(|| invalid("a link without a target"))?.into_owned();
+            let target = String::from_utf8(target).map_err(|_| invalid("a link's target is not UTF-8"))?;
             match symlink(&target, &full) {
                 Err(e)
                     if e.kind() == io::ErrorKind::AlreadyExists
@@ -166,8 +167,8 @@ fn unpack_one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<
             }
             lchown(&full, Some(uid), Some(gid)).map_err(context)?;
         } else if kind.is_hard_link() {
-            let target = entry.link_name_bytes().ok_or("a link without a target")?.into_owned();
-            let target = String::from_utf8(target).map_err(|_| "a link's target is not UTF-8")?;
+            let target = entry.link_name_bytes().ok_or_else(|| invalid("a link without a target"))?.into_owned();
+            let target = String::from_utf8(target).map_err(|_| invalid("a link's target is not UTF-8"))?;
             let target = target.trim_start_matches("./").trim_start_matches('/');
             // A hard link to a trimmed file is trimmed, too.
             if !trim.drops(&format!("/{target}")) {
@@ -188,7 +189,7 @@ fn unpack_one(deb: Deb, essential: bool, root: &Path, trim: &Trimmer) -> Result<
             }
             file.set_permissions(Permissions::from_mode(mode & 0o7777)).map_err(context)?;
         } else {
-            return Err(format!("{path} is a device or a pipe; images cannot contain these"));
+            return fail(format!("{path} is a device or a pipe; images cannot contain these"));
         }
         files.push(path.to_owned());
         Ok(())

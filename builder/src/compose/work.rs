@@ -6,6 +6,7 @@ use super::job::{Job, Stage};
 use super::layer::LayerInfo;
 use super::unpack::{Trimmer, Unpacked, unpack};
 use super::{archive, configure, dpkg_database, finish};
+use crate::error::{Error, Result};
 use crate::sandbox::Files;
 use crate::sandbox::tree_root::{Runner, with_tree};
 
@@ -13,40 +14,30 @@ use crate::sandbox::tree_root::{Runner, with_tree};
 ///
 /// # Errors
 /// If a package cannot be unpacked or configured, or a layer cannot be written.
-pub fn work(job: &Job, files: &Files) -> Result<LayerInfo, String> {
+pub fn work(job: &Job, files: &Files) -> Result<LayerInfo> {
     with_tree(job.room, |root, runner| {
         if job.start {
-            files
-                .next()
-                .and_then(|tar| archive::read(tar, root))
-                .map_err(|e| format!("cannot unpack the base layer: {e}"))?;
+            files.next().and_then(|tar| archive::read(tar, root)).map_err(Error::cannot("unpack the base layer"))?;
         }
         let trim = Trimmer::new(&job.trim)?;
         let mut info = None;
         for stage in &job.stages {
             info = Some(self::stage(job, stage, files, root, runner, &trim)?);
         }
-        info.ok_or_else(|| "the job has no stages".to_owned())
+        info.ok_or_else(|| Error::Failed("the job has no stages".to_owned()))
     })
 }
 
-fn stage(
-    job: &Job,
-    stage: &Stage,
-    files: &Files,
-    root: &Path,
-    runner: &Runner,
-    trim: &Trimmer,
-) -> Result<LayerInfo, String> {
+fn stage(job: &Job, stage: &Stage, files: &Files, root: &Path, runner: &Runner, trim: &Trimmer) -> Result<LayerInfo> {
     let packages = unpack(&stage.debs, files, root, trim)?;
-    dpkg_database::write(root, &packages).map_err(|e| format!("cannot write dpkg's database: {e}"))?;
+    dpkg_database::write(root, &packages).map_err(Error::cannot("write dpkg's database"))?;
     let names = |essential: bool| -> Vec<String> {
         packages.iter().filter(|p: &&Unpacked| !essential || p.essential).map(|p| p.deb.info_name()).collect()
     };
     configure::configure(root, runner, &names(false), &names(true), &job.users)?;
     drop(packages);
-    let out = || files.next().map_err(|e| format!("cannot write the layer: {e}"));
+    let out = || files.next().map_err(Error::cannot("write the layer"));
     let kernel = if stage.finish { finish::finish(root, runner, &mut out()?)? } else { String::new() };
-    let (bytes, files) = archive::write(root, out()?).map_err(|e| format!("cannot write the layer: {e}"))?;
+    let (bytes, files) = archive::write(root, out()?).map_err(Error::cannot("write the layer"))?;
     Ok(LayerInfo { kernel, bytes, files })
 }

@@ -193,7 +193,7 @@ pub fn export(
 }
 
 fn text(ticket: &Ticket) -> Result<String> {
-    serde_json::to_string(ticket).map_err(|e| Error::Failed(e.to_string()))
+    serde_json::to_string(ticket).map_err(Error::Json)
 }
 
 /// Writes a FAT disk with the label `CIDATA`, by which cloud-init finds NoCloud's data.

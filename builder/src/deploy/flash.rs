@@ -109,7 +109,7 @@ impl TicketFile<'_> {
     /// # Errors
     /// If the kernel returns no random bytes.
     pub fn file(ticket: &Ticket, secure: bool) -> Result<(String, Vec<u8>)> {
-        let text = serde_json::to_vec(ticket).map_err(|e| Error::Failed(e.to_string()))?;
+        let text = serde_json::to_vec(ticket).map_err(Error::Json)?;
         if secure {
             return Ok((Ticket::FILE.to_owned(), text));
         }
@@ -377,7 +377,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("disk"), b"precious, and longer than the image").unwrap();
         let e = flashed(dir.path(), b"image", "disk", false).unwrap_err();
-        assert!(e.to_string().contains("add --yes"), "{e}");
+        assert!(e.chain().contains("add --yes"), "{e}");
         assert!(fs::read(dir.path().join("disk")).unwrap().starts_with(b"precious"));
         let made = flashed(dir.path(), b"image", "disk", true).unwrap();
         assert_eq!(fs::read(made).unwrap(), b"image");
@@ -412,7 +412,7 @@ mod tests {
     fn rejects_targets_that_are_not_disks() {
         for (target, message) in [("/dev/null", "neither a disk nor a file"), ("/dev/no-such-disk", "No such file")] {
             let e = check(Path::new(target), None, 1).unwrap_err();
-            assert!(e.to_string().contains(message), "{e}");
+            assert!(e.chain().contains(message), "{e}");
         }
     }
 

@@ -10,7 +10,7 @@ use fleet::{
     TokensRequest, Topology, compare_versions, encoding,
 };
 use fleet_https::backoff::Backoff;
-use fleet_https::{self as https, ClientConfig, Connection, Error as Failure};
+use fleet_https::{self as https, ClientConfig, Connection, PeerError};
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result, fail};
@@ -106,9 +106,9 @@ impl Hubs<'_> {
     /// Sends an order to these hubs. Retries while etcd has no leader and the hubs return 503; hubs accept an order
     /// again that they have carried out already.
     fn send_to<T: SignedOrder + Clone>(&self, order: &T, hubs: &[&Node]) -> Result<(String, Vec<u8>)> {
-        let tls = https::client(self.authority.root.certificate(), None).map_err(|e| Error::Failed(e.to_string()))?;
+        let tls = https::client(self.authority.root.certificate(), None)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|e| Error::Failed(format!("cannot start the network client: {e}")))?;
+        let runtime = runtime.map_err(Error::cannot("start the network client"))?;
         let until = Instant::now() + ELECTION;
         let mut pause = Backoff::default();
         loop {
@@ -120,9 +120,12 @@ impl Hubs<'_> {
                     Err(e) => failures.push(e),
                 }
             }
-            let is_temporary = |e: &Failure| matches!(e, Failure::Network { why, .. } if why.starts_with("503"));
+            let is_temporary = |e: &Error| {
+                let Error::Https(https::Error::Network { source, .. }) = e else { return false };
+                matches!(source, PeerError::Status { status, .. } if status.as_u16() == 503)
+            };
             if !failures.iter().any(is_temporary) || Instant::now() > until {
-                let failures: Vec<String> = failures.iter().map(ToString::to_string).collect();
+                let failures: Vec<String> = failures.iter().map(Error::chain).collect();
                 return fail(format!("no hub accepts the order: {}", failures.join("; ")));
             }
             std::thread::sleep(pause.next_delay());
@@ -135,16 +138,16 @@ impl Hubs<'_> {
         hub: &Node,
         host: &str,
         tls: &Arc<ClientConfig>,
-    ) -> Result<Vec<u8>, Failure> {
+    ) -> Result<Vec<u8>> {
         let root = &self.authority.root;
-        let nonce = random::<16>().map_err(|e| Failure::Failed(e.to_string()))?;
+        let nonce = random::<16>()?;
         let order = order.clone().with_scope(OrderScope {
             path: T::PATH.to_owned(),
             hub: hub.name.clone(),
             issued_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             nonce: encoding::encode(&nonce),
         });
-        let body = serde_json::to_vec(&order).map_err(|e| Failure::Failed(e.to_string()))?;
+        let body = serde_json::to_vec(&order).map_err(Error::Json)?;
         let mut connection = Connection::open(host, self.topology.mesh.port, &hub.name, tls).await?;
         let reply = connection.post_signed(T::PATH, &body, |message| root.sign(message), LONGEST).await?;
         Ok(reply.to_vec())
@@ -152,11 +155,11 @@ impl Hubs<'_> {
 }
 
 fn parse<T: DeserializeOwned>(hub: &str, reply: &[u8]) -> Result<T> {
-    serde_json::from_slice(reply).map_err(|e| {
-        Error::Failed(format!(
-            "cannot read the reply of {hub}: {e}\n  help: use a version of bakehouse that is not older than the hub's"
-        ))
-    })
+    let help = "use a version of bakehouse that is not older than the hub's";
+    serde_json::from_slice(reply).map_err(Error::cannot(format!(
+        "read the reply of {hub}
+  help: {help}"
+    )))
 }
 
 /// Returns the state of a rollout as text: a line for each node, then the update lock, pauses and denials.

@@ -33,51 +33,56 @@ impl Deb {
                 path.display()
             ));
         }
-        Self::parse(bytes).map_err(|e| Error::Failed(format!("{} is not a Debian package: {e}", path.display())))
+        Self::parse(bytes).map_err(Error::at(format!("{} is not a Debian package", path.display())))
     }
 
     /// Reads a package from an open file, and verifies its sha256.
     ///
     /// # Errors
     /// If the file cannot be read, has another sha256, or is not a package.
-    pub fn read(mut file: impl Read, name: &str, digest: &str) -> Result<Self, String> {
+    pub fn read(mut file: impl Read, name: &str, digest: &str) -> Result<Self> {
         let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(|e| format!("cannot read {name}: {e}"))?;
+        file.read_to_end(&mut bytes).map_err(Error::cannot(format!("read {name}")))?;
         if sha256(&bytes) != digest {
-            return Err(format!("{name} does not have the sha256 {digest}"));
+            return fail(format!("{name} does not have the sha256 {digest}"));
         }
-        Self::parse(bytes).map_err(|e| format!("{name} is not a Debian package: {e}"))
+        Self::parse(bytes).map_err(Error::at(format!("{name} is not a Debian package")))
     }
 
     /// Parses a package.
     ///
     /// # Errors
     /// If the bytes are not a package.
-    pub fn parse(bytes: Vec<u8>) -> Result<Self, String> {
+    pub fn parse(bytes: Vec<u8>) -> Result<Self> {
         let members = members(&bytes)?;
         let find = |prefix: &str| {
-            members.iter().find(|(n, _)| n.starts_with(prefix)).cloned().ok_or(format!("it has no {prefix}"))
+            members
+                .iter()
+                .find(|(n, _)| n.starts_with(prefix))
+                .cloned()
+                .ok_or_else(|| Error::Failed(format!("it has no {prefix}")))
         };
         let (control_name, control_range) = find("control.tar")?;
         let data = find("data.tar")?;
         let mut scripts = BTreeMap::new();
         let mut archive = tar::Archive::new(decoder(&control_name, &bytes[control_range.clone()])?);
-        for entry in archive.entries().map_err(|e| e.to_string())? {
-            let mut entry = entry.map_err(|e| e.to_string())?;
+        for entry in archive.entries().map_err(invalid)? {
+            let mut entry = entry.map_err(invalid)?;
             if !entry.header().entry_type().is_file() {
                 continue;
             }
             let name = String::from_utf8_lossy(&entry.path_bytes()).trim_start_matches("./").to_owned();
-            let mode = entry.header().mode().map_err(|e| e.to_string())?;
+            let mode = entry.header().mode().map_err(invalid)?;
             let mut content = Vec::new();
-            entry.read_to_end(&mut content).map_err(|e| e.to_string())?;
+            entry.read_to_end(&mut content).map_err(invalid)?;
             scripts.insert(name, (mode & 0o777, content));
         }
         drop(archive);
-        let (_, control) = scripts.remove("control").ok_or("it has no control file")?;
-        let control = String::from_utf8(control).map_err(|_| "its control file is not UTF-8")?;
+        let (_, control) =
+            scripts.remove("control").ok_or_else(|| Error::Failed("it has no control file".to_owned()))?;
+        let control = String::from_utf8(control).map_err(Error::at("its control file is not UTF-8"))?;
         let name = crate::format::deb822::field(&control, "Package")
-            .ok_or("its control file has no field `Package`")?
+            .ok_or_else(|| Error::Failed("its control file has no field `Package`".to_owned()))?
             .to_owned();
         // A line with a flag (`remove-on-upgrade`) does not start with `/`. dpkg removes these files on upgrades only.
         let conffiles = scripts
@@ -97,7 +102,7 @@ impl Deb {
     ///
     /// # Errors
     /// If the compression is not supported.
-    pub fn data(&self) -> Result<Box<dyn Read + '_>, String> {
+    pub fn data(&self) -> Result<Box<dyn Read + '_>> {
         decoder(&self.data.0, &self.bytes[self.data.1.clone()])
     }
 
@@ -115,16 +120,16 @@ impl Deb {
 /// If the tar is damaged, a path is invalid, or `each` fails.
 pub fn data_entries(
     deb: &Deb,
-    mut each: impl FnMut(&str, &mut tar::Entry<'_, Box<dyn Read + '_>>) -> Result<(), String>,
-) -> Result<(), String> {
+    mut each: impl FnMut(&str, &mut tar::Entry<'_, Box<dyn Read + '_>>) -> Result<()>,
+) -> Result<()> {
     let mut archive = tar::Archive::new(deb.data()?);
-    for entry in archive.entries().map_err(|e| e.to_string())? {
-        let mut entry = entry.map_err(|e| e.to_string())?;
+    for entry in archive.entries().map_err(invalid)? {
+        let mut entry = entry.map_err(invalid)?;
         let raw = entry.path_bytes().into_owned();
-        let raw = String::from_utf8(raw).map_err(|_| "a file's name is not UTF-8".to_owned())?;
+        let raw = String::from_utf8(raw).map_err(Error::at("a file's name is not UTF-8"))?;
         let path = raw.trim_start_matches('.').trim_end_matches('/');
         if path.split('/').any(|part| part == "..") {
-            return Err(format!("it has the invalid path {raw}"));
+            return fail(format!("it has the invalid path {raw}"));
         }
         let path = if path.is_empty() { "/." } else { path };
         each(path, &mut entry)?;
@@ -132,30 +137,40 @@ pub fn data_entries(
     Ok(())
 }
 
-fn members(bytes: &[u8]) -> Result<Vec<(String, std::ops::Range<usize>)>, String> {
+/// Returns the error for a tar that cannot be read.
+fn invalid(e: std::io::Error) -> Error {
+    Error::cannot("read its tar")(e)
+}
+
+fn members(bytes: &[u8]) -> Result<Vec<(String, std::ops::Range<usize>)>> {
     let mut all = Vec::new();
     if !bytes.starts_with(b"!<arch>\n") {
-        return Err("it is not an ar archive".to_owned());
+        return fail("it is not an ar archive");
     }
     let mut at = 8;
     while let Some(header) = bytes.get(at..at + 60) {
         let text = |range: std::ops::Range<usize>| std::str::from_utf8(&header[range]).unwrap_or_default().trim();
         let name = text(0..16).trim_end_matches('/').to_owned();
-        let size: usize = text(48..58).parse().map_err(|_| "a member has no size")?;
-        let end = (at + 60).checked_add(size).filter(|e| *e <= bytes.len()).ok_or("it is truncated")?;
+        let size: usize = text(48..58).parse().map_err(Error::at("a member has no size"))?;
+        let end = (at + 60)
+            .checked_add(size)
+            .filter(|e| *e <= bytes.len())
+            .ok_or_else(|| Error::Failed("it is truncated".to_owned()))?;
         all.push((name, at + 60..end));
         at = end + (size & 1);
     }
     Ok(all)
 }
 
-fn decoder<'a>(name: &str, bytes: &'a [u8]) -> Result<Box<dyn Read + 'a>, String> {
+fn decoder<'a>(name: &str, bytes: &'a [u8]) -> Result<Box<dyn Read + 'a>> {
     match name.rsplit('.').next() {
         Some("xz") => Ok(Box::new(liblzma::read::XzDecoder::new(bytes))),
-        Some("zst") => Ok(Box::new(ruzstd::decoding::StreamingDecoder::new(bytes).map_err(|e| e.to_string())?)),
+        Some("zst") => Ok(Box::new(
+            ruzstd::decoding::StreamingDecoder::new(bytes).map_err(Error::cannot(format!("unpack {name}")))?,
+        )),
         Some("gz") => Ok(Box::new(flate2::read::GzDecoder::new(bytes))),
         Some("tar") => Ok(Box::new(bytes)),
-        _ => Err(format!("the compression of {name} is not supported")),
+        _ => fail(format!("the compression of {name} is not supported")),
     }
 }
 

@@ -38,7 +38,7 @@ impl Build<'_> {
         let program = fs::read(&path).map_err(Error::io("read", &path))?;
         let mut spec = self.initrd_spec(&["profiles/initrd.toml", "profiles/netboot.toml"])?;
         spec.programs.push(("usr/bin/firstboot-install", program));
-        let trust = serde_json::to_vec(trust).map_err(|e| Error::Failed(e.to_string()))?;
+        let trust = serde_json::to_vec(trust).map_err(Error::Json)?;
         spec.files.push((InstallerTrust::PATH, trust));
         let scratch = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
         let source = initrd::Source { tree: &tree, layer: &layer, kernel: &kernel, tools: &tools };

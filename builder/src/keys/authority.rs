@@ -6,7 +6,7 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use fleet::{CertificateError, Issuer, Membership, Node, PrivateKey, Secrets, Tls, Topology, etcd_client_anchor};
+use fleet::{Issuer, Membership, Node, PrivateKey, Secrets, Tls, Topology, etcd_client_anchor};
 use ring::hkdf::{HKDF_SHA256, Salt};
 use serde::{Deserialize, Serialize};
 
@@ -121,7 +121,7 @@ impl FleetKey {
             Err(e) => return Err(Error::io("read", path)(e)),
         };
         let mut found: Self = serde_json::from_slice(&passphrase::open(path, bytes)?)
-            .map_err(|e| Error::Failed(format!("{} is damaged ({e}); restore a copy of it", path.display())))?;
+            .map_err(Error::damaged(path, "restore a copy of it"))?;
         if found.fleet != fleet {
             return fail(format!("{} belongs to the fleet `{}`, not to `{fleet}`", path.display(), found.fleet));
         }
@@ -144,7 +144,7 @@ impl FleetKey {
     }
 
     fn bytes(&self) -> Result<Vec<u8>> {
-        serde_json::to_vec(self).map_err(|e| Error::Failed(e.to_string()))
+        serde_json::to_vec(self).map_err(Error::Json)
     }
 
     /// Creates certificates and passwords for a node, to validate its configuration.
@@ -163,12 +163,6 @@ impl FleetKey {
             },
             secrets: self.secrets.clone(),
         })
-    }
-}
-
-impl From<CertificateError> for Error {
-    fn from(e: CertificateError) -> Self {
-        Self::Failed(e.to_string())
     }
 }
 

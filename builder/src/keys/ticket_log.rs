@@ -45,7 +45,7 @@ pub enum TicketState {
 pub fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
     let Some(claims) = ticket.token().and_then(Token::read) else { return Ok(()) };
     let path = dir.join(FILE);
-    let mut line = serde_json::to_vec(&claims).map_err(|e| Error::Failed(e.to_string()))?;
+    let mut line = serde_json::to_vec(&claims).map_err(Error::Json)?;
     line.push(b'\n');
     let mut append = || {
         let mut file = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(&path)?;

@@ -25,7 +25,7 @@ impl UpdateKey {
         let failed = |_| Error::Failed("cannot derive the update key".to_owned());
         secret.expand(&[b"update key, v1"], HKDF_SHA256).and_then(|k| k.fill(&mut seed)).map_err(failed)?;
         let pair = Ed25519KeyPair::from_seed_unchecked(&seed)
-            .map_err(|e| Error::Failed(format!("cannot derive the update key: {e}")))?;
+            .map_err(|e| Error::cannot("derive the update key")(e.to_string()))?;
         Ok(Self { pair, name: format!("{fleet} fleet updates") })
     }
 
@@ -52,7 +52,7 @@ impl UpdateKey {
     /// # Errors
     /// If the statement cannot be serialised as JSON.
     pub fn sign_image(&self, statement: &ImageStatement) -> Result<SignedImage> {
-        let statement = serde_json::to_string(statement).map_err(|e| Error::Failed(e.to_string()))?;
+        let statement = serde_json::to_string(statement).map_err(Error::Json)?;
         let signature = encode(self.pair.sign(&SignedImage::message(&statement)).as_ref());
         Ok(SignedImage { statement, signature })
     }

@@ -129,7 +129,7 @@ fn package_with<'a>(packages: &[&'a Package], store: &Store, path: &str) -> Resu
                             has |= entry == path || entry == plain;
                             Ok(())
                         })
-                        .map_err(Error::Failed)?;
+                        .map_err(Error::at(&package.name))?;
                         Ok(has)
                     })();
                     match has_path {

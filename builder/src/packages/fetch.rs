@@ -12,7 +12,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use ureq::Agent;
 
-use crate::error::{Error, Result, fail};
+use crate::error::{Cause, Error, Result};
 use crate::packages::lock::Package;
 use crate::packages::mirror::Mirror;
 use crate::progress::{Progress, Step};
@@ -74,8 +74,7 @@ impl Agents {
                 .timeout_recv_response(Some(Duration::from_secs(60)))
                 .user_agent(concat!("bakehouse/", env!("CARGO_PKG_VERSION")));
             if let Some(proxy) = mirror.proxy(scheme) {
-                let proxy = ureq::Proxy::new(&proxy)
-                    .map_err(|e| Error::Failed(format!("cannot use apt's proxy `{proxy}`: {e}")))?;
+                let proxy = ureq::Proxy::new(&proxy).map_err(Error::cannot(format!("use apt's proxy `{proxy}`")))?;
                 config = config.proxy(Some(proxy));
             }
             self.0.insert(scheme.to_owned(), config.build().new_agent());
@@ -93,9 +92,9 @@ struct Fetcher<'a> {
 /// Why an attempt failed.
 enum FetchError {
     /// Another attempt may succeed.
-    Retry(String),
+    Retry(Cause),
     /// Another attempt would fail, too.
-    Permanent(String),
+    Permanent(Cause),
 }
 
 impl Fetcher<'_> {
@@ -110,7 +109,7 @@ impl Fetcher<'_> {
         // The name has no process id: the next process that holds the lock resumes the transfer.
         let part = self.store.path(Kind::Deb, &package.sha256).with_extension("part");
         let mut counted = 0;
-        let mut why = String::new();
+        let mut why = Cause::from("no attempt was made");
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 std::thread::sleep(Duration::from_millis(250 << (2 * attempt)));
@@ -129,7 +128,8 @@ impl Fetcher<'_> {
                 }
             }
         }
-        fail(format!("cannot download {} {} from {url}: {why}", package.name, package.version))
+        let package = format!("{} {}", package.name, package.version);
+        Err(Error::Download { package, url, source: why })
     }
 
     fn attempt(
@@ -140,7 +140,7 @@ impl Fetcher<'_> {
         agents: &mut Agents,
         counted: &mut u64,
     ) -> Result<(), FetchError> {
-        let disk = |e: io::Error| FetchError::Permanent(format!("cannot write to the store: {e}"));
+        let disk = |e: io::Error| FetchError::Permanent(Error::cannot("write to the store")(e).into());
         let mut hash = Sha256::new();
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(part).map_err(disk)?;
         let mut have = file.metadata().map_err(disk)?.len();
@@ -163,17 +163,18 @@ impl Fetcher<'_> {
             self.count(have, counted);
             let mut buffer = vec![0; 1 << 16];
             loop {
-                let n = body.read(&mut buffer).map_err(|e| FetchError::Retry(format!("the transfer failed: {e}")))?;
+                let n = body
+                    .read(&mut buffer)
+                    .map_err(|e| FetchError::Retry(Error::at("the transfer failed")(e).into()))?;
                 if n == 0 {
                     break;
                 }
                 have += n as u64;
                 if have > package.size {
                     let _ = fs::remove_file(part);
-                    return Err(FetchError::Retry(format!(
-                        "the mirror sent more than the {} bytes in the lock",
-                        package.size
-                    )));
+                    return Err(FetchError::Retry(
+                        format!("the mirror sent more than the {} bytes in the lock", package.size).into(),
+                    ));
                 }
                 hash.update(&buffer[..n]);
                 file.write_all(&buffer[..n]).map_err(disk)?;
@@ -181,15 +182,16 @@ impl Fetcher<'_> {
             }
         }
         if have < package.size {
-            return Err(FetchError::Retry(format!("the mirror sent {have} bytes, but the lock has {}", package.size)));
+            return Err(FetchError::Retry(
+                format!("the mirror sent {have} bytes, but the lock has {}", package.size).into(),
+            ));
         }
         let got = hex(&hash.finalize());
         if got != package.sha256 {
             let _ = fs::remove_file(part);
-            return Err(FetchError::Retry(format!(
-                "the mirror's file has sha256 {got}, but the lock has {}",
-                package.sha256
-            )));
+            return Err(FetchError::Retry(
+                format!("the mirror's file has sha256 {got}, but the lock has {}", package.sha256).into(),
+            ));
         }
         Ok(())
     }
@@ -211,13 +213,13 @@ impl Fetcher<'_> {
     ) -> Result<(Box<dyn Read>, bool), FetchError> {
         let scheme = url.split(':').next().unwrap_or_default();
         if let Some(path) = url.strip_prefix("file://").or_else(|| url.strip_prefix("file:")) {
-            let file = File::open(path).map_err(|e| FetchError::Permanent(e.to_string()))?;
+            let file = File::open(path).map_err(|e| FetchError::Permanent(e.into()))?;
             return Ok((Box::new(file), false));
         }
         if scheme != "http" {
             return apt_helper(url, scratch).map(|file| (Box::new(file) as Box<dyn Read>, false));
         }
-        let agent = agents.of(scheme, self.mirror).map_err(|e| FetchError::Permanent(e.to_string()))?;
+        let agent = agents.of(scheme, self.mirror).map_err(|e| FetchError::Permanent(e.into()))?;
         let mut request = agent.get(url);
         if from > 0 {
             request = request.header("Range", format!("bytes={from}-"));
@@ -228,12 +230,12 @@ impl Fetcher<'_> {
                 Ok((Box::new(response.into_body().into_reader()), resumed))
             }
             Err(ureq::Error::StatusCode(404)) => Err(FetchError::Permanent(
-                "the mirror no longer has it (404); update the lock with `bakehouse lock --update`".to_owned(),
+                "the mirror no longer has it (404); update the lock with `bakehouse lock --update`".into(),
             )),
             Err(ureq::Error::StatusCode(code @ (400..=407 | 410))) => {
-                Err(FetchError::Permanent(format!("the mirror returned HTTP {code}; check its address")))
+                Err(FetchError::Permanent(format!("the mirror returned HTTP {code}; check its address").into()))
             }
-            Err(e) => Err(FetchError::Retry(e.to_string())),
+            Err(e) => Err(FetchError::Retry(e.into())),
         }
     }
 }
@@ -244,12 +246,20 @@ fn apt_helper(url: &str, beside: &Path) -> Result<File, FetchError> {
     let path = beside.with_extension("apt");
     let _ = fs::remove_file(&path);
     let result = Command::new("/usr/lib/apt/apt-helper").args(["-qq", "download-file", url]).arg(&path).output();
-    let output = result.map_err(|e| FetchError::Permanent(format!("cannot run apt-helper: {e}; install apt")))?;
+    let output = result.map_err(|e| {
+        FetchError::Permanent(
+            Error::cannot(
+                "run apt-helper
+  help: install apt",
+            )(e)
+            .into(),
+        )
+    })?;
     let file = File::open(&path);
     let _ = fs::remove_file(&path);
     match file {
         Ok(file) if output.status.success() => Ok(file),
-        _ => Err(FetchError::Retry(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+        _ => Err(FetchError::Retry(String::from_utf8_lossy(&output.stderr).trim().into())),
     }
 }
 
@@ -334,7 +344,7 @@ mod tests {
     #[test]
     fn error_names_package_and_hash() {
         let (result, requests, stored) = run(vec![ok(b"012345678X", 10); 4], b"0123456789");
-        let message = result.unwrap_err().to_string();
+        let message = result.unwrap_err().chain();
         assert!(message.contains("thing 1") && message.contains("sha256"), "{message}");
         assert_eq!((requests.len(), stored), (4, None));
     }
@@ -343,7 +353,7 @@ mod tests {
     fn missing_file_is_not_retried() {
         let gone = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".to_vec();
         let (result, requests, _) = run(vec![gone; 4], b"0123456789");
-        assert!(result.unwrap_err().to_string().contains("bakehouse lock --update"));
+        assert!(result.unwrap_err().chain().contains("bakehouse lock --update"));
         assert_eq!(requests.len(), 1);
     }
 }

@@ -111,7 +111,7 @@ impl Lock {
                 lock.format,
                 Self::FORMAT
             )),
-            Err(e) => fail(format!("{} is damaged: {}; run `bakehouse lock --update`", path.display(), e.message())),
+            Err(e) => Err(Error::damaged(path, "run `bakehouse lock --update`")(e.message())),
         }
     }
 
@@ -157,7 +157,7 @@ impl Lock {
     pub fn write(&self, path: &Path) -> Result<()> {
         let mut text =
             String::from("# Made by `bakehouse lock`; commit it. To take newer packages: `bakehouse lock --update`.\n");
-        text.push_str(&toml::to_string(self).map_err(|e| Error::Failed(format!("cannot write the lock: {e}")))?);
+        text.push_str(&toml::to_string(self).map_err(Error::cannot("write the lock"))?);
         write_atomic(path, text.as_bytes())
     }
 

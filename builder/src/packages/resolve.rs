@@ -61,12 +61,12 @@ pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Pro
 
 /// Adds the file that requests a package to apt's error about that package.
 fn explain(project: &Project, image: &str, request: &[String], e: Error) -> Error {
-    let Error::Failed(message) = e else { return e };
+    let Error::Apt { what, output } = e else { return e };
     let Some(package) = request
         .iter()
-        .find(|p| message.split(|c: char| c.is_whitespace() || "'’\"".contains(c)).any(|w| w == p.as_str()))
+        .find(|p| output.split(|c: char| c.is_whitespace() || "'’\"".contains(c)).any(|w| w == p.as_str()))
     else {
-        return Error::Failed(message);
+        return Error::Apt { what, output };
     };
     let source = project
         .fleet
@@ -82,9 +82,8 @@ fn explain(project: &Project, image: &str, request: &[String], e: Error) -> Erro
             Some(format!("profiles/roles/{}.toml", role.0))
         })
         .unwrap_or_else(|| "bakehouse itself".to_owned());
-    Error::Failed(format!(
-        "{message}\n{source} requests `{package}`: check its name, or add the `[[debian.sources]]` that has it"
-    ))
+    let fix = format!("{source} requests `{package}`: check its name, or add the `[[debian.sources]]` that has it");
+    Error::Apt { what, output: format!("{output}\n{fix}") }
 }
 
 struct Apt {
@@ -165,7 +164,7 @@ impl Apt {
             .env("LC_ALL", "C.UTF-8")
             .env("APT_CONFIG", self.dir.join("apt.conf"))
             .output()
-            .map_err(|e| Error::Failed(format!("cannot run {program}: {e}; install apt (`make deps`)")))
+            .map_err(Error::cannot(format!("run {program}\n  help: install apt (`make deps`)")))
     }
 
     fn update(&self) -> Result<()> {
@@ -198,7 +197,7 @@ impl Apt {
         args.extend(request.iter().map(String::as_str));
         let output = self.run("apt-get", &args)?;
         if !output.status.success() {
-            return fail(format!("cannot resolve {what}:\n{}", errors(&output)));
+            return Err(Error::Apt { what: what.to_owned(), output: errors(&output) });
         }
         let text = String::from_utf8_lossy(&output.stdout);
         let read =

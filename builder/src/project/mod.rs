@@ -315,7 +315,7 @@ fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) 
         return Ok(());
     }
     for entry in walkdir::WalkDir::new(dir.join(top)).sort_by_file_name() {
-        let entry = entry.map_err(|e| Error::Failed(format!("cannot read {top}/: {e}")))?;
+        let entry = entry.map_err(Error::cannot(format!("read {top}/")))?;
         if !entry.file_type().is_file() {
             continue;
         }

@@ -58,16 +58,16 @@ impl AlertReceiver {
             return Ok(None);
         }
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build();
-        let runtime = runtime.map_err(|e| Error::Failed(format!("cannot start the receiver's thread: {e}")))?;
+        let runtime = runtime.map_err(Error::cannot("start the receiver's thread"))?;
         let state = Arc::<Mutex<AlertState>>::default();
         for port in ports {
             let at = (Ipv4Addr::LOCALHOST, port);
-            let listener = runtime.block_on(TcpListener::bind(at)).map_err(|e| {
-                Error::Failed(format!("cannot listen at 127.0.0.1:{port} for the alerts of [alerts]: {e}"))
-            })?;
+            let listener = runtime
+                .block_on(TcpListener::bind(at))
+                .map_err(Error::cannot(format!("listen at 127.0.0.1:{port} for the alerts of [alerts]")))?;
             let handler_state = state.clone();
             let handler = Box::new(move |_: &str, body: &[u8]| {
-                let message: Message = serde_json::from_slice(body).map_err(|e| e.to_string())?;
+                let message: Message = serde_json::from_slice(body).map_err(Error::cannot("parse the alert"))?;
                 locked(&handler_state).update(message);
                 Ok(Vec::new())
             });

@@ -84,7 +84,7 @@ impl<'a> Rehearsal<'a> {
     pub fn new(project: &'a Project, progress: &'a Progress) -> Result<Self> {
         let step = progress.step("rehearse", "checking the fleet");
         let status = wait_until_healthy(project, &step, Duration::from_secs(300))
-            .map_err(|e| Error::Failed(format!("{e}\n  help: start it with `bakehouse up` first")))?;
+            .map_err(Error::cannot("rehearse on this fleet\n  help: start it with `bakehouse up` first"))?;
         drop(step);
         let secrets = FleetKey::of_vms(project)?.secrets;
         let any = status.nodes.first().map(|r| r.node.clone()).unwrap_or_default();
@@ -176,7 +176,7 @@ impl<'a> Rehearsal<'a> {
             outcome.broken.push("the clients did not recover while the fault lasted".to_owned());
         }
         if let Err(e) = healthy {
-            outcome.broken.push(e.to_string());
+            outcome.broken.push(e.chain());
         }
         report(step, &outcome);
         Ok(Some(outcome))
@@ -300,7 +300,7 @@ impl<'a> Rehearsal<'a> {
                 let message = format!("the fleet was healthy again after {:.0} s, without an operator", outcome.whole);
                 self.progress.say("power", &message);
             }
-            Err(e) => outcome.broken.push(e.to_string()),
+            Err(e) => outcome.broken.push(e.chain()),
         }
         report(step, &outcome);
         Ok(outcome)
@@ -433,9 +433,9 @@ impl Probe {
             "systemctl stop --no-block rehearsal; for i in $(seq {limit}); do [ -e {DIR}/result ] && break; \
              sleep 1; done; gzip -c {DIR}/result | base64 -w0"
         ))?;
-        let context = |e: &dyn std::fmt::Display| Error::Failed(format!("cannot read the clients' observations: {e}"));
-        let packed = BASE64.decode(output.trim()).map_err(|e| context(&e))?;
-        serde_json::from_reader(flate2::read::GzDecoder::new(&packed[..])).map_err(|e| context(&e))
+        let action = "read the clients' observations";
+        let packed = BASE64.decode(output.trim()).map_err(Error::cannot(action))?;
+        serde_json::from_reader(flate2::read::GzDecoder::new(&packed[..])).map_err(Error::cannot(action))
     }
 }
 

@@ -43,7 +43,7 @@ impl Rehearsal<'_> {
         outcome.whole = if healthy.is_ok() { since.elapsed().as_secs_f64() } else { f64::INFINITY };
         outcome.judge(&scenario.promise, None, f64::from(self.factor));
         if let Err(e) = healthy {
-            outcome.broken.push(e.to_string());
+            outcome.broken.push(e.chain());
         }
         report(step, &outcome);
         Ok(Some(outcome))

@@ -17,6 +17,8 @@ use rustix::thread::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
 /// First argument of the process that runs commands in a tree.
 pub const IN_ROOT: &str = "__in-root";
 
@@ -112,24 +114,23 @@ pub struct CommandOutput {
 ///
 /// # Errors
 /// If a command fails. The error is the command's output.
-pub fn start(root: &Path, commands: Commands, scratch: u64) -> Result<(), String> {
+pub fn start(root: &Path, commands: Commands, scratch: u64) -> Result<()> {
     let job = Entry { root: root.to_owned(), commands, scratch };
-    let job = serde_json::to_vec(&job).map_err(|e| e.to_string())?;
-    unshare(CloneFlags::CLONE_NEWPID).map_err(|e| format!("cannot create a pid namespace: {e}"))?;
+    let job = serde_json::to_vec(&job).map_err(Error::Json)?;
+    unshare(CloneFlags::CLONE_NEWPID).map_err(Error::cannot("create a pid namespace"))?;
     let mut child = Command::new("/proc/self/exe")
         .arg(IN_ROOT)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .spawn()
-        .map_err(|e| format!("cannot start: {e}"))?;
+        .map_err(Error::cannot("start"))?;
     if let Some(mut stdin) = child.stdin.take() {
         let _ = stdin.write_all(&job);
     }
-    let output = child.wait_with_output().map_err(|e| e.to_string())?;
-    let result: CommandOutput =
-        serde_json::from_slice(&output.stdout).map_err(|_| "cannot enter the tree".to_owned())?;
-    if result.ok { Ok(()) } else { Err(result.text) }
+    let output = child.wait_with_output().map_err(Error::cannot("wait for the commands"))?;
+    let result: CommandOutput = serde_json::from_slice(&output.stdout).map_err(Error::cannot("enter the tree"))?;
+    if result.ok { Ok(()) } else { Err(Error::Sandbox(result.text)) }
 }
 
 /// Runs the process that enters the tree. Returns the exit code.
@@ -137,33 +138,34 @@ pub fn enter() -> u8 {
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
     let result = match enter_and_run() {
         Ok(()) => CommandOutput { ok: true, text: String::new() },
-        Err(text) => CommandOutput { ok: false, text },
+        Err(e) => CommandOutput { ok: false, text: e.chain() },
     };
     let json = serde_json::to_vec(&result).unwrap_or_default();
     u8::from(std::io::stdout().write_all(&json).is_err())
 }
 
-fn enter_and_run() -> Result<(), String> {
+fn enter_and_run() -> Result<()> {
     let mut text = Vec::new();
-    std::io::stdin().read_to_end(&mut text).map_err(|e| e.to_string())?;
-    let Entry { root, commands: job, scratch } = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+    std::io::stdin().read_to_end(&mut text).map_err(Error::cannot("read the job"))?;
+    let Entry { root, commands: job, scratch } =
+        serde_json::from_slice(&text).map_err(Error::cannot("read the job"))?;
     if job.own_network {
-        unshare(CloneFlags::CLONE_NEWNET).map_err(|e| format!("cannot create a network namespace: {e}"))?;
+        unshare(CloneFlags::CLONE_NEWNET).map_err(Error::cannot("create a network namespace"))?;
     }
     enter_tree(&root, &job.stand_ins, scratch)?;
     for (path, content) in &job.files {
         let path = Path::new("/").join(path);
-        let context = |e: std::io::Error| format!("{}: {e}", path.display());
+        let context = |e: std::io::Error| Error::at(path.display().to_string())(e);
         fs::create_dir_all(path.parent().unwrap_or(Path::new("/"))).map_err(context)?;
         fs::write(&path, content).map_err(context)?;
     }
-    confine(job.own_network).map_err(|e| format!("cannot drop capabilities: {e}"))?;
+    confine(job.own_network).map_err(Error::cannot("drop capabilities"))?;
     job.commands.iter().try_for_each(|argv| run(argv))
 }
 
-fn run(argv: &[String]) -> Result<(), String> {
+fn run(argv: &[String]) -> Result<()> {
     let Some((program, args)) = argv.split_first() else { return Ok(()) };
-    let failed = |e: std::io::Error| format!("{program}: {e}");
+    let failed = |e: std::io::Error| Error::at(program)(e);
     let mut child = Command::new(program)
         .args(args)
         .env_clear()
@@ -193,7 +195,7 @@ fn run(argv: &[String]) -> Result<(), String> {
     if child.wait().map_err(failed)?.success() {
         return Ok(());
     }
-    Err(last_lines(&String::from_utf8_lossy(&output), 25))
+    Err(Error::Sandbox(last_lines(&String::from_utf8_lossy(&output), 25)))
 }
 
 /// Reads a pipe to its end. Returns only the last bytes, because a script may write without limit.
@@ -209,9 +211,9 @@ fn end_of(pipe: Option<impl Read>) -> Vec<u8> {
 }
 
 /// Makes `root` this process's `/`, with a new /dev, /proc, /run and /tmp, and unmounts the host's root.
-fn enter_tree(root: &Path, stand_ins: &[(String, String)], scratch: u64) -> Result<(), String> {
+fn enter_tree(root: &Path, stand_ins: &[(String, String)], scratch: u64) -> Result<()> {
     let none = None::<&Path>;
-    let io = |e: std::io::Error| format!("cannot prepare the tree: {e}");
+    let io = |e: std::io::Error| Error::cannot("prepare the tree")(e);
     step("create a mount namespace", unshare(CloneFlags::CLONE_NEWNS))?;
     step("make mounts private", mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))?;
     step("bind the tree", mount(Some(root), root, none, MsFlags::MS_BIND | MsFlags::MS_REC, none))?;
@@ -269,12 +271,12 @@ impl Inside {
     }
 }
 
-fn step(what: &str, done: nix::Result<()>) -> Result<(), String> {
-    done.map_err(|e| format!("cannot {what}: {e}"))
+fn step(what: &str, done: nix::Result<()>) -> Result<()> {
+    done.map_err(Error::cannot(what))
 }
 
 /// Makes [`READ_ONLY`] parts of /proc read-only, and hides [`MASKED`] parts.
-fn protect_proc(root: &Path) -> Result<(), String> {
+fn protect_proc(root: &Path) -> Result<()> {
     let none = None::<&Path>;
     let bare = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | bare;
@@ -298,8 +300,8 @@ fn protect_proc(root: &Path) -> Result<(), String> {
 }
 
 /// Mounts stand-ins over programs of the tree. Call it after entering the tree.
-fn put_stand_ins(stand_ins: &[(String, String)]) -> Result<(), String> {
-    let io = |e: std::io::Error| format!("cannot write a stand-in: {e}");
+fn put_stand_ins(stand_ins: &[(String, String)]) -> Result<()> {
+    let io = |e: std::io::Error| Error::cannot("write a stand-in")(e);
     for (i, (program, text)) in stand_ins.iter().enumerate() {
         let target = Path::new(program);
         let stand_in = format!("/run/stand-in-{i}");

@@ -90,7 +90,10 @@ fn write_own(pid: u32) -> Result<()> {
         match output {
             Ok(o) if o.status.success() => {}
             Ok(o) => return fail(format!("{tool}: {}", String::from_utf8_lossy(&o.stderr).trim_end())),
-            Err(e) => return fail(format!("cannot run {tool}: {e}; install uidmap (`make deps`)")),
+            Err(e) => {
+                let action = format!("run {tool}\n  help: install uidmap (`make deps`)");
+                return Err(Error::cannot(action)(e));
+            }
         }
     }
     Ok(())

@@ -84,7 +84,7 @@ pub fn run<J: Serialize, A: DeserializeOwned>(
     work: &Path,
     limits: &Limits,
 ) -> Result<A> {
-    let text = serde_json::to_vec(&(task, job)).map_err(|e| Error::Failed(e.to_string()))?;
+    let text = serde_json::to_vec(&(task, job)).map_err(Error::Json)?;
     let (child, socket) = start(work)?;
     let pid = Pid::from_raw(child.id().cast_signed());
     let (stop, stopped) = channel::<()>();
@@ -98,7 +98,7 @@ pub fn run<J: Serialize, A: DeserializeOwned>(
             return fail(exceeded);
         }
         let result = finished?;
-        serde_json::from_str(&result).map_err(|e| Error::Failed(format!("cannot read the sandbox's result: {e}")))
+        serde_json::from_str(&result).map_err(Error::cannot("read the sandbox's result"))
     })
 }
 
@@ -165,7 +165,7 @@ fn finish(mut child: Child, stop: std::sync::mpsc::Sender<()>) -> Result<String>
     let errors = reader.join().unwrap_or_default();
     if !status.success() {
         let how = status.signal().map(|s| format!(" (killed by signal {s})")).unwrap_or_default();
-        return fail(format!("{}{how}", errors.trim_end()));
+        return Err(Error::Sandbox(format!("{}{how}", errors.trim_end())));
     }
     Ok(result)
 }
@@ -208,15 +208,15 @@ pub fn worker(ids: Option<&OsStr>) -> u8 {
     match work(ids.and_then(OsStr::to_str).and_then(IdMap::from_argument)) {
         Ok(code) => code,
         Err(e) => {
-            eprintln!("{e}");
+            eprintln!("{}", e.chain());
             1
         }
     }
 }
 
-fn work(ids: Option<IdMap>) -> Result<u8, String> {
-    let ids = ids.ok_or("the sandbox got no ids")?;
-    let step = |what: &str, e: std::io::Error| format!("the sandbox cannot {what}: {e}");
+fn work(ids: Option<IdMap>) -> Result<u8> {
+    let ids = ids.ok_or_else(|| Error::Failed("the sandbox got no ids".to_owned()))?;
+    let step = |what: &str, e: std::io::Error| Error::at(format!("the sandbox cannot {what}"))(e);
     // If memory runs out, the kernel ends the sandbox before the host's own processes.
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
     limit_processes(ids).map_err(|e| step("limit its processes", e))?;
@@ -249,17 +249,17 @@ fn work(ids: Option<IdMap>) -> Result<u8, String> {
         | CloneFlags::CLONE_NEWUTS;
     unshare(flags)
         .and_then(|()| nix::unistd::sethostname("localhost"))
-        .map_err(|e| format!("the kernel allows no namespaces: {e}"))?;
+        .map_err(Error::at("the kernel allows no namespaces"))?;
     // A script must not create a user namespace, in which it would regain capabilities. This is a second barrier, so an
     // error on an old kernel is ignored.
     let _ = fs::write("/proc/sys/user/max_user_namespaces", "0");
     let mut inner = Command::new("/proc/self/exe")
         .arg(INNER)
         .spawn()
-        .map_err(|e| format!("the sandbox cannot start: {e}; make bakehouse executable for all users (chmod 755)"))?;
+        .map_err(Error::at("the sandbox cannot start\n  help: make bakehouse executable for all users (chmod 755)"))?;
     let status = inner.wait().map_err(|e| step("wait for its inner process", e))?;
     if let Some(signal) = status.signal() {
-        return Err(format!("the sandbox was killed by signal {signal}"));
+        return fail(format!("the sandbox was killed by signal {signal}"));
     }
     Ok(u8::from(!status.success()))
 }
@@ -310,17 +310,17 @@ fn take_ids(uid: u32, gid: u32) -> std::io::Result<()> {
 
 /// Runs the sandbox's inner process, pid 1 of its namespace. Reads a task's name, its job and its files from standard
 /// input, and writes the result of `work` to standard output. Returns the exit code.
-pub fn inner(work: impl FnOnce(&str, serde_json::Value, &Files) -> Result<String, String>) -> u8 {
+pub fn inner(work: impl FnOnce(&str, serde_json::Value, &Files) -> Result<String>) -> u8 {
     let _ = set_pdeathsig(Signal::SIGKILL);
     // The modes of the tree must not depend on the user's umask.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let result = Files::receive::<(String, serde_json::Value)>()
-        .map_err(|e| format!("cannot read the job: {e}"))
+        .map_err(Error::cannot("read the job"))
         .and_then(|((task, job), files)| work(&task, job, &files));
     match result {
         Ok(result) => u8::from(writeln!(std::io::stdout(), "{result}").is_err()),
         Err(e) => {
-            eprintln!("{e}");
+            eprintln!("{}", e.chain());
             1
         }
     }

@@ -14,6 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use serde::{Deserialize, Serialize};
 
 use super::chroot::{self, Commands};
+use crate::error::{Error, Result, fail};
 use crate::util::memory;
 
 /// Mount point of the tree's file system. Every host has this folder, and the sandbox's root can access it.
@@ -54,27 +55,26 @@ impl Room {
 
 /// Creates an empty tree in this process's mount namespace. A tree on disk is below the current folder, which is the
 /// job's folder.
-fn mount_tree(room: Room) -> Result<PathBuf, String> {
+fn mount_tree(room: Room) -> Result<PathBuf> {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .map_err(|e| format!("cannot make mounts private: {e}"))?;
+        .map_err(Error::cannot("make mounts private"))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     if room.ram {
         let options = format!("mode=0755,size={},nr_inodes={INODES}", room.tree_bytes());
         mount(Some("tmpfs"), MOUNT_POINT, Some("tmpfs"), flags, Some(options.as_str()))
-            .map_err(|e| format!("cannot mount a tmpfs: {e}"))?;
+            .map_err(Error::cannot("mount a tmpfs"))?;
     } else {
-        mount(Some("."), MOUNT_POINT, none, MsFlags::MS_BIND, none)
-            .map_err(|e| format!("cannot bind the job's folder: {e}"))?;
+        mount(Some("."), MOUNT_POINT, none, MsFlags::MS_BIND, none).map_err(Error::cannot("bind the job's folder"))?;
     }
     let root = Path::new(MOUNT_POINT).join("root");
-    fs::create_dir(&root).map_err(|e| format!("cannot create the tree: {e}"))?;
-    fs::set_permissions(&root, Permissions::from_mode(0o755)).map_err(|e| format!("cannot create the tree: {e}"))?;
+    fs::create_dir(&root).map_err(Error::cannot("create the tree"))?;
+    fs::set_permissions(&root, Permissions::from_mode(0o755)).map_err(Error::cannot("create the tree"))?;
     Ok(root)
 }
 
 /// Commands to run in the tree, and the channel for their result.
-type Request = (Commands, Sender<Result<(), String>>);
+type Request = (Commands, Sender<Result<()>>);
 
 /// Runs commands in the tree, for threads that cannot start programs.
 #[derive(Clone, Debug)]
@@ -85,9 +85,10 @@ impl Runner {
     ///
     /// # Errors
     /// If a command fails. The error is the command's output.
-    pub fn run(&self, commands: Commands) -> Result<(), String> {
+    pub fn run(&self, commands: Commands) -> Result<()> {
         let (reply, result) = channel();
-        let gone = || "cannot run a command in the tree: the thread that starts them has ended".to_owned();
+        let gone =
+            || Error::Failed("cannot run a command in the tree: the thread that starts them has ended".to_owned());
         self.0.send((commands, reply)).map_err(|_| gone())?;
         result.recv().map_err(|_| gone())?
     }
@@ -97,10 +98,7 @@ impl Runner {
 ///
 /// # Errors
 /// If the tree cannot be created or entered, or `work` fails.
-pub fn with_tree<T: Send>(
-    room: Room,
-    work: impl FnOnce(&Path, &Runner) -> Result<T, String> + Send,
-) -> Result<T, String> {
+pub fn with_tree<T: Send>(room: Room, work: impl FnOnce(&Path, &Runner) -> Result<T> + Send) -> Result<T> {
     let root = mount_tree(room)?;
     let (requests, inbox) = channel::<Request>();
     let done = std::thread::scope(|scope| {
@@ -115,7 +113,7 @@ pub fn with_tree<T: Send>(
                 let _ = reply.send(chroot::start(root, commands, room.scratch_bytes()));
             });
         }
-        worker.join().unwrap_or_else(|_| Err("the thread that works on the tree panicked".to_owned()))
+        worker.join().unwrap_or_else(|_| fail("the thread that works on the tree panicked"))
     });
     if !room.ram {
         // The files belong to mapped ids, so an ordinary user could not remove them outside the sandbox.
@@ -125,8 +123,8 @@ pub fn with_tree<T: Send>(
 }
 
 /// Makes `root` the `/` of this thread and of the threads that it starts.
-fn change_root(root: &Path) -> Result<(), String> {
-    let context = |e: std::io::Error| format!("cannot enter the tree: {e}");
+fn change_root(root: &Path) -> Result<()> {
+    let context = |e: std::io::Error| Error::cannot("enter the tree")(e);
     let tree = File::open(root).and_then(|f| f.metadata()).map_err(context)?;
     unshare(CloneFlags::CLONE_FS).map_err(|e| context(e.into()))?;
     nix::unistd::chroot(root).map_err(|e| context(e.into()))?;
@@ -134,7 +132,7 @@ fn change_root(root: &Path) -> Result<(), String> {
     // The thread removes and writes files below `/`, so `/` must be the tree.
     let now = fs::metadata("/").map_err(context)?;
     if (now.dev(), now.ino()) != (tree.dev(), tree.ino()) {
-        return Err("cannot enter the tree: / is another folder".to_owned());
+        return fail("cannot enter the tree: / is another folder");
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use fleet::ErrorChain;
 use futures_util::stream::unfold;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, Limited, StreamBody};
@@ -33,7 +34,7 @@ const BUFFER: usize = 16 << 10;
 type Body = BoxBody<Bytes, io::Error>;
 
 /// Handles a POST request: path and body. Returns JSON. It runs in a thread of its own, and may block.
-pub type RequestHandler = dyn Fn(&str, &[u8]) -> Result<Vec<u8>, String> + Send + Sync;
+pub type RequestHandler = dyn Fn(&str, &[u8]) -> crate::error::Result<Vec<u8>> + Send + Sync;
 
 /// Files and a handler to serve.
 pub struct FileServer {
@@ -91,7 +92,7 @@ async fn respond(server: &Arc<FileServer>, request: Request<Incoming>, patience:
                     let body = Full::from(json).map_err(|never| match never {}).boxed();
                     with(Response::builder().header(CONTENT_TYPE, "application/json"), body)
                 }
-                Ok(Err(why)) => plain(StatusCode::BAD_REQUEST, &why),
+                Ok(Err(e)) => plain(StatusCode::BAD_REQUEST, &ErrorChain::of(&e).one_line()),
                 Err(e) => plain(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
             }
         }
@@ -193,7 +194,7 @@ mod tests {
         file.write_all(&vec![7; 3 << 20]).unwrap();
         let server = FileServer {
             files: BTreeMap::from([("/a".to_owned(), Arc::new(file))]),
-            desk: Box::new(|path, body| if path == "/v1/x" { Ok(body.to_vec()) } else { Err("no".into()) }),
+            desk: Box::new(|path, body| if path == "/v1/x" { Ok(body.to_vec()) } else { crate::error::fail("no") }),
         };
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || {

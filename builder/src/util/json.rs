@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 /// # Errors
 /// If the value cannot be serialised.
 pub fn pretty_json(value: &impl Serialize) -> Result<Vec<u8>> {
-    let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::Failed(e.to_string()))?;
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(Error::Json)?;
     bytes.push(b'\n');
     Ok(bytes)
 }

@@ -2,17 +2,17 @@
 
 use std::process::Command;
 
-use crate::error::{Error, Result, fail};
+use crate::error::{Error, Result};
 
 /// Runs a command, and waits until it ends.
 ///
 /// # Errors
 /// If the command does not start, or its exit code is not 0. The error has its output.
 pub fn run(command: &mut Command, what: &str) -> Result<()> {
-    let output = command.output().map_err(|e| Error::Failed(format!("cannot start {what}: {e}")))?;
+    let output = command.output().map_err(Error::cannot(format!("start {what}")))?;
     if output.status.success() {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).trim().to_owned();
-    fail(format!("{what} failed ({}): {text}", output.status))
+    Err(Error::Tool { program: what.to_owned(), status: output.status, output: text })
 }

@@ -34,7 +34,7 @@ impl Vm {
     pub fn wait_console<T>(&self, timeout: Duration, mut done: impl FnMut(&str) -> Option<T>) -> Result<T> {
         let until = Instant::now() + timeout;
         let log = self.path("console.log");
-        let context = |e: nix::Error| Error::Failed(format!("cannot watch {}: {e}", log.display()));
+        let context = |e: nix::Error| Error::cannot(format!("watch {}", log.display()))(e);
         let events = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).map_err(context)?;
         events.add_watch(&log, AddWatchFlags::IN_MODIFY).map_err(context)?;
         let mut file = File::open(&log).map_err(Error::io("open", &log))?;

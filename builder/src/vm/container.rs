@@ -201,7 +201,7 @@ impl Container<'_> {
         let mut script = Command::new("setsid");
         script.arg("sh").arg(dir.join("container.sh")).arg("outside").arg(&dir);
         script.stdin(Stdio::null()).stdout(Stdio::null()).stderr(console);
-        let mut child = script.spawn().map_err(|e| Error::Failed(format!("cannot run setsid: {e}")))?;
+        let mut child = script.spawn().map_err(Error::cannot("run setsid"))?;
         let until = Instant::now() + PATIENCE;
         while self.pid().is_none() {
             if child.try_wait().is_ok_and(|status| status.is_some()) || Instant::now() > until {
@@ -287,8 +287,8 @@ impl Container<'_> {
         enter.arg(format!("exec 2>&1\n{command}")).stdin(Stdio::null());
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || send.send(enter.output()));
-        let context = |e: &dyn std::fmt::Display| Error::Failed(format!("no reply from {}: {e}", self.node));
-        let output = receive.recv_timeout(patience).map_err(|e| context(&e))?.map_err(|e| context(&e))?;
+        let place = format!("no reply from {}", self.node);
+        let output = receive.recv_timeout(patience).map_err(Error::at(&place))?.map_err(Error::at(&place))?;
         if self.pid() != Some(pid) {
             return fail(format!("{} was switched off", self.node));
         }

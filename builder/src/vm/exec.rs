@@ -30,7 +30,7 @@ impl Vm {
         if let Some(container) = self.container() {
             return container.exec(command, patience);
         }
-        let context = |e: std::io::Error| Error::Failed(format!("no reply from {}: {e}", self.node));
+        let context = |e: std::io::Error| Error::at(format!("no reply from {}", self.node))(e);
         let until = Instant::now() + patience;
         let mut port = self.connect("exec.sock", until).map_err(context)?;
         // The port may still return replies to commands whose callers timed out.

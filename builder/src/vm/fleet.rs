@@ -145,10 +145,10 @@ impl Described {
     /// # Errors
     /// If `ticket` is not a ticket.
     pub fn with_ticket(self, ticket: &str) -> Result<Self> {
-        let read = |bytes: &[u8]| Ticket::parse(bytes).map_err(|e| Error::Failed(e.to_string()));
+        let read = |bytes: &[u8]| Ticket::parse(bytes).map_err(Error::cannot("use the ticket"));
         let endpoints = read(&self.ticket)?.endpoints;
         let ticket = Ticket { endpoints, ..read(ticket.as_bytes())? };
-        Ok(Self { ticket: serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?, ..self })
+        Ok(Self { ticket: serde_json::to_vec(&ticket).map_err(Error::Json)?, ..self })
     }
 
     /// Returns the options for a start, with the credentials of the node.
@@ -193,7 +193,7 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
     let topology = &project.topology;
     let hubs = topology.hubs.iter().map(|h| (h.name.clone(), VirtualNic::address(topology, h).to_string()));
     let ticket = mint(&FleetKey::of_vms(project)?, topology, name, &TERMS, hubs.collect())?;
-    let ticket = serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?;
+    let ticket = serde_json::to_vec(&ticket).map_err(Error::Json)?;
     let image = project.out_dir(&node.group).join(file);
     let recipe = project.recipe(&node.group);
     let disk = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE_DISK;

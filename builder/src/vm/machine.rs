@@ -242,7 +242,7 @@ impl Vm {
         let path = self.path("pid");
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let number = text.trim().parse::<i32>();
-        let number = number.map_err(|e| Error::Failed(format!("{} has no process id: {e}", path.display())))?;
+        let number = number.map_err(Error::at(format!("{} has no process id", path.display())))?;
         Ok(Pid::from_raw(number))
     }
 
@@ -254,7 +254,7 @@ impl Vm {
         if !self.is_running() {
             return Ok(());
         }
-        let context = |e| Error::Failed(format!("cannot switch {} off: {e}", self.node));
+        let context = Error::cannot(format!("switch {} off", self.node));
         match self.container() {
             Some(container) => container.cut_power(),
             None => kill(self.pid()?, Signal::SIGKILL).map_err(context)?,
@@ -297,7 +297,7 @@ impl Vm {
 
     /// Sends a command to QEMU's monitor and waits until QEMU has run it.
     fn monitor(&self, command: &str) -> Result<()> {
-        let context = |e: std::io::Error| Error::Failed(format!("cannot reach the QEMU monitor of {}: {e}", self.node));
+        let context = |e: std::io::Error| Error::cannot(format!("reach the QEMU monitor of {}", self.node))(e);
         let mut monitor = self.connect("monitor.sock", Instant::now() + Duration::from_secs(30)).map_err(context)?;
         monitor.set_read_timeout(Some(Duration::from_secs(30))).map_err(context)?;
         monitor.write_all(format!("{command}\n").as_bytes()).map_err(context)?;

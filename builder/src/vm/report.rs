@@ -105,13 +105,11 @@ fn files_of(project: &Project, node: &Node) -> Vec<(String, String)> {
         let command = command.replace("ADDRESS", &node.address.to_string());
         let result = vm.exec(&format!("{{ {command}; }} 2>&1 | gzip -c | base64 -w0"));
         let text = result.and_then(|done| {
-            let context = |e: &dyn std::fmt::Display| {
-                Error::Failed(format!("cannot decode the output of `{command}` on {}: {e}", node.name))
-            };
-            let packed = BASE64.decode(done.output.trim()).map_err(|e| context(&e))?;
-            io::read_to_string(flate2::read::GzDecoder::new(&packed[..])).map_err(|e| context(&e))
+            let action = format!("decode the output of `{command}` on {}", node.name);
+            let packed = BASE64.decode(done.output.trim()).map_err(Error::cannot(&action))?;
+            io::read_to_string(flate2::read::GzDecoder::new(&packed[..])).map_err(Error::cannot(&action))
         });
-        files.push(file(name, text.unwrap_or_else(|e| format!("{e}\n"))));
+        files.push(file(name, text.unwrap_or_else(|e| format!("{}\n", e.chain()))));
     }
     files
 }

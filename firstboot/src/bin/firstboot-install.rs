@@ -2,11 +2,14 @@
 
 use std::process::ExitCode;
 
+use firstboot::host::log::{self, Process};
+
 fn main() -> ExitCode {
+    log::start(Process::Short);
     match firstboot::install::install() {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            println!("bakehouse: {e}");
+            firstboot::install::tell(e.chain());
             ExitCode::from(e.exit_code())
         }
     }

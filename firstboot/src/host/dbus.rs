@@ -55,7 +55,7 @@ impl Agent {
         let (request, reply) = oneshot::channel();
         let failed = |why: &dyn std::fmt::Display| zbus::fdo::Error::Failed(why.to_string());
         self.leave_requests.send(request).await.map_err(|e| failed(&e))?;
-        reply.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+        reply.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e.chain()))
     }
 
     /// Name of the fleet.
@@ -253,7 +253,7 @@ mod tests {
             answer = leave(&reader) => answer,
             _ = status.leave_requests(refused) => panic!("the object is not published any more"),
         };
-        assert!(answer.unwrap_err().to_string().contains("the only vote"));
+        assert!(answer.unwrap_err().chain().contains("the only vote"));
         say(crate::host::journal::Event::Ready, "something");
         assert_eq!(*said().borrow(), "something");
     }

@@ -1,11 +1,6 @@
-//! Client of the journal, in its [native protocol]. Each event of a node has a constant `MESSAGE_ID`, so
-//! `journalctl MESSAGE_ID=…` finds it, whatever its text.
-//!
-//! [native protocol]: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+//! Events of a node. Each has a constant `MESSAGE_ID`, so `journalctl MESSAGE_ID=…` finds it, whatever its text.
 
-use std::os::unix::net::UnixDatagram;
-
-const SOCKET: &str = "/run/systemd/journal/socket";
+use tracing::{error, info, warn};
 
 /// An event of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,47 +53,14 @@ impl Event {
             Self::Restarting => "dba5ab0f619a404e81c1653a014dc3c8",
         }
     }
-
-    /// Returns the priority as in syslog: 3 error, 4 warning, 6 information.
-    fn priority(self) -> u8 {
-        match self {
-            Self::Fenced | Self::Stopped | Self::Unwell => 3,
-            Self::Waiting | Self::Deposed | Self::NotLoaded => 4,
-            _ => 6,
-        }
-    }
 }
 
-/// Writes an event to the journal, or to standard output if there is no journal.
+/// Writes an event to the log: as an error if an operator has to act.
 pub fn record(event: Event, text: &str) {
-    let entry = entry(event, text);
-    let sent = UnixDatagram::unbound().and_then(|socket| socket.send_to(&entry, SOCKET));
-    if sent.is_err() {
-        println!("{text}");
-    }
-}
-
-fn entry(event: Event, text: &str) -> Vec<u8> {
-    let mut entry =
-        format!("SYSLOG_IDENTIFIER=firstboot\nMESSAGE_ID={}\nPRIORITY={}\nMESSAGE\n", event.id(), event.priority())
-            .into_bytes();
-    // With its length before it, the message may have several lines.
-    entry.extend((text.len() as u64).to_le_bytes());
-    entry.extend(text.as_bytes());
-    entry.push(b'\n');
-    entry
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn entry_has_the_format_of_journald() {
-        let entry = entry(Event::Ready, "two\nlines");
-        let head = format!("SYSLOG_IDENTIFIER=firstboot\nMESSAGE_ID={}\nPRIORITY=6\nMESSAGE\n", Event::Ready.id());
-        let text = [&9_u64.to_le_bytes()[..], b"two\nlines\n"].concat();
-        assert_eq!(entry, [head.as_bytes(), &text].concat());
-        assert_eq!(Event::Ready.id().len(), 32);
+    let message_id = event.id();
+    match event {
+        Event::Fenced | Event::Stopped | Event::Unwell => error!(message_id, "{text}"),
+        Event::Waiting | Event::Deposed | Event::NotLoaded => warn!(message_id, "{text}"),
+        _ => info!(message_id, "{text}"),
     }
 }

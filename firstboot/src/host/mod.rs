@@ -3,6 +3,7 @@
 pub mod console;
 pub mod dbus;
 pub mod journal;
+pub mod log;
 pub mod machine;
 pub mod notify;
 pub mod systemd;

@@ -16,6 +16,6 @@ pub fn notify(state: &str) {
     };
     let sent = address.and_then(|a| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &a));
     if let Err(e) = sent {
-        eprintln!("cannot notify systemd: {e}");
+        tracing::warn!("cannot notify systemd: {e}");
     }
 }

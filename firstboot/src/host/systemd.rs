@@ -292,7 +292,7 @@ mod tests {
     #[tokio::test]
     async fn failed_job_is_an_error_with_its_unit() {
         let e = start(&["role-hub.target"], "dependency").await.unwrap_err();
-        assert!(e.to_string().contains("role-hub.target did not start (dependency)"), "{e}");
+        assert!(e.chain().contains("role-hub.target did not start (dependency)"), "{e}");
     }
 
     #[tokio::test]

@@ -1,5 +1,7 @@
 //! Timer of a loop that detects delays of the loop.
 
+use tracing::warn;
+
 use std::time::{Duration, Instant};
 
 /// Delay of a tick from which on it is logged.
@@ -31,7 +33,7 @@ impl Ticker {
         self.worst = self.worst.max(late);
         if late > LATE && self.logged.is_none_or(|at| at.elapsed() >= QUIET) {
             self.logged = Some(Instant::now());
-            println!("{} is late by {} ms: this machine is overloaded", self.name, late.as_millis());
+            warn!("{} is late by {} ms: this machine is overloaded", self.name, late.as_millis());
         }
     }
 

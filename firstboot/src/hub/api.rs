@@ -12,11 +12,13 @@ use fleet::{
 use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
+use tracing::{info, warn};
 
 use super::claims::SlotAllocator;
 use super::departures::Identified;
 use super::orders::{OrderLog, Signed};
 use super::peer::{Member, Peer};
+use super::records::GrantedSlot;
 use super::refusal::{self, refuse};
 use super::rollout;
 use super::token::verify;
@@ -66,7 +68,7 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
         (Method::POST, "/v1/leave", Some(member)) if !signed.is_signed() => status_reply(hub.take_leave(member).await),
         (Method::POST, "/v1/leave", _) => status_reply(hub.leave(&signed).await),
         (Method::POST, "/v1/left", Some(member)) => {
-            status_reply(hub.desk.left(&member.slot, &member.tls_key).await.unwrap_or_else(|e| Err(busy(e))))
+            status_reply(hub.desk.left(&member.slot, &member.tls_key).await.map_err(refused))
         }
         (Method::POST, "/v1/tokens", _) => match hub.tokens(&signed).await {
             Ok(tokens) => json(&tokens),
@@ -90,10 +92,10 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
                 let has_password = user == Some(PATRONI);
                 tokio::spawn(async move {
                     if let Err(e) = desk.saw(&slot).await {
-                        println!("{slot}: cannot record the contact in etcd: {e}");
+                        warn!(slot, "{slot}: cannot record the contact in etcd: {}", e.chain());
                     }
                     if has_password && let Err(e) = desk.has_etcd_password(&slot, &tls_key).await {
-                        println!("{slot}: cannot record its etcd password in etcd: {e}");
+                        warn!(slot, "{slot}: cannot record its etcd password in etcd: {}", e.chain());
                     }
                 });
             }
@@ -122,21 +124,33 @@ impl Hub {
             }
             let key = tls_key(&request.tls_key)?;
             let claims = verify(&self.root, &self.topology.name, &request, &signed.message, signature)?;
-            let given = self.desk.claim(&claims, &request).await.map_err(|e| {
-                eprintln!("cannot decide a claim for the group {}: {e}", claims.group);
-                refuse(Reason::Busy, "etcd does not answer")
-            })??;
+            let given = self.desk.claim(&claims, &request).await.map_err(|e| match e {
+                Error::Refused(refusal) => refusal,
+                e => {
+                    let group = &claims.group;
+                    warn!(group, "cannot decide a claim for the group {group}: {}", e.chain());
+                    refuse(Reason::Busy, "etcd does not answer")
+                }
+            })?;
             let Some(node) = self.topology.node(&given.slot) else {
                 return Err(refuse(Reason::Malformed, &format!("the fleet has no slot `{}` any more", given.slot)));
             };
             if claims.replace && self.topology.is_founder(node) {
                 // The node repeats its claim until it has the grant, and starts etcd only then.
                 self.desk.readmit(&given.slot, given.epoch).await.map_err(|e| {
-                    eprintln!("cannot add the etcd member of {}: {e}", given.slot);
+                    warn!(slot = given.slot, "cannot add the etcd member of {}: {}", given.slot, e.chain());
                     refuse(Reason::Busy, "etcd has not added the new member yet")
                 })?;
             }
-            println!("granted: {} is {} (epoch {}), token {}", request.mesh_key, given.slot, given.epoch, claims.id);
+            let GrantedSlot { slot, epoch } = &given;
+            info!(
+                slot,
+                epoch,
+                token = claims.id,
+                "granted: {} is {slot} (epoch {epoch}), token {}",
+                request.mesh_key,
+                claims.id
+            );
             self.grant(node, given.epoch, &key)
         };
         reply(granted.await)
@@ -156,8 +170,9 @@ impl Hub {
             let key = tls_key(&renewal.tls_key)?;
             let node = self.topology.node(&member.slot);
             let node = node.ok_or_else(|| refuse(Reason::Malformed, &format!("the fleet has no `{}`", member.slot)))?;
-            let given = self.desk.renew(&member.slot, &member.tls_key, &renewal).await.map_err(busy)??;
-            println!("renewed: {} is {} (epoch {})", renewal.mesh_key, given.slot, given.epoch);
+            let given = self.desk.renew(&member.slot, &member.tls_key, &renewal).await.map_err(refused)?;
+            let GrantedSlot { slot, epoch } = &given;
+            info!(slot, epoch, "renewed: {} is {slot} (epoch {epoch})", renewal.mesh_key);
             self.grant(node, given.epoch, &key)
         };
         reply(granted.await)
@@ -173,30 +188,31 @@ impl Hub {
     /// Revokes a token by the operator's order.
     async fn revoke(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
         let order: Revocation = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
-        println!("revoking the token {}", order.token.escape_debug());
-        self.desk.revoke(&order.token).await.map_err(busy)
+        info!(token = order.token, "revoking the token {}", order.token.escape_debug());
+        self.desk.revoke(&order.token).await.map_err(refused)
     }
 
     /// Returns the use counts of the tokens and the revoked tokens, by the operator's order.
     async fn tokens(&self, signed: &Signed<'_>) -> Result<Tokens, Refusal> {
         let _: TokensRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
-        self.desk.tokens().await.map_err(busy)
+        self.desk.tokens().await.map_err(refused)
     }
 
     /// Orders a node to leave, by the operator's order.
     async fn leave(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
         let order: Departure = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
-        println!("ordered {} to leave{}", order.slot.escape_debug(), if order.now { " at once" } else { "" });
+        let at_once = if order.now { " at once" } else { "" };
+        info!(slot = order.slot, "ordered {} to leave{at_once}", order.slot.escape_debug());
         let owner = order.tls_key.as_deref().map_or(Identified::Epoch(order.epoch), Identified::Key);
         let proof = signed.proof(&self.root).filter(|proof| proof.owner(&self.topology.name).is_some());
-        self.desk.leave(&order.slot, order.now, owner, proof).await.unwrap_or_else(|e| Err(busy(e)))
+        self.desk.leave(&order.slot, order.now, owner, proof).await.map_err(refused)
     }
 
     /// Accepts a node's own request to leave.
     async fn take_leave(&self, member: &Member) -> Result<(), Refusal> {
-        println!("{} asks to leave", member.slot);
+        info!(slot = member.slot, "{} asks to leave", member.slot);
         let owner = Identified::Key(&member.tls_key);
-        self.desk.leave(&member.slot, false, owner, None).await.unwrap_or_else(|e| Err(busy(e)))
+        self.desk.leave(&member.slot, false, owner, None).await.map_err(refused)
     }
 
     /// Carries out an order of the operator about the rollout, and returns its state.
@@ -208,9 +224,9 @@ impl Hub {
             return Err(refuse(Reason::Malformed, &format!("the fleet has no node `{}`", node.escape_debug())));
         }
         if request.order != RolloutOrder::Tell {
-            println!("rollout: order {:?}", request.order);
+            info!("rollout: order {:?}", request.order);
         }
-        rollout::order(self.desk.etcd(), &request.order).await.map_err(busy)
+        rollout::order(self.desk.etcd(), &request.order).await.map_err(refused)
     }
 
     /// Takes a member's report of its version, and returns whether the member may change its image.
@@ -227,7 +243,7 @@ impl Hub {
             let text = format!("another machine has owned {} since epoch {epoch}", member.slot);
             return Err(refuse(Reason::Fenced, &text));
         }
-        rollout::report(self.desk.etcd(), &self.topology, &member.slot, &report).await.map_err(busy)
+        rollout::report(self.desk.etcd(), &self.topology, &member.slot, &report).await.map_err(refused)
     }
 
     /// Takes a founder's introduction, which the hubs need before they have an etcd to read keys from.
@@ -255,7 +271,7 @@ impl Hub {
                 let (desk, slot, tls_key) = (self.desk.clone(), member.slot.clone(), member.tls_key.clone());
                 tokio::spawn(async move {
                     if let Err(e) = desk.enter_voter(&slot, introduction.mesh_key, &tls_key, takes_passwords).await {
-                        println!("cannot register the voter {slot}: {e}");
+                        warn!(slot, "cannot register the voter {slot}: {}", e.chain());
                     }
                 });
             }
@@ -298,10 +314,15 @@ fn tls_key(text: &str) -> Result<PublicKey, Refusal> {
     key.ok_or_else(|| refuse(Reason::Malformed, "the TLS key is invalid"))
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "map_err passes it by value")]
-fn busy(e: Error) -> Refusal {
-    eprintln!("cannot handle a request: {e}");
-    refuse(Reason::Busy, "etcd does not answer")
+/// Returns the refusal for an error: the refusal itself, or a temporary one if etcd does not answer.
+fn refused(e: Error) -> Refusal {
+    match e {
+        Error::Refused(refusal) => refusal,
+        e => {
+            warn!("cannot handle a request: {}", e.chain());
+            refuse(Reason::Busy, "etcd does not answer")
+        }
+    }
 }
 
 /// Replies to a request without a result: 200, or the refusal as 503 or 403.

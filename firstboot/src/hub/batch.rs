@@ -1,12 +1,13 @@
 //! Claims of slots. etcd decides all claims that wait at the same time in one transaction.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fleet::{Claims, JoinRequest, Reason, Refusal, SlotRecord};
+use fleet::{Claims, JoinRequest, Reason, SlotRecord};
 use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
+use tracing::error;
 
 use super::claims::{QueuedClaim, SlotAllocator};
 use super::records::{EtcdKeys, GrantedSlot, PendingGrant, SLOTS, TokenUsage};
@@ -29,12 +30,14 @@ impl SlotAllocator {
     /// one token, and each claim changes its use count.
     ///
     /// # Errors
-    /// If etcd does not answer. The transaction may have been carried out; repeating the claim returns its result.
-    pub async fn claim(&self, claims: &Claims, request: &JoinRequest) -> Result<Result<GrantedSlot, Refusal>> {
+    /// [`Error::Refused`] if the claim gets no slot; another error if etcd does not answer. The transaction may then
+    /// have been carried out; repeating the claim returns its result.
+    pub async fn claim(&self, claims: &Claims, request: &JoinRequest) -> Result<GrantedSlot> {
         // A node that repeats its claim may have a spent or expired token, and etcd may have its record before this hub
         // has. Strangers with such tokens must not overload etcd.
         if self.useless.is_refused(claims) && !self.is_owner(request.mesh_key) {
-            return Ok(Err(refuse(Reason::Busy, "too many requests with expired, spent or revoked tokens")));
+            let text = "too many requests with expired, spent or revoked tokens";
+            return Err(refuse(Reason::Busy, text).into());
         }
         let (reply, mut answer) = oneshot::channel();
         self.queue().push_back(QueuedClaim { claims: claims.clone(), request: request.clone(), reply });
@@ -65,9 +68,9 @@ impl SlotAllocator {
     async fn decide(&self, mut batch: Vec<QueuedClaim>) {
         for attempt in 0..ATTEMPTS {
             if let Err(e) = self.attempt(&mut batch, attempt).await {
-                let why = e.to_string();
+                let shared = Arc::new(e);
                 for waiting in batch {
-                    waiting.answer(Err(Error::Failed(why.clone())));
+                    waiting.answer(Err(shared.clone().into()));
                 }
                 return;
             }
@@ -77,7 +80,7 @@ impl SlotAllocator {
             tokio::time::sleep(Duration::from_millis(jitter(attempt))).await;
         }
         for waiting in batch {
-            waiting.answer(Ok(Err(refuse(Reason::Busy, "too many nodes claim slots at the same time"))));
+            waiting.answer(Err(refuse(Reason::Busy, "too many nodes claim slots at the same time").into()));
         }
     }
 
@@ -86,7 +89,7 @@ impl SlotAllocator {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let now = clock.max(self.time_floor());
         if now > clock {
-            eprintln!("this hub's clock is {} s behind the fleet's; set this hub's clock", now - clock);
+            error!("this hub's clock is {} s behind the fleet's; set this hub's clock", now - clock);
         }
         // The watch may lag behind etcd, so a failed transaction is followed by a read.
         if attempt > 0 {
@@ -111,14 +114,14 @@ impl SlotAllocator {
         let failed = loop {
             let Some(((waiting, keys), found)) = undecided.next() else { break None };
             let [owner, token, revoked] = found else {
-                break Some((waiting, Error::Failed("etcd returned fewer keys than requested".to_owned())));
+                break Some((waiting, Error::MissingKeys));
             };
             let state = TokenState::of(token, revoked, now);
             if owner.revision != 0 {
                 let slot = String::from_utf8_lossy(&owner.value);
                 match self.repeat_grant(&slot, &waiting.claims, &waiting.request, state).await {
-                    Ok(answer) => waiting.answer(Ok(answer)),
-                    Err(e) => break Some((waiting, e)),
+                    Err(e) if !matches!(e, Error::Refused(_)) => break Some((waiting, e)),
+                    answer => waiting.answer(answer),
                 }
                 continue;
             }
@@ -133,18 +136,18 @@ impl SlotAllocator {
                 Ok(used) => used,
                 Err(refusal) => {
                     self.useless.remember(&waiting.claims.id);
-                    waiting.answer(Ok(Err(refusal)));
+                    waiting.answer(Err(refusal.into()));
                     continue;
                 }
             };
             let place = match self.choose(&waiting.claims, &grants).await {
-                Ok(Ok(Some(place))) => place,
-                Ok(Ok(None)) => {
+                Ok(Some(place)) => place,
+                Ok(None) => {
                     later.push(waiting);
                     continue;
                 }
-                Ok(Err(refusal)) => {
-                    waiting.answer(Ok(Err(refusal)));
+                Err(refused @ Error::Refused(_)) => {
+                    waiting.answer(Err(refused));
                     continue;
                 }
                 Err(e) => break Some((waiting, e)),
@@ -178,7 +181,7 @@ impl SlotAllocator {
         };
         if matches!(taken, Ok(true)) {
             for (waiting, PendingGrant { place, record, .. }) in granted.drain(..).zip(grants) {
-                waiting.answer(Ok(Ok(GrantedSlot { slot: place.slot, epoch: record.epoch })));
+                waiting.answer(Ok(GrantedSlot { slot: place.slot, epoch: record.epoch }));
             }
         }
         batch.extend(granted.into_iter().chain(later).chain(unanswered));

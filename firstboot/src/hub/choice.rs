@@ -1,6 +1,6 @@
 //! Choice of the slot that a claim gets.
 
-use fleet::{Claims, Node, Reason, Refusal};
+use fleet::{Claims, Node, Reason};
 
 use super::claims::SlotAllocator;
 use super::records::{PendingGrant, SlotState};
@@ -10,16 +10,12 @@ use crate::error::Result;
 impl SlotAllocator {
     /// Returns the slot for a token: the token's own slot, or the first free slot of its group. `None` if an earlier
     /// claim of this batch reserved the slot; the next attempt decides the claim.
-    pub(super) async fn choose(
-        &self,
-        claims: &Claims,
-        grants: &[PendingGrant],
-    ) -> Result<Result<Option<SlotState>, Refusal>> {
+    pub(super) async fn choose(&self, claims: &Claims, grants: &[PendingGrant]) -> Result<Option<SlotState>> {
         let reserved = |slot: &str| grants.iter().any(|t| t.place.slot == slot);
         if let Some(slot) = &claims.slot {
             if self.topology.node(slot).is_none_or(|n| n.group != claims.group) {
                 let text = format!("the fleet has no slot `{slot}` in the group `{}`", claims.group);
-                return Ok(Err(refuse(Reason::Malformed, &text)));
+                return Err(refuse(Reason::Malformed, &text).into());
             }
             let place = self.place(slot).await?;
             let owned = place.before.as_ref().is_some_and(|r| !r.vacant);
@@ -27,7 +23,7 @@ impl SlotAllocator {
             let Ok(place) = place else {
                 let replace =
                     format!("to replace the owner now, mint a ticket with `bakehouse ticket --replace {slot}`");
-                return Ok(Err(match self.topology.node(slot).and_then(|n| n.reclaim_after) {
+                let refusal = match self.topology.node(slot).and_then(|n| n.reclaim_after) {
                     // `Full` makes the machine wait, because the owner may stay silent.
                     Some(after) => refuse(
                         Reason::Full,
@@ -36,9 +32,10 @@ impl SlotAllocator {
                         ),
                     ),
                     None => refuse(Reason::Taken, &format!("{slot} has an owner; {replace}")),
-                }));
+                };
+                return Err(refusal.into());
             };
-            return Ok(Ok((!reserved(slot)).then_some(place)));
+            return Ok((!reserved(slot)).then_some(place));
         }
         let owners = self.owners();
         // Only a founder's own ticket gives a founder's slot.
@@ -51,7 +48,7 @@ impl SlotAllocator {
                     continue;
                 }
                 if let Ok(place) = self.abandoned(self.place(&slot).await?).await? {
-                    return Ok(Ok(Some(place)));
+                    return Ok(Some(place));
                 }
             }
             let text = format!(
@@ -59,14 +56,14 @@ impl SlotAllocator {
                  replace a dead node with `bakehouse ticket --replace`",
                 claims.group
             );
-            return Ok(Err(refuse(Reason::Full, &text)));
+            return Err(refuse(Reason::Full, &text).into());
         }
-        let Some(node) = free.into_iter().find(|n| !reserved(&n.name)) else { return Ok(Ok(None)) };
+        let Some(node) = free.into_iter().find(|n| !reserved(&n.name)) else { return Ok(None) };
         // A slot that never had an owner needs no read of etcd.
         let new = SlotState { slot: node.name.clone(), before: None, revision: 0, silent: false };
         let place = if owners.contains_key(&node.name) { self.place(&node.name).await? } else { new };
         // Another hub may have granted the slot meanwhile.
         let owned = place.before.as_ref().is_some_and(|r| !r.vacant);
-        Ok(Ok((!owned).then_some(place)))
+        Ok((!owned).then_some(place))
     }
 }

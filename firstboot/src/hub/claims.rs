@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use fleet::{Claims, JoinRequest, MeshKey, Reason, Refusal, SlotRecord, Tokens, Topology};
+use fleet::{Claims, JoinRequest, MeshKey, Reason, SlotRecord, Tokens, Topology};
 use tokio::sync::{oneshot, watch};
 
 use super::hearing::{Hearing, seen};
@@ -74,25 +74,19 @@ impl SlotAllocator {
         &self.etcd
     }
 
-    /// Registers a founder as the owner of its slot, without a token. Refused if the slot has another owner.
+    /// Registers a founder as the owner of its slot, without a token.
     ///
     /// # Errors
-    /// If etcd does not answer.
-    pub async fn register(
-        &self,
-        slot: &str,
-        mesh_key: MeshKey,
-        tls_key: &str,
-        image: &str,
-    ) -> Result<Result<GrantedSlot, Refusal>> {
+    /// [`Error::Refused`] if the slot has another owner; another error if etcd does not answer.
+    pub async fn register(&self, slot: &str, mesh_key: MeshKey, tls_key: &str, image: &str) -> Result<GrantedSlot> {
         let place = self.place(slot).await?;
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         match &place.before {
             Some(record) if record.vacant && record.mesh_key == mesh_key => {
-                return Ok(Err(refuse(Reason::Fenced, &left_text(slot))));
+                return Err(Error::from(refuse(Reason::Fenced, &left_text(slot))));
             }
             Some(record) if record.mesh_key == mesh_key => {
-                return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch: record.epoch }));
+                return Ok(GrantedSlot { slot: slot.to_owned(), epoch: record.epoch });
             }
             Some(record) => {
                 let text = format!(
@@ -100,7 +94,7 @@ impl SlotAllocator {
                      `bakehouse ticket --replace {slot}`",
                     record.epoch
                 );
-                return Ok(Err(refuse(Reason::Taken, &text)));
+                return Err(Error::from(refuse(Reason::Taken, &text)));
             }
             None => {}
         }
@@ -118,9 +112,9 @@ impl SlotAllocator {
         };
         let grant = PendingGrant { place, record, keys: EtcdKeys::of(mesh_key, ""), former: None };
         if self.take(&[grant], &BTreeMap::new()).await? {
-            return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch: 1 }));
+            return Ok(GrantedSlot { slot: slot.to_owned(), epoch: 1 });
         }
-        Ok(Err(refuse(Reason::Busy, "another request changed the slot at the same time; retry")))
+        Err(Error::from(refuse(Reason::Busy, "another request changed the slot at the same time; retry")))
     }
 
     /// Revokes a token. Nodes that joined with the token stay members.
@@ -152,15 +146,12 @@ impl SlotAllocator {
     /// Reads a slot's record from etcd.
     pub(super) async fn place(&self, slot: &str) -> Result<SlotState> {
         let found = self.etcd.get(&[&format!("{SLOTS}{slot}")]).await?;
-        let pair = found
-            .into_iter()
-            .next()
-            .ok_or_else(|| Error::Failed("etcd returned fewer keys than requested".to_owned()))?;
+        let pair = found.into_iter().next().ok_or(Error::MissingKeys)?;
         let before = if pair.revision == 0 {
             None
         } else {
             let record = serde_json::from_slice(&pair.value);
-            Some(record.map_err(|e| Error::Failed(format!("cannot parse the record of {slot} in etcd: {e}")))?)
+            Some(record.map_err(|source| Error::Record { slot: slot.to_owned(), source })?)
         };
         Ok(SlotState { slot: slot.to_owned(), before, revision: pair.revision, silent: false })
     }
@@ -175,7 +166,7 @@ impl SlotAllocator {
             .map(|t| {
                 let slot = format!("{SLOTS}{}", t.place.slot);
                 let audit = audit(&t.place.slot, t.record.epoch);
-                let value = serde_json::to_vec(&t.record).map_err(|e| Error::Failed(e.to_string()))?;
+                let value = serde_json::to_vec(&t.record).map_err(Error::json("a slot's record"))?;
                 Ok((slot, audit, t.place.silent.then(|| seen(&t.place.slot)), value))
             })
             .collect::<Result<_>>()?;
@@ -211,11 +202,11 @@ impl SlotAllocator {
 pub(super) struct QueuedClaim {
     pub(super) claims: Claims,
     pub(super) request: JoinRequest,
-    pub(super) reply: oneshot::Sender<Result<Result<GrantedSlot, Refusal>>>,
+    pub(super) reply: oneshot::Sender<Result<GrantedSlot>>,
 }
 
 impl QueuedClaim {
-    pub(super) fn answer(self, answer: Result<Result<GrantedSlot, Refusal>>) {
+    pub(super) fn answer(self, answer: Result<GrantedSlot>) {
         // A node that has disconnected repeats its claim.
         let _ = self.reply.send(answer);
     }

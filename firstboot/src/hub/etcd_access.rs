@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use fleet::{Secrets, SlotRecord, Topology};
+use tracing::{info, warn};
 
 use super::claims::SlotAllocator;
 use super::records::SLOTS;
@@ -54,7 +55,7 @@ impl EtcdAccess<'_> {
     /// Never: failed checks are logged and retried.
     pub async fn keep(&self) -> Result<()> {
         if self.secrets.etcd_root.is_empty() || self.secrets.etcd_patroni.is_empty() {
-            println!(
+            warn!(
                 "etcd's access control stays disabled: this hub's ticket has no etcd passwords; replace one hub with \
                  `bakehouse ticket {} --replace`",
                 self.slot
@@ -65,17 +66,17 @@ impl EtcdAccess<'_> {
         loop {
             let now = self.step().await;
             let pause = if matches!(now, Ok(Access::Enabled)) { RECHECK_INTERVAL } else { CHECK_INTERVAL };
-            let now = now.map_err(|e| e.to_string());
+            let now = now.map_err(|e| e.chain());
             if before.as_ref() != Some(&now) {
                 match &now {
-                    Ok(Access::Enabled) => println!("etcd's access control is enabled"),
+                    Ok(Access::Enabled) => info!("etcd's access control is enabled"),
                     Ok(Access::WaitsFor(slots)) => {
-                        println!("etcd's access control waits for the passwords of {}", slots.join(", "));
+                        info!("etcd's access control waits for the passwords of {}", slots.join(", "));
                     }
                     Ok(Access::WaitsForRollout) => {
-                        println!("etcd's access control waits until no node holds the update lock");
+                        info!("etcd's access control waits until no node holds the update lock");
                     }
-                    Err(e) => println!("cannot enable etcd's access control: {e}"),
+                    Err(e) => warn!("cannot enable etcd's access control: {e}"),
                 }
                 before = Some(now);
             }
@@ -130,7 +131,7 @@ impl EtcdAccess<'_> {
                 continue;
             }
             let record: SlotRecord = serde_json::from_slice(&pair.value)
-                .map_err(|e| Error::Failed(format!("cannot parse the record of {slot} in etcd: {e}")))?;
+                .map_err(|source| Error::Record { slot: slot.to_owned(), source })?;
             if !record.vacant && ready.get(slot) != Some(&record.tls_key.as_bytes()) {
                 waits.push(slot.to_owned());
             }

@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use fleet::{Node, Topology};
 use serde::Deserialize;
+use tracing::{info, warn};
 
 use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::client::patroni::scope;
@@ -115,7 +116,7 @@ impl Fence<'_> {
         loop {
             let joined = self.join_majority(&etcd, databases, state).await;
             if let (Err(e), false) = (&joined, failed) {
-                println!("cannot read the other hubs' fence records: {e}");
+                warn!("cannot read the other hubs' fence records: {}", e.chain());
             }
             failed = joined.is_err();
             tokio::time::sleep(INTERVAL * self.slow.min(3)).await;
@@ -135,11 +136,11 @@ impl Fence<'_> {
                 match self.release_leader_key(&slot, &unreachable.reached, state).await {
                     Ok(true) => unreachable.forget(&slot),
                     Ok(false) => {}
-                    Err(e) => println!("cannot fence {slot}: {e}"),
+                    Err(e) => warn!(slot, "cannot fence {slot}: {}", e.chain()),
                 }
             }
             for slot in state.take_ended(now) {
-                println!("the fence of {slot} has ended");
+                info!(slot, "the fence of {slot} has ended");
                 self.neighbourhood.unfence_node(&slot);
             }
         }
@@ -162,7 +163,7 @@ impl Fence<'_> {
             if self.is_majority(by) || recorded.iter().any(|p| p.key == own) {
                 state.insert(slot, self.fenced(false));
                 self.neighbourhood.fence_node(slot).await;
-                println!("fenced {slot}: its fence is recorded in etcd");
+                warn!(slot, "fenced {slot}: its fence is recorded in etcd");
             }
         }
         Ok(())
@@ -179,7 +180,7 @@ impl Fence<'_> {
         let (leader, sync) = (format!("{scope}leader"), format!("{scope}sync"));
         let found = self.etcd.get(&[&leader, &sync]).await?;
         let [holder, sync_key] = &found[..] else {
-            return Err(Error::Failed("etcd returned fewer keys than requested".to_owned()));
+            return Err(Error::MissingKeys);
         };
         if holder.value != slot.as_bytes() {
             return Ok(true);
@@ -204,7 +205,7 @@ impl Fence<'_> {
             let lease = self.etcd.lease(self.lease_seconds()).await?;
             self.etcd.transact(&[], &[Op::PutFor(&key, b"", &lease)]).await?;
             state.insert(slot, self.fenced(true));
-            println!("fenced {slot}: this hub has no route to the primary");
+            warn!(slot, "fenced {slot}: this hub has no route to the primary");
         }
         let (_, records) = self.etcd.list(&format!("{SHUT}{slot}/")).await?;
         let records: Vec<&KeyValue> = records.iter().filter(|p| self.is_hubs(slot, &p.key)).collect();
@@ -237,7 +238,7 @@ impl Fence<'_> {
         if self.etcd.transact(unchanged, &[Op::Delete(&self.key(slot))]).await? {
             state.remove(slot);
             self.neighbourhood.unfence_node(slot);
-            println!("ended the fence of {slot}: the primary has no synchronous standby");
+            info!(slot, "ended the fence of {slot}: the primary has no synchronous standby");
         }
         Ok(())
     }

@@ -26,6 +26,7 @@ use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
+use tracing::warn;
 
 use super::api::{Admitted, Hub, answer, plain};
 use super::peer::{Member, Peer};
@@ -68,7 +69,7 @@ pub async fn serve(hub: Arc<Hub>, at: SocketAddr, tls: Arc<ServerConfig>) -> Res
     let thread = std::thread::Builder::new().name("join-api".to_owned()).spawn(move || {
         // Without the lower priority the API still works.
         if let Err(e) = rustix::process::nice(NICE) {
-            eprintln!("cannot lower the priority of the join API's thread: {e}");
+            warn!("cannot lower the priority of the join API's thread: {e}");
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let served = match runtime.map_err(Error::io("start", "the join API's runtime")) {
@@ -164,7 +165,7 @@ fn is_of_mesh(hub: &Hub, from: IpAddr) -> bool {
 fn log(admission: &Admission) {
     let (refused, displaced) = admission.take_counts();
     if refused + displaced > 0 {
-        println!(
+        warn!(
             "the join API refused {refused} connections and closed {displaced} for newer ones within {} s",
             LOG.as_secs()
         );

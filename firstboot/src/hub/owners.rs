@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use fleet::{MeshKey, SlotRecord};
+use tracing::error;
 
 use super::claims::SlotAllocator;
 use super::records::{Owners, SLOTS};
@@ -67,9 +68,9 @@ impl SlotAllocator {
                 let dir = dir.to_owned();
                 let records = SlotRecords::of(owners.as_ref().clone());
                 let written = tokio::task::spawn_blocking(move || records.store(&dir)).await;
-                match written.unwrap_or_else(|e| Err(Error::Failed(e.to_string()))) {
+                match written.unwrap_or_else(|e| Err(Error::cannot("run the writer")(e))) {
                     Ok(()) => kept = Some(owners),
-                    Err(e) => eprintln!("the records of owners are not stored: {e}"),
+                    Err(e) => error!("the records of owners are not stored: {}", e.chain()),
                 }
             }
             tokio::time::sleep(PAUSE).await;
@@ -113,7 +114,7 @@ impl SlotAllocator {
                 let Some(slot) = change.key.strip_prefix(SLOTS) else { continue };
                 match change.value.map(|v| serde_json::from_slice::<SlotRecord>(&v)) {
                     Some(Ok(record)) => drop(owners.insert(slot.to_owned(), record)),
-                    Some(Err(e)) => eprintln!("cannot parse the record of {slot} in etcd: {e}"),
+                    Some(Err(e)) => error!(slot, "cannot parse the record of {slot} in etcd: {e}"),
                     None => drop(owners.remove(slot)),
                 }
             }

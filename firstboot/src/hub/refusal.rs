@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fleet::{Reason, Refusal};
+use tracing::warn;
 
 /// Refusals that are logged within [`WINDOW`]. The others are counted.
 const MOST: u32 = 20;
@@ -35,11 +36,11 @@ pub(super) fn log(refusal: &Refusal) {
     let logs = window.take();
     drop(window);
     if left_out > 0 {
-        println!("refused {left_out} more joins");
+        warn!("refused {left_out} more joins");
     }
     if logs {
         // The text may quote the stranger's request.
-        println!("refused a join ({:?}): {}", refusal.reason, refusal.text.escape_debug());
+        warn!(reason = ?refusal.reason, "refused a join ({:?}): {}", refusal.reason, refusal.text.escape_debug());
     }
 }
 

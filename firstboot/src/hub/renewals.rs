@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use fleet::{Reason, Refusal, Renewal, SlotRecord};
+use fleet::{Reason, Renewal, SlotRecord};
 
 use super::claims::SlotAllocator;
 use super::records::{EtcdKeys, GrantedSlot, PendingGrant};
 use super::refusal::{left_text, refuse};
 use crate::client::etcd::Op;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Minimum time between two renewals of a slot, seconds. Each renewal writes to etcd and to every hub's disk, and a
 /// compromised node must not fill them.
@@ -21,21 +21,22 @@ impl SlotAllocator {
     /// same keys gets the same reply, because the first reply may have been lost.
     ///
     /// # Errors
-    /// If etcd does not answer. The transaction may have been carried out; repeating the request returns its result.
-    pub async fn renew(&self, slot: &str, own: &str, renewal: &Renewal) -> Result<Result<GrantedSlot, Refusal>> {
+    /// [`Error::Refused`] if the slot has no such owner, or got new keys less than a day ago; another error if etcd does
+    /// not answer. The transaction may then have been carried out; repeating the request returns its result.
+    pub async fn renew(&self, slot: &str, own: &str, renewal: &Renewal) -> Result<GrantedSlot> {
         let place = self.place(slot).await?;
         let Some(before) = place.before.clone() else {
-            return Ok(Err(refuse(Reason::Busy, &format!("{slot} is not registered in etcd yet"))));
+            return Err(Error::from(refuse(Reason::Busy, &format!("{slot} is not registered in etcd yet"))));
         };
         if before.vacant {
-            return Ok(Err(refuse(Reason::Fenced, &left_text(slot))));
+            return Err(Error::from(refuse(Reason::Fenced, &left_text(slot))));
         }
         if (before.mesh_key, &before.tls_key) == (renewal.mesh_key, &renewal.tls_key) {
-            return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch: before.epoch }));
+            return Ok(GrantedSlot { slot: slot.to_owned(), epoch: before.epoch });
         }
         if before.tls_key != own {
             let text = format!("another machine has owned {slot} since epoch {}", before.epoch);
-            return Ok(Err(refuse(Reason::Fenced, &text)));
+            return Err(Error::from(refuse(Reason::Fenced, &text)));
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let renewed = format!("{RENEWED}{slot}");
@@ -48,7 +49,7 @@ impl SlotAllocator {
                 (RENEWAL_INTERVAL - (next - now)) / 3600,
                 (next - now).div_ceil(3600)
             );
-            return Ok(Err(refuse(Reason::Busy, &text)));
+            return Err(Error::from(refuse(Reason::Busy, &text)));
         }
         let former = EtcdKeys::of(before.mesh_key, "").owner;
         let record = SlotRecord {
@@ -64,8 +65,11 @@ impl SlotAllocator {
         if self.take(&[grant], &BTreeMap::new()).await? {
             // A separate write: after a power cut here, the slot may renew once more.
             self.etcd.transact(&[], &[Op::Put(&renewed, now.to_string().as_bytes())]).await?;
-            return Ok(Ok(GrantedSlot { slot: slot.to_owned(), epoch }));
+            return Ok(GrantedSlot { slot: slot.to_owned(), epoch });
         }
-        Ok(Err(refuse(Reason::Busy, "another request changed the slot at the same time, or the mesh key is in use")))
+        Err(Error::from(refuse(
+            Reason::Busy,
+            "another request changed the slot at the same time, or the mesh key is in use",
+        )))
     }
 }

@@ -16,6 +16,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::{Report, Rollout, RolloutOrder, SlotRecord, Topology, UpdateDecision, Verdict};
+use tracing::{error, info, warn};
 
 use super::records::SLOTS;
 use crate::client::etcd::{Compare, Etcd, Op};
@@ -39,13 +40,13 @@ const ATTEMPTS: u32 = 8;
 /// # Errors
 /// If etcd does not answer.
 pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<UpdateDecision> {
-    let text = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
+    let text = serde_json::to_vec(report).map_err(Error::json("the report"))?;
     let lease = etcd.lease(SILENCE).await?;
     etcd.transact(&[], &[Op::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
     for _ in 0..ATTEMPTS {
         let (mut rollout, turn) = read(etcd).await?;
         if report.doing.is_well() && rollout.skipped.remove(slot).is_some() {
-            println!("{slot} is healthy again: the rollout no longer skips it");
+            info!(slot, "{slot} is healthy again: the rollout no longer skips it");
             etcd.transact(&[], &[Op::Delete(&skipped(slot))]).await?;
         }
         let verdict = rollout.decide(topology, slot, report);
@@ -53,7 +54,7 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
             Verdict::Wait(why) => return Ok(UpdateDecision { granted: false, why: why.clone() }),
             Verdict::Go => return Ok(UpdateDecision { granted: true, why: String::new() }),
             Verdict::Take(taken) => {
-                let text = serde_json::to_vec(taken).map_err(|e| Error::Failed(e.to_string()))?;
+                let text = serde_json::to_vec(taken).map_err(Error::json("the update lock"))?;
                 let denied = denied(&taken.to);
                 let lease = etcd.lease(LONGEST_TURN).await?;
                 let when = [Compare::Unchanged(TURN, 0), Compare::Unchanged(PAUSED, 0), Compare::Unchanged(&denied, 0)];
@@ -69,7 +70,7 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
                 etcd.transact(&[Compare::Unchanged(TURN, turn)], &[Op::Delete(TURN), Op::Delete(HELD)]).await?
             }
             Verdict::Deny { image, why } => {
-                println!("version {image} is denied: {why}");
+                error!(version = image, "version {image} is denied: {why}");
                 let denied = denied(image);
                 let mut then = vec![Op::Put(&denied, why.as_bytes())];
                 if rollout.turn.as_ref().is_some_and(|t| t.to == *image) {
@@ -156,7 +157,7 @@ pub async fn export(etcd: &Etcd, metrics: &Path) {
         match read(etcd).await {
             Ok((rollout, _)) => {
                 if let Err(e) = write_metrics(metrics, &rollout) {
-                    eprintln!("rollout metrics are not written: {e}");
+                    warn!("rollout metrics are not written: {}", e.chain());
                 }
             }
             // Prometheus would take an old value for a current one.

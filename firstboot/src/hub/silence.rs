@@ -1,6 +1,8 @@
 //! Silent owners: a blank machine may take the slot of a stateless node that has sent no hub a request for
 //! `reclaim_after` seconds.
 
+use tracing::info;
+
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -65,7 +67,8 @@ impl SlotAllocator {
         let found = self.etcd.get(&[&seen(&place.slot)]).await?;
         let silent = found.iter().all(|pair| pair.revision == 0);
         if silent {
-            println!("{}: its owner (epoch {}) has sent no request for {after} s", place.slot, record.epoch);
+            let (slot, epoch) = (&place.slot, record.epoch);
+            info!(slot, epoch, "{slot}: its owner (epoch {epoch}) has sent no request for {after} s");
         }
         Ok(if silent { Ok(SlotState { silent, ..place }) } else { Err(place) })
     }

@@ -86,8 +86,8 @@ impl SlotAllocator {
         claims: &Claims,
         request: &JoinRequest,
         token: TokenState,
-    ) -> Result<Result<GrantedSlot, Refusal>> {
-        Ok(match self.place(slot).await?.before {
+    ) -> Result<GrantedSlot> {
+        let granted = match self.place(slot).await?.before {
             Some(record) if record.mesh_key == request.mesh_key && record.vacant => {
                 Err(refuse(Reason::Fenced, &left_text(slot)))
             }
@@ -104,7 +104,8 @@ impl SlotAllocator {
                 );
                 Err(refuse(Reason::Fenced, &text))
             }
-        })
+        };
+        Ok(granted?)
     }
 }
 

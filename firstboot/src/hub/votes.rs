@@ -1,6 +1,7 @@
 //! etcd members: each voter's slot has one vote while a machine owns the slot.
 
 use fleet::MeshKey;
+use tracing::{info, warn};
 
 use super::claims::SlotAllocator;
 use crate::client::etcd::{Compare, Op};
@@ -20,7 +21,7 @@ impl SlotAllocator {
         let Some(url) = self.peer_url(slot) else { return Ok(()) };
         let key = format!("{READMITTED}{slot}");
         let found = self.etcd.get(&[&key]).await?;
-        let done = found.first().ok_or_else(|| Error::Failed("etcd returned fewer keys than requested".to_owned()))?;
+        let done = found.first().ok_or_else(|| Error::MissingKeys)?;
         if done.revision != 0 {
             let last = std::str::from_utf8(&done.value).ok().and_then(|text| text.parse::<u64>().ok());
             let last = last
@@ -34,7 +35,7 @@ impl SlotAllocator {
         // A member that was added has no name until it starts.
         let is_added = before.is_some_and(|m| m.name.is_empty());
         if let Some(predecessor) = before.filter(|_| !is_added) {
-            println!("etcd: removing the member of {slot}'s previous machine");
+            info!(slot, "etcd: removing the member of {slot}'s previous machine");
             self.etcd.remove(predecessor).await?;
         }
         if !is_added {
@@ -70,9 +71,13 @@ impl SlotAllocator {
         if !owned {
             // An introduction does not name the image version, so the record gets this hub's version.
             let version = self.topology.version.clone();
-            if let Err(refusal) = self.register(slot, mesh_key, tls_key, &version).await? {
-                println!("cannot register {slot}: {}", refusal.text);
-                return Ok(());
+            match self.register(slot, mesh_key, tls_key, &version).await {
+                Ok(_) => {}
+                Err(Error::Refused(refusal)) => {
+                    warn!(slot, "cannot register {slot}: {}", refusal.text);
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
             }
         }
         if takes_passwords {
@@ -91,7 +96,7 @@ impl SlotAllocator {
     pub(super) async fn unvote(&self, slot: &str) -> Result<()> {
         let Some(url) = self.peer_url(slot) else { return Ok(()) };
         if let Some(member) = self.etcd.members().await?.iter().find(|m| m.peer_urls.contains(&url)) {
-            println!("etcd: removing the member of {slot}");
+            info!(slot, "etcd: removing the member of {slot}");
             self.etcd.remove(member).await?;
         }
         Ok(())

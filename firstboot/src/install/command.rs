@@ -11,9 +11,10 @@ pub(super) fn run(command: &mut Command, what: &str) -> Result<()> {
 
 /// Runs a command that must succeed. Returns its standard output.
 pub(super) fn output(command: &mut Command, what: &str) -> Result<String> {
-    let output = command.output().map_err(|e| Error::Failed(format!("{what} does not start: {e}")))?;
+    let output = command.output().map_err(Error::io("run", what))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
     }
-    Err(Error::Failed(format!("{what} failed: {}", String::from_utf8_lossy(&output.stderr).trim())))
+    let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(Error::Tool { program: what.to_owned(), status: output.status, output: text })
 }

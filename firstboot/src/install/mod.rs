@@ -21,7 +21,8 @@ use fleet::netboot::{Assignment, Install, Key, NetbootMachine, Step, code};
 
 use command::run;
 use disk::Target;
-use progress::{ProgressPrinter, tell};
+use progress::ProgressPrinter;
+pub use progress::tell;
 use server::Server;
 
 use crate::error::{Error, Result};
@@ -51,7 +52,7 @@ pub fn install() -> Result<()> {
             }
             Ok(Some(_)) => {}
             Err(e) => {
-                let why = e.to_string();
+                let why = e.chain();
                 if why != printed {
                     tell(&why);
                     printed.clone_from(&why);
@@ -82,7 +83,8 @@ fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
             // Without this report, the server would assign the image again. Firmware that boots from the network first
             // would then overwrite the node.
             while let Err(e) = server.report(Step::Installed) {
-                tell(format!("{} is on {}, but the report to the server failed: {e}", install.to, install.disk));
+                let why = e.chain();
+                tell(format!("{} is on {}, but the report to the server failed: {why}", install.to, install.disk));
                 std::thread::sleep(PAUSE);
             }
             tell(format!("{} is on {}; restarting from there", install.to, install.disk));
@@ -97,7 +99,7 @@ fn attempt(server: &mut Server, key: &Key) -> Result<Option<String>> {
             for _ in 0..STARTED {
                 match server.report(Step::Started) {
                     Ok(()) => break,
-                    Err(e) => tell(e),
+                    Err(e) => tell(e.chain()),
                 }
                 std::thread::sleep(PAUSE / STARTED);
             }

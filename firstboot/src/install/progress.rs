@@ -29,6 +29,7 @@ impl ProgressPrinter {
 }
 
 /// Prints a line on the console.
-pub(super) fn tell(what: impl Display) {
+#[expect(clippy::print_stdout, reason = "the installer's standard output is the machine's console")]
+pub fn tell(what: impl Display) {
     println!("bakehouse: {}", printable(&what.to_string()));
 }

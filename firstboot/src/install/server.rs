@@ -4,6 +4,7 @@ use std::io::Read;
 use std::time::Duration;
 
 use fleet::netboot::{Assignment, Extent, Mac, NetbootMachine, ProgressReport, ReportKey, Step};
+use fleet_https::Cause;
 use ureq::Agent;
 
 use crate::error::{Error, Result};
@@ -43,7 +44,7 @@ impl Server {
     pub(super) fn ask(&mut self, machine: &NetbootMachine) -> Result<Assignment> {
         self.mac = machine.macs.first().copied();
         self.key.clone_from(&machine.key);
-        let body = serde_json::to_vec(machine).map_err(|e| Error::Failed(e.to_string()))?;
+        let body = serde_json::to_vec(machine).map_err(Error::json("the machine"))?;
         let mut answer = self.agent.post(self.url("/v1/machine")).send(&body[..]).map_err(|e| self.failed(e))?;
         let text = answer.body_mut().with_config().limit(1 << 22).read_to_string().map_err(|e| self.failed(e))?;
         if !answer.status().is_success() {
@@ -68,9 +69,9 @@ impl Server {
         let report =
             ProgressReport { version: NetbootMachine::VERSION, mac, step, key: self.key.clone(), proof: String::new() };
         let report = reports.prove(report);
-        let body = serde_json::to_vec(&report).map_err(|e| Error::Failed(e.to_string()))?;
+        let body = serde_json::to_vec(&report).map_err(Error::json("the report"))?;
         let answer = self.agent.post(self.url("/v1/news")).send(&body[..]).map_err(|e| self.failed(e))?;
-        if answer.status().is_success() { Ok(()) } else { Err(self.failed(answer.status())) }
+        if answer.status().is_success() { Ok(()) } else { Err(self.failed(answer.status().to_string())) }
     }
 
     /// Reads a part of a file.
@@ -87,7 +88,7 @@ impl Server {
         format!("{}{path}", self.base)
     }
 
-    pub(super) fn failed(&self, why: impl std::fmt::Display) -> Error {
-        Error::Network { to: self.base.clone(), why: why.to_string() }
+    pub(super) fn failed(&self, cause: impl Into<Cause>) -> Error {
+        Error::network(&self.base, cause)
     }
 }

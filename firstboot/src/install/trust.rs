@@ -14,7 +14,6 @@ use crate::error::{Error, Result};
 pub(super) fn load(root: &Path) -> Result<InstallerTrust> {
     let path = root.join(InstallerTrust::PATH);
     let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-    serde_json::from_slice(&bytes).map_err(|e| {
-        Error::Configuration(format!("cannot read {}: {e}; start `bakehouse netboot` again", path.display()))
-    })
+    let fix = "start `bakehouse netboot` again";
+    serde_json::from_slice(&bytes).map_err(|e| Error::Unusable { path, fix, source: e.into() })
 }

@@ -16,7 +16,7 @@ pub async fn has_address(address: Ipv4Addr) -> Result<bool> {
     let task = tokio::spawn(task);
     let found = handle.address().get().set_address_filter(IpAddr::V4(address)).execute().try_next().await;
     task.abort();
-    found.map(|f| f.is_some()).map_err(|e| Error::Failed(format!("cannot list the kernel's addresses: {e}")))
+    found.map(|f| f.is_some()).map_err(Error::cannot("list the kernel's addresses"))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use fleet::{MeshKey, Node, Topology};
+use tracing::warn;
 
 use crate::error::Result;
 use crate::node::keys::Keys;
@@ -119,7 +120,7 @@ impl Mesh {
                     };
                     self.silent.extend(peers.into_iter().filter(|(key, _)| !answers(key)));
                 }
-                Err(e) => println!("cannot read the handshakes of {}: {e}", interface.name),
+                Err(e) => warn!("cannot read the handshakes of {}: {}", interface.name, e.chain()),
             }
         }
     }

@@ -8,6 +8,7 @@ use tokio::net::lookup_host;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
+use tracing::warn;
 
 /// Interval of look-ups of a name.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -83,7 +84,7 @@ async fn follow(name: Name, found: watch::Sender<BTreeMap<Name, Vec<SocketAddr>>
             Err(_) => format!("no name server answered within {} s", TIMEOUT.as_secs()),
         };
         if !logged {
-            println!("look-up of the endpoint {} failed: {why}", name.0);
+            warn!(peer = name.0, "look-up of the endpoint {} failed: {why}", name.0);
             logged = true;
         }
         let known = found.borrow().contains_key(&name);

@@ -29,8 +29,7 @@ impl Routes {
     /// If the kernel does not list its routes.
     pub async fn hosts(&self) -> Result<BTreeSet<Ipv4Addr>> {
         let all = self.0.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
-        let failed = |e| Error::Failed(format!("cannot list the kernel's routes: {e}"));
-        let routes: Vec<_> = all.try_collect().await.map_err(failed)?;
+        let routes: Vec<_> = all.try_collect().await.map_err(Error::cannot("list the kernel's routes"))?;
         let host = |attributes: &[RouteAttribute]| {
             attributes.iter().find_map(|a| match a {
                 RouteAttribute::Destination(RouteAddress::Inet(host)) => Some(*host),

@@ -84,7 +84,7 @@ impl Wireguard {
     /// Creates the interface with its address, and sets it up. An existing interface of an earlier process, or of a
     /// program, stays with its sessions.
     async fn make(&self, wanted: &Interface<SocketAddr>, mtu: u16) -> Result<()> {
-        let refused = |e: rtnetlink::Error| Error::Failed(format!("cannot create the interface {}: {e}", wanted.name));
+        let refused = |e: rtnetlink::Error| Error::cannot(format!("create the interface {}", wanted.name))(e);
         if self.index(&wanted.name).await.is_none() {
             let link = LinkWireguard::new(&wanted.name).mtu(mtu.into()).build();
             self.route.link().add(link).execute().await.map_err(refused)?;
@@ -161,14 +161,14 @@ impl Wireguard {
         attributes: Vec<WireguardAttribute>,
         flags: u16,
     ) -> Result<Vec<WireguardMessage>> {
-        let refused = |why: String| Error::Failed(format!("cannot configure the interface {name}: {why}"));
+        let action = format!("configure the interface {name}");
         let mut message = NetlinkMessage::from(GenlMessage::from_payload(WireguardMessage { cmd, attributes }));
         message.header.flags = flags;
-        let mut answers = self.generic.request(message).await.map_err(|e| refused(e.to_string()))?;
+        let mut answers = self.generic.request(message).await.map_err(Error::cannot(&action))?;
         let mut messages = Vec::new();
         while let Some(answer) = answers.next().await {
-            match answer.map_err(|e| refused(e.to_string()))?.payload {
-                NetlinkPayload::Error(e) if e.code.is_some() => return Err(refused(e.to_io().to_string())),
+            match answer.map_err(Error::cannot(&action))?.payload {
+                NetlinkPayload::Error(e) if e.code.is_some() => return Err(Error::cannot(action)(e.to_io())),
                 NetlinkPayload::InnerMessage(message) => messages.push(message.payload),
                 _ => {}
             }

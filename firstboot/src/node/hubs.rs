@@ -14,6 +14,7 @@ use futures_util::future::join_all;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
+use tracing::{debug, warn};
 
 use crate::client::backoff::chance;
 use crate::error::{Error, Result};
@@ -152,8 +153,8 @@ impl Hubs {
         let mut connection = self.connect(hub).await?;
         let pins = self.pins();
         if !pins.is_empty() && pins.get(&hub.slot).map(String::as_str) != connection.peer_key() {
-            let why = "the hub has another key than the other hubs report; no request was sent".to_owned();
-            return Err(Error::Network { to: hub.slot.clone(), why });
+            let why = "the hub has another key than the other hubs report; no request was sent";
+            return Err(Error::network(&hub.slot, why));
         }
         Ok(connection.ask(request(method, "hub", path, &[], body.to_vec().into())?, LONGEST).await?)
     }
@@ -170,7 +171,10 @@ impl Hubs {
         for hub in self.current() {
             match self.ask(hub, method, path, body).await.and_then(|answer| read(&hub.slot, &answer)) {
                 Ok(answer) => return Ok(answer),
-                Err(e) => last = e,
+                Err(e) => {
+                    debug!(peer = hub.slot, "{path}: {}", e.chain());
+                    last = e;
+                }
             }
         }
         Err(last)
@@ -185,7 +189,7 @@ impl Hubs {
             let answer = connection.ask(sent, LONGEST).await?;
             self.answered(&hub.slot, &connection, &answer)
         };
-        let late = |_| Err(Error::Network { to: hub.slot.clone(), why: "no reply".to_owned() });
+        let late = |_| Err(fleet_https::Error::no_answer(&hub.slot).into());
         timeout(ROUND_PATIENCE, asked).await.unwrap_or_else(late)
     }
 
@@ -234,10 +238,13 @@ impl Hubs {
         }
         if decision.heard == Heard::None {
             for e in &errors {
-                println!("request for peers failed: {e}");
+                warn!("cannot get the peers: {}", e.chain());
             }
             for answer in &answers {
-                println!("{}: reply ignored: the hub has another key than the other hubs report", answer.hub);
+                warn!(
+                    peer = answer.hub,
+                    "{}: reply ignored: the hub has another key than the other hubs report", answer.hub
+                );
             }
         }
         self.is_lost.store(decision.heard == Heard::None, Ordering::Relaxed);
@@ -249,7 +256,7 @@ impl Hubs {
     /// # Errors
     /// If no hub answers, or all refuse the report.
     pub async fn turn(&self, report: &Report) -> Result<UpdateDecision> {
-        let body = serde_json::to_vec(report).map_err(|e| Error::Failed(e.to_string()))?;
+        let body = serde_json::to_vec(report).map_err(Error::json("the report"))?;
         self.first("POST", "/v1/turn", &body, read).await
     }
 
@@ -279,7 +286,7 @@ impl Hubs {
             mesh_key: next.mesh_public()?,
             tls_key: encode(next.tls.public()?.as_bytes()),
         };
-        let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
+        let body = serde_json::to_vec(&asked).map_err(Error::json("the renewal"))?;
         let mut last = Err(Error::Failed("the fleet has no other hub".to_owned()));
         for hub in self.current() {
             last = self.ask(hub, "POST", "/v1/renew", &body).await.and_then(|b| read(&hub.slot, &b));
@@ -306,7 +313,7 @@ impl Hubs {
                 let answer = connection.ask(sent, LONGEST).await?;
                 self.answered(&hub.slot, &connection, &answer)
             };
-            answer.await.inspect_err(|e| println!("introduction failed: {e}")).ok()
+            answer.await.inspect_err(|e| warn!(peer = hub.slot, "introduction failed: {}", e.chain())).ok()
         });
         join_all(asked).await.into_iter().flatten().collect()
     }
@@ -314,6 +321,5 @@ impl Hubs {
 
 /// Parses a hub's reply.
 pub(crate) fn read<T: DeserializeOwned>(slot: &str, bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes)
-        .map_err(|e| Error::Network { to: slot.to_owned(), why: format!("cannot read the reply: {e}") })
+    serde_json::from_slice(bytes).map_err(|e| Error::network(slot, Error::cannot("read the reply")(e)))
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use fleet::{Credential, Founder, Grant, Joiner, MeshKey, Node, Ticket};
 use tokio_rustls::rustls::ClientConfig;
+use tracing::info;
 
 use crate::error::{Error, Result};
 use crate::host::console::say;
@@ -51,7 +52,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
         if node_of(&state, image)?.hub == 0 && state.issuer.take().is_some() {
             state.store(dir)?;
         }
-        println!("{} since an earlier boot", state.slot);
+        info!(slot = state.slot, "{} since an earlier boot", state.slot);
         let keys = Keys::load_or_make(dir)?;
         return Ok(Identity { keys, state, neighbourhood: Arc::new(PeerTable::load(dir.path(), BTreeMap::new())) });
     }
@@ -162,7 +163,7 @@ fn read_ticket(credentials: Option<&PathBuf>) -> Result<Ticket> {
         ));
     };
     let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-    Ticket::parse(&bytes).map_err(|e| Error::Configuration(e.to_string()))
+    Ok(Ticket::parse(&bytes)?)
 }
 
 fn wrong(why: &str) -> Error {
@@ -257,7 +258,7 @@ mod tests {
             node.founder(fleet, slot);
             let e = node.identity().await.map(drop).unwrap_err();
             assert_eq!(e.exit_code(), 78);
-            assert!(e.to_string().contains(expected), "{e}");
+            assert!(e.chain().contains(expected), "{e}");
         }
         let claims = Claims {
             fleet: "acme".into(),
@@ -271,7 +272,7 @@ mod tests {
         };
         node.give("acme", Credential::Joiner(Joiner::mint(&node.root, claims).unwrap()));
         let e = node.identity().await.map(drop).unwrap_err();
-        assert!(e.to_string().contains("for the group `db`"), "{e}");
+        assert!(e.chain().contains("for the group `db`"), "{e}");
         assert_eq!(node.traces(), 0);
     }
 
@@ -280,7 +281,7 @@ mod tests {
         let node = test_node();
         let e = node.identity().await.map(drop).unwrap_err();
         assert_eq!(e.exit_code(), 78);
-        assert!(e.to_string().contains("bakehouse.ticket"), "{e}");
+        assert!(e.chain().contains("bakehouse.ticket"), "{e}");
         assert_eq!(node.traces(), 0);
     }
 

@@ -45,6 +45,9 @@ impl Image {
 
 fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| Error::Configuration(format!("cannot read {}: {e}; build the image again", path.display())))
+    serde_json::from_slice(&bytes).map_err(|e| Error::Unusable {
+        path: path.to_owned(),
+        fix: "build the image again",
+        source: e.into(),
+    })
 }

@@ -23,7 +23,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
         mesh_key: keys.mesh_public()?,
         tls_key: encoding::encode(keys.tls.public()?.as_bytes()),
     };
-    let body = serde_json::to_vec(&asked).map_err(|e| Error::Failed(e.to_string()))?;
+    let body = serde_json::to_vec(&asked).map_err(Error::json("the claim"))?;
     say(Event::Asking, &format!("asking {} for a slot in {}", hubs.slots().join(", "), asked.group));
     let mut pause = Backoff::default();
     let mut reported = String::new();
@@ -41,7 +41,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
                     return Err(Error::Configuration(format!("{slot} refuses this node: {}", refusal.text)));
                 }
                 Ok(JoinReply::Refused(refusal)) => answers.push((slot.as_str(), Ok(refusal.text))),
-                Err(e) => answers.push((slot.as_str(), Err(e.to_string()))),
+                Err(e) => answers.push((slot.as_str(), Err(e.chain()))),
             }
         }
         // Only a new reason goes to the console, because the node asks every minute or more often.

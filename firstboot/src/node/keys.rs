@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::{MeshKey, PrivateKey, encoding};
 use serde::{Deserialize, Serialize};
+use tracing::info;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::error::{Error, Result};
@@ -41,7 +42,7 @@ impl Keys {
         }
         let keys = Self::make()?;
         keys.store(dir)?;
-        println!("made new keys; the mesh key is {}", keys.mesh_public()?);
+        info!("made new keys; the mesh key is {}", keys.mesh_public()?);
         Ok(keys)
     }
 
@@ -51,7 +52,7 @@ impl Keys {
     /// If the kernel returns no random bytes.
     pub fn make() -> Result<Self> {
         let mut mesh = [0; 32];
-        getrandom::fill(&mut mesh).map_err(|e| Error::Failed(format!("the kernel returns no random bytes: {e}")))?;
+        getrandom::fill(&mut mesh).map_err(Error::cannot("get random bytes from the kernel"))?;
         // WireGuard stores keys clamped (RFC 7748 § 5).
         mesh[0] &= 0xf8;
         mesh[31] = (mesh[31] & 0x7f) | 0x40;

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use fleet::MeshKey;
 use tokio::sync::watch;
+use tracing::error;
 
 use crate::node::state::Neighbours;
 use crate::node::trust::Decision;
@@ -192,7 +193,7 @@ impl Writer {
                 }
                 // A full disk must not stop the mesh. After a boot, the node asks the hubs again.
                 if let Some(Err(e)) = last.map(|last| last.store(&dir)) {
-                    eprintln!("cannot store the peers' keys: {e}");
+                    error!("cannot store the peers' keys: {}", e.chain());
                 }
                 // The receiver may be gone.
                 for done in flushed {
@@ -200,7 +201,7 @@ impl Writer {
                 }
             }
         });
-        let thread = thread.inspect_err(|e| eprintln!("cannot store the peers' keys: the thread does not start: {e}"));
+        let thread = thread.inspect_err(|e| error!("cannot store the peers' keys: the thread does not start: {e}"));
         Self { orders: Some(orders), thread: thread.ok() }
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use fleet::{Grant, JoinReply, Node};
 use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
 
 use crate::error::Result;
 use crate::node::hubs::Hubs;
@@ -86,14 +87,14 @@ pub async fn renew(dir: &StateDir, own: Identity, image: &Image) -> Result<(Iden
                 Granted { epoch, cert }
             }
             Ok(JoinReply::Refused(refusal)) => {
-                println!("renewal of the keys refused: {}; the old keys stay in use", refusal.text);
+                warn!("renewal of the keys refused: {}; the old keys stay in use", refusal.text);
                 if !refusal.reason.passes() {
                     dir.remove(FILE)?;
                 }
                 return Ok((own, false));
             }
             Err(e) => {
-                println!("renewal of the keys failed: {e}; the next start tries again");
+                warn!("renewal of the keys failed: {}; the next start tries again", e.chain());
                 return Ok((own, false));
             }
         },
@@ -103,7 +104,14 @@ pub async fn renew(dir: &StateDir, own: Identity, image: &Image) -> Result<(Iden
     renewal.keys.store(dir)?;
     state.store(dir)?;
     dir.remove(FILE)?;
-    println!("{}: keys renewed, the mesh key is {} (epoch {})", state.slot, renewal.keys.mesh_public()?, state.epoch);
+    let key = renewal.keys.mesh_public()?;
+    info!(
+        slot = state.slot,
+        epoch = state.epoch,
+        "{}: keys renewed, the mesh key is {key} (epoch {})",
+        state.slot,
+        state.epoch
+    );
     Ok((Identity { keys: renewal.keys, state, ..own }, true))
 }
 
@@ -130,7 +138,7 @@ pub async fn take_missing_passwords(dir: &StateDir, mut own: Identity, image: &I
         own.state.secrets.etcd_root = secrets.etcd_root;
         own.state.secrets.etcd_patroni = secrets.etcd_patroni;
         own.state.store(dir)?;
-        println!("{}: received etcd passwords from a hub", node.name);
+        info!(slot = node.name, "{}: received etcd passwords from a hub", node.name);
     }
     Ok(own)
 }

@@ -6,7 +6,6 @@
 //!
 //! [`io.systemd.Credentials`]: https://systemd.io/CREDENTIALS/
 
-use std::fmt::Display;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -14,6 +13,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fleet::encoding;
+use fleet_https::Cause;
 use nix::errno::Errno;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -48,11 +48,11 @@ impl Sealer {
     /// If systemd does not reply, or cannot seal the bytes.
     pub fn seal(&self, name: &str, bytes: &[u8]) -> Result<String> {
         let open = json!({ "name": name, "data": encoding::encode(bytes) });
-        self.call("Encrypt", &open, "blob")?.map_err(|why| {
-            Error::Failed(format!(
-                "cannot seal {name} for this machine's TPM ({why}); clear the TPM, or switch it off, in the firmware's \
-                 menu"
-            ))
+        self.call("Encrypt", &open, "blob").map_err(|e| match e {
+            Error::Credential(_) => Error::cannot(format!(
+                "seal {name} for this machine's TPM\n  help: clear the TPM, or switch it off, in the firmware's menu"
+            ))(e),
+            e => e,
         })
     }
 
@@ -61,14 +61,18 @@ impl Sealer {
     /// # Errors
     /// If systemd does not reply, or the bytes were sealed to another TPM, under another name, or are damaged.
     pub fn open(&self, name: &str, sealed: &str) -> Result<Vec<u8>> {
-        let reply = self.call("Decrypt", &json!({ "name": name, "blob": sealed }), "data")?;
-        reply
-            .and_then(|data| encoding::decode(&data).ok_or_else(|| "the reply is not base64".to_owned()))
-            .map_err(|why| not_here(name, &why))
+        let data = self.call("Decrypt", &json!({ "name": name, "blob": sealed }), "data").map_err(|e| match e {
+            Error::Credential(_) => elsewhere(name, e),
+            e => e,
+        })?;
+        encoding::decode(&data).ok_or_else(|| elsewhere(name, "the reply is not base64"))
     }
 
-    /// Calls a method. Returns `field` of the reply, or the name of systemd's error.
-    fn call(&self, method: &str, parameters: &Value, field: &str) -> Result<Result<String, String>> {
+    /// Calls a method. Returns `field` of the reply.
+    ///
+    /// # Errors
+    /// [`Error::Credential`] if systemd returns an error; another error if systemd does not reply.
+    fn call(&self, method: &str, parameters: &Value, field: &str) -> Result<String> {
         let call = json!({ "method": format!("io.systemd.Credentials.{method}"), "parameters": parameters });
         let mut reply = Vec::new();
         let mut exchange = || {
@@ -78,9 +82,9 @@ impl Sealer {
             BufReader::new(stream).read_until(0, &mut reply)
         };
         exchange().map_err(Error::io("ask", &self.0))?;
-        let broken = |e: &dyn Display| Error::Failed(format!("{}: {e}", self.0.display()));
-        let whole = reply.strip_suffix(&[0]).ok_or_else(|| broken(&"no reply"))?;
-        let reply: Reply = serde_json::from_slice(whole).map_err(|e| broken(&e))?;
+        let to = self.0.display().to_string();
+        let whole = reply.strip_suffix(&[0]).ok_or_else(|| Error::network(&to, "no reply"))?;
+        let reply: Reply = serde_json::from_slice(whole).map_err(|e| Error::network(&to, e))?;
         // systemd returns this error for TPM_RC_LOCKOUT.
         if reply.parameters.get("errno").and_then(Value::as_i64) == Some(Errno::ENOLCK as i64) {
             return Err(Error::Failed(
@@ -90,19 +94,16 @@ impl Sealer {
                     .to_owned(),
             ));
         }
-        Ok(match (reply.error, reply.parameters.get(field).and_then(Value::as_str)) {
+        match (reply.error, reply.parameters.get(field).and_then(Value::as_str)) {
             (None, Some(bytes)) => Ok(bytes.to_owned()),
-            (error, _) => Err(error.unwrap_or_else(|| "the reply is empty".to_owned())),
-        })
+            (error, _) => Err(Error::Credential(error.unwrap_or_else(|| "the reply is empty".to_owned()))),
+        }
     }
 }
 
 /// Returns the error for sealed bytes that do not open.
-pub fn not_here(name: &str, why: &str) -> Error {
-    Error::Failed(format!(
-        "{name} was sealed for the TPM of another machine, or for this one's before it was cleared ({why}); put the \
-         disk back into its machine, or wipe /var to make this a new node"
-    ))
+pub fn elsewhere(name: &str, cause: impl Into<Cause>) -> Error {
+    Error::Elsewhere { name: name.to_owned(), source: cause.into() }
 }
 
 #[cfg(test)]
@@ -150,7 +151,7 @@ pub mod tests {
         assert_eq!(here.open("keys.json", &sealed).unwrap(), b"secret");
         for (machine, name) in [(&here, "state.json"), (&machine(dir.path(), 2), "keys.json")] {
             let e = machine.open(name, &sealed).unwrap_err();
-            assert!(e.to_string().contains("TPM of another machine") && e.to_string().contains("NameMismatch"), "{e}");
+            assert!(e.chain().contains("TPM of another machine") && e.chain().contains("NameMismatch"), "{e}");
             // The TPM's error may be temporary, so the agent retries.
             assert_eq!(e.exit_code(), 1);
         }
@@ -170,7 +171,7 @@ pub mod tests {
         });
         let locked = Sealer(socket);
         for e in [locked.open("keys.json", "").unwrap_err(), locked.seal("keys.json", b"").map(drop).unwrap_err()] {
-            assert!(e.to_string().contains("TPM is locked") && e.exit_code() == 1, "{e}");
+            assert!(e.chain().contains("TPM is locked") && e.exit_code() == 1, "{e}");
         }
         answers.join().unwrap();
     }
@@ -179,7 +180,7 @@ pub mod tests {
     fn invalid_replies_are_errors() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
-        assert!(Sealer(socket.clone()).seal("x", b"").unwrap_err().to_string().starts_with("cannot ask "));
+        assert!(Sealer(socket.clone()).seal("x", b"").unwrap_err().chain().starts_with("cannot ask "));
         for reply in ["", "{}", "{}\0", "nonsense\0", "{\"parameters\":{\"blob\":7}}\0"] {
             let listener = UnixListener::bind(&socket).unwrap();
             let answers = thread::spawn(move || {

@@ -15,9 +15,10 @@ use std::path::{Path, PathBuf};
 use fleet::{Issuer, MeshKey, STATE_VERSION, Secrets, SlotRecord, Topology};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::error::{Error, Result};
-use crate::node::seal::{Sealer, not_here};
+use crate::node::seal::{Sealer, elsewhere};
 
 /// Folder of a node's state.
 #[derive(Clone, Debug)]
@@ -122,7 +123,7 @@ impl Neighbours {
         match read_json(&dir.join("neighbours.json"), &(Self::VERSION..=Self::VERSION), None) {
             Ok(found) => found.unwrap_or_default(),
             Err(e) => {
-                eprintln!("cannot load the peers' keys: {e}");
+                warn!("cannot load the peers' keys: {}", e.chain());
                 Self::default()
             }
         }
@@ -161,7 +162,7 @@ impl SlotRecords {
         match read_json(&dir.join(Self::FILE), &(Self::VERSION..=Self::VERSION), None) {
             Ok(found) => found.unwrap_or_default(),
             Err(e) => {
-                eprintln!("cannot load the slots' records: {e}");
+                warn!("cannot load the slots' records: {}", e.chain());
                 Self::default()
             }
         }
@@ -250,7 +251,7 @@ impl StateDir {
     pub fn write(&self, file: &str, version: u16, value: &impl Serialize) -> Result<()> {
         let path = self.path.join(file);
         let Some(sealer) = &self.sealer else { return write_json(&path, value) };
-        let open = serde_json::to_vec(value).map_err(|e| Error::Failed(e.to_string()))?;
+        let open = serde_json::to_vec(value).map_err(Error::json("a secret"))?;
         write_json(&path, &Sealed { version, sealed: sealer.seal(file, &open)? })
     }
 
@@ -264,6 +265,9 @@ impl StateDir {
         sync(&self.path)
     }
 }
+
+/// Fix of a damaged file.
+const NEW_NODE: &str = "wipe /var to make this a new node";
 
 fn sync(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
@@ -284,9 +288,7 @@ fn read_json<T: DeserializeOwned>(
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(Error::io("read", path)(e)),
     };
-    let damaged = |e: serde_json::Error| {
-        Error::Configuration(format!("{} is damaged ({e}); wipe /var to make this a new node", path.display()))
-    };
+    let damaged = |e: serde_json::Error| Error::Unusable { path: path.to_owned(), fix: NEW_NODE, source: e.into() };
     let found: Outside = serde_json::from_slice(&bytes).map_err(damaged)?;
     if !versions.contains(&found.version) {
         return Err(Error::Configuration(format!(
@@ -300,7 +302,7 @@ fn read_json<T: DeserializeOwned>(
         None => bytes,
         Some(sealed) => {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let sealer = sealer.ok_or_else(|| not_here(&name, "this machine has none"))?;
+            let sealer = sealer.ok_or_else(|| elsewhere(&name, "this machine has none"))?;
             sealer.open(&name, &sealed)?
         }
     };
@@ -313,7 +315,7 @@ fn read_json<T: DeserializeOwned>(
 /// # Errors
 /// If the file cannot be written.
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::Failed(e.to_string()))?;
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(Error::json("the state"))?;
     bytes.push(b'\n');
     let dir = path.parent().unwrap_or(Path::new("/"));
     let beside: PathBuf = path.with_extension("new");
@@ -376,10 +378,10 @@ mod tests {
         assert_eq!(State::load(&states).unwrap(), Some(state()));
         // An older agent refuses the format, and does not make a new node.
         let older = read_json::<State>(&dir.path().join("state.json"), &(2..=2), None).unwrap_err();
-        assert!(older.to_string().contains("has format 3") && older.exit_code() == 78, "{older}");
+        assert!(older.chain().contains("has format 3") && older.exit_code() == 78, "{older}");
         // A machine without a TPM refuses the file, too.
         let elsewhere = State::load(&StateDir::new(dir.path(), None)).unwrap_err();
-        assert!(elsewhere.to_string().contains("(this machine has none)"), "{elsewhere}");
+        assert!(elsewhere.chain().contains("this machine has none"), "{elsewhere}");
         // A sealed file does not open under another name.
         fs::rename(dir.path().join("state.json"), dir.path().join("keys.json")).unwrap();
         assert!(states.read::<State>("keys.json", 2..=3).is_err());

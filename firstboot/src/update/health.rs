@@ -102,7 +102,7 @@ mod tests {
             (state("activating", 2), state("activating", 2)),
             (state("active", 2), state("active", 3)),
         ] {
-            let e = check_at_deadline(&first(), &before, &now).unwrap_err().to_string();
+            let e = check_at_deadline(&first(), &before, &now).unwrap_err().chain();
             assert!(e.starts_with("etcd.service did not come up"), "{e}");
         }
     }

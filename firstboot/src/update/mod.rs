@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use fleet::grubenv::TRIES;
 use fleet::{Node, PROTOCOL, Report, Topology, UpdateDecision, UpdateState, compare_versions};
+use tracing::{info, warn};
 
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
@@ -55,7 +56,7 @@ impl Updates<'_> {
             return std::future::pending().await;
         }
         let given_up = self.given_up().unwrap_or_else(|e| {
-            println!("cannot count the boots that passed over a version: {e}");
+            warn!("cannot count the boots that passed over a version: {}", e.chain());
             None
         });
         let mut last_reason = String::new();
@@ -79,15 +80,15 @@ impl Updates<'_> {
                         }
                         (Ok(answer), _) if answer.why != last_reason => {
                             if !answer.why.is_empty() {
-                                println!("the update waits: {}", answer.why);
+                                info!("the update waits: {}", answer.why);
                             }
                             last_reason = answer.why;
                         }
                         (Ok(_), _) => {}
-                        (Err(e), _) => println!("cannot report to the hubs: {e}"),
+                        (Err(e), _) => warn!("cannot report to the hubs: {}", e.chain()),
                     }
                 }
-                Err(e) => println!("cannot read the state of updates: {e}"),
+                Err(e) => warn!("cannot read the state of updates: {}", e.chain()),
             }
             tokio::time::sleep(pause).await;
         }
@@ -101,7 +102,8 @@ impl Updates<'_> {
         let boot_id = fs::read_to_string(path).map_err(Error::io("read", path))?;
         let found = PassedOver::count(self.state, boots.waiting(&self.image.version), boot_id.trim())?;
         if found.boots > 0 {
-            println!("the boot loader has passed over version {} {} times", found.image, found.boots);
+            let PassedOver { image, boots, .. } = &found;
+            warn!(version = image, "the boot loader has passed over version {image} {boots} times");
         }
         Ok((found.boots >= TRIES).then_some(found.image))
     }
@@ -173,7 +175,7 @@ impl Updates<'_> {
         };
         if let Err(e) = loaded {
             // The node keeps its version, whether the server or the image caused the failure.
-            say(Event::NotLoaded, &format!("{}: version {image} was not downloaded: {e}", self.node.name));
+            say(Event::NotLoaded, &format!("{}: version {image} was not downloaded: {}", self.node.name, e.chain()));
             let _ = fs::remove_file(&self.offer);
             return Ok(());
         }
@@ -181,7 +183,7 @@ impl Updates<'_> {
         if let Some(patroni) = &self.patroni
             && let Err(e) = patroni.hand_over().await
         {
-            println!("switchover before the restart failed: {e}");
+            warn!("switchover before the restart failed: {}", e.chain());
         }
         say(Event::Restarting, &format!("{}: restarting with version {image}", self.node.name));
         self.systemd.reboot().await?;

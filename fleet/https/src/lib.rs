@@ -1,6 +1,7 @@
 //! HTTP over TLS between nodes. Clients and servers trust only the fleet's root. A certificate has the name of the
 //! slot, at whatever address the node is reached.
 
+use std::error::Error as StdError;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use fleet::{
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -31,26 +32,81 @@ pub mod backoff;
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Cause of an error that another crate, or a text, describes.
+pub type Cause = Box<dyn StdError + Send + Sync>;
+
 /// Error of a connection or a request.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A certificate or a key cannot be used. A later attempt also fails.
-    #[error("{0}")]
-    Configuration(String),
+    #[error("cannot {action}")]
+    Configuration {
+        /// What failed, such as `read a certificate`.
+        action: &'static str,
+        /// Cause.
+        source: Cause,
+    },
     /// A request cannot be built.
-    #[error("{0}")]
-    Failed(String),
+    #[error("cannot build a request for {path}")]
+    Request {
+        /// Path of the request.
+        path: String,
+        /// Cause.
+        source: hyper::http::Error,
+    },
+    /// A request over a connection without TLS cannot be signed.
+    #[error("cannot sign a request to {to}: the connection has no TLS")]
+    NoTls {
+        /// Name and address of the peer.
+        to: String,
+    },
     /// A peer cannot be reached, has another certificate than expected, or sends an invalid reply.
-    #[error("{to}: {why}")]
+    #[error("request to {to} failed")]
     Network {
         /// Name and address of the peer.
         to: String,
         /// Cause.
-        why: String,
+        source: PeerError,
     },
     /// A certificate or a signature cannot be made.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
+}
+
+/// Cause of a failed request.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// The peer does not answer in time.
+    #[error("no answer")]
+    NoAnswer,
+    /// The reply's status is no success.
+    #[error("{status} {text}")]
+    Status {
+        /// Status of the reply.
+        status: StatusCode,
+        /// The first 200 characters of the reply's body.
+        text: String,
+    },
+    /// The connection, TLS or the protocol failed.
+    #[error(transparent)]
+    Other(Cause),
+}
+
+impl Error {
+    /// Returns the error of a request to the peer `to`. The cause is an error, or a text.
+    pub fn network(to: impl Into<String>, cause: impl Into<Cause>) -> Self {
+        Self::Network { to: to.into(), source: PeerError::Other(cause.into()) }
+    }
+
+    /// Returns the error of a request to the peer `to`, which does not answer in time.
+    pub fn no_answer(to: impl Into<String>) -> Self {
+        Self::Network { to: to.into(), source: PeerError::NoAnswer }
+    }
+
+    /// Returns a function that adds the failed action to a cause.
+    fn configuration<E: Into<Cause>>(action: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::Configuration { action, source: source.into() }
+    }
 }
 
 /// Time limit of a connection, and of a reply.
@@ -88,7 +144,7 @@ pub fn server(root: &str, own: Identity) -> Result<Arc<ServerConfig>> {
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(root)?), provider())
         .allow_unauthenticated()
         .build()
-        .map_err(|e| Error::Configuration(format!("cannot use the fleet's root certificate: {e}")))?;
+        .map_err(Error::configuration("use the fleet's root certificate"))?;
     let config = ServerConfig::builder_with_provider(provider())
         // In TLS 1.2 the exporter identifies a connection only with the extension of RFC 7627.
         .with_protocol_versions(&[&TLS13])
@@ -114,17 +170,17 @@ impl Connection {
     /// If the peer does not answer within 10 s, or its certificate has another name or issuer.
     pub async fn open(host: &str, port: u16, name: &str, config: &Arc<ClientConfig>) -> Result<Self> {
         let to = format!("{name} ({host}:{port})");
-        let failed = |e: String| Error::Network { to: to.clone(), why: e };
-        let expected = ServerName::try_from(name.to_owned()).map_err(|e| failed(e.to_string()))?;
+        let expected = ServerName::try_from(name.to_owned()).map_err(|e| Error::network(&to, e))?;
         let connected = timeout(PATIENCE, async {
             let tcp = TcpStream::connect((host, port)).await?;
             tcp.set_nodelay(true)?;
             TlsConnector::from(config.clone()).connect(expected, tcp).await
         });
-        let stream = connected.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?;
+        let connected = connected.await.map_err(|_| Error::no_answer(&to))?;
+        let stream = connected.map_err(|e| Error::network(&to, e))?;
         let session = stream.get_ref().1;
         let binding =
-            session.export_keying_material([0; 32], EXPORTER_LABEL, None).map_err(|e| failed(e.to_string()))?;
+            session.export_keying_material([0; 32], EXPORTER_LABEL, None).map_err(|e| Error::network(&to, e))?;
         let cert = session.peer_certificates().and_then(<[_]>::first).and_then(|c| EndEntityCert::try_from(c).ok());
         let peer_key = cert.as_ref().and_then(tls_key);
         let connection = Self::over(stream, to).await?;
@@ -155,7 +211,7 @@ impl Connection {
         sign: impl Fn(&[u8]) -> Result<Vec<u8>, CertificateError>,
         longest: usize,
     ) -> Result<Bytes> {
-        let unbound = || Error::Failed(format!("cannot sign a request to {}: the connection has no TLS", self.to));
+        let unbound = || Error::NoTls { to: self.to.clone() };
         let message = bound_message(self.binding.as_ref().ok_or_else(unbound)?, "POST", path, body);
         let (bound, plain) = (encoding::encode(&sign(&message)?), encoding::encode(&sign(body)?));
         let headers = [(BOUND_SIGNATURE_HEADER, bound.as_str()), (SIGNATURE_HEADER, plain.as_str())];
@@ -168,16 +224,15 @@ impl Connection {
     /// If the peer does not answer within 10 s.
     pub async fn plain(host: &str, port: u16) -> Result<Self> {
         let to = format!("{host}:{port}");
-        let failed = |e: String| Error::Network { to: to.clone(), why: e };
         let connected = timeout(PATIENCE, TcpStream::connect((host, port))).await;
-        let stream = connected.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?;
+        let stream = connected.map_err(|_| Error::no_answer(&to))?.map_err(|e| Error::network(&to, e))?;
         Self::over(stream, to).await
     }
 
     async fn over(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, to: String) -> Result<Self> {
         let (sender, connection) = match handshake(TokioIo::new(stream)).await {
             Ok(parts) => parts,
-            Err(e) => return Err(Error::Network { to, why: e.to_string() }),
+            Err(e) => return Err(Error::network(to, e)),
         };
         // The next request reports the end of the connection.
         tokio::spawn(async move {
@@ -191,12 +246,11 @@ impl Connection {
     /// # Errors
     /// If the connection ends, or no reply arrives within 10 s.
     pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
-        let failed = |why: String| Error::Network { to: self.to.clone(), why };
         let answer = timeout(PATIENCE, async {
             self.sender.ready().await?;
             self.sender.send_request(request).await
         });
-        answer.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))
+        answer.await.map_err(|_| Error::no_answer(&self.to))?.map_err(|e| Error::network(&self.to, e))
     }
 
     /// Sends a request. Returns the body of the reply, which may have up to `longest` bytes.
@@ -207,15 +261,14 @@ impl Connection {
     pub async fn ask(&mut self, request: Request<Full<Bytes>>, longest: usize) -> Result<Bytes> {
         let response = self.send(request).await?;
         let status = response.status();
-        let failed = |why: String| Error::Network { to: self.to.clone(), why };
         let body = timeout(PATIENCE, Limited::new(response.into_body(), longest).collect());
-        let body = body.await.map_err(|_| failed("no answer".to_owned()))?.map_err(|e| failed(e.to_string()))?;
+        let body = body.await.map_err(|_| Error::no_answer(&self.to))?.map_err(|e| Error::network(&self.to, e))?;
         let body = body.to_bytes();
         if status.is_success() {
             return Ok(body);
         }
-        let text: String = String::from_utf8_lossy(&body).chars().take(200).collect();
-        Err(failed(format!("{status} {text}")))
+        let text = String::from_utf8_lossy(&body).chars().take(200).collect();
+        Err(Error::Network { to: self.to.clone(), source: PeerError::Status { status, text } })
     }
 }
 
@@ -234,7 +287,7 @@ pub fn request(
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    request.body(Full::new(body)).map_err(|e| Error::Failed(format!("cannot build a request for {path}: {e}")))
+    request.body(Full::new(body)).map_err(|source| Error::Request { path: path.to_owned(), source })
 }
 
 /// Returns the base64 of a certificate's P-256 public key; `None` for a key of another kind.
@@ -260,19 +313,17 @@ fn roots(pem: &str) -> Result<RootCertStore> {
 
 fn chain(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
     let certs: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
-    let certs = certs.map_err(|e| Error::Configuration(format!("cannot read a certificate: {e}")))?;
+    let certs = certs.map_err(Error::configuration("read a certificate"))?;
     if certs.is_empty() {
-        return Err(Error::Configuration("the ticket or the state has no certificate".to_owned()));
+        return Err(Error::configuration("read a certificate")("the ticket or the state has none"));
     }
     Ok(certs)
 }
 
 fn key(pem: &str) -> Result<PrivateKeyDer<'static>> {
-    PrivateKeyDer::from_pem_slice(pem.as_bytes())
-        .map_err(|e| Error::Configuration(format!("cannot read this node's key: {e}")))
+    PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(Error::configuration("read this node's key"))
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "map_err passes the error by value")]
 fn tls(e: tokio_rustls::rustls::Error) -> Error {
-    Error::Configuration(format!("cannot use a certificate or a key: {e}"))
+    Error::configuration("use a certificate or a key")(e)
 }

@@ -218,12 +218,15 @@ impl Foothold {
         body: Vec<u8>,
     ) -> Result<Bytes, String> {
         let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
-        let tls = fleet_https::client(&self.root, identity).map_err(|e| e.to_string())?;
+        let tls = fleet_https::client(&self.root, identity).map_err(|e| fleet::ErrorChain::of(&e).to_string())?;
         let asked = async {
             let mut connection = Connection::open(&door.host, door.port, &door.name, &tls).await?;
             connection.ask(request(method, &door.host, path, headers, body.into())?, 16 << 20).await
         };
-        timeout(PATIENCE, asked).await.map_err(|_| format!("{}: no reply", door.host))?.map_err(|e| e.to_string())
+        timeout(PATIENCE, asked)
+            .await
+            .map_err(|_| format!("{}: no reply", door.host))?
+            .map_err(|e| fleet::ErrorChain::of(&e).to_string())
     }
 }
 

@@ -71,7 +71,7 @@ pub async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
         let mut server = Connection::plain(INTERNET, PORT).await?;
         server.ask(request("POST", INTERNET, path, &[], message.to_string().into())?, 1 << 20).await
     };
-    sent.await.map(Into::into).map_err(|e| e.to_string())
+    sent.await.map(Into::into).map_err(|e| fleet::ErrorChain::of(&e).to_string())
 }
 
 /// Requests a ticket as a machine with these MAC addresses.

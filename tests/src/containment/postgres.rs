@@ -91,7 +91,7 @@ async fn session(
 /// Opens a TLS connection. Behind HAProxy either database may be the primary, so this accepts both names.
 async fn encrypted(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>) -> Result<TlsStream<TcpStream>, String> {
     let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
-    let tls = fleet_https::client(&from.root, identity).map_err(|e| e.to_string())?;
+    let tls = fleet_https::client(&from.root, identity).map_err(|e| fleet::ErrorChain::of(&e).to_string())?;
     let mut last = String::new();
     for name in ["db-1", "db-2"] {
         let tried = async {

@@ -70,12 +70,8 @@ impl Approvals {
     /// Returns the codes, with the time of their confirmation in seconds since 1970.
     fn read(&self) -> Result<BTreeMap<String, u64>> {
         match fs::read(&self.path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
-                Error::Failed(format!(
-                    "cannot parse {}: {e}; remove the file and confirm the codes again",
-                    self.path.display()
-                ))
-            }),
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map_err(Error::damaged(&self.path, "remove the file and confirm the codes again")),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(BTreeMap::new()),
             Err(e) => Err(Error::io("read", &self.path)(e)),
         }

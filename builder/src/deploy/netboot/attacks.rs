@@ -71,7 +71,7 @@ fn machine(macs: &[&str], serial: &str, key: &str) -> Value {
 }
 
 impl AttackedServer {
-    fn post(&self, path: &str, body: &Value) -> Result<Value, String> {
+    fn post(&self, path: &str, body: &Value) -> Result<Value> {
         let reply = self.handler.handle(path, body.to_string().as_bytes())?;
         Ok(serde_json::from_slice(&reply).unwrap())
     }
@@ -99,7 +99,7 @@ impl AttackedServer {
         }
     }
 
-    fn report(&self, report: &ProgressReport) -> Result<Value, String> {
+    fn report(&self, report: &ProgressReport) -> Result<Value> {
         self.post("/v1/news", &serde_json::to_value(report).unwrap())
     }
 

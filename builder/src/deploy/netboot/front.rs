@@ -86,23 +86,23 @@ impl NetbootHandler {
     }
 
     /// Returns the response to a request, in JSON, or the reason for a refusal.
-    pub(super) fn handle(&self, path: &str, body: &[u8]) -> Result<Vec<u8>, String> {
-        let message = |e: Error| e.to_string();
+    pub(super) fn handle(&self, path: &str, body: &[u8]) -> Result<Vec<u8>> {
         match path {
             "/v1/machine" => {
-                let machine: NetbootMachine = serde_json::from_slice(body).map_err(|e| e.to_string())?;
-                let assignment = self.assignment(&machine).map_err(message)?;
-                serde_json::to_vec(&assignment).map_err(|e| e.to_string())
+                let machine: NetbootMachine =
+                    serde_json::from_slice(body).map_err(Error::cannot("parse the request"))?;
+                let assignment = self.assignment(&machine)?;
+                serde_json::to_vec(&assignment).map_err(Error::Json)
             }
             "/v1/news" => {
-                let report: ProgressReport = serde_json::from_slice(body).map_err(|e| e.to_string())?;
-                if self.accept_report(&report).map_err(message)? {
+                let report: ProgressReport =
+                    serde_json::from_slice(body).map_err(Error::cannot("parse the request"))?;
+                if self.accept_report(&report)? {
                     return Ok(b"{}".to_vec());
                 }
-                Err("the server ignores this report: it does not prove that its sender opened a sealed ticket"
-                    .to_owned())
+                fail("the server ignores this report: it does not prove that its sender opened a sealed ticket")
             }
-            _ => Err("the server accepts POST requests at /v1/machine and /v1/news only".to_owned()),
+            _ => fail("the server accepts POST requests at /v1/machine and /v1/news only"),
         }
     }
 
@@ -111,7 +111,7 @@ impl NetbootHandler {
         let approved = self.registry().approve(typed);
         match approved {
             Ok(code) => self.progress.say(&format!("confirmed {code}; its machine continues within 15 s")),
-            Err(e) => self.progress.say(&e.to_string()),
+            Err(e) => self.progress.say(&e.chain()),
         }
     }
 
@@ -140,7 +140,7 @@ impl NetbootHandler {
             return fail(format!("there is no image of `{to}`"));
         };
         let sealed = |bytes: &[u8]| {
-            let (sealed, proof) = seal(bytes, &machine.key).map_err(|e| Error::Failed(e.to_string()))?;
+            let (sealed, proof) = seal(bytes, &machine.key).map_err(Error::cannot("seal the ticket"))?;
             self.registry().trust_reports(&name, &machine.key, proof)?;
             Ok::<_, Error>(sealed)
         };
@@ -164,7 +164,7 @@ impl NetbootHandler {
                 })
             }
             InstallMode::Run(var) => {
-                let ticket = sealed(&serde_json::to_vec(&ticket).map_err(|e| Error::Failed(e.to_string()))?)?;
+                let ticket = sealed(&serde_json::to_vec(&ticket).map_err(Error::Json)?)?;
                 self.progress.report(&name, Some(&to), "boots from memory");
                 Assignment::Run(Run {
                     to,

@@ -163,22 +163,22 @@ pub fn netboot(build: &Build, images: &[BuiltImage], options: &NetbootOptions) -
     fs::write(&config, service.config()).map_err(Error::io("write", &config))?;
     let dnsmasq = Dnsmasq::start(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let runtime = runtime.map_err(|e| Error::Failed(format!("cannot start the server's threads: {e}")))?;
+    let runtime = runtime.map_err(Error::cannot("start the server's threads"))?;
     build.progress.say("netboot", &format!("serving {} on {}; Ctrl-C ends it", service.url(), options.interface));
     runtime.block_on(async {
         let at = SocketAddr::new(IpAddr::V4(service.address), PORT);
-        let listener = TcpListener::bind(at).await.map_err(|e| Error::Failed(format!("cannot listen at {at}: {e}")))?;
+        let listener = TcpListener::bind(at).await.map_err(Error::cannot(format!("listen at {at}")))?;
         let ended = tokio::task::spawn_blocking(move || dnsmasq.wait());
         tokio::select! {
             never = http_server::serve(listener, server) => match never {},
-            ended = ended => fail(ended.unwrap_or_else(|e| e.to_string())),
+            ended = ended => fail(ended.map_err(Error::cannot("wait for dnsmasq"))?),
         }
     })
 }
 
 /// Returns this host's address and network on the interface.
 fn address(options: &NetbootOptions) -> Result<(Ipv4Addr, Ipv4Net)> {
-    let all = getifaddrs().map_err(|e| Error::Failed(format!("cannot list network interfaces: {e}")))?;
+    let all = getifaddrs().map_err(Error::cannot("list network interfaces"))?;
     let mut known = Vec::new();
     for found in all {
         known.push(found.interface_name.clone());
@@ -215,8 +215,8 @@ impl Dnsmasq {
         command.args(["--bounding-set", "-all,+net_admin,+net_bind_service,+net_raw,+setgid"]);
         command.args(["dnsmasq", "--keep-in-foreground", "-C"]).arg(config);
         command.stdin(Stdio::null()).stderr(Stdio::piped());
-        let context = |e| Error::Failed(format!("cannot start dnsmasq: {e}\n  help: apt install dnsmasq-base"));
-        command.spawn().map_err(context).map(Self)
+        let missing = Error::cannot("start dnsmasq\n  help: apt install dnsmasq-base");
+        command.spawn().map_err(missing).map(Self)
     }
 
     /// Waits until dnsmasq ends. Returns a message with the last line of its standard error.

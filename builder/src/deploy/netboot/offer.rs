@@ -60,8 +60,8 @@ impl ImageOffer {
             root: u64,
         }
         let manifest = fs::read(&image.manifest).map_err(Error::io("read", &image.manifest))?;
-        let manifest: Manifest = serde_json::from_slice(&manifest)
-            .map_err(|e| Error::Failed(format!("cannot parse {}: {e}", image.manifest.display())))?;
+        let manifest: Manifest =
+            serde_json::from_slice(&manifest).map_err(Error::cannot(format!("parse {}", image.manifest.display())))?;
         let root = Extent { start: ROOT_START, size: manifest.sizes.root };
         let verity = Extent { start: verity_start, size: tree_size(root.size) };
         let read = |e| Error::io("read", &image.disk)(e);

@@ -101,12 +101,8 @@ impl Records {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         let path = dir.join("machines.json");
         let all = match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
-                let path = path.display();
-                Error::Failed(format!(
-                    "cannot parse {path}: {e}\n  help: remove the file to install all machines again"
-                ))
-            })?,
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map_err(Error::damaged(&path, "remove the file to install all machines again"))?,
             Err(e) if e.kind() == ErrorKind::NotFound => BTreeMap::new(),
             Err(e) => return Err(Error::io("read", &path)(e)),
         };

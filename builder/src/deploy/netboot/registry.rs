@@ -9,7 +9,7 @@ use std::path::Path;
 
 use fleet::netboot::{Mac, MachineDisk, NetbootMachine, ProgressReport, Step, printable};
 use fleet::netboot::{ReportKey, code};
-use fleet::{Netboot, Ticket};
+use fleet::{ErrorChain, Netboot, Ticket};
 
 use super::approvals::Approvals;
 use super::record::{Record, Records, now};
@@ -46,6 +46,11 @@ pub enum RegistryDecision {
     /// The machine gets nothing. The text has the reason and the fix.
     Refused(String),
 }
+
+/// Reason for which a machine gets nothing, and the fix.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refusal(String);
 
 /// Assignment of a machine.
 #[derive(Clone, Debug)]
@@ -168,7 +173,7 @@ impl MachineRegistry {
     pub fn decide(&mut self, machine: &NetbootMachine, plan: &impl Plan) -> Result<RegistryDecision> {
         let (name, to, mode) = match self.match_rule(machine, plan) {
             Ok(found) => found,
-            Err(why) => return Ok(RegistryDecision::Refused(why)),
+            Err(Refusal(why)) => return Ok(RegistryDecision::Refused(why)),
         };
         let known = self.records.all.get(&name).filter(|r| r.to == to);
         let mut record = known.cloned().unwrap_or_else(|| Record::new(&to));
@@ -218,7 +223,7 @@ impl MachineRegistry {
                     record = Record { minted: now(), started: false, heir, ..record };
                     record.ticket.insert(ticket).clone()
                 }
-                Err(e) => return Ok(RegistryDecision::Refused(e.to_string())),
+                Err(e) => return Ok(RegistryDecision::Refused(ErrorChain::of(&e).one_line())),
             }
         };
         if is_new || code_used.is_some() {
@@ -286,19 +291,19 @@ impl MachineRegistry {
         &mut self,
         machine: &NetbootMachine,
         plan: &impl Plan,
-    ) -> Result<(String, String, InstallMode), String> {
+    ) -> Result<(String, String, InstallMode), Refusal> {
         if machine.version != NetbootMachine::VERSION {
-            return Err("this installer belongs to another version of bakehouse; restart the machine".to_owned());
+            return refuse("this installer belongs to another version of bakehouse; restart the machine");
         }
-        machine.check()?;
-        let first = machine.macs.first().ok_or("a machine without a network card")?;
+        machine.check().map_err(Refusal)?;
+        let first = machine.macs.first().ok_or_else(|| Refusal("a machine without a network card".to_owned()))?;
         let names = machine.macs.iter().map(Mac::to_string).chain([machine.serial.clone()]);
         let rule = names.filter(|name| !name.is_empty()).find(|name| self.rules.machines.contains_key(name));
         let (name, to) = match (&rule, &self.rules.others) {
             (Some(name), _) => (name.clone(), self.rules.machines[name].clone()),
             (None, Some(to)) => (self.name_of_other(machine, *first), to.clone()),
             (None, None) => {
-                return Err(format!(
+                return refuse(format!(
                     "no rule in fleet.toml names this machine; set [netboot.machines] \"{first}\" = \"NODE\""
                 ));
             }
@@ -311,7 +316,7 @@ impl MachineRegistry {
         if self.rules.diskless.contains(&group) {
             let (need, have) = (plan.memory(&group), machine.memory);
             if have < need {
-                return Err(format!(
+                return refuse(format!(
                     "this machine has {} MB of memory, and {to} needs {} MB to run from memory",
                     have / 1_000_000,
                     need.div_ceil(1_000_000)
@@ -325,7 +330,7 @@ impl MachineRegistry {
             return Ok((name, to, InstallMode::Run(Some(self.disk(&machine.disks, need)?))));
         }
         if let Some(at) = self.records.all.get(&name).and_then(|r| r.installed) {
-            return Err(format!(
+            return refuse(format!(
                 "this machine was installed before (at {at}); boot it from its disk, or run bakehouse netboot --again \
                  {name}"
             ));
@@ -365,14 +370,14 @@ impl MachineRegistry {
     }
 
     /// Fails if other machines have the node, or all nodes of the group.
-    fn check_free_slot(&self, name: &str, to: &str, plan: &impl Plan) -> Result<(), String> {
+    fn check_free_slot(&self, name: &str, to: &str, plan: &impl Plan) -> Result<(), Refusal> {
         let slots = plan.slots(to);
         let matches = |of: &String| of == to || slots.contains(of);
         let taken = self.records.all.iter().filter(|(other, r)| *other != name && matches(&r.to)).count();
         if taken < slots.len().max(1) {
             return Ok(());
         }
-        Err(if slots.is_empty() {
+        refuse(if slots.is_empty() {
             format!("another machine has `{to}`; in fleet.toml, set [netboot.machines] \"{name}\" = \"{to}\"")
         } else {
             format!("other machines have every node of `{to}`; raise its `count`")
@@ -380,7 +385,7 @@ impl MachineRegistry {
     }
 
     /// Returns the slot of a stateless machine: the one in its record, or the first one that no record and no rule has.
-    fn slot(&self, name: &str, to: String, plan: &impl Plan) -> Result<String, String> {
+    fn slot(&self, name: &str, to: String, plan: &impl Plan) -> Result<String, Refusal> {
         let slots = plan.slots(&to);
         if slots.is_empty() {
             return Ok(to);
@@ -395,11 +400,11 @@ impl MachineRegistry {
             .iter()
             .find(|slot| !taken(slot))
             .cloned()
-            .ok_or_else(|| format!("other machines have every node of `{to}`; raise its `count`"))
+            .ok_or_else(|| Refusal(format!("other machines have every node of `{to}`; raise its `count`")))
     }
 
     /// Returns the disk to overwrite: the one in fleet.toml, or the machine's only fixed disk.
-    fn disk(&self, disks: &[MachineDisk], need: u64) -> Result<String, String> {
+    fn disk(&self, disks: &[MachineDisk], need: u64) -> Result<String, Refusal> {
         let list = |disks: &[&MachineDisk]| {
             disks.iter().map(|d| format!("{} ({} MB)", d.path, d.size / 1_000_000)).collect::<Vec<_>>().join(", ")
         };
@@ -408,19 +413,27 @@ impl MachineRegistry {
         let chosen = match (&self.rules.disk, &fixed[..]) {
             (Some(path), _) => all.iter().find(|d| d.path == *path).copied(),
             (None, [one]) => Some(*one),
-            (None, []) => return Err("this machine has no disk".to_owned()),
+            (None, []) => return refuse("this machine has no disk"),
             (None, _) => {
-                return Err(format!("this machine has several disks; set [netboot] disk to one of {}", list(&fixed)));
+                return refuse(format!(
+                    "this machine has several disks; set [netboot] disk to one of {}",
+                    list(&fixed)
+                ));
             }
         };
         let Some(chosen) = chosen else {
-            return Err(format!("this machine has no disk with the path in [netboot] disk; it has {}", list(&all)));
+            return refuse(format!("this machine has no disk with the path in [netboot] disk; it has {}", list(&all)));
         };
         if chosen.size < need {
-            return Err(format!("{} is too small: the node needs {} MB", list(&[chosen]), need.div_ceil(1_000_000)));
+            return refuse(format!("{} is too small: the node needs {} MB", list(&[chosen]), need.div_ceil(1_000_000)));
         }
         Ok(chosen.path.clone())
     }
+}
+
+/// Returns a [`Refusal`] with this text.
+fn refuse<T>(why: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal(why.into()))
 }
 
 #[cfg(test)]

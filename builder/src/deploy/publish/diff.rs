@@ -80,12 +80,12 @@ pub struct Comparison {
 impl Contents {
     pub(super) fn read(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
-        serde_json::from_slice(&bytes).map_err(|e| {
-            let path = path.display();
-            Error::Failed(format!(
-                "{path} is not a manifest of this version of bakehouse: {e}\n  help: bakehouse build"
-            ))
-        })
+        let place = format!(
+            "{} is not a manifest of this version of bakehouse
+  help: bakehouse build",
+            path.display()
+        );
+        serde_json::from_slice(&bytes).map_err(Error::at(place))
     }
 
     fn postgres(&self) -> BTreeSet<u32> {

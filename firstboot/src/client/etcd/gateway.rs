@@ -15,9 +15,10 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
+use tracing::debug;
 
 use crate::error::{Error, Result};
-use fleet_https::{Connection, PATIENCE, request};
+use fleet_https::{Connection, PATIENCE, PeerError, request};
 
 /// Longest reply, in bytes: several times all slots of the largest fleet.
 pub(super) const LONGEST: usize = 64 << 20;
@@ -302,7 +303,7 @@ impl Etcd {
     }
 
     pub(super) async fn call<T: for<'de> Deserialize<'de>>(&self, path: &str, body: &impl Serialize) -> Result<T> {
-        let body = Bytes::from(serde_json::to_vec(body).map_err(|e| Error::Failed(e.to_string()))?);
+        let body = Bytes::from(serde_json::to_vec(body).map_err(Error::json("a request to etcd"))?);
         let mut kept = self.connection.lock().await;
         let answer = match self.ask(&mut kept, path, &body).await {
             // etcd has not executed the request, so even a transaction can be repeated.
@@ -375,7 +376,10 @@ impl Etcd {
         for (host, port) in self.members[first..].iter().chain(&self.members[..first]) {
             match self.in_time(host, Connection::open(host, *port, host, &self.tls)).await {
                 Ok(connection) => return Ok((format!("{host}:{port}"), connection)),
-                Err(e) => last = e,
+                Err(e) => {
+                    debug!(peer = host, "cannot use the etcd member {host}: {}", e.chain());
+                    last = e;
+                }
             }
         }
         Err(last)
@@ -386,7 +390,7 @@ impl Etcd {
         member: &str,
         answer: impl Future<Output = Result<T, fleet_https::Error>>,
     ) -> Result<T> {
-        let late = |_| Err(Error::Network { to: member.to_owned(), why: "no reply".to_owned() });
+        let late = |_| Err(fleet_https::Error::no_answer(member).into());
         timeout(self.patience, answer).await.map_or_else(late, |answer| Ok(answer?))
     }
 }
@@ -427,15 +431,18 @@ fn listed(answered: &Answered) -> Result<(u64, Vec<KeyValue>)> {
 }
 
 pub(super) fn read<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes).map_err(|_| foreign())
+    serde_json::from_slice(bytes).map_err(|e| Error::network("etcd", Error::cannot("read the reply")(e)))
 }
 
 pub(super) fn contains(e: &Error, messages: &[&str]) -> bool {
-    matches!(e, Error::Network { why, .. } if messages.iter().any(|m| why.contains(m)))
+    let Error::Https(fleet_https::Error::Network { source: PeerError::Status { text, .. }, .. }) = e else {
+        return false;
+    };
+    messages.iter().any(|m| text.contains(m))
 }
 
 pub(super) fn foreign() -> Error {
-    Error::Network { to: "etcd".to_owned(), why: "the reply has an unknown format".to_owned() }
+    Error::network("etcd", "the reply has an unknown format")
 }
 
 #[cfg(test)]

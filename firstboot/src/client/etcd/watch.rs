@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::json;
 use std::sync::atomic::Ordering;
 use tokio::time::{Instant, timeout, timeout_at};
+use tracing::warn;
 
 use super::gateway::{Etcd, Kv, LONGEST, after, foreign, read};
 use crate::error::{Error, Result};
@@ -70,7 +71,7 @@ impl Etcd {
             "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)),
             "start_revision": revision.to_string(), "progress_notify": true,
         } });
-        let body = serde_json::to_vec(&body).map_err(|e| Error::Failed(e.to_string()))?;
+        let body = serde_json::to_vec(&body).map_err(Error::json("a request to etcd"))?;
         // The watch needs its own connection, because the reply lasts as long as the watch.
         let (host, mut connection) = self.connect().await?;
         let asked = self.request(&host, "/v3/watch", body.into())?;
@@ -79,7 +80,7 @@ impl Etcd {
         })?;
         if !response.status().is_success() {
             self.first.fetch_add(1, Ordering::Relaxed);
-            return Err(Error::Network { to: host, why: format!("the watch was refused: {}", response.status()) });
+            return Err(Error::network(host, format!("the watch was refused: {}", response.status())));
         }
         Ok(Watch {
             _connection: connection,
@@ -114,7 +115,7 @@ impl Etcd {
 
 impl Watch {
     async fn next(&mut self) -> Result<Option<Vec<WatchEvent>>> {
-        let broken = |why: String| Error::Network { to: "etcd".to_owned(), why };
+        let broken = |why: String| Error::network("etcd", why);
         loop {
             if let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
                 let line = self.rest.split_to(end + 1);
@@ -132,7 +133,7 @@ impl Watch {
             };
             match frame.map_err(|_| broken(format!("a watch was silent for {} s", self.silence.as_secs())))? {
                 None => return Ok(None),
-                Some(Err(e)) => return Err(broken(e.to_string())),
+                Some(Err(e)) => return Err(Error::network("etcd", e)),
                 Some(Ok(frame)) => {
                     if let Some(data) = frame.data_ref() {
                         self.rest.extend_from_slice(data);
@@ -150,7 +151,7 @@ impl Watch {
 pub fn changes(line: &[u8]) -> Result<Option<Vec<WatchEvent>>> {
     let watched: Watched = read(line)?;
     if watched.result.canceled {
-        println!("etcd cancelled a watch: {}", watched.result.cancel_reason);
+        warn!("etcd cancelled a watch: {}", watched.result.cancel_reason);
         return Ok(None);
     }
     let changes = watched.result.events.iter().map(|e| {

@@ -74,7 +74,7 @@ impl BlockReader {
                 Ok(Some(bytes))
             }
             // The server refuses the request; a retry would not help.
-            Err(e @ Error::Failed(_)) => Err(e),
+            Err(e @ (Error::NoPart { .. } | Error::TooMuch { .. })) => Err(e),
             Err(e) => {
                 (self.connection, self.body) = (None, None);
                 if self.failures == TRIES {
@@ -90,7 +90,7 @@ impl BlockReader {
     /// Returns the next bytes of the response for the first piece; requests the piece first if necessary.
     async fn next_frame(&mut self) -> Result<Bytes> {
         let Some(BlockRange { at, len, .. }) = self.pieces.front().copied() else { return Ok(Bytes::new()) };
-        let broke = |why: String| Error::Network { to: self.name.clone(), why };
+        let broke = |why: String| Error::network(&self.name, why);
         let body = match &mut self.body {
             Some(body) => body,
             none => {
@@ -108,8 +108,10 @@ impl BlockReader {
                 };
                 let status = answer.status();
                 if status != StatusCode::PARTIAL_CONTENT {
-                    let why = format!("{}: the server replied {status} to a request for a part", self.name);
-                    return Err(if status.is_server_error() { broke(why) } else { Error::Failed(why) });
+                    if status.is_server_error() {
+                        return Err(broke(format!("the server replied {status} to a request for a part")));
+                    }
+                    return Err(Error::NoPart { file: self.name.clone(), status });
                 }
                 none.insert(answer.into_body())
             }
@@ -119,9 +121,9 @@ impl BlockReader {
                 .await
                 .map_err(|_| broke(format!("no data for {} s", PATIENCE.as_secs())))?;
             let frame = frame.ok_or_else(|| broke("the response ended too early".to_owned()))?;
-            let Ok(bytes) = frame.map_err(|e| broke(e.to_string()))?.into_data() else { continue };
+            let Ok(bytes) = frame.map_err(|e| Error::network(&self.name, e))?.into_data() else { continue };
             if bytes.len() as u64 > len {
-                return Err(Error::Failed(format!("{}: the server sent more bytes than requested", self.name)));
+                return Err(Error::TooMuch { file: self.name.clone() });
             }
             return Ok(bytes);
         }

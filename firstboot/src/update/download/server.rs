@@ -15,6 +15,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
+use tracing::{error, info, warn};
 
 use super::assembly::BlockReader;
 use super::upstream::Upstream;
@@ -65,7 +66,7 @@ impl Server {
                     let server = server.clone();
                     async move {
                         let answer = server.answer(&request).await.unwrap_or_else(|e| {
-                            println!("{}: download failed: {e}", request.uri().path());
+                            error!("{}: download failed: {}", request.uri().path(), e.chain());
                             refused(StatusCode::BAD_GATEWAY)
                         });
                         Ok::<_, Error>(answer)
@@ -88,7 +89,7 @@ impl Server {
         match self.assemble(name).await {
             Ok(Some(answer)) => return Ok(answer),
             Ok(None) => {}
-            Err(e) => println!("{name}: downloading the whole file: {e}"),
+            Err(e) => warn!("{name}: downloading the whole file: {}", e.chain()),
         }
         let mut connection = self.upstream.connect().await?;
         Ok(forwarded(self.upstream.get(&mut connection, name, None).await?))
@@ -112,18 +113,14 @@ impl Server {
         };
         let pieces = pieces(&old, &new);
         let first = pieces.iter().find(|p| p.here.is_none()).map(|p| (p.at, p.len));
-        println!(
-            "{name}: {:.1} of {:.1} MB have to be downloaded",
-            missing(&pieces) as f64 / 1e6,
-            new.size as f64 / 1e6
-        );
+        info!("{name}: {:.1} of {:.1} MB have to be downloaded", missing(&pieces) as f64 / 1e6, new.size as f64 / 1e6);
         let here = File::open(path).map_err(Error::io("open", path))?;
         if let Some(part) = first {
             // A server without support for ranges sends the whole file.
             let mut connection = self.upstream.connect().await?;
             let answer = self.upstream.get(&mut connection, name, Some((part.0, 1))).await?;
             if answer.status() != StatusCode::PARTIAL_CONTENT {
-                println!("{name}: downloading the whole file: the server does not support ranges");
+                warn!("{name}: downloading the whole file: the server does not support ranges");
                 return Ok(Some(forwarded(answer)));
             }
         }
@@ -171,7 +168,7 @@ fn refused(status: StatusCode) -> Response<Body> {
 fn forwarded(answer: Response<Incoming>) -> Response<Body> {
     let status = answer.status();
     let length = answer.headers().get("content-length").cloned();
-    let body = answer.into_body().map_err(|e| Error::Failed(e.to_string())).boxed_unsync();
+    let body = answer.into_body().map_err(|e| Error::cannot("read the response")(e)).boxed_unsync();
     let mut forwarded = Response::new(body);
     *forwarded.status_mut() = status;
     if let Some(length) = length {

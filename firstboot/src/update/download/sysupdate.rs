@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tokio::net::TcpListener;
+use tracing::warn;
 
 use super::server::{LocalImage, Server};
 use crate::error::{Error, Result};
@@ -25,7 +26,7 @@ pub async fn load(image: &ImageInfo, esp: &Path, scratch: &Path) -> Result<()> {
     // The boot loader has passed over an entry that is already there.
     Boots::forget_pending(&esp.join(ENTRIES), &image.id, &image.version)?;
     if let Err(e) = load_changed_blocks(image, esp, scratch).await {
-        println!("downloading only changed blocks failed, downloading everything: {e}");
+        warn!("downloading only changed blocks failed, downloading everything: {}", e.chain());
         return sysupdate(Path::new(TRANSFERS)).await;
     }
     Ok(())
@@ -53,8 +54,12 @@ async fn sysupdate(transfers: &Path) -> Result<()> {
     let mut command = Command::new(SYSUPDATE);
     command.arg(format!("--definitions={}", transfers.display())).arg("update");
     let done = tokio::task::spawn_blocking(move || command.status()).await;
-    let status = done.map_err(|e| Error::Failed(e.to_string()))?.map_err(Error::io("run", SYSUPDATE))?;
-    if status.success() { Ok(()) } else { Err(Error::Failed(format!("systemd-sysupdate failed: {status}"))) }
+    let status = done.map_err(Error::cannot("wait for systemd-sysupdate"))?.map_err(Error::io("run", SYSUPDATE))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(Error::Tool { program: "systemd-sysupdate".to_owned(), status, output: String::new() })
+    }
 }
 
 /// Reads the transfer definitions; returns their names and texts.

@@ -80,15 +80,15 @@ impl Upstream {
 
     /// Downloads a small file of at most `longest` bytes.
     pub(super) async fn read(&self, name: &str, longest: usize) -> Result<Bytes> {
-        let failed = |why: String| Error::Network { to: format!("{}{}{name}", self.authority, self.path), why };
+        let url = format!("{}{}{name}", self.authority, self.path);
         let answer = self.get(&mut self.connect().await?, name, None).await?;
         if answer.status() != StatusCode::OK {
-            return Err(failed(answer.status().to_string()));
+            return Err(Error::network(url, answer.status().to_string()));
         }
         let body = timeout(PATIENCE, Limited::new(answer.into_body(), longest).collect()).await;
         Ok(body
-            .map_err(|_| failed(format!("no complete response within {} s", PATIENCE.as_secs())))?
-            .map_err(|e| failed(e.to_string()))?
+            .map_err(|_| Error::network(&url, format!("no complete response within {} s", PATIENCE.as_secs())))?
+            .map_err(|e| Error::network(&url, e))?
             .to_bytes())
     }
 }
