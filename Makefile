@@ -2,7 +2,7 @@
 
 BAKEHOUSE = target/release/bakehouse
 
-.PHONY: all deps build demo demo-build package package-test test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot containment fuzz check style unit docs pictures clean
+.PHONY: all deps build demo demo-build package package-test test quick-ha roles rehearse rehearse-containers bench bench-join bench-attack bench-netboot containment fuzz check editors style unit docs pictures clean
 
 all: build
 
@@ -34,6 +34,7 @@ test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, and
 	# wireguard-go is WireGuard in containers.
 	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg
+	$(MAKE) editors
 	tests/run.sh
 
 # Compares builds with mkosi and mmdebstrap. Needs root, and a machine that is otherwise idle.
@@ -105,6 +106,7 @@ fuzz:
 
 # Everything that needs no compiled test. ruff comes from PyPI.
 RUFF = build/tools/bin/ruff
+TAPLO = build/tools/bin/taplo
 SHELL_SCRIPTS = git grep -lIE '^\#!/bin/(ba|da)?sh' -- .ci builder fuzz overlays tests
 check: $(RUFF) style
 	builder/host-deps.sh shellcheck python3-venv
@@ -121,6 +123,15 @@ $(RUFF):
 	builder/host-deps.sh python3-venv
 	python3 -m venv build/tools
 	build/tools/bin/pip install -q ruff==0.17.6
+
+$(TAPLO):
+	builder/host-deps.sh python3-venv
+	test -x build/tools/bin/pip || python3 -m venv build/tools
+	build/tools/bin/pip install -q taplo==0.9.3
+
+# What editors do with the JSON Schemas. It takes seconds, and needs the built programs.
+editors: $(TAPLO)
+	tests/editors.sh
 
 # The language of STYLE.md.
 style:

@@ -5,6 +5,7 @@ mod steps;
 
 use std::fmt::Write;
 use std::path::Path;
+use std::process::Command;
 use std::{env, fs};
 
 use sha2::{Digest as _, Sha256};
@@ -32,8 +33,35 @@ fn main() {
         assert!(inputs.iter().all(|input| STEPS.iter().any(|step| step.name == *input)), "{name} has an unknown input");
         println!("cargo::rustc-env=CODE_{name}={}", digest(code));
     }
+    let version = env::var("CARGO_PKG_VERSION").expect("cargo sets it");
+    let commit = commit(&root).map(|commit| format!(" ({commit})")).unwrap_or_default();
+    println!("cargo::rustc-env=BAKEHOUSE_VERSION={version}{commit}");
     let out = Path::new(&env::var_os("OUT_DIR").expect("cargo sets it")).join("assets.rs");
     fs::write(out, table).expect("OUT_DIR is writable");
+}
+
+/// Returns the commit of the sources, for `bakehouse --version`: from BAKEHOUSE_COMMIT, else from git. No step of a
+/// build has it in its key, and no image has it.
+fn commit(root: &Path) -> Option<String> {
+    println!("cargo::rerun-if-env-changed=BAKEHOUSE_COMMIT");
+    if let Some(given) = env::var("BAKEHOUSE_COMMIT").ok().filter(|commit| !commit.is_empty()) {
+        return Some(given);
+    }
+    let git = |args: &[&str]| {
+        let output = Command::new("git").arg("-C").arg(root).args(args).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !text.is_empty()).then_some(text)
+    };
+    // Sources that were unpacked inside another repository are not of its commit.
+    if Path::new(&git(&["rev-parse", "--show-toplevel"])?).canonicalize().ok()? != root.canonicalize().ok()? {
+        return None;
+    }
+    // A commit or a checkout appends to this log.
+    let log = root.join(git(&["rev-parse", "--git-path", "logs/HEAD"])?);
+    if log.exists() {
+        println!("cargo::rerun-if-changed={}", log.display());
+    }
+    git(&["rev-parse", "--short=12", "HEAD"])
 }
 
 /// Returns the digest of the files' names and contents.

@@ -29,6 +29,18 @@ use crate::render::render_all;
 use crate::update::Updates;
 use crate::update::boot_entries::ENTRIES;
 
+/// Commands of the agent.
+pub const USAGE: &str = "\
+usage: firstboot run              make this machine a node, and run the node (firstboot.service)
+       firstboot status [--json]  print this node's slot and phase
+       firstboot leave            hand over, stop, and free this node's slot
+       firstboot healthy          wait until all units of this boot run (firstboot-healthy.service)
+       firstboot load             download a newer image to the other root partition (firstboot-install.service)
+       firstboot signed           write the signature time of the update folder as a metric (firstboot-check.service)
+       firstboot grub [--good]    on a legacy BIOS: synchronize boot entries with GRUB's count of tries;
+                                  --good: this boot is good (firstboot-grub.service)
+";
+
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.
 const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";
 
@@ -192,5 +204,28 @@ fn web_certificate(paths: &Paths, own: &Tls) -> Result<String> {
     match credential {
         Some(path) => fs::read_to_string(&path).map_err(Error::io("read", &path)),
         None => Ok(format!("{}{}", own.cert, own.key)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::USAGE;
+
+    /// Page of the agent in every image.
+    const PAGE: &str = include_str!("../../overlays/firstboot/usr/share/man/man8/firstboot.8");
+
+    #[test]
+    fn man_page_has_every_command() {
+        let mut count = 0;
+        for line in USAGE.lines() {
+            let Some(command) = line.trim_start_matches("usage:").trim_start().strip_prefix("firstboot ") else {
+                continue;
+            };
+            let command = command.split("  ").next().unwrap().replace('-', "\\-");
+            assert!(PAGE.contains(&format!("\nfirstboot {command}\n")), "{command} is not in the synopsis");
+            assert!(PAGE.contains(&format!("\n.B {command}\n")), "{command} is not described");
+            count += 1;
+        }
+        assert_eq!(count, 7);
     }
 }

@@ -4,7 +4,7 @@ use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
-use firstboot::agent::{Paths, run};
+use firstboot::agent::{Paths, USAGE, run};
 use firstboot::error::{Error, Result};
 use firstboot::host::console::say;
 use firstboot::host::dbus::describe;
@@ -20,17 +20,6 @@ use tracing::error;
 
 /// Where the EFI partition is mounted.
 const ESP: &str = "/efi";
-
-const USAGE: &str = "\
-usage: firstboot run              make this machine a node, and run the node (firstboot.service)
-       firstboot status [--json]  print this node's slot and phase
-       firstboot leave            hand over, stop, and free this node's slot
-       firstboot healthy          wait until all units of this boot run (firstboot-healthy.service)
-       firstboot load             download a newer image to the other root partition (firstboot-install.service)
-       firstboot signed           write the signature time of the update folder as a metric (firstboot-check.service)
-       firstboot grub [--good]    on a legacy BIOS: synchronize boot entries with GRUB's count of tries;
-                                  --good: this boot is good (firstboot-grub.service)
-";
 
 fn main() -> ExitCode {
     let is_agent = std::env::args().nth(1).as_deref() == Some("run");

@@ -25,6 +25,8 @@ mod certificate;
 mod chain;
 mod diagnostic;
 pub mod encoding;
+#[cfg(feature = "schema")]
+mod form;
 pub mod grubenv;
 mod join;
 mod lint;
@@ -33,6 +35,8 @@ pub mod netboot;
 mod overlay;
 pub mod ports;
 mod profile;
+#[cfg(feature = "schema")]
+pub mod reference;
 mod rollout;
 mod schema;
 mod settings;

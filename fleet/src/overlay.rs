@@ -6,16 +6,20 @@ use std::path::{Component, Path};
 use serde::Deserialize;
 
 use crate::diagnostic::{Diagnostic, parse};
+#[cfg(feature = "schema")]
+use crate::form;
 
 /// `overlays/NAME/overlay.toml`: an overlay's manifest. The builder copies the file tree beside it over the image's
 /// root, except for files below `run/`. Those are templates that the agent renders on the node at every boot.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct OverlayManifest {
     /// One line about the overlay.
     pub description: String,
     /// Owner and mode of files, by path without a leading `/` and without `.j2`. Default: `root:root`, mode `0644`.
-    /// Example: `"usr/bin/tool" = { mode = "0755" }`.
+    /// Below `run/`, only the mode applies. Services get files with secrets (mode `0600`) from systemd, by
+    /// `LoadCredential=`. Example: `"usr/bin/tool" = { mode = "0755" }`.
     pub files: BTreeMap<String, FileMeta>,
     /// Targets of symbolic links, by path of the link without a leading `/`.
     pub links: BTreeMap<String, String>,
@@ -29,9 +33,11 @@ pub struct OverlayManifest {
 
 /// Owner and mode of a file.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct FileMeta {
     /// Mode in octal. Example: `"0755"`. Default: `"0644"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Mode"))]
     pub mode: String,
     /// A user of the image. Default: `"root"`.
     pub user: String,
@@ -45,8 +51,10 @@ impl Default for FileMeta {
     }
 }
 
-/// An entry of `[[check]]`: a command that the builder runs inside the image's tree. It must exit with 0.
+/// An entry of `[[check]]`: a command that the builder runs inside the image's tree. It must exit with 0. The
+/// builder runs a check of files below `run/` for every slot of the fleet.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Check {
     /// Files that the command checks, by path without a leading `/`. An entry that ends in `/` is a folder. The builder
@@ -59,9 +67,11 @@ pub struct Check {
 /// An entry of `[[make]]`: a file of the image (`root:root`, mode `0644`) that a command generates inside the image's
 /// tree. Use it for work that takes long and has the same result on every node. The same tree must give the same bytes.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Make {
     /// Path of the file without a leading `/`. The command has to write it before it exits.
+    #[cfg_attr(feature = "schema", schemars(with = "form::ImagePath", extend("not" = { "pattern": form::NOT_BAKED })))]
     pub file: String,
     /// Files of overlays that the command reads, as in `[[check]]`. The builder repeats the command when one of them,
     /// or a package, changes.
@@ -70,15 +80,18 @@ pub struct Make {
     pub command: Vec<String>,
 }
 
-/// An entry of `[[migration]]`: a program of the overlay, [`MIGRATIONS`]`/NAME`. Every node runs it once, before a unit
-/// starts for the first time. After a power loss the node runs it again.
+/// An entry of `[[migration]]`: a program of the overlay, `usr/lib/bakehouse/migrations/NAME`. Every node runs it once,
+/// before a unit starts for the first time. After a power loss the node runs it again.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Migration {
     /// Lower-case letters, digits and dashes. A name must never be used for a second migration, because nodes keep the
     /// names of those that they ran. Example: `"postgresql-17-to-18"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::MigrationName"))]
     pub name: String,
     /// Service that waits for the migration. Example: `"patroni.service"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Service"))]
     pub before: String,
 }
 

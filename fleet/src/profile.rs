@@ -5,11 +5,14 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::diagnostic::{Diagnostic, parse};
+#[cfg(feature = "schema")]
+use crate::form;
 use crate::schema::ExtraSource;
 use crate::settings::Proto;
 
 /// `profiles/roles/ROLE.toml`: what a role adds to an image. The profile `base` is in every image.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Profile {
     /// One line about the role. Example: `"Database: PostgreSQL under Patroni"`.
@@ -26,7 +29,8 @@ pub struct Profile {
     /// Roles that cannot be on the same node, each with the reason. Example: `conflicts.monitor = "reason"`.
     pub conflicts: BTreeMap<String, String>,
     /// Seconds without a report of a node after which a blank machine may take its slot. Default: only the operator can
-    /// replace the node, because its disk may have the only copy of its data. Example: `600`.
+    /// replace the node, because its disk may have the only copy of its data. It applies only if all
+    /// roles of the node have it. Example: `600`.
     pub reclaim_after: Option<u32>,
     /// Ports on which the role listens: `[[ports]]`.
     pub ports: Vec<Port>,
@@ -50,6 +54,7 @@ pub struct Profile {
 /// An entry of `[[ports]]`: a port on which a role listens. Two roles of one node cannot share a port, unless the
 /// service is the same.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Port {
     /// Port number.
@@ -58,7 +63,7 @@ pub struct Port {
     pub proto: Proto,
     /// Name of the service that listens. Example: `"postgresql"`.
     pub service: String,
-    /// Roles whose nodes may reach the port, in addition to those of the built-in rules ([`crate::ports::rows`]).
+    /// Roles whose nodes may reach the port, in addition to those of the built-in rules.
     /// `["every"]` stands for all nodes, `[]` for the node itself alone. Default: the roles of the built-in rules;
     /// without such a rule every node can reach the port, and `bakehouse check` prints a warning.
     #[serde(default)]
@@ -68,6 +73,7 @@ pub struct Port {
 /// `[units]`: units that systemd starts at boot, or never. Services of a role are not here, because the agent starts
 /// them.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Units {
     /// Units that a target or unit wants (`Wants=`).
@@ -79,8 +85,10 @@ pub struct Units {
 }
 
 /// `[health]`: units that must run for an image to be good. If one fails, the node returns to its older image. A unit
-/// that needs another node has to wait for it while it starts, because a disconnected network is no reason to return.
+/// that needs another node has to wait for it while it starts, because a disconnected network is no reason to return:
+/// it stays `activating`, has no time limit of its own, and fails only if the image is at fault.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Health {
     /// Names of units. Example: `["patroni.service"]`.
@@ -89,6 +97,7 @@ pub struct Health {
 
 /// `[trim]`: files of packages that the image leaves out, as in dpkg's `path-exclude` and `path-include`.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Trim {
     /// Patterns of paths that the image leaves out. Example: `["/usr/share/i18n/*"]`.
@@ -101,6 +110,7 @@ pub struct Trim {
 
 /// An entry of `[users]`: a user and its group.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct User {
     /// Id of both the user and the group.
@@ -115,11 +125,14 @@ pub struct User {
 
 /// `[disk]`: sizes of the partitions, such as `"512M"`.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Disk {
     /// Size of a root partition. The image has the largest of its roles'.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::Size>"))]
     pub root: Option<String>,
     /// Least size of the `/var` partition.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::Size>"))]
     pub var: Option<String>,
     /// Whether the role can lose its `/var` at each restart. A machine without a disk can then have the role. Default:
     /// `false`.
@@ -128,9 +141,11 @@ pub struct Disk {
 
 /// `[vm]`: size of the virtual machine of `bakehouse up` for a node with this role.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct VmSize {
     /// Memory. Example: `"768M"`.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::Size>"))]
     pub memory: Option<String>,
     /// Number of CPUs.
     pub cpus: Option<u16>,

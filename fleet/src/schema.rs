@@ -9,17 +9,22 @@ use toml::Spanned;
 
 use crate::diagnostic::{Diagnostic, Source, parse};
 use crate::settings::{Alerts, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update, Web};
+#[cfg(feature = "schema")]
+use crate::{form, lint::ETCD_FOLDERS};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(extend("required" = ["name", "groups"])))]
 #[serde(deny_unknown_fields)]
 pub struct Fleet {
     /// Name of the fleet: 1 to 32 lower-case letters, digits and `-`. It starts with a letter and does not end with
-    /// `-`. Example: `"acme"`.
+    /// `-`. It must not be a name that the hubs use in etcd, such as `slots` or `rollout`. Example: `"acme"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::FleetName", extend("not" = { "enum": ETCD_FOLDERS })))]
     pub name: Spanned<String>,
     /// Version of the images that this file describes: 1 to 16 letters, digits and `.~^-`. Raise it with every change
     /// that has to reach the nodes. Versions are compared as systemd compares them. Default: `"1"`.
     #[serde(default = "default_version")]
+    #[cfg_attr(feature = "schema", schemars(with = "form::ImageVersion", extend("x-need" = "should")))]
     pub version: Spanned<String>,
     /// Settings of all images.
     #[serde(default)]
@@ -34,36 +39,46 @@ pub struct Fleet {
     #[serde(default)]
     pub debian: Debian,
     /// Timing of Patroni's failure detection.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Database>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Database"))]
     pub database: Spanned<Database>,
     /// Place and times of PostgreSQL's backups.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Backup>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Backup"))]
     pub backup: Spanned<Backup>,
     /// Odoo's database, add-ons and languages.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Odoo>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Odoo"))]
     pub odoo: Spanned<Odoo>,
     /// Receivers of alerts.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Alerts>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Alerts"))]
     pub alerts: Spanned<Alerts>,
     /// Further ports that the packet filter opens.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Firewall>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Firewall"))]
     pub firewall: Spanned<Firewall>,
     /// HTTP settings of the hubs.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Web>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Web"))]
     pub web: Spanned<Web>,
     /// Longest outages that the fleet's owner accepts.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Promise>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Promise"))]
     pub promise: Spanned<Promise>,
     /// Source and times of the nodes' updates.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Update>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Update"))]
     pub update: Spanned<Update>,
     /// Machines that boot from the network.
-    #[serde(default = "default_section")]
+    #[serde(default = "default_section::<Netboot>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Netboot"))]
     pub netboot: Spanned<Netboot>,
     /// Key that signs what the firmware runs. Default: no section, and Bakehouse signs nothing.
     pub secure_boot: Option<SecureBoot>,
     /// Groups of nodes, by name: `[groups.hub]`, `[groups.db]`. A name has 1 to 20 lower-case letters, digits and `-`.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(extend("minProperties" = 1, "propertyNames" = { "pattern": form::GROUP_NAME })))]
     pub groups: BTreeMap<String, Group>,
     /// The file's name and text, for diagnostics. Not a key.
     #[serde(skip, default = "empty_source")]
@@ -72,21 +87,25 @@ pub struct Fleet {
 
 /// `[image]`: settings of all images of the fleet.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Image {
     /// The kernel: `"cloud"` has the drivers for virtio, NVMe and the clouds, `"metal"` has every driver. Physical
     /// servers need `"metal"`. Default: `"cloud"`.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(extend("x-need" = "should")))]
     pub hardware: Hardware,
     /// Size of a root partition (root A, and root B): a whole number with `K`, `M`, `G` or `T`, which are powers of
     /// 1024. Example: `"640M"`. It is fixed for the life of an installation, because the first boot of a node creates
     /// root B with that size. Default: the largest `disk.root` of the image's roles.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::Size>"))]
     pub root_size: Option<Spanned<String>>,
 }
 
 /// Value of `image.hardware`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Hardware {
     /// Kernel with the drivers for virtio, NVMe and the clouds.
@@ -109,12 +128,15 @@ impl Hardware {
 
 /// `[mesh]`: addresses and port of the WireGuard mesh.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Mesh {
     /// Network of the nodes' own addresses (/32 each) and of the VIP. Default: `"10.10.0.0/24"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Network"))]
     pub subnet: Spanned<Ipv4Net>,
     /// Network of the addresses on the WireGuard interfaces, between which BGP runs. It has the prefix length of
     /// `subnet`, and does not overlap it. Default: `"10.11.0.0/24"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Network"))]
     pub transport: Spanned<Ipv4Net>,
     /// UDP port of a hub's WireGuard for workers, and TCP port of its join API. Links between hubs use the next UDP
     /// ports, one for each hub. Default: `51820`.
@@ -133,9 +155,11 @@ impl Default for Mesh {
 
 /// `[vip]`: the address that clients use. One hub holds it at a time.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Vip {
     /// A host address of `mesh.subnet`. Default: `"10.10.0.100"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Address"))]
     pub address: Spanned<Ipv4Addr>,
 }
 
@@ -147,6 +171,7 @@ impl Default for Vip {
 
 /// `[debian]`: sources of Debian packages.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Debian {
     /// Suite of all images. Default: `"trixie"`.
@@ -167,9 +192,11 @@ impl Default for Debian {
 
 /// An entry of `[[debian.sources]]`: a signed apt source in addition to `debian.suite`.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ExtraSource {
     /// Name of the source in the lock and in messages. Example: `"sid"`.
+    #[cfg_attr(feature = "schema", schemars(with = "String"))]
     pub name: Spanned<String>,
     /// Base address. Default: the Debian mirror, for another suite such as `"sid"`.
     #[serde(default)]
@@ -194,26 +221,32 @@ pub struct ExtraSource {
 
 /// `[groups.NAME]`: nodes with one image.
 #[derive(Clone, Debug, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Group {
     /// Number of nodes, 1 to 4000. Each has a slot: `NAME-1`, `NAME-2` and so on.
+    #[cfg_attr(feature = "schema", schemars(with = "u16", range(min = 1, max = 4000)))]
     pub count: Spanned<u16>,
     /// Roles of each node: `"hub"`, `"db"`, `"app"`, `"monitor"`, or roles of your own. Default: the group's name.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<String>"))]
     pub roles: Vec<Spanned<String>>,
-    /// Mesh address of the first node. The other nodes have the next addresses. Default, by the first role: host 1 of
+    /// Mesh address of the first node. The other nodes have the next addresses. Default: by the first role, host 1 of
     /// `mesh.subnet` for `hub`, 10 for `db`, 20 for `app`, 30 for `monitor`, 40 for others. Example: `"10.10.0.50"`.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::Address>"))]
     pub first: Option<Spanned<Ipv4Addr>>,
     /// Public host name or address of each node, without a port, in the order of the slots. Hubs require it. Example:
     /// `["hub1.example.net", "198.51.100.7"]`.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Host>", extend("x-need" = "must, for hubs")))]
     pub endpoints: Vec<Spanned<String>>,
     /// Further Debian packages for this group's image. Default: none.
     #[serde(default)]
     pub packages: Vec<String>,
     /// Further overlays for this group's image. Default: none.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<String>"))]
     pub overlays: Vec<Spanned<String>>,
 }
 

@@ -4,16 +4,23 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "schema")]
+use crate::form;
+
 /// `[database]`: timing of Patroni's failure detection. `loop_wait + 2 × retry_timeout` must not exceed `ttl`. A
 /// change applies when a node with that image is the primary.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Database {
     /// Seconds that the primary's lease lasts without a renewal. At least 20. Default: `20`.
+    #[cfg_attr(feature = "schema", schemars(range(min = 20)))]
     pub ttl: u16,
     /// Seconds between two cycles of Patroni. At least 1. Default: `3`.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1)))]
     pub loop_wait: u16,
     /// Seconds for which Patroni retries an operation on etcd or PostgreSQL. At least 3. Default: `6`.
+    #[cfg_attr(feature = "schema", schemars(range(min = 3)))]
     pub retry_timeout: u16,
 }
 
@@ -25,6 +32,7 @@ impl Default for Database {
 
 /// `[backup]`: place and times of PostgreSQL's backups and its WAL.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Backup {
     /// Node that keeps pgBackRest's repository. Default: the first monitor without `db`, else the last node without
@@ -32,15 +40,19 @@ pub struct Backup {
     pub node: Option<String>,
     /// Number of full backups to keep, at least 1. The repository also keeps the WAL since the oldest one, for a
     /// restore to any moment after it. Default: `4`.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1)))]
     pub keep: u16,
     /// When a full backup starts: a time as in systemd's `OnCalendar=`. Default: `"Sun 01:30"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::BackupTime"))]
     pub full: String,
     /// When an incremental backup starts: a time as in `full`. Default: `"Mon..Sat 01:30"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::BackupTime"))]
     pub incremental: String,
     /// An S3 bucket instead of a node. Default: none.
     pub s3: Option<S3>,
     /// Restores the new database from the repository, as of this time, instead of an empty one: a time such as
     /// `"2026-11-23 10:00:00+00"`, or `"latest"`. Default: none.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::BackupTime>"))]
     pub restore: Option<String>,
 }
 
@@ -60,13 +72,17 @@ impl Default for Backup {
 /// `[backup.s3]`: an S3 bucket for the backups. The access key is a secret, and not a key of this file: give it to
 /// `bakehouse init` in `BAKEHOUSE_S3_KEY` and `BAKEHOUSE_S3_SECRET`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct S3 {
     /// Name of the bucket.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Plain"))]
     pub bucket: String,
     /// Host name of the service; a port may follow. Example: `"s3.eu-central-1.amazonaws.com"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Plain"))]
     pub endpoint: String,
     /// Region of the bucket. Example: `"eu-central-1"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Plain"))]
     pub region: String,
     /// Whether requests name the bucket in the path instead of the host name. Self-hosted services often require it.
     /// Default: `false`.
@@ -80,16 +96,20 @@ pub struct S3 {
 
 /// `[odoo]`: content of the application images, and of Odoo's database.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Odoo {
     /// Name of Odoo's database: lower-case letters, digits and `_`, a letter first. Default: `"odoo"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::Identifier"))]
     pub database: String,
     /// Languages whose translations are in the image. English is always in it. Example: `["de", "pt_BR"]`. Default:
     /// none.
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Language>"))]
     pub languages: Vec<String>,
     /// Folders with further add-ons, relative to `fleet.toml`. Each sub-folder is an add-on. Default: none.
     pub addons: Vec<String>,
     /// Add-ons that Odoo installs when it creates the database. Default: `["web"]`.
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Identifier>"))]
     pub modules: Vec<String>,
 }
 
@@ -101,19 +121,24 @@ impl Default for Odoo {
 
 /// `[alerts]`: receivers of alerts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Alerts {
     /// Receiver of alerts by e-mail. Default: none.
+    #[cfg_attr(feature = "schema", schemars(extend("x-need" = "should")))]
     pub email: Option<Email>,
     /// Addresses to which Alertmanager posts its JSON. Example: `["https://chat.example/hook"]`. Default: none.
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Url>", extend("x-need" = "should")))]
     pub webhooks: Vec<String>,
     /// Address of a dead man's switch. The monitor calls it every minute, and the service behind it has to raise an
     /// alarm when no call arrives. Default: none.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::Url>", extend("x-need" = "should")))]
     pub dead_man: Option<String>,
 }
 
 /// `[alerts.email]`: alerts by e-mail. There is no login at the mail server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Email {
     /// Address of the receiver.
@@ -126,12 +151,15 @@ pub struct Email {
 
 /// `[web]`: HTTP settings of the hubs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Web {
     /// Whether hubs redirect HTTP requests to HTTPS, except those for `/web/health`. Default: `false`.
     pub redirect: bool,
     /// Number of connections that one address may have to a hub's ports 80 and 443 at the same time, 10 to 3000. One
-    /// address may open four times as many connections in 10 s. An IPv6 /64 counts as one address. Default: `150`.
+    /// address may open four times as many connections in 10 s. An IPv6 /64 counts as one address. Raise the value
+    /// if many users share one address. Default: `150`.
+    #[cfg_attr(feature = "schema", schemars(range(min = 10, max = 3000)))]
     pub connections: u16,
 }
 
@@ -143,6 +171,7 @@ impl Default for Web {
 
 /// `[firewall]`: further ports that the packet filter opens.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Firewall {
     /// Ports that are open to every address: `[[firewall.open]]`. Default: none.
@@ -151,6 +180,7 @@ pub struct Firewall {
 
 /// An entry of `[[firewall.open]]`: a port that is open to every address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct OpenPort {
     /// Port number.
@@ -164,6 +194,7 @@ pub struct OpenPort {
 
 /// Transport protocol of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Proto {
     /// TCP.
@@ -183,13 +214,16 @@ impl std::fmt::Display for Proto {
 
 /// `[update]`: source and times of the nodes' updates.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Update {
     /// Address of the folder that `bakehouse publish` writes, on any HTTP server that the nodes reach. Example:
     /// `"https://updates.example/"`. Default: none, and the nodes keep their version until you flash them again.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::UpdateUrl>", extend("x-need" = "should")))]
     pub url: Option<String>,
     /// When nodes look for a newer version: a time as in systemd's `OnCalendar=`. A maintenance window is a time of the
     /// week, such as `"Sun *-*-* 02..04:0/5"`. Default: `"*:0/5"`.
+    #[cfg_attr(feature = "schema", schemars(with = "form::UpdateTime"))]
     pub when: String,
     /// Age of the folder's signature, in days, at which the alert `UpdatesStale` is raised. An old signature can mean
     /// that the server withholds newer images. Default: `30`.
@@ -204,10 +238,12 @@ impl Default for Update {
 
 /// `[netboot]`: assignment of nodes to machines that boot from the network. No image depends on it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Netboot {
     /// Node or group of a machine, by MAC address in lower case or by serial number. Example:
     /// `"52:54:00:aa:bb:cc" = "hub-1"`. Default: none.
+    #[cfg_attr(feature = "schema", schemars(extend("propertyNames" = { "pattern": form::MACHINE })))]
     pub machines: BTreeMap<String, String>,
     /// Node or group of the machines that `machines` does not name. Default: none, and the server installs nothing on
     /// them.
@@ -227,6 +263,7 @@ pub struct Netboot {
 /// `[secure_boot]`: files of the key that signs what the firmware runs, relative to `fleet.toml`. Images contain only
 /// the certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct SecureBoot {
     /// Private key: RSA, PEM, without a passphrase. Default: `"secure-boot/db.key"`.
@@ -244,14 +281,18 @@ impl Default for SecureBoot {
 /// `[promise]`: longest outages that the fleet's owner accepts. `bakehouse check` compares these values with the sum
 /// of the time-outs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Promise {
     /// Seconds from the loss of a hub until the VIP answers. At least 1. Default: `3`.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1)))]
     pub vip: u16,
     /// Seconds from the loss of the primary's machine until the database accepts writes. At least `database.ttl` and 5
     /// s. Default: `25`.
+    #[cfg_attr(feature = "schema", schemars(range(min = 25)))]
     pub database: u16,
     /// Seconds from the loss of an application node until no request goes to it. At least 3. Default: `3`.
+    #[cfg_attr(feature = "schema", schemars(range(min = 3)))]
     pub app: u16,
 }
 

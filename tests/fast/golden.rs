@@ -105,6 +105,18 @@ fn ports_page_matches_port_table() {
     assert!(written == fleet::ports::page(), "docs/ports.md differs from fleet/src/ports: UPDATE_GOLDEN=1 writes it");
 }
 
+#[test]
+fn reference_pages_match_the_types() {
+    for (name, text) in [("docs/fleet-toml.md", fleet::reference::page()), ("docs/cli.md", builder::cli::page())] {
+        let page = root().join(name);
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            fs::write(&page, &text).expect("docs/");
+        }
+        let written = fs::read_to_string(&page).unwrap_or_default();
+        assert!(written == text, "{name} differs from the types: UPDATE_GOLDEN=1 writes it");
+    }
+}
+
 /// Renders the first node of each group, because others of a group differ only in their addresses. Of the fleet
 /// `watched` only the monitor, which is the one node that its alert receivers change.
 fn rendered() -> BTreeMap<PathBuf, String> {

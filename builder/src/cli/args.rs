@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueHint};
 
+use super::reference::SchemaOf;
 use crate::deploy::export::{Format, TicketTransport};
 use crate::rehearse;
 
@@ -11,14 +12,16 @@ use crate::rehearse;
 #[derive(Parser)]
 #[command(
     name = "bakehouse",
-    version,
+    version = env!("BAKEHOUSE_VERSION"),
     about,
-    after_help = "Exit codes: 0 success, 1 failure, 2 invalid command line or TOML, 130 interrupted,\n141 standard \
-                  output closed."
+    next_help_heading = "Global options",
+    after_help = "Exit codes:\n  0    success\n  1    failure\n  2    invalid command line or TOML\n  130  \
+                  interrupted\n  141  standard output closed"
 )]
 pub(super) struct Cli {
-    /// fleet.toml or its folder
+    /// Use this fleet: a fleet.toml, or its folder
     #[arg(short = 'C', long = "fleet", global = true, default_value = "fleet.toml", value_name = "PATH")]
+    #[arg(value_hint = ValueHint::AnyPath)]
     pub(super) fleet: PathBuf,
     /// Print the reasons for results that are not reused, and each cause of an error on a line of its own
     #[arg(short, long, global = true)]
@@ -44,7 +47,7 @@ pub(super) enum Command {
         /// Folder; its name is the fleet's name
         dir: PathBuf,
         /// Built-in fleet to start from: ha, minimal-ha, quick-ha
-        #[arg(long, default_value = "ha")]
+        #[arg(long, default_value = "ha", value_name = "FLEET")]
         from: String,
         /// Create a key for Secure Boot, and sign what firmware runs
         #[arg(long)]
@@ -61,11 +64,11 @@ pub(super) enum Command {
         needs a ticket of its own; other nodes may share one for their group. For [backup.s3], set\n\
         BAKEHOUSE_S3_KEY and BAKEHOUSE_S3_SECRET when `bakehouse init` creates the fleet key.")]
     Ticket {
-        /// Node or group
-        #[arg(required_unless_present_any = ["revoke", "list"])]
+        /// Name of a node (`db-2`) or of a group (`db`)
+        #[arg(required_unless_present_any = ["revoke", "list"], value_name = "NODE|GROUP")]
         to: Option<String>,
         /// Number of nodes that may join with the ticket; default: 1
-        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
         uses: Option<u32>,
         /// Days until the ticket expires; default: 1
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
@@ -94,7 +97,7 @@ pub(super) enum Command {
         Use --now for a machine that is dead, stolen, or not trusted: the command does not wait for it."
     )]
     Leave {
-        /// Node
+        /// Name of a node, such as `db-2` (group and number)
         node: String,
         /// Evict the node without waiting for its machine
         #[arg(long)]
@@ -108,9 +111,10 @@ pub(super) enum Command {
         Builds missing images, mints a ticket, writes the disk, and verifies it. With a group, the node takes any\n\
         free slot. Keep the disk safe: it contains the ticket until the node has joined.")]
     Flash {
-        /// Node or group
+        /// Name of a node (`db-2`) or of a group (`db`)
+        #[arg(value_name = "NODE|GROUP")]
         to: String,
-        /// Whole disk, or file
+        /// Device of a whole disk, or path of a file
         target: PathBuf,
         /// Overwrite without a question
         #[arg(short, long)]
@@ -133,7 +137,7 @@ pub(super) enum Command {
         Builds missing images, and mints a ticket. Keep the files safe: they contain the ticket until the node\n\
         has joined.")]
     Vm {
-        /// Node
+        /// Name of a node, such as `db-2` (group and number)
         node: String,
         /// Format of the disk
         #[arg(long, value_enum, default_value = "qcow2")]
@@ -155,15 +159,15 @@ pub(super) enum Command {
     },
     /// Install nodes on machines that boot from the network
     #[command(after_help = "Examples:\n  bakehouse netboot --interface eth1 --dhcp 192.168.77.0/24\n  \
-        bakehouse netboot --interface eth0      beside the network's own DHCP server\n  \
-        bakehouse netboot --approve 7K3M-...    the code on the console of a hub's machine\n\n\
+        bakehouse netboot --interface eth0      # beside the network's own DHCP server\n  \
+        bakehouse netboot --approve 7K3M-...    # the code on the console of a hub's machine\n\n\
         [netboot] in fleet.toml assigns nodes to machines. The command builds missing images, mints each machine's\n\
         ticket on request, and runs until Ctrl-C. It needs root for the ports of DHCP and TFTP. Every host on\n\
         that network can pretend to be one of the machines. Hubs and voters therefore get their tickets only\n\
         after you confirm the code on their consoles.")]
     Netboot {
         /// Network interface that the machines are connected to
-        #[arg(long, required_unless_present = "approve")]
+        #[arg(long, required_unless_present = "approve", value_name = "NAME")]
         interface: Option<String>,
         /// Assign addresses of this network, if it has no DHCP server
         #[arg(long, value_name = "NETWORK")]
@@ -181,7 +185,7 @@ pub(super) enum Command {
     #[command(after_help = "Example:\n  bakehouse check")]
     Check,
     /// Select package versions and write bakehouse.lock
-    #[command(after_help = "Examples:\n  bakehouse lock\n  bakehouse lock --update   take newer packages")]
+    #[command(after_help = "Examples:\n  bakehouse lock\n  bakehouse lock --update   # take newer packages")]
     Lock {
         /// Take newer packages, even if the lock is valid
         #[arg(long)]
@@ -198,7 +202,7 @@ pub(super) enum Command {
     /// Build the groups' images into build/
     #[command(after_help = "Examples:\n  bakehouse build\n  bakehouse build hub -v")]
     Build {
-        /// Groups; default: all
+        /// Names of groups; default: all groups
         groups: Vec<String>,
         /// Revision of your sources, for the manifest (such as `git rev-parse HEAD`)
         #[arg(long)]
@@ -212,7 +216,7 @@ pub(super) enum Command {
     Plan {
         /// Folder that `bakehouse publish` writes
         dir: PathBuf,
-        /// Groups; default: all
+        /// Names of groups; default: all groups
         groups: Vec<String>,
         #[command(flatten)]
         mirror: MirrorArg,
@@ -222,9 +226,9 @@ pub(super) enum Command {
         Builds missing images, and signs them with a key that is derived from fleet.key. Serve the folder with any\n\
         HTTP server at `[update] url` of fleet.toml. Nodes take the new version one after the other.")]
     Publish {
-        /// Folder
+        /// Folder that the HTTP server delivers
         dir: PathBuf,
-        /// Groups; default: all
+        /// Names of groups; default: all groups
         groups: Vec<String>,
         #[command(flatten)]
         mirror: MirrorArg,
@@ -258,7 +262,7 @@ pub(super) enum Command {
         On a host without KVM, containers run at the host's speed: the images' services, as root, on the host's\n\
         kernel. Their root file system is not verified.")]
     Up {
-        /// Nodes; default: all
+        /// Names of nodes; default: all nodes
         nodes: Vec<String>,
         /// Start containers instead of machines
         #[arg(long)]
@@ -269,7 +273,7 @@ pub(super) enum Command {
     /// Shut local virtual machines down
     #[command(after_help = "Example:\n  bakehouse down hub-1")]
     Down {
-        /// Nodes; default: all
+        /// Names of nodes; default: all nodes
         nodes: Vec<String>,
     },
     /// Show the local virtual machines: state, VIP, primary and standbys, Odoo
@@ -278,7 +282,7 @@ pub(super) enum Command {
     /// Print a virtual machine's console
     #[command(after_help = "Example:\n  bakehouse console hub-1")]
     Console {
-        /// Node
+        /// Name of a node, such as `db-2` (group and number)
         node: String,
     },
     /// Run a command in a virtual machine
@@ -287,7 +291,7 @@ pub(super) enum Command {
                         A single word is a command line for the machine's shell. Several words are a command and \
                         its\narguments, which reach the command unchanged.")]
     Exec {
-        /// Node
+        /// Name of a node, such as `db-2` (group and number)
         node: String,
         /// Command line, or command and arguments
         #[arg(last = true, required = true)]
@@ -299,7 +303,7 @@ pub(super) enum Command {
         /// Scenarios; default: all, one after the other
         scenarios: Vec<String>,
         /// Number of runs of each scenario
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 1, value_name = "COUNT")]
         repeat: u32,
         /// Also write the table to a Markdown file; rows of other scenarios stay
         #[arg(long, value_name = "FILE")]
@@ -326,8 +330,33 @@ pub(super) enum Command {
         group: Option<String>,
     },
     /// Manage the store of packages and layers
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  bakehouse store gc --older-than 7")]
     Store(StoreCommand),
+    /// Print the JSON Schema of a file, with which editors complete and check it
+    #[command(after_help = "Example:\n  bakehouse schema profile > profile.schema.json\n\n\
+        Name the schema in the first line of the TOML file: `#:schema ./profile.schema.json`. `bakehouse init` does\n\
+        this for fleet.toml, and `bakehouse check` writes the schema again after an update of Bakehouse.")]
+    Schema {
+        /// File that the schema describes
+        #[arg(value_enum)]
+        file: SchemaOf,
+    },
+    /// Print a shell's completions of commands and options
+    #[command(after_help = "Examples:\n  \
+        bakehouse completions bash > ~/.local/share/bash-completion/completions/bakehouse\n  \
+        bakehouse completions fish > ~/.config/fish/completions/bakehouse.fish")]
+    Completions {
+        /// Shell that completes
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages: bakehouse(1), one for each command, fleet.toml(5), and firstboot(8)
+    #[command(after_help = "Example:\n  bakehouse man pages && man -l pages/bakehouse-init.1")]
+    Man {
+        /// Folder for the pages
+        #[arg(value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -336,7 +365,7 @@ pub(super) enum StoreCommand {
     #[command(after_help = "Example:\n  bakehouse store gc --older-than 7")]
     Gc {
         /// Age in days
-        #[arg(long, default_value_t = 30)]
+        #[arg(long, default_value_t = 30, value_name = "DAYS")]
         older_than: u64,
     },
 }
@@ -344,8 +373,42 @@ pub(super) enum StoreCommand {
 #[derive(Args)]
 pub(super) struct MirrorArg {
     /// Base URL of a Debian archive, in place of the one in fleet.toml or of the host
-    #[arg(long)]
+    #[arg(long, value_name = "URL")]
     pub(super) mirror: Option<String>,
+}
+
+/// Commands by task, in the order of `bakehouse --help`.
+pub(super) const GROUPS: &[(&str, &[&str])] = &[
+    ("Begin", &["init", "check", "up", "down"]),
+    ("Build", &["lock", "fetch", "build", "explain", "store"]),
+    ("Install", &["ticket", "flash", "vm", "netboot"]),
+    ("Change", &["plan", "publish", "rollout", "leave"]),
+    ("Look", &["status", "console", "exec", "rehearse", "report"]),
+    ("Reference", &["schema", "completions", "man"]),
+];
+
+/// Returns the command line. Its help lists the commands by task, which clap cannot do by itself.
+pub(super) fn command() -> clap::Command {
+    let command = Cli::command();
+    let (heading, literal) = (*command.get_styles().get_header(), *command.get_styles().get_literal());
+    let mut list = String::new();
+    for (title, names) in GROUPS {
+        list.push_str(&format!("{heading}{title}:{heading:#}\n"));
+        for command in names.iter().filter_map(|name| command.find_subcommand(name)) {
+            let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+            list.push_str(&format!("  {literal}{:<12}{literal:#} {about}\n", command.get_name()));
+        }
+        list.push('\n');
+    }
+    command.help_template(format!(
+        "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{list}{heading}Global options:{heading:#}\n\
+         {{options}}\n\n`bakehouse help COMMAND` describes a command.{{after-help}}"
+    ))
+}
+
+/// Parses the command line. Exits after `--help`, `--version` and an error.
+pub(super) fn parse() -> Cli {
+    Cli::from_arg_matches(&command().get_matches()).unwrap_or_else(|e| e.exit())
 }
 
 /// Returns the help of `bakehouse rehearse`, with the list of scenarios.

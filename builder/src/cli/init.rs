@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::reference;
 use crate::assemble::secure_boot::Signer;
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
@@ -38,7 +39,7 @@ pub(super) fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, 
         } else {
             ""
         };
-        write_atomic(&path, (text + section).as_bytes())?;
+        write_atomic(&path, (reference::DIRECTIVE.to_owned() + &text + section).as_bytes())?;
         progress.say("init", &format!("{}: describes the fleet; edit it", path.display()));
     }
     let ignored = dir.join(".gitignore");
@@ -47,6 +48,10 @@ pub(super) fn init(dir: &Path, from: &str, secure_boot: bool, passphrase: bool, 
         write_atomic(&ignored, IGNORED.as_bytes())?;
     }
     let project = Project::load(dir)?;
+    if let Some(schema) = reference::refresh_schema(&project)? {
+        unchanged = false;
+        progress.say("init", &format!("{}: with it, editors complete and check fleet.toml", schema.display()));
+    }
     let key = project.dir.join(FleetKey::FILE);
     if FleetKey::init(&project.dir, &project.topology.name, passphrase)? {
         unchanged = false;

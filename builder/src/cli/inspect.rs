@@ -4,6 +4,7 @@ use fleet::ha_table;
 
 use super::context::Context;
 use super::output::{print, print_json};
+use super::reference;
 use crate::error::{Error, Result};
 use crate::packages;
 use crate::project::check as checks;
@@ -13,6 +14,7 @@ pub(super) fn check(context: &Context) -> Result<()> {
     let project = context.project;
     context.warn();
     checks::dry_bake(project)?;
+    reference::refresh_schema_for_check(project, context.progress);
     let table = ha_table(&project.topology);
     print_json(
         context.json,

@@ -10,13 +10,13 @@ mod machines;
 mod output;
 #[cfg(test)]
 mod pages;
+mod reference;
 mod rehearse;
 mod rollout;
 mod ticket;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
 use fleet::RolloutOrder;
 
 use crate::deploy::export::ExportOptions;
@@ -31,10 +31,12 @@ use context::Context;
 use init::init;
 use output::print_error;
 
+pub use reference::page;
+
 /// Runs the command line. Prints errors to standard error.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = args::parse();
     handle_signals();
     match run(&cli) {
         Ok(code) => code,
@@ -53,6 +55,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Init { dir, from, secure_boot, passphrase } => {
             init(dir, from, *secure_boot, *passphrase, &progress).map(done)
         }
+        Command::Schema { file } => reference::schema(*file).map(done),
+        Command::Completions { shell } => reference::completions(*shell).map(done),
+        Command::Man { dir } => reference::man(dir, &progress).map(done),
         command => {
             let project = Project::load(&cli.fleet)?;
             run_in(&Context { project: &project, progress: &progress, json: cli.json, quiet: cli.quiet }, command)
@@ -109,7 +114,11 @@ fn run_in(context: &Context, command: &Command) -> Result<ExitCode> {
         }
         Command::Report { output } => machines::report(context, output)?,
         Command::Explain { path, group } => inspect::explain(context, path, group.as_deref())?,
-        Command::Init { .. } | Command::Store(_) => {}
+        Command::Init { .. }
+        | Command::Store(_)
+        | Command::Schema { .. }
+        | Command::Completions { .. }
+        | Command::Man { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
 }

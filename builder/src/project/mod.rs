@@ -3,6 +3,8 @@
 
 pub(crate) mod check;
 pub(crate) mod machine_id;
+#[cfg(test)]
+mod schema_tests;
 pub(crate) mod secrets;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -326,6 +328,17 @@ fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) 
         files.insert(name.to_owned(), fs::read(entry.path()).map_err(Error::io("read", entry.path()))?);
     }
     Ok(())
+}
+
+/// Returns a file of the built-in profiles and overlays.
+///
+/// # Errors
+/// If there is no such file.
+pub fn built_in_file(path: &str) -> Result<&'static [u8]> {
+    match assets::FILES.iter().find(|(name, _)| *name == path) {
+        Some((_, bytes)) => Ok(bytes),
+        None => crate::error::fail(format!("{path} is missing from this build of bakehouse")),
+    }
 }
 
 /// Returns the TOML of a built-in fleet.

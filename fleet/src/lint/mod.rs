@@ -17,6 +17,8 @@ use crate::schema::{Fleet, Group};
 use crate::topology::{GIVEN, Topology};
 pub use names::is_fleet_name;
 use names::{is_dns_label, is_host};
+#[cfg(feature = "schema")]
+pub(crate) use services::ETCD_FOLDERS;
 use ports::Listeners;
 
 /// A row of the table of minimum and recommended node counts.

@@ -14,7 +14,7 @@ const PROMOTION: u16 = 5;
 const APP_IS_OUT: u16 = 3;
 
 /// Folders of `/bakehouse/` in etcd that only hubs write.
-const ETCD_FOLDERS: [&str; 11] =
+pub(crate) const ETCD_FOLDERS: [&str; 11] =
     ["audit", "etcd-ready", "owners", "readmitted", "renewed", "revoked", "rollout", "seen", "shut", "slots", "tokens"];
 
 impl Lint<'_> {
