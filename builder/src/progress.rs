@@ -25,6 +25,7 @@ pub struct Step {
 }
 
 impl Progress {
+    /// Prints steps to stderr. `quiet` prints only errors; `verbose` also prints details.
     #[must_use]
     pub fn new(quiet: bool, verbose: bool) -> Self {
         let terminal = io::stderr().is_terminal() && !quiet;
@@ -81,10 +82,12 @@ impl Progress {
 }
 
 impl Step {
+    /// Shows a message beside the step, on a terminal.
     pub fn message(&self, text: &str) {
         self.bar.set_message(text.to_owned());
     }
 
+    /// Moves the bar forward.
     pub fn advance(&self, n: u64) {
         self.bar.inc(n);
     }

@@ -23,13 +23,21 @@ pub struct Store {
 /// Kinds of entries. Each kind has a folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// A package file.
     Deb,
+    /// The tree of an image.
     Layer,
+    /// The unpacked tools.
     Tools,
+    /// The file system of a tree.
     Erofs,
+    /// An initrd.
     Initrd,
+    /// A daemon's approval of a configuration; the file is empty.
     Check,
+    /// A file of a `[[make]]` table.
     GeneratedFile,
+    /// apt's lists.
     Apt,
 }
 
@@ -86,6 +94,7 @@ impl Store {
         Ok(Self { root, used: Arc::new(used) })
     }
 
+    /// Returns the store's folder.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root

@@ -17,6 +17,7 @@ use crate::util::digest::Key;
 
 /// The unpacked tools.
 pub struct Tools {
+    /// Key in the store: a digest of the tools' packages and of the code.
     pub key: String,
     dir: PathBuf,
 }

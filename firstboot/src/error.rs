@@ -16,6 +16,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Error of the agent. The text names the operation that failed, and the fix if an operator has to act.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the text of `#[error]` describes a variant and its fields")]
 pub enum Error {
     /// A retry cannot help. The text names the fix.
     #[error("{0}")]

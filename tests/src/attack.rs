@@ -19,9 +19,11 @@ use crate::site::TestJoiner;
 /// The hub under attack, and a counter of the attackers' connections or requests.
 #[derive(Clone)]
 pub struct Target {
+    /// Address of the join API.
     pub at: SocketAddr,
     /// Slot of the hub.
     pub name: String,
+    /// TLS settings that trust the fleet.
     pub tls: Arc<ClientConfig>,
     /// Connections or requests so far.
     pub made: Arc<AtomicU64>,

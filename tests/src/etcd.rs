@@ -66,6 +66,7 @@ impl Cluster {
         self.signal(i, Signal::SIGSTOP);
     }
 
+    /// Continues a stopped member with SIGCONT.
     pub fn thaw(&self, i: usize) {
         self.signal(i, Signal::SIGCONT);
     }

@@ -33,6 +33,7 @@ pub const ETCDCTL: &str = "ETCD_CLIENT_DEBUG=error /usr/lib/bakehouse/etcdctl";
 
 /// A fleet's folder under `target/lab`, and the `bakehouse` binary that runs in it.
 pub struct TestFleet {
+    /// Folder with the fleet.toml.
     pub dir: PathBuf,
     store: Option<PathBuf>,
     bakehouse: PathBuf,
@@ -40,8 +41,11 @@ pub struct TestFleet {
 
 /// Exit status and output of a `bakehouse` command.
 pub struct CommandOutput {
+    /// Exit status; -1 if a signal ended the command.
     pub status: i32,
+    /// Standard output.
     pub out: String,
+    /// Standard error.
     pub err: String,
 }
 
@@ -135,6 +139,7 @@ impl TestFleet {
         line
     }
 
+    /// Returns a `bakehouse` command on this fleet, which has not started.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.bakehouse);
         command.arg("-C").arg(&self.dir).args(args);
@@ -144,6 +149,7 @@ impl TestFleet {
         command
     }
 
+    /// Runs a command, which may fail.
     pub fn run(&self, args: &[&str]) -> CommandOutput {
         CommandOutput::of(&self.command(args).output().expect("bakehouse starts"))
     }
@@ -156,6 +162,7 @@ impl TestFleet {
         answer
     }
 
+    /// Writes a file of the fleet's folder, and creates the folders above it.
     pub fn write(&self, path: &str, text: &str) {
         let path = self.dir.join(path);
         fs::create_dir_all(path.parent().expect("a file in the lab")).expect("the lab is writable");
@@ -174,6 +181,7 @@ impl TestFleet {
         );
     }
 
+    /// Reads a file of the fleet's folder.
     pub fn read(&self, path: &str) -> String {
         fs::read_to_string(self.dir.join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
     }
@@ -189,6 +197,7 @@ impl TestFleet {
 }
 
 impl CommandOutput {
+    /// Reads the output of a process that has ended.
     pub fn of(output: &Output) -> Self {
         Self {
             status: output.status.code().unwrap_or(-1),
@@ -219,6 +228,7 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the workspace")
 }
 
+/// Returns the folder of the store that all tests share, as `bakehouse` finds it.
 pub fn shared_store() -> PathBuf {
     let var = |name| std::env::var_os(name).map(PathBuf::from);
     var("BAKEHOUSE_STORE")

@@ -14,6 +14,7 @@ use crate::TestFleet;
 /// Odoo's database about 10 min.
 const PATIENCE: Duration = Duration::from_secs(1500);
 
+/// A node as a virtual machine or a container. Dropping it switches the machine off.
 pub struct Machine {
     vm: Vm,
     project: Project,
@@ -63,6 +64,7 @@ impl Machine {
         self.tpm = memory.map(Path::to_owned);
     }
 
+    /// Starts the machine as `bakehouse up` does, and returns before it is ready.
     pub fn start(&self) {
         self.start_as(&self.described());
     }
@@ -170,6 +172,7 @@ impl Machine {
         found.unwrap_or_else(|e| panic!("{what}: {}", e.chain()));
     }
 
+    /// Returns the text on the serial console since the last start.
     pub fn console(&self) -> String {
         self.vm.console()
     }
@@ -198,10 +201,12 @@ impl Machine {
         level.unwrap_or_else(|| panic!("unexpected output of systemd-analyze for {unit}: {said}"))
     }
 
+    /// Presses the power button, and waits until the machine is off.
     pub fn shut_down(&self) {
         self.vm.power_down().unwrap_or_else(|e| panic!("{}", e.chain()));
     }
 
+    /// Switches the machine off without a shutdown.
     pub fn cut_power(&self) {
         self.vm.cut_power().unwrap_or_else(|e| panic!("{}", e.chain()));
     }

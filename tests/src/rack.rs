@@ -20,6 +20,7 @@ const OTHER: &str = "rack1";
 const OTHER_ADDRESS: &str = "198.18.255.253/16";
 const OTHER_RANGE: &str = "198.18.64.1,198.18.64.99,255.255.0.0";
 
+/// A network for machines that boot from it: a bridge on this host, and `bakehouse netboot`. Dropping it ends both.
 pub struct NetbootRack {
     wire: String,
     bridge: Child,

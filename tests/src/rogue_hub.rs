@@ -14,6 +14,7 @@ use tokio_rustls::TlsAcceptor;
 pub struct Captured {
     /// Request line and headers.
     pub head: String,
+    /// The body, as the client sent it.
     pub body: Vec<u8>,
 }
 
@@ -38,6 +39,7 @@ impl Captured {
 
 /// The compromised hub. Dropping it ends its server.
 pub struct RogueHub {
+    /// All requests so far.
     pub requests: Arc<Mutex<Vec<Captured>>>,
     task: tokio::task::JoinHandle<()>,
 }

@@ -37,10 +37,14 @@ pub fn hub_address(number: u8) -> SocketAddr {
 
 /// Three hubs at 127.0.0.1 to 127.0.0.3, and three etcd members.
 pub struct TestCluster {
+    /// The three hubs, and the groups of the test.
     pub topology: Topology,
+    /// The fleet's root.
     pub root: Issuer,
+    /// The hubs' etcd.
     pub cluster: Cluster,
     dir: tempfile::TempDir,
+    /// The servers of the hubs' API.
     pub hubs: Vec<tokio::task::JoinHandle<()>>,
     /// The hubs' TLS keys.
     pub keys: Vec<PrivateKey>,
@@ -49,9 +53,13 @@ pub struct TestCluster {
 /// A node that joins: its keys, and its ticket's token.
 #[derive(Clone)]
 pub struct TestJoiner {
+    /// The ticket's token and its key.
     pub joiner: Joiner,
+    /// The node's TLS key.
     pub tls: PrivateKey,
+    /// The node's public key in the mesh.
     pub mesh_key: MeshKey,
+    /// The group whose slot the node claims.
     pub group: String,
 }
 

@@ -11,6 +11,7 @@ use crate::{ETCDCTL, Machine, TestFleet};
 pub const LOOK: &str =
     "systemctl reset-failed firstboot-check 2>/dev/null; systemctl start firstboot-check; cat /run/bakehouse/offer";
 
+/// Line on the console of a hub that is ready.
 pub const READY: &str = "bakehouse: ready (hub-1)";
 
 /// HTTP server of the published folder.

@@ -32,8 +32,11 @@ const READ_ONLY: u64 = 1 << 60;
 pub struct Content<'a> {
     /// Prefix of the partition labels: `name_version`.
     pub label: &'a str,
+    /// File system of root A, a file.
     pub root: &'a Path,
+    /// Hash tree of `root`.
     pub verity: &'a [u8],
+    /// Root hash of `verity`, in hex. The partitions get their UUIDs from it.
     pub roothash: &'a str,
     /// The code that a legacy BIOS starts.
     pub bios: BootSector,

@@ -51,11 +51,13 @@ pub struct InitrdSpec<'a> {
 
 /// The tree and the tools for an initrd.
 pub struct Source<'a> {
+    /// The packages' tree, from which files are copied.
     pub tree: &'a Tree,
     /// The layer of the tree.
     pub layer: &'a Layer,
     /// Version of the tree's kernel, as `uname -r` prints it.
     pub kernel: &'a str,
+    /// Programs that build the initrd.
     pub tools: &'a Tools,
 }
 

@@ -17,7 +17,9 @@ pub const ROOT_START: u64 = ESP_START + ESP_SIZE;
 /// Sizes of root A and root B in bytes. They do not change after the installation.
 #[derive(Clone, Copy, Debug)]
 pub struct PartitionSizes {
+    /// Size of a root partition.
     pub root: u64,
+    /// Size of the partition with the hash tree of a root.
     pub verity: u64,
 }
 

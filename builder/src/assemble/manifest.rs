@@ -11,11 +11,17 @@ use crate::packages::lock::Package;
 /// `NAME_VERSION.manifest.json`.
 #[derive(Serialize)]
 pub struct Manifest<'a> {
+    /// Format of the manifest.
     pub format: u32,
+    /// Name of the image, which prefixes its files and partition labels.
     pub id: &'a str,
+    /// Version of the image, from `fleet.toml`.
     pub version: &'a str,
+    /// Name of the fleet.
     pub fleet: &'a str,
+    /// Group whose nodes run the image.
     pub group: &'a str,
+    /// Roles of the group.
     pub roles: &'a [String],
     /// Revision of the fleet's sources, as `--revision` gave it.
     pub revision: Option<&'a str>,
@@ -23,12 +29,15 @@ pub struct Manifest<'a> {
     pub bakehouse: &'a str,
     /// sha256 of bakehouse.lock.
     pub lock: &'a str,
+    /// Version of the kernel, as `uname -r` prints it.
     pub kernel: &'a str,
+    /// Root hash of the root's dm-verity tree, in hex.
     pub roothash: &'a str,
     /// In bytes.
     pub sizes: Sizes,
     /// sha256 of the agent.
     pub agent: &'a str,
+    /// Name, version and digest of each package.
     pub packages: Vec<Value>,
     /// Baked files: path → sha256 of the content, or of a link's target.
     pub files: BTreeMap<&'a str, String>,
@@ -40,6 +49,7 @@ pub struct Manifest<'a> {
     pub voters: Vec<&'a str>,
     /// Format of the agent's state on a node.
     pub state: u16,
+    /// Network of the nodes' mesh addresses.
     pub mesh: String,
     /// Names of the migrations, which convert a node's data.
     pub migrations: Vec<&'a str>,
@@ -47,11 +57,16 @@ pub struct Manifest<'a> {
     pub restore: Option<&'a str>,
 }
 
+/// Sizes in bytes.
 #[derive(Serialize)]
 pub struct Sizes {
+    /// The whole disk image.
     pub disk: u64,
+    /// A root partition.
     pub root_slot: u64,
+    /// The root file system.
     pub root: u64,
+    /// The UKI.
     pub uki: u64,
     /// Size of all files of the tree.
     pub tree: u64,

@@ -17,16 +17,21 @@ use crate::util::process::run;
 
 /// Inputs of a root file system.
 pub struct Erofs<'a> {
+    /// The unpacked and configured packages.
     pub layer: &'a Layer,
+    /// Programs of the lock, among them mkfs.erofs.
     pub tools: &'a Tools,
     /// Modification time of every file, in seconds since 1970.
     pub epoch: u64,
+    /// Keeps the packages' erofs.
     pub store: &'a Store,
+    /// Prints the step.
     pub progress: &'a Progress,
 }
 
 /// A root file system and its dm-verity data.
 pub struct Root {
+    /// File with the file system.
     pub path: PathBuf,
     /// Size in bytes.
     pub size: u64,

@@ -7,8 +7,11 @@ use crate::format::pe::append;
 
 /// Text sections of a UKI.
 pub struct Text<'a> {
+    /// The kernel's command line.
     pub cmdline: &'a str,
+    /// Content of the os-release file, which systemd-boot shows in its menu.
     pub os_release: &'a str,
+    /// Version of the kernel, as `uname -r` prints it.
     pub uname: &'a str,
 }
 

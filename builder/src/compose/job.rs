@@ -36,6 +36,8 @@ pub(super) struct DebFile {
 /// A path pattern in [dpkg's syntax](https://manpages.debian.org/dpkg.1) (`--path-exclude`). The last match decides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Rule {
+    /// Pattern of the path, with dpkg's wildcards.
     pub pattern: String,
+    /// Whether files with such a path stay in the tree.
     pub keep: bool,
 }

@@ -14,13 +14,16 @@ pub struct LayerInfo {
     pub kernel: String,
     /// Size of all files in bytes.
     pub bytes: u64,
+    /// Number of files.
     pub files: u64,
 }
 
 /// A finished layer in the store.
 #[derive(Clone, Debug)]
 pub struct Layer {
+    /// Key in the store: a digest of all inputs.
     pub key: String,
+    /// Folder in the store.
     pub dir: PathBuf,
 }
 

@@ -44,7 +44,9 @@ pub(crate) const TASK: &str = "compose";
 /// The file of a package, for [`TreeOrder`].
 #[derive(Clone, Debug)]
 pub struct PackageFile {
+    /// Path of the .deb.
     pub path: PathBuf,
+    /// sha256 of the .deb, in hex.
     pub sha256: String,
     /// Whether dpkg configures the package before others.
     pub essential: bool,
@@ -53,7 +55,9 @@ pub struct PackageFile {
 /// Packages to add to a tree, and the folder of the resulting `root.tar`.
 #[derive(Clone, Debug)]
 pub struct PackageSet {
+    /// The packages, in any order.
     pub packages: Vec<PackageFile>,
+    /// Folder for `root.tar`, which exists.
     pub out: PathBuf,
     /// Turns the tree into the tree of an image, and writes the kernel to `vmlinuz` in `out`. Needs a kernel package.
     pub finish: bool,

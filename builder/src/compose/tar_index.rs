@@ -12,10 +12,13 @@ use crate::error::{Error, Result, fail};
 /// Type and content of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Node {
+    /// A folder.
     Dir,
     /// Position in the tar, in bytes.
     File {
+        /// Position of the content in the tar, in bytes.
         offset: u64,
+        /// Size of the content in bytes.
         size: u64,
     },
     /// Target of a symbolic link.
@@ -25,9 +28,13 @@ pub enum Node {
 /// An entry of the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
+    /// Permissions.
     pub mode: u32,
+    /// Number of the owner.
     pub uid: u32,
+    /// Number of the owner's group.
     pub gid: u32,
+    /// Kind and content.
     pub node: Node,
 }
 

@@ -19,7 +19,9 @@ use crate::util::digest::hex;
 
 /// The data of an unpacked package for dpkg's database.
 pub struct Unpacked {
+    /// The package.
     pub deb: Deb,
+    /// Whether dpkg configures the package before others.
     pub essential: bool,
     /// Every path in dpkg's form, including trimmed files.
     pub paths: Vec<String>,

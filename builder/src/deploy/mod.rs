@@ -3,5 +3,5 @@
 pub(crate) mod export;
 pub(crate) mod flash;
 pub mod hub_client;
-pub mod netboot;
+pub(crate) mod netboot;
 pub(crate) mod publish;

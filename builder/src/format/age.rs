@@ -23,7 +23,9 @@ const FILE_KEY: usize = 16;
 /// Why a file cannot be decrypted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecryptError {
+    /// Another passphrase encrypted the file.
     Passphrase,
+    /// The file is incomplete or was changed.
     Damaged,
 }
 

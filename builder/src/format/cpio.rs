@@ -13,14 +13,17 @@ pub struct File {
 }
 
 impl File {
+    /// Returns a regular file.
     pub fn regular(mode: u32, content: Vec<u8>) -> Self {
         Self { mode: 0o100_000 | mode, content }
     }
 
+    /// Returns a folder with the permissions 0755.
     pub fn dir() -> Self {
         Self { mode: 0o40_755, content: Vec::new() }
     }
 
+    /// Returns a symbolic link.
     pub fn link(target: String) -> Self {
         Self { mode: 0o120_777, content: target.into_bytes() }
     }

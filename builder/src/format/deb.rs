@@ -9,11 +9,13 @@ use crate::util::digest::sha256;
 
 /// A package in memory, with its control member parsed.
 pub struct Deb {
+    /// Name of the package.
     pub name: String,
     /// The file `control`.
     pub control: String,
     /// Other files of the control member: mode and content by name.
     pub scripts: BTreeMap<String, (u32, Vec<u8>)>,
+    /// Paths of the configuration files, each with a leading `/`.
     pub conffiles: Vec<String>,
     bytes: Vec<u8>,
     data: (String, std::ops::Range<usize>),

@@ -9,8 +9,11 @@ use object::{Endianness, elf};
 /// Files that a program needs to run.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Needs {
+    /// Path of the loader (`PT_INTERP`).
     pub interpreter: Option<String>,
+    /// Names of the libraries that the loader maps (`DT_NEEDED`).
     pub libraries: Vec<String>,
+    /// Folders that the loader searches first, separated by `:` (`DT_RUNPATH`).
     pub runpath: Option<String>,
     /// Libraries that the program opens with dlopen. For each, the alternatives in the order of preference.
     pub opened: Vec<Vec<String>>,

@@ -22,7 +22,9 @@ use crate::util::random::random;
 #[serde(deny_unknown_fields)]
 pub struct FleetKey {
     fleet: String,
+    /// The fleet's root: its certificate and private key.
     pub root: Issuer,
+    /// Passwords of the fleet's services.
     pub secrets: Secrets,
 }
 

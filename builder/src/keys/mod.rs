@@ -3,5 +3,5 @@
 pub mod authority;
 mod passphrase;
 pub mod ticket;
-pub mod ticket_log;
-pub mod update_key;
+pub(crate) mod ticket_log;
+pub(crate) mod update_key;

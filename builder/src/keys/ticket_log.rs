@@ -17,6 +17,7 @@ const FILE: &str = "tickets.jsonl";
 /// A minted ticket, as `bakehouse ticket` prints it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TicketRow {
+    /// Number of the ticket, which `--revoke` takes.
     pub number: String,
     /// A node, or a group.
     pub to: String,
@@ -25,6 +26,7 @@ pub struct TicketRow {
     pub uses: u32,
     /// Seconds since 1970.
     pub expires: u64,
+    /// Whether a machine can join with the ticket.
     pub state: TicketState,
 }
 
@@ -32,9 +34,13 @@ pub struct TicketRow {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TicketState {
+    /// A machine can join with the ticket.
     Good,
+    /// All uses are spent.
     Spent,
+    /// The time of the ticket has passed.
     Expired,
+    /// The operator revoked the ticket.
     Revoked,
 }
 

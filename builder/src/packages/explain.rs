@@ -17,8 +17,11 @@ use crate::store::{Kind, Store};
 /// The source of a file.
 #[derive(Debug, Serialize)]
 pub struct Explanation {
+    /// Path in the image, without a leading `/`.
     pub path: String,
+    /// Group of the image.
     pub group: String,
+    /// Origin of the file.
     pub made_by: MadeBy,
 }
 
@@ -52,7 +55,9 @@ pub enum MadeBy {
 pub enum Rendered {
     /// The file is copied unchanged.
     Never,
+    /// The builder renders the template.
     WhenBuilt,
+    /// The agent renders the template on the node.
     AtEveryBoot,
 }
 

@@ -17,11 +17,13 @@ use crate::util::fs::write_atomic;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lock {
+    /// Format of the file.
     pub format: u32,
     /// Date of the newest Release file in seconds since 1970. It is the modification time of every file in the images.
     pub epoch: u64,
     /// Images by name: the groups, and [`TOOLS`](crate::packages::requests::TOOLS).
     pub images: BTreeMap<String, LockedImage>,
+    /// All packages, sorted by name and version.
     #[serde(rename = "package")]
     pub packages: Vec<Package>,
     /// sha256 of the file.
@@ -46,13 +48,19 @@ pub struct LockedImage {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Package {
+    /// Name of the package.
     pub name: String,
+    /// Version, as dpkg compares it.
     pub version: String,
+    /// Architecture: `amd64` or `all`.
     pub arch: String,
+    /// Suite of the archive.
     pub suite: String,
     /// Name of the archive that `path` is relative to.
     pub archive: String,
+    /// Path of the .deb in the archive.
     pub path: String,
+    /// sha256 of the .deb, in hex.
     pub sha256: String,
     /// Size of the .deb in bytes.
     pub size: u64,

@@ -11,11 +11,15 @@ use crate::project::Project;
 pub struct AptSource {
     /// Name of the archive that paths in the lock are relative to.
     pub archive: String,
+    /// Suite, such as `trixie`.
     pub suite: String,
+    /// Components, such as `main`.
     pub components: Vec<String>,
+    /// Path of the keyring that verifies the Release file.
     pub keyring: String,
     /// If not empty, apt takes only these packages from the source.
     pub only: Vec<String>,
+    /// Whether the Release file must not have expired.
     pub check_valid_until: bool,
 }
 
@@ -24,6 +28,7 @@ pub struct AptSource {
 pub struct Mirror {
     /// Archive → base URI without a trailing `/`.
     pub archives: BTreeMap<String, String>,
+    /// The sources, in the order of `sources.list`.
     pub sources: Vec<AptSource>,
     /// The host's `Acquire::…` settings for its mirror.
     pub acquire: Vec<String>,

@@ -27,8 +27,11 @@ mod assets {
 pub struct Project {
     /// Folder of `fleet.toml`.
     pub dir: PathBuf,
+    /// The parsed `fleet.toml`.
     pub fleet: Fleet,
+    /// Slots, addresses and voters that follow from it.
     pub topology: Topology,
+    /// The roles' profiles, built-in ones and the user's.
     pub profiles: Profiles,
     /// Warnings of the lint. An error of the lint is an error of [`Project::load`].
     pub warnings: Vec<Diagnostic>,
@@ -37,20 +40,28 @@ pub struct Project {
 
 /// An overlay: its manifest, and its files by path relative to the image's root.
 pub struct Overlay<'a> {
+    /// Name of the overlay.
     pub name: String,
+    /// Its `overlay.toml`.
     pub manifest: OverlayManifest,
+    /// Files by path: `usr/bin/tool`.
     pub files: Vec<(&'a str, &'a [u8])>,
 }
 
 /// Contents of a group's image: the merged profiles of its roles.
 #[derive(Debug)]
 pub struct ImageSpec {
+    /// Name of the group.
     pub group: String,
+    /// Roles of the group, in the order of `fleet.toml`.
     pub roles: Vec<String>,
     /// `base` first, then the roles in their order.
     pub profiles: Vec<Profile>,
+    /// Packages of the profiles and of the group, without their dependencies.
     pub packages: Vec<String>,
+    /// The part of `packages` that every image has.
     pub base_packages: Vec<String>,
+    /// Names of the overlays, in the order in which the builder copies them.
     pub overlays: Vec<String>,
 }
 

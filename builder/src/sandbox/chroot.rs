@@ -68,6 +68,7 @@ const MASKED: [&str; 15] = [
 /// Commands to run in a tree, one after the other.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Commands {
+    /// Programs with their arguments, in the order of execution.
     pub commands: Vec<Vec<String>>,
     /// Scripts that replace programs of the tree while the commands run: program → text.
     pub stand_ins: Vec<(String, String)>,

@@ -7,10 +7,10 @@
 //! Without user namespaces, the builder refuses to build, also as root. A sandbox with the host's root would depend on
 //! capabilities and read-only mounts alone.
 
-pub mod chroot;
+pub(crate) mod chroot;
 mod files;
 mod ids;
-pub mod tree_root;
+pub(crate) mod tree_root;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -1,6 +1,6 @@
 //! Clients of the services that a node uses.
 
 pub mod etcd;
-pub mod patroni;
+pub(crate) mod patroni;
 
 pub use fleet_https::backoff;

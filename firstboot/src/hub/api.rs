@@ -28,14 +28,19 @@ use crate::node::neighbours::PeerTable;
 
 /// State of the join API on one hub.
 pub struct Hub {
+    /// All nodes, and the settings of the fleet.
     pub topology: Topology,
     /// The fleet root's certificate, PEM.
     pub root: String,
+    /// The issuer with which this hub signs the certificates of joiners.
     pub issuer: Issuer,
+    /// Passwords of the services, which a grant contains.
     pub secrets: Secrets,
     /// Epoch of this hub's own slot.
     pub epoch: u64,
+    /// Decides claims in etcd.
     pub desk: Arc<SlotAllocator>,
+    /// Peers of this hub in the mesh.
     pub neighbourhood: Arc<PeerTable>,
     /// Orders that this hub has carried out.
     pub orders: OrderLog,

@@ -40,11 +40,15 @@ pub enum Access {
 
 /// One hub's part in enabling access control.
 pub struct EtcdAccess<'a> {
+    /// Reads and writes the records in etcd.
     pub desk: &'a SlotAllocator,
+    /// All nodes, and the settings of the fleet.
     pub topology: &'a Topology,
+    /// Passwords of etcd's users.
     pub secrets: &'a Secrets,
-    /// This hub's slot, and its TLS key.
+    /// This hub's slot.
     pub slot: &'a str,
+    /// Base64 of the public key in this hub's certificate.
     pub tls_key: &'a str,
 }
 

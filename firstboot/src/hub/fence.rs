@@ -51,10 +51,13 @@ const MARGIN: Duration = Duration::from_secs(10);
 
 /// One hub's part in the fence.
 pub struct Fence<'a> {
+    /// Client of the etcd cluster.
     pub etcd: &'a Etcd,
+    /// All nodes, and the settings of the fleet.
     pub topology: &'a Topology,
     /// This hub's node.
     pub own: &'a Node,
+    /// Peers of this hub in the mesh. The fence stops forwarding their packets.
     pub neighbourhood: &'a PeerTable,
     /// Factor for time-outs on this machine.
     pub slow: u32,

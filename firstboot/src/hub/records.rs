@@ -25,7 +25,9 @@ pub type Owners = BTreeMap<String, SlotRecord>;
 /// A granted slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GrantedSlot {
+    /// Name of the slot.
     pub slot: String,
+    /// Epoch of its new owner.
     pub epoch: u64,
 }
 

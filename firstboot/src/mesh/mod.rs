@@ -1,7 +1,7 @@
 //! This node's WireGuard interfaces: their plan, and its application to the kernel.
 
 mod address;
-pub mod plan;
+pub(crate) mod plan;
 mod resolver;
 mod routes;
 mod userspace;

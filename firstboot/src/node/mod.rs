@@ -8,6 +8,6 @@ pub mod join;
 pub mod keys;
 pub mod neighbours;
 pub mod renewal;
-pub mod seal;
+pub(crate) mod seal;
 pub mod state;
-pub mod trust;
+pub(crate) mod trust;

@@ -107,7 +107,7 @@ pub fn elsewhere(name: &str, cause: impl Into<Cause>) -> Error {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
     use std::path::Path;

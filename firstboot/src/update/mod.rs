@@ -33,15 +33,21 @@ const FRESH: Duration = Duration::from_secs(900);
 
 /// Installs newer images on one node.
 pub struct Updates<'a> {
+    /// Starts units, and reads their state.
     pub systemd: &'a Systemd,
+    /// Version and identifier of the running image.
     pub image: &'a ImageInfo,
+    /// All nodes, and the settings of the fleet.
     pub topology: &'a Topology,
+    /// This node.
     pub node: &'a Node,
+    /// Client of Patroni, on nodes with the role `db`.
     pub patroni: Option<Patroni>,
     /// Folder of the boot loader's entries.
     pub entries: PathBuf,
     /// File with the available version, written by `firstboot-check.service`.
     pub offer: PathBuf,
+    /// The node's files below /var/lib/bakehouse.
     pub state: &'a StateDir,
 }
 

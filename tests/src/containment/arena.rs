@@ -18,8 +18,11 @@ pub const SCRATCH: &str = "/bakehouse/containment/";
 
 /// A fleet in containers, on one virtual network that stands for the internet.
 pub struct Arena {
+    /// The fleet's folder.
     pub lab: TestFleet,
+    /// All nodes, and the settings of the fleet.
     pub topology: Topology,
+    /// The running containers, by node.
     pub machines: BTreeMap<String, Machine>,
     /// Every password of the fleet, by name.
     pub secrets: BTreeMap<String, String>,
@@ -93,11 +96,13 @@ impl Arena {
         text.split(' ').next().expect("a pid").to_owned()
     }
 
+    /// Returns the container of a node.
     #[must_use]
     pub fn machine(&self, node: &str) -> &Machine {
         &self.machines[node]
     }
 
+    /// Returns a node of the topology.
     #[must_use]
     pub fn node(&self, name: &str) -> &Node {
         self.topology.node(name).expect("the fleet has this node")
@@ -141,10 +146,12 @@ impl Arena {
         listed.lines().filter_map(|line| line.strip_prefix(prefix)).map(str::to_owned).collect()
     }
 
+    /// Writes an etcd key on the trusted hub.
     pub fn put(&self, key: &str, value: &str) {
         self.witness().ok(&format!("{ETCDCTL} put '{key}' '{value}'"));
     }
 
+    /// Deletes an etcd key on the trusted hub.
     pub fn delete(&self, key: &str) {
         self.witness().ok(&format!("{ETCDCTL} del '{key}'"));
     }

@@ -11,6 +11,7 @@ use super::arena::SCRATCH;
 use super::foothold::{Door, Foothold, NodeIdentity, doors};
 use super::{Arena, Finding, raft};
 
+/// Port at which etcd serves clients.
 pub const CLIENT_PORT: u16 = 2379;
 /// Users of the fleet's etcd.
 const USERS: [&str; 2] = ["root", "patroni"];

@@ -28,15 +28,20 @@ const CONNECT: Duration = Duration::from_millis(1500);
 /// A certificate of the attacker and its key, both PEM.
 #[derive(Clone)]
 pub struct NodeIdentity {
+    /// Name in the certificate.
     pub name: String,
+    /// The certificate, followed by its issuer.
     pub cert: String,
+    /// The certificate's private key.
     pub key: String,
 }
 
 /// Address of an attacked service.
 #[derive(Clone, Debug)]
 pub struct Door {
+    /// Address, without a port.
     pub host: String,
+    /// TCP port.
     pub port: u16,
     /// Name in the service's certificate.
     pub name: String,
@@ -48,6 +53,7 @@ pub type Logins = Arc<Mutex<Option<Vec<(String, String)>>>>;
 /// The attacker's position.
 #[derive(Clone)]
 pub struct Foothold {
+    /// The row of the table.
     pub place: Place,
     /// Node on which the attacker is root. `None` for a host outside the fleet.
     pub node: Option<Node>,
@@ -56,7 +62,9 @@ pub struct Foothold {
     pub root: String,
     /// The node's own certificate, then certificates that the attacker signed with the node's issuer.
     pub credentials: Vec<NodeIdentity>,
+    /// Issuer of the node, if it is a founder.
     pub issuer: Option<Issuer>,
+    /// Passwords on the node, by the name of their field in its state.
     pub passwords: BTreeMap<String, String>,
     /// Joiners' tickets.
     pub tickets: Vec<Joiner>,

@@ -26,7 +26,9 @@ const DENIED: &str = "/bakehouse/rollout/denied/";
 /// A join request, as the other end of the TLS connection reads it.
 #[derive(Clone, Debug, Default)]
 pub struct Captured {
+    /// Names and values of the headers.
     pub headers: Vec<(String, String)>,
+    /// The body, which the signature covers.
     pub body: Vec<u8>,
 }
 

@@ -30,6 +30,7 @@ pub use table::{Place, Reach, Target};
 /// Result of an attack.
 #[derive(Clone, Debug)]
 pub struct Finding {
+    /// How far the attack succeeded.
     pub reach: Reach,
     /// The attack that succeeded, or the last refusal.
     pub evidence: String,

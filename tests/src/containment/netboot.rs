@@ -50,6 +50,7 @@ impl NetbootServer {
         server
     }
 
+    /// Returns what the server has printed so far.
     #[must_use]
     pub fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()

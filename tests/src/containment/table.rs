@@ -8,13 +8,17 @@ use Target::{
 /// The attacker's position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
+    /// A node with the role `app`.
     App,
+    /// A node with the role `monitor`.
     Monitor,
+    /// A node with the role `db`.
     Db,
     /// Has an etcd vote and is not a hub.
     Voter,
     /// Stores the backups and has no other role.
     Keeper,
+    /// A hub, with its issuer and its vote.
     Hub,
     /// The operator evicted it with `bakehouse leave --now`. The attacker stopped its agent before, and everything else
     /// still runs.
@@ -30,29 +34,45 @@ pub enum Place {
 /// The attacker's goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Target {
+    /// Read the keys in etcd.
     ReadEtcd,
+    /// Write keys in etcd.
     WriteEtcd,
+    /// Take part in etcd's Raft as a member.
     EtcdPeer,
+    /// Change Patroni's settings.
     Patroni,
+    /// Connect to PostgreSQL as another role.
     Postgres,
+    /// Read the backups.
     Backups,
+    /// Take the VIP with VRRP messages.
     Vip,
+    /// Announce another node's address with BGP.
     Routes,
+    /// Change another node's mesh key.
     MeshKeys,
+    /// Deny a version to the fleet.
     DenyVersion,
+    /// Join as the owner of a slot.
     TakeSlot,
+    /// Read another node's secrets.
     Secrets,
 }
 
 /// How far an attack succeeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
+    /// The attack fails.
     No,
+    /// The attack reaches a limited part of the goal.
     Part,
+    /// The attack reaches the goal.
     Yes,
 }
 
 impl Place {
+    /// Every position, in the order of the rows.
     pub const ALL: [Self; 10] = [App, Monitor, Db, Voter, Keeper, Hub, EvictedHub, TokenHolder, Stranger, PxeHost];
 
     /// Returns the heading of the row.
@@ -74,6 +94,7 @@ impl Place {
 }
 
 impl Target {
+    /// Every goal, in the order of the columns.
     pub const ALL: [Self; 12] = [
         ReadEtcd,
         WriteEtcd,

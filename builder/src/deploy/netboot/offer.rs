@@ -22,7 +22,9 @@ const GRAIN: u64 = 1 << 20;
 /// Description of one image for the installers.
 #[derive(Clone)]
 pub(super) struct ImageOffer {
+    /// Path in the server's folder.
     pub path: String,
+    /// Size of the disk in bytes.
     pub size: u64,
     pub table: String,
     pub extents: Vec<Extent>,

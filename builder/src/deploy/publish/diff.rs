@@ -15,11 +15,16 @@ use crate::format::verity;
 /// The part of a manifest that a comparison reads.
 #[derive(Debug, Deserialize)]
 pub(super) struct Contents {
+    /// Name of the image.
     pub id: String,
+    /// Version of the image.
     pub version: String,
+    /// Group whose nodes run the image.
     pub group: String,
+    /// Root hash, in hex.
     pub roothash: String,
     kernel: String,
+    /// Sizes of the partitions and files.
     pub sizes: ContentSizes,
     packages: Vec<Package>,
     /// Baked files: path → sha256.
@@ -41,7 +46,9 @@ pub(super) struct Contents {
 
 #[derive(Debug, Deserialize)]
 pub(super) struct ContentSizes {
+    /// Size of a root partition in bytes.
     pub root_slot: u64,
+    /// Size of the root file system in bytes.
     pub root: u64,
     uki: u64,
 }
