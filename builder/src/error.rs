@@ -140,15 +140,21 @@ impl Error {
         ErrorChain::of(self).to_string()
     }
 
-    /// Returns the exit code of the process. 2: the command line or a TOML file is invalid. 130 and 141: Ctrl-C and a
-    /// closed standard output, by the shells' rule 128 + signal. 1: any other failure.
+    /// Returns the exit code of the process.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
+        ExitCode::from(self.code())
+    }
+
+    /// Returns the number of the exit code. 2: the command line or a TOML file is invalid. 130 and 141: Ctrl-C and a
+    /// closed standard output, by the shells' rule 128 + signal. 1: any other failure.
+    #[must_use]
+    pub fn code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Usage(_) => ExitCode::from(2),
-            Self::Interrupted => ExitCode::from(130),
-            Self::Unread => ExitCode::from(141),
-            _ => ExitCode::FAILURE,
+            Self::Config(_) | Self::Usage(_) => 2,
+            Self::Interrupted => 130,
+            Self::Unread => 141,
+            _ => 1,
         }
     }
 }

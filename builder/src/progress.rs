@@ -118,11 +118,6 @@ pub fn line(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// Prints a JSON event on standard output, for scripts.
-pub fn event(event: &serde_json::Value) {
-    let _ = writeln!(io::stdout(), "{event}");
-}
-
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }

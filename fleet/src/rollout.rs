@@ -11,6 +11,7 @@ use crate::version::compare_versions;
 /// `POST /v1/turn`: version and state of a member. Every node sends it periodically. A node that stops reporting blocks
 /// the rollout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Report {
     /// Format of the message: [`crate::PROTOCOL`].
     pub version: u16,
@@ -22,6 +23,7 @@ pub struct Report {
 
 /// State of a node in a rollout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum UpdateState {
     /// The node has not passed its health checks since this boot.
@@ -85,6 +87,7 @@ pub struct UpdateDecision {
 
 /// The update lock: the node that changes its image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct UpdateLock {
     /// Slot of the node.
     pub slot: String,
@@ -135,6 +138,7 @@ pub enum RolloutOrder {
 
 /// State of a rollout, from etcd.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Rollout {
     /// The update lock, if a node has it.
     pub turn: Option<UpdateLock>,

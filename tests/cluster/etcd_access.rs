@@ -115,9 +115,7 @@ fn etcd_users_limit_patroni_to_its_own_keys() {
         put(&connected, "/bakehouse/test", "x").await;
         for (i, key) in keys.iter().enumerate() {
             let mesh_key = MeshKey([i as u8 + 1; 32]);
-            desks[i]
-                .register(&site.topology.hubs[i].name, mesh_key, key, "1")
-                .await.expect("a free slot");
+            desks[i].register(&site.topology.hubs[i].name, mesh_key, key, "1").await.expect("a free slot");
         }
         let (db, grant) = site.members("db", 1).await.remove(0);
 

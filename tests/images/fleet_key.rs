@@ -50,7 +50,7 @@ fn init_creates_the_fleet_key_once_and_it_signs_tickets() {
     let ends = nowhere.each_ref().map(|at| ["--endpoint", at.as_str()]);
     let listed = ticket(&[&["--list", "--json"], ends.as_flattened()].concat());
     assert!(listed.status == 0 && listed.err.contains("cannot list how often each ticket was used"), "{}", listed.err);
-    let listed: serde_json::Value = serde_json::from_str(&listed.out).expect("JSON");
+    let listed = listed.result();
     assert_eq!((listed.as_array().map(Vec::len), listed[0]["to"].as_str()), (Some(1), Some("app")), "{listed}");
     assert_eq!((listed[0]["uses"].as_u64(), listed[0]["state"].as_str()), (Some(5), Some("good")));
     assert!(!lab.read("tickets.jsonl").contains("PRIVATE"));

@@ -32,8 +32,9 @@ fn hub_boots_starts_its_role_and_keeps_its_identity() {
     let lab = lab("boot");
     lab.init();
     let disk = lab.dir.join("hub-1.raw");
-    let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a UTF-8 path"), "--json"]).out;
-    assert!(flashed.lines().any(|l| l.contains("\"step\":\"verify\"")), "{flashed}");
+    let flashed = lab.ok(&["flash", "hub-1", disk.to_str().expect("a UTF-8 path"), "--json"]);
+    assert!(flashed.out.lines().any(|l| l.contains("\"step\":\"verify\"")), "{}", flashed.out);
+    assert_eq!((&flashed.result()["group"], &flashed.result()["ticket"]["to"]), (&"hub".into(), &"hub-1".into()));
     let on_disk = |text: &str| {
         let disk = fs::read(&disk).expect("a disk");
         disk.windows(text.len()).any(|bytes| bytes == text.as_bytes())

@@ -91,7 +91,7 @@ fn quick_ha_containers_survive_single_failures() {
     let played = lab.run(&["rehearse", "hub", "app", "--json"]);
     println!("{}{}", played.err, played.out);
     assert_eq!(played.status, 0, "the rehearsal missed a limit");
-    let outcomes: Vec<Value> = serde_json::from_str(&played.out).expect("JSON");
+    let outcomes: Vec<Value> = serde_json::from_value(played.result()).expect("a list");
     assert_eq!(outcomes.len(), 2, "{outcomes:?}");
     for outcome in &outcomes {
         let count = |of: &str| outcome[of].as_u64().expect("a number");

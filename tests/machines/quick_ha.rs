@@ -20,7 +20,7 @@ fn quick_ha_machines_survive_single_failures() {
     let played = lab.run(&["rehearse", "hub", "db", "app", "--json"]);
     println!("{}{}", played.err, played.out);
     assert_eq!(played.status, 0, "the rehearsal missed a limit");
-    let outcomes: serde_json::Value = serde_json::from_str(&played.out).expect("JSON");
+    let outcomes = played.result();
     let outcomes = outcomes.as_array().expect("a list");
     assert_eq!(outcomes.len(), 3, "{outcomes:?}");
     for outcome in outcomes {

@@ -206,6 +206,14 @@ impl CommandOutput {
         }
     }
 
+    /// Returns the result that a command with `--json` printed in its last line.
+    #[track_caller]
+    pub fn result(&self) -> serde_json::Value {
+        let last = self.out.lines().last().unwrap_or_default();
+        let line: serde_json::Value = serde_json::from_str(last).unwrap_or_else(|e| panic!("{e}: {}", self.out));
+        line.get("result").unwrap_or_else(|| panic!("no result: {}{}", self.out, self.err)).clone()
+    }
+
     /// Asserts that the command failed with this status and printed all of these words to stderr.
     #[track_caller]
     pub fn fails(&self, status: i32, words: &[&str]) {

@@ -29,7 +29,7 @@ pub(super) struct Cli {
     /// Print only errors
     #[arg(short, long, global = true)]
     pub(super) quiet: bool,
-    /// Print results as JSON
+    /// Print results, events and errors as lines of JSON (docs/json.md)
     #[arg(long, global = true)]
     pub(super) json: bool,
     #[command(subcommand)]
@@ -359,6 +359,39 @@ pub(super) enum Command {
     },
 }
 
+impl Command {
+    /// Returns the command's words.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Init { .. } => "init",
+            Self::Ticket { .. } => "ticket",
+            Self::Leave { .. } => "leave",
+            Self::Flash { .. } => "flash",
+            Self::Vm { .. } => "vm",
+            Self::Netboot { .. } => "netboot",
+            Self::Check => "check",
+            Self::Lock { .. } => "lock",
+            Self::Fetch { .. } => "fetch",
+            Self::Build { .. } => "build",
+            Self::Plan { .. } => "plan",
+            Self::Publish { .. } => "publish",
+            Self::Rollout { .. } => "rollout",
+            Self::Up { .. } => "up",
+            Self::Down { .. } => "down",
+            Self::Status => "status",
+            Self::Console { .. } => "console",
+            Self::Exec { .. } => "exec",
+            Self::Rehearse { .. } => "rehearse",
+            Self::Report { .. } => "report",
+            Self::Explain { .. } => "explain",
+            Self::Store(StoreCommand::Gc { .. }) => "store gc",
+            Self::Schema { .. } => "schema",
+            Self::Completions { .. } => "completions",
+            Self::Man { .. } => "man",
+        }
+    }
+}
+
 #[derive(Subcommand)]
 pub(super) enum StoreCommand {
     /// Remove entries that were not used for some time
@@ -406,9 +439,12 @@ pub(super) fn command() -> clap::Command {
     ))
 }
 
-/// Parses the command line. Exits after `--help`, `--version` and an error.
-pub(super) fn parse() -> Cli {
-    Cli::from_arg_matches(&command().get_matches()).unwrap_or_else(|e| e.exit())
+/// Parses the command line.
+///
+/// # Errors
+/// `--help`, `--version`, and an invalid command line.
+pub(super) fn parse() -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&command().try_get_matches()?)
 }
 
 /// Returns the help of `bakehouse rehearse`, with the list of scenarios.

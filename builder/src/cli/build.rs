@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use super::args::MirrorArg;
 use super::context::Context;
-use super::output::{print, print_json};
+use super::results::{CommandResult, FetchResult, GcResult, LockResult};
 use crate::compose;
 use crate::error::Result;
 use crate::image::{Build, BuiltImage};
 use crate::packages::fetch;
-use crate::packages::lock::Lock;
+use crate::packages::lock::{Lock, LockChanges};
 use crate::packages::mirror::Mirror;
 use crate::packages::requests::TOOLS;
 use crate::packages::resolve::resolve;
@@ -18,37 +18,44 @@ use crate::project::ImageSpec;
 use crate::store::Store;
 
 /// Selects package versions and writes `bakehouse.lock`. Keeps a valid lock unless `update` is set.
-pub(super) fn lock(context: &Context, update: bool, mirror: &MirrorArg) -> Result<()> {
+pub(super) fn lock(context: &Context, update: bool, mirror: &MirrorArg) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let store = Store::open()?;
     let mirror = Mirror::of(project, mirror.mirror.as_deref())?;
     let path = Lock::path(project);
-    if !update && Lock::load(project).is_ok() {
+    if !update && let Ok(lock) = Lock::load(project) {
         let message = format!("{} is valid; for newer packages, run bakehouse lock --update", path.display());
         progress.say("lock", &message);
-        return Ok(());
+        let (packages, changes) = (lock.packages.len(), LockChanges::default());
+        return Ok(CommandResult::Lock(LockResult { path, unchanged: true, packages, changes }));
     }
     let old = Lock::read(&path).unwrap_or(None);
     let new = resolve(project, &mirror, &store, progress)?;
     new.write(&path)?;
     let changes = old.map(|old| new.changes_from(&old)).unwrap_or_default();
-    changes.iter().try_for_each(|change| print(format_args!("{change}\n")))
+    Ok(CommandResult::Lock(LockResult { path, unchanged: false, packages: new.packages.len(), changes }))
 }
 
 /// Downloads the locked packages into the store.
-pub(super) fn fetch(context: &Context, mirror: &MirrorArg) -> Result<()> {
+pub(super) fn fetch(context: &Context, mirror: &MirrorArg) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let store = Store::open()?;
     let mirror = Mirror::of(project, mirror.mirror.as_deref())?;
     let lock = Lock::load(project)?;
-    fetch::fetch(&lock.packages.iter().collect::<Vec<_>>(), &mirror, &store, progress)?;
-    Ok(())
+    let missing: Vec<_> = lock.packages.iter().filter(|p| !store.has_deb(&p.sha256)).collect();
+    let bytes = missing.iter().map(|p| p.size).sum();
+    let packages = fetch::fetch(&missing, &mirror, &store, progress)?;
+    Ok(CommandResult::Fetch(FetchResult { packages, bytes, locked: lock.packages.len() }))
 }
 
 /// Builds the images of groups.
-pub(super) fn build(context: &Context, groups: &[String], revision: Option<&str>, mirror: &MirrorArg) -> Result<()> {
-    let images = images_of(context, groups, revision, mirror)?;
-    print_json(context.json, &images)
+pub(super) fn build(
+    context: &Context,
+    groups: &[String],
+    revision: Option<&str>,
+    mirror: &MirrorArg,
+) -> Result<CommandResult> {
+    images_of(context, groups, revision, mirror).map(CommandResult::Build)
 }
 
 /// Builds the images of groups, or of all groups if `groups` is empty. Downloads missing packages first.
@@ -79,8 +86,8 @@ pub(super) fn images_of(
 }
 
 /// Removes old entries of the store.
-pub(super) fn gc(progress: &Progress, older_than: u64) -> Result<()> {
-    let (count, bytes) = Store::open()?.gc(Duration::from_secs(older_than * 86_400))?;
-    progress.say("gc", &format!("removed {count} entries, {:.0} MB", bytes as f64 / 1e6));
-    Ok(())
+pub(super) fn gc(progress: &Progress, older_than: u64) -> Result<CommandResult> {
+    let (entries, bytes) = Store::open()?.gc(Duration::from_secs(older_than * 86_400))?;
+    progress.say("gc", &format!("removed {entries} entries, {:.0} MB", bytes as f64 / 1e6));
+    Ok(CommandResult::StoreGc(GcResult { entries, bytes }))
 }

@@ -1,8 +1,10 @@
 //! What every command gets: the fleet, the progress output, and the hubs.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use super::output::colour;
+use super::output::{Output, colour};
+use super::results::Problem;
 use crate::deploy::hub_client::Hubs;
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
@@ -14,18 +16,31 @@ use crate::vm;
 pub(super) struct Context<'a> {
     pub(super) project: &'a Project,
     pub(super) progress: &'a Progress,
-    /// Prints results as JSON.
-    pub(super) json: bool,
+    pub(super) output: Output,
     /// Prints only errors.
     pub(super) quiet: bool,
+    /// Warnings of the command.
+    pub(super) warnings: RefCell<Vec<Problem>>,
 }
 
 impl Context<'_> {
     /// Prints the warnings about the fleet's files to standard error.
     pub(super) fn warn(&self) {
-        if !self.quiet && !self.json {
+        if !self.quiet && !self.output.json {
             self.project.warnings.iter().for_each(|w| line(&w.render(colour())));
         }
+    }
+
+    /// Warns about a fact that the result lacks.
+    pub(super) fn warn_that(&self, step: &str, message: String) {
+        self.progress.say(step, &message);
+        self.warnings.borrow_mut().push(Problem::warning(message));
+    }
+
+    /// Returns the warnings about the fleet's files, and those of the command.
+    pub(super) fn warnings(&self) -> Vec<Problem> {
+        let of_files = self.project.warnings.iter().map(Problem::from);
+        of_files.chain(self.warnings.borrow().iter().cloned()).collect()
     }
 
     /// Returns a client of the hubs. `local` as endpoint selects the hubs that `up` started.

@@ -1,35 +1,39 @@
 //! `bakehouse up`, `down`, `status`, `console`, `exec` and `report`: local machines.
 
 use std::path::Path;
-use std::process::ExitCode;
 
 use super::args::MirrorArg;
 use super::build::images_of;
 use super::context::Context;
-use super::output::{print, print_json};
+use super::results::{CommandResult, ConsoleResult, DownResult, Event, ExecResult, ReportResult};
 use crate::error::{Error, Result};
 use crate::vm::{self, report};
 
 /// Builds missing images and starts machines.
-pub(super) fn up(context: &Context, nodes: &[String], containers: bool, mirror: &MirrorArg) -> Result<()> {
-    let Context { project, progress, .. } = context;
+pub(super) fn up(context: &Context, nodes: &[String], containers: bool, mirror: &MirrorArg) -> Result<CommandResult> {
+    let Context { project, progress, output, .. } = *context;
     context.warn();
     let groups = vm::groups_of(project, nodes)?;
     vm::are_containers(project, containers)?;
     images_of(context, &groups, None, mirror)?;
-    vm::up(project, nodes, progress)?;
-    status(context)
+    let on_ready = |node: &str| output.event(Event::Node { node, state: vm::MachineState::Ready });
+    vm::up(project, nodes, progress, &on_ready)?;
+    Ok(CommandResult::Up(vm::FleetStatus::read(project)))
 }
 
-/// Prints the state of the machines.
-pub(super) fn status(context: &Context) -> Result<()> {
-    let status = vm::FleetStatus::read(context.project);
-    print_json(context.json, &status)?;
-    if context.json { Ok(()) } else { print(status) }
+/// Shuts machines down.
+pub(super) fn down(context: &Context, nodes: &[String]) -> Result<CommandResult> {
+    let stopped = vm::down(context.project, nodes, context.progress)?;
+    Ok(CommandResult::Down(DownResult { stopped }))
 }
 
-/// Prints a machine's console.
-pub(super) fn console(context: &Context, node: &str) -> Result<()> {
+/// Returns the state of the machines.
+pub(super) fn status(context: &Context) -> CommandResult {
+    CommandResult::Status(vm::FleetStatus::read(context.project))
+}
+
+/// Returns the text of a machine's console.
+pub(super) fn console(context: &Context, node: &str) -> Result<CommandResult> {
     let console = vm::Vm::of(context.project, node)?.console();
     if console.is_empty() {
         return Err(Error::Failed(format!(
@@ -37,11 +41,12 @@ pub(super) fn console(context: &Context, node: &str) -> Result<()> {
              local machine"
         )));
     }
-    print(console)
+    let lines = console.lines().map(str::to_owned).collect();
+    Ok(CommandResult::Console(ConsoleResult { node: node.to_owned(), lines }))
 }
 
-/// Runs a command in a machine. Returns its status as the exit code.
-pub(super) fn exec(context: &Context, node: &str, command: &[String]) -> Result<ExitCode> {
+/// Runs a command in a machine.
+pub(super) fn exec(context: &Context, node: &str, command: &[String]) -> Result<CommandResult> {
     let vm = vm::Vm::of(context.project, node)?;
     if !vm.is_running() {
         return Err(Error::Failed(format!(
@@ -49,12 +54,11 @@ pub(super) fn exec(context: &Context, node: &str, command: &[String]) -> Result<
         )));
     }
     let done = vm.exec(&vm::command_line(command))?;
-    print(done.output)?;
-    Ok(ExitCode::from(u8::try_from(done.status).unwrap_or(1)))
+    Ok(CommandResult::Exec(ExecResult { node: node.to_owned(), status: done.status, output: done.output }))
 }
 
 /// Collects journals, configurations and states from all machines.
-pub(super) fn report(context: &Context, output: &Path) -> Result<()> {
+pub(super) fn report(context: &Context, output: &Path) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let nodes = &project.topology.nodes;
     if !nodes.iter().any(|node| vm::Vm::of(project, &node.name).is_ok_and(|vm| vm.is_running())) {
@@ -64,5 +68,6 @@ pub(super) fn report(context: &Context, output: &Path) -> Result<()> {
                 .to_owned(),
         ));
     }
-    report::collect(project, output, progress)
+    let files = report::collect(project, output, progress)?;
+    Ok(CommandResult::Report(ReportResult { path: output.to_owned(), files }))
 }

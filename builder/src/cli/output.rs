@@ -1,20 +1,124 @@
-//! Prints results to standard output and errors to standard error.
+//! Prints results to standard output and errors to standard error. With `--json`, prints lines of JSON to standard
+//! output: events, and a result or an error as the last line.
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError, TryLockError};
+use std::time::Duration;
 
+use clap::ArgMatches;
 use fleet::{Diagnostics, ErrorChain};
 
+use super::args;
+use super::results::{CommandResult, ErrorLine, Event, EventLine, Failure, Line, Problem, ResultLine, VERSION};
 use crate::error::{Error, Result};
 use crate::progress::line;
-use crate::util::json::pretty_json;
 
-/// Prints a result as JSON, if `json` is set.
-pub(super) fn print_json(json: bool, value: &impl serde::Serialize) -> Result<()> {
-    if json {
-        print(String::from_utf8_lossy(&pretty_json(value)?))?;
+/// Whether the last line of JSON was printed. The holder of the lock prints a line.
+static LAST_PRINTED: Mutex<bool> = Mutex::new(false);
+
+/// Standard output of a command.
+#[derive(Clone, Copy)]
+pub(super) struct Output {
+    /// Prints JSON.
+    pub(super) json: bool,
+    /// Prints each cause of an error on a line of its own.
+    pub(super) verbose: bool,
+    /// Name of the command, if the command line has one.
+    pub(super) command: Option<&'static str>,
+}
+
+impl Output {
+    /// Prints an event, with `--json`. An unread event does not stop the command.
+    pub(super) fn event(self, event: Event) {
+        if self.json {
+            let command = self.command.unwrap_or_default();
+            let _ = print_line(&Line::Event(EventLine { version: VERSION, command, event }));
+        }
     }
-    Ok(())
+
+    /// Prints a command's result. Returns its exit code.
+    pub(super) fn result(self, result: &CommandResult, warnings: &[Problem]) -> Result<ExitCode> {
+        if self.json {
+            print_line(&Line::Result(ResultLine { version: VERSION, result, warnings }))?;
+        } else {
+            print(result)?;
+        }
+        Ok(result.exit_code())
+    }
+
+    /// Prints an error.
+    pub(super) fn error(self, e: &Error) {
+        if matches!(e, Error::Unread) {
+            return;
+        }
+        if self.json {
+            self.failure(e.into());
+        }
+        match e {
+            Error::Config(Diagnostics(all)) => all.iter().for_each(|d| line(&format!("{}\n", d.render(colour())))),
+            e => {
+                let prefix = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
+                let chain = ErrorChain::of(e);
+                let text = if self.verbose { chain.lines() } else { chain.to_string() };
+                line(&format!("{prefix}: {text}"));
+            }
+        }
+    }
+
+    /// Prints an error as JSON. The exit code reports it, too, so that a closed standard output changes nothing.
+    pub(super) fn failure(self, error: Failure) {
+        let _ = print_line(&Line::Error(ErrorLine { version: VERSION, command: self.command, error }));
+    }
+
+    /// Prints with `--json` that the command was interrupted, unless the last line was printed.
+    pub(super) fn interrupted(self) {
+        // The thread that prints a line may wait for its reader for any time.
+        let is_free = || !matches!(LAST_PRINTED.try_lock(), Err(TryLockError::WouldBlock));
+        let mut attempts = 10;
+        while self.json && attempts > 0 {
+            if is_free() {
+                return self.failure((&Error::Interrupted).into());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            attempts -= 1;
+        }
+    }
+}
+
+/// Prints clap's error, help or version. Returns the exit code.
+pub(super) fn usage_error(e: &clap::Error) -> ExitCode {
+    let before_command = |arg: &OsString| arg != "--";
+    let args: Vec<OsString> = std::env::args_os().take_while(before_command).collect();
+    if e.use_stderr() && args.iter().any(|arg| arg == "--json") {
+        // The words that clap recognised before the error.
+        let matches = args::command().ignore_errors(true).try_get_matches_from(args).ok();
+        let mut words = Vec::new();
+        let mut level = matches.as_ref().and_then(ArgMatches::subcommand);
+        while let Some((name, below)) = level {
+            words.push(name);
+            level = below.subcommand();
+        }
+        let command = Some(words.join(" ")).filter(|words| !words.is_empty());
+        let (command, error) = (command.as_deref(), e.into());
+        let _ = print_line(&Line::Error(ErrorLine { version: VERSION, command, error }));
+    }
+    let _ = e.print();
+    ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2))
+}
+
+/// Prints a line of JSON. Prints nothing after the last line.
+fn print_line(document: &Line) -> Result<()> {
+    let mut text = serde_json::to_string(document).map_err(Error::Json)?;
+    text.push('\n');
+    let mut last_printed = LAST_PRINTED.lock().unwrap_or_else(PoisonError::into_inner);
+    if *last_printed {
+        return Ok(());
+    }
+    *last_printed = !matches!(document, Line::Event(_));
+    print(text)
 }
 
 /// Prints a result.
@@ -24,24 +128,6 @@ pub(super) fn print(result: impl Display) -> Result<()> {
         io::ErrorKind::BrokenPipe => Error::Unread,
         _ => Error::io("write", "standard output")(e),
     })
-}
-
-/// Prints an error with its causes: on one line, or with `verbose` each on a line of its own.
-pub(super) fn print_error(e: &Error, json: bool, verbose: bool) {
-    match e {
-        Error::Config(Diagnostics(all)) if json => {
-            // The exit code reports the first error already.
-            let _ = print_json(true, &all);
-        }
-        Error::Unread => {}
-        Error::Config(Diagnostics(all)) => all.iter().for_each(|d| line(&format!("{}\n", d.render(colour())))),
-        e => {
-            let prefix = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
-            let chain = ErrorChain::of(e);
-            let text = if verbose { chain.lines() } else { chain.to_string() };
-            line(&format!("{prefix}: {text}"));
-        }
-    }
 }
 
 /// Returns whether messages are coloured: on a terminal, unless `NO_COLOR` is set (<https://no-color.org>).

@@ -12,7 +12,7 @@ use clap_mangen::roff::{Roff, bold, roman};
 use fleet::reference::{File, Row, json_schema, tables};
 
 use super::args::{self, GROUPS};
-use super::output::print;
+use super::results::{CommandResult, CompletionsResult, ManResult, SchemaResult};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::project::{Project, built_in_file};
@@ -37,25 +37,25 @@ pub(super) enum SchemaOf {
 }
 
 impl SchemaOf {
-    fn text(self) -> Result<Vec<u8>> {
-        pretty_json(&json_schema(match self {
+    fn json(self) -> serde_json::Value {
+        json_schema(match self {
             Self::Fleet => File::Fleet,
             Self::Profile => File::Profile,
             Self::Overlay => File::Overlay,
-        }))
+        })
     }
 }
 
 /// `bakehouse schema`.
-pub(super) fn schema(file: SchemaOf) -> Result<()> {
-    print(String::from_utf8_lossy(&file.text()?))
+pub(super) fn schema(file: SchemaOf) -> CommandResult {
+    CommandResult::Schema(SchemaResult { schema: file.json() })
 }
 
 /// Writes the schema beside a `fleet.toml` whose first line names it, if the file does not exist or is of another
 /// version of Bakehouse. Returns the path of a written file.
 pub(super) fn refresh_schema(project: &Project) -> Result<Option<PathBuf>> {
     let path = project.dir.join(SCHEMA);
-    let wanted = SchemaOf::Fleet.text()?;
+    let wanted = pretty_json(&SchemaOf::Fleet.json())?;
     let first = project.fleet.source.text.lines().next().unwrap_or_default();
     if first.trim_end() != DIRECTIVE.trim_end() || fs::read(&path).ok().as_ref() == Some(&wanted) {
         return Ok(None);
@@ -69,34 +69,38 @@ pub(super) fn refresh_schema_for_check(project: &Project, progress: &Progress) {
     match refresh_schema(project) {
         Ok(None) => {}
         Ok(Some(path)) => progress.say("check", &format!("wrote {}: the schema of this version", path.display())),
-        Err(e) => progress.say("check", &format!("the schema for editors is of another version: {e}")),
+        Err(e) => progress.say("check", &format!("the schema for editors is of another version: {}", e.chain())),
     }
 }
 
 /// `bakehouse completions`.
-pub(super) fn completions(shell: Shell) -> Result<()> {
+pub(super) fn completions(shell: Shell) -> CommandResult {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut args::command(), "bakehouse", &mut text);
-    print(String::from_utf8_lossy(&text))
+    let script = String::from_utf8_lossy(&text).into_owned();
+    CommandResult::Completions(CompletionsResult { shell: shell.to_string(), script })
 }
 
 /// `bakehouse man`: writes a page for each command, and the agent's.
-pub(super) fn man(dir: &Path, progress: &Progress) -> Result<()> {
+pub(super) fn man(dir: &Path, progress: &Progress) -> Result<CommandResult> {
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     let mut root = args::command().disable_help_subcommand(true);
     root.build();
-    let mut count = 2;
+    let mut files = Vec::new();
+    let mut write = |name: String, page: &[u8]| {
+        files.push(dir.join(name));
+        files.last().map_or(Ok(()), |path| write_atomic(path, page))
+    };
     for command in all(&root) {
         let name = command.get_display_name().unwrap_or(command.get_name()).to_owned();
         let page = man_page(command).map_err(|e| Error::Failed(format!("cannot render {name}(1): {e}")))?;
-        write_atomic(&dir.join(format!("{name}.1")), &page)?;
-        count += 1;
+        write(format!("{name}.1"), &page)?;
     }
     let page = fleet_page().map_err(|e| Error::Failed(format!("cannot render fleet.toml(5): {e}")))?;
-    write_atomic(&dir.join("fleet.toml.5"), &page)?;
-    write_atomic(&dir.join("firstboot.8"), built_in_file(AGENT_PAGE)?)?;
-    progress.say("man", &format!("wrote {count} pages to {}", dir.display()));
-    Ok(())
+    write("fleet.toml.5".to_owned(), &page)?;
+    write("firstboot.8".to_owned(), built_in_file(AGENT_PAGE)?)?;
+    progress.say("man", &format!("wrote {} pages to {}", files.len(), dir.display()));
+    Ok(CommandResult::Man(ManResult { files }))
 }
 
 /// Returns a command and the commands below it, without hidden ones.

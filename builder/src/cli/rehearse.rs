@@ -1,33 +1,36 @@
 //! `bakehouse rehearse`.
 
 use std::path::Path;
-use std::process::ExitCode;
 
 use super::context::Context;
-use super::output::{print, print_json};
+use super::output::print;
+use super::results::{CommandResult, Event};
 use crate::error::Result;
 use crate::rehearse;
 
-/// Injects faults into the running fleet, and prints what clients noticed.
+/// Injects faults into the running fleet, and returns what clients noticed.
 pub(super) fn rehearse(
     context: &Context,
     scenarios: &[String],
     repeat: u32,
     page: Option<&Path>,
     revision: Option<&str>,
-) -> Result<ExitCode> {
+) -> Result<CommandResult> {
     let chosen = rehearse::chosen(scenarios)?;
     let rehearsal = rehearse::Rehearsal::new(context.project, context.progress)?;
     let page =
         page.map(|path| rehearse::Page::open(context.project, path, rehearsal.machines, revision)).transpose()?;
     let mut outcomes = Vec::new();
-    // After an error, the command still prints the outcomes of earlier runs.
     let played = rehearsal.play(&chosen, repeat, |so_far| {
         outcomes = so_far.to_vec();
+        if let Some(outcome) = so_far.last() {
+            context.output.event(Event::Run(outcome));
+        }
         page.as_ref().map_or(Ok(()), |page| page.write(so_far))
     });
-    let printed = if context.json { print_json(true, &outcomes) } else { print(rehearse::table(&outcomes)) };
-    played.and(printed)?;
-    let is_kept = outcomes.iter().all(|o| o.broken.is_empty());
-    Ok(if is_kept { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    // After an error, the command still prints the outcomes of earlier runs. As JSON, it has printed them as events.
+    if played.is_err() && !context.output.json {
+        print(rehearse::table(&outcomes))?;
+    }
+    played.map(|()| CommandResult::Rehearse(outcomes))
 }

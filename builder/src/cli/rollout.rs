@@ -1,7 +1,6 @@
 //! `bakehouse plan`, `publish` and `rollout`: updates of the nodes.
 
 use std::path::Path;
-use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::RolloutOrder;
@@ -9,31 +8,22 @@ use fleet::RolloutOrder;
 use super::args::MirrorArg;
 use super::build::images_of;
 use super::context::Context;
-use super::output::{print, print_json};
-use crate::deploy::hub_client::describe;
+use super::results::{CommandResult, PlanResult};
 use crate::deploy::publish;
 use crate::error::Result;
 use crate::keys::authority::FleetKey;
 use crate::packages::lock::Lock;
 
 /// Compares the built images with the published version.
-pub(super) fn plan(context: &Context, dir: &Path, groups: &[String], mirror: &MirrorArg) -> Result<ExitCode> {
+pub(super) fn plan(context: &Context, dir: &Path, groups: &[String], mirror: &MirrorArg) -> Result<CommandResult> {
     let images = images_of(context, groups, None, mirror)?;
-    let plans = images.iter().map(|i| publish::compare(i, dir)).collect::<Result<Vec<_>>>()?;
-    let schedule = publish::RolloutSchedule::of(&context.project.topology, &plans);
-    print_json(context.json, &serde_json::json!({ "groups": plans, "course": schedule }))?;
-    if !context.json {
-        for plan in &plans {
-            print(plan)?;
-        }
-        print(schedule)?;
-    }
-    let is_possible = plans.iter().all(|plan| plan.obstacles.is_empty());
-    Ok(if is_possible { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let groups = images.iter().map(|i| publish::compare(i, dir)).collect::<Result<Vec<_>>>()?;
+    let course = publish::RolloutSchedule::of(&context.project.topology, &groups);
+    Ok(CommandResult::Plan(PlanResult { groups, course }))
 }
 
 /// Publishes the images for the nodes' updates.
-pub(super) fn publish(context: &Context, dir: &Path, groups: &[String], mirror: &MirrorArg) -> Result<()> {
+pub(super) fn publish(context: &Context, dir: &Path, groups: &[String], mirror: &MirrorArg) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     // Before the build, so that a missing key fails early.
     let key = FleetKey::of(project)?.update_key()?;
@@ -43,15 +33,13 @@ pub(super) fn publish(context: &Context, dir: &Path, groups: &[String], mirror: 
     let time = Lock::load(project)?.epoch.max(now);
     let published =
         images.iter().map(|i| publish::publish(i, dir, &key, time, progress)).collect::<Result<Vec<_>>>()?;
-    print_json(context.json, &published)
+    Ok(CommandResult::Publish(published))
 }
 
-/// Sends an order for the rollout to the hubs, and prints its state.
-pub(super) fn rollout(context: &Context, order: RolloutOrder, endpoint: &[String]) -> Result<()> {
+/// Sends an order for the rollout to the hubs. Returns its state.
+pub(super) fn rollout(context: &Context, order: RolloutOrder, endpoint: &[String]) -> Result<CommandResult> {
     if let RolloutOrder::Skip { node } = &order {
         context.project.node(node)?;
     }
-    let rollout = context.hubs(endpoint)?.rollout(order)?;
-    print_json(context.json, &rollout)?;
-    if context.json { Ok(()) } else { print(describe(&rollout)) }
+    context.hubs(endpoint)?.rollout(order).map(CommandResult::Rollout)
 }

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::context::Context;
-use super::output::{print, print_json};
+use super::results::{CommandResult, LeaveResult, NewTicketResult, RevokedTicket, TicketResult};
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
-use crate::keys::ticket::{TicketTerms, mint};
+use crate::keys::ticket::{TicketSummary, TicketTerms, mint};
 use crate::keys::ticket_log;
 use crate::util::fs::write_private;
 
@@ -24,7 +24,7 @@ pub(super) struct NewTicket<'a> {
 }
 
 /// Mints a ticket.
-pub(super) fn new(context: &Context, options: &NewTicket) -> Result<()> {
+pub(super) fn new(context: &Context, options: &NewTicket) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let &NewTicket { to, replace, .. } = options;
     let limited = options.uses.is_some() || options.days.is_some();
@@ -44,36 +44,39 @@ pub(super) fn new(context: &Context, options: &NewTicket) -> Result<()> {
     };
     ticket_log::note(&project.dir, &ticket)?;
     progress.say("ticket", &message);
-    let text = serde_json::to_string(&ticket).map_err(Error::Json)?;
-    match options.output {
-        Some(path) => write_private(path, text.as_bytes()),
-        None => print(format_args!("{text}\n")),
-    }
+    let summary = TicketSummary::of(&ticket);
+    let path = options.output.map(Path::to_owned);
+    let ticket = if let Some(path) = &path {
+        write_private(path, &serde_json::to_vec(&ticket).map_err(Error::Json)?)?;
+        None
+    } else {
+        Some(ticket)
+    };
+    Ok(CommandResult::Ticket(TicketResult::New(NewTicketResult { summary, path, ticket })))
 }
 
 /// Lists the minted tickets.
-pub(super) fn list(context: &Context, endpoint: &[String]) -> Result<()> {
+pub(super) fn list(context: &Context, endpoint: &[String]) -> Result<CommandResult> {
     let known = context.hubs(endpoint)?.tokens();
     if let Err(e) = &known {
-        context.progress.say("ticket", &format!("cannot list how often each ticket was used: {}", e.chain()));
+        context.warn_that("ticket", format!("cannot list how often each ticket was used: {}", e.chain()));
     }
     let rows = ticket_log::rows(&context.project.dir, known.ok().as_ref())?;
-    print_json(context.json, &rows)?;
-    if context.json { Ok(()) } else { print(ticket_log::table(&rows)) }
+    Ok(CommandResult::Ticket(TicketResult::List(rows)))
 }
 
 /// Revokes a ticket.
-pub(super) fn revoke(context: &Context, number: &str, endpoint: &[String]) -> Result<()> {
+pub(super) fn revoke(context: &Context, number: &str, endpoint: &[String]) -> Result<CommandResult> {
     let hub = context.hubs(endpoint)?.revoke(number)?;
     context.progress.say("ticket", &format!("{hub} revoked {number}"));
-    Ok(())
+    Ok(CommandResult::Ticket(TicketResult::Revoked(RevokedTicket { number: number.to_owned(), hub })))
 }
 
 /// Removes a node from the fleet.
-pub(super) fn leave(context: &Context, node: &str, now: bool, endpoint: &[String]) -> Result<()> {
+pub(super) fn leave(context: &Context, node: &str, now: bool, endpoint: &[String]) -> Result<CommandResult> {
     context.project.node(node)?;
     let hub = context.hubs(endpoint)?.leave(node, now)?;
     let message = if now { format!("{hub} evicted {node}") } else { format!("{hub} asked {node} to leave") };
     context.progress.say("leave", &message);
-    Ok(())
+    Ok(CommandResult::Leave(LeaveResult { node: node.to_owned(), now, hub }))
 }

@@ -10,6 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use clap::ValueEnum;
 use fleet::Ticket;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::assemble::layout::{slots, var_size};
@@ -17,7 +18,7 @@ use crate::deploy::flash::{TicketFile, put_ticket};
 use crate::error::{Error, Result};
 use crate::image::BuiltImage;
 use crate::keys::authority::FleetKey;
-use crate::keys::ticket::{DEFAULT_TERMS, TicketTerms, mint};
+use crate::keys::ticket::{DEFAULT_TERMS, TicketSummary, TicketTerms, mint};
 use crate::keys::ticket_log;
 use crate::progress::Progress;
 use crate::project::Project;
@@ -65,7 +66,7 @@ pub struct ExportOptions<'a> {
 }
 
 /// Files that an export wrote.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Export {
     /// The node's disk.
     pub disk: PathBuf,
@@ -134,7 +135,7 @@ pub fn export(
     out: &Path,
     tools: &Tools,
     progress: &Progress,
-) -> Result<Export> {
+) -> Result<(Export, TicketSummary)> {
     let &ExportOptions { node, format, transport, replace, .. } = options;
     let authority = FleetKey::of(project)?;
     let ticket = mint(&authority, &project.topology, node, &TicketTerms { replace, ..DEFAULT_TERMS }, BTreeMap::new())?;
@@ -189,7 +190,7 @@ pub fn export(
     write_private(&export.libvirt, definition.to_string().as_bytes())?;
     write_private(&export.proxmox, definition.proxmox().as_bytes())?;
     step.done(&format!("{node}: {}", export.disk.display()));
-    Ok(export)
+    Ok((export, TicketSummary::of(&ticket)))
 }
 
 fn text(ticket: &Ticket) -> Result<String> {

@@ -13,17 +13,18 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use fleet::{Ticket, Topology};
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::libc;
-use serde_json::json;
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use crate::assemble::layout::ESP_START;
 use crate::error::{Error, Result, fail};
 use crate::format::systemd_credential::seal;
-use crate::progress::{Progress, event};
+use crate::progress::Progress;
 use crate::toolchain::Tools;
 use crate::util::process::run;
 
 const CHUNK: usize = 4 << 20;
-/// Bytes between two progress events in JSON.
+/// Bytes between two calls of `on_progress`.
 const EVENT_INTERVAL: u64 = 64 << 20;
 
 /// Target of a write, and the operator's options.
@@ -34,15 +35,26 @@ pub struct FlashOptions<'a> {
     pub yes: bool,
     /// Kernel name of a device that may be overwritten although it is in use or is a partition.
     pub force: Option<&'a str>,
-    /// Prints progress events as lines of JSON on standard output.
-    pub json: bool,
+    /// Gets the progress of each pass, every 64 MiB.
+    pub on_progress: &'a dyn Fn(PassProgress),
 }
 
-/// Writes `image`, verifies it, and writes the ticket.
+/// Progress of a pass over the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct PassProgress {
+    /// Name of the pass: `write` or `verify`.
+    pub step: &'static str,
+    /// Bytes that are done.
+    pub bytes: u64,
+    /// Bytes of the image.
+    pub of: u64,
+}
+
+/// Writes `image`, verifies it, and writes the ticket. Returns the number of bytes.
 ///
 /// # Errors
 /// If the target must not be overwritten, cannot be read or written, or returns other bytes than it was given.
-pub fn flash(image: &Path, ticket: Option<&TicketFile>, options: &FlashOptions, progress: &Progress) -> Result<()> {
+pub fn flash(image: &Path, ticket: Option<&TicketFile>, options: &FlashOptions, progress: &Progress) -> Result<u64> {
     let source = File::open(image).map_err(Error::io("open", image))?;
     let size = source.metadata().map_err(Error::io("read", image))?.len();
     let checked = check(options.target, options.force, size)?;
@@ -65,7 +77,7 @@ pub fn flash(image: &Path, ticket: Option<&TicketFile>, options: &FlashOptions, 
         target.set_len(0).and_then(|()| target.set_len(size)).map_err(Error::io("resize", options.target))?;
     }
     let context = Error::io("write", options.target);
-    let pass = CopyPass { size, json: options.json, progress };
+    let pass = CopyPass { size, on_progress: options.on_progress, progress };
     pass.over(&source, "write", |at, bytes| write(&target, at, bytes, is_disk)).map_err(context)?;
     target.sync_all().map_err(Error::io("write", options.target))?;
     // Drops the page cache, so that the kernel reads from the medium.
@@ -85,10 +97,7 @@ pub fn flash(image: &Path, ticket: Option<&TicketFile>, options: &FlashOptions, 
     if let Some(ticket) = ticket {
         put_ticket(&target, options.target, ticket)?;
     }
-    if options.json {
-        event(&json!({ "done": options.target, "bytes": size }));
-    }
-    Ok(())
+    Ok(size)
 }
 
 /// A ticket for the EFI partition of a disk.
@@ -147,7 +156,7 @@ pub(crate) fn put_ticket(disk: &File, shown: &Path, ticket: &TicketFile) -> Resu
 /// One pass over the image.
 struct CopyPass<'a> {
     size: u64,
-    json: bool,
+    on_progress: &'a dyn Fn(PassProgress),
     progress: &'a Progress,
 }
 
@@ -155,7 +164,7 @@ impl CopyPass<'_> {
     fn over(
         &self,
         mut source: &File,
-        name: &str,
+        name: &'static str,
         mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         let step = self.progress.bytes(name, self.size);
@@ -167,8 +176,8 @@ impl CopyPass<'_> {
             source.read_exact(&mut chunk[..want])?;
             each(at, &chunk[..want])?;
             step.advance(want as u64);
-            if self.json && (at + want as u64) / EVENT_INTERVAL != at / EVENT_INTERVAL {
-                event(&json!({ "step": name, "bytes": at + want as u64, "of": self.size }));
+            if (at + want as u64) / EVENT_INTERVAL != at / EVENT_INTERVAL {
+                (self.on_progress)(PassProgress { step: name, bytes: at + want as u64, of: self.size });
             }
             at += want as u64;
         }
@@ -355,8 +364,8 @@ mod tests {
     fn flashed(dir: &Path, image: &[u8], target: &str, yes: bool) -> Result<PathBuf> {
         let (from, to) = (dir.join("image"), dir.join(target));
         fs::write(&from, image).unwrap();
-        let options = FlashOptions { target: &to, yes, force: None, json: false };
-        flash(&from, None, &options, &Progress::new(true, false)).map(|()| to)
+        let options = FlashOptions { target: &to, yes, force: None, on_progress: &|_| () };
+        flash(&from, None, &options, &Progress::new(true, false)).map(|_| to)
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod parts;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use node_programs::node_program;
@@ -42,7 +43,7 @@ pub struct Build<'a> {
 }
 
 /// A built image.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct BuiltImage {
     /// Group whose nodes run the image.
     pub group: String,

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fleet::{Claims, Credential, Founder, Joiner, Node, Ticket, Topology};
+use fleet::{Claims, Credential, Founder, Joiner, Node, Ticket, Token, Topology};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
 use crate::util::digest::hex;
 use crate::util::random::random;
+use crate::util::time::rfc3339;
 
 /// Limits of a ticket.
 pub struct TicketTerms {
@@ -22,6 +25,45 @@ pub struct TicketTerms {
 
 /// Terms of a ticket on a disk or in an exported image: one use within seven days.
 pub const DEFAULT_TERMS: TicketTerms = TicketTerms { uses: 1, lasts: Duration::from_secs(7 * 86_400), replace: false };
+
+/// Facts about a ticket, without its secrets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct TicketSummary {
+    /// Number, with which `bakehouse ticket --revoke` revokes the ticket; `null` for a founder's, which has none.
+    pub number: Option<String>,
+    /// A node, or a group.
+    pub to: String,
+    /// Whether it is for a founder (hub or voter). Such a ticket does not expire.
+    pub founder: bool,
+    /// Number of nodes that may join with the ticket; `null` for a founder's.
+    pub uses: Option<u32>,
+    /// Time after which the ticket is invalid, in seconds since 1970; `null` for a founder's.
+    pub expires: Option<u64>,
+    /// The same time, RFC 3339.
+    pub expires_at: Option<String>,
+}
+
+impl TicketSummary {
+    /// Returns the facts about a ticket.
+    #[must_use]
+    pub fn of(ticket: &Ticket) -> Self {
+        let claims = ticket.token().and_then(Token::read);
+        let to = match (&ticket.right, &claims) {
+            (Credential::Founder(founder), _) => founder.slot.clone(),
+            (_, Some(claims)) => claims.slot.clone().unwrap_or_else(|| claims.group.clone()),
+            (_, None) => String::new(),
+        };
+        let expires = claims.as_ref().map(|claims| claims.expires);
+        Self {
+            to,
+            founder: matches!(ticket.right, Credential::Founder(_)),
+            uses: claims.as_ref().map(|claims| claims.uses),
+            expires,
+            expires_at: expires.map(rfc3339),
+            number: claims.map(|claims| claims.id),
+        }
+    }
+}
 
 /// Mints a ticket for a slot, or for any slot of a group.
 ///

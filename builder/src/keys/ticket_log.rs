@@ -7,15 +7,17 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::{Claims, Ticket, Token, Tokens};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::util::time::rfc3339;
 
 /// Name of the file, beside `fleet.toml`. Each line is the JSON of a ticket's claims.
 const FILE: &str = "tickets.jsonl";
 
 /// A minted ticket, as `bakehouse ticket` prints it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct TicketRow {
     /// Number of the ticket, which `--revoke` takes.
     pub number: String,
@@ -23,15 +25,18 @@ pub struct TicketRow {
     pub to: String,
     /// Number of times that nodes have joined with the ticket; `None` if no hub replied.
     pub used: Option<u32>,
+    /// Number of nodes that may join with the ticket.
     pub uses: u32,
     /// Seconds since 1970.
     pub expires: u64,
+    /// The same time, RFC 3339.
+    pub expires_at: String,
     /// Whether a machine can join with the ticket.
     pub state: TicketState,
 }
 
 /// Whether a ticket is still valid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TicketState {
     /// A machine can join with the ticket.
@@ -104,6 +109,7 @@ fn row(claims: Claims, known: Option<&Tokens>, now: u64) -> TicketRow {
         used,
         uses: claims.uses,
         expires: claims.expires,
+        expires_at: rfc3339(claims.expires),
         state,
     }
 }
@@ -120,9 +126,13 @@ pub fn table(rows: &[TicketRow]) -> String {
             TicketState::Expired => "expired",
             TicketState::Revoked => "revoked",
         };
-        let expires = crate::util::time::rfc3339(row.expires);
-        text +=
-            &format!("{:<32} {:<12} {:>7} {expires:<20} {state}\n", row.number, row.to, format!("{used}/{}", row.uses));
+        text += &format!(
+            "{:<32} {:<12} {:>7} {:<20} {state}\n",
+            row.number,
+            row.to,
+            format!("{used}/{}", row.uses),
+            row.expires_at
+        );
     }
     text
 }

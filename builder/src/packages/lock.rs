@@ -2,9 +2,11 @@
 //! that the lock works with any mirror.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, fail};
@@ -178,9 +180,9 @@ impl Lock {
         self.packages.iter().filter(|p| wanted.contains(p.id().as_str())).collect()
     }
 
-    /// Returns one line for each change since `old`.
+    /// Returns the packages that differ from those of `old`.
     #[must_use]
-    pub fn changes_from(&self, old: &Self) -> Vec<String> {
+    pub fn changes_from(&self, old: &Self) -> LockChanges {
         let versions = |lock: &Self| -> BTreeMap<String, BTreeSet<String>> {
             let mut map = BTreeMap::<_, BTreeSet<_>>::new();
             for p in &lock.packages {
@@ -191,15 +193,61 @@ impl Lock {
         let (old, new) = (versions(old), versions(self));
         let join = |v: &BTreeSet<String>| v.iter().cloned().collect::<Vec<_>>().join(", ");
         let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
-        names
-            .into_iter()
-            .filter_map(|name| match (old.get(name), new.get(name)) {
-                (Some(a), Some(b)) if a == b => None,
-                (Some(a), Some(b)) => Some(format!("~ {name} {} → {}", join(a), join(b))),
-                (None, Some(b)) => Some(format!("+ {name} {}", join(b))),
-                (Some(a), None) => Some(format!("- {name} {}", join(a))),
-                (None, None) => None,
-            })
-            .collect()
+        let mut changes = LockChanges::default();
+        for name in names {
+            let name_of = || name.clone();
+            match (old.get(name), new.get(name)) {
+                (Some(a), Some(b)) if a == b => {}
+                (Some(a), Some(b)) => {
+                    changes.changed.push(ChangedPackage { name: name_of(), from: join(a), to: join(b) });
+                }
+                (None, Some(b)) => changes.added.push(NamedVersion { name: name_of(), version: join(b) }),
+                (Some(a), None) => changes.removed.push(NamedVersion { name: name_of(), version: join(a) }),
+                (None, None) => {}
+            }
+        }
+        changes
+    }
+}
+
+/// Differences between the packages of two locks. Several versions of a package are separated by `, `.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct LockChanges {
+    /// New packages.
+    pub added: Vec<NamedVersion>,
+    /// Packages that are no longer locked.
+    pub removed: Vec<NamedVersion>,
+    /// Packages with another version.
+    pub changed: Vec<ChangedPackage>,
+}
+
+/// A package and its version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct NamedVersion {
+    /// Name of the package.
+    pub name: String,
+    /// Version of the package.
+    pub version: String,
+}
+
+/// A package whose version differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct ChangedPackage {
+    /// Name of the package.
+    pub name: String,
+    /// Version in the earlier lock.
+    pub from: String,
+    /// Version in the new lock.
+    pub to: String,
+}
+
+impl fmt::Display for LockChanges {
+    /// Writes one line for each change, by name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let line = |sign: char, p: &NamedVersion| (p.name.clone(), format!("{sign} {} {}", p.name, p.version));
+        let changed = self.changed.iter().map(|p| (p.name.clone(), format!("~ {} {} → {}", p.name, p.from, p.to)));
+        let added = self.added.iter().map(|p| line('+', p));
+        let lines: BTreeMap<_, _> = added.chain(self.removed.iter().map(|p| line('-', p))).chain(changed).collect();
+        lines.values().try_for_each(|line| writeln!(f, "{line}"))
     }
 }

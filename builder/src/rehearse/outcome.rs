@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::scenario::Limits;
@@ -30,7 +31,7 @@ pub struct Observations {
 }
 
 /// Outcome of one run of a scenario.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Outcome {
     /// Name of the scenario.
     pub scenario: &'static str,
@@ -56,7 +57,8 @@ pub struct Outcome {
     pub primaries: usize,
     /// Seconds until an alert named a target; `None` in a fleet without a monitor.
     pub alert: Option<f64>,
-    /// Seconds from the recovery until the fleet was healthy.
+    /// Seconds from the recovery until the fleet was healthy; infinite, in JSON `null`, if it did not become healthy.
+    #[schemars(with = "Option<f64>")]
     pub whole: f64,
     /// Promises that the fleet broke.
     pub broken: Vec<String>,

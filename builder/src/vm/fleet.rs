@@ -62,11 +62,12 @@ pub fn are_containers(project: &Project, containers: bool) -> Result<()> {
     fs::remove_file(&mark).map_err(Error::io("remove", &mark))
 }
 
-/// Starts the named nodes, or all if `nodes` is empty, with a ticket each, and waits until they are ready.
+/// Starts the named nodes, or all if `nodes` is empty, with a ticket each, and waits until they are ready. Calls
+/// `on_ready` with the name of each node that becomes ready.
 ///
 /// # Errors
 /// If a machine does not start, or is not ready in time.
-pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
+pub fn up(project: &Project, nodes: &[String], progress: &Progress, on_ready: &(dyn Fn(&str) + Sync)) -> Result<()> {
     // Joiners need a hub. If machines boot one after the other, founders boot first.
     let topology = &project.topology;
     let (founders, others): (Vec<&Node>, Vec<&Node>) = topology.nodes.iter().partition(|n| topology.is_founder(n));
@@ -86,9 +87,12 @@ pub fn up(project: &Project, nodes: &[String], progress: &Progress) -> Result<()
                     vm.start(&start.as_start())?;
                 }
                 vm.wait_for(AGENT, &step)?;
-                booted.push(
-                    scope.spawn(move || vm.wait_for(READY, &step).map(|()| step.done(&format!("{name} is ready")))),
-                );
+                booted.push(scope.spawn(move || {
+                    vm.wait_for(READY, &step).map(|()| {
+                        step.done(&format!("{name} is ready"));
+                        on_ready(name);
+                    })
+                }));
             }
             join_all(booted)
         };
@@ -212,20 +216,22 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
     })
 }
 
-/// Shuts the named nodes down, or all if `nodes` is empty.
+/// Shuts the named nodes down, or all if `nodes` is empty. Returns the nodes that ran.
 ///
 /// # Errors
 /// If a node does not shut down.
-pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<()> {
+pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<Vec<String>> {
     for name in nodes {
         Vm::of(project, name)?;
     }
+    let running: Vec<Vm> = (project.topology.nodes.iter())
+        .filter(|n| nodes.is_empty() || nodes.contains(&n.name))
+        .map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)))
+        .filter(Vm::is_running)
+        .collect();
     // In parallel, because each shutdown waits for the node's services.
     std::thread::scope(|scope| {
-        let stopping: Vec<_> = (project.topology.nodes.iter())
-            .filter(|n| nodes.is_empty() || nodes.contains(&n.name))
-            .map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)))
-            .filter(Vm::is_running)
+        let stopping: Vec<_> = (running.iter())
             .map(|vm| {
                 let step = progress.step("down", &vm.node);
                 scope.spawn(move || vm.power_down().map(|()| step.done(&vm.node)))
@@ -236,7 +242,8 @@ pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<
     let vms = project.topology.nodes.iter().map(|n| (n, Vm::at(&n.name, project.dir.join("build/vm").join(&n.name))));
     let (off, on): (Vec<_>, Vec<_>) = vms.partition(|(_, vm)| !vm.is_running());
     match off.first() {
-        Some((node, _)) if on.is_empty() => remove_lan(&VirtualNic::of(project, node)),
-        _ => Ok(()),
+        Some((node, _)) if on.is_empty() => remove_lan(&VirtualNic::of(project, node))?,
+        _ => {}
     }
+    Ok(running.into_iter().map(|vm| vm.node).collect())
 }

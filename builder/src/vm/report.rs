@@ -45,11 +45,12 @@ const PATRONI: (&str, &str) =
 const HAPROXY: (&str, &str) =
     ("haproxy.csv", "exec 3<>/dev/tcp/ADDRESS/8404; printf 'GET /;csv HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3");
 
-/// Writes the report to a `.tar.gz`. If a machine does not reply, its files contain the error.
+/// Writes the report to a `.tar.gz`. If a machine does not reply, its files contain the error. Returns the paths of
+/// the files below `report/` in the archive.
 ///
 /// # Errors
 /// If the fleet key of local machines cannot be read, or the archive cannot be written.
-pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<()> {
+pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<Vec<String>> {
     let step = progress.step("report", "collecting from every machine");
     let secrets = passwords(&FleetKey::of_vms(project)?.secrets);
     let all: Vec<Vec<(String, String)>> = std::thread::scope(|scope| {
@@ -74,7 +75,7 @@ pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<
     }
     archive.into_inner().and_then(GzEncoder::finish).map_err(Error::io("write", output))?;
     step.done(&format!("{}: {} files", output.display(), files.len()));
-    Ok(())
+    Ok(files.into_iter().map(|(path, _)| path).collect())
 }
 
 /// Creates or truncates a file, and sets mode 0600 also on an existing file. Journals may contain secrets that

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use fleet::{Node, Topology};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::command::{REPLY_TIMEOUT, last_line};
@@ -12,7 +13,7 @@ use super::network::{HostForward, VirtualNic};
 use crate::project::Project;
 
 /// State of a fleet, which `bakehouse status` prints.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct FleetStatus {
     /// Nodes in the order of the fleet's topology.
     pub nodes: Vec<NodeRow>,
@@ -23,7 +24,7 @@ pub struct FleetStatus {
 }
 
 /// State of one node.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct NodeRow {
     /// Name of the node.
     pub node: String,
@@ -44,7 +45,7 @@ pub struct NodeRow {
 }
 
 /// State of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MachineState {
     /// The machine is off.
@@ -60,7 +61,7 @@ pub enum MachineState {
 }
 
 /// PostgreSQL's state on a node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Database {
     /// Primary, with the standbys that replicate from it.
@@ -70,7 +71,7 @@ pub enum Database {
 }
 
 /// A standby in the primary's `pg_stat_replication`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Standby {
     /// Name of the node.
     pub node: String,

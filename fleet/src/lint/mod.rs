@@ -17,12 +17,13 @@ use crate::schema::{Fleet, Group};
 use crate::topology::{GIVEN, Topology};
 pub use names::is_fleet_name;
 use names::{is_dns_label, is_host};
+use ports::Listeners;
 #[cfg(feature = "schema")]
 pub(crate) use services::ETCD_FOLDERS;
-use ports::Listeners;
 
 /// A row of the table of minimum and recommended node counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct HaRow {
     /// Name of the role.
     pub role: &'static str,

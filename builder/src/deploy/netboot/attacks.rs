@@ -60,7 +60,7 @@ fn open(project: tempfile::TempDir, served: tempfile::TempDir, authority: FleetK
         fleet,
         registry,
         served.path().to_owned(),
-        NetbootProgress::new(Progress::new(true, false), false),
+        NetbootProgress::new(Progress::new(true, false), None),
     );
     AttackedServer { handler, project, served, trust }
 }

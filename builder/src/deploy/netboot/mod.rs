@@ -39,6 +39,7 @@ use dnsmasq::{HOSTS, LOADER, SCRIPT, Service, TFTP, script};
 use front::{FleetPlan, NetbootHandler, installed};
 use offer::ImageOffer;
 use progress::NetbootProgress;
+pub use progress::{MachineChange, MachineEvents};
 use registry::MachineRegistry;
 
 /// Port of the HTTP server.
@@ -54,8 +55,8 @@ pub struct NetbootOptions<'a> {
     pub dhcp: Option<Ipv4Net>,
     /// Machines to install again, by MAC address or serial number.
     pub again: &'a [String],
-    /// Prints the machines' progress as lines of JSON on standard output.
-    pub json: bool,
+    /// Gets each change of a machine, in place of lines on standard error.
+    pub on_change: Option<MachineEvents>,
 }
 
 /// Returns the groups that `[netboot]` assigns to machines.
@@ -147,7 +148,7 @@ pub fn netboot(build: &Build, images: &[BuiltImage], options: &NetbootOptions) -
         files.insert(path, file);
     }
     let fleet = FleetPlan { project: project.clone(), authority, offers };
-    let progress = NetbootProgress::new(build.progress.clone(), options.json);
+    let progress = NetbootProgress::new(build.progress.clone(), options.on_change.clone());
     let handler = Arc::new(NetbootHandler::new(fleet, registry, dir.path().to_owned(), progress));
     if rules.trust_lan {
         build.progress.say("netboot", "[netboot] trust_lan: tickets of hubs and voters need no code from a console");

@@ -2,22 +2,37 @@
 //! a line.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use fleet::netboot::printable;
-use serde_json::json;
+use schemars::JsonSchema;
+use serde::Serialize;
 
-use crate::progress::{Progress, Step, event};
+use crate::progress::{Progress, Step};
 
 /// Maximum number of shown machines without a node, because every host on the network can invent machines.
 const MAX_ROWS: usize = 256;
 /// Maximum length of a line in characters.
 const MAX_LINE: usize = 400;
 
+/// State of a machine that boots from the network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct MachineChange {
+    /// MAC address or serial number.
+    pub machine: String,
+    /// Node that the machine becomes; `null` if fleet.toml assigns none.
+    pub node: Option<String>,
+    /// What the machine does, as a text.
+    pub state: String,
+}
+
+/// Receiver of machines' states.
+pub type MachineEvents = Arc<dyn Fn(MachineChange) + Send + Sync>;
+
 /// Shows the progress of machines.
 pub struct NetbootProgress {
     progress: Progress,
-    json: bool,
+    on_change: Option<MachineEvents>,
     /// By MAC address or serial number.
     rows: Mutex<BTreeMap<String, MachineRow>>,
 }
@@ -28,10 +43,10 @@ struct MachineRow {
 }
 
 impl NetbootProgress {
-    /// Returns an empty list of machines. `json` prints each change as a line of JSON.
+    /// Returns an empty list of machines. `on_change` gets each change.
     #[must_use]
-    pub fn new(progress: Progress, json: bool) -> Self {
-        Self { progress, json, rows: Mutex::default() }
+    pub fn new(progress: Progress, on_change: Option<MachineEvents>) -> Self {
+        Self { progress, on_change, rows: Mutex::default() }
     }
 
     /// Prints a machine's state when it changes. The text comes from the machine, so control characters in it are
@@ -52,8 +67,12 @@ impl NetbootProgress {
         }
         row.step.message(&line);
         row.last_line.clone_from(&line);
-        if self.json {
-            event(&json!({ "machine": machine, "node": node, "state": state }));
+        if let Some(on_change) = &self.on_change {
+            on_change(MachineChange {
+                machine: machine.to_owned(),
+                node: node.map(str::to_owned),
+                state: state.to_owned(),
+            });
         } else if !self.progress.is_live() {
             self.progress.say("machine", &line);
         }
@@ -83,7 +102,7 @@ mod tests {
 
     #[test]
     fn limits_the_rows_of_invented_machines() {
-        let progress = NetbootProgress::new(Progress::new(true, false), false);
+        let progress = NetbootProgress::new(Progress::new(true, false), None);
         for i in 0..10_000 {
             progress.report(&format!("machine {i}"), None, "is unknown");
         }

@@ -19,6 +19,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use fleet::blocks::{Blocks, missing, pieces};
+use schemars::JsonSchema;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
@@ -42,7 +43,7 @@ const NEWEST: &str = "newest.json";
 const SUMS: &str = "SHA256SUMS";
 
 /// Result of the publication of an image.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Published {
     /// Name of the group.
     pub group: String,

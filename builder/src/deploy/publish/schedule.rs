@@ -3,6 +3,7 @@
 use std::fmt;
 
 use fleet::{Topology, disruption_order};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::diff::Comparison;
@@ -13,7 +14,7 @@ const RATE: u64 = 100_000_000;
 const RESTART: u64 = 60;
 
 /// Order in which nodes change to new images. Each node restarts once.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct RolloutSchedule {
     /// Nodes in the order of the rollout.
     pub stops: Vec<ScheduledNode>,
@@ -22,7 +23,7 @@ pub struct RolloutSchedule {
 }
 
 /// A node of the schedule.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct ScheduledNode {
     /// Name of the node.
     pub node: String,

@@ -1,0 +1,531 @@
+//! What `--json` prints: the results of the commands, events, and errors, each in one envelope. `docs/json.md` and
+//! `docs/json.schema.json` are generated from these types.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use fleet::{Diagnostic, HaRow, Rollout, Severity, Ticket};
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::deploy::export::Export;
+use crate::deploy::flash::PassProgress;
+use crate::deploy::hub_client::describe;
+use crate::deploy::netboot::MachineChange;
+use crate::deploy::publish::{Comparison, Published, RolloutSchedule};
+use crate::error::Error;
+use crate::image::BuiltImage;
+use crate::keys::ticket::TicketSummary;
+use crate::keys::ticket_log::{self, TicketRow};
+use crate::packages::explain::Explanation;
+use crate::packages::lock::LockChanges;
+use crate::rehearse::{self, Outcome};
+use crate::vm::{FleetStatus, MachineState};
+
+/// Version of the envelope and the results.
+pub(super) const VERSION: u32 = 1;
+
+/// A line of standard output.
+#[derive(Serialize, JsonSchema)]
+#[serde(untagged)]
+pub(super) enum Line<'a> {
+    Event(EventLine<'a>),
+    Result(ResultLine<'a>),
+    Error(ErrorLine<'a>),
+}
+
+/// Progress of a command. Zero or more such lines come before the last line.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct EventLine<'a> {
+    /// Version of this format: 1.
+    pub(super) version: u32,
+    /// The command: `flash`, `store gc` and so on.
+    pub(super) command: &'a str,
+    /// What happened.
+    pub(super) event: Event<'a>,
+}
+
+/// The last line, if the command printed a result. The exit code may still be 1: see the command.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct ResultLine<'a> {
+    /// Version of this format: 1.
+    pub(super) version: u32,
+    #[serde(flatten)]
+    pub(super) result: &'a CommandResult,
+    /// Warnings about the fleet's files, and about facts that the result lacks.
+    pub(super) warnings: &'a [Problem],
+}
+
+/// The last line, if the command failed.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct ErrorLine<'a> {
+    /// Version of this format: 1.
+    pub(super) version: u32,
+    /// The command; `null` if the command line names none.
+    pub(super) command: Option<&'a str>,
+    /// Why the command failed.
+    pub(super) error: Failure,
+}
+
+/// Why a command failed.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct Failure {
+    /// Exit code of the command: 1 failure, 2 invalid command line or TOML, 130 interrupted.
+    pub(super) code: u8,
+    /// What failed, and why.
+    pub(super) message: String,
+    /// The fix, as an instruction.
+    pub(super) help: Option<String>,
+    /// The causes of the error, from the nearest to the first one.
+    pub(super) causes: Vec<String>,
+    /// Errors and warnings about files, if the command failed because of them.
+    pub(super) diagnostics: Vec<Problem>,
+}
+
+/// An error or a warning.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub(super) struct Problem {
+    /// Whether it is an error or a warning.
+    severity: Severity,
+    /// File that it is about. The key is absent if it is not about a file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
+    /// Line, counted from 1. The key is absent if it is about the whole file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<usize>,
+    /// What is wrong.
+    message: String,
+    /// The fix, as an instruction.
+    help: Option<String>,
+}
+
+/// Progress of a command.
+#[derive(Serialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub(super) enum Event<'a> {
+    /// `flash`: progress of a pass over the target, every 64 MiB.
+    Pass(PassProgress),
+    /// `netboot`: a machine changes its state.
+    Machine(MachineChange),
+    /// `up`: a node reaches a state.
+    Node {
+        /// Name of the node.
+        node: &'a str,
+        /// State of its machine.
+        state: MachineState,
+    },
+    /// `rehearse`: a run has ended.
+    Run(&'a Outcome),
+}
+
+/// Result of a command.
+#[derive(Serialize, JsonSchema)]
+#[serde(tag = "command", content = "result")]
+pub(super) enum CommandResult {
+    /// Files of the fleet's folder.
+    #[serde(rename = "init")]
+    Init(InitResult),
+    /// A new ticket; with `--list` the list of tickets; with `--revoke` the revoked ticket.
+    #[serde(rename = "ticket")]
+    Ticket(TicketResult),
+    /// The order that a hub accepted.
+    #[serde(rename = "leave")]
+    Leave(LeaveResult),
+    /// The written disk.
+    #[serde(rename = "flash")]
+    Flash(FlashResult),
+    /// The written files.
+    #[serde(rename = "vm")]
+    Vm(VmResult),
+    /// Confirmed codes, without `--interface`. The server runs until Ctrl-C: its last line is the error with code 130.
+    #[serde(rename = "netboot")]
+    Netboot(NetbootResult),
+    /// Node counts by role, and the warnings. If a file is invalid, the command prints an error with diagnostics.
+    #[serde(rename = "check")]
+    Check(CheckResult),
+    /// The lock, and its changes.
+    #[serde(rename = "lock")]
+    Lock(LockResult),
+    /// Downloaded packages.
+    #[serde(rename = "fetch")]
+    Fetch(FetchResult),
+    /// The images, one for each group.
+    #[serde(rename = "build")]
+    Build(Vec<BuiltImage>),
+    /// Comparison with the published version. The exit code is 1 if a group has obstacles.
+    #[serde(rename = "plan")]
+    Plan(PlanResult),
+    /// The published images, one for each group.
+    #[serde(rename = "publish")]
+    Publish(Vec<Published>),
+    /// State of the rollout, after the order.
+    #[serde(rename = "rollout")]
+    Rollout(Rollout),
+    /// State of the local machines.
+    #[serde(rename = "up")]
+    Up(FleetStatus),
+    /// Nodes that were shut down.
+    #[serde(rename = "down")]
+    Down(DownResult),
+    /// State of the local machines.
+    #[serde(rename = "status")]
+    Status(FleetStatus),
+    /// Text of a console.
+    #[serde(rename = "console")]
+    Console(ConsoleResult),
+    /// Status and output of a command in a machine. The exit code is the command's status.
+    #[serde(rename = "exec")]
+    Exec(ExecResult),
+    /// Outcomes of the runs. The exit code is 1 if the fleet broke a promise.
+    #[serde(rename = "rehearse")]
+    Rehearse(Vec<Outcome>),
+    /// The written archive.
+    #[serde(rename = "report")]
+    Report(ReportResult),
+    /// Origin of a file.
+    #[serde(rename = "explain")]
+    Explain(Explanation),
+    /// Entries that were removed from the store.
+    #[serde(rename = "store gc")]
+    StoreGc(GcResult),
+    /// JSON Schema of a file.
+    #[serde(rename = "schema")]
+    Schema(SchemaResult),
+    /// Completion script of a shell.
+    #[serde(rename = "completions")]
+    Completions(CompletionsResult),
+    /// Written man pages.
+    #[serde(rename = "man")]
+    Man(ManResult),
+}
+
+/// Result of `init`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct InitResult {
+    /// Name of the fleet.
+    pub(super) fleet: String,
+    /// The fleet's folder.
+    pub(super) dir: PathBuf,
+    /// Files of the folder that `init` is responsible for.
+    pub(super) files: Vec<InitFile>,
+}
+
+/// A file of the fleet's folder.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct InitFile {
+    /// Path of the file.
+    pub(super) path: PathBuf,
+    /// What `init` did with it.
+    pub(super) state: FileState,
+}
+
+/// What `init` did with a file.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum FileState {
+    /// The file did not exist, and was created.
+    Created,
+    /// The file existed, and was replaced or encrypted.
+    Changed,
+    /// The file existed, and did not change.
+    Kept,
+}
+
+/// Result of `ticket`.
+#[derive(Serialize, JsonSchema)]
+#[serde(untagged)]
+pub(super) enum TicketResult {
+    /// A new ticket.
+    New(NewTicketResult),
+    /// With `--list`: the tickets that were minted in this folder.
+    List(Vec<TicketRow>),
+    /// With `--revoke`.
+    Revoked(RevokedTicket),
+}
+
+/// A new ticket.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct NewTicketResult {
+    #[serde(flatten)]
+    pub(super) summary: TicketSummary,
+    /// File with the ticket; `null` without `--output`.
+    pub(super) path: Option<PathBuf>,
+    /// The ticket, secret, for the systemd credential `bakehouse.ticket`. The key is absent with `--output`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Map<String, serde_json::Value>>")]
+    pub(super) ticket: Option<Ticket>,
+}
+
+/// A revoked ticket.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct RevokedTicket {
+    /// Number of the ticket.
+    pub(super) number: String,
+    /// Hub that accepted the order.
+    pub(super) hub: String,
+}
+
+/// Result of `leave`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct LeaveResult {
+    /// Name of the node.
+    pub(super) node: String,
+    /// Whether the hub evicted the node without waiting for its machine.
+    pub(super) now: bool,
+    /// Hub that accepted the order.
+    pub(super) hub: String,
+}
+
+/// Result of `flash`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct FlashResult {
+    /// The disk or file.
+    pub(super) done: PathBuf,
+    /// Size of the image in bytes.
+    pub(super) bytes: u64,
+    /// Group of the image.
+    pub(super) group: String,
+    /// The ticket on the disk; `null` with `--no-ticket`.
+    pub(super) ticket: Option<TicketSummary>,
+}
+
+/// Result of `vm`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct VmResult {
+    /// Name of the node.
+    pub(super) node: String,
+    #[serde(flatten)]
+    pub(super) files: Export,
+    /// The ticket in the files.
+    pub(super) ticket: TicketSummary,
+}
+
+/// Result of `netboot --approve`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct NetbootResult {
+    /// Confirmed codes. Their machines continue within 15 s.
+    pub(super) approved: Vec<String>,
+}
+
+/// Result of `check`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct CheckResult {
+    /// Warnings about the fleet's files.
+    pub(super) warnings: Vec<Problem>,
+    /// Node counts by role, with those that high availability needs.
+    pub(super) nodes: Vec<HaRow>,
+    /// Nodes with a vote in etcd.
+    pub(super) voters: Vec<String>,
+    /// The table that the command prints without `--json`.
+    #[serde(skip)]
+    pub(super) table: String,
+}
+
+/// Result of `lock`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct LockResult {
+    /// The lock.
+    pub(super) path: PathBuf,
+    /// Whether the lock was valid, and was kept.
+    pub(super) unchanged: bool,
+    /// Number of locked packages.
+    pub(super) packages: usize,
+    /// Differences from the earlier lock; empty if there was none.
+    #[serde(flatten)]
+    pub(super) changes: LockChanges,
+}
+
+/// Result of `fetch`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct FetchResult {
+    /// Number of packages that were downloaded.
+    pub(super) packages: usize,
+    /// Their size in bytes.
+    pub(super) bytes: u64,
+    /// Number of locked packages. The store has all of them.
+    pub(super) locked: usize,
+}
+
+/// Result of `plan`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct PlanResult {
+    /// Comparison of each group.
+    pub(super) groups: Vec<Comparison>,
+    /// Order of the nodes, and the time.
+    pub(super) course: RolloutSchedule,
+}
+
+/// Result of `down`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct DownResult {
+    /// Nodes whose machines ran, and are off now.
+    pub(super) stopped: Vec<String>,
+}
+
+/// Result of `console`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct ConsoleResult {
+    /// Name of the node.
+    pub(super) node: String,
+    /// Lines of the console since the last start, without escape sequences.
+    pub(super) lines: Vec<String>,
+}
+
+/// Result of `exec`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct ExecResult {
+    /// Name of the node.
+    pub(super) node: String,
+    /// Exit status of the command.
+    pub(super) status: i32,
+    /// Standard output and standard error of the command.
+    pub(super) output: String,
+}
+
+/// Result of `report`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct ReportResult {
+    /// The archive, `.tar.gz`.
+    pub(super) path: PathBuf,
+    /// Paths of its files, below `report/`.
+    pub(super) files: Vec<String>,
+}
+
+/// Result of `store gc`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct GcResult {
+    /// Number of removed entries.
+    pub(super) entries: usize,
+    /// Their size in bytes.
+    pub(super) bytes: u64,
+}
+
+/// Result of `schema`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct SchemaResult {
+    /// The JSON Schema.
+    pub(super) schema: serde_json::Value,
+}
+
+/// Result of `completions`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct CompletionsResult {
+    /// Name of the shell.
+    pub(super) shell: String,
+    /// The script.
+    pub(super) script: String,
+}
+
+/// Result of `man`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct ManResult {
+    /// The written pages.
+    pub(super) files: Vec<PathBuf>,
+}
+
+impl CommandResult {
+    /// Returns the exit code. Some commands report a failure as their result.
+    pub(super) fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Plan(plan) if plan.groups.iter().any(|group| !group.obstacles.is_empty()) => ExitCode::FAILURE,
+            Self::Rehearse(outcomes) if outcomes.iter().any(|o| !o.broken.is_empty()) => ExitCode::FAILURE,
+            Self::Exec(done) => ExitCode::from(u8::try_from(done.status).unwrap_or(1)),
+            _ => ExitCode::SUCCESS,
+        }
+    }
+}
+
+impl fmt::Display for CommandResult {
+    /// Writes what the command prints to standard output without `--json`. Progress output names the other results.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ticket(TicketResult::New(NewTicketResult { ticket: Some(ticket), .. })) => {
+                writeln!(f, "{}", serde_json::to_string(ticket).map_err(|_| fmt::Error)?)
+            }
+            Self::Ticket(TicketResult::List(rows)) => f.write_str(&ticket_log::table(rows)),
+            Self::Check(check) => writeln!(f, "{}", check.table),
+            Self::Lock(lock) => write!(f, "{}", lock.changes),
+            Self::Plan(plan) => {
+                plan.groups.iter().try_for_each(|group| write!(f, "{group}"))?;
+                write!(f, "{}", plan.course)
+            }
+            Self::Rollout(rollout) => f.write_str(&describe(rollout)),
+            Self::Up(status) | Self::Status(status) => write!(f, "{status}"),
+            Self::Console(console) => console.lines.iter().try_for_each(|line| writeln!(f, "{line}")),
+            Self::Exec(done) => f.write_str(&done.output),
+            Self::Rehearse(outcomes) => f.write_str(&rehearse::table(outcomes)),
+            Self::Explain(explanation) => writeln!(f, "{explanation}"),
+            Self::Schema(of) => writeln!(f, "{}", serde_json::to_string_pretty(&of.schema).map_err(|_| fmt::Error)?),
+            Self::Completions(completions) => f.write_str(&completions.script),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Problem {
+    /// Makes a warning that is not about a file.
+    pub(super) fn warning(message: String) -> Self {
+        Self { severity: Severity::Warning, file: None, line: None, message, help: None }
+    }
+}
+
+impl From<&Diagnostic> for Problem {
+    fn from(d: &Diagnostic) -> Self {
+        Self {
+            severity: d.severity,
+            file: Some(d.file.clone()),
+            line: (d.line > 0).then_some(d.line),
+            message: d.message.clone(),
+            help: d.help.clone(),
+        }
+    }
+}
+
+impl From<&Error> for Failure {
+    fn from(e: &Error) -> Self {
+        let mut causes = Vec::new();
+        let mut next = std::error::Error::source(e);
+        while let Some(cause) = next {
+            causes.push(cause.to_string());
+            next = cause.source();
+        }
+        if let Error::Config(all) = e {
+            let first = all.0.iter().find(|d| d.severity == Severity::Error);
+            let place = |d: &Diagnostic| if d.line > 0 { format!("{}:{}", d.file, d.line) } else { d.file.clone() };
+            return Self {
+                code: e.code(),
+                message: first.map_or_else(|| e.chain(), |d| format!("{}: {}", place(d), d.message)),
+                help: first.and_then(|d| d.help.clone()),
+                causes: Vec::new(),
+                diagnostics: all.0.iter().map(Problem::from).collect(),
+            };
+        }
+        let text = e.chain();
+        let (message, help) = match text.split_once("\n  help: ") {
+            Some((message, help)) => (message.to_owned(), Some(help.trim_end().to_owned())),
+            None => (text, None),
+        };
+        Self { code: e.code(), message, help, causes, diagnostics: Vec::new() }
+    }
+}
+
+impl From<&clap::Error> for Failure {
+    /// The message is the first paragraph of clap's text, and the help its tips or the usage.
+    fn from(e: &clap::Error) -> Self {
+        let text = e.render().to_string();
+        let code = u8::try_from(e.exit_code()).unwrap_or(2);
+        let (message, help) = if let Some(text) = text.strip_prefix("error: ") {
+            let (message, rest) = text.split_once("\n\n").unwrap_or((text, ""));
+            let tips: Vec<&str> = rest.lines().filter_map(|line| line.trim().strip_prefix("tip: ")).collect();
+            let usage = rest.lines().find(|line| line.starts_with("Usage: ")).map(str::to_owned);
+            (
+                message.split_whitespace().collect::<Vec<_>>().join(" "),
+                if tips.is_empty() { usage } else { Some(tips.join("; ")) },
+            )
+        } else {
+            ("the command line names no command".to_owned(), Some("bakehouse --help".to_owned()))
+        };
+        Self { code, message, help, causes: Vec::new(), diagnostics: Vec::new() }
+    }
+}
