@@ -31,7 +31,7 @@ mod bake;
 pub mod cli;
 pub mod compose;
 pub mod deploy;
-mod error;
+pub mod error;
 pub mod format;
 mod image;
 pub mod keys;
