@@ -7,6 +7,9 @@ use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+mod spans;
+mod words;
+
 /// A text file: the name that the user typed, and its content.
 #[derive(Clone, Debug)]
 pub struct Source {
@@ -164,22 +167,11 @@ pub(crate) fn parse<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<(T,
     match toml::from_str(&source.text) {
         Ok(value) => Ok((value, source)),
         Err(e) => {
-            let message = e.message().to_owned();
-            let help = suggestion(&message);
             let span = e.span().unwrap_or(0..0);
+            let (message, help) = words::plain::<T>(e.message(), source.path_at(&span).as_deref());
             Err(Box::new(Diagnostic::at(Severity::Error, &source, span, message, help)))
         }
     }
-}
-
-/// Makes "did you mean `a`?" from serde's "unknown field `x`, expected one of `a`, `b`".
-fn suggestion(message: &str) -> Option<String> {
-    let mut quoted = message.split('`').skip(1).step_by(2);
-    if !message.starts_with("unknown field") && !message.starts_with("unknown variant") {
-        return None;
-    }
-    let given = quoted.next()?;
-    nearest(given, quoted)
 }
 
 /// Returns a question with the candidate that is most similar to `given`, if one is similar enough.

@@ -21,6 +21,7 @@
 //! ```
 
 pub mod blocks;
+mod calendar;
 mod certificate;
 mod chain;
 mod diagnostic;

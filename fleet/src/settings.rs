@@ -50,8 +50,8 @@ pub struct Backup {
     pub incremental: String,
     /// An S3 bucket instead of a node. Default: none.
     pub s3: Option<S3>,
-    /// Restores the new database from the repository, as of this time, instead of an empty one: a time such as
-    /// `"2026-11-23 10:00:00+00"`, or `"latest"`. Default: none.
+    /// Restores the new database from the repository, as of this time, instead of an empty one: a time of RFC 3339 such
+    /// as `"2026-11-23T10:00:00Z"`, or `"latest"`. Default: none.
     #[cfg_attr(feature = "schema", schemars(with = "Option<form::BackupTime>"))]
     pub restore: Option<String>,
 }

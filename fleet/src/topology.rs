@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use crate::calendar::point_in_time;
 use crate::ports::{ServicePort, services};
 use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
@@ -179,6 +180,7 @@ impl Topology {
             node.roles.insert(0, VOTER.to_owned());
         }
         let mut backup = fleet.backup.get_ref().clone();
+        backup.restore = backup.restore.map(|time| point_in_time(&time).unwrap_or(time));
         if backup.s3.is_none() && nodes.iter().any(|n| n.has_role("db")) {
             backup.node = backup.node.or_else(|| keeper(&nodes));
         }

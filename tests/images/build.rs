@@ -309,7 +309,7 @@ fn errors_in_fleet_and_lock_name_the_fix() {
         "name = \"ha\"\nimage.root_size = \"40M\"\n[groups.hub]\ncount = 3\nendpoints = [\"a\", \"b\", \"c\"]\n",
     );
     lab.ok(&["lock"]);
-    lab.run(&["build", "hub"]).fails(1, &["do not fit a root partition of 40 MiB", "root_size"]);
+    lab.run(&["build", "hub"]).fails(1, &["do not fit a root partition of 42 MB", "root_size"]);
 }
 
 #[test]

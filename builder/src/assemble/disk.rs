@@ -139,7 +139,11 @@ fn copy_to(out: &File, at: u64, from: &Path) -> std::io::Result<()> {
 fn boot_files(out: &Path, esp: u64, content: &Content, tools: &Tools, scratch: &Path) -> Result<()> {
     let used: u64 = content.esp.values().map(|f| f.len() as u64).sum();
     if used + 4 * MIB > ESP_SIZE {
-        return fail(format!("the boot files need {} MiB, but the ESP has {} MiB", used / MIB, ESP_SIZE / MIB));
+        return fail(format!(
+            "the boot files need {:.1} MB, but the EFI partition has {:.1} MB",
+            used as f64 / 1e6,
+            ESP_SIZE as f64 / 1e6
+        ));
     }
     let staging = scratch.join("esp");
     let mut dirs: Vec<PathBuf> = Vec::new();

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
+use fleet::Topology;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -53,6 +54,8 @@ pub struct Manifest<'a> {
     pub mesh: String,
     /// Names of the migrations, which convert a node's data.
     pub migrations: Vec<&'a str>,
+    /// Settings of the fleet that all its images have, by section of `fleet.toml`, with the defaults.
+    pub settings: Value,
     /// Source of the database, if it is restored from a backup: `[backup] restore`.
     pub restore: Option<&'a str>,
 }
@@ -70,6 +73,26 @@ pub struct Sizes {
     pub uki: u64,
     /// Size of all files of the tree.
     pub tree: u64,
+}
+
+/// Returns the settings of a fleet that are in every image.
+#[must_use]
+pub fn settings(topology: &Topology) -> Value {
+    let mesh = &topology.mesh;
+    let endpoints: BTreeMap<&str, &str> =
+        topology.nodes.iter().filter_map(|node| Some((node.name.as_str(), node.endpoint.as_deref()?))).collect();
+    json!({
+        "mesh": { "subnet": mesh.subnet, "transport": mesh.transport, "port": mesh.port },
+        "vip": { "address": topology.vip },
+        "database": topology.database,
+        "backup": topology.backup,
+        "odoo": topology.odoo,
+        "alerts": topology.alerts,
+        "firewall": topology.firewall,
+        "update": topology.update,
+        "web": topology.web,
+        "endpoints": endpoints,
+    })
 }
 
 /// Returns the packages in the form of the manifest.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueHint};
 
+use super::hints;
 use super::reference::SchemaOf;
 use crate::deploy::export::{Format, TicketTransport};
 use crate::rehearse;
@@ -70,7 +71,7 @@ pub(super) enum Command {
         /// Number of nodes that may join with the ticket; default: 1
         #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
         uses: Option<u32>,
-        /// Days until the ticket expires; default: 1
+        /// Days until the ticket expires; default: 1 (7 on the disks of `flash`, `vm` and `netboot`)
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
         days: Option<u32>,
         /// Replace the machine that has the node's slot
@@ -280,21 +281,25 @@ pub(super) enum Command {
     #[command(after_help = "Examples:\n  bakehouse status --json\n  watch bakehouse status")]
     Status,
     /// Print a virtual machine's console
-    #[command(after_help = "Example:\n  bakehouse console hub-1")]
+    #[command(after_help = "Examples:\n  bakehouse console hub-1\n  bakehouse console -f hub-1")]
     Console {
         /// Name of a node, such as `db-2` (group and number)
         node: String,
+        /// Print new lines until the machine is off, or until Ctrl-C
+        #[arg(short, long)]
+        follow: bool,
     },
     /// Run a command in a virtual machine
     #[command(after_help = "Examples:\n  bakehouse exec hub-1 -- systemctl --failed\n  \
                         bakehouse exec hub-1 -- 'wg show | grep handshake'\n\n\
                         A single word is a command line for the machine's shell. Several words are a command and \
-                        its\narguments, which reach the command unchanged.")]
+                        its\narguments, which reach the command unchanged.\n\
+                        There is no terminal: interactive programs end at once.")]
     Exec {
         /// Name of a node, such as `db-2` (group and number)
         node: String,
         /// Command line, or command and arguments
-        #[arg(last = true, required = true)]
+        #[arg(trailing_var_arg = true, required = true)]
         command: Vec<String>,
     },
     /// Inject faults into the running fleet and measure what clients notice
@@ -325,7 +330,7 @@ pub(super) enum Command {
     Explain {
         /// Path in the image
         path: String,
-        /// Group of the image; optional if the fleet has only one group
+        /// Group of the image; default: all groups
         #[arg(long)]
         group: Option<String>,
     },

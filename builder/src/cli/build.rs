@@ -1,9 +1,10 @@
 //! `bakehouse lock`, `fetch`, `build` and `store gc`, and the images of commands that build first.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::args::MirrorArg;
 use super::context::Context;
+use super::next;
 use super::results::{CommandResult, FetchResult, GcResult, LockResult};
 use crate::compose;
 use crate::error::Result;
@@ -15,7 +16,9 @@ use crate::packages::requests::TOOLS;
 use crate::packages::resolve::resolve;
 use crate::progress::Progress;
 use crate::project::ImageSpec;
+use crate::sandbox;
 use crate::store::Store;
+use crate::util::fs::shown;
 
 /// Selects package versions and writes `bakehouse.lock`. Keeps a valid lock unless `update` is set.
 pub(super) fn lock(context: &Context, update: bool, mirror: &MirrorArg) -> Result<CommandResult> {
@@ -24,7 +27,7 @@ pub(super) fn lock(context: &Context, update: bool, mirror: &MirrorArg) -> Resul
     let mirror = Mirror::of(project, mirror.mirror.as_deref())?;
     let path = Lock::path(project);
     if !update && let Ok(lock) = Lock::load(project) {
-        let message = format!("{} is valid; for newer packages, run bakehouse lock --update", path.display());
+        let message = format!("{} is up to date; `bakehouse lock --update` takes newer packages", shown(&path));
         progress.say("lock", &message);
         let (packages, changes) = (lock.packages.len(), LockChanges::default());
         return Ok(CommandResult::Lock(LockResult { path, unchanged: true, packages, changes }));
@@ -55,7 +58,10 @@ pub(super) fn build(
     revision: Option<&str>,
     mirror: &MirrorArg,
 ) -> Result<CommandResult> {
-    images_of(context, groups, revision, mirror).map(CommandResult::Build)
+    let started = Instant::now();
+    let images = images_of(context, groups, revision, mirror)?;
+    next::built(context, &images, started);
+    Ok(CommandResult::Build(images))
 }
 
 /// Builds the images of groups, or of all groups if `groups` is empty. Downloads missing packages first.
@@ -78,6 +84,10 @@ pub(super) fn images_of(
         .flat_map(|image| lock.packages_of(image, false))
         .filter(|p| !store.has_deb(&p.sha256))
         .collect();
+    if recipes.iter().any(|r| compose::in_store(r, &lock, &store).is_none()) {
+        // Before the downloads, so that a host without these ids fails early.
+        sandbox::check_ids()?;
+    }
     if !missing.is_empty() {
         fetch::fetch(&missing, &Mirror::of(project, mirror.mirror.as_deref())?, &store, progress)?;
     }

@@ -9,6 +9,7 @@ use ipnet::Ipv4Net;
 use super::args::MirrorArg;
 use super::build::images_of;
 use super::context::Context;
+use super::next;
 use super::results::{CommandResult, Event, FlashResult, NetbootResult, VmResult};
 use crate::deploy::export::{ExportOptions, export};
 use crate::deploy::{flash, netboot};
@@ -35,6 +36,7 @@ pub(super) struct FlashSource<'a> {
 pub(super) fn flash(context: &Context, source: &FlashSource, options: &flash::FlashOptions) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let group = flash::group_of(&project.topology, source.to)?.to_owned();
+    next::drivers(context, options.target);
     let terms = TicketTerms { replace: source.replace, ..DEFAULT_TERMS };
     let mint = || mint(&FleetKey::of(project)?, &project.topology, source.to, &terms, BTreeMap::new());
     // Before the build, so that an impossible ticket fails early.
@@ -45,8 +47,9 @@ pub(super) fn flash(context: &Context, source: &FlashSource, options: &flash::Fl
     let mut bytes = 0;
     for image in &images {
         let secure = project.fleet.secure_boot.is_some();
-        let ticket = ticket.as_ref().map(|ticket| flash::TicketFile { ticket, secure, tools: &tools });
-        bytes = flash::flash(&image.disk, ticket.as_ref(), options, progress)?;
+        let file = ticket.as_ref().map(|ticket| flash::TicketFile { ticket, secure, tools: &tools });
+        bytes = flash::flash(&image.disk, file.as_ref(), options, progress)?;
+        next::flashed(context, source.to, options.target, ticket.as_ref());
     }
     let ticket = ticket.as_ref().map(TicketSummary::of);
     Ok(CommandResult::Flash(FlashResult { done: options.target.to_owned(), bytes, group, ticket }))

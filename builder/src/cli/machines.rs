@@ -5,8 +5,10 @@ use std::path::Path;
 use super::args::MirrorArg;
 use super::build::images_of;
 use super::context::Context;
+use super::next;
 use super::results::{CommandResult, ConsoleResult, DownResult, Event, ExecResult, ReportResult};
 use crate::error::{Error, Result};
+use crate::util::terminal::columns;
 use crate::vm::{self, report};
 
 /// Builds missing images and starts machines.
@@ -18,7 +20,9 @@ pub(super) fn up(context: &Context, nodes: &[String], containers: bool, mirror: 
     images_of(context, &groups, None, mirror)?;
     let on_ready = |node: &str| output.event(Event::Node { node, state: vm::MachineState::Ready });
     vm::up(project, nodes, progress, &on_ready)?;
-    Ok(CommandResult::Up(vm::FleetStatus::read(project)))
+    let status = vm::FleetStatus::read(project);
+    next::started(context, &status)?;
+    Ok(CommandResult::Up(status))
 }
 
 /// Shuts machines down.
@@ -29,17 +33,33 @@ pub(super) fn down(context: &Context, nodes: &[String]) -> Result<CommandResult>
 
 /// Returns the state of the machines.
 pub(super) fn status(context: &Context) -> CommandResult {
-    CommandResult::Status(vm::FleetStatus::read(context.project))
+    let status = vm::FleetStatus::read(context.project);
+    if status.is_off() {
+        next::no_machines(context);
+    }
+    CommandResult::Status(status)
 }
 
-/// Returns the text of a machine's console.
-pub(super) fn console(context: &Context, node: &str) -> Result<CommandResult> {
-    let console = vm::Vm::of(context.project, node)?.console();
+/// Returns the text of a machine's console. With `follow`, prints it until the machine is off.
+pub(super) fn console(context: &Context, node: &str, follow: bool) -> Result<CommandResult> {
+    let vm = vm::Vm::of(context.project, node)?;
+    let mut console = vm.console();
     if console.is_empty() {
         return Err(Error::Failed(format!(
             "{node} has no console here: it was not started on this host\n  help: `bakehouse up {node}` starts it as a \
              local machine"
         )));
+    }
+    if follow {
+        console.clear();
+        vm.follow_console(|text| {
+            context.output.event(Event::Console { node, text });
+            if context.output.json {
+                console.push_str(text);
+                return Ok(());
+            }
+            print(text)
+        })?;
     }
     let lines = console.lines().map(str::to_owned).collect();
     Ok(CommandResult::Console(ConsoleResult { node: node.to_owned(), lines }))

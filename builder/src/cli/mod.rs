@@ -3,10 +3,13 @@
 mod args;
 mod build;
 mod context;
+mod explain;
+mod hints;
 mod init;
 mod inspect;
 mod install;
 mod machines;
+mod next;
 mod output;
 #[cfg(test)]
 mod pages;
@@ -86,7 +89,7 @@ fn run_in(context: &Context, command: &Command) -> Result<CommandResult> {
         Command::Flash { to, target, yes, force, replace, no_ticket, mirror } => {
             let source = install::FlashSource { to, replace: *replace, no_ticket: *no_ticket, mirror };
             let on_progress = |progress| context.output.event(Event::Pass(progress));
-            let options = FlashOptions { target, yes: *yes, force: force.as_deref(), on_progress: &on_progress };
+            let options = FlashOptions { to, target, yes: *yes, force: force.as_deref(), on_progress: &on_progress };
             install::flash(context, &source, &options)
         }
         Command::Vm { node, format, ticket, replace, yes, output, mirror } => {
@@ -114,13 +117,13 @@ fn run_in(context: &Context, command: &Command) -> Result<CommandResult> {
         Command::Up { nodes, containers, mirror } => machines::up(context, nodes, *containers, mirror),
         Command::Down { nodes } => machines::down(context, nodes),
         Command::Status => Ok(machines::status(context)),
-        Command::Console { node } => machines::console(context, node),
+        Command::Console { node, follow } => machines::console(context, node, *follow),
         Command::Exec { node, command } => machines::exec(context, node, command),
         Command::Rehearse { scenarios, repeat, page, revision } => {
             rehearse::rehearse(context, scenarios, *repeat, page.as_deref(), revision.as_deref())
         }
         Command::Report { output } => machines::report(context, output),
-        Command::Explain { path, group } => inspect::explain(context, path, group.as_deref()),
+        Command::Explain { path, group } => explain::explain(context, path, group.as_deref()),
         Command::Init { .. }
         | Command::Store(_)
         | Command::Schema { .. }

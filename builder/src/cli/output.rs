@@ -11,8 +11,8 @@ use std::time::Duration;
 use clap::ArgMatches;
 use fleet::{Diagnostics, ErrorChain};
 
-use super::args;
 use super::results::{CommandResult, ErrorLine, Event, EventLine, Failure, Line, Problem, ResultLine, VERSION};
+use super::{args, hints};
 use crate::error::{Error, Result};
 use crate::progress::line;
 
@@ -90,6 +90,7 @@ impl Output {
 
 /// Prints clap's error, help or version. Returns the exit code.
 pub(super) fn usage_error(e: &clap::Error) -> ExitCode {
+    let hint = hints::unknown_command(e).map(Error::Usage);
     let before_command = |arg: &OsString| arg != "--";
     let args: Vec<OsString> = std::env::args_os().take_while(before_command).collect();
     if e.use_stderr() && args.iter().any(|arg| arg == "--json") {
@@ -102,8 +103,13 @@ pub(super) fn usage_error(e: &clap::Error) -> ExitCode {
             level = below.subcommand();
         }
         let command = Some(words.join(" ")).filter(|words| !words.is_empty());
-        let (command, error) = (command.as_deref(), e.into());
+        let error = hint.as_ref().map_or_else(|| e.into(), |hint| hint.into());
+        let command = command.as_deref();
         let _ = print_line(&Line::Error(ErrorLine { version: VERSION, command, error }));
+    }
+    if let Some(hint) = hint {
+        Output { json: false, verbose: false, command: None }.error(&hint);
+        return hint.exit_code();
     }
     let _ = e.print();
     ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2))

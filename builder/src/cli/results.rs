@@ -18,9 +18,10 @@ use crate::error::Error;
 use crate::image::BuiltImage;
 use crate::keys::ticket::TicketSummary;
 use crate::keys::ticket_log::{self, TicketRow};
-use crate::packages::explain::Explanation;
+use crate::packages::explain::{Explanation, describe as describe_sources};
 use crate::packages::lock::LockChanges;
 use crate::rehearse::{self, Outcome};
+use crate::util::terminal::columns;
 use crate::vm::{FleetStatus, MachineState};
 
 /// Version of the envelope and the results.
@@ -115,6 +116,13 @@ pub(super) enum Event<'a> {
         /// State of its machine.
         state: MachineState,
     },
+    /// `console --follow`: the console has more text.
+    Console {
+        /// Name of the node.
+        node: &'a str,
+        /// The text, without escape sequences.
+        text: &'a str,
+    },
     /// `rehearse`: a run has ended.
     Run(&'a Outcome),
 }
@@ -183,9 +191,9 @@ pub(super) enum CommandResult {
     /// The written archive.
     #[serde(rename = "report")]
     Report(ReportResult),
-    /// Origin of a file.
+    /// Origin of a file: in the image of one group, or in those of several groups.
     #[serde(rename = "explain")]
-    Explain(Explanation),
+    Explain(ExplainResult),
     /// Entries that were removed from the store.
     #[serde(rename = "store gc")]
     StoreGc(GcResult),
@@ -383,6 +391,16 @@ pub(super) struct ExecResult {
     pub(super) output: String,
 }
 
+/// Result of `explain`.
+#[derive(Serialize, JsonSchema)]
+#[serde(untagged)]
+pub(super) enum ExplainResult {
+    /// With `--group`, or in a fleet of one group.
+    One(Explanation),
+    /// In a fleet of several groups: for each group that has the path.
+    All(Vec<Explanation>),
+}
+
 /// Result of `report`.
 #[derive(Serialize, JsonSchema)]
 pub(super) struct ReportResult {
@@ -451,11 +469,12 @@ impl fmt::Display for CommandResult {
                 write!(f, "{}", plan.course)
             }
             Self::Rollout(rollout) => f.write_str(&describe(rollout)),
-            Self::Up(status) | Self::Status(status) => write!(f, "{status}"),
+            Self::Up(status) | Self::Status(status) => write!(f, "{}", status.table(columns())),
             Self::Console(console) => console.lines.iter().try_for_each(|line| writeln!(f, "{line}")),
             Self::Exec(done) => f.write_str(&done.output),
             Self::Rehearse(outcomes) => f.write_str(&rehearse::table(outcomes)),
-            Self::Explain(explanation) => writeln!(f, "{explanation}"),
+            Self::Explain(ExplainResult::One(one)) => f.write_str(&describe_sources(std::slice::from_ref(one))),
+            Self::Explain(ExplainResult::All(all)) => f.write_str(&describe_sources(all)),
             Self::Schema(of) => writeln!(f, "{}", serde_json::to_string_pretty(&of.schema).map_err(|_| fmt::Error)?),
             Self::Completions(completions) => f.write_str(&completions.script),
             _ => Ok(()),

@@ -8,6 +8,7 @@ use fleet::RolloutOrder;
 use super::args::MirrorArg;
 use super::build::images_of;
 use super::context::Context;
+use super::next;
 use super::results::{CommandResult, PlanResult};
 use crate::deploy::publish;
 use crate::error::Result;
@@ -31,8 +32,10 @@ pub(super) fn publish(context: &Context, dir: &Path, groups: &[String], mirror: 
     // Nodes raise an alert if the signature is old. A new publication has to clear it, so it gets today's date.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let time = Lock::load(project)?.epoch.max(now);
+    let first = !publish::has_version(dir, &images);
     let published =
         images.iter().map(|i| publish::publish(i, dir, &key, time, progress)).collect::<Result<Vec<_>>>()?;
+    next::published(context, dir, &published, first);
     Ok(CommandResult::Publish(published))
 }
 

@@ -1,9 +1,11 @@
 //! `bakehouse ticket` and `bakehouse leave`.
 
+use std::io::IsTerminal as _;
 use std::path::Path;
 use std::time::Duration;
 
 use super::context::Context;
+use super::next;
 use super::results::{CommandResult, LeaveResult, NewTicketResult, RevokedTicket, TicketResult};
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
@@ -31,6 +33,7 @@ pub(super) fn new(context: &Context, options: &NewTicket) -> Result<CommandResul
     let (uses, days) = (options.uses.unwrap_or(1), options.days.unwrap_or(1));
     let lasts = Duration::from_secs(u64::from(days) * 86_400);
     let terms = TicketTerms { uses, lasts, replace };
+    next::refuse_terminal(to, options.output, std::io::stdout().is_terminal())?;
     let endpoints = context.endpoints(options.endpoint)?;
     let ticket = mint(&FleetKey::of(project)?, &project.topology, to, &terms, endpoints)?;
     let message = if let Some(claims) = ticket.token().and_then(fleet::Token::read) {

@@ -125,10 +125,12 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
         users: users(recipe),
         limits: Limits::for_folder(&work),
     };
-    let info = order.compose(&work).map_err(|e| match e {
-        job @ Error::Sandbox(_) => Error::at(format!("{name}: cannot compose the packages"))(job),
-        e => e,
-    })?;
+    let info = order.compose_with_progress(&work, &mut |text| step.message(&format!("{name}: {text}"))).map_err(
+        |e| match e {
+            job @ Error::Sandbox(_) => Error::at(format!("{name}: cannot compose the packages"))(job),
+            e => e,
+        },
+    )?;
     let base_out = scratch.join("base");
     if let (Some(base_key), Some(_)) = (&base_key, &base_guard) {
         store.put(Kind::Layer, base_key, &base_out)?;
@@ -165,6 +167,11 @@ impl TreeOrder {
     /// # Errors
     /// If a package cannot be unpacked or configured, or its scripts exceed a limit.
     pub fn compose(self, work: &Path) -> Result<LayerInfo> {
+        self.compose_with_progress(work, &mut |_| {})
+    }
+
+    /// Composes the tree as [`TreeOrder::compose`] does, and calls `progress` with what the sandbox does.
+    fn compose_with_progress(self, work: &Path, progress: &mut dyn FnMut(&str)) -> Result<LayerInfo> {
         let mut files: Vec<HostFile> = self.start.iter().cloned().map(HostFile::Read).collect();
         let mut stages = Vec::new();
         let mut packages = Vec::new();
@@ -186,7 +193,8 @@ impl TreeOrder {
         }
         let start = self.start.is_some();
         let job = Job { room: self.room, start, stages, trim: self.trim, users: self.users };
-        sandbox::run(TASK, &job, &files, work, &self.limits).map_err(|e| removed_damage(&packages).unwrap_or(e))
+        sandbox::run_with_progress(TASK, &job, &files, work, &self.limits, progress)
+            .map_err(|e| removed_damage(&packages).unwrap_or(e))
     }
 }
 

@@ -53,8 +53,15 @@ impl Trimmer {
     }
 }
 
-/// Unpacks all packages below `root`, each from the next of `files`. The result is sorted by the packages' names.
-pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> Result<Vec<Unpacked>> {
+/// Unpacks all packages below `root`, each from the next of `files`, and calls `done` with the number of unpacked
+/// packages. The result is sorted by the packages' names.
+pub fn unpack(
+    debs: &[DebFile],
+    files: &Files,
+    root: &Path,
+    trim: &Trimmer,
+    done: &(dyn Fn(usize) + Sync),
+) -> Result<Vec<Unpacked>> {
     skeleton(root).map_err(Error::cannot("create the tree"))?;
     let next = AtomicUsize::new(0);
     let results = Mutex::new(Vec::new());
@@ -72,7 +79,9 @@ pub fn unpack(debs: &[DebFile], files: &Files, root: &Path, trim: &Trimmer) -> R
                         Ok(None) => break,
                         Err(e) => Err(Error::cannot("open a package's file")(e)),
                     };
-                    results.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(result);
+                    let mut results = results.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    results.push(result);
+                    done(results.len());
                 }
             });
         }

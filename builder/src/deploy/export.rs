@@ -24,7 +24,7 @@ use crate::progress::Progress;
 use crate::project::Project;
 use crate::project::machine_id::uuid_of;
 use crate::toolchain::Tools;
-use crate::util::fs::write_private;
+use crate::util::fs::{shown, write_private};
 use crate::util::process::run;
 
 /// Bytes of `/var` beyond the minimum of the node's roles.
@@ -143,7 +143,7 @@ pub fn export(
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
     let out = out.canonicalize().map_err(Error::io("find", out))?;
     let export = options.files(&out);
-    let step = progress.step("vm", &format!("{}: {}", node, export.disk.display()));
+    let step = progress.step("vm", &format!("{node}: {}", shown(&export.disk)));
     let recipe = project.recipe(&image.group);
     let size = slots(project, &recipe)?.machine_disk(var_size(&recipe)) + SPARE;
     // Private, because the disk may contain a ticket, and removed also after an error.
@@ -189,7 +189,7 @@ pub fn export(
     // Private, because the definitions may contain the ticket.
     write_private(&export.libvirt, definition.to_string().as_bytes())?;
     write_private(&export.proxmox, definition.proxmox().as_bytes())?;
-    step.done(&format!("{node}: {}", export.disk.display()));
+    step.done(&format!("{node}: {}", shown(&export.disk)));
     Ok((export, TicketSummary::of(&ticket)))
 }
 

@@ -29,6 +29,8 @@ const EVENT_INTERVAL: u64 = 64 << 20;
 
 /// Target of a write, and the operator's options.
 pub struct FlashOptions<'a> {
+    /// Node or group, for messages.
+    pub to: &'a str,
     /// A disk or a file.
     pub target: &'a Path,
     /// Overwrites without a question.
@@ -294,7 +296,8 @@ fn check(target: &Path, force: Option<&str>, size: u64) -> Result<CheckedTarget>
     }
     let read = |file: &str| fs::read_to_string(sys.join(file)).unwrap_or_default().trim().to_owned();
     let model = [read("device/vendor"), read("device/model")].join(" ");
-    let shown = format!("{name}, {} {:.1} GB", model.trim(), capacity as f64 / 1e9);
+    let parts = [name, model.trim().to_owned(), format!("{:.1} GB", capacity as f64 / 1e9)];
+    let shown = parts.iter().filter(|part| !part.is_empty()).map(String::as_str).collect::<Vec<_>>().join(", ");
     Ok(CheckedTarget::Disk { rdev: meta.rdev(), shown })
 }
 
@@ -339,7 +342,7 @@ fn confirm(options: &FlashOptions, device: &str) -> Result<()> {
             "{shown} ({device}) would be overwritten\n  help: to overwrite it, add --yes"
         )));
     }
-    eprint!("This overwrites {shown} ({device}). Continue? [y/N] ");
+    eprint!("This overwrites {shown} ({device}) with the image of {}. Continue? [y/N] ", options.to);
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).map_err(Error::io("read", "the answer"))?;
     if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { fail("cancelled; nothing was written") }
@@ -364,7 +367,7 @@ mod tests {
     fn flashed(dir: &Path, image: &[u8], target: &str, yes: bool) -> Result<PathBuf> {
         let (from, to) = (dir.join("image"), dir.join(target));
         fs::write(&from, image).unwrap();
-        let options = FlashOptions { target: &to, yes, force: None, on_progress: &|_| () };
+        let options = FlashOptions { to: "hub-1", target: &to, yes, force: None, on_progress: &|_| () };
         flash(&from, None, &options, &Progress::new(true, false)).map(|_| to)
     }
 

@@ -126,7 +126,7 @@ impl Hubs<'_> {
             };
             if !failures.iter().any(is_temporary) || Instant::now() > until {
                 let failures: Vec<String> = failures.iter().map(Error::chain).collect();
-                return fail(format!("no hub accepts the order: {}", failures.join("; ")));
+                return fail(format!("no hub accepts the order:\n  {}", failures.join("\n  ")));
             }
             std::thread::sleep(pause.next_delay());
         }

@@ -20,11 +20,11 @@ impl Build<'_> {
         let debs: u64 = packages.iter().map(|p| p.size).sum();
         if debs / 2 > slots.root {
             return fail(format!(
-                "{}: {} packages of {} MiB compressed do not fit a root partition of {} MiB; raise `[image] root_size`",
+                "{}: {} packages of {:.0} MB compressed do not fit a root partition of {:.0} MB; raise `[image] root_size`",
                 recipe.group,
                 packages.len(),
-                debs >> 20,
-                slots.root >> 20
+                debs as f64 / 1e6,
+                slots.root as f64 / 1e6
             ));
         }
         // A finished layer is smaller than the installed sizes that its packages declare, so its own size is used if
@@ -44,11 +44,11 @@ impl Build<'_> {
         for (path, need, what, or) in [store, (out, image, "the image", "")] {
             if free(path) < need {
                 return fail(format!(
-                    "{}: {what} may need {} MiB in {}, but {} MiB are free; make room{or}",
+                    "{}: {what} may need {:.0} MB in {}, but {:.0} MB are free; make room{or}",
                     recipe.group,
-                    need >> 20,
+                    need as f64 / 1e6,
                     path.display(),
-                    free(path) >> 20
+                    free(path) as f64 / 1e6
                 ));
             }
         }

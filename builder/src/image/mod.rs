@@ -27,6 +27,7 @@ use crate::progress::Progress;
 use crate::project::{ImageSpec, Project};
 use crate::store::{Kind, Store};
 use crate::util::digest::sha256;
+use crate::util::fs::shown;
 
 /// Inputs that the builds of all groups share.
 pub struct Build<'a> {
@@ -87,10 +88,10 @@ impl Build<'_> {
         let parts = self.parts(&spec, &agent, scratch.path())?;
         if parts.root.size > sizes.root {
             return fail(format!(
-                "{group}: the root needs {} MiB, but its partition has {} MiB; raise `[image] root_size`, and \
+                "{group}: the root needs {:.1} MB, but its partition has {:.1} MB; raise `[image] root_size`, and \
                  reinstall running nodes",
-                parts.root.size >> 20,
-                sizes.root >> 20
+                parts.root.size as f64 / 1e6,
+                sizes.root as f64 / 1e6
             ));
         }
         let step = self.progress.step("assemble", group);
@@ -100,7 +101,7 @@ impl Build<'_> {
         self.write(output, &parts, &assembled)?;
         step.done(&format!(
             "{group}: {} ({:.1} MB root, {uki:.1} MB UKI, {:.0} MB disk)",
-            image.disk.display(),
+            shown(&image.disk),
             parts.root.size as f64 / 1e6,
             sizes.disk() as f64 / 1e6
         ));

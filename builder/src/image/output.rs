@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::assemble::layout::{PartitionSizes, image_id};
-use crate::assemble::manifest::{Manifest, Sizes, package_list};
+use crate::assemble::manifest::{Manifest, Sizes, package_list, settings};
 use crate::assemble::spdx::spdx;
 use crate::error::{Error, Result};
 use crate::image::Build;
@@ -82,6 +82,7 @@ impl Build<'_> {
             state: fleet::STATE_VERSION,
             mesh: topology.mesh.subnet.to_string(),
             migrations: parts.baked.migrations.iter().map(|m| m.name.as_str()).collect(),
+            settings: settings(topology),
             restore: topology.backup.restore.as_deref().filter(|_| spec.roles.iter().any(|r| r == "db")),
         };
         pretty_json(&manifest)

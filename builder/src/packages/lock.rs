@@ -160,15 +160,18 @@ impl Lock {
         Ok(())
     }
 
-    /// Writes the lock. The same content gives the same bytes.
+    /// Writes the lock, with one package a line, so that a diff shows each change. The same content gives the same
+    /// bytes.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let mut text =
-            String::from("# Made by `bakehouse lock`; commit it. To take newer packages: `bakehouse lock --update`.\n");
-        text.push_str(&toml::to_string(self).map_err(Error::cannot("write the lock"))?);
-        write_atomic(path, text.as_bytes())
+        write_atomic(path, self.text()?.as_bytes())
+    }
+
+    fn text(&self) -> Result<String> {
+        let text = toml::to_string_pretty(self).map_err(Error::cannot("write the lock"))?;
+        Ok(format!("# Made by `bakehouse lock`; commit it. To take newer packages: `bakehouse lock --update`.\n{text}"))
     }
 
     /// Returns an image's packages, or only those that all images share.
@@ -249,5 +252,55 @@ impl fmt::Display for LockChanges {
         let added = self.added.iter().map(|p| line('+', p));
         let lines: BTreeMap<_, _> = added.chain(self.removed.iter().map(|p| line('-', p))).chain(changed).collect();
         lines.values().try_for_each(|line| writeln!(f, "{line}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lock() -> Lock {
+        let package = |name: &str| Package {
+            name: name.to_owned(),
+            version: "1:2.0-1~deb13u1".to_owned(),
+            arch: "amd64".to_owned(),
+            suite: "trixie".to_owned(),
+            archive: "debian".to_owned(),
+            path: format!("pool/{name}.deb"),
+            sha256: "a".repeat(64),
+            size: 1,
+            installed_size: 1,
+            essential: name == "bash",
+        };
+        let packages = ["bash", "gpg", "zlib1g"].map(package).to_vec();
+        let ids: Vec<String> = packages.iter().map(Package::id).collect();
+        let image = LockedImage { request: vec!["gpg".to_owned()], packages: ids.clone(), base: ids[..1].to_vec() };
+        Lock { format: 1, epoch: 7, images: [("app".to_owned(), image)].into(), packages, digest: String::new() }
+    }
+
+    #[test]
+    fn has_one_package_a_line() {
+        let (lock, text) = (lock(), lock().text().unwrap());
+        assert!(text.contains("packages = [\n    \"bash=1:2.0-1~deb13u1\",\n    \"gpg=1:2.0-1~deb13u1\",\n"), "{text}");
+        assert!(text.lines().all(|line| line.len() < 120), "{text}");
+        assert_eq!(text, lock.text().unwrap());
+        let mut other = lock.clone();
+        other.images.get_mut("app").unwrap().packages.remove(1);
+        let (old, new): (Vec<&str>, String) = (text.lines().collect(), other.text().unwrap());
+        assert_eq!(new.lines().count() + 1, old.len(), "one package is one line");
+    }
+
+    #[test]
+    fn reads_locks_of_earlier_versions() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bakehouse.lock");
+        // Earlier versions wrote each list on one line.
+        fs::write(&path, toml::to_string(&lock()).unwrap()).unwrap();
+        let old = Lock::read(&path).unwrap().unwrap();
+        lock().write(&path).unwrap();
+        let new = Lock::read(&path).unwrap().unwrap();
+        assert_ne!(old.digest, new.digest);
+        assert_eq!(old, Lock { digest: old.digest.clone(), ..lock() });
+        assert_eq!(new, Lock { digest: new.digest.clone(), ..lock() });
     }
 }

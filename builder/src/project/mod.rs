@@ -109,12 +109,23 @@ impl Project {
         for top in ["profiles", "overlays"] {
             overlay_folder(&dir, top, &mut files)?;
         }
-        for folder in &fleet.odoo.get_ref().addons {
+        for (number, folder) in fleet.odoo.get_ref().addons.iter().enumerate() {
+            if !dir.join(folder).is_dir() {
+                let span = fleet.source.value(&["odoo", "addons", &number.to_string()]);
+                let message = format!("[odoo] there is no folder {}", dir.join(folder).display());
+                let help = "write its path relative to fleet.toml".to_owned();
+                return Err(Box::new(Diagnostic::at(Severity::Error, &fleet.source, span, message, Some(help))).into());
+            }
             addons_folder(&dir, folder, &mut files)?;
         }
         if let Some(ca) = fleet.backup.get_ref().s3.as_ref().and_then(|s3| s3.ca.as_ref()) {
             let path = dir.join(ca);
-            let bytes = fs::read(&path).map_err(Error::io("read [backup.s3] ca,", &path))?;
+            let bytes = fs::read(&path).map_err(|e| {
+                let span = fleet.source.value(&["backup", "s3", "ca"]);
+                let message = format!("[backup.s3] cannot read {}: {e}", path.display());
+                let help = "write the path relative to fleet.toml".to_owned();
+                Box::new(Diagnostic::at(Severity::Error, &fleet.source, span, message, Some(help)))
+            })?;
             files.insert("overlays/pgbackrest/usr/share/bakehouse/s3-ca.crt".to_owned(), bytes);
         }
         let mut profiles = Profiles::new();
@@ -124,7 +135,8 @@ impl Project {
             }
         }
         let found = fleet::lint(&fleet, &profiles);
-        let (errors, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| d.severity == Severity::Error);
+        let (mut errors, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| d.severity == Severity::Error);
+        errors.extend(unknown_overlays(&fleet, &files));
         if !errors.is_empty() {
             return Err(Error::Config(Diagnostics(errors)));
         }
@@ -287,8 +299,7 @@ impl Project {
             }
         }
         if !any {
-            let known: BTreeSet<&str> =
-                self.files.keys().filter_map(|p| p.strip_prefix("overlays/")?.split('/').next()).collect();
+            let known = overlay_names(&self.files);
             return Err(Error::Usage(format!(
                 "there is no overlay `{name}`; there are: {}",
                 known.into_iter().collect::<Vec<_>>().join(", ")
@@ -304,14 +315,27 @@ impl Project {
     }
 }
 
+/// Returns the names of the overlays among the files.
+fn overlay_names(files: &BTreeMap<String, Vec<u8>>) -> BTreeSet<&str> {
+    files.keys().filter_map(|path| path.strip_prefix("overlays/")?.split('/').next()).collect()
+}
+
+/// Returns an error for each overlay that a group names and that does not exist.
+fn unknown_overlays(fleet: &Fleet, files: &BTreeMap<String, Vec<u8>>) -> Vec<Diagnostic> {
+    let known = overlay_names(files);
+    let named = fleet.groups.values().flat_map(|group| &group.overlays);
+    let unknown = named.filter(|overlay| !known.contains(overlay.get_ref().as_str()));
+    let error = |overlay: &toml::Spanned<String>| {
+        let message = format!("there is no overlay `{}`", overlay.get_ref());
+        let names: Vec<&str> = known.iter().copied().collect();
+        let help = format!("make the folder overlays/{}, or name one of {}", overlay.get_ref(), names.join(", "));
+        Diagnostic::at(Severity::Error, &fleet.source, overlay.span(), message, Some(help))
+    };
+    unknown.map(error).collect()
+}
+
 /// Adds a folder of Odoo add-ons to the `odoo` overlay, beside its own add-ons.
 fn addons_folder(dir: &Path, folder: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
-    if !dir.join(folder).is_dir() {
-        return crate::error::fail(format!(
-            "[odoo] addons: there is no folder {}; paths are relative to fleet.toml",
-            dir.join(folder).display()
-        ));
-    }
     let mut found = BTreeMap::new();
     overlay_folder(dir, folder, &mut found)?;
     let prefix = format!("{}/", folder.trim_end_matches('/'));
@@ -368,4 +392,57 @@ pub fn built_in_fleet(name: &str) -> Result<String> {
         known.push(fleet);
     }
     Err(Error::Usage(format!("there is no built-in fleet `{name}`; there are: {}", known.join(", "))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HUBS: &str = "name = \"x\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub.acme.com\"]\n";
+
+    fn error(more: &str) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("fleet.toml"), format!("{HUBS}{more}")).unwrap();
+        Project::load(dir.path()).map(drop).expect_err(more).to_string()
+    }
+
+    #[test]
+    fn missing_files_have_the_line_that_names_them() {
+        for (more, line, message) in [
+            ("overlays = [\"mine\"]\n", 5, "there is no overlay `mine`"),
+            ("[odoo]\naddons = [\"no-such\"]\n", 6, "[odoo] there is no folder"),
+            (
+                "[backup.s3]\nbucket = \"b\"\nendpoint = \"s3.acme.com\"\nregion = \"r\"\nca = \"no-such.pem\"\n",
+                9,
+                "[backup.s3] cannot read",
+            ),
+        ] {
+            let text = error(more);
+            assert!(text.contains(&format!("fleet.toml:{line}: {message}")), "{text}");
+        }
+    }
+
+    /// Removes the `#` of each setting that a built-in fleet has as a comment.
+    #[test]
+    fn commented_settings_of_built_in_fleets_are_valid() {
+        for name in ["ha", "minimal-ha", "quick-ha"] {
+            let text = built_in_fleet(name).unwrap();
+            let setting = |line: &str| {
+                line.strip_prefix('#')
+                    .filter(|rest| rest.starts_with(|c: char| c == '[' || c.is_ascii_lowercase()))
+                    .map_or_else(|| line.to_owned(), str::to_owned)
+            };
+            let uncommented: String = text.lines().map(|line| setting(line) + "\n").collect();
+            for section in ["[image]", "[update]", "[alerts]", "[odoo]", "[backup]"] {
+                assert!(uncommented.lines().any(|line| line == section), "{name} lacks {section}");
+            }
+            let dir = tempfile::tempdir().unwrap();
+            fs::write(dir.path().join("fleet.toml"), &uncommented).unwrap();
+            let project = Project::load(dir.path()).unwrap_or_else(|e| panic!("{name}: {e}\n{uncommented}"));
+            assert_eq!(project.fleet.image.hardware, fleet::Hardware::Metal);
+            let warnings: Vec<&str> = project.warnings.iter().map(|w| w.message.as_str()).collect();
+            assert!(!warnings.iter().any(|w| w.contains("[update]") || w.contains("[alerts]")), "{warnings:?}");
+            assert!(warnings.iter().any(|w| w.contains("stand for no machine")), "{warnings:?}");
+        }
+    }
 }

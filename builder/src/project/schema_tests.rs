@@ -215,17 +215,23 @@ overlays = []
 count = 1
 "#;
 
-/// Keys whose values the lint compares with other keys. The schema accepts what the lint refuses there.
+/// Keys whose values the lint compares with other keys, or whose form no pattern describes. The schema accepts what the
+/// lint refuses there.
 const COMPARED: &[&str] = &[
+    "alerts.email",
     "backup.full",
     "backup.incremental",
     "backup.restore",
+    "backup.s3.endpoint",
     "database.loop_wait",
     "database.retry_timeout",
     "database.ttl",
+    "debian",
+    "firewall.open.0.port",
     "firewall.open.0.role",
     "groups.app.count",
     "groups.app.first",
+    "groups.app.packages",
     "groups.app.roles",
     "groups.db.count",
     "groups.hub.count",
@@ -233,8 +239,10 @@ const COMPARED: &[&str] = &[
     "groups.hub.roles",
     "groups.monitor.count",
     "image.root_size",
+    "mesh.port",
     "mesh.subnet",
     "mesh.transport",
+    "netboot.disk",
     "netboot.diskless",
     "netboot.machines",
     "netboot.others",

@@ -59,6 +59,17 @@ impl IdMap {
         Some(Self::Range { uid: uid.parse().ok()?, gid: gid.parse().ok()? })
     }
 
+    /// Checks that the maps can be written, without writing them.
+    ///
+    /// # Errors
+    /// If /etc/subuid or /etc/subgid has no range for the user, or a program that writes a map is missing.
+    pub(super) fn check(self) -> Result<()> {
+        match self {
+            Self::Own => own_ranges().map(drop),
+            Self::Range { .. } => Ok(()),
+        }
+    }
+
     /// Writes the maps of the worker's user namespace.
     ///
     /// # Errors
@@ -73,11 +84,17 @@ impl IdMap {
     }
 }
 
-fn write_own(pid: u32) -> Result<()> {
+/// A program that writes a map of the user's own ids, and the first of the subordinate ids.
+struct OwnRange {
+    tool: &'static str,
+    own: u32,
+    first: u32,
+}
+
+/// Returns the ranges of this user for uid_map and gid_map.
+fn own_ranges() -> Result<[OwnRange; 2]> {
     let user = User::from_uid(Uid::current()).ok().flatten().map(|u| u.name).unwrap_or_default();
-    let tools =
-        [("newuidmap", "/etc/subuid", Uid::current().as_raw()), ("newgidmap", "/etc/subgid", Gid::current().as_raw())];
-    for (tool, file, own) in tools {
+    let range = |tool: &'static str, file: &str, own: u32| {
         let ranges = fs::read_to_string(file).unwrap_or_default();
         let Some(first) = subordinate_range(&ranges, &user, Uid::current().as_raw(), IDS - 1) else {
             return fail(format!(
@@ -85,6 +102,20 @@ fn write_own(pid: u32) -> Result<()> {
                  --add-subgids 100000-165535 {user}"
             ));
         };
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        if !std::env::split_paths(&path).any(|dir| dir.join(tool).exists()) {
+            return fail(format!("cannot find {tool}; install uidmap (`make deps`)"));
+        }
+        Ok(OwnRange { tool, own, first })
+    };
+    Ok([
+        range("newuidmap", "/etc/subuid", Uid::current().as_raw())?,
+        range("newgidmap", "/etc/subgid", Gid::current().as_raw())?,
+    ])
+}
+
+fn write_own(pid: u32) -> Result<()> {
+    for OwnRange { tool, own, first } in own_ranges()? {
         let args = [pid, 0, own, 1, 1, first, IDS - 1].map(|n| n.to_string());
         let output = std::process::Command::new(tool).args(args).output();
         match output {

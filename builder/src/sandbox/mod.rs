@@ -46,6 +46,9 @@ pub const WORKER: &str = "__worker";
 /// First argument of the worker's inner process.
 pub const INNER: &str = "__inner";
 
+/// Start of a line on the worker's standard output that reports progress. The last other line is the result.
+const PROGRESS: &str = "progress ";
+
 /// Maximum number of processes and threads of a sandbox.
 const PROCESSES: u64 = 4096;
 
@@ -71,6 +74,14 @@ impl Limits {
     }
 }
 
+/// Checks that this user can have the ids of a sandbox.
+///
+/// # Errors
+/// If /etc/subuid or /etc/subgid has no range for the user, or `newuidmap` is missing. The error has the fix.
+pub fn check_ids() -> Result<()> {
+    IdMap::choose()?.check()
+}
+
 /// Runs a task in a sandbox, and returns its result. `worker.rs` lists the tasks by name. `work` is an empty folder for
 /// the job alone. The job receives `files` as open files, in this order.
 ///
@@ -84,6 +95,21 @@ pub fn run<J: Serialize, A: DeserializeOwned>(
     work: &Path,
     limits: &Limits,
 ) -> Result<A> {
+    run_with_progress(task, job, files, work, limits, &mut |_| {})
+}
+
+/// Runs a task as [`run`] does, and calls `progress` with each text that the task passes to [`report`].
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with_progress<J: Serialize, A: DeserializeOwned>(
+    task: &str,
+    job: &J,
+    files: &[HostFile],
+    work: &Path,
+    limits: &Limits,
+    progress: &mut dyn FnMut(&str),
+) -> Result<A> {
     let text = serde_json::to_vec(&(task, job)).map_err(Error::Json)?;
     let (child, socket) = start(work)?;
     let pid = Pid::from_raw(child.id().cast_signed());
@@ -91,7 +117,7 @@ pub fn run<J: Serialize, A: DeserializeOwned>(
     std::thread::scope(|scope| {
         let sender = scope.spawn(move || files::send(&socket, &text, files));
         let watch = scope.spawn(move || watch(pid, &stopped, work, limits));
-        let finished = finish(child, stop);
+        let finished = finish(child, stop, progress);
         // An error of the sender is the cause of the job's error.
         sender.join().unwrap_or_else(|_| fail("the sandbox's sender panicked"))?;
         if let Some(exceeded) = watch.join().ok().flatten() {
@@ -142,8 +168,8 @@ fn start(work: &Path) -> Result<(Child, UnixStream)> {
     Ok((child, socket))
 }
 
-/// Reads the job's result, and waits until the worker ends.
-fn finish(mut child: Child, stop: std::sync::mpsc::Sender<()>) -> Result<String> {
+/// Reads the job's progress and result, and waits until the worker ends.
+fn finish(mut child: Child, stop: std::sync::mpsc::Sender<()>, progress: &mut dyn FnMut(&str)) -> Result<String> {
     let errors = child.stderr.take();
     let reader = std::thread::spawn(move || {
         let mut text = Vec::new();
@@ -156,7 +182,10 @@ fn finish(mut child: Child, stop: std::sync::mpsc::Sender<()>) -> Result<String>
     let mut result = String::new();
     if let Some(out) = child.stdout.take() {
         for line in BufReader::new(out).lines().map_while(Result::ok) {
-            result = line;
+            match line.strip_prefix(PROGRESS) {
+                Some(text) => progress(text),
+                None => result = line,
+            }
         }
     }
     // The watching thread must end before `wait`: until then the pid cannot belong to another process.
@@ -306,6 +335,12 @@ fn take_ids(uid: u32, gid: u32) -> std::io::Result<()> {
     set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() })?;
     let _ = set_pdeathsig(Signal::SIGKILL);
     Ok(())
+}
+
+/// Reports the progress of the task to the builder. Call it in the sandbox's inner process.
+pub fn report(text: &str) {
+    // If the builder is gone, the kernel ends this process.
+    let _ = writeln!(std::io::stdout(), "{PROGRESS}{text}");
 }
 
 /// Runs the sandbox's inner process, pid 1 of its namespace. Reads a task's name, its job and its files from standard

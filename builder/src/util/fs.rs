@@ -9,6 +9,14 @@ use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result};
 
+/// Returns a path for messages: relative to the current directory if it is below, and without a leading `./`.
+pub(crate) fn shown(path: &Path) -> String {
+    let here = std::env::current_dir().ok();
+    let relative = here.as_deref().and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path);
+    let plain = relative.strip_prefix(".").unwrap_or(relative);
+    if plain.as_os_str().is_empty() { ".".to_owned() } else { plain.display().to_string() }
+}
+
 /// Writes a file atomically: writes a temporary file, syncs it, and renames it.
 ///
 /// # Errors
@@ -63,6 +71,20 @@ fn private_beside(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn paths_are_shown_relative_to_the_current_directory() {
+        let here = std::env::current_dir().unwrap();
+        for (path, text) in [
+            (here.join("build/hub/x.raw"), "build/hub/x.raw"),
+            (Path::new("./build/x.raw").to_owned(), "build/x.raw"),
+            (Path::new("../acme/x").to_owned(), "../acme/x"),
+            (Path::new("/dev/sdb").to_owned(), "/dev/sdb"),
+            (here, "."),
+        ] {
+            assert_eq!(shown(&path), text);
+        }
+    }
 
     #[test]
     fn private_dir_changes_the_mode_of_an_existing_folder() {

@@ -8,4 +8,5 @@ pub(crate) mod json;
 pub(crate) mod memory;
 pub(crate) mod process;
 pub(crate) mod random;
+pub(crate) mod terminal;
 pub(crate) mod time;

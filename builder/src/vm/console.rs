@@ -71,11 +71,62 @@ impl Vm {
         }
     }
 
+    /// Passes the console's text to `print`, and then each new line, until the machine is off.
+    ///
+    /// # Errors
+    /// If the console's file cannot be read, or `print` fails.
+    pub fn follow_console(&self, mut print: impl FnMut(&str) -> Result<()>) -> Result<()> {
+        let log = self.path("console.log");
+        let mut lines = Lines::default();
+        let mut read_from = 0;
+        loop {
+            // Before the read, so that the last lines of a machine that stops are printed.
+            let runs = self.is_running();
+            let mut file = File::open(&log).map_err(Error::io("open", &log))?;
+            let size = file.metadata().map_err(Error::io("read", &log))?.len();
+            if size < read_from {
+                // The machine was started again, with a new file.
+                (lines, read_from) = (Lines::default(), 0);
+            }
+            file.seek(SeekFrom::Start(read_from)).map_err(Error::io("read", &log))?;
+            let mut bytes = Vec::new();
+            read_from += file.read_to_end(&mut bytes).map_err(Error::io("read", &log))? as u64;
+            let text = if runs { lines.add(&bytes) } else { lines.add(&bytes) + &lines.end() };
+            if !text.is_empty() {
+                print(&text)?;
+            }
+            if !runs {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     fn console_error(&self, what: &str) -> Error {
         let console = self.console();
         let lines: Vec<&str> = console.lines().collect();
         let tail = lines[lines.len().saturating_sub(30)..].join("\n");
         Error::Failed(format!("{} {what}; its console's last lines:\n{tail}", self.node))
+    }
+}
+
+/// Turns pieces of a console's output into whole lines, because a piece may end within an escape sequence.
+#[derive(Default)]
+struct Lines {
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    /// Adds a piece. Returns the lines that are complete now.
+    fn add(&mut self, bytes: &[u8]) -> String {
+        self.rest.extend_from_slice(bytes);
+        let end = self.rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        plain(&self.rest.drain(..end).collect::<Vec<u8>>())
+    }
+
+    /// Returns the incomplete last line.
+    fn end(&mut self) -> String {
+        plain(&std::mem::take(&mut self.rest))
     }
 }
 
@@ -111,6 +162,29 @@ mod tests {
     #[test]
     fn removes_escape_sequences() {
         assert_eq!(plain(b"\x1b[0;32m  OK  \x1b[0m a\r\nb\x1b]0;t\x07c"), "  OK   a\nbc");
+    }
+
+    #[test]
+    fn follows_whole_lines() {
+        let mut lines = Lines::default();
+        assert_eq!(lines.add(b"one\r\ntw"), "one\n");
+        assert_eq!(lines.add(b"o\x1b[0;3"), "");
+        assert_eq!(lines.add(b"2m end\nthree"), "two end\n");
+        assert_eq!((lines.end(), lines.end()), ("three".to_owned(), String::new()));
+    }
+
+    #[test]
+    fn follows_a_console_until_the_machine_is_off() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("console.log"), "bakehouse: ready\r\nlast").unwrap();
+        let mut text = String::new();
+        let vm = Vm::at("hub-1", dir.path().to_owned());
+        vm.follow_console(|piece| {
+            text.push_str(piece);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(text, "bakehouse: ready\nlast");
     }
 
     #[test]

@@ -17,9 +17,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
 use nix::unistd::Pid;
 
-use super::command::last_line;
 use super::container::Container;
 use super::firmware::{Firmware, accelerator};
+use super::phase::phase;
 use super::qemu::QemuCommand;
 use super::start::VmOptions;
 use crate::error::{Error, Result, fail};
@@ -182,7 +182,7 @@ impl Vm {
     /// Waits until the console prints this text.
     pub(super) fn wait_for(&self, wanted: &str, step: &Step) -> Result<()> {
         self.wait_console(BOOT_TIMEOUT, |text| {
-            step.message(&format!("{}: {}", self.node, last_line(text).chars().take(90).collect::<String>()));
+            step.message(&format!("{}: {}", self.node, phase(text)));
             text.contains(wanted).then_some(())
         })
     }

@@ -13,6 +13,7 @@ mod firmware;
 mod fleet;
 mod machine;
 mod network;
+mod phase;
 mod qemu;
 pub(crate) mod report;
 mod start;

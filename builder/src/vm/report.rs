@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -14,7 +15,7 @@ use super::machine::Vm;
 use super::status::FleetStatus;
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
-use crate::progress::Progress;
+use crate::progress::{Progress, Step};
 use crate::project::Project;
 
 /// Files of the archive from every machine, with the commands that print them.
@@ -51,13 +52,29 @@ const HAPROXY: (&str, &str) =
 /// # Errors
 /// If the fleet key of local machines cannot be read, or the archive cannot be written.
 pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<Vec<String>> {
-    let step = progress.step("report", "collecting from every machine");
+    let step = progress.step("report", "reading the fleet key");
     let secrets = passwords(&FleetKey::of_vms(project)?.secrets);
+    let asked = Asked::new(&step, project.topology.nodes.iter().map(|node| node.name.as_str()));
+    let files = |node: &Node| {
+        let files = files_of(project, node);
+        asked.done(&node.name);
+        files
+    };
     let all: Vec<Vec<(String, String)>> = std::thread::scope(|scope| {
-        let nodes = project.topology.nodes.iter();
-        let threads: Vec<_> = nodes.map(|node| scope.spawn(|| files_of(project, node))).collect();
+        let threads: Vec<_> = project
+            .topology
+            .nodes
+            .iter()
+            .map(|node| {
+                scope.spawn({
+                    let files = &files;
+                    move || files(node)
+                })
+            })
+            .collect();
         threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
     });
+    step.message("asking for the state of the fleet");
     let mut files = vec![("board.txt".to_owned(), FleetStatus::read(project).to_string())];
     files.push(("timeline.txt".to_owned(), timeline(&all)));
     files.extend(all.into_iter().flatten());
@@ -76,6 +93,26 @@ pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<
     archive.into_inner().and_then(GzEncoder::finish).map_err(Error::io("write", output))?;
     step.done(&format!("{}: {} files", output.display(), files.len()));
     Ok(files.into_iter().map(|(path, _)| path).collect())
+}
+
+/// Names in the step's message the machines that have not replied yet.
+struct Asked<'a> {
+    step: &'a Step,
+    open: Mutex<Vec<&'a str>>,
+}
+
+impl<'a> Asked<'a> {
+    fn new(step: &'a Step, nodes: impl Iterator<Item = &'a str>) -> Self {
+        let asked = Self { step, open: Mutex::new(nodes.collect()) };
+        asked.done("");
+        asked
+    }
+
+    fn done(&self, node: &str) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|name| *name != node);
+        self.step.message(&format!("asking {}", open.join(", ")));
+    }
 }
 
 /// Creates or truncates a file, and sets mode 0600 also on an existing file. Journals may contain secrets that

@@ -145,48 +145,92 @@ impl FleetStatus {
 
 impl fmt::Display for FleetStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.table(None))
+    }
+}
+
+impl FleetStatus {
+    /// Returns whether no machine of the fleet runs on this host.
+    #[must_use]
+    pub fn is_off(&self) -> bool {
+        self.nodes.iter().all(|row| row.state == MachineState::Off)
+    }
+
+    /// Returns the state of all nodes as a table. If it is wider than a terminal of `columns`, it leaves out addresses,
+    /// then roles, and puts each note on a line of its own.
+    #[must_use]
+    pub fn table(&self, columns: Option<usize>) -> String {
+        let rows: Vec<(&NodeRow, Vec<String>)> = self.nodes.iter().map(|row| (row, self.notes(row))).collect();
+        let width = |text: &dyn Fn(&NodeRow) -> usize| rows.iter().map(|(row, _)| text(row)).max().unwrap_or(0);
+        let notes = rows.iter().map(|(_, notes)| notes.join(" · ").chars().count()).max().unwrap_or(0);
+        let (name, roles) = (width(&|row| row.node.len()), width(&|row| row.roles.join("+").len()));
+        let address = width(&|row| row.address.len());
+        let fits = |used: usize| columns.is_none_or(|columns| used + notes <= columns);
+        let state = 9;
+        let indent = format!("\n{}", " ".repeat(name + 1 + state + 1));
+        let mut text = String::new();
+        for (row, notes) in &rows {
+            let (all, short) = (row.roles.join("+"), row.state.as_str());
+            let line = if fits(12.max(name) + 1 + 24.max(roles) + 1 + 15 + 1 + state + 1) {
+                format!("{:<12} {all:<24} {:<15} {short:<9} {}", row.node, row.address, notes.join(" · "))
+            } else if fits(name + 1 + roles + 1 + address + 1 + state + 1) {
+                let parts = format!("{:<name$} {all:<roles$} {:<address$} {short:<9}", row.node, row.address);
+                format!("{parts} {}", notes.join(" · "))
+            } else if fits(name + 1 + roles + 1 + state + 1) {
+                format!("{:<name$} {all:<roles$} {short:<9} {}", row.node, notes.join(" · "))
+            } else if fits(name + 1 + state + 1) {
+                format!("{:<name$} {short:<9} {}", row.node, notes.join(" · "))
+            } else {
+                format!("{:<name$} {short:<9} {}", row.node, notes.join(&indent))
+            };
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        for url in &self.urls {
+            text.push_str(&format!("{:<12} {url}\n", "Odoo"));
+        }
+        text
+    }
+
+    /// Returns what the table says about a node beside its state.
+    fn notes(&self, row: &NodeRow) -> Vec<String> {
         let standbys: Vec<&Standby> = self
             .nodes
             .iter()
             .filter_map(|n| if let Some(Database::Primary(with)) = &n.database { Some(with) } else { None })
             .flatten()
             .collect();
-        for row in &self.nodes {
-            let mut notes = Vec::new();
-            if row.vip {
-                notes.push("VIP".to_owned());
-            }
-            match &row.database {
-                Some(Database::Primary(_)) => notes.push("primary".to_owned()),
-                Some(Database::Standby) => match standbys.iter().find(|s| s.node == row.node) {
-                    Some(s) => {
-                        notes.push(format!("{}standby, {} behind", if s.sync { "sync " } else { "" }, bytes(s.lag)));
-                    }
-                    None => notes.push("standby, not replicating".to_owned()),
-                },
-                None => {}
-            }
-            if let Some(status) = self.odoo.get(&row.node) {
-                notes.push(format!("Odoo {}", status.to_lowercase()));
-            }
-            if row.state != MachineState::Ready && !row.message.is_empty() {
-                notes.push(row.message.clone());
-            }
-            let roles = row.roles.join("+");
-            let line = format!(
-                "{:<12} {:<24} {:<15} {:<9} {}",
-                row.node,
-                roles,
-                row.address,
-                row.state.as_str(),
-                notes.join(" · ")
-            );
-            writeln!(f, "{}", line.trim_end())?;
+        let mut notes = Vec::new();
+        if row.vip {
+            notes.push("VIP".to_owned());
         }
-        for url in &self.urls {
-            writeln!(f, "{:<12} {url}", "Odoo")?;
+        match &row.database {
+            Some(Database::Primary(_)) => notes.push("primary".to_owned()),
+            Some(Database::Standby) => match standbys.iter().find(|s| s.node == row.node) {
+                Some(s) => {
+                    notes.push(format!("{}standby, {} behind", if s.sync { "sync " } else { "" }, bytes(s.lag)));
+                }
+                None => notes.push("standby, not replicating".to_owned()),
+            },
+            None => {}
         }
-        Ok(())
+        // HAProxy needs some seconds to notice that a machine is off.
+        if let Some(status) = self.odoo.get(&row.node).filter(|_| row.state != MachineState::Off) {
+            notes.push(format!("Odoo {}", server_state(status)));
+        }
+        if row.state != MachineState::Ready && !row.message.is_empty() {
+            notes.push(row.message.clone());
+        }
+        notes
+    }
+}
+
+/// Returns HAProxy's status of a server in words. `UP 1/2`: one more failed check, and the server is down.
+fn server_state(status: &str) -> String {
+    match status.split_once(' ') {
+        Some(("UP", _)) => "going down".to_owned(),
+        Some(("DOWN", _)) => "coming up".to_owned(),
+        _ => status.to_lowercase(),
     }
 }
 
@@ -343,6 +387,37 @@ mod tests {
         for part in ["ready     VIP\n", "ready     primary\n", "sync standby, 12 B behind", "Odoo up", "https://127."] {
             assert!(text.contains(part), "{part}:\n{text}");
         }
+    }
+
+    #[test]
+    fn shows_no_odoo_on_a_machine_that_is_off() {
+        let mut status = healthy_fleet();
+        status.odoo.insert("app-1".to_owned(), "UP 1/2".to_owned());
+        assert!(status.to_string().contains("Odoo going down"), "{status}");
+        status.nodes[3].state = MachineState::Off;
+        status.nodes[3].message.clear();
+        let text = status.to_string();
+        let line = text.lines().find(|line| line.starts_with("app-1")).unwrap();
+        assert!(line.ends_with(" off"), "{text}");
+        assert!(!status.is_off());
+        status.nodes.iter_mut().for_each(|row| row.state = MachineState::Off);
+        assert!(status.is_off());
+        assert_eq!((server_state("DOWN 1/2"), server_state("DOWN")), ("coming up".to_owned(), "down".to_owned()));
+    }
+
+    #[test]
+    fn fits_terminals_of_48_and_100_columns() {
+        let mut status = healthy_fleet();
+        status.nodes[0].roles = ["voter", "hub", "update"].map(str::to_owned).to_vec();
+        status.odoo.insert("db-2".to_owned(), "UP 1/2".to_owned());
+        for columns in [48, 60, 100] {
+            let text = status.table(Some(columns));
+            assert!(text.lines().all(|line| line.chars().count() <= columns), "{columns}:\n{text}");
+            for part in ["hub-1", "ready", "VIP", "primary", "sync standby, 12 B behind", "Odoo going down"] {
+                assert!(text.contains(part), "{part} at {columns}:\n{text}");
+            }
+        }
+        assert!(status.table(Some(100)).contains("10.10.0.1") && !status.table(Some(48)).contains("10.10.0.1"));
     }
 
     #[test]

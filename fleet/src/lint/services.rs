@@ -33,14 +33,14 @@ impl Lint<'_> {
 
     /// Reports settings that Patroni rejects, or with which a slow primary loses its lease.
     pub(super) fn database(&mut self) {
-        let span = self.fleet.database.span();
+        let source = &self.fleet.source;
         let d = self.fleet.database.get_ref().clone();
         for (key, value, least) in
             [("ttl", d.ttl, 20), ("loop_wait", d.loop_wait, 1), ("retry_timeout", d.retry_timeout, 3)]
         {
             if value < least {
                 self.error(
-                    span.clone(),
+                    source.value(&["database", key]),
                     format!("[database] {key} = {value} s is less than Patroni allows"),
                     format!("set at least {key} = {least}"),
                 );
@@ -48,8 +48,10 @@ impl Lint<'_> {
         }
         let sum = u32::from(d.loop_wait) + 2 * u32::from(d.retry_timeout);
         if sum > u32::from(d.ttl) {
+            let keys = ["loop_wait", "retry_timeout", "ttl"].map(|key| source.value(&["database", key]));
+            let set = keys.iter().find(|span| **span != source.value(&["database"]));
             self.error(
-                span,
+                set.cloned().unwrap_or_default(),
                 format!(
                     "[database] loop_wait + 2 × retry_timeout is {sum} s, more than ttl ({} s): a slow primary would \
                      lose its lease",
@@ -62,63 +64,69 @@ impl Lint<'_> {
 
     pub(super) fn backup(&mut self) {
         let fleet = self.fleet;
-        let (backup, span) = (fleet.backup.get_ref(), fleet.backup.span());
+        let backup = fleet.backup.get_ref();
+        let at = |key: &str| fleet.source.value(&["backup", key]);
         let has_databases = self.topology.nodes.iter().any(|n| n.has_role("db"));
         if let (Some(node), Some(_)) = (&backup.node, &backup.s3) {
             self.error(
-                span.clone(),
+                at("node"),
                 format!("[backup] has both `node` (`{node}`) and `s3`"),
                 "leave one of them out".to_owned(),
             );
         }
         if let Some(node) = backup.node.as_ref().filter(|n| self.topology.node(n).is_none()) {
             let help = nearest(node, self.topology.nodes.iter().map(|n| n.name.as_str()));
-            self.error(span.clone(), format!("[backup] there is no node `{node}`"), help);
+            self.error(at("node"), format!("[backup] there is no node `{node}`"), help);
         }
         let keeper = self.topology.backup.node.as_ref().and_then(|n| self.topology.node(n)).cloned();
         if let Some(name) = keeper.as_ref().filter(|n| n.has_role("db")).map(|n| &n.name) {
             self.warning(
-                span.clone(),
+                at("node"),
                 format!("[backup] {name} has the database and its backups: the loss of one machine loses both"),
                 "name a node without the role `db`, or an S3 bucket".to_owned(),
             );
         }
         if has_databases && keeper.is_none() && backup.s3.is_none() && backup.node.is_none() {
             self.warning(
-                span.clone(),
+                at("node"),
                 "there are no backups: every node has the role `db`".to_owned(),
                 "add `[backup.s3]`, or name a node: `[backup] node = …`".to_owned(),
             );
         }
         if backup.keep == 0 {
-            self.error(span.clone(), "[backup] keep = 0 keeps no backup".to_owned(), "set at least 1".to_owned());
+            self.error(at("keep"), "[backup] keep = 0 keeps no backup".to_owned(), "set at least 1".to_owned());
         }
-        let s3 = backup.s3.iter().flat_map(|s| [&s.bucket, &s.endpoint, &s.region]);
-        for text in [&backup.full, &backup.incremental].into_iter().chain(&backup.restore).chain(s3) {
+        let s3 =
+            backup.s3.iter().flat_map(|s| [("bucket", &s.bucket), ("endpoint", &s.endpoint), ("region", &s.region)]);
+        for (key, text) in s3 {
             if text.is_empty() || text.contains(|c: char| c.is_control() || "\"'%\\$".contains(c)) {
                 self.error(
-                    span.clone(),
+                    fleet.source.value(&["backup", "s3", key]),
                     format!(
-                        "[backup] `{}` is empty, or has a quote, `%`, `\\`, `$` or a control character",
+                        "[backup.s3] `{}` is empty, or has a quote, `%`, `\\`, `$` or a control character",
                         text.escape_debug()
                     ),
                     None,
                 );
             }
         }
+        self.backup_times();
     }
 
     /// Reports machines that boot from the network whose node or group does not exist, and settings that exclude each
     /// other.
     pub(super) fn netboot(&mut self) {
         let netboot = self.fleet.netboot.get_ref();
-        let span = self.fleet.netboot.span();
+        let source = &self.fleet.source;
+        let at = |path: &[&str]| source.value(&[&["netboot"][..], path].concat());
         let nodes = &self.topology.nodes;
         let mut wrong = Vec::new();
-        for to in netboot.machines.values().chain(&netboot.others) {
+        let machines = netboot.machines.iter().map(|(machine, to)| (vec!["machines", machine.as_str()], to));
+        for (path, to) in machines.chain(netboot.others.iter().map(|to| (vec!["others"], to))) {
             if !nodes.iter().any(|n| n.name == *to || n.group == *to) {
                 let known: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
                 wrong.push((
+                    at(&path),
                     format!("[netboot] there is no node or group `{to}`"),
                     format!("there are {}", known.join(", ")),
                 ));
@@ -129,15 +137,17 @@ impl Lint<'_> {
             let good = |o: &&str| o.len() == 2 && o.chars().all(|c| c.is_ascii_digit() || ('a'..='f').contains(&c));
             if octets.len() != 6 || !octets.iter().all(good) {
                 wrong.push((
+                    source.key(&["netboot", "machines", name]),
                     format!("[netboot] `{name}` is not a MAC address"),
                     "write it in lower case, such as \"52:54:00:aa:bb:cc\"".to_owned(),
                 ));
             }
         }
         let mut seen = BTreeSet::new();
-        for to in netboot.machines.values().filter(|to| nodes.iter().any(|n| n.name == **to)) {
+        for (machine, to) in netboot.machines.iter().filter(|(_, to)| nodes.iter().any(|n| n.name == **to)) {
             if !seen.insert(to) {
                 wrong.push((
+                    at(&["machines", machine]),
                     format!("[netboot] two machines have the node `{to}`"),
                     "name a node once, or name its group".to_owned(),
                 ));
@@ -145,38 +155,45 @@ impl Lint<'_> {
         }
         for group in netboot.diskless.iter().filter(|g| !self.fleet.groups.contains_key(*g)) {
             let known: Vec<&str> = self.fleet.groups.keys().map(String::as_str).collect();
-            wrong.push((format!("[netboot] there is no group `{group}`"), format!("there are {}", known.join(", "))));
+            wrong.push((
+                at(&["diskless"]),
+                format!("[netboot] there is no group `{group}`"),
+                format!("there are {}", known.join(", ")),
+            ));
         }
         let vote = nodes.iter().find(|n| netboot.diskless.contains(&n.group) && self.topology.voters.contains(&n.name));
         if let Some(hub) = vote {
             wrong.push((
+                at(&["diskless"]),
                 format!("[netboot] {} has an etcd vote, and cannot run from memory", hub.name),
                 format!("remove `{}` from `diskless`: etcd keeps a vote on the disk", hub.group),
             ));
         }
         if !netboot.diskless.is_empty() && self.fleet.update.get_ref().url.is_some() {
             wrong.push((
+                at(&["diskless"]),
                 "[netboot] machines that run from memory take no updates: a rollout of [update] would wait for them"
                     .to_owned(),
                 "remove [update], and restart the machines one after the other from the newer image".to_owned(),
             ));
         }
-        for (message, help) in wrong {
-            self.error(span.clone(), message, help);
+        for (span, message, help) in wrong {
+            self.error(span, message, help);
         }
     }
 
     pub(super) fn services(&mut self) {
         let fleet = self.fleet;
         let odoo = fleet.odoo.get_ref();
-        for language in &odoo.languages {
+        let source = &fleet.source;
+        for (number, language) in odoo.languages.iter().enumerate() {
             let (main, rest) = language.split_once(['_', '@']).map_or((language.as_str(), None), |(m, r)| (m, Some(r)));
             let good = (2..=3).contains(&main.len())
                 && main.chars().all(|c| c.is_ascii_lowercase())
                 && rest.is_none_or(|r| !r.is_empty() && r.chars().all(|c| c.is_ascii_alphanumeric()));
             if !good {
                 self.error(
-                    fleet.odoo.span(),
+                    source.value(&["odoo", "languages", &number.to_string()]),
                     format!("[odoo] `{language}` is not a language"),
                     "write it as Odoo does, such as \"de\" or \"pt_BR\"".to_owned(),
                 );
@@ -184,33 +201,39 @@ impl Lint<'_> {
         }
         if !is_identifier(&odoo.database) {
             self.error(
-                fleet.odoo.span(),
+                source.value(&["odoo", "database"]),
                 format!("[odoo] `{}` cannot be a database's name", odoo.database),
                 "use lower-case letters, digits and `_`, a letter first".to_owned(),
             );
         }
-        for module in odoo.modules.iter().filter(|m| !is_identifier(m)) {
-            self.error(fleet.odoo.span(), format!("[odoo] `{module}` cannot be an add-on's name"), None);
+        for (number, module) in odoo.modules.iter().enumerate().filter(|(_, module)| !is_identifier(module)) {
+            let at = source.value(&["odoo", "modules", &number.to_string()]);
+            self.error(at, format!("[odoo] `{module}` cannot be an add-on's name"), None);
         }
-        for role in fleet.firewall.get_ref().open.iter().filter_map(|open| open.role.as_ref()) {
+        let open = fleet.firewall.get_ref().open.iter().enumerate();
+        for (number, role) in open.filter_map(|(number, open)| Some((number, open.role.as_ref()?))) {
             if !self.profiles.contains_key(role) {
                 let help = nearest(role, self.profiles.keys().map(String::as_str));
-                self.error(fleet.firewall.span(), format!("[firewall] there is no role `{role}`"), help);
+                let at = source.value(&["firewall", "open", &number.to_string(), "role"]);
+                self.error(at, format!("[firewall] there is no role `{role}`"), help);
             }
         }
         // A browser opens several connections in parallel.
         if fleet.web.get_ref().connections < 10 || fleet.web.get_ref().connections > 3000 {
             self.error(
-                fleet.web.span(),
+                source.value(&["web", "connections"]),
                 format!("[web] connections = {} is out of range", fleet.web.get_ref().connections),
                 "set 10 to 3000; the default is 150".to_owned(),
             );
         }
         let alerts = fleet.alerts.get_ref();
-        for url in alerts.webhooks.iter().chain(&alerts.dead_man) {
+        let hook = |(number, url)| (source.value(&["alerts", "webhooks", &format!("{number}")]), url);
+        let webhooks = alerts.webhooks.iter().enumerate().map(hook);
+        let dead_man = alerts.dead_man.iter().map(|url| (source.value(&["alerts", "dead_man"]), url));
+        for (at, url) in webhooks.chain(dead_man) {
             if !(url.starts_with("http://") || url.starts_with("https://")) || url.contains(char::is_whitespace) {
                 self.error(
-                    fleet.alerts.span(),
+                    at,
                     format!("[alerts] `{url}` is not an address"),
                     "begin it with https:// or http://".to_owned(),
                 );
@@ -220,22 +243,15 @@ impl Lint<'_> {
         // The URL goes into the transfer files of systemd-sysupdate, unquoted.
         if let Some(url) = update.url.as_ref().filter(|url| !is_address(url)) {
             self.error(
-                fleet.update.span(),
+                source.value(&["update", "url"]),
                 format!("[update] `{}` is not an address", url.escape_debug()),
                 "begin it with https:// or http://, and use only letters, digits and -._~:/[]".to_owned(),
-            );
-        }
-        if update.when.is_empty() || update.when.contains(|c: char| c.is_control() || c == '%') {
-            self.error(
-                fleet.update.span(),
-                format!("[update] `{}` is not a time", update.when.escape_debug()),
-                "write it as systemd does, such as \"*:0/5\" or \"Sun *-*-* 02..04:0/5\"".to_owned(),
             );
         }
         let watched = self.topology.nodes.iter().any(|n| n.has_role("monitor"));
         if watched && alerts.email.is_none() && alerts.webhooks.is_empty() {
             self.warning(
-                fleet.alerts.span(),
+                source.value(&["alerts"]),
                 "[alerts] has no receiver: failures raise no message".to_owned(),
                 "add `[alerts] webhooks = [\"https://…\"]` or `[alerts.email]`".to_owned(),
             );
@@ -253,7 +269,7 @@ impl Lint<'_> {
         ] {
             if promised < takes {
                 self.error(
-                    self.fleet.promise.span(),
+                    self.fleet.source.value(&["promise", key]),
                     format!("[promise] {key} = {promised} s is too short: it may take {takes} s ({why})"),
                     if key == "database" {
                         format!("set at least {takes}, or lower [database] ttl (now {ttl}, at least 20)")

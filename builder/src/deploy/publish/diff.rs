@@ -7,6 +7,7 @@ use std::path::Path;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use fleet::compare_versions;
 
@@ -43,6 +44,9 @@ pub(super) struct Contents {
     migrations: Vec<String>,
     #[serde(default)]
     restore: Option<String>,
+    /// Settings of the fleet; missing in manifests of earlier versions of bakehouse.
+    #[serde(default)]
+    settings: Option<Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -79,6 +83,8 @@ pub struct Comparison {
     pub changed: Vec<String>,
     /// Baked files that differ, with the prefix `+`, `-` or `~`.
     pub files: Vec<String>,
+    /// Settings of `fleet.toml` that differ: `section.key old → new`.
+    pub settings: Vec<String>,
     /// Reasons why nodes of the old version cannot change to the new one.
     pub obstacles: Vec<String>,
     /// Changes that a rollback does not undo.
@@ -112,6 +118,7 @@ impl Comparison {
             removed: Vec::new(),
             changed: Vec::new(),
             files: Vec::new(),
+            settings: Vec::new(),
             obstacles: Vec::new(),
             one_way: Vec::new(),
         };
@@ -137,6 +144,9 @@ impl Comparison {
                 _ => continue,
             };
             found.files.push(format!("{sign} /{path}"));
+        }
+        if let (Some(was), Some(is)) = (&old.settings, &new.settings) {
+            changed_settings("", was, is, &mut found.settings);
         }
         if old.kernel != new.kernel {
             found.changed.push(format!("kernel {} → {}", old.kernel, new.kernel));
@@ -177,10 +187,10 @@ impl Comparison {
         }
         if old.sizes.root_slot != new.sizes.root_slot {
             found.obstacles.push(format!(
-                "the root partitions would change from {} to {} MiB, but a node creates them only at its first boot; \
+                "the root partitions would change from {:.1} to {:.1} MB, but a node creates them only at its first boot; \
                  set `[image] root_size = \"{}M\"`",
-                old.sizes.root_slot >> 20,
-                new.sizes.root_slot >> 20,
+                old.sizes.root_slot as f64 / 1e6,
+                new.sizes.root_slot as f64 / 1e6,
                 old.sizes.root_slot >> 20
             ));
         }
@@ -224,6 +234,26 @@ impl Comparison {
     }
 }
 
+/// Adds a line for each value that differs. `path` names the value: `section.key`.
+fn changed_settings(path: &str, was: &Value, is: &Value, lines: &mut Vec<String>) {
+    let shown = |value: &Value| match value {
+        Value::Null => "none".to_owned(),
+        Value::String(text) => text.clone(),
+        value => value.to_string(),
+    };
+    match (was, is) {
+        (Value::Object(before), Value::Object(after)) => {
+            for key in before.keys().chain(after.keys()).collect::<BTreeSet<_>>() {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                let (was, is) = (before.get(key).unwrap_or(&Value::Null), after.get(key).unwrap_or(&Value::Null));
+                changed_settings(&path, was, is, lines);
+            }
+        }
+        (was, is) if was != is => lines.push(format!("{path} {} → {}", shown(was), shown(is))),
+        _ => {}
+    }
+}
+
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(from) = &self.from else {
@@ -239,6 +269,9 @@ impl fmt::Display for Comparison {
                 writeln!(f, "  {title:<8} {line}")?;
             }
         }
+        for line in &self.settings {
+            writeln!(f, "  setting  {line}")?;
+        }
         for line in &self.files {
             writeln!(f, "  file     {line}")?;
         }
@@ -249,5 +282,53 @@ impl fmt::Display for Comparison {
             writeln!(f, "  REFUSED  {line}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::assemble::manifest::settings;
+    use serde_json::json;
+
+    #[test]
+    fn names_the_settings_that_differ() {
+        let topology = |more: &str| {
+            let toml = format!("name = \"x\"\n[groups.hub]\ncount = 1\nendpoints = [\"a.acme.com\"]\n{more}");
+            settings(&fleet::Topology::of(&fleet::Fleet::parse("f", toml.as_bytes()).unwrap()))
+        };
+        let changes = |more: &str| {
+            let mut lines = Vec::new();
+            changed_settings("", &topology(""), &topology(more), &mut lines);
+            lines
+        };
+        assert_eq!(changes(""), Vec::<String>::new());
+        assert_eq!(changes("[vip]\naddress = \"10.10.0.200\"\n"), ["vip.address 10.10.0.100 → 10.10.0.200"]);
+        assert_eq!(
+            changes("[odoo]\nlanguages = [\"de\"]\n[update]\nurl = \"http://u.acme.com/\"\n[database]\nttl = 30\n"),
+            ["database.ttl 20 → 30", "odoo.languages [] → [\"de\"]", "update.url none → http://u.acme.com"]
+        );
+    }
+
+    #[test]
+    fn a_plan_lists_settings_also_beside_a_manifest_of_an_earlier_version() {
+        let contents = |settings: Option<Value>| {
+            let mut manifest = json!({
+                "id": "x-db", "version": "1", "group": "db", "kernel": "6.12", "roothash": "0".repeat(64),
+                "sizes": { "root_slot": 1 << 20, "root": 8192, "uki": 4096 },
+                "packages": [], "files": {}, "nodes": {}, "state": 2, "mesh": "10.10.0.0/24",
+            });
+            if let Some(settings) = settings {
+                manifest["settings"] = settings;
+            }
+            serde_json::from_value::<Contents>(manifest).unwrap()
+        };
+        let new = contents(Some(json!({ "vip": { "address": "10.10.0.200" } })));
+        assert!(Comparison::of(Some(&contents(None)), &new).settings.is_empty());
+        let old = contents(Some(json!({ "vip": { "address": "10.10.0.100" } })));
+        let mut comparison = Comparison::of(Some(&old), &new);
+        comparison.files.push("~ /usr/lib/bakehouse/fleet.json".to_owned());
+        let text = comparison.to_string();
+        assert!(text.contains("  setting  vip.address 10.10.0.100 → 10.10.0.200\n  file     ~ /usr/lib"), "{text}");
     }
 }

@@ -55,6 +55,12 @@ pub struct Published {
     pub bytes: u64,
 }
 
+/// Returns whether the folder has a version of one of these images' groups.
+#[must_use]
+pub fn has_version(dir: &Path, images: &[BuiltImage]) -> bool {
+    images.iter().any(|image| dir.join(&image.group).join(NEWEST).exists())
+}
+
 /// Compares an image with the published one of its group.
 ///
 /// # Errors
