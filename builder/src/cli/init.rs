@@ -58,9 +58,12 @@ pub(super) fn init(
     }
     files.add(&ignored, if is_missing { FileState::Created } else { FileState::Kept });
     let project = Project::load(dir)?;
+    let had_schema = project.dir.join(reference::SCHEMA).exists();
     if let Some(schema) = reference::refresh_schema(&project)? {
-        unchanged = false;
+        files.add(&schema, if had_schema { FileState::Changed } else { FileState::Created });
         progress.say("init", &format!("{}: with it, editors complete and check fleet.toml", schema.display()));
+    } else if had_schema {
+        files.add(&project.dir.join(reference::SCHEMA), FileState::Kept);
     }
     let key = project.dir.join(FleetKey::FILE);
     if FleetKey::init(&project.dir, &project.topology.name, passphrase)? {

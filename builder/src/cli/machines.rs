@@ -6,9 +6,9 @@ use super::args::MirrorArg;
 use super::build::images_of;
 use super::context::Context;
 use super::next;
+use super::output::print;
 use super::results::{CommandResult, ConsoleResult, DownResult, Event, ExecResult, ReportResult};
 use crate::error::{Error, Result};
-use crate::util::terminal::columns;
 use crate::vm::{self, report};
 
 /// Builds missing images and starts machines.

@@ -21,7 +21,7 @@ use crate::util::json::pretty_json;
 
 /// First line of the `fleet.toml` that `bakehouse init` writes. Editors find the schema by it.
 pub(super) const DIRECTIVE: &str = "#:schema ./fleet.schema.json\n";
-const SCHEMA: &str = "fleet.schema.json";
+pub(super) const SCHEMA: &str = "fleet.schema.json";
 /// The agent's page, in the overlay that brings the agent into every image.
 const AGENT_PAGE: &str = "overlays/firstboot/usr/share/man/man8/firstboot.8";
 
