@@ -4,7 +4,7 @@
 //! A test (`src/layers.rs`) fails if a listed file imports a file that is not listed.
 
 /// A step whose results the store keeps, and the step's code.
-pub struct Step {
+pub(crate) struct Step {
     /// The build script sets the environment variable `CODE_NAME` to the hash.
     pub name: &'static str,
     /// Files and folders, relative to `builder/`.
@@ -14,7 +14,7 @@ pub struct Step {
 }
 
 /// All steps.
-pub const STEPS: [Step; 7] = [
+pub(crate) const STEPS: [Step; 7] = [
     Step {
         name: "COMPOSE",
         code: &[

@@ -1,3 +1,5 @@
+//! The command `bakehouse`.
+
 use std::process::ExitCode;
 
 use builder::{cli, sandbox, worker};

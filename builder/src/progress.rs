@@ -189,7 +189,7 @@ impl RunningStep {
 }
 
 /// Prints a line on standard error. A closed standard error does not stop the build.
-pub fn line(text: &str) {
+pub(crate) fn line(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 

@@ -16,7 +16,7 @@ use crate::store::{Kind, Store};
 use crate::util::digest::Key;
 
 /// The unpacked tools.
-pub struct Tools {
+pub(crate) struct Tools {
     /// Key in the store: a digest of the tools' packages and of the code.
     pub key: String,
     dir: PathBuf,
@@ -35,7 +35,7 @@ impl Tools {
     ///
     /// # Errors
     /// If a package cannot be unpacked.
-    pub fn prepare(lock: &Lock, store: &Store, progress: &Progress) -> Result<Self> {
+    pub(crate) fn prepare(lock: &Lock, store: &Store, progress: &Progress) -> Result<Self> {
         let key = Self::key_of(lock);
         let _guard = store.lock(Kind::Tools, &key)?;
         if let Some(dir) = store.get(Kind::Tools, &key) {
@@ -55,13 +55,13 @@ impl Tools {
 
     /// Returns the path of a file of the tools.
     #[must_use]
-    pub fn file(&self, path: &str) -> PathBuf {
+    pub(crate) fn file(&self, path: &str) -> PathBuf {
         self.dir.join(path)
     }
 
     /// Returns a command that runs a program of the tools (`usr/bin/x`).
     #[must_use]
-    pub fn command(&self, program: &str) -> Command {
+    pub(crate) fn command(&self, program: &str) -> Command {
         let libraries = self.dir.join("usr/lib/x86_64-linux-gnu");
         let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
         command

@@ -413,8 +413,12 @@ mod tests {
 
     #[test]
     fn accepts_and_rejects_calendar_events() {
-        GOOD.iter().for_each(|text| assert!(is_calendar_event(text), "{text}"));
-        BAD.iter().for_each(|text| assert!(!is_calendar_event(text), "{text}"));
+        for text in GOOD {
+            assert!(is_calendar_event(text), "{text}");
+        }
+        for text in BAD {
+            assert!(!is_calendar_event(text), "{text}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::network::in_own_network;
-use bakehouse_tests::site::{HUB_PORT, TestCluster, hub_address};
+use bakehouse_tests::site::{HUB_PORT, TestCluster};
 use firstboot::client::etcd::{Etcd, Op};
 use firstboot::hub::claims::SlotAllocator;
 use firstboot::hub::departures::Identified;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::network::in_own_network;
-use bakehouse_tests::site::{HUB_PORT, TestCluster, hub_address};
+use bakehouse_tests::site::TestCluster;
 use firstboot::client::etcd::{Compare, Etcd, Op};
 use firstboot::hub::fence::{self, Fence, FenceState};
 use firstboot::node::neighbours::PeerTable;

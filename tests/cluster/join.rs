@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::network::in_own_network;
-use bakehouse_tests::site::{HUB_PORT, TestCluster, TestJoiner, ask, granted, hub_address, insist, refused};
+use bakehouse_tests::site::{HUB_PORT, TestCluster, TestJoiner, ask, granted, insist, refused};
 use firstboot::node::hubs::Hubs;
 use firstboot::node::identity::identity;
 use firstboot::node::image::{Image, ImageInfo};

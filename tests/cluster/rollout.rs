@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use bakehouse_tests::network::in_own_network;
-use bakehouse_tests::site::{HUB_PORT, TestCluster, hub_address};
+use bakehouse_tests::site::TestCluster;
 use fleet::{Issuer, PROTOCOL, Report, RolloutOrder, UpdateDecision, UpdateState};
 
 /// All nodes request the update lock from all hubs at the same time, and one node gets it until it returns it.

@@ -15,18 +15,18 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 /// Targets of the attacks on the host.
-pub struct Aim<'a> {
+pub(crate) struct Aim<'a> {
     secret: &'a str,
     port: &'a str,
     socket: &'a str,
 }
 
 /// `Ok` says how the attack broke out of the sandbox, `Err` why it failed.
-pub type Outcome = Result<String, String>;
+pub(crate) type Outcome = Result<String, String>;
 
-pub type Attack = (&'static str, fn(&Aim) -> Outcome);
+pub(crate) type Attack = (&'static str, fn(&Aim) -> Outcome);
 
-pub const ALL: [Attack; 17] = [
+pub(crate) const ALL: [Attack; 17] = [
     ("write /proc/sys/kernel/core_pattern", |_| writable("/proc/sys/kernel/core_pattern")),
     ("write /proc/sysrq-trigger", |_| writable("/proc/sysrq-trigger")),
     ("read the kernel's memory, symbols and keys", |_| {
@@ -51,7 +51,7 @@ pub const ALL: [Attack; 17] = [
     ("gain capabilities in a user namespace", |_| done("created", unshare(CloneFlags::CLONE_NEWUSER))),
 ];
 
-pub fn run(name: &str, more: &[&str]) -> ExitCode {
+pub(crate) fn run(name: &str, more: &[&str]) -> ExitCode {
     match (name, more) {
         ("all", [secret, port, socket]) => {
             let aim = Aim { secret, port, socket };

@@ -11,7 +11,7 @@ use tar::{Builder, EntryType, Header};
 use crate::libraries;
 
 /// A Debian package. [`Deb::build`] writes it.
-pub struct Deb {
+pub(crate) struct Deb {
     path: PathBuf,
     name: String,
     data: Builder<Vec<u8>>,
@@ -20,7 +20,7 @@ pub struct Deb {
 }
 
 impl Deb {
-    pub fn new(path: &Path, name: &str) -> Self {
+    pub(crate) fn new(path: &Path, name: &str) -> Self {
         let data = Builder::new(Vec::new());
         Self { path: path.to_owned(), name: name.to_owned(), data, postinst: None, sha256: String::new() }
     }
@@ -55,7 +55,7 @@ impl Deb {
         self
     }
 
-    pub fn file(self, path: &str, content: &str) -> Self {
+    pub(crate) fn file(self, path: &str, content: &str) -> Self {
         self.entry(EntryType::Regular, 0o644, path, "", content.as_bytes())
     }
 
@@ -63,24 +63,24 @@ impl Deb {
         self.entry(EntryType::Regular, 0o755, path, "", content)
     }
 
-    pub fn link(self, path: &str, target: &str) -> Self {
+    pub(crate) fn link(self, path: &str, target: &str) -> Self {
         self.entry(EntryType::Symlink, 0o777, path, target, b"")
     }
 
-    pub fn hard_link(self, path: &str, target: &str) -> Self {
+    pub(crate) fn hard_link(self, path: &str, target: &str) -> Self {
         self.entry(EntryType::Link, 0o644, path, target, b"")
     }
 
-    pub fn device(self, path: &str) -> Self {
+    pub(crate) fn device(self, path: &str) -> Self {
         self.entry(EntryType::Block, 0o666, path, "", b"")
     }
 
-    pub fn postinst(mut self, lines: &str) -> Self {
+    pub(crate) fn postinst(mut self, lines: &str) -> Self {
         self.postinst = Some(format!("#!/bin/sh\nset -e\n{lines}\n"));
         self
     }
 
-    pub fn build(mut self) -> Self {
+    pub(crate) fn build(mut self) -> Self {
         let mut control = Builder::new(Vec::new());
         let text = format!(
             "Package: {}\nVersion: 1\nArchitecture: amd64\nMaintainer: Test <test@example.org>\nDescription: a test\n",
@@ -112,20 +112,20 @@ impl Deb {
         self
     }
 
-    pub fn package(&self) -> PackageFile {
+    pub(crate) fn package(&self) -> PackageFile {
         PackageFile { path: self.path.clone(), sha256: self.sha256.clone(), essential: false }
     }
 }
 
 /// Returns the path on a system with merged /usr.
-pub fn merged(path: &str) -> String {
+pub(crate) fn merged(path: &str) -> String {
     let path = path.trim_start_matches('/');
     if path.starts_with("usr/") { path.to_owned() } else { format!("usr/{path}") }
 }
 
 /// Builds a package with this host's programs that dpkg needs to configure packages, and with this test's binary as
 /// `/usr/bin/attack`.
-pub fn tools(path: &Path) -> Deb {
+pub(crate) fn tools(path: &Path) -> Deb {
     let mut deb = Deb::new(path, "aaa-tools");
     let mut libraries_of_all = std::collections::BTreeMap::new();
     let own = std::env::current_exe().expect("this program");

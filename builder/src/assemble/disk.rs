@@ -29,7 +29,7 @@ const BIOS_GUID: Uuid = uuid!("ba4e4005-e000-4000-8000-0000000000b5");
 const READ_ONLY: u64 = 1 << 60;
 
 /// Contents of the disk.
-pub struct Content<'a> {
+pub(crate) struct Content<'a> {
     /// Prefix of the partition labels: `name_version`.
     pub label: &'a str,
     /// File system of root A, a file.
@@ -50,7 +50,7 @@ pub struct Content<'a> {
 ///
 /// # Errors
 /// If the content does not fit its partition, a tool fails, or the image cannot be written.
-pub fn write(out: &Path, slots: PartitionSizes, content: &Content, tools: &Tools, scratch: &Path) -> Result<()> {
+pub(crate) fn write(out: &Path, slots: PartitionSizes, content: &Content, tools: &Tools, scratch: &Path) -> Result<()> {
     let file = OpenOptions::new()
         .create(true)
         .truncate(true)

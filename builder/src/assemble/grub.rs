@@ -17,11 +17,11 @@ use crate::util::process::run;
 const RECORD: usize = 440;
 const SECTOR: usize = 512;
 /// The first free sector between the GPT and the partitions.
-pub const CORE_SECTOR: u64 = 34;
+pub(crate) const CORE_SECTOR: u64 = 34;
 
 /// Position of GRUB's script in a UKI, in bytes. It must never change, because updates replace the UKI but not the
 /// disk's GRUB.
-pub const SCRIPT: Range<usize> = 256 << 10..260 << 10;
+pub(crate) const SCRIPT: Range<usize> = 256 << 10..260 << 10;
 
 /// Modules with which GRUB reads its configuration from the ESP, counts boot attempts, and loads Linux.
 const MODULES: [&str; 12] = [
@@ -67,7 +67,7 @@ reboot
 "#;
 
 /// Boot sectors of a disk.
-pub struct BootSector {
+pub(crate) struct BootSector {
     /// Code of the master boot record.
     pub record: [u8; RECORD],
     /// GRUB's core, which the record loads from [`CORE_SECTOR`]. Empty if the record only prints an error.
@@ -78,7 +78,7 @@ pub struct BootSector {
 ///
 /// # Errors
 /// If grub-mkimage fails, or its output has an unknown layout.
-pub fn grub(tools: &Tools, scratch: &Path) -> Result<BootSector> {
+pub(crate) fn grub(tools: &Tools, scratch: &Path) -> Result<BootSector> {
     let modules = tools.file("usr/lib/grub/i386-pc");
     let path = scratch.join("core");
     let mut make = tools.command("usr/bin/grub-mkimage");
@@ -116,7 +116,7 @@ fn install(boot: &[u8], core: &mut [u8]) -> Option<[u8; RECORD]> {
 ///
 /// # Errors
 /// If the name is too long.
-pub fn files(image: &str) -> Result<[(String, Vec<u8>); 2]> {
+pub(crate) fn files(image: &str) -> Result<[(String, Vec<u8>); 2]> {
     let block = Block { good: image.to_owned(), ..Block::default() };
     let block = block.render().map_err(Error::cannot("make GRUB's environment block"))?;
     Ok([("grub/grub.cfg".to_owned(), CONFIG.into()), (fleet::grubenv::BLOCK.to_owned(), block)])
@@ -127,7 +127,7 @@ pub fn files(image: &str) -> Result<[(String, Vec<u8>); 2]> {
 ///
 /// # Errors
 /// If GRUB would change an option of the kernel.
-pub fn script(cmdline: &str, kernel: &Range<usize>, initrd: &Range<usize>) -> Result<String> {
+pub(crate) fn script(cmdline: &str, kernel: &Range<usize>, initrd: &Range<usize>) -> Result<String> {
     if let Some(word) = cmdline.split_whitespace().find(|word| word.contains(['\'', '"', '\\'])) {
         return fail(format!(
             "`cmdline` of a profile: {word}: GRUB, which starts the image on a legacy BIOS, cannot pass quotes and \
@@ -155,7 +155,7 @@ const ORIGIN: u16 = 0x7c00;
 
 /// Returns a boot record that prints an error and halts.
 #[must_use]
-pub fn refusal() -> BootSector {
+pub(crate) fn refusal() -> BootSector {
     const LENGTH: usize = 25;
     let [low, high] = (ORIGIN + LENGTH as u16).to_le_bytes();
     let code: [u8; LENGTH] = [

@@ -40,7 +40,7 @@ const LIBRARY_DIRS: [&str; 3] = ["usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib
 const UNIT_DIR: &str = "usr/lib/systemd/system";
 
 /// Contents of an initrd.
-pub struct InitrdSpec<'a> {
+pub(crate) struct InitrdSpec<'a> {
     /// Recipes: path and content. A later recipe adds to the earlier ones.
     pub recipes: Vec<(&'static str, &'a [u8])>,
     /// Programs that are not part of the image: path and content.
@@ -50,7 +50,7 @@ pub struct InitrdSpec<'a> {
 }
 
 /// The tree and the tools for an initrd.
-pub struct Source<'a> {
+pub(crate) struct Source<'a> {
     /// The packages' tree, from which files are copied.
     pub tree: &'a Tree,
     /// The layer of the tree.
@@ -66,7 +66,7 @@ impl InitrdSpec<'_> {
     ///
     /// # Errors
     /// If a recipe is invalid or names a file that the image does not have, or zstd fails.
-    pub fn build(&self, source: &Source, store: &Store, progress: &Progress, scratch: &Path) -> Result<Vec<u8>> {
+    pub(crate) fn build(&self, source: &Source, store: &Store, progress: &Progress, scratch: &Path) -> Result<Vec<u8>> {
         let mut key = Key::new(CODE);
         key.add("layer", &source.layer.key).add("tools", &source.tools.key);
         for (path, text) in &self.recipes {

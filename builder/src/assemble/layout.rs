@@ -8,15 +8,15 @@ use crate::project::{ImageSpec, Project};
 
 const MIB: u64 = 1 << 20;
 /// Size of the ESP in bytes: two versions of a metal node's UKI, and a third one during an update.
-pub const ESP_SIZE: u64 = 256 * MIB;
+pub(crate) const ESP_SIZE: u64 = 256 * MIB;
 /// Start of the ESP in bytes.
-pub const ESP_START: u64 = MIB;
+pub(crate) const ESP_START: u64 = MIB;
 /// Start of root A in bytes.
-pub const ROOT_START: u64 = ESP_START + ESP_SIZE;
+pub(crate) const ROOT_START: u64 = ESP_START + ESP_SIZE;
 
 /// Sizes of root A and root B in bytes. They do not change after the installation.
 #[derive(Clone, Copy, Debug)]
-pub struct PartitionSizes {
+pub(crate) struct PartitionSizes {
     /// Size of a root partition.
     pub root: u64,
     /// Size of the partition with the hash tree of a root.
@@ -26,33 +26,33 @@ pub struct PartitionSizes {
 impl PartitionSizes {
     /// Returns the sizes for a root of at least `root` bytes.
     #[must_use]
-    pub fn of(root: u64) -> Self {
+    pub(crate) fn of(root: u64) -> Self {
         let root = root.next_multiple_of(MIB);
         Self { root, verity: tree_size(root).next_multiple_of(MIB) }
     }
 
     /// Returns the start of root A's verity tree in bytes.
     #[must_use]
-    pub fn verity_start(&self) -> u64 {
+    pub(crate) fn verity_start(&self) -> u64 {
         ROOT_START + self.root
     }
 
     /// Returns the size of the image in bytes. The GPT and its copy need 1 MiB each.
     #[must_use]
-    pub fn disk(&self) -> u64 {
+    pub(crate) fn disk(&self) -> u64 {
         ESP_SIZE + self.root + self.verity + 2 * MIB
     }
 
     /// Returns the size of a machine's disk in bytes: the image, root B, and `var` bytes for /var.
     #[must_use]
-    pub fn machine_disk(&self, var: u64) -> u64 {
+    pub(crate) fn machine_disk(&self, var: u64) -> u64 {
         self.disk() + self.root + self.verity + var.next_multiple_of(MIB)
     }
 }
 
 /// Returns the name of a group's image, which is also the prefix of its partition labels.
 #[must_use]
-pub fn image_id(project: &Project, group: &str) -> String {
+pub(crate) fn image_id(project: &Project, group: &str) -> String {
     format!("{}-{group}", project.topology.name)
 }
 
@@ -60,7 +60,7 @@ pub fn image_id(project: &Project, group: &str) -> String {
 ///
 /// # Errors
 /// If no profile has a size.
-pub fn slots(project: &Project, recipe: &ImageSpec) -> Result<PartitionSizes> {
+pub(crate) fn slots(project: &Project, recipe: &ImageSpec) -> Result<PartitionSizes> {
     let configured = project.fleet.image.root_size.as_ref().map(|s| s.get_ref().as_str());
     let size = match configured {
         Some(size) => parse_size(size),
@@ -71,6 +71,6 @@ pub fn slots(project: &Project, recipe: &ImageSpec) -> Result<PartitionSizes> {
 
 /// Returns the minimum size of /var in bytes: the sum of the roles' sizes.
 #[must_use]
-pub fn var_size(recipe: &ImageSpec) -> u64 {
+pub(crate) fn var_size(recipe: &ImageSpec) -> u64 {
     recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).sum()
 }

@@ -11,7 +11,7 @@ use crate::packages::lock::Package;
 
 /// `NAME_VERSION.manifest.json`.
 #[derive(Serialize)]
-pub struct Manifest<'a> {
+pub(crate) struct Manifest<'a> {
     /// Format of the manifest.
     pub format: u32,
     /// Name of the image, which prefixes its files and partition labels.
@@ -62,7 +62,7 @@ pub struct Manifest<'a> {
 
 /// Sizes in bytes.
 #[derive(Serialize)]
-pub struct Sizes {
+pub(crate) struct Sizes {
     /// The whole disk image.
     pub disk: u64,
     /// A root partition.
@@ -77,7 +77,7 @@ pub struct Sizes {
 
 /// Returns the settings of a fleet that are in every image.
 #[must_use]
-pub fn settings(topology: &Topology) -> Value {
+pub(crate) fn settings(topology: &Topology) -> Value {
     let mesh = &topology.mesh;
     let endpoints: BTreeMap<&str, &str> =
         topology.nodes.iter().filter_map(|node| Some((node.name.as_str(), node.endpoint.as_deref()?))).collect();
@@ -97,7 +97,7 @@ pub fn settings(topology: &Topology) -> Value {
 
 /// Returns the packages in the form of the manifest.
 #[must_use]
-pub fn package_list(packages: &[&Package]) -> Vec<Value> {
+pub(crate) fn package_list(packages: &[&Package]) -> Vec<Value> {
     packages
         .iter()
         .map(|p| json!({ "name": p.name, "version": p.version, "arch": p.arch, "suite": p.suite, "sha256": p.sha256 }))

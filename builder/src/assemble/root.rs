@@ -16,7 +16,7 @@ use crate::util::digest::Key;
 use crate::util::process::run;
 
 /// Inputs of a root file system.
-pub struct Erofs<'a> {
+pub(crate) struct Erofs<'a> {
     /// The unpacked and configured packages.
     pub layer: &'a Layer,
     /// Programs of the lock, among them mkfs.erofs.
@@ -30,7 +30,7 @@ pub struct Erofs<'a> {
 }
 
 /// A root file system and its dm-verity data.
-pub struct Root {
+pub(crate) struct Root {
     /// File with the file system.
     pub path: PathBuf,
     /// Size in bytes.
@@ -46,7 +46,7 @@ impl Erofs<'_> {
     ///
     /// # Errors
     /// If mkfs.erofs fails, or a file cannot be read or written.
-    pub fn root(&self, baked_tar: &Path, scratch: &Path) -> Result<Root> {
+    pub(crate) fn root(&self, baked_tar: &Path, scratch: &Path) -> Result<Root> {
         let base = self.packages()?;
         let path = scratch.join("root.erofs");
         fs::copy(base.join("root.erofs"), &path).map_err(Error::io("copy", &base))?;
@@ -62,7 +62,7 @@ impl Erofs<'_> {
     ///
     /// # Errors
     /// If mkfs.erofs fails, or a file cannot be read or written.
-    pub fn packages(&self) -> Result<PathBuf> {
+    pub(crate) fn packages(&self) -> Result<PathBuf> {
         let key = Key::new(env!("CODE_EROFS"))
             .add("layer", &self.layer.key)
             .add("tools", &self.tools.key)

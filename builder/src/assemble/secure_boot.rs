@@ -22,7 +22,7 @@ const GLOBAL: Uuid = uuid!("8be4df61-93ca-11d2-aa0d-00e098032b8c");
 const IMAGE_SECURITY: Uuid = uuid!("d719b2cb-3d3a-4596-a3bc-dad00e67656f");
 
 /// The fleet's key and certificate for Secure Boot.
-pub struct Signer {
+pub(crate) struct Signer {
     key: PathBuf,
     certificate: PathBuf,
 }
@@ -30,7 +30,7 @@ pub struct Signer {
 impl Signer {
     /// Returns the signer of `[secure_boot]`.
     #[must_use]
-    pub fn of(project: &Project) -> Option<Self> {
+    pub(crate) fn of(project: &Project) -> Option<Self> {
         let given = project.fleet.secure_boot.as_ref()?;
         Some(Self { key: project.dir.join(&given.key), certificate: project.dir.join(&given.certificate) })
     }
@@ -39,7 +39,7 @@ impl Signer {
     ///
     /// # Errors
     /// If openssl fails, or a file cannot be written.
-    pub fn init(&self, fleet: &str) -> Result<bool> {
+    pub(crate) fn init(&self, fleet: &str) -> Result<bool> {
         if self.key.exists() && self.certificate.exists() {
             return Ok(false);
         }
@@ -62,7 +62,7 @@ impl Signer {
 
     /// Returns the path of the key.
     #[must_use]
-    pub fn key(&self) -> &Path {
+    pub(crate) fn key(&self) -> &Path {
         &self.key
     }
 
@@ -70,7 +70,7 @@ impl Signer {
     ///
     /// # Errors
     /// If the certificate cannot be read.
-    pub fn id(&self) -> Result<String> {
+    pub(crate) fn id(&self) -> Result<String> {
         Ok(sha256(&self.certificate()?))
     }
 
@@ -89,7 +89,7 @@ impl Signer {
     ///
     /// # Errors
     /// If the key cannot be read, or does not match the certificate.
-    pub fn sign(&self, tools: &Tools, program: &[u8], epoch: u64) -> Result<Vec<u8>> {
+    pub(crate) fn sign(&self, tools: &Tools, program: &[u8], epoch: u64) -> Result<Vec<u8>> {
         let dir = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
         let (from, to) = (dir.path().join("program"), dir.path().join("signed"));
         fs::write(&from, program).map_err(Error::io("write", &from))?;
@@ -108,7 +108,7 @@ impl Signer {
     ///
     /// # Errors
     /// As [`Self::sign`].
-    pub fn enrolment(&self, tools: &Tools) -> Result<BTreeMap<String, Vec<u8>>> {
+    pub(crate) fn enrolment(&self, tools: &Tools) -> Result<BTreeMap<String, Vec<u8>>> {
         let list = signature_list(&self.certificate()?);
         let file = |(name, vendor): (&str, Uuid)| {
             let signature = self.signature(tools, &signed_part(name, vendor, &list))?;

@@ -12,7 +12,7 @@ use crate::util::time::rfc3339;
 ///
 /// # Errors
 /// If the document cannot be serialised; does not happen with these values.
-pub fn spdx(id: &str, version: &str, epoch: u64, packages: &[&Package]) -> Result<Vec<u8>> {
+pub(crate) fn spdx(id: &str, version: &str, epoch: u64, packages: &[&Package]) -> Result<Vec<u8>> {
     let mut key = Key::new("spdx");
     key.add("id", id).add("version", version);
     let mut list = vec![json!({

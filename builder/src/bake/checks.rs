@@ -22,11 +22,11 @@ use crate::util::digest::Key;
 use crate::util::fs::write_atomic;
 
 /// Name of the sandbox's task.
-pub const TASK: &str = "check";
+pub(crate) const TASK: &str = "check";
 
 /// The task's input.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Job {
+pub(crate) struct Job {
     tree: ImageTree,
     /// Subnet of the mesh. All its addresses are local in the sandbox, so that daemons can bind to them.
     mesh: String,
@@ -44,7 +44,7 @@ struct Case {
 ///
 /// # Errors
 /// If a daemon rejects its configuration. The error has the daemon's output, with the template and its line.
-pub fn check(context: &BuildContext) -> Result<usize> {
+pub(crate) fn check(context: &BuildContext) -> Result<usize> {
     let BuildContext { project, spec, layer, baked, baked_tar, store, progress } = *context;
     let mut open = Vec::new();
     // Daemons parse the certificates, so they need real ones. The fleet key that signs them is discarded.
@@ -96,7 +96,7 @@ pub fn check(context: &BuildContext) -> Result<usize> {
 }
 
 /// Runs in the sandbox: unpacks the tree once, and runs all cases in parallel.
-pub fn work(job: &Job, files: &Files) -> Result<Vec<CommandOutput>> {
+pub(crate) fn work(job: &Job, files: &Files) -> Result<Vec<CommandOutput>> {
     job.tree.with(files, |_, runner| Ok(run_cases(job, runner)))
 }
 

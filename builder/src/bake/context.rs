@@ -10,7 +10,7 @@ use crate::store::Store;
 
 /// One image after baking, with what the later steps need to work on it.
 #[derive(Clone, Copy)]
-pub struct BuildContext<'a> {
+pub(crate) struct BuildContext<'a> {
     /// The fleet that the image belongs to.
     pub project: &'a Project,
     /// What the group's profiles ask for.

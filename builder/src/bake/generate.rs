@@ -16,11 +16,11 @@ use crate::util::digest::Key;
 use crate::util::fs::write_atomic;
 
 /// Name of the sandbox's task.
-pub const TASK: &str = "generate";
+pub(crate) const TASK: &str = "generate";
 
 /// The task's input.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Job {
+pub(crate) struct Job {
     tree: ImageTree,
     command: Vec<String>,
     /// Path of the generated file in the tree.
@@ -31,7 +31,7 @@ pub struct Job {
 ///
 /// # Errors
 /// If a program fails. The error has its output.
-pub fn generate(context: &BuildContext) -> Result<Vec<GeneratedFile>> {
+pub(crate) fn generate(context: &BuildContext) -> Result<Vec<GeneratedFile>> {
     let BuildContext { spec, layer, baked, baked_tar, store, progress, .. } = *context;
     let mut all = Vec::new();
     for wanted in &baked.makes {
@@ -72,7 +72,7 @@ pub fn generate(context: &BuildContext) -> Result<Vec<GeneratedFile>> {
 }
 
 /// Runs in the sandbox: runs the command, and copies the file out.
-pub fn work(job: &Job, files: &Files) -> Result<()> {
+pub(crate) fn work(job: &Job, files: &Files) -> Result<()> {
     job.tree.with(files, |root, runner| {
         let commands = vec![job.command.clone()];
         runner.run(Commands { commands, stand_ins: Vec::new(), files: Vec::new(), own_network: true })?;

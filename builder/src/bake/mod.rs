@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fleet::{Check, Diagnostic, MIGRATIONS, Make, Membership, Migration, Severity, is_of};
 use serde::Serialize;
 
-pub use context::BuildContext;
+pub(crate) use context::BuildContext;
 
 use crate::assemble::layout::{image_id, slots, var_size};
 use crate::compose::tar_index::Tree;
@@ -24,7 +24,7 @@ use crate::util::digest::{Key, sha256};
 use crate::util::json::pretty_json;
 
 /// All files that the builder adds to the packages' tree.
-pub struct Baked {
+pub(crate) struct Baked {
     /// By path relative to the root.
     pub entries: BTreeMap<String, Entry>,
     /// Templates that the agent renders on the node, by path relative to the root: `run/…`.
@@ -41,7 +41,7 @@ pub struct Baked {
 
 /// A file or a link that the builder adds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// Permissions.
     pub mode: u32,
     /// Number of the owner.
@@ -57,7 +57,7 @@ pub struct Entry {
 impl Entry {
     /// Returns the sha256 of the content, or of a link's target.
     #[must_use]
-    pub fn sum(&self) -> String {
+    pub(crate) fn sum(&self) -> String {
         match &self.content {
             Content::File(bytes) => sha256(bytes),
             Content::Link(target) => sha256(target.as_bytes()),
@@ -67,7 +67,7 @@ impl Entry {
 
 /// Content of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Content {
+pub(crate) enum Content {
     /// A regular file with these bytes.
     File(Vec<u8>),
     /// A symbolic link to this path.
@@ -75,7 +75,7 @@ pub enum Content {
 }
 
 /// A template that the agent renders. The rendered file has the same mode.
-pub struct Template {
+pub(crate) struct Template {
     /// The overlay's file, for messages.
     pub origin: String,
     /// The template.
@@ -85,7 +85,7 @@ pub struct Template {
 }
 
 /// A `[[check]]` table.
-pub struct OverlayCheck {
+pub(crate) struct OverlayCheck {
     /// Overlay with the table.
     pub overlay: String,
     /// The table.
@@ -93,7 +93,7 @@ pub struct OverlayCheck {
 }
 
 /// A `[[make]]` table.
-pub struct OverlayMake {
+pub(crate) struct OverlayMake {
     /// Overlay with the table.
     pub overlay: String,
     /// The table.
@@ -101,7 +101,7 @@ pub struct OverlayMake {
 }
 
 /// A file that a program of the image has generated.
-pub struct GeneratedFile {
+pub(crate) struct GeneratedFile {
     /// Overlay that describes the file.
     pub overlay: String,
     /// Path in the image, without a leading `/`.
@@ -120,7 +120,7 @@ struct Context<'a> {
 
 /// The variable `group` of templates.
 #[derive(Serialize)]
-pub struct GroupVars<'a> {
+pub(crate) struct GroupVars<'a> {
     /// Name of the group.
     pub name: &'a str,
     /// Roles of the group.
@@ -141,7 +141,7 @@ struct ImageVars {
 ///
 /// # Errors
 /// If a template does not render, two overlays have the same file, a user is unknown, or a file has a secret.
-pub fn bake(project: &Project, recipe: &ImageSpec, tree: &Tree, agent: &[u8]) -> Result<Baked> {
+pub(crate) fn bake(project: &Project, recipe: &ImageSpec, tree: &Tree, agent: &[u8]) -> Result<Baked> {
     let slots = slots(project, recipe)?;
     let group = &recipe.group;
     let image = ImageVars {
@@ -247,7 +247,7 @@ impl Baked {
     }
 
     /// Adds the files that match `of` to the key of a result in the store.
-    pub fn add_to(&self, key: &mut Key, of: &[String]) {
+    pub(crate) fn add_to(&self, key: &mut Key, of: &[String]) {
         for (path, entry) in self.entries.iter().filter(|(p, _)| is_of(of, p)) {
             match &entry.content {
                 Content::File(bytes) => key.add(path, bytes),
@@ -260,7 +260,7 @@ impl Baked {
     ///
     /// # Errors
     /// If an overlay has the same file, or the file has a secret.
-    pub fn add(&mut self, file: GeneratedFile) -> Result<()> {
+    pub(crate) fn add(&mut self, file: GeneratedFile) -> Result<()> {
         secret(&file.path, &file.bytes)?;
         let origin = format!("overlays/{}/overlay.toml", file.overlay);
         self.put(&file.path, Entry { mode: 0o644, uid: 0, gid: 0, content: Content::File(file.bytes), origin })

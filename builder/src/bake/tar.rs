@@ -17,7 +17,7 @@ impl Baked {
     ///
     /// # Errors
     /// If a parent of a path is not a folder, or the tar cannot be written.
-    pub fn write_tar(&self, tree: &Tree, out: &Path) -> Result<()> {
+    pub(crate) fn write_tar(&self, tree: &Tree, out: &Path) -> Result<()> {
         let mut dirs: BTreeMap<String, (u32, u32, u32)> = BTreeMap::new();
         for (path, entry) in &self.entries {
             let mut dir = path.as_str();

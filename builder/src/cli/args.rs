@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueHint};
 
-use super::hints;
 use super::reference::SchemaOf;
 use crate::deploy::export::{Format, TicketTransport};
 use crate::rehearse;

@@ -30,7 +30,9 @@ pub(super) fn init(
     let name = named.file_name().and_then(|n| n.to_str()).ok_or_else(unnamed)?;
     let path = dir.join("fleet.toml");
     let mut files = Files(Vec::new());
-    if !path.exists() {
+    if path.exists() {
+        files.add(&path, FileState::Kept);
+    } else {
         // Before the folder is created, so that an invalid name leaves nothing behind.
         if !fleet::is_fleet_name(name) {
             return Err(Error::Usage(format!(
@@ -48,8 +50,6 @@ pub(super) fn init(
         };
         write_atomic(&path, (reference::DIRECTIVE.to_owned() + &text + section).as_bytes())?;
         progress.say("init", &format!("{}: describes the fleet; edit it", path.display()));
-    } else {
-        files.add(&path, FileState::Kept);
     }
     let ignored = dir.join(".gitignore");
     let is_missing = !ignored.exists();

@@ -103,7 +103,7 @@ pub(super) fn usage_error(e: &clap::Error) -> ExitCode {
             level = below.subcommand();
         }
         let command = Some(words.join(" ")).filter(|words| !words.is_empty());
-        let error = hint.as_ref().map_or_else(|| e.into(), |hint| hint.into());
+        let error = hint.as_ref().map_or_else(|| e.into(), std::convert::Into::into);
         let command = command.as_deref();
         let _ = print_line(&Line::Error(ErrorLine { version: VERSION, command, error }));
     }

@@ -214,7 +214,9 @@ pub fn page() -> String {
     for (title, names) in GROUPS {
         let _ = write!(page, "\n## {title}\n");
         for command in names.iter().filter_map(|name| root.find_subcommand(name)) {
-            all(command).iter().for_each(|command| describe(&mut page, command));
+            for command in all(command) {
+                describe(&mut page, command);
+            }
         }
     }
     page

@@ -16,7 +16,7 @@ const CAPABILITY: &str = "security.capability";
 const PAX_CAPABILITY: &str = "SCHILY.xattr.security.capability";
 
 /// Writes the tree. Returns the size in bytes and the number of its regular files.
-pub fn write(root: &Path, out: File) -> io::Result<(u64, u64)> {
+pub(super) fn write(root: &Path, out: File) -> io::Result<(u64, u64)> {
     let mut tar = Builder::new(BufWriter::with_capacity(1 << 20, out));
     let mut links: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
     let (mut bytes, mut files) = (0, 0);
@@ -76,12 +76,12 @@ fn append_link(tar: &mut Builder<impl io::Write>, header: &mut Header, path: &Pa
 }
 
 /// Unpacks a tar that [`write`] has written into an empty `root`.
-pub fn read(tar: File, root: &Path) -> io::Result<()> {
+pub(super) fn read(tar: File, root: &Path) -> io::Result<()> {
     unpack(tar, root, false)
 }
 
 /// Unpacks a tar over a tree. Its files replace existing ones.
-pub fn read_onto(tar: File, root: &Path) -> io::Result<()> {
+pub(super) fn read_onto(tar: File, root: &Path) -> io::Result<()> {
     unpack(tar, root, true)
 }
 

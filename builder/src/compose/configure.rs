@@ -39,7 +39,7 @@ const STAND_INS: [(&str, &str); 9] = [
 ];
 
 /// Configures the unpacked packages, `essential` first.
-pub fn configure(
+pub(super) fn configure(
     root: &Path,
     runner: &Runner,
     names: &[String],

@@ -11,7 +11,7 @@ use super::unpack::Unpacked;
 use crate::packages::requests::INITRD_PROVIDER;
 
 /// Adds the packages to the database of a tree.
-pub fn write(root: &Path, packages: &[Unpacked]) -> io::Result<()> {
+pub(super) fn write(root: &Path, packages: &[Unpacked]) -> io::Result<()> {
     let db = root.join("var/lib/dpkg");
     for dir in ["info", "updates", "parts", "alternatives", "triggers"] {
         fs::create_dir_all(db.join(dir))?;

@@ -56,7 +56,7 @@ const IN_VAR: [(&str, &str); 4] =
     [("root", "var/roothome"), ("home", "var/home"), ("srv", "var/srv"), ("usr/local", "../var/usrlocal")];
 
 /// Turns the tree into the tree of an image, and writes the kernel to `vmlinuz`. Returns the kernel's version.
-pub fn finish(root: &Path, runner: &Runner, vmlinuz: &mut File) -> Result<String> {
+pub(super) fn finish(root: &Path, runner: &Runner, vmlinuz: &mut File) -> Result<String> {
     let context = |action: &'static str| Error::cannot::<io::Error>(action);
     if root.join("usr/bin/python3").exists() {
         compile_python(root, runner)?;

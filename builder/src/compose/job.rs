@@ -9,7 +9,7 @@ use crate::sandbox::Room;
 /// The task's input. Its files have this order: the tree to start from, then for each stage the stage's packages, the
 /// kernel if the stage is the last one, and the tree's tar.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Job {
+pub(crate) struct Job {
     pub(super) room: Room,
     /// Whether there is a tree to start from.
     pub(super) start: bool,
@@ -35,7 +35,7 @@ pub(super) struct DebFile {
 
 /// A path pattern in [dpkg's syntax](https://manpages.debian.org/dpkg.1) (`--path-exclude`). The last match decides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Rule {
+pub(super) struct Rule {
     /// Pattern of the path, with dpkg's wildcards.
     pub pattern: String,
     /// Whether files with such a path stay in the tree.

@@ -11,7 +11,7 @@ use crate::error::{Error, Result, fail};
 
 /// Type and content of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Node {
+pub(crate) enum Node {
     /// A folder.
     Dir,
     /// Position in the tar, in bytes.
@@ -27,7 +27,7 @@ pub enum Node {
 
 /// An entry of the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// Permissions.
     pub mode: u32,
     /// Number of the owner.
@@ -39,7 +39,7 @@ pub struct Entry {
 }
 
 /// A tree. Paths are relative to the root, without a leading `/`. The path of the root is empty.
-pub struct Tree {
+pub(crate) struct Tree {
     file: File,
     entries: BTreeMap<String, Entry>,
 }
@@ -49,7 +49,7 @@ impl Tree {
     ///
     /// # Errors
     /// If the tar cannot be read.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let mut entries: BTreeMap<String, Entry> = BTreeMap::new();
         let mut archive = tar::Archive::new(&file);
@@ -86,12 +86,12 @@ impl Tree {
 
     /// Returns the entry of a path.
     #[must_use]
-    pub fn get(&self, path: &str) -> Option<&Entry> {
+    pub(crate) fn get(&self, path: &str) -> Option<&Entry> {
         self.entries.get(path)
     }
 
     /// Returns the entries below a folder, sorted by path.
-    pub fn below<'a>(&'a self, dir: &'a str) -> impl Iterator<Item = (&'a str, &'a Entry)> {
+    pub(crate) fn below<'a>(&'a self, dir: &'a str) -> impl Iterator<Item = (&'a str, &'a Entry)> {
         let prefix = format!("{dir}/");
         self.entries
             .range(prefix.clone()..)
@@ -103,7 +103,7 @@ impl Tree {
     ///
     /// # Errors
     /// If the path is not a file, or the tar cannot be read.
-    pub fn read(&self, path: &str) -> Result<Vec<u8>> {
+    pub(crate) fn read(&self, path: &str) -> Result<Vec<u8>> {
         let Some(Entry { node: Node::File { offset, size }, .. }) = self.entries.get(path) else {
             return fail(format!("the image has no file /{path}"));
         };
@@ -116,12 +116,12 @@ impl Tree {
     ///
     /// # Errors
     /// As [`Tree::read`], or if the content is not UTF-8.
-    pub fn read_text(&self, path: &str) -> Result<String> {
+    pub(crate) fn read_text(&self, path: &str) -> Result<String> {
         String::from_utf8(self.read(path)?).map_err(|_| Error::Failed(format!("/{path} is not UTF-8 text")))
     }
 
     /// Follows symbolic links, and calls `on_link` with each. Returns the canonical path.
-    pub fn resolve(&self, path: &str, on_link: &mut dyn FnMut(&str, &str)) -> Option<String> {
+    pub(crate) fn resolve(&self, path: &str, on_link: &mut dyn FnMut(&str, &str)) -> Option<String> {
         let mut todo: Vec<String> = path.split('/').rev().filter(|p| !p.is_empty()).map(str::to_owned).collect();
         let mut done: Vec<String> = Vec::new();
         let mut hops = 0;
@@ -158,7 +158,7 @@ impl Tree {
     ///
     /// # Errors
     /// If the file does not exist or cannot be read.
-    pub fn ids(&self, file: &str) -> Result<BTreeMap<String, u32>> {
+    pub(crate) fn ids(&self, file: &str) -> Result<BTreeMap<String, u32>> {
         let text = self.read_text(file)?;
         Ok(text
             .lines()

@@ -18,7 +18,7 @@ use crate::sandbox::Files;
 use crate::util::digest::hex;
 
 /// The data of an unpacked package for dpkg's database.
-pub struct Unpacked {
+pub(super) struct Unpacked {
     /// The package.
     pub deb: Deb,
     /// Whether dpkg configures the package before others.
@@ -32,11 +32,11 @@ pub struct Unpacked {
 }
 
 /// Compiled patterns of files to trim.
-pub struct Trimmer(Vec<(Pattern, bool)>);
+pub(super) struct Trimmer(Vec<(Pattern, bool)>);
 
 impl Trimmer {
     /// Compiles the patterns.
-    pub fn new(rules: &[Rule]) -> Result<Self> {
+    pub(super) fn new(rules: &[Rule]) -> Result<Self> {
         rules
             .iter()
             .map(|r| {
@@ -55,7 +55,7 @@ impl Trimmer {
 
 /// Unpacks all packages below `root`, each from the next of `files`, and calls `done` with the number of unpacked
 /// packages. The result is sorted by the packages' names.
-pub fn unpack(
+pub(super) fn unpack(
     debs: &[DebFile],
     files: &Files,
     root: &Path,

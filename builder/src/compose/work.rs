@@ -14,7 +14,7 @@ use crate::sandbox::{Files, report};
 ///
 /// # Errors
 /// If a package cannot be unpacked or configured, or a layer cannot be written.
-pub fn work(job: &Job, files: &Files) -> Result<LayerInfo> {
+pub(crate) fn work(job: &Job, files: &Files) -> Result<LayerInfo> {
     with_tree(job.room, |root, runner| {
         if job.start {
             files.next().and_then(|tar| archive::read(tar, root)).map_err(Error::cannot("unpack the base layer"))?;

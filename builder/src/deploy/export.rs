@@ -32,7 +32,7 @@ const SPARE: u64 = 16 << 30;
 
 /// Disk format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     Raw,
     Qcow2,
     Vmdk,
@@ -41,7 +41,7 @@ pub enum Format {
 
 /// Transport of the ticket to the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum TicketTransport {
+pub(crate) enum TicketTransport {
     /// From the hypervisor, in the definitions (SMBIOS)
     Smbios,
     /// On the disk's EFI partition
@@ -52,7 +52,7 @@ pub enum TicketTransport {
 
 /// Options of an export.
 #[derive(Clone, Copy, Debug)]
-pub struct ExportOptions<'a> {
+pub(crate) struct ExportOptions<'a> {
     /// Name of the node.
     pub node: &'a str,
     /// Format of the disk.
@@ -67,7 +67,7 @@ pub struct ExportOptions<'a> {
 
 /// Files that an export wrote.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
-pub struct Export {
+pub(crate) struct Export {
     /// The node's disk.
     pub disk: PathBuf,
     /// Disk with NoCloud's user data.
@@ -100,7 +100,7 @@ impl ExportOptions<'_> {
     ///
     /// # Errors
     /// If a disk exists, and the options do not allow to overwrite it.
-    pub fn check(&self, out: &Path) -> Result<()> {
+    pub(crate) fn check(&self, out: &Path) -> Result<()> {
         let files = self.files(out);
         let existing = [Some(&files.disk), files.seed.as_ref()].into_iter().flatten().find(|disk| disk.exists());
         match existing {
@@ -128,7 +128,7 @@ impl ExportOptions<'_> {
 ///
 /// # Errors
 /// If the fleet has no such node, or a file cannot be written.
-pub fn export(
+pub(crate) fn export(
     project: &Project,
     image: &BuiltImage,
     options: &ExportOptions,

@@ -28,7 +28,7 @@ const CHUNK: usize = 4 << 20;
 const EVENT_INTERVAL: u64 = 64 << 20;
 
 /// Target of a write, and the operator's options.
-pub struct FlashOptions<'a> {
+pub(crate) struct FlashOptions<'a> {
     /// Node or group, for messages.
     pub to: &'a str,
     /// A disk or a file.
@@ -43,7 +43,7 @@ pub struct FlashOptions<'a> {
 
 /// Progress of a pass over the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub struct PassProgress {
+pub(crate) struct PassProgress {
     /// Name of the pass: `write` or `verify`.
     pub step: &'static str,
     /// Bytes that are done.
@@ -56,7 +56,12 @@ pub struct PassProgress {
 ///
 /// # Errors
 /// If the target must not be overwritten, cannot be read or written, or returns other bytes than it was given.
-pub fn flash(image: &Path, ticket: Option<&TicketFile>, options: &FlashOptions, progress: &Progress) -> Result<u64> {
+pub(crate) fn flash(
+    image: &Path,
+    ticket: Option<&TicketFile>,
+    options: &FlashOptions,
+    progress: &Progress,
+) -> Result<u64> {
     let source = File::open(image).map_err(Error::io("open", image))?;
     let size = source.metadata().map_err(Error::io("read", image))?.len();
     let checked = check(options.target, options.force, size)?;
@@ -103,7 +108,7 @@ pub fn flash(image: &Path, ticket: Option<&TicketFile>, options: &FlashOptions, 
 }
 
 /// A ticket for the EFI partition of a disk.
-pub struct TicketFile<'a> {
+pub(crate) struct TicketFile<'a> {
     /// The ticket.
     pub ticket: &'a Ticket,
     /// Whether the machine uses Secure Boot.
@@ -119,7 +124,7 @@ impl TicketFile<'_> {
     ///
     /// # Errors
     /// If the kernel returns no random bytes.
-    pub fn file(ticket: &Ticket, secure: bool) -> Result<(String, Vec<u8>)> {
+    pub(crate) fn file(ticket: &Ticket, secure: bool) -> Result<(String, Vec<u8>)> {
         let text = serde_json::to_vec(ticket).map_err(Error::Json)?;
         if secure {
             return Ok((Ticket::FILE.to_owned(), text));
@@ -352,7 +357,7 @@ fn confirm(options: &FlashOptions, device: &str) -> Result<()> {
 ///
 /// # Errors
 /// If the fleet has no such node or group.
-pub fn group_of<'a>(topology: &'a Topology, to: &'a str) -> Result<&'a str> {
+pub(crate) fn group_of<'a>(topology: &'a Topology, to: &'a str) -> Result<&'a str> {
     let node = topology.node(to).map(|n| n.group.as_str());
     node.or_else(|| topology.nodes.iter().any(|n| n.group == to).then_some(to)).ok_or_else(|| {
         let known: Vec<&str> = topology.nodes.iter().map(|n| n.name.as_str()).collect();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 
 /// A file, folder or symbolic link of an archive.
-pub struct File {
+pub(crate) struct File {
     /// Type and permissions, as in `st_mode`.
     mode: u32,
     /// Content of the file, or target of the link.
@@ -14,23 +14,23 @@ pub struct File {
 
 impl File {
     /// Returns a regular file.
-    pub fn regular(mode: u32, content: Vec<u8>) -> Self {
+    pub(crate) fn regular(mode: u32, content: Vec<u8>) -> Self {
         Self { mode: 0o100_000 | mode, content }
     }
 
     /// Returns a folder with the permissions 0755.
-    pub fn dir() -> Self {
+    pub(crate) fn dir() -> Self {
         Self { mode: 0o40_755, content: Vec::new() }
     }
 
     /// Returns a symbolic link.
-    pub fn link(target: String) -> Self {
+    pub(crate) fn link(target: String) -> Self {
         Self { mode: 0o120_777, content: target.into_bytes() }
     }
 }
 
 /// Returns the archive. Times are zero and inodes are numbered in order, so that the same files give the same bytes.
-pub fn cpio(files: &BTreeMap<String, File>) -> Vec<u8> {
+pub(crate) fn cpio(files: &BTreeMap<String, File>) -> Vec<u8> {
     let mut out = Vec::new();
     let mut record = |inode: usize, name: &str, mode: u32, device: (u32, u32), content: &[u8]| {
         let _ = write!(

@@ -2,13 +2,13 @@
 //! lines.
 
 /// Returns the paragraphs of a control file.
-pub fn paragraphs(text: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn paragraphs(text: &str) -> impl Iterator<Item = &str> {
     text.split("\n\n").map(|p| p.trim_start_matches('\n')).filter(|p| !p.is_empty())
 }
 
 /// Returns the first line of a field.
 #[must_use]
-pub fn field<'a>(paragraph: &'a str, key: &str) -> Option<&'a str> {
+pub(crate) fn field<'a>(paragraph: &'a str, key: &str) -> Option<&'a str> {
     paragraph.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
         name.eq_ignore_ascii_case(key).then(|| value.trim())

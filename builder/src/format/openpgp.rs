@@ -22,7 +22,7 @@ const USER_ID: u8 = 13;
 
 /// Returns the public key as a keyring with this user id.
 #[must_use]
-pub fn keyring(pair: &Ed25519KeyPair, name: &str) -> Vec<u8> {
+pub(crate) fn keyring(pair: &Ed25519KeyPair, name: &str) -> Vec<u8> {
     let key = body(pair);
     let name = name.as_bytes();
     let mut signed = framed(&key);
@@ -36,7 +36,7 @@ pub fn keyring(pair: &Ed25519KeyPair, name: &str) -> Vec<u8> {
 
 /// Returns a detached signature with this time (seconds since 1970).
 #[must_use]
-pub fn sign(pair: &Ed25519KeyPair, content: &[u8], time: u64) -> Vec<u8> {
+pub(crate) fn sign(pair: &Ed25519KeyPair, content: &[u8], time: u64) -> Vec<u8> {
     signature(pair, BINARY, content, u32::try_from(time).unwrap_or(u32::MAX).max(CREATED), &[])
 }
 

@@ -10,7 +10,7 @@ const MAX_FILE_ALIGNMENT: u32 = 64 << 10;
 
 /// Adds sections to a PE file. Returns the new file, and the range of each section's content in it. Returns `None` if
 /// `stub` is not a PE file with room for the sections.
-pub fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, Vec<Range<usize>>)> {
+pub(crate) fn append(stub: &[u8], sections: &[(&[u8; 8], &[u8])]) -> Option<(Vec<u8>, Vec<Range<usize>>)> {
     let u16_at = |at: usize| Some(u16::from_le_bytes(stub.get(at..at + 2)?.try_into().ok()?));
     let u32_at = |at: usize| Some(u32::from_le_bytes(stub.get(at..at + 4)?.try_into().ok()?));
     let pe = u32_at(0x3c)? as usize;

@@ -17,7 +17,7 @@ const IV: usize = 12;
 ///
 /// # Errors
 /// If the kernel's random numbers cannot be read.
-pub fn seal(name: &str, content: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn seal(name: &str, content: &[u8]) -> Result<Vec<u8>> {
     let iv = random::<IV>()?;
     let mut sealed = BY_NULL.to_vec();
     // Sizes of key, block, IV and tag.

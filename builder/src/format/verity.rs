@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 use crate::util::digest::hex;
 
 /// Size of a block in bytes.
-pub const BLOCK: usize = 4096;
+pub(crate) const BLOCK: usize = 4096;
 const DIGEST: usize = 32;
 
 /// The salt of all roots. It is fixed, so that the root hash depends only on the content, and so that unchanged blocks
@@ -17,7 +17,7 @@ const SALT: [u8; 32] = *b"bakehouse root file system, v1..";
 const UUID: [u8; 16] = [0xba, 0x4e, 0x40, 0x05, 0xe0, 0, 0x40, 0, 0x80, 0, 0, 0, 0, 0, 0, 0x01];
 
 /// Returns the hashes of the data blocks, which are the tree's lowest level.
-pub fn leaves(data: &[u8]) -> Vec<u8> {
+pub(crate) fn leaves(data: &[u8]) -> Vec<u8> {
     let blocks = data.len().div_ceil(BLOCK);
     let threads = thread::available_parallelism().map_or(2, usize::from);
     let share = blocks.div_ceil(threads).max(1);
@@ -28,7 +28,7 @@ pub fn leaves(data: &[u8]) -> Vec<u8> {
 }
 
 /// Returns the hashes of `data`. Takes the hashes of blocks that are the same in `base` from `known`.
-pub fn leaves_from(data: &[u8], base: &[u8], known: &[u8]) -> Vec<u8> {
+pub(crate) fn leaves_from(data: &[u8], base: &[u8], known: &[u8]) -> Vec<u8> {
     let mut all = Vec::with_capacity(data.len() / BLOCK * DIGEST);
     for (i, block) in data.chunks(BLOCK).enumerate() {
         let at = i * BLOCK;
@@ -42,7 +42,7 @@ pub fn leaves_from(data: &[u8], base: &[u8], known: &[u8]) -> Vec<u8> {
 
 /// Returns the verity partition's content and the root hash, from the hashes of the data blocks.
 #[must_use]
-pub fn tree(leaves: &[u8]) -> (Vec<u8>, String) {
+pub(crate) fn tree(leaves: &[u8]) -> (Vec<u8>, String) {
     let mut levels = vec![pad(leaves)];
     while let Some(top) = levels.last().filter(|l| l.len() > BLOCK) {
         let next = pad(&hash_blocks(top));
@@ -58,7 +58,7 @@ pub fn tree(leaves: &[u8]) -> (Vec<u8>, String) {
 
 /// Returns the size of the tree for this many data bytes, in bytes.
 #[must_use]
-pub fn tree_size(data: u64) -> u64 {
+pub(crate) fn tree_size(data: u64) -> u64 {
     let per_block = (BLOCK / DIGEST) as u64;
     let mut blocks = data.div_ceil(BLOCK as u64);
     let mut total = 1;

@@ -15,7 +15,7 @@ use crate::toolchain::Tools;
 const INSTALLER: &str = "NAME=Bakehouse\nID=bakehouse\nPRETTY_NAME=\"Bakehouse installer\"\n";
 
 /// The program that a machine runs to install an image over the network.
-pub struct Installer {
+pub(crate) struct Installer {
     /// A UKI, which UEFI firmware starts.
     pub program: Vec<u8>,
     /// The kernel's command line, the same as in `program`.
@@ -28,7 +28,7 @@ impl Build<'_> {
     ///
     /// # Errors
     /// If a package, a tool or the `firstboot-install` binary is missing, or a step fails.
-    pub fn installer(&self, group: &str, server: &str, trust: &InstallerTrust) -> Result<Installer> {
+    pub(crate) fn installer(&self, group: &str, server: &str, trust: &InstallerTrust) -> Result<Installer> {
         let recipe = self.project.recipe(group);
         let tools = Tools::prepare(self.lock, self.store, self.progress)?;
         let layer = compose::compose(&recipe, self.lock, self.store, self.progress)?;

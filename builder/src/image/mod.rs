@@ -30,7 +30,7 @@ use crate::util::digest::sha256;
 use crate::util::fs::shown;
 
 /// Inputs that the builds of all groups share.
-pub struct Build<'a> {
+pub(crate) struct Build<'a> {
     /// The fleet's description.
     pub project: &'a Project,
     /// The package versions.
@@ -45,7 +45,7 @@ pub struct Build<'a> {
 
 /// A built image.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
-pub struct BuiltImage {
+pub(crate) struct BuiltImage {
     /// Group whose nodes run the image.
     pub group: String,
     /// Path of the raw disk image.
@@ -63,7 +63,7 @@ impl Build<'_> {
     ///
     /// # Errors
     /// If any step fails. Incomplete files never have the final names.
-    pub fn image(&self, group: &str) -> Result<BuiltImage> {
+    pub(crate) fn image(&self, group: &str) -> Result<BuiltImage> {
         let spec = self.project.recipe(group);
         let sizes = layout::slots(self.project, &spec)?;
         let agent_path = node_program("firstboot")?;

@@ -19,7 +19,7 @@ static OPENED: Mutex<BTreeMap<Vec<u8>, Vec<u8>>> = Mutex::new(BTreeMap::new());
 ///
 /// # Errors
 /// If no passphrase can be read, the passphrase is wrong, or the file is damaged.
-pub fn open(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
+pub(super) fn open(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
     if !age::is_sealed(&bytes) {
         return Ok(bytes);
     }
@@ -42,7 +42,7 @@ pub fn open(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// If no passphrase can be read, it is empty, or the repeated passphrase differs.
-pub fn seal(path: &Path, plain: &[u8]) -> Result<Vec<u8>> {
+pub(super) fn seal(path: &Path, plain: &[u8]) -> Result<Vec<u8>> {
     let passphrase = ask(&format!("New passphrase of {}:", path.display()))?;
     if passphrase.is_empty() {
         return fail("the passphrase is empty");

@@ -18,7 +18,7 @@ const FILE: &str = "tickets.jsonl";
 
 /// A minted ticket, as `bakehouse ticket` prints it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub struct TicketRow {
+pub(crate) struct TicketRow {
     /// Number of the ticket, which `--revoke` takes.
     pub number: String,
     /// A node, or a group.
@@ -38,7 +38,7 @@ pub struct TicketRow {
 /// Whether a ticket is still valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum TicketState {
+pub(crate) enum TicketState {
     /// A machine can join with the ticket.
     Good,
     /// All uses are spent.
@@ -53,7 +53,7 @@ pub enum TicketState {
 ///
 /// # Errors
 /// If the log cannot be written.
-pub fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
+pub(crate) fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
     let Some(claims) = ticket.token().and_then(Token::read) else { return Ok(()) };
     let path = dir.join(FILE);
     let mut line = serde_json::to_vec(&claims).map_err(Error::Json)?;
@@ -79,7 +79,7 @@ pub fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
 ///
 /// # Errors
 /// If the log cannot be read.
-pub fn rows(dir: &Path, known: Option<&Tokens>) -> Result<Vec<TicketRow>> {
+pub(crate) fn rows(dir: &Path, known: Option<&Tokens>) -> Result<Vec<TicketRow>> {
     let path = dir.join(FILE);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
@@ -116,7 +116,7 @@ fn row(claims: Claims, known: Option<&Tokens>, now: u64) -> TicketRow {
 
 /// Formats the tickets as a table.
 #[must_use]
-pub fn table(rows: &[TicketRow]) -> String {
+pub(crate) fn table(rows: &[TicketRow]) -> String {
     let mut text = format!("{:<32} {:<12} {:>7} {:<20} {}\n", "number", "for", "used", "expires", "state");
     for row in rows {
         let used = row.used.map_or_else(|| "?".to_owned(), |n| n.to_string());

@@ -18,7 +18,7 @@ use crate::store::{Kind, Store};
 
 /// The source of a file.
 #[derive(Debug, Serialize, JsonSchema)]
-pub struct Explanation {
+pub(crate) struct Explanation {
     /// Path in the image, without a leading `/`.
     pub path: String,
     /// Group of the image.
@@ -30,7 +30,7 @@ pub struct Explanation {
 /// Kinds of sources.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
-pub enum MadeBy {
+pub(crate) enum MadeBy {
     /// A file or template of an overlay.
     Overlay {
         /// The overlay's file.
@@ -79,7 +79,7 @@ pub enum MadeBy {
 /// When a file of an overlay is rendered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum Rendered {
+pub(crate) enum Rendered {
     /// The file is copied unchanged.
     Never,
     /// The builder renders the template.
@@ -93,7 +93,7 @@ pub enum Rendered {
 ///
 /// # Errors
 /// If no image has the path, or a package was not fetched.
-pub fn explain(
+pub(crate) fn explain(
     project: &Project,
     groups: &[&str],
     path: &str,
@@ -245,7 +245,7 @@ fn packages_with<'a>(
 
 /// Formats explanations of one path. Groups with the same source share a paragraph.
 #[must_use]
-pub fn describe(all: &[Explanation]) -> String {
+pub(crate) fn describe(all: &[Explanation]) -> String {
     let mut sources: Vec<(String, Vec<&str>)> = Vec::new();
     for one in all {
         let source = one.made_by.to_string();

@@ -26,7 +26,7 @@ const ATTEMPTS: u32 = 4;
 ///
 /// # Errors
 /// If all attempts to download a package fail. The error names the package.
-pub fn fetch(packages: &[&Package], mirror: &Mirror, store: &Store, progress: &Progress) -> Result<usize> {
+pub(crate) fn fetch(packages: &[&Package], mirror: &Mirror, store: &Store, progress: &Progress) -> Result<usize> {
     let missing: Vec<&Package> = {
         let mut seen = std::collections::BTreeSet::new();
         packages

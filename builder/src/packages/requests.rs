@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use crate::project::Project;
 
 /// Name of the image with the build's tools.
-pub const TOOLS: &str = "tools";
+pub(crate) const TOOLS: &str = "tools";
 
 /// The package that apt regards as installed. It provides an initrd generator, so that the kernel's package installs
 /// none.
-pub const INITRD_PROVIDER: &str = "\
+pub(crate) const INITRD_PROVIDER: &str = "\
 Package: bakehouse-initrd
 Status: install ok installed
 Priority: optional
@@ -30,7 +30,7 @@ const SECURE_BOOT: [&str; 3] = ["libfaketime", "openssl", "systemd-repart"];
 
 /// Returns the requested packages by image.
 #[must_use]
-pub fn requests(project: &Project) -> BTreeMap<String, Vec<String>> {
+pub(crate) fn requests(project: &Project) -> BTreeMap<String, Vec<String>> {
     let mut all: BTreeMap<String, Vec<String>> =
         project.fleet.groups.keys().map(|g| (g.clone(), project.recipe(g).packages)).collect();
     all.insert(TOOLS.to_owned(), tools(project.fleet.secure_boot.is_some()));

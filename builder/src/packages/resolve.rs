@@ -23,7 +23,7 @@ use crate::util::time::rfc2822;
 ///
 /// # Errors
 /// If the archive cannot be read or verified, a package does not exist, or apt cannot satisfy a pin.
-pub fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress) -> Result<Lock> {
+pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress) -> Result<Lock> {
     let apt = Apt::prepare(mirror, store)?;
     let step = progress.step("lock", "reading the archive");
     apt.update()?;

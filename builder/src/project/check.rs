@@ -13,7 +13,7 @@ use crate::project::secrets::secret;
 ///
 /// # Errors
 /// If an overlay has a secret or does not exist, or a template does not render.
-pub fn dry_bake(project: &Project) -> Result<()> {
+pub(crate) fn dry_bake(project: &Project) -> Result<()> {
     keyrings(project)?;
     let sample = Membership::sample();
     for group in project.groups(&[])? {
@@ -54,7 +54,7 @@ const COLUMNS: usize = 60;
 /// Formats the number of nodes of each role, beside the number that high availability needs, as a table. On a terminal
 /// with fewer columns, the table has only what follows from these numbers.
 #[must_use]
-pub fn table(project: &Project, columns: Option<usize>) -> String {
+pub(crate) fn table(project: &Project, columns: Option<usize>) -> String {
     let narrow = columns.is_some_and(|columns| columns < COLUMNS);
     let mut text =
         if narrow { "role      nodes\n".to_owned() } else { "role      nodes  minimum  recommended\n".to_owned() };

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// If a line looks like a private key or a token. The error names the line.
-pub fn secret(origin: &str, bytes: &[u8]) -> Result<()> {
+pub(crate) fn secret(origin: &str, bytes: &[u8]) -> Result<()> {
     let text = String::from_utf8_lossy(bytes);
     for (i, line) in text.lines().enumerate() {
         let what = if line.contains("PRIVATE KEY-----") {

@@ -52,7 +52,7 @@ impl AlertReceiver {
     ///
     /// # Errors
     /// If a port is in use.
-    pub fn listen(alerts: &Alerts) -> Result<Option<Self>> {
+    pub(super) fn listen(alerts: &Alerts) -> Result<Option<Self>> {
         let ports = HostForward::alert_ports(alerts);
         if ports.is_empty() {
             return Ok(None);
@@ -83,12 +83,12 @@ impl AlertReceiver {
     }
 
     /// Returns the firing alerts: name and node.
-    pub fn firing(&self) -> BTreeSet<(String, String)> {
+    pub(super) fn firing(&self) -> BTreeSet<(String, String)> {
         locked(&self.state).firing.clone()
     }
 
     /// Returns the time of the last call of the dead man's switch.
-    pub fn called(&self) -> Option<Instant> {
+    pub(super) fn called(&self) -> Option<Instant> {
         locked(&self.state).called
     }
 }

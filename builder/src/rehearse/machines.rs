@@ -4,7 +4,7 @@ use fleet::EMULATED_TIMEOUT_SCALE;
 
 /// Kind of a fleet's machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Machines {
+pub(crate) enum Machines {
     /// Virtual machines with KVM.
     Kvm,
     /// Virtual machines with QEMU's emulation.
@@ -16,7 +16,7 @@ pub enum Machines {
 impl Machines {
     /// Returns the factor by which timeouts are longer than on real machines.
     #[must_use]
-    pub const fn factor(self) -> u32 {
+    pub(crate) const fn factor(self) -> u32 {
         match self {
             Self::Emulated => EMULATED_TIMEOUT_SCALE as u32,
             Self::Kvm | Self::Containers => 1,

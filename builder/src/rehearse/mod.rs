@@ -24,12 +24,12 @@ use serde_json::{Value, json};
 use alert_receiver::AlertReceiver;
 use machines::Machines;
 use outcome::Observations;
-pub use outcome::Outcome;
-pub use page::Page;
+pub(crate) use outcome::Outcome;
+pub(crate) use page::Page;
 use paths::{Path, Paths};
 use scenario::{Fault, Target};
-pub use scenario::{SCENARIOS, Scenario, chosen};
-pub use table::table;
+pub(crate) use scenario::{SCENARIOS, Scenario, chosen};
+pub(crate) use table::table;
 
 use crate::error::{Error, Result, fail};
 use crate::keys::authority::FleetKey;
@@ -50,7 +50,7 @@ const DEAD_MAN_LIMIT: f64 = 90.0;
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(1500);
 
 /// Rehearsal of a running fleet.
-pub struct Rehearsal<'a> {
+pub(crate) struct Rehearsal<'a> {
     project: &'a Project,
     progress: &'a Progress,
     password: String,
@@ -81,7 +81,7 @@ impl<'a> Rehearsal<'a> {
     ///
     /// # Errors
     /// If the fleet is not healthy, or the fleet key of local machines cannot be read.
-    pub fn new(project: &'a Project, progress: &'a Progress) -> Result<Self> {
+    pub(crate) fn new(project: &'a Project, progress: &'a Progress) -> Result<Self> {
         let step = progress.step("rehearse", "checking the fleet");
         let status = wait_until_healthy(project, &step, Duration::from_secs(300))
             .map_err(Error::cannot("rehearse on this fleet\n  help: start it with `bakehouse up` first"))?;
@@ -103,7 +103,7 @@ impl<'a> Rehearsal<'a> {
     ///
     /// # Errors
     /// If a fault cannot be injected, the clients do not run, or `save` fails.
-    pub fn play(
+    pub(crate) fn play(
         &self,
         scenarios: &[&'static Scenario],
         repeat: u32,

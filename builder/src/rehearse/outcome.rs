@@ -13,7 +13,7 @@ const PAUSE: u64 = 1000;
 /// Observations of the probe. Times are milliseconds of the clock of its machine.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Observations {
+pub(super) struct Observations {
     /// Times of ping replies.
     vip: Vec<u64>,
     /// Times of acknowledged writes.
@@ -32,7 +32,7 @@ pub struct Observations {
 
 /// Outcome of one run of a scenario.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// Name of the scenario.
     pub scenario: &'static str,
     /// Nodes that the fault hit.

@@ -20,7 +20,7 @@ const COLUMNS: usize = HEAD.len() + 3;
 type PageRow = [String; COLUMNS];
 
 /// A page of outcomes.
-pub struct Page<'a> {
+pub(crate) struct Page<'a> {
     path: &'a Path,
     intro: String,
     /// Date, revision and machine of this rehearsal.
@@ -34,7 +34,7 @@ impl<'a> Page<'a> {
     ///
     /// # Errors
     /// If the host's processors cannot be read, or the file is not a page of this fleet on this kind of machines.
-    pub fn open(project: &Project, path: &'a Path, machines: Machines, revision: Option<&str>) -> Result<Self> {
+    pub(crate) fn open(project: &Project, path: &'a Path, machines: Machines, revision: Option<&str>) -> Result<Self> {
         let cpuinfo = Path::new("/proc/cpuinfo");
         let cpus = fs::read_to_string(cpuinfo).map_err(Error::io("read", cpuinfo))?;
         let model = cpus.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ")).map_or("?", |(_, m)| m);
@@ -65,7 +65,7 @@ impl<'a> Page<'a> {
     ///
     /// # Errors
     /// If the file cannot be written.
-    pub fn write(&self, outcomes: &[Outcome]) -> Result<()> {
+    pub(crate) fn write(&self, outcomes: &[Outcome]) -> Result<()> {
         write_atomic(self.path, self.text(outcomes).as_bytes())
     }
 

@@ -8,7 +8,7 @@ use crate::vm::VirtualNic;
 
 /// Paths of a machine that a fault cuts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Path {
+pub(crate) enum Path {
     /// To the hub that holds the VIP.
     Hub,
     /// To every hub.

@@ -10,7 +10,7 @@ use crate::error::{Error, Result, fail};
 use crate::vm::{Database, FleetStatus, Vm};
 
 /// A fault, its target, and its limits.
-pub struct Scenario {
+pub(crate) struct Scenario {
     /// Name on the command line.
     pub name: &'static str,
     /// Description for help and progress.
@@ -27,7 +27,7 @@ pub struct Scenario {
 
 /// Target of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
+pub(crate) enum Target {
     /// The hub that holds the VIP.
     Holder,
     /// The machine with the etcd leader.
@@ -52,7 +52,7 @@ pub enum Target {
 
 /// Fault to inject.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// Power failure. The machine starts again after the fleet's failover.
     PowerOff,
     /// Power failure and loss of the disk. A blank machine starts in its place.
@@ -77,7 +77,7 @@ pub enum Fault {
 
 /// Longest permitted outages in seconds, on machines at native speed; `None` is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Without a ping reply from the VIP.
     pub vip: Option<f64>,
     /// Without an acknowledged write.
@@ -137,7 +137,7 @@ impl Scenario {
 }
 
 /// All scenarios, in the order of a full rehearsal.
-pub const SCENARIOS: &[Scenario] = &[
+pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hub",
         about: "the hub that holds the VIP loses its power",
@@ -315,7 +315,7 @@ pub const SCENARIOS: &[Scenario] = &[
 ///
 /// # Errors
 /// If there is no scenario with one of the names.
-pub fn chosen(names: &[String]) -> Result<Vec<&'static Scenario>> {
+pub(crate) fn chosen(names: &[String]) -> Result<Vec<&'static Scenario>> {
     if names.is_empty() {
         return Ok(SCENARIOS.iter().collect());
     }

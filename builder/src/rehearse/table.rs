@@ -20,7 +20,7 @@ pub(super) const HEAD: [&str; 11] = [
 
 /// Returns the outcomes as a Markdown table with aligned columns.
 #[must_use]
-pub fn table(outcomes: &[Outcome]) -> String {
+pub(crate) fn table(outcomes: &[Outcome]) -> String {
     let rows: Vec<TableRow> = outcomes.iter().map(row).collect();
     with_summary(lay_out(&HEAD, &rows), &rows)
 }
@@ -104,7 +104,7 @@ fn seconds(of: Option<f64>) -> String {
 pub(super) mod tests {
     use super::*;
 
-    pub fn outcome(scenario: &'static str, vip: f64, broken: &[&str]) -> Outcome {
+    pub(crate) fn outcome(scenario: &'static str, vip: f64, broken: &[&str]) -> Outcome {
         Outcome {
             scenario,
             victims: vec!["hub-1".into()],

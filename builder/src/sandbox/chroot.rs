@@ -103,7 +103,7 @@ struct Entry {
 
 /// Result of commands.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CommandOutput {
+pub(crate) struct CommandOutput {
     /// Whether all commands succeeded.
     pub ok: bool,
     /// Output of the command that failed.
@@ -115,7 +115,7 @@ pub struct CommandOutput {
 ///
 /// # Errors
 /// If a command fails. The error is the command's output.
-pub fn start(root: &Path, commands: Commands, scratch: u64) -> Result<()> {
+pub(crate) fn start(root: &Path, commands: Commands, scratch: u64) -> Result<()> {
     let job = Entry { root: root.to_owned(), commands, scratch };
     let job = serde_json::to_vec(&job).map_err(Error::Json)?;
     unshare(CloneFlags::CLONE_NEWPID).map_err(Error::cannot("create a pid namespace"))?;

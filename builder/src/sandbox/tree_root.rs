@@ -98,7 +98,7 @@ impl Runner {
 ///
 /// # Errors
 /// If the tree cannot be created or entered, or `work` fails.
-pub fn with_tree<T: Send>(room: Room, work: impl FnOnce(&Path, &Runner) -> Result<T> + Send) -> Result<T> {
+pub(crate) fn with_tree<T: Send>(room: Room, work: impl FnOnce(&Path, &Runner) -> Result<T> + Send) -> Result<T> {
     let root = mount_tree(room)?;
     let (requests, inbox) = channel::<Request>();
     let done = std::thread::scope(|scope| {

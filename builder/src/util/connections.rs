@@ -16,7 +16,7 @@ use tokio::time::{Sleep, sleep};
 
 /// Limits of a server.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub(super) struct Limits {
     /// Maximum number of connections. Further connections wait.
     pub connections: usize,
     /// Maximum number of connections from one address. The server closes further ones.
@@ -37,7 +37,7 @@ impl Default for Limits {
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Accepts connections within the limits.
-pub struct Acceptor {
+pub(super) struct Acceptor {
     listener: TcpListener,
     limits: Limits,
     room: Arc<Semaphore>,
@@ -45,7 +45,7 @@ pub struct Acceptor {
 }
 
 /// A connection that counts towards the limits until it is dropped.
-pub struct AdmittedConnection {
+pub(super) struct AdmittedConnection {
     address: IpAddr,
     by_address: Arc<Mutex<HashMap<IpAddr, usize>>>,
     _permit: OwnedSemaphorePermit,
@@ -53,13 +53,13 @@ pub struct AdmittedConnection {
 
 impl Acceptor {
     /// Accepts connections of `listener`.
-    pub fn new(listener: TcpListener, limits: Limits) -> Self {
+    pub(super) fn new(listener: TcpListener, limits: Limits) -> Self {
         Self { listener, limits, room: Arc::new(Semaphore::new(limits.connections)), by_address: Arc::default() }
     }
 
     /// Accepts the next connection. Errors of a single connection, and a lack of file descriptors, do not end the
     /// server.
-    pub async fn accept(&self) -> (Stream, AdmittedConnection) {
+    pub(super) async fn accept(&self) -> (Stream, AdmittedConnection) {
         loop {
             // `acquire_owned` fails only for a closed semaphore, and this one is never closed.
             let Ok(permit) = self.room.clone().acquire_owned().await else { continue };
@@ -108,7 +108,7 @@ fn is_of_one_connection(e: &io::Error) -> bool {
 
 /// A connection that fails if the client receives too slowly. The client may make the server wait for `patience` at a
 /// time. In total, it may make the server wait for `patience` plus 1 s for each `rate` bytes that it has received.
-pub struct Stream {
+pub(super) struct Stream {
     stream: TcpStream,
     limits: Limits,
     written: u64,

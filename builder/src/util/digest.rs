@@ -4,7 +4,7 @@ use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
 
 /// Returns bytes in lower-case hex.
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut s, b| {
         let _ = write!(s, "{b:02x}");
         s
@@ -12,26 +12,26 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 /// Returns the SHA-256 digest in hex.
-pub fn sha256(bytes: &[u8]) -> String {
+pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
 /// The key of a build step: a digest of named inputs. It covers each input's length, so that different lists of inputs
 /// never give the same bytes.
-pub struct Key {
+pub(crate) struct Key {
     hash: Sha256,
 }
 
 impl Key {
     /// Starts a key. `step` is the digest of the step's code from `build.rs` if the store keeps the step's results.
-    pub fn new(step: &str) -> Self {
+    pub(crate) fn new(step: &str) -> Self {
         let mut key = Self { hash: Sha256::new() };
         key.add("step", step.as_bytes());
         key
     }
 
     /// Adds an input.
-    pub fn add(&mut self, name: &str, value: impl AsRef<[u8]>) -> &mut Self {
+    pub(crate) fn add(&mut self, name: &str, value: impl AsRef<[u8]>) -> &mut Self {
         for part in [name.as_bytes(), value.as_ref()] {
             self.hash.update((part.len() as u64).to_le_bytes());
             self.hash.update(part);
@@ -40,7 +40,7 @@ impl Key {
     }
 
     /// Returns the key in hex.
-    pub fn finish(&self) -> String {
+    pub(crate) fn finish(&self) -> String {
         hex(&self.hash.clone().finalize())
     }
 }

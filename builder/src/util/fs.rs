@@ -21,7 +21,7 @@ pub(crate) fn shown(path: &Path) -> String {
 ///
 /// # Errors
 /// If the file cannot be written.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::Builder::new()
         .permissions(Permissions::from_mode(0o644))

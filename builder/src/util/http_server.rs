@@ -34,10 +34,10 @@ const BUFFER: usize = 16 << 10;
 type Body = BoxBody<Bytes, io::Error>;
 
 /// Handles a POST request: path and body. Returns JSON. It runs in a thread of its own, and may block.
-pub type RequestHandler = dyn Fn(&str, &[u8]) -> crate::error::Result<Vec<u8>> + Send + Sync;
+pub(crate) type RequestHandler = dyn Fn(&str, &[u8]) -> crate::error::Result<Vec<u8>> + Send + Sync;
 
 /// Files and a handler to serve.
-pub struct FileServer {
+pub(crate) struct FileServer {
     /// Files by path, for GET requests.
     pub files: BTreeMap<String, Arc<File>>,
     /// Handler of POST requests.
@@ -45,7 +45,7 @@ pub struct FileServer {
 }
 
 /// Serves requests until the process ends.
-pub async fn serve(listener: TcpListener, server: Arc<FileServer>) -> Infallible {
+pub(crate) async fn serve(listener: TcpListener, server: Arc<FileServer>) -> Infallible {
     serve_within(listener, server, Limits::default()).await
 }
 

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// If the value cannot be serialised.
-pub fn pretty_json(value: &impl Serialize) -> Result<Vec<u8>> {
+pub(crate) fn pretty_json(value: &impl Serialize) -> Result<Vec<u8>> {
     let mut bytes = serde_json::to_vec_pretty(value).map_err(Error::Json)?;
     bytes.push(b'\n');
     Ok(bytes)

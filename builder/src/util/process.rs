@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// If the command does not start, or its exit code is not 0. The error has its output.
-pub fn run(command: &mut Command, what: &str) -> Result<()> {
+pub(crate) fn run(command: &mut Command, what: &str) -> Result<()> {
     let output = command.output().map_err(Error::cannot(format!("start {what}")))?;
     if output.status.success() {
         return Ok(());

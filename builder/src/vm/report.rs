@@ -51,7 +51,7 @@ const HAPROXY: (&str, &str) =
 ///
 /// # Errors
 /// If the fleet key of local machines cannot be read, or the archive cannot be written.
-pub fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<Vec<String>> {
+pub(crate) fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<Vec<String>> {
     let step = progress.step("report", "reading the fleet key");
     let secrets = passwords(&FleetKey::of_vms(project)?.secrets);
     let asked = Asked::new(&step, project.topology.nodes.iter().map(|node| node.name.as_str()));

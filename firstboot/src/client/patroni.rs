@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Returns the prefix of Patroni's keys in etcd.
 #[must_use]
-pub fn scope(topology: &Topology) -> String {
+pub(crate) fn scope(topology: &Topology) -> String {
     let scope = match &topology.backup.restore {
         Some(point) => format!("{}@{}", topology.name, point.replace(' ', "T")),
         None => topology.name.clone(),

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// If /proc/meminfo or the size of /var cannot be read.
-pub fn read(virtualization: &str) -> Result<MachineSize> {
+pub(crate) fn read(virtualization: &str) -> Result<MachineSize> {
     let path = Path::new("/proc/meminfo");
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
     let memory =

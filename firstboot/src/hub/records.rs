@@ -20,7 +20,7 @@ pub(super) const REVOKED: &str = "/bakehouse/revoked/";
 const AUDITED: u64 = 32;
 
 /// Records of all slots, as this hub last read them from etcd.
-pub type Owners = BTreeMap<String, SlotRecord>;
+pub(crate) type Owners = BTreeMap<String, SlotRecord>;
 
 /// A granted slot.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -39,7 +39,7 @@ const ATTEMPTS: u32 = 8;
 ///
 /// # Errors
 /// If etcd does not answer.
-pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<UpdateDecision> {
+pub(crate) async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<UpdateDecision> {
     let text = serde_json::to_vec(report).map_err(Error::json("the report"))?;
     let lease = etcd.lease(SILENCE).await?;
     etcd.transact(&[], &[Op::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
@@ -90,7 +90,7 @@ pub async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Repor
 ///
 /// # Errors
 /// If etcd does not answer.
-pub async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
+pub(crate) async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> {
     match order {
         RolloutOrder::Tell => {}
         RolloutOrder::Pause { why } => drop(etcd.transact(&[], &[Op::Put(PAUSED, why.as_bytes())]).await?),
@@ -152,7 +152,7 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
 }
 
 /// Writes the rollout's metrics for node_exporter to the file `metrics` every 30 s, until the process ends.
-pub async fn export(etcd: &Etcd, metrics: &Path) {
+pub(crate) async fn export(etcd: &Etcd, metrics: &Path) {
     loop {
         match read(etcd).await {
             Ok((rollout, _)) => {

@@ -9,7 +9,7 @@ use ipnet::Ipv4Net;
 
 /// A WireGuard interface. `E` is the type of endpoints: a name in the plan, an address after its resolution.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Interface<E> {
+pub(crate) struct Interface<E> {
     /// Name of the interface.
     pub name: String,
     /// UDP port on which it listens; `None` for a port that the kernel chooses.
@@ -24,7 +24,7 @@ pub struct Interface<E> {
 
 /// A peer of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer<E> {
+pub(crate) struct Peer<E> {
     /// The peer's public key.
     pub key: MeshKey,
     /// The peer's endpoint; `None` if only the peer connects.
@@ -39,7 +39,7 @@ const KEEPALIVE: u16 = 25;
 
 /// Returns the interfaces of `node`. Peers whose keys are unknown are left out.
 #[must_use]
-pub fn interfaces(
+pub(crate) fn interfaces(
     topology: &Topology,
     node: &Node,
     keys: &BTreeMap<String, MeshKey>,

@@ -102,7 +102,7 @@ impl Sealer {
 }
 
 /// Returns the error for sealed bytes that do not open.
-pub fn elsewhere(name: &str, cause: impl Into<Cause>) -> Error {
+pub(crate) fn elsewhere(name: &str, cause: impl Into<Cause>) -> Error {
     Error::Elsewhere { name: name.to_owned(), source: cause.into() }
 }
 
@@ -114,7 +114,7 @@ pub(crate) mod tests {
     use std::thread;
 
     /// Serves the protocol of systemd. The machine's number and the name take the place of a key.
-    pub fn machine(dir: &Path, number: u8) -> Sealer {
+    pub(crate) fn machine(dir: &Path, number: u8) -> Sealer {
         let socket = dir.join(format!("credentials-{number}"));
         let listener = UnixListener::bind(&socket).unwrap();
         thread::spawn(move || {

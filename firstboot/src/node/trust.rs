@@ -28,7 +28,7 @@ pub struct HubAnswer {
 }
 
 /// Data of the node before a round.
-pub struct Known<'a> {
+pub(crate) struct Known<'a> {
     /// Slot and epoch of the node.
     pub own: (&'a str, u64),
     /// Hubs of the topology.
@@ -88,7 +88,7 @@ pub struct Decision {
 
 /// Decides what a node acts on after a round.
 #[must_use]
-pub fn decide(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
+pub(crate) fn decide(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
     let evicted: BTreeSet<&(String, String)> = answers.iter().flat_map(|answer| &answer.evicted).collect();
     let is_evicted = |hub: &String, key: &String| evicted.contains(&(hub.clone(), key.clone()));
     let (gone, pins): (BTreeMap<_, _>, BTreeMap<_, _>) =
@@ -106,7 +106,7 @@ pub fn decide(known: &Known<'_>, answers: &[HubAnswer]) -> Decision {
 /// quorum of two can form. A hub that was evicted does not count, nor does a hub without its pinned key: the node has
 /// no key for the slot of an evicted hub, and must not take one from it.
 #[must_use]
-pub fn first_keys(known: &Known<'_>, answers: &[HubAnswer]) -> BTreeMap<String, MeshKey> {
+pub(crate) fn first_keys(known: &Known<'_>, answers: &[HubAnswer]) -> BTreeMap<String, MeshKey> {
     let is_pinned = |a: &&HubAnswer| known.pins.is_empty() || known.pins.get(&a.hub) == Some(&a.tls_key);
     let is_evicted =
         |a: &HubAnswer| answers.iter().any(|other| other.evicted.contains(&(a.hub.clone(), a.tls_key.clone())));

@@ -56,8 +56,7 @@ fn tidy(schema: &mut Value) {
             map.values_mut().for_each(tidy);
             remove_null(map);
             map.retain(|key, value| match key.as_str() {
-                "title" => !value.is_string(),
-                "format" => !value.is_string(),
+                "title" | "format" => !value.is_string(),
                 // The sections have defaults of their own.
                 "default" => !value.is_null() && !value.is_object(),
                 _ => true,

@@ -101,16 +101,21 @@ fn overlay_sections() -> Vec<Section> {
 pub struct Table {
     /// Name of the table as TOML writes it. Empty for the keys of the whole file.
     pub title: &'static str,
+    /// Text before the rows.
     pub introduction: String,
+    /// Keys of the table, in the order of the file's types.
     pub rows: Vec<Row>,
 }
 
 /// A key of a table.
 pub struct Row {
+    /// Name of the key.
     pub key: String,
     /// Type of the value, such as `number, 1 to 4000`.
     pub kind: String,
+    /// Value without the key; empty if the key is required.
     pub default: String,
+    /// Meaning of the value, one paragraph of Markdown.
     pub meaning: String,
 }
 
@@ -279,7 +284,7 @@ fn type_of(schema: &Value) -> String {
             (least, 65535..) => format!("number, at least {least}"),
             (least, most) => format!("number, {least} to {most}"),
         },
-        Some("string") => "text".to_owned(),
+        Some("string") | None => "text".to_owned(),
         Some("array") if schema["items"]["type"] == "object" => "list of tables".to_owned(),
         Some("array") => format!("list of {}", plural(&type_of(&schema["items"]))),
         Some("object") if schema["additionalProperties"].is_object() => {
@@ -292,7 +297,6 @@ fn type_of(schema: &Value) -> String {
         }
         Some("object") => "table".to_owned(),
         Some(other) => other.to_owned(),
-        None => "text".to_owned(),
     }
 }
 

@@ -4,7 +4,7 @@ use super::protocol::{Protocol, SyncPut};
 use super::state::{Cycle, Deposition, Id, State, bit, has};
 
 /// Returns the state after the next step of a hub that cannot reach `slot`, or `None` if it changes nothing.
-pub fn depose(state: &State, protocol: Protocol, id: Id, slot: Id) -> Option<State> {
+pub(super) fn depose(state: &State, protocol: Protocol, id: Id, slot: Id) -> Option<State> {
     let hub = state.hub(id);
     if hub.deposition != Deposition::Idle && hub.slot != slot {
         return None;
@@ -84,7 +84,7 @@ fn transact(state: &mut State, protocol: Protocol, id: Id, slot: Id) {
 }
 
 /// Excludes a slot that the majority excludes, or that this hub excluded before its agent restarted.
-pub fn join(state: &State, id: Id, slot: Id) -> Option<State> {
+pub(super) fn join(state: &State, id: Id, slot: Id) -> Option<State> {
     let decided = state.is_majority(state.recorded(slot)) || has(state.etcd.recorded[usize::from(id)], slot);
     if !decided || has(state.hub(id).excluded, slot) {
         return None;
@@ -95,7 +95,7 @@ pub fn join(state: &State, id: Id, slot: Id) -> Option<State> {
 }
 
 /// Restarts the hub's agent, which loses its state in memory.
-pub fn restart(state: &State, protocol: Protocol, id: Id) -> Option<State> {
+pub(super) fn restart(state: &State, protocol: Protocol, id: Id) -> Option<State> {
     let mut next = state.clone();
     next.budget.restarts = next.budget.restarts.checked_sub(1)?;
     *next.hub_mut(id) = super::state::Hub::default();

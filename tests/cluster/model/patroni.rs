@@ -5,7 +5,7 @@ use super::protocol::Outcome;
 use super::state::{Cycle, Id, Snapshot, State, Sync, bit};
 
 /// Returns the state after one step of the node's cycle, or `None` if the step is impossible or changes nothing.
-pub fn step(state: &State, id: Id, outcome: Outcome) -> Option<State> {
+pub(super) fn step(state: &State, id: Id, outcome: Outcome) -> Option<State> {
     let node = state.node(id);
     if !node.up {
         return None;
@@ -31,7 +31,7 @@ fn local(outcome: Outcome) -> bool {
 }
 
 /// Begins a cycle that reads the cache between the two events of a deposition.
-pub fn load_torn(state: &State, id: Id, sync_first: bool) -> Option<State> {
+pub(super) fn load_torn(state: &State, id: Id, sync_first: bool) -> Option<State> {
     let mut next = state.clone();
     if state.etcd.torn & bit(id) == 0 || state.node(id).cycle != Cycle::Idle || !state.node(id).up {
         return None;

@@ -7,7 +7,7 @@ use super::{hub, patroni};
 
 /// The hubs' protocol, with a switch for each part, so that a test can leave one out.
 #[derive(Clone, Copy, Debug)]
-pub struct Protocol {
+pub(super) struct Protocol {
     /// The transaction compares `/sync` as well.
     pub compares_sync: bool,
     /// The transaction writes `/sync` again.
@@ -19,7 +19,7 @@ pub struct Protocol {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SyncPut {
+pub(super) enum SyncPut {
     Never,
     BeforeDeletion,
     AfterDeletion,
@@ -27,15 +27,16 @@ pub enum SyncPut {
 
 impl Protocol {
     /// The first version: the transaction compared and deleted the leader key only.
-    pub const FIRST: Self = Self { compares_sync: false, sync_put: SyncPut::Never, joins: false, least_age: false };
+    pub(super) const FIRST: Self =
+        Self { compares_sync: false, sync_put: SyncPut::Never, joins: false, least_age: false };
     /// The version in `firstboot/src/hub/fence.rs`.
-    pub const CURRENT: Self =
+    pub(super) const CURRENT: Self =
         Self { compares_sync: true, sync_put: SyncPut::AfterDeletion, joins: true, least_age: true };
 }
 
 /// Result of a call to etcd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(super) enum Outcome {
     Done,
     /// The call did not reach etcd before Patroni gave up.
     Failed,
@@ -44,7 +45,7 @@ pub enum Outcome {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub(super) enum Action {
     /// All of a node's network paths fail.
     CutUplink(Id),
     Cut(Id, Id),
@@ -71,7 +72,7 @@ pub enum Action {
 }
 
 #[derive(Clone, Debug)]
-pub struct Fleet {
+pub(super) struct Fleet {
     pub protocol: Protocol,
     pub nodes: u8,
     pub hubs: u8,
@@ -82,10 +83,10 @@ pub struct Fleet {
     pub forgets: bool,
 }
 
-pub const ONE_PRIMARY: &str = "one primary acknowledges";
-pub const NONE_LOST: &str = "no acknowledged write is lost";
-pub const DEPOSED: &str = "hubs depose a primary";
-pub const FAILED_OVER: &str = "a standby takes over and acknowledges after a deposition";
+pub(super) const ONE_PRIMARY: &str = "one primary acknowledges";
+pub(super) const NONE_LOST: &str = "no acknowledged write is lost";
+pub(super) const DEPOSED: &str = "hubs depose a primary";
+pub(super) const FAILED_OVER: &str = "a standby takes over and acknowledges after a deposition";
 
 impl Model for Fleet {
     type State = State;

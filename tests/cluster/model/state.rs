@@ -4,28 +4,28 @@
 //! succeeds exactly while `fresh` is set. This keeps the state space finite.
 
 /// Number of a database node or a hub.
-pub type Id = u8;
+pub(super) type Id = u8;
 
 /// A set of node numbers, hub numbers, or writes.
-pub type Set = u8;
+pub(super) type Set = u8;
 
-pub const fn bit(id: Id) -> Set {
+pub(super) const fn bit(id: Id) -> Set {
     1 << id
 }
 
-pub const fn has(set: Set, id: Id) -> bool {
+pub(super) const fn has(set: Set, id: Id) -> bool {
     set & bit(id) != 0
 }
 
 /// Patroni's `/sync` key: the node that manages it, and its synchronous standby.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Sync {
+pub(super) struct Sync {
     pub leader: Option<Id>,
     pub standby: Option<Id>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Etcd {
+pub(super) struct Etcd {
     /// Patroni's leader key. It is attached to a lease of the node that it names.
     pub leader: Option<Id>,
     /// The lease belongs to the process that runs on the node now, not to one before a crash.
@@ -43,7 +43,7 @@ pub struct Etcd {
 
 /// Keys that a cycle of Patroni has loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Snapshot {
+pub(super) struct Snapshot {
     pub leader: Option<Id>,
     /// The leader key is attached to the lease that this node holds now.
     pub own_lease: bool,
@@ -55,7 +55,7 @@ pub struct Snapshot {
 
 /// Step of a Patroni cycle.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Cycle {
+pub(super) enum Cycle {
     #[default]
     Idle,
     Loaded,
@@ -75,7 +75,7 @@ pub enum Cycle {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own, and states are compared and hashed")]
-pub struct Node {
+pub(super) struct Node {
     pub up: bool,
     pub primary: bool,
     /// Writes in the WAL on disk.
@@ -105,7 +105,7 @@ pub struct Node {
 
 /// Step of a hub's deposition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Deposition {
+pub(super) enum Deposition {
     #[default]
     Idle,
     /// The hub has read the leader key and `/sync`.
@@ -117,7 +117,7 @@ pub enum Deposition {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Hub {
+pub(super) struct Hub {
     /// Slots whose packets it drops.
     pub excluded: Set,
     pub deposition: Deposition,
@@ -128,7 +128,7 @@ pub struct Hub {
 
 /// How often each fault may still happen.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Budget {
+pub(super) struct Budget {
     pub cuts: u8,
     pub crashes: u8,
     pub restarts: u8,
@@ -138,7 +138,7 @@ pub struct Budget {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct State {
+pub(super) struct State {
     pub etcd: Etcd,
     /// The first `node_count` of these exist.
     pub all_nodes: [Node; 3],
@@ -155,76 +155,76 @@ pub struct State {
 }
 
 impl State {
-    pub fn nodes(&self) -> impl Iterator<Item = Id> + use<> {
+    pub(super) fn nodes(&self) -> impl Iterator<Item = Id> + use<> {
         0..self.node_count
     }
 
-    pub fn hubs(&self) -> impl Iterator<Item = Id> + use<> {
+    pub(super) fn hubs(&self) -> impl Iterator<Item = Id> + use<> {
         0..self.hub_count
     }
 
-    pub fn node(&self, id: Id) -> &Node {
+    pub(super) fn node(&self, id: Id) -> &Node {
         &self.all_nodes[usize::from(id)]
     }
 
-    pub fn node_mut(&mut self, id: Id) -> &mut Node {
+    pub(super) fn node_mut(&mut self, id: Id) -> &mut Node {
         &mut self.all_nodes[usize::from(id)]
     }
 
-    pub fn hub(&self, id: Id) -> &Hub {
+    pub(super) fn hub(&self, id: Id) -> &Hub {
         &self.all_hubs[usize::from(id)]
     }
 
-    pub fn hub_mut(&mut self, id: Id) -> &mut Hub {
+    pub(super) fn hub_mut(&mut self, id: Id) -> &mut Hub {
         &mut self.all_hubs[usize::from(id)]
     }
 
     /// Returns whether a hub forwards the node's packets. Hubs always reach each other and etcd.
-    pub fn on_mesh(&self, id: Id) -> bool {
+    pub(super) fn on_mesh(&self, id: Id) -> bool {
         let links = self.node(id).links;
         self.hubs().any(|hub| has(links, hub) && !has(self.hub(hub).excluded, id))
     }
 
-    pub fn is_majority(&self, hubs: usize) -> bool {
+    pub(super) fn is_majority(&self, hubs: usize) -> bool {
         2 * hubs > usize::from(self.hub_count)
     }
 
     /// Counts the hubs that have recorded an exclusion of `slot`.
-    pub fn recorded(&self, slot: Id) -> usize {
+    pub(super) fn recorded(&self, slot: Id) -> usize {
         self.hubs().filter(|hub| has(self.etcd.recorded[usize::from(*hub)], slot)).count()
     }
 
     /// Returns whether a walsender of `primary` serves `standby` and packets pass.
-    pub fn replicates(&self, standby: Id, primary: Id) -> bool {
+    pub(super) fn replicates(&self, standby: Id, primary: Id) -> bool {
         self.is_streaming(standby, primary) && self.on_mesh(standby) && self.on_mesh(primary)
     }
 
     /// Returns whether `pg_stat_replication` of `primary` lists `standby`, which it still does for a while after the
     /// path has failed.
-    pub fn is_streaming(&self, standby: Id, primary: Id) -> bool {
+    pub(super) fn is_streaming(&self, standby: Id, primary: Id) -> bool {
         let node = self.node(standby);
         node.up && !node.primary && node.streams && node.upstream == Some(primary)
     }
 
     /// Returns whether `id` can acknowledge a new write to its clients.
-    pub fn can_acknowledge(&self, id: Id) -> bool {
+    pub(super) fn can_acknowledge(&self, id: Id) -> bool {
         let node = self.node(id);
         node.up && node.primary && node.names.is_none_or(|standby| self.replicates(standby, id))
     }
 
     /// Ends replication from this primary to all standbys.
-    pub fn end_streams_of(&mut self, primary: Id) {
+    pub(super) fn end_streams_of(&mut self, primary: Id) {
         self.all_nodes.iter_mut().filter(|n| n.upstream == Some(primary)).for_each(|n| n.streams = false);
     }
 
     /// Writes or deletes `/leader`.
-    pub fn set_leader(&mut self, leader: Option<Id>) {
+    pub(super) fn set_leader(&mut self, leader: Option<Id>) {
         (self.etcd.leader, self.etcd.current) = (leader, leader.is_some());
         self.all_hubs.iter_mut().for_each(|hub| hub.fresh[0] = false);
     }
 
     /// Puts `/sync`, which makes every loaded revision of it stale.
-    pub fn set_sync(&mut self, sync: Sync) {
+    pub(super) fn set_sync(&mut self, sync: Sync) {
         self.etcd.sync = sync;
         self.etcd.torn = 0;
         self.all_nodes.iter_mut().for_each(|node| node.seen.fresh = false);
@@ -232,7 +232,7 @@ impl State {
     }
 
     /// Writes or deletes a hub's record of an exclusion.
-    pub fn set_recorded(&mut self, hub: Id, slot: Id, recorded: bool) {
+    pub(super) fn set_recorded(&mut self, hub: Id, slot: Id, recorded: bool) {
         let set = &mut self.etcd.recorded[usize::from(hub)];
         *set = if recorded { *set | bit(slot) } else { *set & !bit(slot) };
         self.all_hubs.iter_mut().filter(|h| h.slot == slot).for_each(|hub| hub.fresh[2] = false);

@@ -12,9 +12,9 @@ use fleet::{Credential, Joiner, Node, Ticket, Topology};
 use crate::{ETCDCTL, Machine, TestFleet};
 
 /// Address of an internet host, on the virtual network between the fleet's machines.
-pub const INTERNET: &str = "198.18.250.1";
+pub(super) const INTERNET: &str = "198.18.250.1";
 /// Prefix of the keys that attacks write. No daemon of the fleet reads them.
-pub const SCRATCH: &str = "/bakehouse/containment/";
+pub(super) const SCRATCH: &str = "/bakehouse/containment/";
 
 /// A fleet in containers, on one virtual network that stands for the internet.
 pub struct Arena {

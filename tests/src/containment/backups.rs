@@ -13,7 +13,7 @@ const PORT: u16 = 8432;
 const TOOLS: &str = "db-1";
 
 /// Tries to list the repository.
-pub fn read(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn read(arena: &Arena, from: &Foothold) -> Finding {
     let keeper = arena.topology.backup.node.as_deref().expect("a node stores the backups");
     if from.node.as_ref().is_some_and(|n| n.name == keeper) {
         let listed = arena.machine(keeper).exec("ls /var/lib/pgbackrest/backup/main/backup.info");

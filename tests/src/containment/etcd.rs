@@ -12,7 +12,7 @@ use super::foothold::{Door, Foothold, NodeIdentity, doors};
 use super::{Arena, Finding, raft};
 
 /// Port at which etcd serves clients.
-pub const CLIENT_PORT: u16 = 2379;
+pub(super) const CLIENT_PORT: u16 = 2379;
 /// Users of the fleet's etcd.
 const USERS: [&str; 2] = ["root", "patroni"];
 
@@ -89,7 +89,7 @@ async fn sessions<'a>(arena: &Arena, from: &'a Foothold) -> Result<Vec<Session<'
 }
 
 /// Returns a port's addresses on every voter, and on loopback if the attacker's machine is one.
-pub fn voter_doors(arena: &Arena, from: &Foothold, port: u16) -> Vec<Door> {
+pub(super) fn voter_doors(arena: &Arena, from: &Foothold, port: u16) -> Vec<Door> {
     let voters = arena.topology.voters.iter().filter(|name| arena.machines.contains_key(*name));
     let mut all = doors(arena, voters.map(|name| arena.node(name)), port);
     if let Some(own) = from.node.as_ref().filter(|n| arena.topology.voters.contains(&n.name)) {
@@ -133,7 +133,7 @@ async fn post(
 }
 
 /// Tries to read values that the trusted hub has just written, below the fleet's prefix and below Patroni's.
-pub fn read(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn read(arena: &Arena, from: &Foothold) -> Finding {
     let canary = format!("canary-{:?}", from.place);
     let keys = [format!("{SCRATCH}read"), format!("{}containment", arena.scope())];
     for key in &keys {
@@ -168,7 +168,7 @@ pub fn read(arena: &Arena, from: &Foothold) -> Finding {
 }
 
 /// Tries to write below the fleet's prefix and below Patroni's.
-pub fn write(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn write(arena: &Arena, from: &Foothold) -> Finding {
     let key = format!("{SCRATCH}write");
     let patroni = format!("{}containment-write", arena.scope());
     let finding = match (put(arena, from, &key, "taken"), put(arena, from, &patroni, "taken")) {
@@ -182,7 +182,7 @@ pub fn write(arena: &Arena, from: &Foothold) -> Finding {
 }
 
 /// Writes a key as a client or as a peer, and verifies the value on the trusted hub. Returns how.
-pub fn put(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result<String, String> {
+pub(super) fn put(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result<String, String> {
     let asked = from.run(|| async {
         let mut last = Err("no session".to_owned());
         for session in sessions(arena, from).await? {

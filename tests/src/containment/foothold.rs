@@ -21,7 +21,7 @@ use super::members::Captured;
 use super::{Arena, Place};
 
 /// How long an attack waits for a reply. The fleet's daemons reply within milliseconds.
-pub const PATIENCE: Duration = Duration::from_secs(4);
+pub(super) const PATIENCE: Duration = Duration::from_secs(4);
 /// How long an attack waits for a TCP connection.
 const CONNECT: Duration = Duration::from_millis(1500);
 
@@ -48,7 +48,7 @@ pub struct Door {
 }
 
 /// Users of etcd and their tokens. `None` before the first login attempt.
-pub type Logins = Arc<Mutex<Option<Vec<(String, String)>>>>;
+pub(super) type Logins = Arc<Mutex<Option<Vec<(String, String)>>>>;
 
 /// The attacker's position.
 #[derive(Clone)]
@@ -246,7 +246,7 @@ fn signed(arena: &Arena, issuer: &Issuer, name: &str) -> Option<NodeIdentity> {
 }
 
 /// Returns a port's addresses on these nodes, in the mesh and on the internet.
-pub fn doors<'a>(arena: &Arena, nodes: impl Iterator<Item = &'a Node>, port: u16) -> Vec<Door> {
+pub(super) fn doors<'a>(arena: &Arena, nodes: impl Iterator<Item = &'a Node>, port: u16) -> Vec<Door> {
     let of = |node: &Node| arena.addresses(node).map(|host| Door { host, port, name: node.name.clone() });
     nodes.flat_map(of).collect()
 }

@@ -39,7 +39,7 @@ async fn hubs(arena: &Arena, from: &Foothold) -> Vec<Door> {
 }
 
 /// Tries to replace another node's mesh key.
-pub fn change_mesh_key(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn change_mesh_key(arena: &Arena, from: &Foothold) -> Finding {
     let key = MeshKey([from.place as u8 + 1; 32]);
     let tls_key = encoding::encode(PrivateKey::generate().and_then(|k| k.public()).expect("randomness").as_bytes());
     // Each request that carries a mesh key, with every certificate of another node.
@@ -91,7 +91,7 @@ fn took_key(arena: &Arena, from: &Foothold, key: MeshKey) -> Option<String> {
 }
 
 /// Tries to deny a version.
-pub fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
     let version = format!("9.{}", from.place as u8);
     let key = format!("{DENIED}{version}");
     let report = |doing| json(&Report { version: PROTOCOL, image: "1".to_owned(), doing });
@@ -133,7 +133,7 @@ pub fn deny_version(arena: &Arena, from: &Foothold) -> Finding {
 }
 
 /// Tries to get a slot for another machine.
-pub fn take_slot(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn take_slot(arena: &Arena, from: &Foothold) -> Finding {
     let mut last = String::new();
     // A token signed with the node's issuer or with the attacker's own root, and tickets used for another group.
     let own_root = Issuer::root(&arena.topology.name).expect("randomness");
@@ -261,7 +261,7 @@ async fn send(from: &Foothold, door: &Door, request: &Captured) -> Result<Grant,
 }
 
 /// Tries to read a password that the roles of the attacker's node do not need.
-pub fn read_secrets(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn read_secrets(arena: &Arena, from: &Foothold) -> Finding {
     if !from.loot.is_empty() {
         return Finding::yes(from.loot.join("; "));
     }

@@ -67,7 +67,7 @@ impl Drop for NetbootServer {
 ///
 /// # Errors
 /// If the server refuses the message.
-pub async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
+pub(super) async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
     let sent = async {
         let mut server = Connection::plain(INTERNET, PORT).await?;
         server.ask(request("POST", INTERNET, path, &[], message.to_string().into())?, 1 << 20).await
@@ -79,7 +79,7 @@ pub async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String> {
 ///
 /// # Errors
 /// If the server gives no ticket. The text is its reason.
-pub async fn ticket_of(macs: &[&str]) -> Result<Ticket, String> {
+pub(super) async fn ticket_of(macs: &[&str]) -> Result<Ticket, String> {
     let key = Key::generate().map_err(|e| e.to_string())?;
     let machine = json!({
         "version": NetbootMachine::VERSION, "macs": macs, "serial": "", "memory": 8_u64 << 30, "key": key.public(),

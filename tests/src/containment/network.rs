@@ -20,7 +20,7 @@ const CENTISECONDS: u16 = 20;
 const LASTS: Duration = Duration::from_secs(5);
 
 /// Tries to keep the VIP from every other hub by adverts of the highest priority.
-pub fn take_vip(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn take_vip(arena: &Arena, from: &Foothold) -> Finding {
     let own = from.node.as_ref();
     let hubs: Vec<&str> = arena.topology.hubs.iter().map(|h| h.name.as_str()).collect();
     // The attacker's own machine does not count: an evicted hub may keep the address, but no packets are routed there.
@@ -113,7 +113,7 @@ fn checksum(bytes: &[u8]) -> u16 {
 }
 
 /// Tries to announce a database's address to the other hubs from the attacker's routing daemon.
-pub fn announce(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn announce(arena: &Arena, from: &Foothold) -> Finding {
     let Some(node) = &from.node else {
         // A host without a tunnel has no transport address and can only try BGP's port.
         let open = from.run(|| async { from.reachable(doors(arena, arena.topology.hubs.iter(), 179)).await });
@@ -168,7 +168,7 @@ impl Drop for Routing<'_> {
 
 /// A hub that announces a worker's address and uses it towards one node, until this is dropped. Only a hub can do this:
 /// WireGuard's allowed IPs limit a worker to its own address.
-pub struct Impersonation<'a> {
+pub(super) struct Impersonation<'a> {
     machine: &'a Machine,
     undo: String,
     _routing: Routing<'a>,
@@ -179,7 +179,7 @@ impl<'a> Impersonation<'a> {
     ///
     /// # Panics
     /// If the attacker's machine is not a hub.
-    pub fn of(arena: &'a Arena, from: &Foothold, worker: &Node, towards: &Node) -> Self {
+    pub(super) fn of(arena: &'a Arena, from: &Foothold, worker: &Node, towards: &Node) -> Self {
         let machine = arena.machine(&from.node.as_ref().expect("a hub").name);
         let (address, to) = (worker.address, towards.address);
         let route = format!("{to}/32 dev wg0 src {address} metric 1");

@@ -12,7 +12,7 @@ const API: u16 = 8008;
 const SHOW: &str = "patronictl -c /run/bakehouse/patroni.yml show-config";
 
 /// Tries to add a setting that every member reads. Patroni keeps names that it does not know.
-pub fn change(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn change(arena: &Arena, from: &Foothold) -> Finding {
     let mark = format!("containment-{:?}", from.place).to_lowercase();
     let asked = from.run(|| async {
         let dbs = arena.topology.nodes.iter().filter(|n| n.has_role("db"));

@@ -19,7 +19,7 @@ const PORTS: [u16; 2] = [5432, 5000];
 const ROLES: [&str; 4] = ["postgres", "replicator", "rewind", "odoo"];
 
 /// Tries to log in as a role that the attacker's machine does not need.
-pub fn log_in(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn log_in(arena: &Arena, from: &Foothold) -> Finding {
     // An app node's own role is the owner of Odoo's database.
     let own = if from.place == Place::App { "odoo" } else { "" };
     let found = from.run(|| async {

@@ -22,7 +22,7 @@ struct Members {
 }
 
 /// Tries to connect to a member as a peer.
-pub fn peer(arena: &Arena, from: &Foothold) -> Finding {
+pub(super) fn peer(arena: &Arena, from: &Foothold) -> Finding {
     let unfence_node = from.run(|| async {
         let (door, shown, members) = members(arena, from).await?;
         let who = shown.map_or("no certificate", |s| s.name.as_str());
@@ -32,7 +32,7 @@ pub fn peer(arena: &Arena, from: &Foothold) -> Finding {
 }
 
 /// Proposes a put to the cluster in a member's name. Returns how a member accepted it. The caller verifies the effect.
-pub fn propose(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result<String, String> {
+pub(super) fn propose(arena: &Arena, from: &Foothold, key: &str, value: &str) -> Result<String, String> {
     from.run(|| async {
         let (_, shown, members) = members(arena, from).await?;
         let mut last = String::new();

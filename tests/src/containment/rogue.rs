@@ -15,7 +15,7 @@ use super::members::Captured;
 use super::{Arena, Finding, Foothold};
 
 /// A key that no machine has.
-pub const FALSE_KEY: MeshKey = MeshKey([0x42; 32]);
+pub(super) const FALSE_KEY: MeshKey = MeshKey([0x42; 32]);
 
 /// The evicted hub's server. Dropping it ends the server.
 pub struct RogueHub {

@@ -156,7 +156,7 @@ const PXE_GROUP: &str = "`[netboot] others` gives any machine on that network a 
 
 /// Returns the expected result of a cell, and the reason if it is not "no".
 #[must_use]
-pub fn expected(place: Place, target: Target) -> (Reach, &'static str) {
+pub(super) fn expected(place: Place, target: Target) -> (Reach, &'static str) {
     match (place, target) {
         (Db, ReadEtcd | WriteEtcd) => (Reach::Part, PATRONI_OWNS),
         (Db, Patroni) => (Reach::Yes, DB_IS_PATRONI),

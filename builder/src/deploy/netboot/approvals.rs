@@ -17,14 +17,14 @@ use crate::util::json::pretty_json;
 const MAX_CODES: usize = 64;
 
 /// Confirmed codes that no machine has used.
-pub struct Approvals {
+pub(super) struct Approvals {
     path: PathBuf,
 }
 
 impl Approvals {
     /// Returns the codes in the folder of the server's records.
     #[must_use]
-    pub fn new(dir: &Path) -> Self {
+    pub(super) fn new(dir: &Path) -> Self {
         Self { path: dir.join("approved.json") }
     }
 
@@ -32,7 +32,7 @@ impl Approvals {
     ///
     /// # Errors
     /// If `typed` is not a code, or the file cannot be written.
-    pub fn add(&self, typed: &str) -> Result<String> {
+    pub(super) fn add(&self, typed: &str) -> Result<String> {
         let code = read_code(typed).ok_or_else(|| {
             Error::Usage(format!(
                 "`{}` is not a code: the machine's console shows four groups of four letters and digits",
@@ -53,7 +53,7 @@ impl Approvals {
     ///
     /// # Errors
     /// If the file cannot be read or parsed.
-    pub fn has(&self, code: &str) -> Result<bool> {
+    pub(super) fn has(&self, code: &str) -> Result<bool> {
         Ok(self.read()?.contains_key(code))
     }
 
@@ -61,7 +61,7 @@ impl Approvals {
     ///
     /// # Errors
     /// If the file cannot be written.
-    pub fn remove(&self, code: &str) -> Result<()> {
+    pub(super) fn remove(&self, code: &str) -> Result<()> {
         let mut codes = self.read()?;
         codes.remove(code);
         self.write(&codes)

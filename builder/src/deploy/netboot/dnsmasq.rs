@@ -7,17 +7,17 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 
 /// Name of the installer on the TFTP server and the HTTP server.
-pub const LOADER: &str = "bakehouse.efi";
+pub(super) const LOADER: &str = "bakehouse.efi";
 /// Name of iPXE's script on the HTTP server.
-pub const SCRIPT: &str = "bakehouse.ipxe";
+pub(super) const SCRIPT: &str = "bakehouse.ipxe";
 /// Folder of the TFTP server, relative to dnsmasq's folder.
-pub const TFTP: &str = "tftp";
+pub(super) const TFTP: &str = "tftp";
 /// Folder of the list of installed machines, relative to dnsmasq's folder.
-pub const HOSTS: &str = "hosts";
+pub(super) const HOSTS: &str = "hosts";
 
 /// Network boot service of this host.
 #[derive(Clone, Debug)]
-pub struct Service {
+pub(super) struct Service {
     /// Network interface.
     pub interface: String,
     /// This host's address on the interface.
@@ -35,13 +35,13 @@ pub struct Service {
 impl Service {
     /// Returns the address of the HTTP server.
     #[must_use]
-    pub fn url(&self) -> String {
+    pub(super) fn url(&self) -> String {
         format!("http://{}:{}", self.address, self.port)
     }
 
     /// Returns the content of `dnsmasq.conf`.
     #[must_use]
-    pub fn config(&self) -> String {
+    pub(super) fn config(&self) -> String {
         let Self { interface, address, net, dir, .. } = self;
         let url = self.url();
         let mut text = format!(
@@ -89,7 +89,7 @@ impl Service {
 /// Returns iPXE's script. By default, iPXE passes the file's name as the command line, which would replace the command
 /// line in the installer's UKI, so the script passes that one.
 #[must_use]
-pub fn script(service: &Service, cmdline: &str) -> String {
+pub(super) fn script(service: &Service, cmdline: &str) -> String {
     format!("#!ipxe\nchain {}/{LOADER} {cmdline}\n", service.url())
 }
 

@@ -39,7 +39,7 @@ use dnsmasq::{HOSTS, LOADER, SCRIPT, Service, TFTP, script};
 use front::{FleetPlan, NetbootHandler, installed};
 use offer::ImageOffer;
 use progress::NetbootProgress;
-pub use progress::{MachineChange, MachineEvents};
+pub(crate) use progress::{MachineChange, MachineEvents};
 use registry::MachineRegistry;
 
 /// Port of the HTTP server.
@@ -48,7 +48,7 @@ const PORT: u16 = 8470;
 const RECORDS: &str = "build/netboot";
 
 /// Options of the server.
-pub struct NetbootOptions<'a> {
+pub(crate) struct NetbootOptions<'a> {
     /// Network interface that the machines are connected to.
     pub interface: &'a str,
     /// Network from which the server assigns addresses.
@@ -63,7 +63,7 @@ pub struct NetbootOptions<'a> {
 ///
 /// # Errors
 /// If `[netboot]` has no rule.
-pub fn groups(project: &Project) -> Result<Vec<String>> {
+pub(crate) fn groups(project: &Project) -> Result<Vec<String>> {
     let rules = project.fleet.netboot.get_ref();
     if rules.machines.is_empty() && rules.others.is_none() {
         return Err(Error::Usage(
@@ -81,7 +81,7 @@ pub fn groups(project: &Project) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// If a code is malformed, or the project's folder cannot be written.
-pub fn approve(project: &Project, codes: &[String]) -> Result<Vec<String>> {
+pub(crate) fn approve(project: &Project, codes: &[String]) -> Result<Vec<String>> {
     let approvals = Approvals::new(&project.dir.join(RECORDS));
     codes.iter().map(|code| approvals.add(code)).collect()
 }
@@ -90,7 +90,7 @@ pub fn approve(project: &Project, codes: &[String]) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// If the interface does not exist, dnsmasq does not run, or a port is in use.
-pub fn netboot(build: &Build, images: &[BuiltImage], options: &NetbootOptions) -> Result<()> {
+pub(crate) fn netboot(build: &Build, images: &[BuiltImage], options: &NetbootOptions) -> Result<()> {
     let project = build.project;
     let rules = project.fleet.netboot.get_ref();
     let Some(first) = images.first() else { return fail("there is no image to serve") };

@@ -17,7 +17,7 @@ const MAX_LINE: usize = 400;
 
 /// State of a machine that boots from the network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub struct MachineChange {
+pub(crate) struct MachineChange {
     /// MAC address or serial number.
     pub machine: String,
     /// Node that the machine becomes; `null` if fleet.toml assigns none.
@@ -27,10 +27,10 @@ pub struct MachineChange {
 }
 
 /// Receiver of machines' states.
-pub type MachineEvents = Arc<dyn Fn(MachineChange) + Send + Sync>;
+pub(crate) type MachineEvents = Arc<dyn Fn(MachineChange) + Send + Sync>;
 
 /// Shows the progress of machines.
-pub struct NetbootProgress {
+pub(super) struct NetbootProgress {
     progress: Progress,
     on_change: Option<MachineEvents>,
     /// By MAC address or serial number.
@@ -45,13 +45,13 @@ struct MachineRow {
 impl NetbootProgress {
     /// Returns an empty list of machines. `on_change` gets each change.
     #[must_use]
-    pub fn new(progress: Progress, on_change: Option<MachineEvents>) -> Self {
+    pub(super) fn new(progress: Progress, on_change: Option<MachineEvents>) -> Self {
         Self { progress, on_change, rows: Mutex::default() }
     }
 
     /// Prints a machine's state when it changes. The text comes from the machine, so control characters in it are
     /// escaped.
-    pub fn report(&self, machine: &str, node: Option<&str>, state: &str) {
+    pub(super) fn report(&self, machine: &str, node: Option<&str>, state: &str) {
         let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
         // fleet.toml limits the number of machines with a node.
         if node.is_none() && rows.len() >= MAX_ROWS && !rows.contains_key(machine) {
@@ -79,7 +79,7 @@ impl NetbootProgress {
     }
 
     /// Prints a line for the operator.
-    pub fn say(&self, text: &str) {
+    pub(super) fn say(&self, text: &str) {
         self.progress.say("netboot", &printable(text));
     }
 }

@@ -25,7 +25,7 @@ const MIN_TICKET_INTERVAL: u64 = 30;
 const MAX_ERROR: usize = 300;
 
 /// Machines, by the rules in `[netboot]`.
-pub struct MachineRegistry {
+pub(super) struct MachineRegistry {
     rules: Netboot,
     records: Records,
     approvals: Approvals,
@@ -33,7 +33,7 @@ pub struct MachineRegistry {
 
 /// Decision about a machine's request.
 #[derive(Clone, Debug)]
-pub enum RegistryDecision {
+pub(super) enum RegistryDecision {
     /// The machine gets a ticket.
     Assigned(Decision),
     /// The operator has to confirm the machine's code first.
@@ -54,7 +54,7 @@ struct Refusal(String);
 
 /// Assignment of a machine.
 #[derive(Clone, Debug)]
-pub struct Decision {
+pub(super) struct Decision {
     /// Name of the record: a MAC address or a serial number from fleet.toml.
     pub name: String,
     /// Node or group that the machine becomes.
@@ -67,7 +67,7 @@ pub struct Decision {
 
 /// Place of a machine's image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum InstallMode {
+pub(super) enum InstallMode {
     /// The machine boots from this disk.
     Install(String),
     /// The machine runs from memory, with `/var` on this disk if the node has state.
@@ -76,7 +76,7 @@ pub enum InstallMode {
 
 /// A report that the registry accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AcceptedReport {
+pub(super) struct AcceptedReport {
     /// Name of the record.
     pub name: String,
     /// Node or group of the machine.
@@ -84,7 +84,7 @@ pub struct AcceptedReport {
 }
 
 /// Properties of the fleet that the registry needs.
-pub trait Plan {
+pub(super) trait Plan {
     /// Returns the group of a node, or `to` itself if it is a group.
     fn group_of(&self, to: &str) -> String;
     /// Returns the slots of a group.
@@ -106,7 +106,7 @@ impl MachineRegistry {
     ///
     /// # Errors
     /// If the records cannot be read or parsed.
-    pub fn open(dir: &Path, rules: &Netboot) -> Result<Self> {
+    pub(super) fn open(dir: &Path, rules: &Netboot) -> Result<Self> {
         Ok(Self { rules: rules.clone(), records: Records::open(dir)?, approvals: Approvals::new(dir) })
     }
 
@@ -114,7 +114,7 @@ impl MachineRegistry {
     ///
     /// # Errors
     /// If no record has this name, or the records cannot be written.
-    pub fn again(&mut self, name: &str) -> Result<()> {
+    pub(super) fn again(&mut self, name: &str) -> Result<()> {
         let mac: Option<Mac> = name.parse().ok();
         let normal = mac.map_or_else(|| name.to_owned(), |mac| mac.to_string());
         let all = &mut self.records.all;
@@ -142,19 +142,19 @@ impl MachineRegistry {
     ///
     /// # Errors
     /// If `typed` is not a code, or the file cannot be written.
-    pub fn approve(&self, typed: &str) -> Result<String> {
+    pub(super) fn approve(&self, typed: &str) -> Result<String> {
         self.approvals.add(typed)
     }
 
     /// Returns the MAC addresses of machines that are installed on their disks.
-    pub fn installed(&self) -> BTreeSet<Mac> {
+    pub(super) fn installed(&self) -> BTreeSet<Mac> {
         let names = self.records.all.iter().filter(|(_, r)| r.installed.is_some());
         names.flat_map(|(name, _)| self.macs_of(name)).collect()
     }
 
     /// Returns the MAC addresses that a machine boots from: the one in fleet.toml, or those of its request. Leaves out
     /// addresses of other machines, because a machine could otherwise stop another one from booting.
-    pub fn macs_of(&self, name: &str) -> Vec<Mac> {
+    pub(super) fn macs_of(&self, name: &str) -> Vec<Mac> {
         if let Ok(mac) = name.parse() {
             return vec![mac];
         }
@@ -170,7 +170,7 @@ impl MachineRegistry {
     ///
     /// # Errors
     /// If the records, the codes or the audit log cannot be read or written.
-    pub fn decide(&mut self, machine: &NetbootMachine, plan: &impl Plan) -> Result<RegistryDecision> {
+    pub(super) fn decide(&mut self, machine: &NetbootMachine, plan: &impl Plan) -> Result<RegistryDecision> {
         let (name, to, mode) = match self.match_rule(machine, plan) {
             Ok(found) => found,
             Err(Refusal(why)) => return Ok(RegistryDecision::Refused(why)),
@@ -247,7 +247,7 @@ impl MachineRegistry {
     ///
     /// # Errors
     /// If the records cannot be written.
-    pub fn trust_reports(&mut self, name: &str, key: &str, proof: ReportKey) -> Result<()> {
+    pub(super) fn trust_reports(&mut self, name: &str, key: &str, proof: ReportKey) -> Result<()> {
         let Some(record) = self.records.all.get_mut(name) else { return Ok(()) };
         record.trust_reports(key, proof);
         self.records.store()
@@ -258,7 +258,7 @@ impl MachineRegistry {
     ///
     /// # Errors
     /// If the records or the audit log cannot be written.
-    pub fn accept_report(&mut self, report: &ProgressReport) -> Result<Option<AcceptedReport>> {
+    pub(super) fn accept_report(&mut self, report: &ProgressReport) -> Result<Option<AcceptedReport>> {
         let is_proven = |r: &Record| r.reporters.iter().any(|by| by.key == report.key && by.proof.verify(report));
         let found =
             self.records.all.iter_mut().find(|(_, r)| report.version == NetbootMachine::VERSION && is_proven(r));

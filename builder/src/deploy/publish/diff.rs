@@ -66,7 +66,7 @@ struct Package {
 
 /// Differences between an image and the published image of its group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub struct Comparison {
+pub(crate) struct Comparison {
     /// Name of the group.
     pub group: String,
     /// Published version; `None` before the first publication.
@@ -228,7 +228,7 @@ impl Comparison {
 
     /// Returns whether the images are the same for nodes.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.from.is_some()
             && [&self.added, &self.removed, &self.changed, &self.files, &self.obstacles].iter().all(|v| v.is_empty())
     }

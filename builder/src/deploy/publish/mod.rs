@@ -25,9 +25,9 @@ use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
 use uuid::Uuid;
 
-pub use diff::Comparison;
+pub(crate) use diff::Comparison;
 use diff::Contents;
-pub use schedule::RolloutSchedule;
+pub(crate) use schedule::RolloutSchedule;
 
 use crate::assemble::layout::{PartitionSizes, ROOT_START};
 use crate::error::{Error, Result, fail};
@@ -44,7 +44,7 @@ const SUMS: &str = "SHA256SUMS";
 
 /// Result of the publication of an image.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
-pub struct Published {
+pub(crate) struct Published {
     /// Name of the group.
     pub group: String,
     /// Version of the image.
@@ -57,7 +57,7 @@ pub struct Published {
 
 /// Returns whether the folder has a version of one of these images' groups.
 #[must_use]
-pub fn has_version(dir: &Path, images: &[BuiltImage]) -> bool {
+pub(crate) fn has_version(dir: &Path, images: &[BuiltImage]) -> bool {
     images.iter().any(|image| dir.join(&image.group).join(NEWEST).exists())
 }
 
@@ -65,7 +65,7 @@ pub fn has_version(dir: &Path, images: &[BuiltImage]) -> bool {
 ///
 /// # Errors
 /// If a manifest or the image's files cannot be read.
-pub fn compare(image: &BuiltImage, dir: &Path) -> Result<Comparison> {
+pub(crate) fn compare(image: &BuiltImage, dir: &Path) -> Result<Comparison> {
     let new = Contents::read(&image.manifest)?;
     let out = dir.join(&image.group);
     let old = newest(&out)?;
@@ -81,7 +81,13 @@ pub fn compare(image: &BuiltImage, dir: &Path) -> Result<Comparison> {
 ///
 /// # Errors
 /// If nodes of the published version cannot change to this image, or a file cannot be read or written.
-pub fn publish(image: &BuiltImage, dir: &Path, key: &UpdateKey, time: u64, progress: &Progress) -> Result<Published> {
+pub(crate) fn publish(
+    image: &BuiltImage,
+    dir: &Path,
+    key: &UpdateKey,
+    time: u64,
+    progress: &Progress,
+) -> Result<Published> {
     let new = Contents::read(&image.manifest)?;
     let out = dir.join(&image.group);
     let old = newest(&out)?;

@@ -15,7 +15,7 @@ const RESTART: u64 = 60;
 
 /// Order in which nodes change to new images. Each node restarts once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub struct RolloutSchedule {
+pub(crate) struct RolloutSchedule {
     /// Nodes in the order of the rollout.
     pub stops: Vec<ScheduledNode>,
     /// Estimated time in seconds, with a gigabit network and a minute for each restart.
@@ -24,7 +24,7 @@ pub struct RolloutSchedule {
 
 /// A node of the schedule.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub struct ScheduledNode {
+pub(crate) struct ScheduledNode {
     /// Name of the node.
     pub node: String,
     /// Bytes that the node downloads.
@@ -35,7 +35,7 @@ impl RolloutSchedule {
     /// Schedules the nodes whose images change. The rollout itself also puts the primary and the hub with the VIP last
     /// among nodes of equal rank; the schedule does not know them.
     #[must_use]
-    pub fn of(topology: &Topology, plans: &[Comparison]) -> Self {
+    pub(crate) fn of(topology: &Topology, plans: &[Comparison]) -> Self {
         let changing = |group: &str| plans.iter().find(|p| p.group == group && p.from.is_some() && !p.is_empty());
         let mut nodes: Vec<_> = topology.nodes.iter().collect();
         nodes.sort_by_key(|n| disruption_order(n));
@@ -77,6 +77,7 @@ mod tests {
             removed: Vec::new(),
             changed: changed.iter().map(ToString::to_string).collect(),
             files: Vec::new(),
+            settings: Vec::new(),
             obstacles: Vec::new(),
             one_way: Vec::new(),
         };
