@@ -275,7 +275,8 @@ fn row(arg: &Arg) -> String {
     if !defaults.is_empty() && arg.get_action().takes_values() {
         let _ = write!(text, ". Default: {}", defaults.join(", "));
     }
-    format!("| `{short}{arg}` | {} |", text.replace('|', "\\|"))
+    let cell = |text: &str| text.replace('|', "\\|");
+    format!("| `{}` | {} |", cell(&format!("{short}{arg}")), cell(&text))
 }
 
 const INTRODUCTION: &str = "\
