@@ -113,8 +113,9 @@ impl Page {
             let required = schema["required"].as_array().is_some_and(|all| all.iter().any(|name| name == key));
             let optional = if required { "" } else { ", may be absent" };
             let path = format!("{prefix}{key}");
-            let about = Some(description(value)).filter(|about| !about.is_empty());
-            let about = about.unwrap_or_else(|| description(self.content(value)));
+            // The only key of an alternative may have the alternative's description.
+            let about = [value, self.content(value), schema].map(description);
+            let about = about.into_iter().find(|about| !about.is_empty()).unwrap_or_default();
             let _ = writeln!(text, "| `{path}` | {}{optional} | {about} |", self.kind(value));
             self.below(text, value, &path);
         }
