@@ -5,7 +5,7 @@
 # tests/run.sh           all stages
 # tests/run.sh STAGE...  these stages, one after the other
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 LOGS=build/test
 mkdir -p "$LOGS"
 : >"$LOGS/times"

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use super::output::{Output, colour};
-use super::results::Problem;
+use super::problem::Problem;
 use crate::deploy::hub_client::Hubs;
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;

@@ -3,8 +3,9 @@
 use fleet::ha_table;
 
 use super::context::Context;
+use super::problem::Problem;
 use super::reference;
-use super::results::{CheckResult, CommandResult, Problem};
+use super::results::{CheckResult, CommandResult};
 use crate::error::Result;
 use crate::project::check as checks;
 use crate::util::terminal::columns;

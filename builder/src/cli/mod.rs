@@ -3,6 +3,7 @@
 mod args;
 mod build;
 mod context;
+mod envelope;
 mod explain;
 mod hints;
 mod init;
@@ -13,6 +14,7 @@ mod next;
 mod output;
 #[cfg(test)]
 mod pages;
+mod problem;
 mod reference;
 mod rehearse;
 mod results;

@@ -11,7 +11,9 @@ use std::time::Duration;
 use clap::ArgMatches;
 use fleet::{Diagnostics, ErrorChain};
 
-use super::results::{CommandResult, ErrorLine, Event, EventLine, Failure, Line, Problem, ResultLine, VERSION};
+use super::envelope::{ErrorLine, EventLine, Failure, Line, ResultLine, VERSION};
+use super::problem::Problem;
+use super::results::{CommandResult, Event};
 use super::{args, hints};
 use crate::error::{Error, Result};
 use crate::progress::line;

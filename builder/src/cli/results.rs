@@ -1,20 +1,20 @@
-//! What `--json` prints: the results of the commands, events, and errors, each in one envelope. `docs/json.md` and
-//! `docs/json.schema.json` are generated from these types.
+//! The results and events of the commands. `docs/json.md` and `docs/json.schema.json` are generated from these types and
+//! those of `envelope`.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use fleet::{Diagnostic, HaRow, Rollout, Severity, Ticket};
+use fleet::{HaRow, Rollout, Ticket};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::problem::Problem;
 use crate::deploy::export::Export;
 use crate::deploy::flash::PassProgress;
 use crate::deploy::hub_client::describe;
 use crate::deploy::netboot::MachineChange;
 use crate::deploy::publish::{Comparison, Published, RolloutSchedule};
-use crate::error::Error;
 use crate::image::BuiltImage;
 use crate::keys::ticket::TicketSummary;
 use crate::keys::ticket_log::{self, TicketRow};
@@ -23,83 +23,6 @@ use crate::packages::lock::LockChanges;
 use crate::rehearse::{self, Outcome};
 use crate::util::terminal::columns;
 use crate::vm::{FleetStatus, MachineState};
-
-/// Version of the envelope and the results.
-pub(super) const VERSION: u32 = 1;
-
-/// A line of standard output.
-#[derive(Serialize, JsonSchema)]
-#[serde(untagged)]
-pub(super) enum Line<'a> {
-    Event(EventLine<'a>),
-    Result(ResultLine<'a>),
-    Error(ErrorLine<'a>),
-}
-
-/// Progress of a command. Zero or more such lines come before the last line.
-#[derive(Serialize, JsonSchema)]
-pub(super) struct EventLine<'a> {
-    /// Version of this format: 1.
-    pub(super) version: u32,
-    /// The command: `flash`, `store gc` and so on.
-    pub(super) command: &'a str,
-    /// What happened.
-    pub(super) event: Event<'a>,
-}
-
-/// The last line, if the command printed a result. The exit code may still be 1: see the command.
-#[derive(Serialize, JsonSchema)]
-pub(super) struct ResultLine<'a> {
-    /// Version of this format: 1.
-    pub(super) version: u32,
-    #[serde(flatten)]
-    pub(super) result: &'a CommandResult,
-    /// Warnings about the fleet's files, and about facts that the result lacks.
-    pub(super) warnings: &'a [Problem],
-}
-
-/// The last line, if the command failed.
-#[derive(Serialize, JsonSchema)]
-pub(super) struct ErrorLine<'a> {
-    /// Version of this format: 1.
-    pub(super) version: u32,
-    /// The command; `null` if the command line names none.
-    pub(super) command: Option<&'a str>,
-    /// Why the command failed.
-    pub(super) error: Failure,
-}
-
-/// Why a command failed.
-#[derive(Serialize, JsonSchema)]
-pub(super) struct Failure {
-    /// Exit code of the command: 1 failure, 2 invalid command line or TOML, 130 interrupted.
-    pub(super) code: u8,
-    /// What failed, and why.
-    pub(super) message: String,
-    /// The fix, as an instruction.
-    pub(super) help: Option<String>,
-    /// The causes of the error, from the nearest to the first one.
-    pub(super) causes: Vec<String>,
-    /// Errors and warnings about files, if the command failed because of them.
-    pub(super) diagnostics: Vec<Problem>,
-}
-
-/// An error or a warning.
-#[derive(Clone, Debug, Serialize, JsonSchema)]
-pub(super) struct Problem {
-    /// Whether it is an error or a warning.
-    severity: Severity,
-    /// File that it is about. The key is absent if it is not about a file.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    file: Option<String>,
-    /// Line, counted from 1. The key is absent if it is about the whole file.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    line: Option<usize>,
-    /// What is wrong.
-    message: String,
-    /// The fix, as an instruction.
-    help: Option<String>,
-}
 
 /// Progress of a command.
 #[derive(Serialize, JsonSchema)]
@@ -479,72 +402,5 @@ impl fmt::Display for CommandResult {
             Self::Completions(completions) => f.write_str(&completions.script),
             _ => Ok(()),
         }
-    }
-}
-
-impl Problem {
-    /// Makes a warning that is not about a file.
-    pub(super) fn warning(message: String) -> Self {
-        Self { severity: Severity::Warning, file: None, line: None, message, help: None }
-    }
-}
-
-impl From<&Diagnostic> for Problem {
-    fn from(d: &Diagnostic) -> Self {
-        Self {
-            severity: d.severity,
-            file: Some(d.file.clone()),
-            line: (d.line > 0).then_some(d.line),
-            message: d.message.clone(),
-            help: d.help.clone(),
-        }
-    }
-}
-
-impl From<&Error> for Failure {
-    fn from(e: &Error) -> Self {
-        let mut causes = Vec::new();
-        let mut next = std::error::Error::source(e);
-        while let Some(cause) = next {
-            causes.push(cause.to_string());
-            next = cause.source();
-        }
-        if let Error::Config(all) = e {
-            let first = all.0.iter().find(|d| d.severity == Severity::Error);
-            let place = |d: &Diagnostic| if d.line > 0 { format!("{}:{}", d.file, d.line) } else { d.file.clone() };
-            return Self {
-                code: e.code(),
-                message: first.map_or_else(|| e.chain(), |d| format!("{}: {}", place(d), d.message)),
-                help: first.and_then(|d| d.help.clone()),
-                causes: Vec::new(),
-                diagnostics: all.0.iter().map(Problem::from).collect(),
-            };
-        }
-        let text = e.chain();
-        let (message, help) = match text.split_once("\n  help: ") {
-            Some((message, help)) => (message.to_owned(), Some(help.trim_end().to_owned())),
-            None => (text, None),
-        };
-        Self { code: e.code(), message, help, causes, diagnostics: Vec::new() }
-    }
-}
-
-impl From<&clap::Error> for Failure {
-    /// The message is the first paragraph of clap's text, and the help its tips or the usage.
-    fn from(e: &clap::Error) -> Self {
-        let text = e.render().to_string();
-        let code = u8::try_from(e.exit_code()).unwrap_or(2);
-        let (message, help) = if let Some(text) = text.strip_prefix("error: ") {
-            let (message, rest) = text.split_once("\n\n").unwrap_or((text, ""));
-            let tips: Vec<&str> = rest.lines().filter_map(|line| line.trim().strip_prefix("tip: ")).collect();
-            let usage = rest.lines().find(|line| line.starts_with("Usage: ")).map(str::to_owned);
-            (
-                message.split_whitespace().collect::<Vec<_>>().join(" "),
-                if tips.is_empty() { usage } else { Some(tips.join("; ")) },
-            )
-        } else {
-            ("the command line names no command".to_owned(), Some("bakehouse --help".to_owned()))
-        };
-        Self { code, message, help, causes: Vec::new(), diagnostics: Vec::new() }
     }
 }

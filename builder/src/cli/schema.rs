@@ -6,7 +6,7 @@ use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
 use super::args;
-use super::results::Line;
+use super::envelope::Line;
 
 /// Returns the schema of a line of standard output with `--json`.
 #[must_use]
