@@ -26,7 +26,7 @@ done
 # commit after it sorts after the release.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
 export SOURCE_DATE_EPOCH
-release=$("$programs/bakehouse" --version | cut -d' ' -f2)
+release=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 version=$release
 if [ "$(git describe --exact-match --tags HEAD 2>/dev/null)" != "v$release" ]; then
     sign='~'
