@@ -13,7 +13,7 @@ use steps::{STEPS, Step};
 
 fn main() {
     let root = Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("..");
-    let mut table = String::from("pub static FILES: &[(&str, &[u8])] = &[\n");
+    let mut table = String::from("pub(crate) static FILES: &[(&str, &[u8])] = &[\n");
     for top in ["profiles", "overlays"] {
         println!("cargo::rerun-if-changed={}", root.join(top).display());
         for entry in walkdir::WalkDir::new(root.join(top)).sort_by_file_name() {
