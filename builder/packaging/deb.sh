@@ -79,9 +79,11 @@ install -Dm644 builder/packaging/lintian-overrides "$root/usr/share/lintian/over
 printf 'Source: bakehouse\n\nPackage: bakehouse\nArchitecture: any\n' >"$work/debian/control"
 libraries=$(cd "$work" && dpkg-shlibdeps -O debian/bakehouse/usr/bin/* debian/bakehouse/usr/lib/bakehouse/*)
 
+# In KiB, and 1 for each folder (deb-substvars(5)).
+size=$(find "$root/usr" -printf '%y %s\n' | awk '{ n += $1 == "f" ? int(($2 + 1023) / 1024) : 1 } END { print n }')
 sed -e "s|@VERSION@|$version|" -e "s|@ARCHITECTURE@|$architecture|" -e "s|@MAINTAINER@|$maintainer|" \
     -e "s|@LIBRARIES@|${libraries#shlibs:Depends=}|" \
-    -e "s|@SIZE@|$(find "$root/usr" -printf '%y %s\n' | awk '{ n += $1 == "f" ? int(($2 + 1023) / 1024) : 1 } END { print n }')|" \
+    -e "s|@SIZE@|$size|" \
     builder/packaging/control >"$root/DEBIAN/control"
 (cd "$root" && find usr -type f -print0 | sort -z | xargs -0 md5sum) >"$root/DEBIAN/md5sums"
 find "$root" -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
