@@ -17,6 +17,7 @@ demo-build:
 	cargo build --profile demo --locked --package builder --package firstboot --bin bakehouse --bin firstboot
 
 # The Debian package, in build/package.
+package: export BAKEHOUSE_COMMIT = $(shell git rev-parse --short=12 HEAD)
 package: build
 	builder/host-deps.sh dpkg-dev python3
 	builder/packaging/deb.sh
