@@ -177,8 +177,9 @@ impl<'a> Parser<'a> {
         }
         self.spaces();
         let years = Limits { year: true, ..Limits::new(1970, 2199) };
-        // Every month has 28 days before its end.
-        let days = Limits { from_end, ..Limits::new(1, if from_end { 28 } else { 31 }) };
+        // Every month has 28 days before its end. systemd subtracts 3 more for each further element of the list.
+        let last = if from_end { 28_u32.checked_sub(3 * day.matches(',').count() as u32)? } else { 31 };
+        let days = Limits { from_end, ..Limits::new(1, last.max(1)) };
         let ok = year.is_none_or(|year| fits(year, years)) && fits(month, Limits::new(1, 12)) && fits(day, days);
         ok.then_some(())
     }
@@ -393,6 +394,7 @@ mod tests {
         "*-13-1",
         "hourly ",
         "*-*~29",
+        "*~7,27 1:00",
         "1:0:0..0",
         "1:0:0/70",
         "1:0:0/60",
