@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 /// Size of a block, in bytes.
 pub const BLOCK: usize = 4096;
 const DIGEST: usize = 32;
-/// A separate request costs about as much as this number of bytes.
+/// Number of bytes whose download takes about as long as one more request.
 const BRIDGE: u64 = 64 << 10;
 
 /// Hashes of a file's blocks.
@@ -21,8 +21,9 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// Reads the hashes of a root file system from its [dm-verity] hash tree. `tree` may be longer, as a partition is.
-    /// Returns `None` if the tree does not have the default parameters of `veritysetup format`.
+    /// Reads the hashes of a root file system from its [dm-verity] hash tree. `tree` may be longer than the hash tree,
+    /// because a partition may be longer. Returns `None` if the tree does not have the default parameters of
+    /// `veritysetup format`.
     ///
     /// [dm-verity]: https://gitlab.com/cryptsetup/cryptsetup/-/wikis/DMVerity
     #[must_use]
@@ -112,7 +113,7 @@ pub fn pieces(old: &Blocks, new: &Blocks) -> Vec<BlockRange> {
     let mut next = None;
     for block in 0..new.count() {
         let digest = new.digest(block);
-        // Long parts are read faster, so prefer the block after the last one.
+        // Long parts are faster to read, so prefer the block after the last one.
         let here = next.filter(|n| !sorted.is_empty() && old.digest(*n) == digest).or_else(|| find(digest));
         next = here.map(|h| h + 1);
         let at = (block * BLOCK) as u64;
@@ -128,7 +129,7 @@ pub fn missing(pieces: &[BlockRange]) -> u64 {
     pieces.iter().filter(|p| p.here.is_none()).map(|p| p.len).sum()
 }
 
-/// Joins a short part between two missing parts with them, to save a request.
+/// Marks a short part between two missing parts as missing, too. One request then downloads all three parts.
 fn bridged(found: &[BlockRange]) -> Vec<BlockRange> {
     let mut all = Vec::new();
     for (i, piece) in found.iter().enumerate() {

@@ -19,10 +19,10 @@ const SHORTHANDS: [&str; 12] = [
     "yearly",
 ];
 
-/// Weekdays in their long form; systemd also takes the first three letters.
+/// Weekdays in their long form. systemd also accepts the first three letters.
 const WEEKDAYS: [&str; 7] = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"];
 
-/// A second in microseconds, systemd's unit for the last part of a time.
+/// Microseconds in a second. systemd parses the last part of a time in microseconds.
 const SECOND: u32 = 1_000_000;
 
 /// Whether systemd accepts the text as `OnCalendar=`. A time zone at the end may be any name in the form of the
@@ -62,7 +62,7 @@ enum Rest {
 struct Limits {
     from: u32,
     to: u32,
-    /// Whether the unit is a microsecond, and the text a second.
+    /// Whether the text is in seconds, and the limits are in microseconds.
     seconds: bool,
     /// Whether the days count from the end of the month.
     from_end: bool,
@@ -118,7 +118,7 @@ impl<'a> Parser<'a> {
                     return None;
                 }
             } else {
-                // `weekday` accepts no other character.
+                // After a weekday, `weekday` accepts only the end, a space, a comma or a range.
                 self.eat(",");
                 range_from = None;
             }
@@ -151,7 +151,7 @@ impl<'a> Parser<'a> {
         }
         let first = self.list()?;
         if self.0.is_empty() || self.0.starts_with(':') {
-            // It was the hour of a time.
+            // The list is the hour of a time, not a part of a date.
             self.0 = before;
             return Some(());
         }
@@ -272,7 +272,7 @@ fn number(text: &str, seconds: bool) -> Option<u32> {
 }
 
 /// Returns a point in time in the form that pgBackRest and PostgreSQL take: `2026-11-23 10:00:00+00`. The text has that
-/// form, or that of RFC 3339: `2026-11-23T10:00:00Z`. A text without an offset stays without one.
+/// form, or that of RFC 3339: `2026-11-23T10:00:00Z`. If the text has no offset, the result has none.
 pub(crate) fn point_in_time(text: &str) -> Option<String> {
     let (date, rest) = (text.get(..10)?, text.get(10..)?);
     let time = rest.strip_prefix([' ', 'T', 't'])?;
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn systemd_agrees_about_the_examples() {
+    fn systemd_accepts_and_rejects_the_same_examples() {
         if let Some(rejected) = rejected(GOOD) {
             assert_eq!(rejected, Vec::<String>::new());
         }
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn systemd_accepts_what_is_accepted() {
+    fn systemd_accepts_every_event_that_the_parser_accepts() {
         use proptest::strategy::{Strategy as _, ValueTree as _};
         use proptest::test_runner::TestRunner;
         const PART: &str = r"(\*|[0-9]{1,2}(\.\.[0-9]{1,2})?(/[0-9]{1,2})?(,[0-9]{1,2})?)";

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
-/// Declares forms: name, name of the type for people, pattern, longest text.
+/// Declares forms: Rust type, name of the type in the reference, pattern, longest text in characters.
 macro_rules! forms {
     ($($(#[$doc:meta])* $name:ident = $people:literal, $pattern:expr, $longest:expr;)*) => {$(
         $(#[$doc])*

@@ -27,15 +27,16 @@ pub fn chance(n: usize) -> usize {
     usize::from_le_bytes(bytes) % n.max(1)
 }
 
-/// Returns the delay before an attempt in milliseconds. It grows with `attempt`, and is random, so that two hubs do not
-/// collide again.
+/// Returns the delay before an attempt in milliseconds. It grows with `attempt`, and is random, so that transactions of
+/// two hubs do not conflict again.
 pub fn jitter(attempt: u64) -> u64 {
     let mut byte = [0; 1];
     let _ = getrandom::fill(&mut byte);
     (2 << attempt.min(6)) * (128 + u64::from(byte[0])) / 256
 }
 
-/// Returns 30 s with up to 25 % of jitter, so that nodes that started together do not send their requests together.
+/// Returns 30 s, longer or shorter by up to 25 %, so that nodes that started together do not send their requests
+/// together.
 pub fn round() -> Duration {
     let mut byte = [0; 1];
     let _ = getrandom::fill(&mut byte);

@@ -1,5 +1,5 @@
 //! HTTP over TLS between nodes. Clients and servers trust only the fleet's root. A certificate has the name of the
-//! slot, at whatever address the node is reached.
+//! slot, and clients verify this name at every address of the node.
 
 use std::error::Error as StdError;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ pub mod backoff;
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Cause of an error that another crate, or a text, describes.
+/// Cause of an error: an error of another crate, or a text.
 pub type Cause = Box<dyn StdError + Send + Sync>;
 
 /// Error of a connection or a request.
@@ -79,7 +79,7 @@ pub enum PeerError {
     /// The peer does not answer in time.
     #[error("no answer")]
     NoAnswer,
-    /// The reply's status is no success.
+    /// The reply's status is not 2xx.
     #[error("{status} {text}")]
     Status {
         /// Status of the reply.
@@ -256,8 +256,8 @@ impl Connection {
     /// Sends a request. Returns the body of the reply, which may have up to `longest` bytes.
     ///
     /// # Errors
-    /// If [`Self::send`] fails, the body is too long, or the status is no success. The error has the first 200
-    /// characters of the body.
+    /// If [`Self::send`] fails, the body is too long, or the status is not 2xx. The error has the first 200 characters
+    /// of the body.
     pub async fn ask(&mut self, request: Request<Full<Bytes>>, longest: usize) -> Result<Bytes> {
         let response = self.send(request).await?;
         let status = response.status();

@@ -15,18 +15,18 @@ struct Found<'a> {
 
 impl Source {
     /// Returns the position of a value, in bytes. `path` has the names of the tables and of the key, and the numbers of
-    /// elements of lists, from 0. If the file does not have the value, this is the position of the nearest table above
-    /// it, and of nothing (`0..0`) if the file has none of them.
+    /// elements of lists, from 0. If the file does not have the value, returns the position of the nearest table above
+    /// it, or `0..0` if the file has none of these tables.
     #[must_use]
     pub fn value(&self, path: &[&str]) -> Range<usize> {
         self.find(path, |found| match found.value.get_ref() {
-            // The span of a table with a header is the header, which the key names more exactly.
+            // The span of a table with a header is the whole header. The span of the key is more exact.
             DeValue::Table(_) => found.key.clone(),
             _ => found.value.span(),
         })
     }
 
-    /// Returns the position of a key, in bytes, as [`Source::value`] does for its value.
+    /// Returns the position of a key, in bytes. `path` is as in [`Source::value`].
     #[must_use]
     pub fn key(&self, path: &[&str]) -> Range<usize> {
         self.find(path, |found| found.key.clone())

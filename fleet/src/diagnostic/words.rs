@@ -1,14 +1,14 @@
-//! Messages of the TOML parser and of serde in the words of this project: keys, tables and numbers in place of the
-//! program's types.
+//! Rewrites messages of the TOML parser and of serde: the new messages name keys, tables and numbers instead of Rust's
+//! types.
 
 use serde::de::DeserializeOwned;
 
 use super::nearest;
 
-/// A key, and a value, that no table and no setting has.
+/// Placeholder for a key or a value. No table has this key, and no setting accepts this value.
 const UNKNOWN: &str = "?";
 
-/// Returns a message and its help. `path` is that of the key or value that the message is about; `T` is the type of the
+/// Returns a message and its help. `path`: names of the tables and of the key with the invalid value. `T`: type of the
 /// whole file.
 pub(super) fn plain<T: DeserializeOwned>(message: &str, path: Option<&[String]>) -> (String, Option<String>) {
     let path = path.unwrap_or_default();
@@ -38,12 +38,12 @@ pub(super) fn plain<T: DeserializeOwned>(message: &str, path: Option<&[String]>)
         let help = "write an address and a prefix length, such as \"10.10.0.0/24\"".to_owned();
         return (format!("`{shown}` is not a network"), Some(help));
     }
-    // serde also reads a table from a list of its values, and this list is too short.
+    // serde also accepts a list of values in place of a table. It reports this error if the list is too short.
     if message.starts_with("invalid length ") {
         let (wanted, help) = wanted::<T>("struct", path);
         return (format!("`{shown}` has to be {wanted}"), help);
     }
-    // The parser's words for a value of an enum that is neither of its texts.
+    // The parser reports these errors if the value of an enum is not a string.
     if message.starts_with("wanted string") || message.starts_with("expected table") {
         let (wanted, help) = wanted::<T>("", path);
         return (format!("`{shown}` has to be {wanted}"), help);
@@ -56,7 +56,7 @@ pub(super) fn plain<T: DeserializeOwned>(message: &str, path: Option<&[String]>)
     (format!("`{shown}` is {}, but has to be {wanted}", found(given)), help)
 }
 
-/// Returns serde's name of a value in plain words.
+/// Returns plain words for serde's description of a value.
 fn found(given: &str) -> String {
     let (kind, value) = given.split_once(' ').unwrap_or((given, ""));
     let value = value.trim_start_matches("point ").trim_matches('`');
@@ -70,7 +70,7 @@ fn found(given: &str) -> String {
     }
 }
 
-/// Returns what serde expects, in plain words, and the help.
+/// Returns plain words for the type or value that serde expects, and the help.
 fn wanted<T: DeserializeOwned>(expected: &str, path: &[String]) -> (String, Option<String>) {
     let plain = match expected {
         "a string" => "a text in quotes",
@@ -106,8 +106,8 @@ fn wanted<T: DeserializeOwned>(expected: &str, path: &[String]) -> (String, Opti
     (plain.to_owned(), None)
 }
 
-/// Returns the keys that the table at `path` may have, or the texts that the value may be. The parser lists them in
-/// its error about an unknown one.
+/// Returns the keys that the table at `path` may have, or the strings that the value may be. Parses an unknown key or
+/// value, because the parser's error lists the known ones.
 fn probe<T: DeserializeOwned>(path: &[String], table: bool) -> Vec<String> {
     let quoted = |part: &String| format!("{part:?}");
     let is_number = |part: &String| part.bytes().all(|b| b.is_ascii_digit());
@@ -158,7 +158,7 @@ mod tests {
     ];
 
     #[test]
-    fn names_keys_and_forms_instead_of_types() {
+    fn names_keys_and_values_instead_of_rust_types() {
         for (text, expected) in [
             ("name = 2", "`name` is the number 2, but has to be a text in quotes"),
             ("name = \"x\"\nversion = 2", "f:2: `version` is the number 2, but has to be a text in quotes"),
@@ -198,7 +198,7 @@ mod tests {
 
     /// Puts a value of each kind in the place of each table and each key of fleet.toml.
     #[test]
-    fn no_message_has_a_type_of_the_program() {
+    fn no_message_names_a_rust_type() {
         let tables = [
             "image",
             "mesh",
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn profiles_and_overlays_have_the_same_words() {
+    fn errors_of_profiles_and_overlays_name_no_rust_type() {
         let e = Profile::parse("p", b"ports = [{ port = 70000, proto = \"tcp\", service = \"x\" }]").unwrap_err();
         assert!(e.message.contains("is the number 70000, but has to be a whole number from 0 to 65535"), "{e}");
         let e = OverlayManifest::parse("o", b"check = \"x\"").unwrap_err();

@@ -1,10 +1,10 @@
-//! Rules for addresses, hosts and times, which a build or a node would reject much later.
+//! Rules for addresses, hosts and times. Without these rules, a build or a node would reject them later.
 
 use super::Lint;
 use super::names::is_host;
 use crate::calendar::{is_calendar_event, point_in_time};
 
-/// Domains that never exist: RFC 2606 and RFC 6761 reserve them for documentation and tests.
+/// Domains that RFC 2606 and RFC 6761 reserve for documentation, tests and the local host.
 const RESERVED_DOMAINS: [&str; 7] =
     ["example", "example.com", "example.net", "example.org", "invalid", "localhost", "test"];
 
@@ -85,7 +85,7 @@ impl Lint<'_> {
     /// Reports port numbers that do not exist.
     pub(super) fn port_numbers(&mut self) {
         let fleet = self.fleet;
-        // A hub has one port for workers, and one for each other hub after it.
+        // A hub listens on `mesh.port` for workers, and on a higher port for each other hub.
         let last = u32::from(fleet.mesh.port) + self.topology.hubs.len() as u32;
         if fleet.mesh.port == 0 || last > u32::from(u16::MAX) {
             self.error(
@@ -165,7 +165,7 @@ impl Lint<'_> {
         let fleet = self.fleet;
         let update = fleet.update.get_ref();
         self.calendar_event("update", "when", &update.when, "\"*:0/5\" or \"Sun *-*-* 02..04:0/5\"");
-        // Machines that run from memory get a new version when they start again.
+        // A machine that runs from memory loads the new version at its next boot.
         if update.url.is_none() && fleet.netboot.get_ref().diskless.is_empty() && !fleet.groups.is_empty() {
             self.warning(
                 fleet.source.key(&["update"]),
@@ -198,7 +198,7 @@ fn is_reserved(host: &str) -> bool {
     RESERVED_DOMAINS.iter().any(|domain| is_below(domain))
 }
 
-/// Whether a text has the form of an archive's address. apt knows further kinds, such as `mirror+file:`.
+/// Whether a text has the form of an archive's address. apt supports further kinds, such as `mirror+file:`.
 fn is_archive(text: &str) -> bool {
     let kind = text.split_once(':').map(|(kind, rest)| (kind, !rest.trim_matches('/').is_empty()));
     let is_kind = |kind: &str| {
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_checked_at_their_value() {
+    fn errors_of_times_underline_the_value() {
         error("[backup]\nfull = \"Someday\"\n", "[backup] full = `Someday` is not a time", "\"Someday\"");
         error("[backup]\nincremental = \"sunday at 1\"\n", "such as \"Sun 01:30\"", "\"sunday at 1\"");
         error("[backup]\nrestore = \"yesterday\"\n", "is not a point in time", "\"yesterday\"");
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_and_names_are_checked_at_their_value() {
+    fn errors_of_addresses_and_names_underline_the_value() {
         error("[debian]\nmirror = \"deb.debian.org\"\n", "is not the address of an archive", "\"deb.debian.org\"");
         error("[debian]\nsuite = \"trixie main\"\n", "cannot be a suite", "\"trixie main\"");
         error("[mesh]\nport = 65535\n", "leaves no room", "65535");

@@ -10,7 +10,7 @@ use crate::diagnostic::nearest;
 const VIP_MOVES: u16 = 1;
 /// Seconds from the end of a dead primary's lease until HAProxy sends writes to the new primary.
 const PROMOTION: u16 = 5;
-/// Seconds until HAProxy marks an application node down: one interval, then two checks.
+/// Seconds until HAProxy marks an application node down: one interval, then two failed checks.
 const APP_IS_OUT: u16 = 3;
 
 /// Folders of `/bakehouse/` in etcd that only hubs write.
@@ -18,8 +18,8 @@ pub(crate) const ETCD_FOLDERS: [&str; 11] =
     ["audit", "etcd-ready", "owners", "readmitted", "renewed", "revoked", "rollout", "seen", "shut", "slots", "tokens"];
 
 impl Lint<'_> {
-    /// Reports a fleet's name that the hubs use in etcd: Patroni's keys are below `/bakehouse/NAME/`, beside the hubs'
-    /// folders.
+    /// Reports a fleet's name that the hubs use in etcd: Patroni's keys are below `/bakehouse/NAME/`, and the hubs'
+    /// folders are also below `/bakehouse/`.
     pub(super) fn etcd_folders(&mut self) {
         let name = &self.fleet.name;
         if ETCD_FOLDERS.contains(&name.get_ref().as_str()) {

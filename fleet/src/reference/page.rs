@@ -97,7 +97,7 @@ fn overlay_sections() -> Vec<Section> {
     ]
 }
 
-/// A table of a file, for people.
+/// A table of a file, as the reference prints it.
 pub struct Table {
     /// Name of the table as TOML writes it. Empty for the keys of the whole file.
     pub title: &'static str,
@@ -113,13 +113,13 @@ pub struct Row {
     pub key: String,
     /// Type of the value, such as `number, 1 to 4000`.
     pub kind: String,
-    /// Value without the key; empty if the key is required.
+    /// Value if the file does not have the key, or `required`, or `none`. Markdown.
     pub default: String,
     /// Meaning of the value, one paragraph of Markdown.
     pub meaning: String,
 }
 
-/// Returns the tables of a file, with those of its keys that are no tables themselves.
+/// Returns the tables of a file with their keys. The first table lacks the keys that have a table of their own.
 #[must_use]
 pub fn tables(file: File) -> Vec<Table> {
     let schema = json_schema(file);
@@ -188,14 +188,14 @@ impl Section {
     fn read(self, file: &Value) -> Table {
         let table = self.table(file);
         let property = |key: &str| &table["properties"][key];
-        // A table of the file has a section of its own.
+        // A key of the whole file that is a table has a section of its own.
         let own = |key: &&&str| !self.path.is_empty() || property(key).get("properties").is_none();
         let rows = self.keys.iter().filter(own);
         let rows = rows.map(|key| row((*key).to_owned(), property(key), &need_of(table, key))).collect();
         Table { title: self.title, introduction: self.introduction, rows }
     }
 
-    /// Whether every fleet has the table.
+    /// Returns whether the file must have the table.
     fn is_required(&self, file: &Value) -> bool {
         self.path.iter().filter(|name| **name != "*").all(|name| requires(file, name))
     }
@@ -216,7 +216,7 @@ impl Section {
     }
 }
 
-/// Returns `must` for a key without a default, else what the type says: `should`, or nothing.
+/// Returns `must` for a required key, else the `x-need` of its type, such as `should`, or an empty string.
 fn need_of(table: &Value, key: &str) -> String {
     let need = table["properties"][key]["x-need"].as_str();
     if requires(table, key) { "must".to_owned() } else { need.unwrap_or_default().to_owned() }
@@ -264,7 +264,7 @@ fn without_default(text: &str, schema: &Value) -> (String, String) {
     (format!("{} {}", before.trim(), behind.trim()).trim().to_owned(), default)
 }
 
-/// Returns the type of a value for people: `number, 1 to 4000`.
+/// Returns the type of a value as the reference prints it: `number, 1 to 4000`.
 fn type_of(schema: &Value) -> String {
     if let Some(variants) = schema["oneOf"].as_array().or_else(|| schema["anyOf"].as_array()) {
         let names =
