@@ -47,7 +47,7 @@ pub enum Error {
     Image(#[from] fleet::netboot::UntrustedImage),
     #[error(transparent)]
     Grub(#[from] fleet::grubenv::TooLong),
-    /// systemd does not seal or open a secret. The text is the name of its error.
+    /// systemd cannot encrypt or decrypt a credential. The text is the name of systemd's error.
     #[error("{0}")]
     Credential(String),
     #[error(
@@ -83,7 +83,7 @@ pub enum Error {
     Bus(#[from] zbus::Error),
     #[error("{unit} did not start ({result}); see: journalctl -u {unit}")]
     Job { unit: String, result: String },
-    /// One failure of several requests that were decided together.
+    /// A failed request to etcd for several claims of slots.
     #[error(transparent)]
     Shared(#[from] Arc<Error>),
 }

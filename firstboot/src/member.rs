@@ -203,8 +203,8 @@ impl Member {
             let owners = desk.owners();
             // A key in etcd is current, but an introduction, or a record on disk, may have an older key.
             let mut answers = hubs.introduce(introduction, |slot| desk.has_heard() && owners.contains_key(slot)).await;
-            // If all keys are known, the hub still reads the others' answers. They are the only source that tells a
-            // founder that another machine took its slot while the founder was disconnected.
+            // If all keys are known, the hub still reads the others' answers. Only they report to a founder that
+            // another machine took its slot while the founder was disconnected.
             if answers.is_empty() {
                 answers = hubs.answers().await;
             }
@@ -279,7 +279,7 @@ async fn register(desk: &SlotAllocator, slot: &str, keys: (MeshKey, &str), versi
     }
 }
 
-/// Returns when etcd's records have another owner of this hub's slot, or no owner.
+/// Waits until etcd's records have another owner of this hub's slot, or no owner. Returns that error.
 async fn until_replaced(desk: &SlotAllocator, slot: &str, own: (&str, u64)) -> Result<()> {
     loop {
         // Only records read from etcd count, because records on disk may be older than this node's new keys.

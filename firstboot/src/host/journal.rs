@@ -1,4 +1,4 @@
-//! Events of a node. Each has a constant `MESSAGE_ID`, so `journalctl MESSAGE_ID=…` finds it, whatever its text.
+//! Events of a node. Each has a constant `MESSAGE_ID`, so `journalctl MESSAGE_ID=…` finds it also if its text changes.
 
 use tracing::{error, info, warn};
 
@@ -23,7 +23,7 @@ pub enum Event {
     Deposed,
     /// The agent stopped, and needs an operator. The message has the reason.
     Stopped,
-    /// The image did not pass its health checks. The machine restarts if it has another image.
+    /// The image failed its health check. The machine restarts if it has another image.
     Unwell,
     /// The node has the update lock, and downloads a newer image.
     Changing,
@@ -55,7 +55,7 @@ impl Event {
     }
 }
 
-/// Writes an event to the log: as an error if an operator has to act.
+/// Writes an event to the log. Its level is `error` if an operator has to act.
 pub fn record(event: Event, text: &str) {
     let message_id = event.id();
     match event {

@@ -3,13 +3,13 @@
 //! | level   | meaning                              | priority in the journal |
 //! | ------- | ------------------------------------ | ----------------------- |
 //! | `error` | an operator has to act               | 3                       |
-//! | `warn`  | the agent retries, or does without   | 4                       |
+//! | `warn`  | the agent retries, or continues      | 4                       |
 //! | `info`  | the state of the node has changed    | 6                       |
-//! | `debug` | details; off unless `RUST_LOG` asks  | 7                       |
+//! | `debug` | details, if `RUST_LOG` enables them  | 7                       |
 //!
-//! The agent sends its events to journald's socket, so `journalctl SLOT=db-1` finds those that name a slot. A short
-//! program writes to standard error, because journald does not know the unit of a datagram whose sender has ended. An
-//! event with a `MESSAGE_ID` always goes to the socket. On a terminal the log is text.
+//! The agent sends its events to journald's socket, so `journalctl SLOT=db-1` finds events with the field `slot`. A
+//! short program writes to standard error, because journald cannot find the unit of a process that has ended. An event
+//! with a `MESSAGE_ID` always goes to the socket. On a terminal the log is text.
 
 use std::env;
 use std::fmt;
@@ -43,7 +43,7 @@ pub fn start(process: Process) {
     let _ = subscriber(process, is_in_journal()).try_init();
 }
 
-/// Returns the log's receiver. `in_journal`: standard error is a stream of journald.
+/// Returns the subscriber of the log. `in_journal`: standard error is a stream of journald.
 fn subscriber(process: Process, in_journal: bool) -> impl Subscriber + Send + Sync {
     let journal = in_journal.then(journal).flatten();
     let has_socket = journal.is_some();
@@ -59,7 +59,7 @@ fn subscriber(process: Process, in_journal: bool) -> impl Subscriber + Send + Sy
 /// Field of an event that has a `MESSAGE_ID`.
 const ID: &str = "message_id";
 
-/// Returns the levels that are logged.
+/// Returns the levels to log.
 fn levels(wanted: Option<&str>) -> Targets {
     // The D-Bus library logs each message as `info`.
     let usual = || Targets::new().with_default(LevelFilter::WARN).with_target("firstboot", LevelFilter::INFO);
@@ -190,7 +190,7 @@ mod tests {
                 tracing::debug!("a detail");
                 record(NodeEvent::Stopped, "two\nlines");
             });
-            // The sender checks that journald answers.
+            // At its start, the sender sends an empty datagram to test the socket.
             assert_eq!(entry(), BTreeMap::new());
             if expects_logs {
                 let log = entry();
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_have_their_priority_or_level() {
+    fn lines_begin_with_priority_or_level() {
         for (has_priority, expected) in [
             (true, "<3>two\n<3>lines\n<6>ready slot=\"db-1\"\n"),
             (false, "ERROR two\nlines\n INFO ready slot=\"db-1\"\n"),

@@ -1,22 +1,22 @@
 //! Fences a primary that the hubs cannot reach, so that a standby takes over before Patroni's leader key expires.
 //!
-//! A hub that has had no route to the primary for a while removes the primary's key from its WireGuard
-//! interface and records that in etcd. When a majority of the hubs has recorded it, one hub deletes Patroni's
-//! leader key, and a synchronous standby becomes the primary. Every hub that reads such a majority fences the node
-//! too, even if another node leads by then. An agent that restarts does the same.
+//! A hub that has had no route to the primary for a while removes the primary's key from its WireGuard interface and
+//! records that in etcd. When a majority of the hubs has recorded it, one hub deletes Patroni's leader key, and a
+//! synchronous standby becomes the primary. Every hub that reads the records of a majority fences the node, too, even
+//! if another node has the leader key by then. So does an agent that restarts.
 //!
-//! Safety does not depend on the WireGuard keys: the old primary may return through a hub that has not read the
-//! majority yet. Safety depends on one transaction. The transaction compares the hubs' records, the leader key and
-//! `sync`, deletes the leader key, and writes `sync` again with the same value, which gives `sync` a new revision.
-//! Patroni loads all keys at the start of a cycle and compares the revision of `sync` in each write to `sync`. So a
-//! cycle of the old primary that began before the transaction cannot remove its standby from `sync`. As long as the
-//! standby is in `sync`, the old primary acknowledges no write that the standby lacks. A cycle that begins after the
-//! transaction finds no leader key of its own.
+//! Safety does not depend on the WireGuard keys: the old primary may reach etcd through a hub that has not read the
+//! records of the majority yet. Safety depends on one transaction. The transaction compares the hubs' records, the
+//! leader key and `sync`, deletes the leader key, and writes `sync` again with the same value, which gives `sync` a new
+//! revision. Patroni loads all keys at the start of a cycle and compares the revision of `sync` in each write to
+//! `sync`. So a cycle of the old primary that began before the transaction cannot remove its standby from `sync`. As
+//! long as the standby is in `sync`, the old primary acknowledges no write that the standby lacks. A cycle that begins
+//! after the transaction finds no leader key of its own.
 //!
-//! Safety also depends on the age of the leader key. A node first loads the keys and decides whether it may lead,
-//! then creates the leader key, and loads again before it writes `sync`. No such cycle lasts for `ttl`. A hub
-//! therefore deletes a leader key only after it has read the key for `ttl`: by then no cycle from before that key is
-//! running. `tests/model` checks this protocol against every interleaving.
+//! Safety also depends on the age of the leader key. A node first loads the keys and decides whether it may lead, then
+//! creates the leader key, and loads again before it writes `sync`. No such cycle lasts for `ttl`. A hub therefore
+//! deletes a leader key only after it has read the key for `ttl`: by then no cycle from before that key is running.
+//! `tests/cluster/model` checks this protocol against the interleavings.
 //!
 //! ```text
 //! /bakehouse/shut/SLOT/HUB    empty    HUB forwards nothing from or to SLOT (with a lease)
@@ -42,9 +42,9 @@ use crate::node::neighbours::PeerTable;
 const SHUT: &str = "/bakehouse/shut/";
 /// Time between two checks of the routes.
 const INTERVAL: Duration = Duration::from_millis(250);
-/// How long a primary must stay unreachable after BFD reports it down (debounce).
+/// How long a primary must have no route before the hub fences it (debounce).
 const DEBOUNCE: Duration = Duration::from_secs(1);
-/// Time limit for one etcd member's answer: the member may be on the unreachable machine.
+/// Time limit for one etcd member's reply. The member may be on the unreachable machine.
 pub const ANSWER: Duration = Duration::from_secs(1);
 /// How long a node stays fenced after the lease of the record in etcd ends.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -202,7 +202,7 @@ impl Fence<'_> {
         }
         let key = self.key(slot);
         if !state.is_recorded(slot) {
-            // etcd may have carried out a transaction whose answer is lost, so the fence stays.
+            // The fence stays also after an error: etcd may have executed a transaction whose reply is lost.
             state.insert(slot, self.fenced(false));
             self.neighbourhood.fence_node(slot).await;
             let lease = self.etcd.lease(self.lease_seconds()).await?;
@@ -320,7 +320,8 @@ impl FenceState {
 }
 
 impl UnreachableTracker {
-    /// Takes the nodes reached now; returns nodes that were reached before, but not for at least `debounce`.
+    /// Stores the nodes that the hub reaches now. Returns the nodes that it reached before, but not for at least
+    /// `debounce`.
     fn update(&mut self, reached: BTreeSet<String>, now: Instant, debounce: Duration) -> Vec<String> {
         for slot in self.reached.difference(&reached) {
             self.since.entry(slot.clone()).or_insert(now);

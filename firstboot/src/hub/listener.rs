@@ -48,7 +48,7 @@ const HEADER: Duration = Duration::from_secs(5);
 const BODY: Duration = Duration::from_secs(5);
 /// Longest header of a request, bytes: the minimum that hyper accepts.
 const LONGEST_HEADER: usize = 8 << 10;
-/// Longest body, bytes: a token and two keys, with a reserve.
+/// Longest body, bytes: more than a token and two keys need.
 const LONGEST: usize = 16 << 10;
 /// Bytes that a client may send during the TLS handshake, on a guest's connection, and on a member's.
 const HANDSHAKE_BYTES: usize = 12 << 10;
@@ -81,7 +81,7 @@ pub async fn serve(hub: Arc<Hub>, at: SocketAddr, tls: Arc<ServerConfig>) -> Res
             }),
             Err(e) => Err(e),
         };
-        // Without a receiver the process is ending.
+        // There is no receiver if the process is ending.
         let _ = done.send(served);
     });
     let thread = thread.map_err(Error::io("start", "the join API's thread"))?;

@@ -26,10 +26,10 @@ use fleet_https::{Connection, request};
 
 /// Time limit for a connection to a hub's mesh address, before the node tries its public endpoint.
 const MESH_PATIENCE: Duration = Duration::from_secs(2);
-/// Time limit for the reply of one hub in a round.
+/// Time limit for the reply of one hub to a request for peers.
 const ROUND_PATIENCE: Duration = Duration::from_secs(12);
-/// Number of hubs that a node asks in each round. With two, an evicted hub alone cannot hide its eviction from the
-/// node.
+/// Number of hubs from which a node requests its peers at a time. With two, an evicted hub alone cannot hide its
+/// eviction from the node.
 const ASKED: usize = 2;
 
 /// Client of the hubs' API.
@@ -40,7 +40,7 @@ pub struct Hubs {
     /// Keys of the hubs; `None` on a machine that joins.
     neighbourhood: Option<Arc<PeerTable>>,
     over_mesh: bool,
-    /// Whether no known hub replied in the last round.
+    /// Whether no hub of the peer table replied to the last requests for peers.
     is_lost: AtomicBool,
     /// Patroni's etcd password; empty without Patroni or a password.
     etcd_patroni: String,
@@ -118,8 +118,8 @@ impl Hubs {
         hubs
     }
 
-    /// Returns the current hubs, as far as this node knows them. If it knows none, or no known hub replied in the last
-    /// round, it returns all hubs of the topology.
+    /// Returns the hubs whose keys are in the peer table. If there are none, or no such hub replied to the last
+    /// requests for peers, returns all hubs of the topology.
     fn current(&self) -> Vec<&HubAddress> {
         let mut hubs = self.shuffled();
         let pins = self.pins();
@@ -220,8 +220,8 @@ impl Hubs {
         self.all_heard(&self.shuffled()).await.0
     }
 
-    /// Asks two hubs for peers. If their replies leave something open, it also asks the others. `decide` makes the
-    /// decision.
+    /// Requests the peers from two hubs. `decide` makes a decision from their replies. If the decision is open, or
+    /// no reply is valid, requests the peers from the other hubs, too, and decides again.
     pub async fn round(&self, decide: impl Fn(&[HubAnswer]) -> Decision) -> Decision {
         let mut left = self.current();
         let (mut answers, mut errors) = (Vec::new(), Vec::new());
@@ -260,7 +260,7 @@ impl Hubs {
         self.first("POST", "/v1/turn", &body, read).await
     }
 
-    /// Tells the first hub that answers that this node leaves the fleet.
+    /// Reports to the first hub that answers that this node leaves the fleet.
     ///
     /// # Errors
     /// If no hub answers, or etcd would lose its quorum without this node.

@@ -34,7 +34,7 @@ pub fn keep_in_step(esp: &Path, id: &str, running: &str, good: bool) -> Result<b
     let before = read(&path)?;
     let mut block = before.clone();
     if good {
-        // GRUB's block is written first: a blessed entry that GRUB does not start would look like a failed one.
+        // Write GRUB's block first: a blessed entry that GRUB does not start would look like a failed one.
         block = Block { good: name(running), ..Block::default() };
         if block != before {
             write(&block, &path)?;

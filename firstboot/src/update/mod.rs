@@ -1,6 +1,6 @@
 //! Updates of this node: it reports its version and the available one to the hubs, and installs the new image when a
-//! hub grants the update lock. systemd-sysupdate downloads and verifies, the boot loader counts the tries, and
-//! firstboot-healthy checks the new image.
+//! hub grants the update lock. systemd-sysupdate downloads and verifies the image, the boot loader counts its tries,
+//! and firstboot-healthy checks it after the boot.
 
 pub mod boot_entries;
 pub mod download;
@@ -100,8 +100,8 @@ impl Updates<'_> {
         }
     }
 
-    /// Returns the version that the boot loader has passed over [`TRIES`] times, so that the node does not install it
-    /// again and again.
+    /// Returns the version that the boot loader has passed over [`TRIES`] times. The node does not install this version
+    /// again.
     fn given_up(&self) -> Result<Option<String>> {
         let boots = Boots::read(&self.entries, &self.image.id)?;
         let path = "/proc/sys/kernel/random/boot_id";
@@ -124,7 +124,7 @@ impl Updates<'_> {
             return Ok(UpdateState::Starting);
         }
         let unwell = !self.is_whole().await?;
-        // An update would interrupt a start that is still in time.
+        // The roles may still start. An update would interrupt them.
         if unwell && uptime()? < health::PATIENCE {
             return Ok(UpdateState::Starting);
         }

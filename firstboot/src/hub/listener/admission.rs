@@ -1,8 +1,8 @@
-//! Admission of connections to the join API: which are open, and which the hub closes for a newer one.
+//! Admission of connections to the join API: limits the open connections, and closes an older one for a newer one.
 //!
-//! Guests (clients that have not authenticated) and members have separate limits. When guests reach a limit, of all
-//! or of one source, the hub closes the oldest idle guest: an idle client stays connected only while no other client
-//! needs its place. The hub never closes a guest while it handles the guest's request.
+//! Guests (clients that have not authenticated) and members have separate limits. When guests reach a limit, the hub
+//! closes the oldest idle guest: of one source if its limit is reached, else of all. An idle client stays connected
+//! only while no other client needs its place. The hub never closes a guest while it handles the guest's request.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -88,7 +88,7 @@ struct Open {
     task: Option<AbortHandle>,
 }
 
-/// A connection's place; dropped, it is free.
+/// An open connection that counts towards the limits. Dropping it removes it from the counts.
 pub(super) struct AdmittedConnection {
     admission: Arc<Admission>,
     id: u64,

@@ -9,7 +9,7 @@ use super::sysupdate::{AUTHORITIES, TRANSFERS, source, transfers};
 use super::upstream::Upstream;
 use crate::error::{Error, Result};
 
-/// The keyring that systemd-sysupdate uses, too.
+/// The keyring of systemd-sysupdate.
 const KEYRING: &str = "/usr/lib/systemd/import-pubring.gpg";
 /// The metric that Prometheus compares with its clock.
 const METRIC: &str = "bakehouse_update_signed_seconds";

@@ -1,5 +1,5 @@
-//! Serves the update folder to systemd-sysupdate on this machine. Of a root file system or a boot entry, the server
-//! downloads only the blocks that differ from the running image.
+//! Serves the update folder to systemd-sysupdate on this machine. For a root file system or a boot entry, the server
+//! downloads only the blocks that the running image does not have.
 
 use std::fs::{self, File};
 use std::path::PathBuf;

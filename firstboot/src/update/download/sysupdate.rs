@@ -17,13 +17,13 @@ const SYSUPDATE: &str = "/usr/lib/systemd/systemd-sysupdate";
 pub(super) const TRANSFERS: &str = "/usr/lib/sysupdate.d";
 pub(super) const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
-/// Downloads the available image with systemd-sysupdate: first only changed blocks, then, if that fails, everything.
+/// Downloads the available image with systemd-sysupdate: only the changed blocks, or all blocks if that fails.
 /// `scratch`: an empty folder for temporary files.
 ///
 /// # Errors
 /// If both attempts fail.
 pub async fn load(image: &ImageInfo, esp: &Path, scratch: &Path) -> Result<()> {
-    // The boot loader has passed over an entry that is already there.
+    // The boot loader has not started an entry that exists already, so the download must replace it.
     Boots::forget_pending(&esp.join(ENTRIES), &image.id, &image.version)?;
     if let Err(e) = load_changed_blocks(image, esp, scratch).await {
         warn!("downloading only changed blocks failed, downloading everything: {}", e.chain());
