@@ -1,4 +1,4 @@
-//! The builder's error type. Each message says what failed and how to fix it.
+//! The builder's error type.
 //!
 //! The text of an error names the operation that failed. [`std::error::Error::source`] is its cause, so
 //! [`Error::chain`] gives the whole text.
@@ -69,7 +69,7 @@ pub enum Error {
     Tool {
         /// Name of the program.
         program: String,
-        /// How it ended.
+        /// Exit status of the program.
         status: ExitStatus,
         /// Its output.
         output: String,
@@ -101,7 +101,7 @@ pub enum Error {
     /// A certificate or a signature cannot be made.
     #[error(transparent)]
     Certificate(#[from] fleet::CertificateError),
-    /// Ctrl-C.
+    /// The user pressed Ctrl-C.
     #[error("interrupted")]
     Interrupted,
     /// The reader closed standard output, as `head` does after its last line.

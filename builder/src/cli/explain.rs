@@ -15,15 +15,15 @@ pub(super) fn explain(context: &Context, path: &str, group: Option<&str>) -> Res
     let Context { project, progress, .. } = *context;
     let groups = project.groups(&group.map(str::to_owned).into_iter().collect::<Vec<_>>())?;
     let mut found = sources(project, &groups, path, &|group| in_image(project, group, path), progress)?;
-    // One object for one image, as in earlier versions.
+    // Scripts for earlier versions expect one object for one image.
     if groups.len() == 1 && found.len() == 1 {
         return Ok(CommandResult::Explain(ExplainResult::One(found.remove(0))));
     }
     Ok(CommandResult::Explain(ExplainResult::All(found)))
 }
 
-/// Returns whether the packages of a group's image, with what their scripts created, have a path; `None` if they were
-/// not composed yet.
+/// Returns whether a path exists after the group's packages are unpacked and configured. Returns `None` if the store
+/// does not have the result.
 fn in_image(project: &Project, group: &str, path: &str) -> Result<Option<bool>> {
     let (lock, store) = (Lock::load(project)?, Store::open()?);
     let Some(layer) = compose::in_store(&project.recipe(group), &lock, &store) else { return Ok(None) };
@@ -31,7 +31,8 @@ fn in_image(project: &Project, group: &str, path: &str) -> Result<Option<bool>> 
     Ok(Some(tree.get(&merged(path)).is_some()))
 }
 
-/// Returns a path without a leading `/`, and below /usr where the image has only links: `/bin/sh` is `usr/bin/sh`.
+/// Returns a path without a leading `/`. Below `/bin` and other links to /usr, returns the path of the link's target:
+/// `/bin/sh` is `usr/bin/sh`.
 fn merged(path: &str) -> String {
     let path = path.trim_start_matches('/');
     let top = path.split('/').next().unwrap_or_default();
@@ -44,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_of_the_merged_usr() {
+    fn resolves_links_of_the_merged_usr() {
         for (path, inner) in
             [("/bin/sh", "usr/bin/sh"), ("/etc/passwd", "etc/passwd"), ("/lib", "lib"), ("lib/x", "usr/lib/x")]
         {

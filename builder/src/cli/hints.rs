@@ -1,8 +1,8 @@
-//! Answers to commands that do not exist, but that people type.
+//! Help for commands that do not exist, but that users of other tools may type.
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// Words, and what to do instead.
+/// Words, and the help that Bakehouse prints for them.
 const WORDS: [(&[&str], &str); 11] = [
     (
         &["restore", "recover"],
@@ -93,14 +93,13 @@ mod tests {
     }
 
     #[test]
-    fn no_word_hides_a_command() {
+    fn no_word_is_a_command() {
         let command = Cli::command();
         for word in WORDS.iter().flat_map(|(words, _)| words.iter()) {
             assert!(command.get_subcommands().all(|known| known.get_name() != *word), "{word} is a command");
         }
     }
 
-    /// The commands that the hints name exist.
     #[test]
     fn hints_name_existing_commands() {
         let command = Cli::command();

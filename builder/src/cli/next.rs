@@ -18,7 +18,7 @@ use crate::util::fs::shown;
 use crate::util::time::rfc3339;
 use crate::vm::{FleetStatus, HostForward, MachineState, hub_forwards};
 
-/// Prints the sum of a build.
+/// Prints the summary of a build.
 pub(super) fn built(context: &Context, images: &[BuiltImage], started: Instant) {
     let Context { project, progress, .. } = context;
     progress.say("build", &sum(project, images, started.elapsed().as_secs_f64()));
@@ -43,7 +43,7 @@ fn sum(project: &Project, images: &[BuiltImage], seconds: f64) -> String {
 pub(super) fn started(context: &Context, status: &FleetStatus) -> Result<()> {
     let Context { project, progress, .. } = context;
     let Some(url) = entrance(project, status) else { return Ok(()) };
-    // The machines are on this host, and their console and disks are readable for the same user.
+    // The password is no secret here: the same user can read the machines' consoles and disks.
     let password = FleetKey::of_vms(project)?.secrets.odoo_admin;
     progress.say("open", &format!("{url} (the browser warns about the fleet's own certificate)"));
     progress.say("log in", &format!("user admin, password {password} (`odoo_admin` of the fleet key)"));
@@ -52,7 +52,7 @@ pub(super) fn started(context: &Context, status: &FleetStatus) -> Result<()> {
     Ok(())
 }
 
-/// Returns Odoo's address at one hub: one without a database, if there is one, because `rehearse db` stops the primary.
+/// Returns Odoo's URL at one hub. Prefers a hub without a database, because `rehearse db` stops the primary.
 fn entrance(project: &Project, status: &FleetStatus) -> Option<String> {
     let topology = &project.topology;
     if !topology.nodes.iter().any(|node| node.has_role("app")) {
@@ -126,7 +126,7 @@ fn contents(to: &str, ticket: Option<&Ticket>) -> String {
     )
 }
 
-/// Prints how nodes get what was published. `first` is whether the folder was empty before.
+/// Prints how nodes get the published images. `first`: the folder was empty before.
 pub(super) fn published(context: &Context, dir: &Path, all: &[Published], first: bool) {
     let Context { project, progress, .. } = context;
     if all.iter().all(|one| one.unchanged) {
@@ -161,7 +161,7 @@ mod tests {
         "name = \"acme\"\n[groups]\nhub.count = 3\nhub.endpoints = [\"a\", \"b\", \"c\"]\ndb.count = 2\n";
 
     #[test]
-    fn a_disks_contents_name_slot_ticket_and_validity() {
+    fn text_about_a_disk_has_slot_ticket_and_validity() {
         let topology = fleet::Topology::of(&fleet::Fleet::parse("f", FLEET.as_bytes()).unwrap());
         let key = FleetKey::create("acme").unwrap();
         let ticket = |to: &str| mint(&key, &topology, to, &DEFAULT_TERMS, BTreeMap::new()).unwrap();
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn tickets_are_not_printed_on_a_terminal() {
+    fn refuses_to_print_a_ticket_on_a_terminal() {
         let e = refuse_terminal("app", None, true).unwrap_err().to_string();
         assert!(e.contains("standard output is a terminal") && e.contains("add `-o app.ticket`"), "{e}");
         assert!(refuse_terminal("app", None, false).is_ok());
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_address_leads_to_a_hub_without_a_database() {
+    fn url_is_that_of_a_hub_without_a_database() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("fleet.toml"), crate::project::built_in_fleet("quick-ha").unwrap()).unwrap();
         let project = Project::load(dir.path()).unwrap();
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sum_of_a_build_counts_images() {
+    fn summary_of_a_build_counts_images() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("fleet.toml"), FLEET).unwrap();
         let project = Project::load(dir.path()).unwrap();

@@ -18,7 +18,7 @@ use super::{args, hints};
 use crate::error::{Error, Result};
 use crate::progress::line;
 
-/// Whether the last line of JSON was printed. The holder of the lock prints a line.
+/// Whether the command has printed its last line of JSON. A thread holds the lock while it prints a line.
 static LAST_PRINTED: Mutex<bool> = Mutex::new(false);
 
 /// Standard output of a command.
@@ -33,7 +33,7 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// Prints an event, with `--json`. An unread event does not stop the command.
+    /// With `--json`, prints an event. The command continues if standard output is closed.
     pub(super) fn event(self, event: Event) {
         if self.json {
             let command = self.command.unwrap_or_default();
@@ -70,14 +70,14 @@ impl Output {
         }
     }
 
-    /// Prints an error as JSON. The exit code reports it, too, so that a closed standard output changes nothing.
+    /// Prints an error as JSON. Ignores a closed standard output, because the exit code also reports the error.
     pub(super) fn failure(self, error: Failure) {
         let _ = print_line(&Line::Error(ErrorLine { version: VERSION, command: self.command, error }));
     }
 
-    /// Prints with `--json` that the command was interrupted, unless the last line was printed.
+    /// With `--json`, prints the error of an interrupted command, unless the command has printed its last line.
     pub(super) fn interrupted(self) {
-        // The thread that prints a line may wait for its reader for any time.
+        // A thread that prints a line may wait without limit for a reader.
         let is_free = || !matches!(LAST_PRINTED.try_lock(), Err(TryLockError::WouldBlock));
         let mut attempts = 10;
         while self.json && attempts > 0 {

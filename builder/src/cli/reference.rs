@@ -22,7 +22,7 @@ use crate::util::json::pretty_json;
 /// First line of the `fleet.toml` that `bakehouse init` writes. Editors find the schema by it.
 pub(super) const DIRECTIVE: &str = "#:schema ./fleet.schema.json\n";
 pub(super) const SCHEMA: &str = "fleet.schema.json";
-/// The agent's page, in the overlay that brings the agent into every image.
+/// Man page of the agent, in the overlay that adds the agent to every image.
 const AGENT_PAGE: &str = "overlays/firstboot/usr/share/man/man8/firstboot.8";
 
 /// File whose schema `bakehouse schema` prints.
@@ -64,7 +64,8 @@ pub(super) fn refresh_schema(project: &Project) -> Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
-/// Does the same for `bakehouse check`, which also works in a folder that is read-only.
+/// Writes the schema as [`refresh_schema`] does, and prints a failure, because `bakehouse check` must also work in a
+/// read-only folder.
 pub(super) fn refresh_schema_for_check(project: &Project, progress: &Progress) {
     match refresh_schema(project) {
         Ok(None) => {}
@@ -168,7 +169,7 @@ fn fleet_page() -> std::io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// A part of the text behind a command's options.
+/// A part of the help text after a command's options.
 enum Part {
     /// Lines that stay as they are, below a title: examples.
     Lines { title: String, lines: Vec<String> },
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn completions_know_every_command() {
+    fn completions_contain_every_command() {
         for shell in Shell::value_variants() {
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut args::command(), "bakehouse", &mut text);
@@ -341,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn units_name_pages_of_the_image() {
+    fn man_pages_in_unit_files_exist() {
         let overlays = Path::new(env!("CARGO_MANIFEST_DIR")).join("../overlays");
         let mut named = 0;
         for entry in walkdir::WalkDir::new(&overlays).into_iter().map(Result::unwrap) {

@@ -17,7 +17,7 @@ pub fn json_schema() -> Value {
     schema
 }
 
-/// Returns the names of all commands, as clap knows them.
+/// Returns the names of all commands of the command line.
 #[must_use]
 pub fn commands() -> Vec<String> {
     fn leaves(command: &clap::Command, prefix: &str, found: &mut Vec<String>) {

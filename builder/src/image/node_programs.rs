@@ -1,4 +1,4 @@
-//! Programs for nodes, which are installed with `bakehouse`.
+//! Finds the programs for nodes that the package installs together with `bakehouse`.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ pub(super) fn node_program(name: &str) -> Result<PathBuf> {
 }
 
 /// Finds a program for nodes from the path of `bakehouse`. Cargo writes all programs to one folder. The Debian package
-/// has those for nodes in `/usr/lib/bakehouse`, because no user runs them on the host.
+/// installs programs for nodes in `/usr/lib/bakehouse`, because users do not run them on the host.
 fn find(own: &Path, name: &str) -> Result<PathBuf> {
     let beside = own.with_file_name(name);
     let in_lib = own.parent().and_then(Path::parent).map(|prefix| prefix.join("lib/bakehouse").join(name));

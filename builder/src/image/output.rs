@@ -16,7 +16,7 @@ use crate::util::digest::sha256;
 use crate::util::fs::write_atomic;
 use crate::util::json::pretty_json;
 
-/// Where an image's files go, and what they record.
+/// Folder, names and contents of an image's files.
 pub(super) struct Output<'a> {
     /// Folder of the group's images.
     pub(super) dir: &'a Path,

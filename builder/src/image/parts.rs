@@ -17,7 +17,7 @@ use crate::image::{Build, cmdline};
 use crate::project::ImageSpec;
 use crate::toolchain::Tools;
 
-/// What the disk of an image is assembled from.
+/// Inputs of an image's disk.
 pub(super) struct Parts {
     tools: Tools,
     layer: Layer,
@@ -97,7 +97,7 @@ impl Build<'_> {
         let Parts { tools, layer, info, baked, root, initrd } = parts;
         let cmdline = format!("roothash={} {}", root.hash, cmdline(spec));
         let text = uki::Text { cmdline: &cmdline, os_release: &baked.os_release, uname: &info.kernel };
-        // A legacy BIOS verifies no signature, so images with Secure Boot start by UEFI only.
+        // A legacy BIOS verifies no signature, so images with Secure Boot boot only under UEFI.
         let legacy = Signer::of(self.project).is_none();
         let uki = self.uki(tools, layer, &text, initrd, legacy)?;
         let mut esp = self.boot_files(spec, tools, uki.clone())?;
@@ -153,7 +153,8 @@ impl Build<'_> {
         let id = image_id(self.project, &spec.group);
         let signer = Signer::of(self.project);
         let keys = signer.as_ref().map(|s| s.enrolment(tools)).transpose()?.unwrap_or_default();
-        // `if-safe`: systemd-boot enrols the key by itself in virtual machines only. Elsewhere the operator selects it.
+        // `if-safe`: systemd-boot enrols the key automatically only in virtual machines. Elsewhere the operator selects
+        // it.
         let enrol = if signer.is_some() { "secure-boot-enroll if-safe\n" } else { "" };
         let mut files = BTreeMap::from([
             ("EFI/BOOT/BOOTX64.EFI".to_owned(), boot.clone()),

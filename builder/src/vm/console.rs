@@ -50,7 +50,7 @@ impl Vm {
                 return Ok(found);
             }
             if last_output.elapsed() > AFTER_LOST_TIMER.1 && has_lost_timer(&text) {
-                // An idle machine prints nothing either, but still runs commands.
+                // An idle machine also prints nothing, but runs commands.
                 if self.exec_within("true", REPLY_TIMEOUT).is_err() {
                     self.restart()?;
                 }
@@ -80,12 +80,12 @@ impl Vm {
         let mut lines = Lines::default();
         let mut read_from = 0;
         loop {
-            // Before the read, so that the last lines of a machine that stops are printed.
+            // Check before the read, so that this function also prints the last lines of a machine that stops.
             let runs = self.is_running();
             let mut file = File::open(&log).map_err(Error::io("open", &log))?;
             let size = file.metadata().map_err(Error::io("read", &log))?.len();
             if size < read_from {
-                // The machine was started again, with a new file.
+                // The machine has restarted with an empty log.
                 (lines, read_from) = (Lines::default(), 0);
             }
             file.seek(SeekFrom::Start(read_from)).map_err(Error::io("read", &log))?;
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restarted_machine_has_not_lost_its_timer() {
+    fn lost_timer_of_an_earlier_boot_does_not_count() {
         let stopped = format!("[  0.1] Linux\n[ 63.1] rcu: {LOST_TIMER} on cpu=0\n[ 63.2]  </TASK>\n");
         assert!(has_lost_timer(&stopped));
         assert!(!has_lost_timer(&format!("{stopped}{}", "[  0.1] Linux\n".repeat(200))));

@@ -1,4 +1,4 @@
-//! The phase of a machine's boot, from the text of its console.
+//! Finds the phase of a machine's boot in the text of its console.
 
 use super::command::last_line;
 use super::machine::AGENT;
@@ -11,11 +11,11 @@ const PHASES: [(&str, &[&str]); 4] = [
     ("services", &["dbus-broker", "firstboot.service", "multi-user.target"]),
 ];
 
-/// Returns the phase of a machine's last boot: `firmware`, `kernel`, `disk`, `agent`, or `services`, with the agent's
-/// last message.
+/// Returns the phase of a machine's last boot: `firmware`, `kernel`, `disk`, `agent` or `services`, or `off` if the
+/// console is empty. If the agent has printed a message, the phase is `agent` or `services`, followed by the message.
 #[must_use]
 pub(super) fn phase(console: &str) -> String {
-    // A machine that restarted has the text of an earlier boot first.
+    // If the machine restarted, the console begins with the text of an earlier boot.
     let last = |marks: &[&str]| marks.iter().filter_map(|mark| console.rfind(mark)).max();
     let boot = last(PHASES[0].1).or_else(|| last(PHASES[1].1)).map_or(console, |at| &console[at..]);
     if let Some((_, message)) = boot.lines().rev().find_map(|line| line.split_once(AGENT)) {
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn every_text_has_a_phase_without_escapes_of_the_console() {
+    fn first_output_is_the_firmware_phase() {
         assert_eq!(phase("[ "), "firmware");
         assert_eq!(phase("SeaBIOS (version 1.16)\nbooting\n"), "firmware");
     }

@@ -25,7 +25,8 @@ pub(super) fn host_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Returns the number of processors to emulate in each of `machines` machines, which together use at most the host's.
+/// Returns the number of processors to emulate in each of `machines` machines, so that all machines together use at
+/// most `host` processors, but each has at least one.
 ///
 /// A kernel waits for replies from all its processors (IPI), and a processor that the host does not schedule replies
 /// late. On a host with two processors, three machines with two each spent most of their time in such waits.
@@ -173,7 +174,7 @@ mod tests {
     use crate::vm::VirtualNic;
 
     #[test]
-    fn all_machines_together_emulate_at_most_the_hosts_processors() {
+    fn machines_share_the_hosts_processors() {
         assert_eq!(emulated_cpus(2, 1, 2), 2);
         assert_eq!(emulated_cpus(2, 3, 2), 1);
         assert_eq!(emulated_cpus(2, 8, 64), 2);
