@@ -19,13 +19,13 @@ unit() {
 }
 # Packages whose maintainer scripts attack the build host.
 hostile() { tests --test hostile; }
-# At native speed: fleets with failing nodes.
+# Fleets with failing nodes, in containers, at the speed of the host.
 containers() { tests --test machines -- --test-threads=1 --nocapture fleet::containers containers::; }
 # Updates of a node.
 upgrades() { tests --test machines -- --test-threads=1 --nocapture upgrade::containers; }
 # Real etcd, BIRD, nftables and HAProxy. Most of these tests wait.
 cluster() { tests --test cluster -- --test-threads="${1:-4}"; }
-# What one taken machine can do in a fleet.
+# Attacks from one compromised machine on the rest of the fleet.
 containment() { tests --test machines -- --test-threads=1 --nocapture containment::; }
 images() { tests --test images -- --test-threads=1 --nocapture; }
 # Each emulated machine uses one processor.

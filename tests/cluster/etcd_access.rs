@@ -33,7 +33,7 @@ struct Shown {
 }
 
 impl Shown {
-    /// Signs a certificate with this issuer, also one that its name constraints forbid.
+    /// Signs a certificate with this issuer, even if its name constraints exclude the node.
     fn of(issuer: &Issuer, topology: &Topology, node: &Node) -> Self {
         let key = PrivateKey::generate().expect("randomness");
         let public: PublicKey = key.public().expect("a key");

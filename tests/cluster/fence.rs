@@ -59,7 +59,8 @@ fn majority_of_hubs_deletes_leader_key_of_unreachable_primary() {
         let reached = BTreeSet::from(["db-2".to_owned()]);
         let none_reached = BTreeSet::new();
 
-        // The hubs leave a lost standby to Patroni, and a primary without a reachable synchronous standby keeps its key.
+        // The hubs do not act on a lost standby. A primary without a reachable synchronous standby keeps its leader
+        // key.
         put("leader", "db-3").await;
         put("sync", r#"{"leader":"db-3","sync_standby":"db-2"}"#).await;
         assert!(hub(0).release_leader_key("db-1", &reached, &shut[0]).await.expect("etcd"));
@@ -103,7 +104,7 @@ fn majority_of_hubs_deletes_leader_key_of_unreachable_primary() {
     });
 }
 
-/// The etcd member that a hub uses may be on the unreachable machine.
+/// The etcd member that a hub uses may be on the unreachable machine. The client must then use another member.
 #[test]
 fn client_switches_from_hung_etcd_member_to_the_next() {
     in_own_network(async {
@@ -118,7 +119,7 @@ fn client_switches_from_hung_etcd_member_to_the_next() {
         while etcd.get(&["/bakehouse/acme/leader"]).await.is_err() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        // The other members may need an election. A client that waits for the frozen member does so for 10 s.
+        // The other members may need an election. A client that waits for the frozen member would wait for 10 s.
         assert!(asked.elapsed() < fleet_https::PATIENCE, "{:?}", asked.elapsed());
     });
 }
@@ -325,7 +326,7 @@ fn primary_whose_standby_left_meanwhile_keeps_its_leader_key_and_is_readmitted()
     });
 }
 
-/// Attack: the old primary reconnects through the third hub, which could reach it all the time.
+/// Attack: the old primary reconnects through the third hub, which has had a route to it the whole time.
 #[test]
 fn every_hub_excludes_a_node_that_a_majority_excludes() {
     in_own_network(async {
@@ -370,7 +371,7 @@ fn restarted_agent_still_excludes_the_old_primary() {
         let recorded = etcd.list("/bakehouse/shut/db-1/").await.expect("etcd answers").1;
         assert_eq!(recorded.len(), 2, "the restart removed a recorded exclusion");
 
-        // Also if this hub is the only one that excludes the node.
+        // The restarted hub excludes the node also if no other hub does.
         etcd.transact(&[], &[Op::Delete("/bakehouse/shut/db-1/hub-2")]).await.expect("etcd answers");
         assert!(TestHub::new(&site, 0).keep(Duration::from_secs(6)).await);
         assert!(!TestHub::new(&site, 2).keep(Duration::from_secs(1)).await);

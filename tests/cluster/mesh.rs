@@ -22,10 +22,10 @@ use nix::sched::{CloneFlags, unshare};
 #[test]
 fn fences_node_while_no_name_server_answers() {
     // Namespaces belong to a thread, so the other threads of this process keep theirs.
-    std::thread::spawn(shut_out_without_dns).join().expect("no panic in the thread");
+    std::thread::spawn(fence_node_without_dns).join().expect("no panic in the thread");
 }
 
-fn shut_out_without_dns() {
+fn fence_node_without_dns() {
     wire::enter();
     let dir = tempfile::tempdir().expect("a folder");
     private_mounts(dir.path());

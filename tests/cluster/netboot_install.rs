@@ -146,7 +146,7 @@ fn run(machine: &NetbootMachine, roothash: &str, signed: &str, seed: u8) -> Assi
 #[test]
 fn installer_rejects_root_that_the_fleet_did_not_sign() {
     let (good, evil) = ("ab".repeat(32), "cd".repeat(32));
-    // The fleet's statement about the fleet's root, and a statement of another key about the other root.
+    // A signed statement about the fleet's root, and a statement about the other root with another key's signature.
     for (signed, seed) in [(good.clone(), 1), (evil.clone(), 2)] {
         let evil = evil.clone();
         let installer = Installer::start(move |machine| run(machine, &evil, &signed, seed));

@@ -276,7 +276,7 @@ fn flows(spaces: &Namespaces, dir: &Path, address: impl Fn(&Node) -> String) -> 
 }
 
 #[test]
-fn kernel_filters_packets_as_the_port_table_says() {
+fn kernel_passes_exactly_the_flows_of_the_port_table() {
     for fleet in ["ha", "minimal-ha"] {
         let dir = tempfile::tempdir().expect("a folder");
         let project = Project::load(&root().join(format!("profiles/fleets/{fleet}.toml"))).expect("a valid fleet.toml");
@@ -313,7 +313,7 @@ fn kernel_filters_packets_as_the_port_table_says() {
     }
 }
 
-/// Root on a compromised app node tries an allowed port as its source port, and a hub's address as its source.
+/// Attack: root on an app node connects from a source port that replies come from, and from the address of a hub.
 #[test]
 fn forged_source_port_or_address_reaches_no_closed_port() {
     let dir = tempfile::tempdir().expect("a folder");

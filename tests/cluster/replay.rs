@@ -144,8 +144,8 @@ fn order_is_valid_once_at_one_hub_for_one_path() {
     });
 }
 
-/// A repeated claim with a replacement's token must not remove the member that votes under that address by then, and a
-/// revoked token gives no grant a second time.
+/// A machine repeats its claim with a replacement's token, when an etcd voter has its peer URL already. The hub must
+/// not remove this voter. A hub does not repeat a grant for a revoked token.
 #[test]
 fn repeated_replacement_of_a_founder_removes_no_voter() {
     in_own_network(async {
@@ -234,8 +234,9 @@ fn keys_are_renewed_at_most_once_a_day() {
     });
 }
 
-/// A hub without a clock battery boots in the past and would accept an expired token. The times in the records of two
-/// hubs are a lower bound of the time. The record of one hub is not, because that hub's clock may be wrong.
+/// The clock of a hub without a battery starts in the past, and the hub would accept an expired token. The times in the
+/// records of two hubs are a lower bound of the time. The record of one hub is not, because that hub's clock may be
+/// wrong.
 #[test]
 fn hub_with_slow_clock_rejects_expired_token() {
     in_own_network(async {

@@ -6,7 +6,7 @@ use bakehouse_tests::network::in_own_network;
 use bakehouse_tests::site::TestCluster;
 use fleet::{Issuer, PROTOCOL, Report, RolloutOrder, UpdateDecision, UpdateState};
 
-/// All nodes request the update lock from all hubs at the same time, and one node gets it until it returns it.
+/// All nodes request the update lock from all hubs at the same time. One node holds the lock until it releases it.
 #[test]
 fn one_node_at_a_time_updates() {
     in_own_network(async {

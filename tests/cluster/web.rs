@@ -33,7 +33,8 @@ print('open', flush=True)
 time.sleep(60)
 ";
 
-/// Another client: prints the seconds until a response of the site, and until PostgreSQL's port accepts a connection.
+/// Script of another client: prints the seconds until a response of the site, and until PostgreSQL's port accepts a
+/// connection.
 const OTHER: &str = r"
 import socket, time
 def ask(to, port, text):
@@ -67,7 +68,7 @@ fn within(program: &str, args: &[&str]) -> Command {
 }
 
 #[test]
-fn slow_client_leaves_connections_for_others() {
+fn slow_client_cannot_use_all_connections() {
     let dir = tempfile::tempdir().expect("a folder");
     let project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     let hub = project.topology.node("hub-1").expect("hub-1");

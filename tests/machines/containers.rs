@@ -35,7 +35,7 @@ fn quick_ha_containers_survive_single_failures() {
     if shared.exists() {
         fs::copy(&shared, lab.dir.join("bakehouse.lock")).expect("the lock can be copied");
     }
-    // `Drop` switches them off when the test ends, also after a panic.
+    // `Drop` stops the machines when the test ends, also after a panic.
     let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::of(&lab, name));
     let (mut address, mut password) = (String::new(), String::new());
     for step in steps.take_while(|step| step.command != "bakehouse down") {
@@ -87,7 +87,7 @@ fn quick_ha_containers_survive_single_failures() {
     assert_eq!(machines[0].ok(&format!("python3 -c \"{connect}\"")), "timed out");
     everywhere("start");
 
-    // The tutorial has played `db`.
+    // The tutorial has rehearsed `db`.
     let played = lab.run(&["rehearse", "hub", "app", "--json"]);
     println!("{}{}", played.err, played.out);
     assert_eq!(played.status, 0, "the rehearsal missed a limit");
@@ -99,8 +99,8 @@ fn quick_ha_containers_survive_single_failures() {
         assert_eq!((count("lost"), count("logouts"), count("primaries")), (0, 0, 1), "{outcome}");
         assert!(outcome["http"].is_f64(), "no client read from Odoo: {outcome}");
     }
-    // Settings of an earlier version, and of a fleet that began with one database, which has synchronous mode off: the
-    // next primary replaces them by those of its image.
+    // etcd has the settings of an earlier version, or of a fleet that began with one database, with synchronous mode
+    // off. The next primary replaces them with the settings of its image.
     let patronictl = "patronictl -c /run/bakehouse/patroni.yml";
     machines[1].ok(&format!(
         "{patronictl} edit-config --quiet --force --set ttl=21 --set synchronous_mode=false && \

@@ -87,8 +87,8 @@ fn try_outsiders(arena: &Arena, matrix: &mut Matrix) {
     drop(server);
 }
 
-/// Attacks from a hub that the operator evicted with `bakehouse leave --now`. The attacker has stopped the agent
-/// before, so the eviction ends no daemon on the machine, and serves false replies in its place.
+/// Attacks from a hub that the operator evicted with `bakehouse leave --now`. Before that, the attacker has stopped the
+/// agent, and serves false replies in its place. So the eviction stops no daemon on the machine.
 fn try_evicted_hub(arena: &Arena, matrix: &mut Matrix) {
     let mut hub = Foothold::on(arena, Place::EvictedHub, "hub-2");
     arena.machine("hub-2").ok("systemctl stop firstboot");
@@ -107,7 +107,7 @@ fn try_evicted_hub(arena: &Arena, matrix: &mut Matrix) {
     hub.captured = rogue.captured();
     assert_eq!(hub.captured.len(), 1, "the joiner's request did not reach the evicted hub");
 
-    // Every node learns of the eviction within 60 s.
+    // Every node reads the eviction from another hub within 60 s.
     sleep(Duration::from_secs(60));
     for target in Target::ALL.into_iter().filter(|t| *t != Target::MeshKeys) {
         matrix.enter(hub.place, target, attack(arena, &hub, target));

@@ -9,8 +9,8 @@ use nix::sched::{CloneFlags, unshare};
 
 /// Runs a test in a network namespace of its own, with loopback only, on two threads. Needs root.
 ///
-/// The kernel frees all ports of the namespace when the test ends. Ports that a test reserved by binding port 0 could be
-/// taken by another test's outgoing connection while a hub or an etcd member restarts.
+/// The kernel frees all ports of the namespace when the test ends. Without a namespace, an outgoing connection of
+/// another test could take a port while the test restarts a hub or an etcd member that uses it.
 ///
 /// # Panics
 ///
@@ -24,7 +24,7 @@ pub fn in_own_network(test: impl Future<Output = ()> + Send) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
         runtime.expect("a runtime").block_on(test);
     };
-    // A thread of its own, because with --test-threads=1 tests share one.
+    // Use a new thread, because with --test-threads=1 all tests run in the same thread.
     if let Err(panic) = thread::scope(|scope| scope.spawn(run).join()) {
         resume_unwind(panic);
     }

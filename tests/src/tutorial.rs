@@ -8,7 +8,7 @@ use crate::{CommandOutput, root};
 
 /// A command of the tutorial.
 pub struct Step {
-    /// The command, as it stands after `$ `.
+    /// The command: the text after `$ ` on the page.
     pub command: String,
     /// Lines that the page shows as its output.
     shown: Vec<String>,
@@ -92,19 +92,19 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "`false` failed")]
-    fn a_command_that_fails_fails_the_tutorial() {
+    fn fails_if_a_command_fails() {
         steps(PAGE)[2].run(&mut PathBuf::from("/"));
     }
 
     #[test]
     #[should_panic(expected = "did not print two")]
-    fn output_that_the_page_promises_must_come() {
+    fn fails_if_the_output_lacks_a_line_of_the_page() {
         steps(&PAGE.replace("one\\ntwo", "one"))[1].run(&mut PathBuf::from("/"));
     }
 
-    /// The test of containers starts the fleet with these commands, and looks for them.
+    /// `machines/containers.rs` runs these commands. It needs the first two, and stops before the last.
     #[test]
-    fn the_tutorial_ends_with_a_failure_and_the_end_of_the_fleet() {
+    fn tutorial_has_the_commands_that_the_container_test_needs() {
         let commands: Vec<String> = tutorial().into_iter().map(|step| step.command).collect();
         assert_eq!(commands[..2], ["bakehouse init acme --from quick-ha", "cd acme"]);
         for command in ["bakehouse up --containers", "bakehouse rehearse db"] {
