@@ -289,8 +289,8 @@ pub(super) enum Command {
         follow: bool,
     },
     /// Run a command in a virtual machine
-    #[command(after_help = "Examples:\n  bakehouse exec hub-1 -- systemctl --failed\n  \
-                        bakehouse exec hub-1 -- 'wg show | grep handshake'\n\n\
+    #[command(after_help = "Examples:\n  bakehouse exec hub-1 systemctl --failed\n  \
+                        bakehouse exec hub-1 'wg show | grep handshake'\n\n\
                         A single word is a command line for the machine's shell. Several words are a command and \
                         its\narguments, which reach the command unchanged.\n\
                         There is no terminal: interactive programs end at once.")]
