@@ -14,7 +14,7 @@ tests() { cargo test --release --locked --workspace "$@"; }
 
 # Unit tests, golden files, fuzz seeds, and the examples in the documentation of `fleet`.
 unit() {
-    tests --lib --test fast --test json &&
+    tests --no-fail-fast --lib --test fast --test json &&
         cargo test --release --locked --package fleet --doc
 }
 # Packages whose maintainer scripts attack the build host.
