@@ -26,7 +26,7 @@ pub struct Source {
 pub enum Severity {
     /// The file cannot be used.
     Error,
-    /// The file can be used, but a failure may surprise its owner.
+    /// The file can be used, but a part of it has a result that its author may not expect.
     Warning,
 }
 

@@ -7,12 +7,12 @@ const WORDS: [(&[&str], &str); 11] = [
     (
         &["restore", "recover"],
         "set `[backup] restore` in fleet.toml to a time, raise `version`, and start the database nodes from blank disks \
-         (the page about backups)",
+         (docs/howto/backups.md)",
     ),
     (
         &["backup", "backups", "dump"],
-        "nodes back up by themselves: `[backup]` in fleet.toml sets place and times; `bakehouse exec db-1 -- pgbackrest \
-         info` lists the backups of local machines",
+        "nodes back up by themselves: `[backup]` in fleet.toml sets place and times; docs/howto/backups.md lists the commands \
+         that show them",
     ),
     (
         &["ssh", "shell", "login", "attach"],

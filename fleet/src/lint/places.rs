@@ -198,12 +198,13 @@ fn is_reserved(host: &str) -> bool {
     RESERVED_DOMAINS.iter().any(|domain| is_below(domain))
 }
 
-/// Whether a text has the form of an archive's address. apt supports further kinds, such as `mirror+file:`.
+/// Whether a text has the form of an archive's address. apt supports further kinds, such as `mirror+file:`. A host's name
+/// with a port is no kind.
 fn is_archive(text: &str) -> bool {
     let kind = text.split_once(':').map(|(kind, rest)| (kind, !rest.trim_matches('/').is_empty()));
     let is_kind = |kind: &str| {
         kind.starts_with(|c: char| c.is_ascii_lowercase())
-            && kind.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+.-".contains(c))
+            && kind.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-".contains(c))
     };
     kind.is_some_and(|(kind, has_place)| is_kind(kind) && has_place)
         && !text.contains(|c: char| c.is_whitespace() || c.is_control())
