@@ -134,7 +134,7 @@ else
     echo "If KVM does not work here, QEMU emulates the processors, and the machines are up to ten times as slow."
     [ -w /dev/kvm ] || about+=([start]=600 [failure]=600)
 fi
-free=$(df --output=avail -B1000000000 . | tail -n1)
+free=$(df --output=avail -B1000000000 . | tail -n1 | tr -d " ")
 [ "$free" -ge 10 ] || [ -e $fleet ] || fail "the disk has only$free GB free" "make 10 GB free"
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
