@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 fleet=build/demo
 
 # Seconds of each step at the first run: two processors, a download of 5 MB/s. Their sum is the estimate.
-declare -A about=([packages]=60 [compile]=240 [choose]=40 [images]=180 [start]=60 [failure]=90)
+declare -A about=([packages]=60 [compile]=240 [choose]=30 [images]=240 [start]=45 [failure]=90)
 steps=(packages compile choose images start failure)
 [ -z "${BAKEHOUSE:-}" ] || steps=(choose images start failure)
 kind=containers
@@ -231,7 +231,7 @@ while [ -e /proc/$rehearsal ]; do
     for time in "${pages[@]}"; do
         wait=$((time - last)) last=$time
         [ $wait -le $longest ] || longest=$wait
-        [ $wait -lt 1000 ] || say "Odoo answers again after $(seconds $wait)"
+        [ $wait -lt 1500 ] || say "Odoo answers again after $(seconds $wait)"
     done
     if [ $cut = no ] && grep -q "^$victim .*\boff\b" "$work/status"; then
         cut=yes
