@@ -218,7 +218,12 @@ fn departed_nodes_free_their_slots_and_cannot_rejoin() {
         }
         got.sort_unstable();
         assert_eq!(got, ["db-1 3", "db-3 3"]);
+    });
+}
 
+#[test]
+fn last_voter_cannot_leave() {
+    in_own_network(async {
         let lonely = TestCluster::open_with("db.count = 1\n", |topology| topology.voters = vec!["hub-1".to_owned()]);
         let e = lonely.leave("hub-1", false, &lonely.root).await.expect_err("the last voter");
         assert!(e.contains("the fleet's only vote"), "{e}");
