@@ -1,6 +1,7 @@
 #!/bin/bash
 # Runs the stages of `make test` that need compiled tests, as root. Two stages run in parallel where one of them mostly
-# waits or uses one processor only. Prints the output of each stage when it ends, and the times of all stages at the end.
+# waits. The others measure times, so they run alone. Prints the output of each stage when it ends, and the times of all
+# stages at the end.
 #
 # tests/run.sh           all stages
 # tests/run.sh STAGE...  these stages, one after the other
@@ -62,8 +63,10 @@ if [ $# -gt 0 ]; then
 else
     require stage unit
     require stage hostile
-    require both containers "upgrades cluster"
-    require both containment images
+    require both containers upgrades
+    require stage cluster
+    require stage containment
+    require stage images
     require stage machines
 fi
 cat "$LOGS/times"
