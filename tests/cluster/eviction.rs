@@ -269,3 +269,12 @@ async fn until(seconds: u64, what: &str, is: impl Fn() -> bool) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
+
+#[test]
+fn last_voter_cannot_leave() {
+    in_own_network(async {
+        let lonely = TestCluster::open_with("db.count = 1\n", |topology| topology.voters = vec!["hub-1".to_owned()]);
+        let e = lonely.leave("hub-1", false, &lonely.root).await.expect_err("the last voter");
+        assert!(e.contains("the fleet's only vote"), "{e}");
+    });
+}

@@ -222,15 +222,6 @@ fn departed_nodes_free_their_slots_and_cannot_rejoin() {
 }
 
 #[test]
-fn last_voter_cannot_leave() {
-    in_own_network(async {
-        let lonely = TestCluster::open_with("db.count = 1\n", |topology| topology.voters = vec!["hub-1".to_owned()]);
-        let e = lonely.leave("hub-1", false, &lonely.root).await.expect_err("the last voter");
-        assert!(e.contains("the fleet's only vote"), "{e}");
-    });
-}
-
-#[test]
 fn rejects_requests_without_client_certificate() {
     in_own_network(async {
         let site = TestCluster::open("db.count = 1\n");
