@@ -13,6 +13,10 @@ say() { echo "package-test: $* (${SECONDS} s)"; }
 
 # The trees reach the archive as this host does.
 uri=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | head -n 1)
+[ -n "$uri" ] || {
+    echo "apt has no lists of Debian's archive: run \`apt-get update\`" >&2
+    exit 1
+}
 rm -rf "$trees"
 mkdir -p "$trees"
 trap 'rm -rf "$trees"' EXIT
@@ -50,7 +54,7 @@ say "lintian accepts it"
 for suite in bookworm trixie; do
     tree=$trees/$suite
     mmdebstrap --quiet --mode=root --variant=minbase --aptopt="$trees/apt.conf" \
-        --customize-hook="copy-in /etc/resolv.conf /etc" "$suite" "$tree" "deb ${uri:-http://deb.debian.org/debian} $suite main"
+        --customize-hook="copy-in /etc/resolv.conf /etc" "$suite" "$tree" "deb $uri $suite main"
     say "$suite: a clean tree"
     cp "$deb" "$tree/bakehouse.deb"
     enter "$tree" apt-get update -qq

@@ -287,7 +287,7 @@ fn patroni_cycle_older_than_the_deposition_cannot_write_sync() {
         // see the new revision while its cache has the leader key.
         let mut keys = Vec::new();
         while keys.len() < 2 {
-            keys.extend(etcd.next(&mut events).await.expect("etcd answers").expect("the watch goes on"));
+            keys.extend(etcd.next(&mut events).await.expect("etcd answers").expect("the watch continues"));
         }
         assert_eq!([&keys[0].key[..], &keys[1].key[..]], [LEADER, SYNC]);
         assert!(keys[0].value.is_none() && keys[1].value.is_some());

@@ -41,7 +41,7 @@ impl HaRow {
     #[must_use]
     pub fn verdict(&self) -> &'static str {
         match self.have {
-            0 => "there is none",
+            0 => "no node",
             have if have >= self.recommended => "as recommended",
             1 => "one failure stops it",
             _ => "survives one failure",

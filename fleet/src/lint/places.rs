@@ -45,7 +45,8 @@ impl Lint<'_> {
                 self.error(
                     fleet.source.value(&path),
                     format!("[debian] `{}` is not the address of an archive", address.escape_debug()),
-                    "begin it with https://, http:// or file:, such as \"https://deb.debian.org/debian\"".to_owned(),
+                    "begin it with https://, http:// or file:, such as \"https://mirror.example.com/debian\""
+                        .to_owned(),
                 );
             }
         }
@@ -259,7 +260,11 @@ mod tests {
 
     #[test]
     fn errors_of_addresses_and_names_underline_the_value() {
-        error("[debian]\nmirror = \"deb.debian.org\"\n", "is not the address of an archive", "\"deb.debian.org\"");
+        error(
+            "[debian]\nmirror = \"mirror.example.com:80\"\n",
+            "is not the address of an archive",
+            "\"mirror.example.com:80\"",
+        );
         error("[debian]\nsuite = \"trixie main\"\n", "cannot be a suite", "\"trixie main\"");
         error("[mesh]\nport = 65535\n", "leaves no room", "65535");
         error("[firewall]\nopen = [{ port = 0, proto = \"tcp\" }]\n", "there is no port 0", "0");
