@@ -9,6 +9,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 LOGS=build/test
 mkdir -p "$LOGS"
+# Stages in the background do not get Ctrl-C from the terminal.
+trap 'trap - INT TERM; kill 0' INT
+if [ "$*" != unit ] && [ "$(id -u)" != 0 ]; then
+    echo "the tests start containers and namespaces: run them as root, or only \`tests/run.sh unit\`" >&2
+    exit 1
+fi
 : >"$LOGS/times"
 
 tests() { cargo test --release --locked --workspace "$@"; }
@@ -25,12 +31,12 @@ containers() { tests --test machines -- --test-threads=1 --nocapture fleet::cont
 # Updates of a node.
 upgrades() { tests --test machines -- --test-threads=1 --nocapture upgrade::containers; }
 # Real etcd, BIRD, nftables and HAProxy. Most of these tests wait.
-cluster() { tests --test cluster -- --test-threads="${1:-4}"; }
+cluster() { tests --test cluster -- --test-threads=4; }
 # Attacks from one compromised machine on the rest of the fleet.
 containment() { tests --test machines -- --test-threads=1 --nocapture containment::; }
 images() { tests --test images -- --test-threads=1 --nocapture; }
 # Each emulated machine uses one processor.
-machines() { tests --test machines -- --test-threads=2 --nocapture --skip containers boot:: netboot:: upgrade::; }
+machines() { tests --test machines -- --test-threads=2 --nocapture --skip containers --skip secure_netboot:: boot:: netboot:: upgrade::; }
 
 # Runs a stage with its output in a file, and prints that when the stage has ended.
 stage() {

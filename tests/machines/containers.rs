@@ -50,6 +50,7 @@ fn quick_ha_containers_survive_single_failures() {
                 }
                 address = done.out.split_whitespace().find(|word| word.starts_with("https://127.")).unwrap().to_owned();
             }
+            "bakehouse rehearse db" => clients_survived(&done.out),
             grep if grep.starts_with("grep") => password = done.out.split('"').nth(3).unwrap().to_owned(),
             _ => {}
         }
@@ -115,4 +116,20 @@ fn quick_ha_containers_survive_single_failures() {
     // `down` also ends a database that cannot archive its last WAL because the backup node stopped first.
     lab.run(&["down"]);
     assert!(lab.ok(&["status"]).out.lines().all(|line| line.contains(" off")), "{}", lab.ok(&["status"]).out);
+}
+
+/// Asserts that the table of `rehearse db` has clients that wrote and read, and that lost nothing.
+fn clients_survived(table: &str) {
+    let row = table.lines().find(|line| line.starts_with("| db ")).expect("a row of db");
+    let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+    // The first cell is before the first `|`.
+    let [_, _, _, _, writes, http, _, lost, logouts, primaries, _, promise, _] = cells[..] else {
+        panic!("other columns: {row}")
+    };
+    let acknowledged: u32 = lost.strip_prefix("0/").expect("no lost write").parse().expect("a number");
+    assert!(acknowledged > 100, "no client wrote: {row}");
+    for seconds in [writes, http] {
+        assert!(seconds.parse::<f64>().is_ok(), "clients did not recover: {row}");
+    }
+    assert_eq!((logouts, primaries, promise), ("0", "1", "kept"), "{row}");
 }

@@ -1,5 +1,6 @@
 """Creates a standby with the command of Patroni's configuration, in the image's tree, and stops the copying processes
 for longer than the timeouts of streaming replication. Exits with 1 if the copy fails."""
+
 import os
 import signal
 import subprocess

@@ -1,4 +1,5 @@
 """Helpers for programs that tests run as checks in an image's tree."""
+
 import fcntl
 import os
 import pwd

@@ -1,5 +1,6 @@
 """Users read from Odoo during a change of the database's primary, in the image's tree. One PostgreSQL server, which
 stops and starts, stands in for both primaries. Exits with 1 and the users' errors if they notice the change."""
+
 import gzip
 import http.cookiejar
 import json
@@ -113,8 +114,13 @@ def odoo_init_fails_when_refused_and_waits_for_a_primary():
             )
         environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": "/usr/lib/bakehouse", "CREDENTIALS_DIRECTORY": place}
         waiting[port] = ODOO.start(
-            sys.executable, "-c", fast, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            sys.executable,
+            "-c",
+            fast,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     said = waiting[5000].communicate(timeout=60)[1]
     if waiting[5000].returncode != 1 or 'role "yesterday" does not exist' not in said:
@@ -162,8 +168,12 @@ class User:
 
     def look(self, headers=None):
         return self.call(
-            "/web/dataset/call_kw/res.users/search_read", headers,
-            model="res.users", method="search_read", args=[[], ["name"]], kwargs={},
+            "/web/dataset/call_kw/res.users/search_read",
+            headers,
+            model="res.users",
+            method="search_read",
+            args=[[], ["name"]],
+            kwargs={},
         )
 
     def ask(self):

@@ -1,7 +1,7 @@
 //! Fuzz targets: each one passes untrusted bytes to a parser and checks invariants of the result.
 //!
-//! `fuzz/` runs them under libFuzzer. `tests/fast/fuzz.rs` runs them on the seeds and on damaged copies of the seeds, with
-//! the stable toolchain.
+//! `fuzz/` runs them under libFuzzer. `tests/fast/fuzz.rs` runs them on the seeds and on damaged copies of the seeds,
+//! with the stable toolchain.
 
 use std::sync::LazyLock;
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::packages::lock::Package;
+use crate::util::digest::sha256;
 
 /// `NAME_VERSION.manifest.json`.
 #[derive(Serialize)]
@@ -87,12 +88,29 @@ pub(crate) fn settings(topology: &Topology) -> Value {
         "database": topology.database,
         "backup": topology.backup,
         "odoo": topology.odoo,
-        "alerts": topology.alerts,
+        "alerts": masked(json!(topology.alerts)),
         "firewall": topology.firewall,
         "update": topology.update,
         "web": topology.web,
         "endpoints": endpoints,
     })
+}
+
+/// Replaces what follows the host of each URL by a digest: it may be a secret of a chat or a monitoring service, and
+/// `plan` prints the settings.
+fn masked(value: Value) -> Value {
+    match value {
+        Value::String(text) => {
+            let end = text.find("://").and_then(|at| Some(at + 3 + text[at + 3..].find('/')?));
+            Value::String(match end {
+                Some(end) if end + 1 < text.len() => format!("{}/…{}", &text[..end], &sha256(text.as_bytes())[..8]),
+                _ => text,
+            })
+        }
+        Value::Array(all) => all.into_iter().map(masked).collect(),
+        Value::Object(all) => all.into_iter().map(|(key, value)| (key, masked(value))).collect(),
+        other => other,
+    }
 }
 
 /// Returns the packages in the form of the manifest.
@@ -102,4 +120,23 @@ pub(crate) fn package_list(packages: &[&Package]) -> Vec<Value> {
         .iter()
         .map(|p| json!({ "name": p.name, "version": p.version, "arch": p.arch, "suite": p.suite, "sha256": p.sha256 }))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_show_the_host_of_a_url_and_a_digest_of_the_rest() {
+        let alerts =
+            json!({ "webhooks": ["https://chat.acme.com/hook/s3cret"], "dead_man": "https://ping.acme.com/uuid" });
+        let shown = masked(alerts.clone()).to_string();
+        assert!(shown.contains("https://chat.acme.com/…") && shown.contains("https://ping.acme.com/…"), "{shown}");
+        assert!(!shown.contains("s3cret") && !shown.contains("uuid"), "{shown}");
+        let other =
+            json!({ "webhooks": ["https://chat.acme.com/hook/other"], "dead_man": "https://ping.acme.com/uuid" });
+        assert_ne!(masked(other).to_string(), shown, "`plan` would miss a change");
+        let text = json!(["https://chat.acme.com", "https://chat.acme.com/", "root@acme.com"]);
+        assert_eq!(masked(text.clone()), text);
+    }
 }

@@ -76,18 +76,18 @@ pub(super) fn images_of(
     let lock = Lock::load(project)?;
     let groups = project.groups(groups)?;
     let recipes: Vec<ImageSpec> = groups.iter().map(|g| project.recipe(g)).collect();
-    let missing: Vec<_> = recipes
+    let unbuilt: Vec<_> = recipes.iter().filter(|r| compose::in_store(r, &lock, &store).is_none()).collect();
+    if !unbuilt.is_empty() {
+        // Before the downloads, so that a host without these ids fails early.
+        sandbox::check_ids()?;
+    }
+    let missing: Vec<_> = unbuilt
         .iter()
-        .filter(|r| compose::in_store(r, &lock, &store).is_none())
         .map(|r| r.group.as_str())
         .chain([TOOLS])
         .flat_map(|image| lock.packages_of(image, false))
         .filter(|p| !store.has_deb(&p.sha256))
         .collect();
-    if recipes.iter().any(|r| compose::in_store(r, &lock, &store).is_none()) {
-        // Before the downloads, so that a host without these ids fails early.
-        sandbox::check_ids()?;
-    }
     if !missing.is_empty() {
         fetch::fetch(&missing, &Mirror::of(project, mirror.mirror.as_deref())?, &store, progress)?;
     }

@@ -1,6 +1,6 @@
 //! What each line of `--json` is: an event, a result, or an error, with the version of the format.
 
-use fleet::{Diagnostic, Severity};
+use fleet::{Diagnostic, ErrorChain, Severity};
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -70,12 +70,6 @@ pub(super) struct Failure {
 
 impl From<&Error> for Failure {
     fn from(e: &Error) -> Self {
-        let mut causes = Vec::new();
-        let mut next = std::error::Error::source(e);
-        while let Some(cause) = next {
-            causes.push(cause.to_string());
-            next = cause.source();
-        }
         if let Error::Config(all) = e {
             let first = all.0.iter().find(|d| d.severity == Severity::Error);
             let place = |d: &Diagnostic| if d.line > 0 { format!("{}:{}", d.file, d.line) } else { d.file.clone() };
@@ -87,11 +81,10 @@ impl From<&Error> for Failure {
                 diagnostics: all.0.iter().map(Problem::from).collect(),
             };
         }
-        let text = e.chain();
-        let (message, help) = match text.split_once("\n  help: ") {
-            Some((message, help)) => (message.to_owned(), Some(help.trim_end().to_owned())),
-            None => (text, None),
-        };
+        let ErrorChain { messages, fixes } = ErrorChain::of(e);
+        let causes = messages.iter().skip(1).cloned().collect();
+        let help = (!fixes.is_empty()).then(|| fixes.join("; "));
+        let message = ErrorChain { messages, fixes: Vec::new() }.to_string();
         Self { code: e.code(), message, help, causes, diagnostics: Vec::new() }
     }
 }

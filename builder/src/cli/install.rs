@@ -99,7 +99,7 @@ pub(super) fn netboot(
     let (store, lock) = (Store::open()?, Lock::load(project)?);
     let build = Build { project, lock: &lock, store: &store, progress, revision: None };
     let on_change: netboot::MachineEvents =
-        Arc::new(move |change: netboot::MachineChange| output.event(Event::Machine(change)));
+        Arc::new(move |change: netboot::MachineChange| drop(output.event(Event::Machine(change))));
     let on_change = output.json.then_some(on_change);
     netboot::netboot(&build, &images, &netboot::NetbootOptions { interface, dhcp, again, on_change })?;
     Ok(CommandResult::Netboot(NetbootResult { approved }))

@@ -18,7 +18,7 @@ pub(super) fn up(context: &Context, nodes: &[String], containers: bool, mirror: 
     let groups = vm::groups_of(project, nodes)?;
     vm::are_containers(project, containers)?;
     images_of(context, &groups, None, mirror)?;
-    let on_ready = |node: &str| output.event(Event::Node { node, state: vm::MachineState::Ready });
+    let on_ready = |node: &str| drop(output.event(Event::Node { node, state: vm::MachineState::Ready }));
     vm::up(project, nodes, progress, &on_ready)?;
     let status = vm::FleetStatus::read(project);
     next::started(context, &status)?;
@@ -44,7 +44,7 @@ pub(super) fn status(context: &Context) -> CommandResult {
 pub(super) fn console(context: &Context, node: &str, follow: bool) -> Result<CommandResult> {
     let vm = vm::Vm::of(context.project, node)?;
     let mut console = vm.console();
-    if console.is_empty() {
+    if console.is_empty() && !vm.is_running() {
         return Err(Error::Failed(format!(
             "{node} has no console here: it was not started on this host\n  help: `bakehouse up {node}` starts it as a \
              local machine"
@@ -53,7 +53,7 @@ pub(super) fn console(context: &Context, node: &str, follow: bool) -> Result<Com
     if follow {
         console.clear();
         vm.follow_console(|text| {
-            context.output.event(Event::Console { node, text });
+            context.output.event(Event::Console { node, text })?;
             if context.output.json {
                 console.push_str(text);
                 return Ok(());

@@ -90,7 +90,7 @@ fn run_in(context: &Context, command: &Command) -> Result<CommandResult> {
         Command::Leave { node, now, endpoint } => ticket::leave(context, node, *now, endpoint),
         Command::Flash { to, target, yes, force, replace, no_ticket, mirror } => {
             let source = install::FlashSource { to, replace: *replace, no_ticket: *no_ticket, mirror };
-            let on_progress = |progress| context.output.event(Event::Pass(progress));
+            let on_progress = |progress| drop(context.output.event(Event::Pass(progress)));
             let options = FlashOptions { to, target, yes: *yes, force: force.as_deref(), on_progress: &on_progress };
             install::flash(context, &source, &options)
         }

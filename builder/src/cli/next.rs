@@ -43,10 +43,15 @@ fn sum(project: &Project, images: &[BuiltImage], seconds: f64) -> String {
 pub(super) fn started(context: &Context, status: &FleetStatus) -> Result<()> {
     let Context { project, progress, .. } = context;
     let Some(url) = entrance(project, status) else { return Ok(()) };
-    // The password is no secret here: the same user can read the machines' consoles and disks.
-    let password = FleetKey::of_vms(project)?.secrets.odoo_admin;
     progress.say("open", &format!("{url} (the browser warns about the fleet's own certificate)"));
-    progress.say("log in", &format!("user admin, password {password} (`odoo_admin` of the fleet key)"));
+    // A key of local machines only is no secret for a user who can read their disks. fleet.key is the real fleet's, and
+    // standard error may go to a log.
+    let password = if project.dir.join(FleetKey::FILE).exists() {
+        format!("`odoo_admin` in {}", FleetKey::FILE)
+    } else {
+        FleetKey::of_vms(project)?.secrets.odoo_admin
+    };
+    progress.say("log in", &format!("user admin, password: {password}"));
     progress
         .say("next", "`bakehouse rehearse db` stops the primary while you watch; `bakehouse down` stops the machines");
     Ok(())

@@ -33,12 +33,14 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// With `--json`, prints an event. The command continues if standard output is closed.
-    pub(super) fn event(self, event: Event) {
-        if self.json {
-            let command = self.command.unwrap_or_default();
-            let _ = print_line(&Line::Event(EventLine { version: VERSION, command, event }));
+    /// With `--json`, prints an event. A command that has more to do than to print ignores the error of a closed
+    /// standard output.
+    pub(super) fn event(self, event: Event) -> Result<()> {
+        if !self.json {
+            return Ok(());
         }
+        let command = self.command.unwrap_or_default();
+        print_line(&Line::Event(EventLine { version: VERSION, command, event }))
     }
 
     /// Prints a command's result. Returns its exit code.

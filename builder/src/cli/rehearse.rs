@@ -24,7 +24,7 @@ pub(super) fn rehearse(
     let played = rehearsal.play(&chosen, repeat, |so_far| {
         outcomes = so_far.to_vec();
         if let Some(outcome) = so_far.last() {
-            context.output.event(Event::Run(outcome));
+            let _ = context.output.event(Event::Run(outcome));
         }
         page.as_ref().map_or(Ok(()), |page| page.write(so_far))
     });

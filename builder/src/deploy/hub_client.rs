@@ -156,10 +156,7 @@ impl Hubs<'_> {
 
 fn parse<T: DeserializeOwned>(hub: &str, reply: &[u8]) -> Result<T> {
     let help = "use a version of bakehouse that is not older than the hub's";
-    serde_json::from_slice(reply).map_err(Error::cannot(format!(
-        "read the reply of {hub}
-  help: {help}"
-    )))
+    serde_json::from_slice(reply).map_err(Error::cannot(format!("read the reply of {hub}\n  help: {help}")))
 }
 
 /// Returns the state of a rollout as text: a line for each node, then the update lock, pauses and denials.

@@ -19,7 +19,7 @@ use crate::store::{Kind, Store};
 /// The source of a file.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Explanation {
-    /// Path in the image, without a leading `/`.
+    /// Absolute path in the image.
     pub path: String,
     /// Group of the image.
     pub group: String,

@@ -246,15 +246,8 @@ fn apt_helper(url: &str, beside: &Path) -> Result<File, FetchError> {
     let path = beside.with_extension("apt");
     let _ = fs::remove_file(&path);
     let result = Command::new("/usr/lib/apt/apt-helper").args(["-qq", "download-file", url]).arg(&path).output();
-    let output = result.map_err(|e| {
-        FetchError::Permanent(
-            Error::cannot(
-                "run apt-helper
-  help: install apt",
-            )(e)
-            .into(),
-        )
-    })?;
+    let output =
+        result.map_err(|e| FetchError::Permanent(Error::cannot("run apt-helper\n  help: install apt")(e).into()))?;
     let file = File::open(&path);
     let _ = fs::remove_file(&path);
     match file {

@@ -83,7 +83,7 @@ fn explain(project: &Project, image: &str, request: &[String], e: Error) -> Erro
         })
         .unwrap_or_else(|| "bakehouse itself".to_owned());
     let fix = format!("{source} requests `{package}`: check its name, or add the `[[debian.sources]]` that has it");
-    Error::Apt { what, output: format!("{output}\n{fix}") }
+    Error::Apt { what, output: format!("{output}\n  help: {fix}") }
 }
 
 struct Apt {

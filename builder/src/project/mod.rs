@@ -442,7 +442,7 @@ mod tests {
             assert_eq!(project.fleet.image.hardware, fleet::Hardware::Metal);
             let warnings: Vec<&str> = project.warnings.iter().map(|w| w.message.as_str()).collect();
             assert!(!warnings.iter().any(|w| w.contains("[update]") || w.contains("[alerts]")), "{warnings:?}");
-            assert!(warnings.iter().any(|w| w.contains("stand for no machine")), "{warnings:?}");
+            assert!(warnings.iter().any(|w| w.contains("reserved for examples")), "{warnings:?}");
         }
     }
 }

@@ -5,6 +5,7 @@ has the seconds since the last success of each kind of client, `acknowledged` ha
 SIGTERM, writes `result` and exits. Prints the clients' errors to the journal. Times are milliseconds of the clock that
 /proc/uptime shows (CLOCK_BOOTTIME).
 """
+
 import http.cookiejar
 import json
 import os

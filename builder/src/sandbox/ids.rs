@@ -98,13 +98,13 @@ fn own_ranges() -> Result<[OwnRange; 2]> {
         let ranges = fs::read_to_string(file).unwrap_or_default();
         let Some(first) = subordinate_range(&ranges, &user, Uid::current().as_raw(), IDS - 1) else {
             return fail(format!(
-                "{file} has no range of {IDS} ids for `{user}`; run as root: usermod --add-subuids 100000-165535 \
+                "{file} has no range of {IDS} ids for `{user}`\n  help: run as root: usermod --add-subuids 100000-165535 \
                  --add-subgids 100000-165535 {user}"
             ));
         };
         let path = std::env::var_os("PATH").unwrap_or_default();
         if !std::env::split_paths(&path).any(|dir| dir.join(tool).exists()) {
-            return fail(format!("cannot find {tool}; install uidmap (`make deps`)"));
+            return fail(format!("cannot find {tool}\n  help: install uidmap (`make deps`)"));
         }
         Ok(OwnRange { tool, own, first })
     };
@@ -121,10 +121,7 @@ fn write_own(pid: u32) -> Result<()> {
         match output {
             Ok(o) if o.status.success() => {}
             Ok(o) => return fail(format!("{tool}: {}", String::from_utf8_lossy(&o.stderr).trim_end())),
-            Err(e) => {
-                let action = format!("run {tool}\n  help: install uidmap (`make deps`)");
-                return Err(Error::cannot(action)(e));
-            }
+            Err(e) => return Err(Error::cannot(format!("run {tool}"))(e)),
         }
     }
     Ok(())

@@ -121,7 +121,7 @@ pub fn run_with_progress<J: Serialize, A: DeserializeOwned>(
         // An error of the sender is the cause of the job's error.
         sender.join().unwrap_or_else(|_| fail("the sandbox's sender panicked"))?;
         if let Some(exceeded) = watch.join().ok().flatten() {
-            return fail(exceeded);
+            return Err(Error::Sandbox(exceeded));
         }
         let result = finished?;
         serde_json::from_str(&result).map_err(Error::cannot("read the sandbox's result"))

@@ -21,7 +21,7 @@ impl Lint<'_> {
         let names: Vec<String> = reserved.iter().map(|endpoint| format!("`{}`", endpoint.get_ref())).collect();
         self.warning(
             first.span(),
-            format!("{} stand for no machine: such names and addresses are for examples only", names.join(", ")),
+            format!("names and addresses that are reserved for examples: {}", names.join(", ")),
             "write the hubs' public names or addresses before you install machines; local machines (`bakehouse up`) \
              do not need them"
                 .to_owned(),
@@ -288,7 +288,7 @@ mod tests {
         let text = "name = \"x\"\n[groups.hub]\ncount = 3\n\
                     endpoints = [\"hub1.example.net\", \"one.acme.com\", \"198.51.100.7\"]\n";
         let all = found(text, Severity::Warning);
-        let about: Vec<&String> = all.iter().filter(|w| w.contains("stand for no machine")).collect();
+        let about: Vec<&String> = all.iter().filter(|w| w.contains("reserved for examples")).collect();
         assert!(about.len() == 1 && about[0].starts_with("f:4: `hub1.example.net`, `198.51.100.7` stand"), "{all:#?}");
         for real in ["hub.acme.com", "notexample.net", "test.acme.com", "10.0.0.1"] {
             assert!(!is_reserved(real), "{real}");

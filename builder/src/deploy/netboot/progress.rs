@@ -38,7 +38,8 @@ pub(super) struct NetbootProgress {
 }
 
 struct MachineRow {
-    step: Step,
+    /// The machine's line on a terminal. Elsewhere each change is a line of its own.
+    step: Option<Step>,
     last_line: String,
 }
 
@@ -59,13 +60,15 @@ impl NetbootProgress {
         }
         let line = shown(machine, node, state);
         let row = rows.entry(machine.to_owned()).or_insert_with(|| MachineRow {
-            step: self.progress.step("machine", &printable(machine)),
+            step: self.progress.is_live().then(|| self.progress.step("machine", &printable(machine))),
             last_line: String::new(),
         });
         if row.last_line == line {
             return;
         }
-        row.step.message(&line);
+        if let Some(step) = &row.step {
+            step.message(&line);
+        }
         row.last_line.clone_from(&line);
         if let Some(on_change) = &self.on_change {
             on_change(MachineChange {

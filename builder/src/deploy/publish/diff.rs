@@ -92,13 +92,10 @@ pub(crate) struct Comparison {
 }
 
 impl Contents {
-    pub(super) fn read(path: &Path) -> Result<Self> {
+    /// Reads a manifest. `fix` names the command that writes it again.
+    pub(super) fn read(path: &Path, fix: &str) -> Result<Self> {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
-        let place = format!(
-            "{} is not a manifest of this version of bakehouse
-  help: bakehouse build",
-            path.display()
-        );
+        let place = format!("{} is not a manifest of this version of bakehouse\n  help: {fix}", path.display());
         serde_json::from_slice(&bytes).map_err(Error::at(place))
     }
 

@@ -66,7 +66,7 @@ pub(crate) fn has_version(dir: &Path, images: &[BuiltImage]) -> bool {
 /// # Errors
 /// If a manifest or the image's files cannot be read.
 pub(crate) fn compare(image: &BuiltImage, dir: &Path) -> Result<Comparison> {
-    let new = Contents::read(&image.manifest)?;
+    let new = Contents::read(&image.manifest, "run `bakehouse build`")?;
     let out = dir.join(&image.group);
     let old = newest(&out)?;
     let mut found = Comparison::of(old.as_ref(), &new);
@@ -88,7 +88,7 @@ pub(crate) fn publish(
     time: u64,
     progress: &Progress,
 ) -> Result<Published> {
-    let new = Contents::read(&image.manifest)?;
+    let new = Contents::read(&image.manifest, "run `bakehouse build`")?;
     let out = dir.join(&image.group);
     let old = newest(&out)?;
     let mut published =
@@ -201,7 +201,11 @@ fn partitions(contents: &Contents) -> Result<[String; 2]> {
 
 fn newest(out: &Path) -> Result<Option<Contents>> {
     let path = out.join(NEWEST);
-    if path.exists() { Contents::read(&path).map(Some) } else { Ok(None) }
+    if path.exists() {
+        Contents::read(&path, "restore the file from a backup, or publish into an empty folder").map(Some)
+    } else {
+        Ok(None)
+    }
 }
 
 /// Copies a range of the disk image to a file. Returns the SHA-256 sum.
