@@ -73,6 +73,8 @@ impl TestCluster {
     /// Like [`Self::open`], and `change` edits the topology before the hubs start.
     #[must_use]
     pub fn open_with(groups: &str, change: impl FnOnce(&mut Topology)) -> Self {
+        // The hubs run in this process. Their log is on standard error.
+        firstboot::host::log::start(firstboot::host::log::Process::Short);
         let toml = format!(
             "name = \"acme\"\n[mesh]\nsubnet = \"10.10.0.0/16\"\ntransport = \"10.11.0.0/16\"\nport = {HUB_PORT}\n\
              [vip]\naddress = \"10.10.0.100\"\n\

@@ -8,8 +8,8 @@
 //! | `debug` | details, if `RUST_LOG` enables them  | 7                       |
 //!
 //! The agent sends its events to journald's socket, so `journalctl SLOT=db-1` finds events with the field `slot`. A
-//! short program writes to standard error, because journald cannot find the unit of a process that has ended. An event
-//! with a `MESSAGE_ID` always goes to the socket. On a terminal the log is text.
+//! short program writes to standard error, because journald cannot find the unit of a process that has ended. Under
+//! systemd, an event with a `MESSAGE_ID` goes to the socket, whatever its level. On a terminal the log is text.
 
 use std::env;
 use std::fmt;
@@ -50,8 +50,11 @@ fn subscriber(process: Process, in_journal: bool) -> impl Subscriber + Send + Sy
     let to_socket = move |of: &Metadata| has_socket && (process == Process::Lasting || of.fields().field(ID).is_some());
     let text =
         tracing_subscriber::fmt::layer().with_writer(io::stderr).event_format(Lines { has_priority: in_journal });
+    let levels = levels(env::var("RUST_LOG").ok().as_deref());
+    // Operators and programs search the events of a node by their MESSAGE_ID.
+    let wanted = move |of: &Metadata| of.fields().field(ID).is_some() || levels.would_enable(of.target(), of.level());
     tracing_subscriber::registry()
-        .with(levels(env::var("RUST_LOG").ok().as_deref()))
+        .with(filter_fn(wanted))
         .with(journal.with_filter(filter_fn(to_socket)))
         .with(text.with_filter(filter_fn(move |of| !to_socket(of))))
 }
@@ -59,11 +62,17 @@ fn subscriber(process: Process, in_journal: bool) -> impl Subscriber + Send + Sy
 /// Field of an event that has a `MESSAGE_ID`.
 const ID: &str = "message_id";
 
-/// Returns the levels to log.
+/// Returns the levels to log: the usual ones, with the changes of `wanted`. A level without a target replaces all.
 fn levels(wanted: Option<&str>) -> Targets {
     // The D-Bus library logs each message as `info`.
-    let usual = || Targets::new().with_default(LevelFilter::WARN).with_target("firstboot", LevelFilter::INFO);
-    wanted.and_then(|text| text.parse().ok()).unwrap_or_else(usual)
+    let usual = Targets::new().with_default(LevelFilter::WARN).with_target("firstboot", LevelFilter::INFO);
+    let Some(wanted) = wanted.and_then(|text| text.trim().parse::<Targets>().ok()) else { return usual };
+    // A misspelled level is the name of a target without events.
+    let base = wanted.default_level().map_or(usual, |level| Targets::new().with_default(level));
+    wanted.iter().fold(base, |all, (target, level)| match target {
+        "" => all,
+        target => all.with_target(target, level),
+    })
 }
 
 /// Returns the sender to journald's socket; `None` if there is no journald.
@@ -243,10 +252,13 @@ mod tests {
 
     #[test]
     fn invalid_levels_do_not_silence_the_log() {
-        for text in [None, Some("firstboot=loud")] {
+        for text in [None, Some(""), Some("firstboot=loud"), Some("warning"), Some("zbus=error")] {
             assert!(levels(text).would_enable("firstboot::hub", &Level::INFO), "{text:?}");
             assert!(!levels(text).would_enable("zbus", &Level::INFO), "{text:?}");
         }
         assert!(levels(Some("debug")).would_enable("firstboot", &Level::DEBUG));
+        let details = levels(Some("firstboot=debug"));
+        assert!(details.would_enable("firstboot::hub", &Level::DEBUG) && details.would_enable("zbus", &Level::WARN));
+        assert!(!levels(Some("error")).would_enable("firstboot", &Level::WARN));
     }
 }

@@ -106,11 +106,10 @@ impl SlotAllocator {
         let forgotten = forgotten_audit(slot, record.epoch);
         then.extend(forgotten.iter().map(|audit| Op::Delete(audit)));
         let done = self.etcd.transact(&[Compare::Unchanged(&key, place.revision)], &then).await?;
-        info!(slot, epoch = record.epoch, "{slot} has no owner since epoch {}", record.epoch);
-        if done {
-            Ok(())
-        } else {
-            Err(refuse(Reason::Busy, "another request changed the slot at the same time; retry").into())
+        if !done {
+            return Err(refuse(Reason::Busy, "another request changed the slot at the same time; retry").into());
         }
+        info!(slot, epoch = record.epoch, "{slot} has no owner since epoch {}", record.epoch);
+        Ok(())
     }
 }
