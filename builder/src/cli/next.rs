@@ -125,7 +125,7 @@ fn contents(to: &str, ticket: Option<&Ticket>) -> String {
         None => format!("any free slot of {}", claims.group),
     };
     format!(
-        "{node}; ticket {} is valid for one machine until {} (`bakehouse ticket --revoke` makes it invalid)",
+        "{node}; ticket {} is valid for one machine until {} (`bakehouse ticket --revoke NUMBER` makes it invalid)",
         claims.id,
         rfc3339(claims.expires)
     )

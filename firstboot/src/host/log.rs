@@ -66,13 +66,11 @@ const ID: &str = "message_id";
 fn levels(wanted: Option<&str>) -> Targets {
     // The D-Bus library logs each message as `info`.
     let usual = Targets::new().with_default(LevelFilter::WARN).with_target("firstboot", LevelFilter::INFO);
-    let Some(wanted) = wanted.and_then(|text| text.trim().parse::<Targets>().ok()) else { return usual };
+    let wanted = wanted.filter(|text| !text.trim().is_empty());
+    let Some(wanted) = wanted.and_then(|text| text.parse::<Targets>().ok()) else { return usual };
     // A misspelled level is the name of a target without events.
     let base = wanted.default_level().map_or(usual, |level| Targets::new().with_default(level));
-    wanted.iter().fold(base, |all, (target, level)| match target {
-        "" => all,
-        target => all.with_target(target, level),
-    })
+    base.with_targets(wanted.iter().map(|(target, level)| (target.to_owned(), level)))
 }
 
 /// Returns the sender to journald's socket; `None` if there is no journald.
