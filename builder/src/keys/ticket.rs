@@ -29,7 +29,8 @@ pub const DEFAULT_TERMS: TicketTerms = TicketTerms { uses: 1, lasts: Duration::f
 /// Facts about a ticket, without its secrets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct TicketSummary {
-    /// Number, with which `bakehouse ticket --revoke NUMBER` revokes the ticket; `null` for a founder's, which has none.
+    /// Number, with which `bakehouse ticket --revoke NUMBER` revokes the ticket; `null` for the ticket of a founder, which
+    /// has none.
     pub number: Option<String>,
     /// A node, or a group.
     pub to: String,
