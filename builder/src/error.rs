@@ -137,7 +137,7 @@ impl Error {
     /// Returns the error and its causes on one line, and each fix on a line of its own.
     #[must_use]
     pub fn chain(&self) -> String {
-        ErrorChain::of(self).to_string()
+        ErrorChain::new(self).to_string()
     }
 
     /// Returns the exit code of the process.
@@ -197,7 +197,7 @@ mod tests {
             "/x is damaged: thing 1: cannot read /x/thing.deb: No such file or directory (os error 2)\n  help: build again"
         );
         assert_eq!(
-            ErrorChain::of(&error).lines(),
+            ErrorChain::new(&error).lines(),
             "/x is damaged\n  caused by: thing 1\n  caused by: cannot read /x/thing.deb\n  \
              caused by: No such file or directory (os error 2)\n  help: build again"
         );

@@ -12,7 +12,7 @@ use tracing::{error, info, warn};
 use crate::client::backoff::Backoff;
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
-use crate::host::console::say;
+use crate::host::console::log_event;
 use crate::host::dbus::{Phase, Status};
 use crate::host::journal::Event;
 use crate::host::machine;
@@ -59,11 +59,11 @@ pub struct Paths {
 impl Paths {
     /// Returns the paths of this node, with the folders that systemd sets.
     #[must_use]
-    pub fn of_node() -> Self {
+    pub fn for_node() -> Self {
         let state = env::var_os("STATE_DIRECTORY").map_or_else(|| "/var/lib/bakehouse".into(), PathBuf::from);
         Self {
             image: Path::new("/").join(fleet::IMAGE_DIR),
-            state: StateDir::new(&state, Sealer::of_node()),
+            state: StateDir::new(&state, Sealer::for_node()),
             root: "/".into(),
             credentials: env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from),
         }
@@ -106,7 +106,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
         secrets: &who.state.secrets,
         web: &web_certificate(paths, &tls)?,
     };
-    let slow = u32::try_from(context.machine.patience).unwrap_or(u32::MAX);
+    let slow = u32::try_from(context.machine.timeout_scale).unwrap_or(u32::MAX);
     let count = render_all(&paths.image.join("templates"), &paths.root, &context)?;
     info!(slot = node.name, "{}: rendered {count} configuration files", node.name);
     status.is(&node.name, who.state.epoch).await?;
@@ -119,12 +119,12 @@ pub async fn run(paths: &Paths) -> Result<()> {
         image: &image.info,
         topology: &image.topology,
         node,
-        patroni: Patroni::of(node, who.client()?),
+        patroni: Patroni::for_node(node, who.client()?),
         entries: paths.root.join("efi").join(ENTRIES),
         offer: paths.root.join("run/bakehouse/offer"),
         state: &paths.state,
     };
-    let hubs = Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?);
+    let hubs = Hubs::new(&image.topology, &who.state.endpoints, &node.name, who.client()?);
     let hubs = hubs.known_by(who.neighbourhood.clone()).over_mesh();
     let member = Member::new(who, node, &image, &paths.state)?.built_at(built(&paths.image));
     let mesh = member.mesh().await?;
@@ -135,7 +135,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
             tokio::time::sleep(ALL_HAVE_ASKED).await;
         }
         start(&units, node).await?;
-        say(Event::Ready, &format!("ready ({})", node.name));
+        log_event(Event::Ready, &format!("ready ({})", node.name));
         status.enter(Phase::Ready).await
     };
     // `firstboot leave` sends a request to a hub, as the operator does. The node then receives the hub's order.
@@ -169,7 +169,7 @@ async fn stop(units: &Systemd, node: &Node) -> Result<()> {
 /// Leaves the fleet: switches the primary over, stops the roles, and reports to a hub that the slot is free. After a
 /// power cut, the hubs repeat the order to leave.
 async fn leave(units: &Systemd, node: &Node, hubs: &Hubs, patroni: Option<&Patroni>) -> Result<()> {
-    say(Event::Leaving, &format!("{}: leaving the fleet", node.name));
+    log_event(Event::Leaving, &format!("{}: leaving the fleet", node.name));
     if let Some(patroni) = patroni
         && let Err(e) = patroni.hand_over().await
     {
@@ -187,7 +187,7 @@ async fn leave(units: &Systemd, node: &Node, hubs: &Hubs, patroni: Option<&Patro
 /// Starts the node's roles; returns when all of them run.
 async fn start(units: &Systemd, node: &Node) -> Result<()> {
     units.start("role-base.target").await?;
-    say(Event::Starting, &format!("{}: starting {}", node.name, node.roles.join(", ")));
+    log_event(Event::Starting, &format!("{}: starting {}", node.name, node.roles.join(", ")));
     // In parallel, because a role may wait for another one, on this node or elsewhere.
     try_join_all(node.roles.iter().map(async |role| {
         units.start(&format!("role-{role}.target")).await?;

@@ -114,7 +114,7 @@ impl Error {
     /// Returns the error, its causes and the fixes on one line, for logs, the console and other nodes.
     #[must_use]
     pub fn chain(&self) -> String {
-        ErrorChain::of(self).one_line()
+        ErrorChain::new(self).one_line()
     }
 
     /// Returns the exit code: 78 (`EX_CONFIG` of sysexits.h) for errors that need an operator, otherwise 1. systemd

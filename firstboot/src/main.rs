@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use firstboot::agent::{Paths, USAGE, run};
 use firstboot::error::{Error, Result};
-use firstboot::host::console::say;
+use firstboot::host::console::log_event;
 use firstboot::host::dbus::describe;
 use firstboot::host::journal::Event;
 use firstboot::host::log::{self, Process};
@@ -41,12 +41,12 @@ async fn command() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
-        ["run"] => Box::pin(run(&Paths::of_node())).await.inspect_err(|e| say(Event::Stopped, &e.chain())),
+        ["run"] => Box::pin(run(&Paths::for_node())).await.inspect_err(|e| log_event(Event::Stopped, &e.chain())),
         ["status"] => status(false).await.inspect_err(tell),
         ["status", "--json"] => status(true).await.inspect_err(tell),
         ["leave"] => leave().await.inspect_err(tell),
         ["healthy"] => {
-            health().await.inspect_err(|e| say(Event::Unwell, &format!("this image is not well: {}", e.chain())))
+            health().await.inspect_err(|e| log_event(Event::Unwell, &format!("this image is not well: {}", e.chain())))
         }
         ["load"] => load().await.inspect_err(|e| error!("download of the newer image failed: {}", e.chain())),
         ["signed"] => {
@@ -95,7 +95,7 @@ async fn leave() -> Result<()> {
 }
 
 async fn health() -> Result<()> {
-    let image = Image::read(&Paths::of_node().image)?;
+    let image = Image::read(&Paths::for_node().image)?;
     let systemd = Systemd::new(&zbus::Connection::system().await?).await?;
     let checked = healthy(&systemd, &image.info.health).await;
     // Without boot counting or another image, a restart could not roll back, and the node would restart in a loop. A
@@ -116,7 +116,7 @@ async fn load() -> Result<()> {
     let scratch = scratch.ok_or_else(|| {
         Error::Failed("only firstboot-install.service runs `firstboot load`; start that unit".to_owned())
     })?;
-    let image = Image::read(&Paths::of_node().image)?;
+    let image = Image::read(&Paths::for_node().image)?;
     firstboot::update::download::load(&image.info, Path::new(ESP), Path::new(&scratch)).await
 }
 
@@ -134,7 +134,7 @@ async fn grub(good: bool) -> Result<()> {
     if Path::new("/sys/firmware/efi").exists() || !esp.join(BLOCK).exists() {
         return Ok(());
     }
-    let image = Image::read(&Paths::of_node().image)?;
+    let image = Image::read(&Paths::for_node().image)?;
     if keep_in_step(esp, &image.info.id, &image.info.version, good)? {
         // firstboot-good.service waits for the health check, as systemd-bless-boot.service does under UEFI.
         Systemd::new(&zbus::Connection::system().await?).await?.begin("firstboot-good.service").await?;

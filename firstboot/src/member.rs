@@ -12,7 +12,7 @@ use tracing::warn;
 use crate::client::backoff::{Backoff, round};
 use crate::client::etcd::Etcd;
 use crate::error::{Error, Result};
-use crate::host::console::say;
+use crate::host::console::log_event;
 use crate::host::journal::Event;
 use crate::hub::api::Hub;
 use crate::hub::claims::SlotAllocator;
@@ -66,7 +66,7 @@ impl Member {
     pub fn new(who: Identity, node: &Node, image: &Image, dir: &StateDir) -> Result<Self> {
         let patroni = if node.has_role("db") { who.state.secrets.etcd_patroni.as_str() } else { "" };
         let hubs =
-            Hubs::of(&image.topology, &who.state.endpoints, &node.name, who.client()?).with_etcd_patroni(patroni);
+            Hubs::new(&image.topology, &who.state.endpoints, &node.name, who.client()?).with_etcd_patroni(patroni);
         Ok(Self {
             topology: image.topology.clone(),
             node: node.clone(),
@@ -133,29 +133,30 @@ impl Member {
         let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
         let etcd = || Etcd::new(members(topology, node), tls.clone()).with_user(ROOT, &secrets.etcd_root);
         let fencing = etcd().with_patience(fence::ANSWER * slow);
-        let desk = SlotAllocator::new(etcd(), topology.clone(), &node.name).with_records(dir).built_at(self.built);
+        let allocator = SlotAllocator::new(etcd(), topology.clone(), &node.name).with_records(dir).built_at(self.built);
         neighbourhood.learn(&node.name, introduction.mesh_key);
 
         let kept = mesh.keep(neighbourhood.clone());
         // On separate connections, because they belong to the API's thread.
-        let served = self.serve_api(desk.beside(etcd()));
-        let introduced = self.introduce_hub(&desk, &introduction);
-        let registered = register(&desk, &node.name, (introduction.mesh_key, &tls_key), version);
-        let followed = self.follow_claims(&desk);
+        let served = self.serve_api(allocator.beside(etcd()));
+        let introduced = self.introduce_hub(&allocator, &introduction);
+        let registered = register(&allocator, &node.name, (introduction.mesh_key, &tls_key), version);
+        let followed = self.follow_claims(&allocator);
         let recorded = async {
-            desk.keep_records(dir).await;
+            allocator.keep_records(dir).await;
             Ok(())
         };
-        let exported = self.export_rollout(&desk);
+        let exported = self.export_rollout(&allocator);
         // A separate task, because `followed` may wait for an etcd member that hangs.
-        let replaced = until_replaced(&desk, &node.name, (&tls_key, own_epoch));
-        let access = EtcdAccess { desk: &desk, topology, secrets, slot: &node.name, tls_key: &tls_key };
+        let replaced = until_replaced(&allocator, &node.name, (&tls_key, own_epoch));
+        let access = EtcdAccess { allocator: &allocator, topology, secrets, slot: &node.name, tls_key: &tls_key };
         let access = access.keep();
         let fenced_off = async {
             let (etcd, neighbourhood) = (&fencing, neighbourhood.as_ref());
             Box::pin(Fence { etcd, topology, own: node, neighbourhood, slow }.keep()).await
         };
-        let updated = updates.keep(async |report| rollout::report(desk.etcd(), topology, &node.name, report).await);
+        let updated =
+            updates.keep(async |report| rollout::report(allocator.etcd(), topology, &node.name, report).await);
         tokio::try_join!(
             kept, served, introduced, registered, followed, recorded, exported, replaced, access, fenced_off, updated
         )
@@ -169,7 +170,7 @@ impl Member {
     }
 
     /// Serves the join API.
-    async fn serve_api(&self, desk: SlotAllocator) -> Result<()> {
+    async fn serve_api(&self, allocator: SlotAllocator) -> Result<()> {
         let state = &self.who.state;
         let issuer = state.issuer.clone().ok_or_else(|| {
             let text = format!(
@@ -184,7 +185,7 @@ impl Member {
             issuer,
             secrets: state.secrets.clone(),
             epoch: state.epoch,
-            desk: Arc::new(desk),
+            allocator: Arc::new(allocator),
             neighbourhood: self.who.neighbourhood.clone(),
             orders: OrderLog::default(),
         };
@@ -194,15 +195,16 @@ impl Member {
     }
 
     /// Introduces this hub to the others periodically, so that founders find each other before etcd runs.
-    async fn introduce_hub(&self, desk: &SlotAllocator, introduction: &Introduction) -> Result<()> {
+    async fn introduce_hub(&self, allocator: &SlotAllocator, introduction: &Introduction) -> Result<()> {
         let Self { topology, node, hubs, .. } = self;
         let neighbourhood = &self.who.neighbourhood;
         let plan: Vec<String> = topology.hubs.iter().map(|hub| hub.name.clone()).collect();
         let mut pause = Backoff::default();
         loop {
-            let owners = desk.owners();
+            let owners = allocator.owners();
             // A key in etcd is current, but an introduction, or a record on disk, may have an older key.
-            let mut answers = hubs.introduce(introduction, |slot| desk.has_heard() && owners.contains_key(slot)).await;
+            let mut answers =
+                hubs.introduce(introduction, |slot| allocator.has_heard() && owners.contains_key(slot)).await;
             // If all keys are known, the hub still reads the others' answers. Only they report to a founder that
             // another machine took its slot while the founder was disconnected.
             if answers.is_empty() {
@@ -228,7 +230,7 @@ impl Member {
                 return Err(why);
             }
             // A founder that was off while the others renewed their keys needs the new keys to reach etcd.
-            if decision.heard == Heard::Confirmed && !desk.has_heard() {
+            if decision.heard == Heard::Confirmed && !allocator.has_heard() {
                 neighbourhood.apply(&decision);
             }
             let everyone = Known { keys: &BTreeMap::new(), ..known };
@@ -242,10 +244,10 @@ impl Member {
     }
 
     /// Follows the owners of all slots in etcd.
-    async fn follow_claims(&self, desk: &SlotAllocator) -> Result<()> {
+    async fn follow_claims(&self, allocator: &SlotAllocator) -> Result<()> {
         let mut pause = Backoff::default();
         loop {
-            match desk.follow(|owners| take_in(&self.topology, &self.who.neighbourhood, owners)).await {
+            match allocator.follow(|owners| take_in(&self.topology, &self.who.neighbourhood, owners)).await {
                 // The watch ends each minute.
                 Ok(()) => pause = Backoff::default(),
                 Err(e) => warn!("cannot follow the owners of slots in etcd: {}", e.chain()),
@@ -255,20 +257,20 @@ impl Member {
     }
 
     /// Exports the rollout's metrics, on hubs with the role `update`.
-    async fn export_rollout(&self, desk: &SlotAllocator) -> Result<()> {
+    async fn export_rollout(&self, allocator: &SlotAllocator) -> Result<()> {
         if self.node.hub > 0 && self.node.has_role(fleet::UPDATE) {
-            rollout::export(desk.etcd(), Path::new(METRICS)).await;
+            rollout::export(allocator.etcd(), Path::new(METRICS)).await;
         }
         Ok(())
     }
 }
 
 /// Registers a hub as the owner of its slot, and promotes its etcd member.
-async fn register(desk: &SlotAllocator, slot: &str, keys: (MeshKey, &str), version: &str) -> Result<()> {
+async fn register(allocator: &SlotAllocator, slot: &str, keys: (MeshKey, &str), version: &str) -> Result<()> {
     let mut pause = Backoff::default();
     loop {
-        match desk.register(slot, keys.0, keys.1, version).await {
-            Ok(_) => match desk.vote(slot).await {
+        match allocator.register(slot, keys.0, keys.1, version).await {
+            Ok(_) => match allocator.vote(slot).await {
                 Ok(()) => return Ok(()),
                 Err(e) => warn!(slot, "cannot promote the etcd member of {slot}: {}", e.chain()),
             },
@@ -280,12 +282,12 @@ async fn register(desk: &SlotAllocator, slot: &str, keys: (MeshKey, &str), versi
 }
 
 /// Waits until etcd's records have another owner of this hub's slot, or no owner. Returns that error.
-async fn until_replaced(desk: &SlotAllocator, slot: &str, own: (&str, u64)) -> Result<()> {
+async fn until_replaced(allocator: &SlotAllocator, slot: &str, own: (&str, u64)) -> Result<()> {
     loop {
         // Only records read from etcd count, because records on disk may be older than this node's new keys.
-        let fenced_since = desk.fenced(slot, own.0).filter(|epoch| *epoch >= own.1);
-        if let Some(epoch) = fenced_since.filter(|_| desk.has_heard()) {
-            let left = desk.is_vacant(slot).then(|| Error::Left { slot: slot.to_owned() });
+        let fenced_since = allocator.fenced(slot, own.0).filter(|epoch| *epoch >= own.1);
+        if let Some(epoch) = fenced_since.filter(|_| allocator.has_heard()) {
+            let left = allocator.is_vacant(slot).then(|| Error::Left { slot: slot.to_owned() });
             return Err(left.unwrap_or_else(|| fenced(slot, epoch)));
         }
         tokio::time::sleep(SUCCESSOR_INTERVAL).await;
@@ -396,6 +398,6 @@ async fn reason_to_stop(hubs: &Hubs, slot: &str, decision: &Decision) -> Option<
 }
 
 fn fenced(slot: &str, epoch: u64) -> Error {
-    say(Event::Fenced, &format!("another machine owns {slot} now (epoch {epoch})"));
+    log_event(Event::Fenced, &format!("another machine owns {slot} now (epoch {epoch})"));
     Error::Fenced { slot: slot.to_owned(), epoch }
 }

@@ -81,10 +81,10 @@ mod tests {
         fs::write(templates.join("run/bakehouse/x.conf"), "{{ node.name }} of {{ fleet.name }}\n").unwrap();
         fs::write(templates.join("run/bakehouse/key"), "{{ tls.key }}").unwrap();
         fs::set_permissions(templates.join("run/bakehouse/key"), fs::Permissions::from_mode(0o600)).unwrap();
-        let topology = Topology::of(&Fleet::parse("f", b"name = \"acme\"\ngroups.hub.count = 3\n").unwrap());
+        let topology = Topology::from_fleet(&Fleet::parse("f", b"name = \"acme\"\ngroups.hub.count = 3\n").unwrap());
         let node = topology.node("hub-2").unwrap();
         let member = Membership::sample();
-        let machine = MachineSize { memory: 1024, var: 1024, cpus: 2, patience: 1 };
+        let machine = MachineSize { memory: 1024, var: 1024, cpus: 2, timeout_scale: 1 };
         let context = NodeContext {
             fleet: &topology,
             node,

@@ -27,7 +27,7 @@ impl Blocks {
     ///
     /// [dm-verity]: https://gitlab.com/cryptsetup/cryptsetup/-/wikis/DMVerity
     #[must_use]
-    pub fn of_tree(tree: &[u8]) -> Option<Self> {
+    pub fn from_tree(tree: &[u8]) -> Option<Self> {
         let u32_at = |at: usize| Some(u32::from_le_bytes(tree.get(at..at + 4)?.try_into().ok()?));
         let known = tree.starts_with(b"verity\0\0")
             && (u32_at(8)?, u32_at(12)?) == (1, 1)
@@ -55,14 +55,14 @@ impl Blocks {
 
     /// Hashes the blocks of a file.
     #[must_use]
-    pub fn of_bytes(bytes: &[u8]) -> Self {
+    pub fn from_bytes(bytes: &[u8]) -> Self {
         let digests = bytes.chunks(BLOCK).flat_map(Sha256::digest).collect();
         Self { size: bytes.len() as u64, salt: Vec::new(), digests }
     }
 
     /// Reads a list: the size of the file (8 bytes, little endian), then the SHA-256 of each block.
     #[must_use]
-    pub fn of_list(list: &[u8]) -> Option<Self> {
+    pub fn from_list(list: &[u8]) -> Option<Self> {
         let (size, digests) = list.split_first_chunk()?;
         let size = u64::from_le_bytes(*size);
         let count = usize::try_from(size.div_ceil(BLOCK as u64)).ok()?;
@@ -73,7 +73,7 @@ impl Blocks {
         })
     }
 
-    /// Returns the list that [`Blocks::of_list`] reads.
+    /// Returns the list that [`Blocks::from_list`] reads.
     #[must_use]
     pub fn list(&self) -> Vec<u8> {
         [&self.size.to_le_bytes(), &self.digests[..]].concat()
@@ -176,16 +176,16 @@ mod tests {
     #[test]
     fn missing_counts_only_new_blocks() {
         let (old, new) = (file(&[1, 2, 3, 4], 9), file(&[9, 1, 2, 3, 4], 9));
-        let found = pieces(&Blocks::of_bytes(&old), &Blocks::of_bytes(&new));
+        let found = pieces(&Blocks::from_bytes(&old), &Blocks::from_bytes(&new));
         assert_eq!(missing(&found), BLOCK as u64);
         assert_eq!(found.len(), 2, "{found:?}");
         assert_eq!(put_together(&old, &new, &found), new);
         // Hashes with different salts cannot be compared.
-        let salted = Blocks { salt: vec![1], ..Blocks::of_bytes(&old) };
-        assert_eq!(missing(&pieces(&salted, &Blocks::of_bytes(&new))), new.len() as u64);
+        let salted = Blocks { salt: vec![1], ..Blocks::from_bytes(&old) };
+        assert_eq!(missing(&pieces(&salted, &Blocks::from_bytes(&new))), new.len() as u64);
         // Two missing parts with a short part between them are one request.
         let far = file(&[8, 1, 7, 3, 4], 9);
-        let found = pieces(&Blocks::of_bytes(&old), &Blocks::of_bytes(&far));
+        let found = pieces(&Blocks::from_bytes(&old), &Blocks::from_bytes(&far));
         assert_eq!(found[0], BlockRange { at: 0, len: 3 * BLOCK as u64, here: None });
         assert_eq!(put_together(&old, &far, &found), far);
     }
@@ -194,20 +194,20 @@ mod tests {
         #[test]
         fn pieces_make_up_the_file(old: Vec<u8>, new: Vec<u8>, tails in (0..BLOCK, 0..BLOCK)) {
             let (old, new) = (file(&old[..old.len().min(40)], tails.0), file(&new[..new.len().min(40)], tails.1));
-            let found = pieces(&Blocks::of_bytes(&old), &Blocks::of_bytes(&new));
+            let found = pieces(&Blocks::from_bytes(&old), &Blocks::from_bytes(&new));
             prop_assert_eq!(put_together(&old, &new, &found), new);
         }
 
         #[test]
         fn list_round_trips(bytes: Vec<u8>) {
-            let blocks = Blocks::of_bytes(&bytes);
-            prop_assert_eq!(Blocks::of_list(&blocks.list()), Some(blocks));
+            let blocks = Blocks::from_bytes(&bytes);
+            prop_assert_eq!(Blocks::from_list(&blocks.list()), Some(blocks));
         }
 
         #[test]
         fn parsers_never_panic(mut bytes: Vec<u8>, count: u64, salt: u16) {
-            let _ = Blocks::of_list(&bytes);
-            let _ = Blocks::of_tree(&bytes);
+            let _ = Blocks::from_list(&bytes);
+            let _ = Blocks::from_tree(&bytes);
             let mut tree = b"verity\0\0\x01\0\0\0\x01\0\0\0".to_vec();
             tree.resize(32, 0);
             tree.extend(b"sha256");
@@ -216,7 +216,7 @@ mod tests {
             tree.extend(count.to_le_bytes());
             tree.extend(salt.to_le_bytes());
             tree.append(&mut bytes);
-            let _ = Blocks::of_tree(&tree);
+            let _ = Blocks::from_tree(&tree);
         }
     }
 }

@@ -151,7 +151,7 @@ pub struct PublicKey(Vec<u8>);
 impl PublicKey {
     /// Accepts 65 bytes in the format of a point. Whether the point is on the curve is checked when the key is used.
     #[must_use]
-    pub fn of(point: &[u8]) -> Option<Self> {
+    pub fn from_point(point: &[u8]) -> Option<Self> {
         (point.len() == 65 && point[0] == 4).then(|| Self(point.to_vec()))
     }
 
@@ -245,7 +245,7 @@ fn root_key(pem: &str, name: &str) -> Option<PublicKey> {
     let der = encoding::decode(&text)?;
     der.windows(name.len()).position(|window| window == name.as_bytes())?;
     let begins = der.windows(P256.len()).position(|window| window == P256)? + P256.len();
-    PublicKey::of(der.get(begins..begins + 65)?)
+    PublicKey::from_point(der.get(begins..begins + 65)?)
 }
 
 fn root_name(fleet: &str) -> String {
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn chain_has_the_issuer_and_not_the_root() {
         let fleet = crate::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
-        let topology = Topology::of(&fleet);
+        let topology = Topology::from_fleet(&fleet);
         let root = Issuer::root("acme").unwrap();
         let issuer = root.issuer("acme", "hub-1").unwrap();
         let public = PrivateKey::generate().unwrap().public().unwrap();
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn etcd_anchor_has_the_roots_key() {
         let fleet = crate::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
-        let topology = Topology::of(&fleet);
+        let topology = Topology::from_fleet(&fleet);
         let root = Issuer::root("acme").unwrap();
         let anchor = etcd_client_anchor(root.certificate(), &topology, &topology.nodes[0]).unwrap();
         let key = KeyPair::from_pem(root.key()).unwrap();
@@ -306,8 +306,8 @@ mod tests {
     #[test]
     fn public_key_rejects_other_formats() {
         let public = PrivateKey::generate().unwrap().public().unwrap();
-        assert_eq!(PublicKey::of(public.as_bytes()), Some(public));
-        assert_eq!(PublicKey::of(&[4; 64]), None);
-        assert_eq!(PublicKey::of(&[2; 65]), None);
+        assert_eq!(PublicKey::from_point(public.as_bytes()), Some(public));
+        assert_eq!(PublicKey::from_point(&[4; 64]), None);
+        assert_eq!(PublicKey::from_point(&[2; 65]), None);
     }
 }

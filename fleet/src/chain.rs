@@ -23,10 +23,10 @@ impl ErrorChain {
     ///
     /// ```
     /// let cause = "port 70000".parse::<u16>().unwrap_err();
-    /// assert_eq!(fleet::ErrorChain::of(&cause).to_string(), "invalid digit found in string");
+    /// assert_eq!(fleet::ErrorChain::new(&cause).to_string(), "invalid digit found in string");
     /// ```
     #[must_use]
-    pub fn of(error: &(dyn Error + 'static)) -> Self {
+    pub fn new(error: &(dyn Error + 'static)) -> Self {
         let mut chain = Self { messages: Vec::new(), fixes: Vec::new() };
         let mut next = Some(error);
         while let Some(error) = next {
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn prints_causes_before_fixes() {
-        let chain = ErrorChain::of(&outer());
+        let chain = ErrorChain::new(&outer());
         let cause = "No space left on device (os error 28)";
         assert_eq!(
             chain.to_string(),
@@ -132,7 +132,7 @@ mod tests {
         #[error("the bus failed: {0}")]
         struct Repeats(#[source] io::Error);
 
-        let chain = ErrorChain::of(&Repeats(io::Error::other("closed")));
+        let chain = ErrorChain::new(&Repeats(io::Error::other("closed")));
         assert_eq!(chain.messages, ["the bus failed: closed"]);
     }
 }

@@ -12,7 +12,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let text = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
 //! let fleet = fleet::Fleet::parse("fleet.toml", text)?;
-//! let topology = fleet::Topology::of(&fleet);
+//! let topology = fleet::Topology::from_fleet(&fleet);
 //! let template = "{% for node in nodes %}\n{{ node.address }} {{ node.name }}\n{% endfor %}\n";
 //! let hosts = fleet::render("hosts.j2", template, &topology)?;
 //! assert!(hosts.starts_with("10.10.0.10 db-1\n10.10.0.11 db-2\n10.10.0.1 hub-1\n"));

@@ -198,7 +198,7 @@ impl Rollout {
     /// use fleet::{PROTOCOL, Report, Rollout, UpdateState, Verdict};
     ///
     /// let toml = b"name = \"acme\"\n[groups]\napp.count = 1\ndb.count = 1\n";
-    /// let topology = fleet::Topology::of(&fleet::Fleet::parse("fleet.toml", toml)?);
+    /// let topology = fleet::Topology::from_fleet(&fleet::Fleet::parse("fleet.toml", toml)?);
     /// let offered = UpdateState::Available { image: "2".to_owned(), leads: false, primary: false, unwell: false };
     /// let report = Report { version: PROTOCOL, image: "1".to_owned(), doing: offered };
     /// let rollout = Rollout {

@@ -45,7 +45,7 @@ impl Serialize for NodeContext<'_> {
             filter: Filter,
         }
         let Self { fleet, node, epoch, machine, tls, secrets, web } = *self;
-        let filter = Filter::of(fleet, node);
+        let filter = Filter::for_node(fleet, node);
         Variables { fleet, node, epoch, machine, tls, secrets, web, filter }.serialize(serializer)
     }
 }
@@ -61,7 +61,8 @@ pub struct MachineSize {
     pub cpus: u64,
     /// Factor for the time-outs of failure detection (BFD, VRRP, etcd's elections, health checks): 1 on real
     /// processors, [`EMULATED_TIMEOUT_SCALE`] on processors that QEMU emulates.
-    pub patience: u64,
+    #[serde(rename = "patience")]
+    pub timeout_scale: u64,
 }
 
 /// Factor for time-outs on emulated processors. With a smaller factor, BFD and etcd report slow machines as dead when
@@ -105,13 +106,13 @@ fn environment() -> Environment<'static> {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let toml = b"name = \"acme\"\n[groups.hub]\ncount = 1\nendpoints = [\"hub.example.net\"]\n";
-/// let topology = fleet::Topology::of(&fleet::Fleet::parse("fleet.toml", toml)?);
+/// let topology = fleet::Topology::from_fleet(&fleet::Fleet::parse("fleet.toml", toml)?);
 /// let member = fleet::Membership::sample();
 /// let context = fleet::NodeContext {
 ///     fleet: &topology,
 ///     node: &topology.nodes[0],
 ///     epoch: 1,
-///     machine: fleet::MachineSize { memory: 2048, var: 4096, cpus: 2, patience: 1 },
+///     machine: fleet::MachineSize { memory: 2048, var: 4096, cpus: 2, timeout_scale: 1 },
 ///     tls: &member.tls,
 ///     secrets: &member.secrets,
 ///     web: "",

@@ -227,7 +227,7 @@ impl Claims {
     /// Returns the token's public key; `None` if `key` is not one.
     #[must_use]
     pub fn public_key(&self) -> Option<PublicKey> {
-        PublicKey::of(&encoding::decode(&self.key)?)
+        PublicKey::from_point(&encoding::decode(&self.key)?)
     }
 }
 

@@ -139,14 +139,14 @@ impl Topology {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
-    /// let topology = fleet::Topology::of(&fleet::Fleet::parse("fleet.toml", toml)?);
+    /// let topology = fleet::Topology::from_fleet(&fleet::Fleet::parse("fleet.toml", toml)?);
     /// assert_eq!(topology.node("db-2").unwrap().address.to_string(), "10.10.0.11");
     /// assert_eq!(topology.voters, ["hub-1", "hub-2", "hub-3"]);
     /// # Ok(())
     /// # }
     /// ```
     #[must_use]
-    pub fn of(fleet: &Fleet) -> Self {
+    pub fn from_fleet(fleet: &Fleet) -> Self {
         let mesh = MeshPlan {
             subnet: fleet.mesh.subnet.get_ref().trunc(),
             transport: fleet.mesh.transport.get_ref().trunc(),
@@ -297,7 +297,7 @@ mod tests {
     use super::*;
 
     fn topology(text: &str) -> Topology {
-        Topology::of(&Fleet::parse("fleet.toml", text.as_bytes()).unwrap())
+        Topology::from_fleet(&Fleet::parse("fleet.toml", text.as_bytes()).unwrap())
     }
 
     #[test]

@@ -78,24 +78,24 @@ fn hub(dir: &Path) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let neighbourhood = Arc::new(PeerTable::load(dir, BTreeMap::new()));
-        let desk = SlotAllocator::new(etcd(), topology.clone(), "hub-1");
+        let allocator = SlotAllocator::new(etcd(), topology.clone(), "hub-1");
         let hub = Arc::new(Hub {
             topology: topology.clone(),
             root: root.clone(),
             issuer: issuer.clone(),
             epoch: 1,
             secrets: Secrets::sample(),
-            desk: Arc::new(desk.beside(etcd())),
+            allocator: Arc::new(allocator.beside(etcd())),
             neighbourhood: neighbourhood.clone(),
             orders: OrderLog::default(),
         });
         let at: SocketAddr = format!("{AT}:{HUB_PORT}").parse().expect("an address");
         let tls = fleet_https::server(&root, own).expect("a certificate");
-        let fencing = etcd().with_patience(fence::ANSWER);
+        let fencing = etcd().with_timeout(fence::ANSWER);
         let fence = Fence { etcd: &fencing, topology: &topology, own: node, neighbourhood: &neighbourhood, slow: 1 };
         let followed = async {
             loop {
-                let _ = desk.follow(|_| {}).await;
+                let _ = allocator.follow(|_| {}).await;
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };

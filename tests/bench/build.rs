@@ -62,7 +62,7 @@ fn main() {
     lab.ok(&["fetch"]);
     let project = Project::load(&lab.dir).expect("a valid fleet.toml");
     let lock = Lock::load(&project).expect("a lock");
-    let mirror = Mirror::of(&project, None).expect("a mirror");
+    let mirror = Mirror::for_project(&project, None).expect("a mirror");
     let peers = Peers::prepare(&mirror, &project, &lock);
 
     let mut times: [Times; 8] = Default::default();

@@ -25,7 +25,7 @@ fn main() {
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let mut rack = NetbootRack::open(&lab, &Machine::of(&lab, "hub-1").wire());
+    let mut rack = NetbootRack::open(&lab, &Machine::for_node(&lab, "hub-1").lan());
     rack.serve(&lab, &[]);
     let nginx = Nginx::start(&lab);
 

@@ -34,7 +34,7 @@ struct Shown {
 
 impl Shown {
     /// Signs a certificate with this issuer, even if its name constraints exclude the node.
-    fn of(issuer: &Issuer, topology: &Topology, node: &Node) -> Self {
+    fn new(issuer: &Issuer, topology: &Topology, node: &Node) -> Self {
         let key = PrivateKey::generate().expect("randomness");
         let public: PublicKey = key.public().expect("a key");
         Self { cert: issuer.node(topology, node, &public).expect("an issuer"), key }
@@ -43,7 +43,7 @@ impl Shown {
     fn node(site: &TestCluster, name: &str) -> Self {
         let hub = &site.topology.hubs[0];
         let issuer = site.root.issuer("acme", &hub.name).expect("a root");
-        Self::of(&issuer, &site.topology, site.topology.node(name).expect("a node"))
+        Self::new(&issuer, &site.topology, site.topology.node(name).expect("a node"))
     }
 
     fn identity(&self) -> Identity<'_> {
@@ -98,14 +98,14 @@ fn etcd_users_limit_patroni_to_its_own_keys() {
         let site = TestCluster::open("db.count = 1\napp.count = 1\n");
         let secrets = Secrets::sample();
         let hubs: Vec<Shown> = (1..=3).map(|i| Shown::node(&site, &format!("hub-{i}"))).collect();
-        let desk = |i: usize| {
+        let allocator = |i: usize| {
             let etcd = site.etcd_of(i, hubs[i].identity()).with_user(ROOT, &secrets.etcd_root);
             SlotAllocator::new(etcd, site.topology.clone(), &site.topology.hubs[i].name)
         };
-        let desks = [desk(0), desk(1), desk(2)];
+        let allocators = [allocator(0), allocator(1), allocator(2)];
         let keys: Vec<String> = hubs.iter().map(Shown::tls_key).collect();
         let access = |i: usize| EtcdAccess {
-            desk: &desks[i],
+            allocator: &allocators[i],
             topology: &site.topology,
             secrets: &secrets,
             slot: &site.topology.hubs[i].name,
@@ -115,7 +115,7 @@ fn etcd_users_limit_patroni_to_its_own_keys() {
         put(&connected, "/bakehouse/test", "x").await;
         for (i, key) in keys.iter().enumerate() {
             let mesh_key = MeshKey([i as u8 + 1; 32]);
-            desks[i].register(&site.topology.hubs[i].name, mesh_key, key, "1").await.expect("a free slot");
+            allocators[i].register(&site.topology.hubs[i].name, mesh_key, key, "1").await.expect("a free slot");
         }
         let (db, grant) = site.members("db", 1).await.remove(0);
 
@@ -224,12 +224,12 @@ fn hub_sees_an_eviction_within_a_minute_although_its_watch_hangs() {
         let site = TestCluster::open("db.count = 1\n");
         let (_, grant) = site.members("db", 1).await.remove(0);
         assert_eq!(grant.slot, "db-1");
-        let desk = SlotAllocator::new(site.etcd(0), site.topology.clone(), "hub-1");
+        let allocator = SlotAllocator::new(site.etcd(0), site.topology.clone(), "hub-1");
         let dir = tempfile::tempdir().expect("a folder");
         let neighbourhood = PeerTable::load(dir.path(), BTreeMap::new());
         let followed = async {
             loop {
-                let _ = desk.follow(|owners| take_in(&site.topology, &neighbourhood, owners)).await;
+                let _ = allocator.follow(|owners| take_in(&site.topology, &neighbourhood, owners)).await;
                 tokio::time::sleep(Duration::from_millis(250)).await;
             }
         };
@@ -261,7 +261,7 @@ fn hub_sees_an_eviction_within_a_minute_although_its_watch_hangs() {
 
 fn plan() -> Topology {
     let text = b"name = \"acme\"\n[groups]\nhub.count = 2\ndb.count = 1\nmonitor.count = 1\n";
-    Topology::of(&Fleet::parse("fleet.toml", text).expect("a fleet"))
+    Topology::from_fleet(&Fleet::parse("fleet.toml", text).expect("a fleet"))
 }
 
 /// The verifiers of the agent and of OpenSSL reject certificates outside of an issuer's name constraints.
@@ -285,7 +285,7 @@ async fn verifiers_enforce_name_constraints_of_issuers() {
         ("monitor-1", &monitor, node("db-1"), false),
         ("monitor-1", &monitor, &operator, false),
     ] {
-        let shown = Shown::of(issuer, &topology, whose);
+        let shown = Shown::new(issuer, &topology, whose);
         let what = format!("{by} signs {}", whose.name);
         assert_eq!(handshake(&root, &shown, &whose.name).await, may, "{what}, by the agent's verifier");
         fs::write(dir.path().join("leaf.pem"), &shown.cert).expect("a folder");
@@ -329,12 +329,12 @@ fn hubs_register_a_non_hub_voter_and_etcd_rejects_its_issuer() {
         put(&site.etcd(0), "/bakehouse/test", "x").await;
         let node = |name: &str| site.topology.node(name).expect("it is a node");
         let issuer = site.root.founder_issuer(&site.topology, node("hub-3")).expect("a root");
-        let own = Shown::of(&issuer, &site.topology, node("hub-3"));
+        let own = Shown::new(&issuer, &site.topology, node("hub-3"));
         for (member, shown, may) in [
             (2, &own, true),
             (0, &own, false),
-            (0, &Shown::of(&issuer, &site.topology, node("hub-1")), false),
-            (0, &Shown::of(&issuer, &site.topology, node("db-1")), false),
+            (0, &Shown::new(&issuer, &site.topology, node("hub-1")), false),
+            (0, &Shown::new(&issuer, &site.topology, node("db-1")), false),
         ] {
             let tls = fleet_https::client(site.root.certificate(), Some(shown.identity())).expect("a certificate");
             let one = vec![site.cluster.clients()[member].clone()];
@@ -342,7 +342,7 @@ fn hubs_register_a_non_hub_voter_and_etcd_rejects_its_issuer() {
         }
 
         let tls = fleet_https::client(site.root.certificate(), Some(own.identity())).expect("a certificate");
-        let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
+        let hubs = Hubs::new(&site.topology, &BTreeMap::new(), "hub-3", tls);
         let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([7; 32]), epoch: 1 };
         let answers = hubs.introduce(&introduction, |_| false).await;
         assert_eq!(answers.len(), 2);
@@ -361,9 +361,9 @@ fn hubs_register_a_non_hub_voter_and_etcd_rejects_its_issuer() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         // The hubs fence another machine with the same founder's ticket, and the slot's record stays unchanged.
-        let other = Shown::of(&issuer, &site.topology, node("hub-3"));
+        let other = Shown::new(&issuer, &site.topology, node("hub-3"));
         let tls = fleet_https::client(site.root.certificate(), Some(other.identity())).expect("a certificate");
-        let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "hub-3", tls);
+        let hubs = Hubs::new(&site.topology, &BTreeMap::new(), "hub-3", tls);
         let introduction = Introduction { version: PROTOCOL, mesh_key: MeshKey([8; 32]), epoch: 1 };
         let begun = Instant::now();
         while !hubs.introduce(&introduction, |_| false).await.iter().all(|answer| answer.peers.fenced.is_some()) {
@@ -428,11 +428,11 @@ fn hub_signs_its_own_renewed_certificate() {
             Founder { slot: hub.name.clone(), issuer: issuer.clone(), secrets: Secrets::sample(), replaces: None };
         let (dir, states, credentials, image) = first_boot(&site, "hub", Credential::Founder(founder));
         let who = identity(&states, Some(&credentials), &image).await.expect("a node");
-        let desk = SlotAllocator::new(site.etcd(0), site.topology.clone(), "hub-1");
+        let allocator = SlotAllocator::new(site.etcd(0), site.topology.clone(), "hub-1");
         put(&site.etcd(0), "/bakehouse/test", "x").await;
         let tls_key = encoding::encode(who.keys.tls.public().expect("a key").as_bytes());
         let mesh_key = who.keys.mesh_public().expect("a key");
-        desk.register("hub-1", mesh_key, &tls_key, "1").await.expect("a free slot");
+        allocator.register("hub-1", mesh_key, &tls_key, "1").await.expect("a free slot");
         let file = dir.path().join("state/keys.json");
         let text = fs::read_to_string(&file).expect("a file");
         let keys: serde_json::Value = serde_json::from_str(&text).expect("JSON");

@@ -197,7 +197,7 @@ impl Worker {
         let known = Arc::new(PeerTable::load(dir.path(), grant.hubs.clone()));
         let own = Identity { cert: &grant.cert, key: node.tls.pem() };
         let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
-        let hubs = Hubs::of(&site.topology, &BTreeMap::new(), &grant.slot, tls);
+        let hubs = Hubs::new(&site.topology, &BTreeMap::new(), &grant.slot, tls);
         let hubs = hubs.known_by(known.clone()).with_root(site.root.certificate()).over_mesh();
         let hubs = Arc::new(hubs);
         let (asked, told, slot, epoch) = (hubs.clone(), known.clone(), grant.slot.clone(), grant.epoch);
@@ -255,7 +255,7 @@ fn restarted_hub_refuses_evicted_founder_without_quorum() {
             let e = ask("POST", "/v1/turn", serde_json::to_vec(&report).expect("JSON"))
                 .await
                 .expect_err("the hub accepted the report");
-            let text = fleet::ErrorChain::of(&e).to_string();
+            let text = fleet::ErrorChain::new(&e).to_string();
             assert!(text.contains("another machine has owned"), "{text}");
         }
         (0..3).for_each(|i| site.cluster.thaw(i));

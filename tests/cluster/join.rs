@@ -235,7 +235,7 @@ fn rejects_requests_without_client_certificate() {
         ] {
             let mut hub = Connection::open("127.0.0.1", HUB_PORT, "hub-1", &tls).await.expect("a hub");
             let e = hub.ask(request(method, "hub", path, &[], "".into()).expect("HTTP"), 1 << 16).await.map(drop);
-            let text = fleet::ErrorChain::of(&e.expect_err(path)).to_string();
+            let text = fleet::ErrorChain::new(&e.expect_err(path)).to_string();
             assert!(text.contains(status), "{path}: {text}");
         }
         let mut hub = Connection::open("127.0.0.1", HUB_PORT, "hub-1", &tls).await.expect("a hub");
@@ -291,12 +291,12 @@ fn crashes_neither_grant_a_slot_twice_nor_lose_a_grant() {
             }
             let mut asked = JoinSet::new();
             for _ in 0..25 {
-                let (who, hub, patience) = (roll(60) as usize, roll(3) as usize, roll(300));
+                let (who, hub, delay) = (roll(60) as usize, roll(3) as usize, roll(300));
                 let (root, asker) = (site.root.certificate().to_owned(), askers[who].clone());
                 asked.spawn(async move {
                     // Some clients disconnect before the reply.
                     let reply =
-                        tokio::time::timeout(Duration::from_millis(20 + patience), ask(root, HUB_PORT, asker, hub));
+                        tokio::time::timeout(Duration::from_millis(20 + delay), ask(root, HUB_PORT, asker, hub));
                     (who, reply.await)
                 });
             }
@@ -331,7 +331,7 @@ fn crashes_neither_grant_a_slot_twice_nor_lose_a_grant() {
 fn interrupted_join_resumes_with_the_same_keys_and_slot() {
     in_own_network(async {
         let site = TestCluster::open("db.count = 3\n");
-        let Bare { dir, states, credentials, image } = Bare::of(&site);
+        let Bare { dir, states, credentials, image } = Bare::new(&site);
         let state = dir.path().join("state");
         let files = |keep: &[&str]| {
             for entry in fs::read_dir(&state).expect("a folder").flatten() {
@@ -366,7 +366,7 @@ fn interrupted_join_resumes_with_the_same_keys_and_slot() {
 fn renews_old_keys_once_and_fences_them() {
     in_own_network(async {
         let site = TestCluster::open("db.count = 3\n");
-        let Bare { dir, states, credentials, image } = Bare::of(&site);
+        let Bare { dir, states, credentials, image } = Bare::new(&site);
         let path = |file: &str| dir.path().join("state").join(file);
         let read = |file: &str| fs::read_to_string(path(file)).expect("a file");
         let write = |file: &str, text: &str| fs::write(path(file), text).expect("a folder");
@@ -425,7 +425,7 @@ fn renews_old_keys_once_and_fences_them() {
 
         // The hubs accept the new keys and fence the old ones, with which an attacker cannot renew.
         let heard = async |who: &firstboot::node::identity::Identity| -> fleet::Peers {
-            let hubs = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", who.client().expect("a certificate"));
+            let hubs = Hubs::new(&site.topology, &BTreeMap::new(), "db-1", who.client().expect("a certificate"));
             hubs.answers().await.pop().expect("a reply").peers
         };
         let until = Instant::now() + Duration::from_secs(10);
@@ -434,7 +434,7 @@ fn renews_old_keys_once_and_fences_them() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         assert_eq!(heard(&second).await.fenced, None);
-        let thief = Hubs::of(&site.topology, &BTreeMap::new(), "db-1", first.client().expect("a certificate"));
+        let thief = Hubs::new(&site.topology, &BTreeMap::new(), "db-1", first.client().expect("a certificate"));
         assert_eq!(refused(thief.renew(&first.keys).await.expect("a reply")), Reason::Fenced);
         // A renewal cannot take another node's keys.
         let (other, _) = &site.members("db", 1).await[0];
@@ -467,7 +467,7 @@ struct Bare {
 }
 
 impl Bare {
-    fn of(site: &TestCluster) -> Self {
+    fn new(site: &TestCluster) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let (state, credentials) = (dir.path().join("state"), dir.path().join("credentials"));
         for folder in [&state, &credentials] {

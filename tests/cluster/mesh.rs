@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::wire;
+use bakehouse_tests::lan;
 use firstboot::mesh::Mesh;
 use firstboot::node::keys::Keys;
 use firstboot::node::neighbours::PeerTable;
@@ -26,12 +26,12 @@ fn fences_node_while_no_name_server_answers() {
 }
 
 fn fence_node_without_dns() {
-    wire::enter();
+    lan::enter();
     let dir = tempfile::tempdir().expect("a folder");
     private_mounts(dir.path());
     let names = ["one.hub.test", "two.hub.test", "three.hub.test"];
     let toml = format!("name = \"acme\"\n[groups]\napp.count = 1\n[groups.hub]\ncount = 3\nendpoints = {names:?}\n");
-    let topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
+    let topology = Topology::from_fleet(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
     let node = topology.node("hub-1").expect("a hub");
     let _programs: Vec<Program> = ["wg0", "wg-hub2", "wg-hub3"].map(Program::start).into();
     // The name server receives every query, and answers only after the test allows it.
@@ -123,7 +123,7 @@ impl Program {
         program.args(["-f", interface]).stdout(Stdio::null()).stderr(Stdio::null());
         let program = program.env("WG_PROCESS_FOREGROUND", "1").env("LOG_LEVEL", "silent").spawn();
         let program = Self(program.expect("wireguard-go is installed"));
-        wire::wait(interface, || UnixStream::connect(format!("/run/wireguard/{interface}.sock")).is_ok());
+        lan::wait(interface, || UnixStream::connect(format!("/run/wireguard/{interface}.sock")).is_ok());
         program
     }
 }

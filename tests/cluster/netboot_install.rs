@@ -15,7 +15,7 @@ use fleet::netboot::{
 };
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn update_key(seed: u8) -> Ed25519KeyPair {
     Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).expect("32 bytes are a key")
@@ -82,7 +82,7 @@ impl Installer {
     }
 
     fn next(&self) -> Event {
-        self.events.recv_timeout(PATIENCE).expect("the installer prints or requests something")
+        self.events.recv_timeout(TIMEOUT).expect("the installer prints or requests something")
     }
 }
 
@@ -182,9 +182,9 @@ fn installer_prints_the_code_of_its_key() {
         sender.send(machine.key.clone()).expect("the test listens");
         Assignment::Confirm { to: "hub-1".to_owned() }
     });
-    let key = keys.recv_timeout(PATIENCE).expect("a request");
+    let key = keys.recv_timeout(TIMEOUT).expect("a request");
     let Event::Printed(line) = installer.next() else { panic!("the installer requests a file") };
     assert!(line.ends_with(&format!("bakehouse netboot --approve {}", code(&key, "hub-1"))), "{line}");
     // The next request has the same key, so the code does not change.
-    assert_eq!(keys.recv_timeout(PATIENCE).expect("a second request"), key);
+    assert_eq!(keys.recv_timeout(TIMEOUT).expect("a second request"), key);
 }

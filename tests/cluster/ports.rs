@@ -89,7 +89,7 @@ struct Namespaces<'a> {
 }
 
 impl<'a> Namespaces<'a> {
-    fn of(project: &'a Project, dir: &Path) -> Self {
+    fn new(project: &'a Project, dir: &Path) -> Self {
         let topology = &project.topology;
         // Another run of the tests must not use the same namespaces.
         let own = Self { topology, prefix: format!("bh-{}-{}-", std::process::id(), topology.name) };
@@ -281,7 +281,7 @@ fn kernel_passes_exactly_the_flows_of_the_port_table() {
         let dir = tempfile::tempdir().expect("a folder");
         let project = Project::load(&root().join(format!("profiles/fleets/{fleet}.toml"))).expect("a valid fleet.toml");
         let topology = &project.topology;
-        let spaces = Namespaces::of(&project, dir.path());
+        let spaces = Namespaces::new(&project, dir.path());
         let got = flows(&spaces, dir.path(), |n| n.address.to_string());
         let mut wrong = Vec::new();
         let mut cells = BTreeMap::from([(true, 0), (false, 0)]);
@@ -320,7 +320,7 @@ fn forged_source_port_or_address_reaches_no_closed_port() {
     let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     project.topology.name = "attack".to_owned();
     let topology = &project.topology;
-    let spaces = Namespaces::of(&project, dir.path());
+    let spaces = Namespaces::new(&project, dir.path());
     let (app, hub) = (topology.node("app-1").expect("app-1"), topology.node("hub-1").expect("hub-1"));
     let within = |node: &Node, script: &str| {
         let done = Command::new("ip").args(["netns", "exec", &spaces.name(node), "python3", "-c", script]).output();
@@ -381,7 +381,7 @@ fn hub_accepts_only_a_workers_own_route() {
     let mut project = Project::load(&root().join("profiles/fleets/ha.toml")).expect("a valid fleet.toml");
     project.topology.name = "routes".to_owned();
     let topology = &project.topology;
-    let spaces = Namespaces::of(&project, dir.path());
+    let spaces = Namespaces::new(&project, dir.path());
     let (app, hub) = (topology.node("app-1").expect("app-1"), topology.node("hub-1").expect("hub-1"));
     let database = topology.node("db-1").expect("db-1").address;
     let stolen = rendered(&project, app, "bird", "bird.conf")

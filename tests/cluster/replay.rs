@@ -35,7 +35,7 @@ async fn replay(site: &TestCluster, hub: usize, captured: &Captured) -> Result<b
         let mut hub = Connection::open(&host, site.topology.mesh.port, &name, &tls).await?;
         hub.ask(request(&method, "hub", &path, &headers, captured.body.clone().into())?, 1 << 20).await
     };
-    sent.await.map_err(|e| fleet::ErrorChain::of(&e).to_string())
+    sent.await.map_err(|e| fleet::ErrorChain::new(&e).to_string())
 }
 
 /// A compromised hub records a joiner's request and sends it to other hubs, before and after the joiner has its grant.
@@ -57,7 +57,7 @@ fn rejects_join_request_replayed_on_another_connection() {
         let mut reach = site.topology.clone();
         reach.hubs.retain(|hub| hub.name == "hub-2");
         let tls = fleet_https::client(site.root.certificate(), None).expect("a certificate");
-        let hubs = Hubs::of(&reach, &BTreeMap::new(), "", tls.clone());
+        let hubs = Hubs::new(&reach, &BTreeMap::new(), "", tls.clone());
         let info = ImageInfo {
             id: "acme-db".to_owned(),
             version: "1".to_owned(),
@@ -77,7 +77,7 @@ fn rejects_join_request_replayed_on_another_connection() {
         // The replay took no slot: the joiner gets the first one, and one use is spent.
         let mut reach = site.topology.clone();
         reach.hubs.retain(|hub| hub.name != "hub-2");
-        let grant = join(&Hubs::of(&reach, &BTreeMap::new(), "", tls), &joiner, &image, &keys).await.expect("a grant");
+        let grant = join(&Hubs::new(&reach, &BTreeMap::new(), "", tls), &joiner, &image, &keys).await.expect("a grant");
         assert_eq!((grant.slot.as_str(), grant.secrets.postgres.as_str()), ("db-1", "sample-postgres"));
         for hub in [0, 2] {
             let JoinReply::Refused(refusal) = reply(replay(&site, hub, &captured).await.expect("a reply")) else {

@@ -16,7 +16,7 @@ fn seeds(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 #[test]
-fn targets_survive_seeds_and_damaged_copies() {
+fn targets_accept_seeds_and_damaged_copies() {
     for (name, target) in TARGETS {
         let seeds = seeds(name);
         assert!(!seeds.is_empty(), "{name} has no seeds");
@@ -60,7 +60,7 @@ fn each_target_accepts_a_seed() {
     accepts("profile", &|b| fleet::OverlayManifest::parse("f", b).is_ok());
     accepts("join", &|b| serde_json::from_slice::<fleet::JoinRequest>(b).is_ok());
     accepts("netboot", &|b| serde_json::from_slice::<fleet::netboot::NetbootMachine>(b).is_ok());
-    accepts("update", &|b| fleet::blocks::Blocks::of_list(b).is_some());
+    accepts("update", &|b| fleet::blocks::Blocks::from_list(b).is_some());
     accepts("deb", &|b| builder::format::deb::Deb::parse(b.to_vec()).is_ok());
     accepts("elf", &|b| builder::format::elf::needs(b).is_some());
 }

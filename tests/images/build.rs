@@ -36,7 +36,7 @@ fn two_cold_builds_are_identical() {
     let mut shell = Command::new("sh");
     shell.arg("-c").arg(line).arg(other.get_program()).args(other.get_args());
     shell.envs(other.get_envs().filter_map(|(k, v)| Some((k, v?)))).current_dir("/");
-    let answer = CommandOutput::of(&shell.output().expect("sh"));
+    let answer = CommandOutput::new(&shell.output().expect("sh"));
     assert_eq!(answer.status, 0, "{}", answer.err);
 
     let (a, b) = (one.dir.join("build/hub"), two.dir.join("build/hub"));
@@ -95,7 +95,7 @@ fn verity_agrees(disk: &Path, manifest: &str) {
     let verity = part("verity", 257 + (slot >> 20), 64);
     let mut check = Command::new("veritysetup");
     check.arg("verify").args([&root, &verity]).arg(manifest["roothash"].as_str().expect("a hash"));
-    let answer = CommandOutput::of(&check.output().expect("veritysetup"));
+    let answer = CommandOutput::new(&check.output().expect("veritysetup"));
     assert_eq!(answer.status, 0, "{}{}", answer.out, answer.err);
 }
 
@@ -273,7 +273,7 @@ fn rejects_colliding_overlays_unknown_variables_and_secrets() {
 #[test]
 fn closed_output_ends_a_command_quietly_after_its_work() {
     let lab = TestFleet::of_fleet("unread", "ha");
-    let run = |command: &mut Command| CommandOutput::of(&command.output().expect("bakehouse starts"));
+    let run = |command: &mut Command| CommandOutput::new(&command.output().expect("bakehouse starts"));
     let unread = || {
         let (reader, writer) = io::pipe().expect("a pipe");
         drop(reader);
@@ -339,7 +339,7 @@ fn unreachable_or_false_mirror_is_reported_and_leaves_the_store_valid() {
     let store = tempfile::tempdir().expect("a folder");
     let mut fetch = lab.command(&["fetch", "--mirror", &format!("file://{}/debian", liar.display())]);
     fetch.env("BAKEHOUSE_STORE", store.path());
-    CommandOutput::of(&fetch.output().expect("bakehouse")).fails(1, &["cannot download", "but the lock has"]);
+    CommandOutput::new(&fetch.output().expect("bakehouse")).fails(1, &["cannot download", "but the lock has"]);
     let stored = fs::read_dir(store.path().join("debs")).expect("a store").flatten();
     let whole: Vec<_> = stored.map(|e| e.path()).filter(|p| p.extension().is_none()).collect();
     assert_eq!(whole, Vec::<PathBuf>::new());
@@ -358,7 +358,7 @@ fn full_disk_is_reported_before_the_build_and_leaves_no_files() {
         // Root needs no user namespace, in which the sandbox would have no ids.
         let user: &[&str] = if nix::unistd::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
         let output = Command::new("unshare").args(user).args(["--mount", "sh", "-c", &script]).output();
-        CommandOutput::of(&output.expect("unshare"))
+        CommandOutput::new(&output.expect("unshare"))
     };
     let answer = build_with("64M", "build", "");
     answer.fails(1, &["hub: the image may need", "are free; make room"]);
@@ -455,7 +455,7 @@ fn unprivileged_user_builds_the_same_image() {
     let line = format!("cd {h} && BAKEHOUSE_STORE={h}/store ./bakehouse -C {h} build hub", h = home.display());
     let output =
         Command::new("setpriv").args(["--reuid", user, "--regid", user, "--init-groups", "sh", "-c", &line]).output();
-    let answer = CommandOutput::of(&output.expect("setpriv"));
+    let answer = CommandOutput::new(&output.expect("setpriv"));
     assert_eq!(answer.status, 0, "{}", answer.err);
     let difference =
         first_difference(&lab.dir.join("build/hub"), &home.join("build/hub"), &ARTEFACTS.map(str::to_owned));

@@ -10,7 +10,7 @@ use bakehouse_tests::TestFleet;
 struct Disk(String);
 
 impl Disk {
-    fn of(file: &Path, size: u64) -> Self {
+    fn new(file: &Path, size: u64) -> Self {
         // Filled with 0xff, so that zeros in the image must be written, too.
         let before = "head -c \"$1\" /dev/zero | tr '\\0' '\\377' > \"$0\"";
         let made = Command::new("sh").args(["-c", before]).arg(file).arg(size.to_string()).status();
@@ -35,10 +35,10 @@ fn flash_writes_the_image_and_rejects_mounted_or_small_disks() {
     lab.ok(&["build", "hub"]);
     let image = lab.dir.join("build/hub/ha-hub_1.raw");
     let size = fs::metadata(&image).expect("the built image").len();
-    let small = Disk::of(&lab.dir.join("small"), 64 << 20);
+    let small = Disk::new(&lab.dir.join("small"), 64 << 20);
     lab.run(&["flash", "hub-1", &small.0, "--yes"]).fails(2, &["has 67 MB, the image"]);
 
-    let disk = Disk::of(&lab.dir.join("disk"), size + (1 << 20));
+    let disk = Disk::new(&lab.dir.join("disk"), size + (1 << 20));
     let run = |program: &str, args: &[&str]| {
         assert!(Command::new(program).args(args).status().expect("a program").success(), "{program} {args:?}");
     };

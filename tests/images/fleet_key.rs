@@ -67,7 +67,7 @@ fn encrypted_fleet_key_requires_its_passphrase() {
     let run = |phrase: &str, args: &[&str]| {
         let mut command = lab.command(args);
         command.env("BAKEHOUSE_PASSPHRASE_FILE", lab.dir.join(phrase));
-        CommandOutput::of(&command.output().expect("bakehouse starts"))
+        CommandOutput::new(&command.output().expect("bakehouse starts"))
     };
     // `--passphrase` encrypts an existing key without changing it, and creates a new key encrypted.
     lab.ok(&["init", &path]);

@@ -23,7 +23,7 @@ fn founders_started_minutes_apart_form_one_cluster() {
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let [mut one, two, monitor] = ["hub-1", "hub-2", "monitor-1"].map(|name| Machine::of(&lab, name));
+    let [mut one, two, monitor] = ["hub-1", "hub-2", "monitor-1"].map(|name| Machine::for_node(&lab, name));
     let ticket = |name: &str| lab.ok(&["ticket", name]).out;
     let heir = |name: &str| lab.ok(&["ticket", name, "--replace"]).out;
 

@@ -36,7 +36,7 @@ fn quick_ha_containers_survive_single_failures() {
         fs::copy(&shared, lab.dir.join("bakehouse.lock")).expect("the lock can be copied");
     }
     // `Drop` stops the machines when the test ends, also after a panic.
-    let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::of(&lab, name));
+    let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::for_node(&lab, name));
     let (mut address, mut password) = (String::new(), String::new());
     for step in steps.take_while(|step| step.command != "bakehouse down") {
         let begun = Instant::now();
@@ -56,7 +56,7 @@ fn quick_ha_containers_survive_single_failures() {
         }
     }
     let opened = Command::new("python3").args(["-c", LOG_IN, &address, &password]).output().expect("python3");
-    let opened = CommandOutput::of(&opened);
+    let opened = CommandOutput::new(&opened);
     assert!(opened.out.trim().parse::<u32>().is_ok_and(|user| user > 0), "{}{}", opened.out, opened.err);
     for machine in &machines {
         assert_eq!(machine.ok("systemd-detect-virt"), "container-other");

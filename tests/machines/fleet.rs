@@ -21,8 +21,8 @@ fn containers_join_and_survive_the_loss_of_a_hub() {
 fn come_up_and_outlive_a_hub(lab: &TestFleet) {
     lab.init();
     lab.ok(&["build", "hub", "db"]);
-    let hubs = ["hub-1", "hub-2", "hub-3"].map(|name| Machine::of(lab, name));
-    let db = Machine::of(lab, "db-1");
+    let hubs = ["hub-1", "hub-2", "hub-3"].map(|name| Machine::for_node(lab, name));
+    let db = Machine::for_node(lab, "db-1");
 
     // A ticket of another group: the agent prints the reason on the console and stores nothing.
     let wrong = lab.ok(&["ticket", "app"]).out;

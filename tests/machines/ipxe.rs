@@ -16,7 +16,7 @@ fn ipxe_starts_the_installer() {
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     let mut hub = Machine::alone(&lab, "hub-1");
-    let mut rack = NetbootRack::open(&lab, &hub.wire());
+    let mut rack = NetbootRack::open(&lab, &hub.lan());
     rack.serve(&lab, &[]);
     hub.start_bare_by(&lab, Netboot::Ipxe);
     hub.wait_for(&["bakehouse.ipxe... ok"]);

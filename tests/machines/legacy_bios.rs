@@ -11,7 +11,7 @@ fn legacy_bios_updates_and_rolls_back() {
     // GRUB passes the ticket from the disk to the kernel as a credential.
     let disk = lab.dir.join("hub-1.raw");
     lab.ok(&["flash", "hub-1", disk.to_str().expect("a UTF-8 path")]);
-    let mut hub = Machine::of(&lab, "hub-1").with_bios();
+    let mut hub = Machine::for_node(&lab, "hub-1").with_bios();
     hub.start_flashed(&disk);
     comes_up(&hub, 1);
     hub.ok("! test -e /sys/firmware/efi");

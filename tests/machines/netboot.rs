@@ -43,7 +43,7 @@ fn bare_machines_become_the_nodes_that_fleet_toml_assigns() {
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     let mut hub = Machine::alone(&lab, "hub-1");
-    let mut rack = NetbootRack::open(&lab, &hub.wire());
+    let mut rack = NetbootRack::open(&lab, &hub.lan());
 
     // No rule matches the machine: the server assigns nothing, and both sides print the reason.
     rack.serve(&lab, &[]);

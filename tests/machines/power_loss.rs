@@ -28,7 +28,7 @@ fn interrupted_join_completes_after_power_loss() {
     let kept = |file: &str| format!("/var/lib/bakehouse/{file}.json");
 
     // A founder, cut after it stored its keys, its state, and its member of a new etcd cluster.
-    let hub = Machine::of(&lab, "hub-1");
+    let hub = Machine::for_node(&lab, "hub-1");
     let ticket = lab.ok(&["ticket", "hub-1"]).out;
     for step in [kept("keys"), kept("state"), "/var/lib/etcd/cut/member".to_owned()] {
         hub.start_cut_at(&ticket, &step);
@@ -41,7 +41,7 @@ fn interrupted_join_completes_after_power_loss() {
     let ask = |what: &str| hub.ok(&format!("{ETCDCTL} get --print-value-only {what}"));
 
     // An expired and a revoked ticket: the agent prints the reason and stores no state.
-    let edge = Machine::of(&lab, "edge-1");
+    let edge = Machine::for_node(&lab, "edge-1");
     let expired = expired_ticket(&lab, "edge");
     let revoked = lab.ok(&["ticket", "edge"]).out;
     let noted = lab.read("tickets.jsonl");
@@ -91,7 +91,7 @@ fn tpm_unseals_state_after_many_power_cuts() {
     lab.init();
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let mut hub = Machine::of(&lab, "hub-1");
+    let mut hub = Machine::for_node(&lab, "hub-1");
     let tpm = lab.dir.join("tpm");
     hub.has_tpm(Some(&tpm));
     for _ in 0..6 {
@@ -111,7 +111,7 @@ fn tpm_unseals_state_after_many_power_cuts() {
 #[test]
 fn power_loss_during_update_leaves_a_complete_version() {
     let (lab, _server) = lab_of_one("cuts");
-    let hub = Machine::of(&lab, "hub-1");
+    let hub = Machine::for_node(&lab, "hub-1");
     hub.start();
     comes_up(&hub, 1);
     is_blessed(&hub);
@@ -164,7 +164,7 @@ fn power_loss_during_update_leaves_a_complete_version() {
 #[test]
 fn skipped_boot_entry_is_downloaded_again_and_then_denied() {
     let (lab, _server) = lab_of_one("passed-over");
-    let hub = Machine::of(&lab, "hub-1");
+    let hub = Machine::for_node(&lab, "hub-1");
     hub.start();
     comes_up(&hub, 1);
     is_blessed(&hub);

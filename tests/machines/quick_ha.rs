@@ -9,7 +9,7 @@ use bakehouse_tests::{Machine, TestFleet};
 fn quick_ha_machines_survive_single_failures() {
     let lab = TestFleet::of_fleet("quick-ha", "quick-ha");
     // `Drop` switches them off when the test ends, also after a panic.
-    let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::of(&lab, name));
+    let machines = ["front-1", "data-1", "work-1"].map(|name| Machine::for_node(&lab, name));
     let begun = Instant::now();
     lab.ok(&["up"]);
     println!("from blank disks to ready: {:.0} s", begun.elapsed().as_secs_f64());

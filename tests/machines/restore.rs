@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use bakehouse_tests::wire::{end, enter};
+use bakehouse_tests::lan::{end, enter};
 use bakehouse_tests::{Machine, TestFleet, root};
 
 const PSQL: &str = "setpriv --reuid=postgres --regid=postgres --clear-groups psql -AtXq -v ON_ERROR_STOP=1";
@@ -44,7 +44,7 @@ fn restores_database_from_object_store() {
     assert!(init.expect("bakehouse starts").success());
     let (hub, db) = build(&lab);
     enter();
-    let _store = Store::open(&lab.dir, &hub.wire());
+    let _store = Store::open(&lab.dir, &hub.lan());
     goes_back(&lab, &hub, db);
     let kept = fs::read_dir(lab.dir.join("store/backups/restore/backup/main")).expect("a folder");
     assert!(kept.count() > 1, "the object store has no backup");
@@ -59,7 +59,7 @@ fn lab_of(name: &str) -> TestFleet {
 fn build(lab: &TestFleet) -> (Machine, Machine) {
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    (Machine::of(lab, "hub-1"), Machine::of(lab, "db-1"))
+    (Machine::for_node(lab, "hub-1"), Machine::for_node(lab, "db-1"))
 }
 
 fn goes_back(lab: &TestFleet, hub: &Machine, db: Machine) {
@@ -87,7 +87,7 @@ fn goes_back(lab: &TestFleet, hub: &Machine, db: Machine) {
     lab.ok(&["build", "db"]);
     let replacement = lab.ok(&["ticket", "db-1", "--replace"]).out;
     drop(db);
-    let db = Machine::of(lab, "db-1");
+    let db = Machine::for_node(lab, "db-1");
     db.start_with(&replacement);
     db.wait_for(&["bakehouse: ready (db-1)"]);
     let sql = |text: &str| db.ok(&format!("{PSQL} -c \"{text}\""));
@@ -125,12 +125,12 @@ fn certificate(dir: &Path) {
 struct Store([Child; 3]);
 
 impl Store {
-    fn open(dir: &Path, wire: &str) -> Self {
+    fn open(dir: &Path, lan: &str) -> Self {
         let program: PathBuf = root().join("target/tools/bin/s3s-fs");
         assert!(program.exists(), "`make roles` installs it");
         let folder = dir.join("store");
         fs::create_dir_all(folder.join("backups")).expect("the lab is writable");
-        let bridge = end(wire, &format!("TUN:{STORE}/16,tun-type=tap,tun-name=store0,iff-no-pi,iff-up"), "store0");
+        let bridge = end(lan, &format!("TUN:{STORE}/16,tun-type=tap,tun-name=store0,iff-no-pi,iff-up"), "store0");
         let mut store = Command::new(program);
         store.args(["--host", "127.0.0.1", "--port", "8014", "--access-key", KEY, "--secret-key", SECRET]).arg(folder);
         let mut door = Command::new("socat");

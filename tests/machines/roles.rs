@@ -94,7 +94,7 @@ fn all_roles_work_on_one_machine() {
     fs::copy(root().join("tests/fleets/solo.toml"), lab.dir.join("fleet.toml")).expect("the fleet exists");
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
-    let node = Machine::of(&lab, "all-1");
+    let node = Machine::for_node(&lab, "all-1");
     node.start();
     node.wait_for(&["bakehouse: all-1: starting voter, hub, db, app, monitor, backup"]);
     // The node is ready once it has created Odoo's database. That takes minutes on an emulated processor, so the test
@@ -189,7 +189,7 @@ fn each_roles_image_boots_in_a_fleet_of_four() {
         ("app-1", &["haproxy", "odoo-http", "odoo-websocket", "odoo-cron", "etcd"]),
         ("monitor-1", &["prometheus", "prometheus-alertmanager", "prometheus-blackbox-exporter", "pgbackrest", "etcd"]),
     ];
-    let machines = nodes.map(|(name, _)| Machine::of(&lab, name));
+    let machines = nodes.map(|(name, _)| Machine::for_node(&lab, name));
     for machine in &machines {
         machine.start();
     }

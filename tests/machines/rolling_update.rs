@@ -32,7 +32,7 @@ fn eight_containers_stop_rollout_of_failing_version() {
 /// Returns the fleet's nodes. `Drop` switches their machines off when the test ends, also after a panic.
 fn machines(lab: &TestFleet) -> Vec<(Node, Machine)> {
     let nodes = Project::load(&lab.dir).expect("a valid fleet.toml").topology.nodes;
-    nodes.into_iter().map(|node| (node.clone(), Machine::of(lab, &node.name))).collect()
+    nodes.into_iter().map(|node| (node.clone(), Machine::for_node(lab, &node.name))).collect()
 }
 
 fn changes_under_load(name: &str, fleet: &str, up: &[&str]) {

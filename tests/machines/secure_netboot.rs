@@ -41,7 +41,7 @@ fn secure_boot_firmware_starts_only_the_fleets_installer() {
     stranger.ok(&["lock"]);
     stranger.ok(&["build"]);
     let mut hub = Machine::alone(&lab, "hub-1");
-    let mut rack = NetbootRack::open(&lab, &hub.wire());
+    let mut rack = NetbootRack::open(&lab, &hub.lan());
     let ready = "bakehouse: ready (hub-1)";
     let status = "bootctl status --no-pager 2>/dev/null | sed -n 's/^ *Secure Boot: //p'";
 

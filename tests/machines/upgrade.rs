@@ -17,7 +17,7 @@ const KEPT: &str = "sha256sum /var/lib/bakehouse/keys.json /var/lib/bakehouse/st
 #[test]
 fn machine_rolls_back_failing_update_and_takes_the_next() {
     let (lab, _server) = lab_of_one("upgrade");
-    let hub = Machine::of(&lab, "hub-1");
+    let hub = Machine::for_node(&lab, "hub-1");
     hub.start();
     comes_up(&hub, 1);
     is_blessed(&hub);
@@ -87,7 +87,7 @@ fn containers_install_valid_updates_and_refuse_others() {
     let updates = lab.dir.join("updates/hub");
     let updates_dir = lab.dir.join("updates");
     let dir = updates_dir.to_str().expect("a UTF-8 path");
-    let hub = Machine::of(&lab, "hub-1");
+    let hub = Machine::for_node(&lab, "hub-1");
     hub.start();
     comes_up(&hub, 1);
     is_blessed(&hub);

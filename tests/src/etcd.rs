@@ -94,7 +94,7 @@ impl Cluster {
             fleet: topology,
             node,
             epoch: 1,
-            machine: MachineSize { var: 4096, memory: 1024, cpus: 2, patience: 1 },
+            machine: MachineSize { var: 4096, memory: 1024, cpus: 2, timeout_scale: 1 },
             tls: &member.tls,
             secrets: &member.secrets,
             web: "",

@@ -4,6 +4,7 @@ pub mod attack;
 mod compare;
 pub mod containment;
 mod etcd;
+pub mod lan;
 mod machine;
 pub mod network;
 pub mod rack;
@@ -12,7 +13,6 @@ pub mod site;
 pub mod targets;
 pub mod tutorial;
 pub mod updates;
-pub mod wire;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -151,7 +151,7 @@ impl TestFleet {
 
     /// Runs a command, which may fail.
     pub fn run(&self, args: &[&str]) -> CommandOutput {
-        CommandOutput::of(&self.command(args).output().expect("bakehouse starts"))
+        CommandOutput::new(&self.command(args).output().expect("bakehouse starts"))
     }
 
     /// Runs a command that must succeed. Returns its output.
@@ -198,7 +198,7 @@ impl TestFleet {
 
 impl CommandOutput {
     /// Reads the output of a process that has ended.
-    pub fn of(output: &Output) -> Self {
+    pub fn new(output: &Output) -> Self {
         Self {
             status: output.status.code().unwrap_or(-1),
             out: String::from_utf8_lossy(&output.stdout).into_owned(),

@@ -12,7 +12,7 @@ use crate::TestFleet;
 
 /// Longest wait for a line on the console. A boot under emulation on two busy cores takes about 1 min, and creating
 /// Odoo's database about 10 min.
-const PATIENCE: Duration = Duration::from_secs(1500);
+const TIMEOUT: Duration = Duration::from_secs(1500);
 
 /// A node as a virtual machine or a container. Dropping it switches the machine off.
 pub struct Machine {
@@ -27,15 +27,15 @@ pub struct Machine {
 
 impl Machine {
     /// Creates the machine of a node, switched off and with a blank disk.
-    pub fn of(lab: &TestFleet, node: &str) -> Self {
+    pub fn for_node(lab: &TestFleet, node: &str) -> Self {
         let project = Project::load(&lab.dir).expect("a valid fleet.toml");
-        let vm = Vm::of(&project, node).expect("a node of the fleet");
+        let vm = Vm::for_node(&project, node).expect("a node of the fleet");
         Self { vm, project, image: None, tpm: None, alone: false, bios: false }
     }
 
     /// Creates the machine of a node for a test that runs few of the fleet's machines at the same time.
     pub fn alone(lab: &TestFleet, node: &str) -> Self {
-        let mut machine = Self::of(lab, node);
+        let mut machine = Self::for_node(lab, node);
         machine.alone = true;
         machine
     }
@@ -88,7 +88,7 @@ impl Machine {
         start.credentials.push(("systemd.extra-unit.cut.service".to_owned(), unit.into_bytes()));
         start.credentials.push(("systemd.unit-dropin.firstboot.service~cut".to_owned(), wanted.into()));
         self.vm.start(&start).unwrap_or_else(|e| panic!("{}", e.chain()));
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         while self.vm.is_running() {
             assert!(Instant::now() < until, "{file} was not created:\n{}", self.console());
             sleep(Duration::from_millis(200));
@@ -143,8 +143,8 @@ impl Machine {
 
     /// Returns multicast group and port of the machine's network.
     #[must_use]
-    pub fn wire(&self) -> String {
-        self.described().as_start().wire.group
+    pub fn lan(&self) -> String {
+        self.described().as_start().nic.group
     }
 
     fn start_as(&self, described: &Described) {
@@ -162,13 +162,13 @@ impl Machine {
 
     /// Waits until one of the texts is on the console. Returns that text.
     pub fn wait_for<'a>(&self, texts: &[&'a str]) -> &'a str {
-        let found = self.vm.wait_console(PATIENCE, |console| texts.iter().copied().find(|t| console.contains(t)));
+        let found = self.vm.wait_console(TIMEOUT, |console| texts.iter().copied().find(|t| console.contains(t)));
         found.unwrap_or_else(|e| panic!("{}", e.chain()))
     }
 
     /// Waits until the console's text fulfils a condition.
     pub fn wait_until(&self, what: &str, is: impl Fn(&str) -> bool) {
-        let found = self.vm.wait_console(PATIENCE, |console| is(console).then_some(()));
+        let found = self.vm.wait_console(TIMEOUT, |console| is(console).then_some(()));
         found.unwrap_or_else(|e| panic!("{what}: {}", e.chain()));
     }
 

@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::TestFleet;
-use crate::wire::{end, enter, wait};
+use crate::lan::{end, enter, wait};
 
 /// Interface of this host on the machines' network.
 const CARD: &str = "rack0";
@@ -22,7 +22,7 @@ const OTHER_RANGE: &str = "198.18.64.1,198.18.64.99,255.255.0.0";
 
 /// A network for machines that boot from it: a bridge on this host, and `bakehouse netboot`. Dropping it ends both.
 pub struct NetbootRack {
-    wire: String,
+    lan: String,
     bridge: Child,
     log: PathBuf,
     server: Option<Child>,
@@ -36,10 +36,10 @@ impl NetbootRack {
     /// # Panics
     /// If the process is not root.
     #[must_use]
-    pub fn open(lab: &TestFleet, wire: &str) -> Self {
+    pub fn open(lab: &TestFleet, lan: &str) -> Self {
         enter();
-        let bridge = end(wire, &format!("TUN:{ADDRESS},tun-type=tap,tun-name={CARD},iff-no-pi,iff-up"), CARD);
-        Self { wire: wire.to_owned(), bridge, log: lab.dir.join("netboot.log"), server: None, other: None }
+        let bridge = end(lan, &format!("TUN:{ADDRESS},tun-type=tap,tun-name={CARD},iff-no-pi,iff-up"), CARD);
+        Self { lan: lan.to_owned(), bridge, log: lab.dir.join("netboot.log"), server: None, other: None }
     }
 
     /// Starts `bakehouse netboot`, or restarts it.
@@ -58,7 +58,7 @@ impl NetbootRack {
     /// Starts another DHCP server in a namespace of its own. `bakehouse netboot` then gives out no addresses.
     pub fn has_dhcp(&mut self) {
         self.stop();
-        let bridge = end(&self.wire, &format!("TUN,tun-type=tap,tun-name={OTHER},iff-no-pi"), OTHER);
+        let bridge = end(&self.lan, &format!("TUN,tun-type=tap,tun-name={OTHER},iff-no-pi"), OTHER);
         let server = Command::new("unshare")
             .args(["--net", "--", "sh", "-ec"])
             .arg(format!(

@@ -80,7 +80,7 @@ impl TestCluster {
              [vip]\naddress = \"10.10.0.100\"\n\
              [groups]\n{groups}\n[groups.hub]\ncount = 3\nendpoints = [\"127.0.0.1\", \"127.0.0.2\", \"127.0.0.3\"]\n"
         );
-        let mut topology = Topology::of(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
+        let mut topology = Topology::from_fleet(&Fleet::parse("fleet.toml", toml.as_bytes()).expect("a fleet"));
         // Hubs reach each other over loopback instead of the mesh.
         for node in topology.nodes.iter_mut().chain(&mut topology.hubs).filter(|n| n.hub > 0) {
             node.address = [127, 0, 0, node.hub as u8].into();
@@ -114,11 +114,11 @@ impl TestCluster {
     /// Tests of an empty cluster do not call it.
     pub async fn register_hubs(&self) {
         for (i, (node, key)) in self.topology.hubs.iter().zip(&self.keys).enumerate() {
-            let desk = SlotAllocator::new(self.etcd(i), self.topology.clone(), &node.name);
+            let allocator = SlotAllocator::new(self.etcd(i), self.topology.clone(), &node.name);
             let tls_key = encoding::encode(key.public().expect("a key").as_bytes());
             let mesh_key = MeshKey([i as u8 + 1; 32]);
             let mut left = 100;
-            while desk.register(&node.name, mesh_key, &tls_key, "1").await.is_err() {
+            while allocator.register(&node.name, mesh_key, &tls_key, "1").await.is_err() {
                 left -= 1;
                 assert!(left > 0, "{} cannot register in etcd", node.name);
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -146,9 +146,9 @@ impl TestCluster {
         let dir = self.state(i);
         std::fs::create_dir_all(&dir).expect("a folder");
         let etcd = || self.etcd_of(i, own).with_user(ROOT, &Secrets::sample().etcd_root);
-        let desk = Arc::new(SlotAllocator::new(etcd(), self.topology.clone(), &node.name).with_records(&dir));
+        let allocator = Arc::new(SlotAllocator::new(etcd(), self.topology.clone(), &node.name).with_records(&dir));
         // Like the agent: the API uses etcd connections of its own thread.
-        let served = Arc::new(desk.beside(etcd()));
+        let served = Arc::new(allocator.beside(etcd()));
         let neighbourhood = Arc::new(PeerTable::load(&dir, BTreeMap::new()));
         let hub = Arc::new(Hub {
             topology: self.topology.clone(),
@@ -156,7 +156,7 @@ impl TestCluster {
             issuer,
             epoch: 1,
             secrets: Secrets::sample(),
-            desk: served,
+            allocator: served,
             neighbourhood: neighbourhood.clone(),
             orders: OrderLog::default(),
         });
@@ -166,14 +166,14 @@ impl TestCluster {
         tokio::spawn(async move {
             let followed = async {
                 loop {
-                    let _ = desk.follow(|owners| take_in(&topology, &neighbourhood, owners)).await;
+                    let _ = allocator.follow(|owners| take_in(&topology, &neighbourhood, owners)).await;
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             };
             tokio::select! {
                 served = serve(hub, at, tls) => served.expect("the port is free"),
                 () = followed => {}
-                () = desk.keep_records(&dir) => {}
+                () = allocator.keep_records(&dir) => {}
             }
         })
     }
@@ -277,7 +277,7 @@ impl TestCluster {
             let mut connection = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
             connection.ask(request(method, "hub", path, &[], body.into())?, 1 << 20).await
         };
-        asked.await.map_err(|e| fleet::ErrorChain::of(&e).to_string())
+        asked.await.map_err(|e| fleet::ErrorChain::new(&e).to_string())
     }
 
     /// Sends an order signed with this root to hub-2 and returns the reply.
@@ -303,7 +303,7 @@ impl TestCluster {
             let mut hub = Connection::open(&host, self.topology.mesh.port, &name, &tls).await?;
             hub.post_signed(path, &body, |message| root.sign(message), 1 << 20).await
         };
-        asked.await.map_err(|e| fleet::ErrorChain::of(&e).to_string())
+        asked.await.map_err(|e| fleet::ErrorChain::new(&e).to_string())
     }
 
     /// # Errors

@@ -83,7 +83,7 @@ fn join(bytes: &[u8]) {
 fn rollout(bytes: &[u8]) {
     static TOPOLOGY: LazyLock<Topology> = LazyLock::new(|| {
         let toml = b"name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\napp.count=2\nmonitor.count=1\n";
-        Topology::of(&Fleet::parse("f", toml).expect("a fleet"))
+        Topology::from_fleet(&Fleet::parse("f", toml).expect("a fleet"))
     });
     round_trip::<RolloutRequest>(bytes);
     round_trip::<UpdateLock>(bytes);
@@ -128,11 +128,11 @@ fn update(bytes: &[u8]) {
     let at = bytes.first().map_or(0, |b| usize::from(*b) * bytes.len() / 256);
     let (old, new) = bytes.split_at(at.min(bytes.len()));
     let read = |bytes: &[u8]| {
-        let list = Blocks::of_list(bytes);
+        let list = Blocks::from_list(bytes);
         if let Some(list) = &list {
             assert_eq!(list.list(), bytes, "a list changes when it is decoded and encoded");
         }
-        list.or_else(|| Blocks::of_tree(bytes)).unwrap_or_else(|| Blocks::of_bytes(bytes))
+        list.or_else(|| Blocks::from_tree(bytes)).unwrap_or_else(|| Blocks::from_bytes(bytes))
     };
     let (old, new) = (read(old), read(new));
     let found = pieces(&old, &new);
@@ -186,7 +186,7 @@ fn fleet_toml(bytes: &[u8]) {
                 return;
             }
             fleet::lint(&fleet, &Profiles::new()).iter().for_each(shown);
-            let topology = Topology::of(&fleet);
+            let topology = Topology::from_fleet(&fleet);
             let _ = fleet::ha_table(&topology);
             let written = serde_json::to_vec(&topology).expect("a topology can be encoded");
             assert_eq!(serde_json::from_slice::<Topology>(&written).expect("and decoded"), topology);

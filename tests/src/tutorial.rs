@@ -56,7 +56,7 @@ impl Step {
         let mut shell = Command::new("bash");
         shell.args(["-c", if self.command.starts_with("cd ") { "true" } else { &self.command }]);
         shell.current_dir(&*dir).env("PATH", path).stdin(Stdio::null());
-        let done = CommandOutput::of(&shell.output().expect("bash"));
+        let done = CommandOutput::new(&shell.output().expect("bash"));
         println!("{}{}", done.out, done.err);
         assert_eq!(done.status, 0, "docs/tutorial.md: `{}` failed", self.command);
         for line in &self.shown {

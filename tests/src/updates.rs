@@ -18,7 +18,7 @@ pub const READY: &str = "bakehouse: ready (hub-1)";
 pub struct Server(Child);
 
 impl Server {
-    fn of(lab: &TestFleet, port: u16) -> Self {
+    fn new(lab: &TestFleet, port: u16) -> Self {
         fs::create_dir_all(lab.dir.join("updates")).expect("the lab is writable");
         let mut httpd = Command::new("busybox");
         httpd.args(["httpd", "-f", "-p", &format!("127.0.0.1:{port}"), "-h"]).arg(lab.dir.join("updates"));
@@ -99,7 +99,7 @@ pub fn serve_updates(lab: &TestFleet) -> Server {
     // `[update]` adds packages, and `publish` signs with the fleet key.
     lab.ok(&["lock"]);
     lab.init();
-    Server::of(lab, port)
+    Server::new(lab, port)
 }
 
 /// Adds a migration to the next version, which appends a line to `/var/lib/converted` at each run.

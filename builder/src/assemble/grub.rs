@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn script_names_whole_sectors() {
+    fn script_reads_kernel_and_initrd_by_sector() {
         let script = script("roothash=12 console=tty0", &(0x4_1000..0x4_1201), &(0x8_0000..0x8_0400)).unwrap();
         assert!(script.contains("linux (uki)520+2 'roothash=12' 'console=tty0'\n"), "{script}");
         assert!(script.contains("initrd (uki)1024+2 $ticket\n"), "{script}");

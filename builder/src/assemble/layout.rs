@@ -26,7 +26,7 @@ pub(crate) struct PartitionSizes {
 impl PartitionSizes {
     /// Returns the sizes for a root of at least `root` bytes.
     #[must_use]
-    pub(crate) fn of(root: u64) -> Self {
+    pub(crate) fn for_root(root: u64) -> Self {
         let root = root.next_multiple_of(MIB);
         Self { root, verity: tree_size(root).next_multiple_of(MIB) }
     }
@@ -66,7 +66,8 @@ pub(crate) fn slots(project: &Project, recipe: &ImageSpec) -> Result<PartitionSi
         Some(size) => parse_size(size),
         None => recipe.profiles.iter().filter_map(|p| parse_size(p.disk.root.as_deref()?)).max(),
     };
-    size.map(PartitionSizes::of).ok_or_else(|| Error::Failed("profiles/roles/base.toml sets no `disk.root`".to_owned()))
+    size.map(PartitionSizes::for_root)
+        .ok_or_else(|| Error::Failed("profiles/roles/base.toml sets no `disk.root`".to_owned()))
 }
 
 /// Returns the minimum size of /var in bytes: the sum of the roles' sizes.

@@ -30,7 +30,7 @@ pub(crate) struct Signer {
 impl Signer {
     /// Returns the signer of `[secure_boot]`.
     #[must_use]
-    pub(crate) fn of(project: &Project) -> Option<Self> {
+    pub(crate) fn for_project(project: &Project) -> Option<Self> {
         let given = project.fleet.secure_boot.as_ref()?;
         Some(Self { key: project.dir.join(&given.key), certificate: project.dir.join(&given.certificate) })
     }

@@ -70,7 +70,7 @@ pub(crate) fn check(context: &BuildContext) -> Result<usize> {
     let work = store.scratch(Kind::Check, &spec.group);
     fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
     let job = Job {
-        tree: ImageTree::of(layer, baked_tar)?,
+        tree: ImageTree::new(layer, baked_tar)?,
         mesh: project.topology.mesh.subnet.to_string(),
         cases: open
             .iter()

@@ -51,7 +51,7 @@ pub(crate) fn generate(context: &BuildContext) -> Result<Vec<GeneratedFile>> {
             fs::create_dir_all(&work).map_err(Error::io("create", &work))?;
             let out = work.with_extension("file");
             let job = Job {
-                tree: ImageTree::of(layer, baked_tar)?,
+                tree: ImageTree::new(layer, baked_tar)?,
                 command: wanted.make.command.clone(),
                 file: wanted.make.file.clone(),
             };

@@ -24,7 +24,7 @@ use crate::util::fs::shown;
 pub(super) fn lock(context: &Context, update: bool, mirror: &MirrorArg) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let store = Store::open()?;
-    let mirror = Mirror::of(project, mirror.mirror.as_deref())?;
+    let mirror = Mirror::for_project(project, mirror.mirror.as_deref())?;
     let path = Lock::path(project);
     if !update && let Ok(lock) = Lock::load(project) {
         let message = format!("{} is up to date; `bakehouse lock --update` takes newer packages", shown(&path));
@@ -43,7 +43,7 @@ pub(super) fn lock(context: &Context, update: bool, mirror: &MirrorArg) -> Resul
 pub(super) fn fetch(context: &Context, mirror: &MirrorArg) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let store = Store::open()?;
-    let mirror = Mirror::of(project, mirror.mirror.as_deref())?;
+    let mirror = Mirror::for_project(project, mirror.mirror.as_deref())?;
     let lock = Lock::load(project)?;
     let missing: Vec<_> = lock.packages.iter().filter(|p| !store.has_deb(&p.sha256)).collect();
     let bytes = missing.iter().map(|p| p.size).sum();
@@ -89,7 +89,7 @@ pub(super) fn images_of(
         .filter(|p| !store.has_deb(&p.sha256))
         .collect();
     if !missing.is_empty() {
-        fetch::fetch(&missing, &Mirror::of(project, mirror.mirror.as_deref())?, &store, progress)?;
+        fetch::fetch(&missing, &Mirror::for_project(project, mirror.mirror.as_deref())?, &store, progress)?;
     }
     let build = Build { project, lock: &lock, store: &store, progress, revision };
     groups.iter().map(|g| build.image(g)).collect()

@@ -45,7 +45,7 @@ impl Context<'_> {
 
     /// Returns a client of the hubs. `local` as endpoint selects the hubs that `up` started.
     pub(super) fn hubs(&self, endpoint: &[String]) -> Result<Hubs<'_>> {
-        let authority = FleetKey::of(self.project)?;
+        let authority = FleetKey::load(self.project)?;
         let is_local = endpoint == ["local"];
         let endpoints = if is_local { vm::hub_forwards(self.project) } else { self.endpoints(endpoint)? };
         Ok(Hubs { authority, topology: &self.project.topology, endpoints })

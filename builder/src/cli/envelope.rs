@@ -81,7 +81,7 @@ impl From<&Error> for Failure {
                 diagnostics: all.0.iter().map(Problem::from).collect(),
             };
         }
-        let ErrorChain { messages, fixes } = ErrorChain::of(e);
+        let ErrorChain { messages, fixes } = ErrorChain::new(e);
         let causes = messages.iter().skip(1).cloned().collect();
         let help = (!fixes.is_empty()).then(|| fixes.join("; "));
         let message = ErrorChain { messages, fixes: Vec::new() }.to_string();

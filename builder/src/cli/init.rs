@@ -70,13 +70,13 @@ pub(super) fn init(
         files.add(&key, FileState::Created);
         progress.say("init", &format!("{}: secret; keep it off the nodes, and keep a copy", key.display()));
     } else if passphrase {
-        FleetKey::of(&project)?.seal(&project.dir)?;
+        FleetKey::load(&project)?.seal(&project.dir)?;
         files.add(&key, FileState::Changed);
         progress.say("init", &format!("{}: encrypted with the new passphrase", key.display()));
     } else {
         files.add(&key, FileState::Kept);
     }
-    if let Some(signer) = Signer::of(&project) {
+    if let Some(signer) = Signer::for_project(&project) {
         let is_new = signer.init(&project.topology.name)?;
         files.add(signer.key(), if is_new { FileState::Created } else { FileState::Kept });
         if is_new {
@@ -88,7 +88,7 @@ pub(super) fn init(
         return Err(Error::Usage(format!("{path} has no [secure_boot]\n  help: add the line [secure_boot] to it")));
     }
     let keyring = project.dir.join(Project::UPDATE_KEYRING);
-    let wanted = FleetKey::of(&project)?.update_key()?.keyring();
+    let wanted = FleetKey::load(&project)?.update_key()?.keyring();
     let old = std::fs::read(&keyring).ok();
     let state = match &old {
         None => FileState::Created,

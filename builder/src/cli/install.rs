@@ -38,7 +38,7 @@ pub(super) fn flash(context: &Context, source: &FlashSource, options: &flash::Fl
     let group = flash::group_of(&project.topology, source.to)?.to_owned();
     next::drivers(context, options.target);
     let terms = TicketTerms { replace: source.replace, ..DEFAULT_TERMS };
-    let mint = || mint(&FleetKey::of(project)?, &project.topology, source.to, &terms, BTreeMap::new());
+    let mint = || mint(&FleetKey::load(project)?, &project.topology, source.to, &terms, BTreeMap::new());
     // Before the build, so that an impossible ticket fails early.
     let ticket = if source.no_ticket { None } else { Some(mint()?) };
     ticket.iter().try_for_each(|ticket| ticket_log::note(&project.dir, ticket))?;
@@ -51,7 +51,7 @@ pub(super) fn flash(context: &Context, source: &FlashSource, options: &flash::Fl
         bytes = flash::flash(&image.disk, file.as_ref(), options, progress)?;
         next::flashed(context, source.to, options.target, ticket.as_ref());
     }
-    let ticket = ticket.as_ref().map(TicketSummary::of);
+    let ticket = ticket.as_ref().map(TicketSummary::from_ticket);
     Ok(CommandResult::Flash(FlashResult { done: options.target.to_owned(), bytes, group, ticket }))
 }
 

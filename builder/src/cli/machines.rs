@@ -42,7 +42,7 @@ pub(super) fn status(context: &Context) -> CommandResult {
 
 /// Returns the text of a machine's console. With `follow`, prints it until the machine is off.
 pub(super) fn console(context: &Context, node: &str, follow: bool) -> Result<CommandResult> {
-    let vm = vm::Vm::of(context.project, node)?;
+    let vm = vm::Vm::for_node(context.project, node)?;
     let mut console = vm.console();
     if console.is_empty() && !vm.is_running() {
         return Err(Error::Failed(format!(
@@ -67,7 +67,7 @@ pub(super) fn console(context: &Context, node: &str, follow: bool) -> Result<Com
 
 /// Runs a command in a machine.
 pub(super) fn exec(context: &Context, node: &str, command: &[String]) -> Result<CommandResult> {
-    let vm = vm::Vm::of(context.project, node)?;
+    let vm = vm::Vm::for_node(context.project, node)?;
     if !vm.is_running() {
         return Err(Error::Failed(format!(
             "{node} does not run on this host\n  help: `bakehouse up {node}` starts it as a local machine"
@@ -81,7 +81,7 @@ pub(super) fn exec(context: &Context, node: &str, command: &[String]) -> Result<
 pub(super) fn report(context: &Context, output: &Path) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let nodes = &project.topology.nodes;
-    if !nodes.iter().any(|node| vm::Vm::of(project, &node.name).is_ok_and(|vm| vm.is_running())) {
+    if !nodes.iter().any(|node| vm::Vm::for_node(project, &node.name).is_ok_and(|vm| vm.is_running())) {
         return Err(Error::Failed(
             "no machine of the fleet runs on this host\n  help: `bakehouse up` starts local machines; `bakehouse rollout` \
              shows the nodes of a real fleet"

@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn text_about_a_disk_has_slot_ticket_and_validity() {
-        let topology = fleet::Topology::of(&fleet::Fleet::parse("f", FLEET.as_bytes()).unwrap());
+        let topology = fleet::Topology::from_fleet(&fleet::Fleet::parse("f", FLEET.as_bytes()).unwrap());
         let key = FleetKey::create("acme").unwrap();
         let ticket = |to: &str| mint(&key, &topology, to, &DEFAULT_TERMS, BTreeMap::new()).unwrap();
         let (founder, slot, group) = (ticket("hub-1"), ticket("db-2"), ticket("db"));

@@ -65,7 +65,7 @@ impl Output {
             Error::Config(Diagnostics(all)) => all.iter().for_each(|d| line(&format!("{}\n", d.render(colour())))),
             e => {
                 let prefix = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
-                let chain = ErrorChain::of(e);
+                let chain = ErrorChain::new(e);
                 let text = if self.verbose { chain.lines() } else { chain.to_string() };
                 line(&format!("{prefix}: {text}"));
             }

@@ -19,7 +19,7 @@ use crate::packages::lock::Lock;
 pub(super) fn plan(context: &Context, dir: &Path, groups: &[String], mirror: &MirrorArg) -> Result<CommandResult> {
     let images = images_of(context, groups, None, mirror)?;
     let groups = images.iter().map(|i| publish::compare(i, dir)).collect::<Result<Vec<_>>>()?;
-    let course = publish::RolloutSchedule::of(&context.project.topology, &groups);
+    let course = publish::RolloutSchedule::new(&context.project.topology, &groups);
     Ok(CommandResult::Plan(PlanResult { groups, course }))
 }
 
@@ -27,7 +27,7 @@ pub(super) fn plan(context: &Context, dir: &Path, groups: &[String], mirror: &Mi
 pub(super) fn publish(context: &Context, dir: &Path, groups: &[String], mirror: &MirrorArg) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     // Before the build, so that a missing key fails early.
-    let key = FleetKey::of(project)?.update_key()?;
+    let key = FleetKey::load(project)?.update_key()?;
     let images = images_of(context, groups, None, mirror)?;
     // Nodes raise an alert if the signature is old. A new publication has to clear it, so it gets today's date.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();

@@ -35,7 +35,7 @@ pub(super) fn new(context: &Context, options: &NewTicket) -> Result<CommandResul
     let terms = TicketTerms { uses, lasts, replace };
     next::refuse_terminal(to, options.output, std::io::stdout().is_terminal())?;
     let endpoints = context.endpoints(options.endpoint)?;
-    let ticket = mint(&FleetKey::of(project)?, &project.topology, to, &terms, endpoints)?;
+    let ticket = mint(&FleetKey::load(project)?, &project.topology, to, &terms, endpoints)?;
     let message = if let Some(claims) = ticket.token().and_then(fleet::Token::read) {
         format!("number {}: for {to}, {uses} uses within {days} days", claims.id)
     } else if limited {
@@ -47,7 +47,7 @@ pub(super) fn new(context: &Context, options: &NewTicket) -> Result<CommandResul
     };
     ticket_log::note(&project.dir, &ticket)?;
     progress.say("ticket", &message);
-    let summary = TicketSummary::of(&ticket);
+    let summary = TicketSummary::from_ticket(&ticket);
     let path = options.output.map(Path::to_owned);
     let ticket = if let Some(path) = &path {
         write_private(path, &serde_json::to_vec(&ticket).map_err(Error::Json)?)?;

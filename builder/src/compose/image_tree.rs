@@ -23,7 +23,7 @@ impl ImageTree {
     ///
     /// # Errors
     /// If the layer in the store is damaged.
-    pub fn of(layer: &Layer, baked: &Path) -> Result<Self> {
+    pub fn new(layer: &Layer, baked: &Path) -> Result<Self> {
         Ok(Self { room: Room::for_tree(layer.info()?.bytes), layer: layer.tar(), baked: baked.to_owned() })
     }
 

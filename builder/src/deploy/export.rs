@@ -137,7 +137,7 @@ pub(crate) fn export(
     progress: &Progress,
 ) -> Result<(Export, TicketSummary)> {
     let &ExportOptions { node, format, transport, replace, .. } = options;
-    let authority = FleetKey::of(project)?;
+    let authority = FleetKey::load(project)?;
     let ticket = mint(&authority, &project.topology, node, &TicketTerms { replace, ..DEFAULT_TERMS }, BTreeMap::new())?;
     ticket_log::note(&project.dir, &ticket)?;
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
@@ -190,7 +190,7 @@ pub(crate) fn export(
     write_private(&export.libvirt, definition.to_string().as_bytes())?;
     write_private(&export.proxmox, definition.proxmox().as_bytes())?;
     step.done(&format!("{node}: {}", shown(&export.disk)));
-    Ok((export, TicketSummary::of(&ticket)))
+    Ok((export, TicketSummary::from_ticket(&ticket)))
 }
 
 fn text(ticket: &Ticket) -> Result<String> {

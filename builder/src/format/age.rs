@@ -243,7 +243,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_input_panics(
+        fn decrypt_never_panics(
             salt in any::<[u8; 16]>(),
             work in "1|2|0|64|-1|",
             wrapped in proptest::collection::vec(any::<u8>(), 0..40),

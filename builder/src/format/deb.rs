@@ -182,7 +182,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_input_panics(tail: Vec<u8>) {
+        fn parse_never_panics(tail: Vec<u8>) {
             let _ = Deb::parse(tail.clone());
             let _ = Deb::parse([b"!<arch>\n".as_slice(), &tail].concat());
         }

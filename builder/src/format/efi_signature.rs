@@ -97,7 +97,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_input_panics(bytes: Vec<u8>) {
+        fn parse_never_panics(bytes: Vec<u8>) {
             let _ = signed_data(&bytes);
         }
     }

@@ -86,7 +86,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_input_panics(tail: Vec<u8>) {
+        fn parse_never_panics(tail: Vec<u8>) {
             let _ = needs(&tail);
             let _ = needs(&[b"\x7fELF\x02\x01\x01".as_slice(), &tail].concat());
         }

@@ -88,7 +88,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_input_panics(mut stub in proptest::collection::vec(proptest::num::u8::ANY, 0..600), pe in 0u32..700) {
+        fn parse_never_panics(mut stub in proptest::collection::vec(proptest::num::u8::ANY, 0..600), pe in 0u32..700) {
             if stub.len() > 0x40 {
                 stub[..2].copy_from_slice(b"MZ");
                 stub[0x3c..0x40].copy_from_slice(&pe.to_le_bytes());

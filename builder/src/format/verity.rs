@@ -119,7 +119,7 @@ mod tests {
             let known: Vec<u8> = (0..blocks * DIGEST).map(|i| (i % 255) as u8).collect();
             let (tree, _) = tree(&known);
             assert_eq!(tree.len() as u64, tree_size((blocks * BLOCK) as u64));
-            let found = fleet::blocks::Blocks::of_tree(&tree).unwrap();
+            let found = fleet::blocks::Blocks::from_tree(&tree).unwrap();
             assert_eq!(found.size, (blocks * BLOCK) as u64);
             assert_eq!(found.list()[8..], known);
         }

@@ -39,7 +39,7 @@ impl Build<'_> {
                 inputs.insert(path.to_owned(), sha256(bytes));
             }
         }
-        if let Some(signer) = Signer::of(self.project) {
+        if let Some(signer) = Signer::for_project(self.project) {
             inputs.insert("the key for Secure Boot".to_owned(), signer.id()?);
         }
         Ok(inputs)

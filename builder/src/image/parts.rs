@@ -98,7 +98,7 @@ impl Build<'_> {
         let cmdline = format!("roothash={} {}", root.hash, cmdline(spec));
         let text = uki::Text { cmdline: &cmdline, os_release: &baked.os_release, uname: &info.kernel };
         // A legacy BIOS verifies no signature, so images with Secure Boot boot only under UEFI.
-        let legacy = Signer::of(self.project).is_none();
+        let legacy = Signer::for_project(self.project).is_none();
         let uki = self.uki(tools, layer, &text, initrd, legacy)?;
         let mut esp = self.boot_files(spec, tools, uki.clone())?;
         let mut bios = grub::refusal();
@@ -141,7 +141,7 @@ impl Build<'_> {
 
     /// Signs a program if the fleet has a key for Secure Boot.
     fn signed(&self, tools: &Tools, program: Vec<u8>) -> Result<Vec<u8>> {
-        match Signer::of(self.project) {
+        match Signer::for_project(self.project) {
             Some(signer) => signer.sign(tools, &program, self.lock.epoch),
             None => Ok(program),
         }
@@ -151,7 +151,7 @@ impl Build<'_> {
         let boot = tools.file("usr/lib/systemd/boot/efi/systemd-bootx64.efi");
         let boot = self.signed(tools, fs::read(&boot).map_err(Error::io("read", &boot))?)?;
         let id = image_id(self.project, &spec.group);
-        let signer = Signer::of(self.project);
+        let signer = Signer::for_project(self.project);
         let keys = signer.as_ref().map(|s| s.enrolment(tools)).transpose()?.unwrap_or_default();
         // `if-safe`: systemd-boot enrols the key automatically only in virtual machines. Elsewhere the operator selects
         // it.

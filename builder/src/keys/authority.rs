@@ -57,7 +57,7 @@ impl FleetKey {
     ///
     /// # Errors
     /// If the file does not exist, cannot be read, or belongs to another fleet.
-    pub fn of(project: &Project) -> Result<Self> {
+    pub fn load(project: &Project) -> Result<Self> {
         let path = project.dir.join(Self::FILE);
         Self::read(&path, &project.topology.name)?.ok_or_else(|| {
             Error::Failed(format!(
@@ -113,7 +113,7 @@ impl FleetKey {
     /// # Errors
     /// If the key cannot be derived; does not happen in practice.
     pub fn update_key(&self) -> Result<UpdateKey> {
-        UpdateKey::of(&self.fleet, self.root.key())
+        UpdateKey::derive(&self.fleet, self.root.key())
     }
 
     fn read(path: &Path, fleet: &str) -> Result<Option<Self>> {
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn nodes_have_different_keys_and_the_same_passwords() {
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\n";
-        let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
+        let topology = Topology::from_fleet(&fleet::Fleet::parse("f", toml).unwrap());
         let authority = FleetKey::create("acme").unwrap();
         let of = |name: &str| authority.membership(&topology, topology.node(name).unwrap()).unwrap();
         let (one, two) = (of("hub-1"), of("hub-2"));

@@ -47,7 +47,7 @@ pub struct TicketSummary {
 impl TicketSummary {
     /// Returns the facts about a ticket.
     #[must_use]
-    pub fn of(ticket: &Ticket) -> Self {
+    pub fn from_ticket(ticket: &Ticket) -> Self {
         let claims = ticket.token().and_then(Token::read);
         let to = match (&ticket.right, &claims) {
             (Credential::Founder(founder), _) => founder.slot.clone(),
@@ -143,7 +143,7 @@ mod tests {
 
     fn minted(to: &str) -> Result<Ticket> {
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
-        let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
+        let topology = Topology::from_fleet(&fleet::Fleet::parse("f", toml).unwrap());
         mint(&FleetKey::create("acme").unwrap(), &topology, to, &ONCE, BTreeMap::new())
     }
 

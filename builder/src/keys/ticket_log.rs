@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn state_follows_hubs_reports() {
+    fn ticket_state_follows_reports_of_hubs() {
         let known = Tokens {
             used: BTreeMap::from([("a".to_owned(), 2), ("b".to_owned(), 1)]),
             revoked: BTreeSet::from(["d".to_owned()]),

@@ -19,7 +19,7 @@ impl UpdateKey {
     ///
     /// # Errors
     /// If the key cannot be derived; does not happen in practice, because any 32 bytes are a key.
-    pub fn of(fleet: &str, root_key: &str) -> Result<Self> {
+    pub fn derive(fleet: &str, root_key: &str) -> Result<Self> {
         let mut seed = [0; 32];
         let secret = Salt::new(HKDF_SHA256, b"bakehouse").extract(root_key.as_bytes());
         let failed = |_| Error::Failed("cannot derive the update key".to_owned());
@@ -81,7 +81,7 @@ mod tests {
         };
         // Many signatures, because r and s have different lengths.
         for i in 0..40 {
-            let key = UpdateKey::of("acme", &format!("root {i}")).unwrap();
+            let key = UpdateKey::derive("acme", &format!("root {i}")).unwrap();
             let content = format!("{i}  file\n").repeat(i + 1).into_bytes();
             let signature = key.sign(&content, 1_760_000_000);
             assert_eq!(signature, key.sign(&content, 1_760_000_000), "the signature differs");
@@ -89,7 +89,7 @@ mod tests {
             assert!(ok && output.contains("acme fleet updates"), "{output}");
             if i < 3 {
                 assert!(!verified(&key.keyring(), &signature, b"changed").0);
-                let other = UpdateKey::of("acme", "another root").unwrap();
+                let other = UpdateKey::derive("acme", "another root").unwrap();
                 assert!(!verified(&other.keyring(), &signature, &content).0);
             }
         }

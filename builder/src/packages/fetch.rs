@@ -67,7 +67,7 @@ pub(crate) fn fetch(packages: &[&Package], mirror: &Mirror, store: &Store, progr
 struct Agents(std::collections::BTreeMap<String, Agent>);
 
 impl Agents {
-    fn of(&mut self, scheme: &str, mirror: &Mirror) -> Result<&Agent> {
+    fn for_scheme(&mut self, scheme: &str, mirror: &Mirror) -> Result<&Agent> {
         if !self.0.contains_key(scheme) {
             let mut config = Agent::config_builder()
                 .timeout_connect(Some(Duration::from_secs(20)))
@@ -219,7 +219,7 @@ impl Fetcher<'_> {
         if scheme != "http" {
             return apt_helper(url, scratch).map(|file| (Box::new(file) as Box<dyn Read>, false));
         }
-        let agent = agents.of(scheme, self.mirror).map_err(|e| FetchError::Permanent(e.into()))?;
+        let agent = agents.for_scheme(scheme, self.mirror).map_err(|e| FetchError::Permanent(e.into()))?;
         let mut request = agent.get(url);
         if from > 0 {
             request = request.header("Range", format!("bytes={from}-"));

@@ -41,7 +41,7 @@ impl Mirror {
     ///
     /// # Errors
     /// If none of them has a Debian archive, or a source's key cannot be read.
-    pub fn of(project: &Project, given: Option<&str>) -> Result<Self> {
+    pub fn for_project(project: &Project, given: Option<&str>) -> Result<Self> {
         let debian = &project.fleet.debian;
         let host = HostApt::read();
         let pick = |given: Option<&str>, toml: &Option<String>, label: &str| -> Option<String> {

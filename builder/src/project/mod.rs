@@ -140,7 +140,7 @@ impl Project {
         if !errors.is_empty() {
             return Err(Error::Config(Diagnostics(errors)));
         }
-        let mut topology = Topology::of(&fleet);
+        let mut topology = Topology::from_fleet(&fleet);
         topology.reclaim(&profiles);
         topology.open_ports(&profiles);
         Ok(Self { dir, fleet, topology, profiles, warnings, files })
@@ -265,7 +265,7 @@ impl Project {
         let memory: u64 = sizes().filter_map(|vm| parse_size(vm.memory.as_deref()?)).sum();
         let var: u64 = recipe.profiles.iter().filter_map(|p| parse_size(p.disk.var.as_deref()?)).sum();
         let cpus = sizes().filter_map(|vm| vm.cpus).max().unwrap_or(2).into();
-        MachineSize { memory: memory >> 20, var: var >> 20, cpus, patience: 1 }
+        MachineSize { memory: memory >> 20, var: var >> 20, cpus, timeout_scale: 1 }
     }
 
     /// Returns the variables of a node's templates, for a machine of the profiles' size.

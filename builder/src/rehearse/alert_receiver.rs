@@ -71,7 +71,7 @@ impl AlertReceiver {
                 locked(&handler_state).update(message);
                 Ok(Vec::new())
             });
-            runtime.spawn(serve(listener, Arc::new(FileServer { files: BTreeMap::new(), desk: handler })));
+            runtime.spawn(serve(listener, Arc::new(FileServer { files: BTreeMap::new(), handler })));
         }
         let is_this_host = |url: &String| HostForward::port(url).is_some();
         Ok(Some(Self {

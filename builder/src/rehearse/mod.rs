@@ -88,7 +88,7 @@ impl<'a> Rehearsal<'a> {
         drop(step);
         let secrets = FleetKey::of_vms(project)?.secrets;
         let any = status.nodes.first().map(|r| r.node.clone()).unwrap_or_default();
-        let machines = match Vm::of(project, &any)?.exec("systemd-detect-virt")?.output.trim() {
+        let machines = match Vm::for_node(project, &any)?.exec("systemd-detect-virt")?.output.trim() {
             "qemu" => Machines::Emulated,
             "container-other" => Machines::Containers,
             _ => Machines::Kvm,
@@ -214,7 +214,7 @@ impl<'a> Rehearsal<'a> {
             "apps": topology.nodes.iter().any(|n| n.has_role("app")),
             "patience": self.factor,
         });
-        let probe = Probe { vm: Vm::of(self.project, &host.name)?, run };
+        let probe = Probe { vm: Vm::for_node(self.project, &host.name)?, run };
         let put = |name: &str, text: &str| format!("echo {} | base64 -d > {DIR}/{name}", BASE64.encode(text));
         probe.exec(&format!(
             "systemctl stop rehearsal 2>/dev/null; rm -rf {DIR}; umask 077; mkdir -p {DIR} && {} && {} && \
@@ -290,7 +290,7 @@ impl<'a> Rehearsal<'a> {
             Ok(status) => {
                 outcome.primaries =
                     status.nodes.iter().filter(|n| matches!(n.database, Some(Database::Primary(_)))).count();
-                let primary = Vm::of(self.project, status.primary().unwrap_or_default())?;
+                let primary = Vm::for_node(self.project, status.primary().unwrap_or_default())?;
                 let query = format!("SELECT count(*) FROM ledger WHERE run = '{}'", probe.run);
                 let psql =
                     "cd /; setpriv --reuid=postgres --regid=postgres --clear-groups psql -h /run/postgresql -AtX";
@@ -378,7 +378,8 @@ impl<'a> Rehearsal<'a> {
             "promtool query instant -o json http://{}:9090 'ALERTS{{alertstate=~\"{states}\"}}'",
             monitor.address
         );
-        let reply = Vm::of(self.project, &monitor.name).ok()?.exec_within(&query, Duration::from_secs(60)).ok()?;
+        let reply =
+            Vm::for_node(self.project, &monitor.name).ok()?.exec_within(&query, Duration::from_secs(60)).ok()?;
         let found: Vec<Value> = serde_json::from_str(&reply.output).ok()?;
         let label = |alert: &Value, name: &str| alert["metric"][name].as_str().unwrap_or_default().to_owned();
         Some(found.iter().map(|alert| (label(alert, "alertname"), label(alert, "node"))).collect())
@@ -426,9 +427,9 @@ impl Probe {
     }
 
     /// Stops the clients. Returns their observations.
-    fn end(&self, patience: u32) -> Result<Observations> {
+    fn end(&self, timeout_scale: u32) -> Result<Observations> {
         // The probe retries its last query, for missing writes, until the database replies.
-        let limit = 120 * patience.min(4);
+        let limit = 120 * timeout_scale.min(4);
         let output = self.exec(&format!(
             "systemctl stop --no-block rehearsal; for i in $(seq {limit}); do [ -e {DIR}/result ] && break; \
              sleep 1; done; gzip -c {DIR}/result | base64 -w0"
@@ -440,8 +441,8 @@ impl Probe {
 }
 
 /// Waits until the fleet is healthy.
-fn wait_until_healthy(project: &Project, step: &Step, patience: Duration) -> Result<FleetStatus> {
-    let until = Instant::now() + patience;
+fn wait_until_healthy(project: &Project, step: &Step, timeout: Duration) -> Result<FleetStatus> {
+    let until = Instant::now() + timeout;
     loop {
         let status = FleetStatus::read(project);
         if status.is_healthy() {

@@ -28,7 +28,7 @@ VIP = CONFIG["vip"]
 CA = "/run/bakehouse/tls/ca.crt"
 # How many times slower the machines are than real ones. Clients multiply their timeouts and their intervals by it, so
 # that the load is in proportion to the machines' speed.
-PATIENCE = CONFIG["patience"]
+TIMEOUT_SCALE = CONFIG["patience"]
 
 seen = {"vip": [], "writes": [], "http": [], "errors": [], "logouts": [], "primaries": {}}
 acknowledged = []
@@ -48,12 +48,12 @@ def connect(host, port, database):
         password=CONFIG["password"],
         sslmode="verify-ca",
         sslrootcert=CA,
-        connect_timeout=max(2, 2 * PATIENCE),
-        tcp_user_timeout=1500 * PATIENCE,
+        connect_timeout=max(2, 2 * TIMEOUT_SCALE),
+        tcp_user_timeout=1500 * TIMEOUT_SCALE,
         keepalives_idle=1,
         keepalives_interval=1,
-        keepalives_count=2 * PATIENCE,
-        options=f"-c statement_timeout={3000 * PATIENCE}",
+        keepalives_count=2 * TIMEOUT_SCALE,
+        options=f"-c statement_timeout={3000 * TIMEOUT_SCALE}",
     )
 
 
@@ -117,7 +117,7 @@ def write():
                 cursor.execute("INSERT INTO ledger VALUES (%s, %s)", (CONFIG["run"], number))
             acknowledged.append(number)
             seen["writes"].append(now())
-            time.sleep(0.05 * PATIENCE)
+            time.sleep(0.05 * TIMEOUT_SCALE)
         except psycopg2.Error as e:
             print("write:", e, flush=True)
             if connection is not None:
@@ -174,7 +174,7 @@ class User:
     def call(self, path, seconds, **params):
         body = json.dumps({"jsonrpc": "2.0", "method": "call", "params": params}).encode()
         request = urllib.request.Request(f"https://{VIP}{path}", body, {"Content-Type": "application/json"})
-        with self.web.open(request, timeout=seconds * PATIENCE) as response:
+        with self.web.open(request, timeout=seconds * TIMEOUT_SCALE) as response:
             return json.load(response)
 
     def log_in(self):
@@ -202,7 +202,7 @@ class User:
             except (OSError, ValueError) as e:
                 print("page:", e, flush=True)
                 seen["errors"].append(now())
-            time.sleep(0.2 * PATIENCE)
+            time.sleep(0.2 * TIMEOUT_SCALE)
 
 
 def age(kind):

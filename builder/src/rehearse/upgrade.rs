@@ -62,7 +62,7 @@ impl Rehearsal<'_> {
         std::thread::sleep(Duration::from_secs(WARM_UP));
         let (t0, began) = (probe.clock()?, SystemTime::now());
         for node in changing {
-            let vm = Vm::of(self.project, &node.name)?;
+            let vm = Vm::for_node(self.project, &node.name)?;
             let offered = vm.exec("systemctl start firstboot-check; cat /run/bakehouse/offer")?.output;
             if offered.trim().is_empty() {
                 return fail(format!(
@@ -103,7 +103,7 @@ impl Rehearsal<'_> {
     fn versions(&self) -> Result<BTreeMap<String, String>> {
         let mut found = BTreeMap::new();
         for node in &self.project.topology.nodes {
-            let vm = Vm::of(self.project, &node.name)?;
+            let vm = Vm::for_node(self.project, &node.name)?;
             let command = "sed -n 's/^IMAGE_VERSION=//p' /usr/lib/os-release";
             if let Ok(done) = vm.exec_within(command, Duration::from_secs(20)) {
                 found.insert(node.name.clone(), done.output.trim().trim_matches('"').to_owned());

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn root_gets_a_range_of_its_own() {
+    fn root_gets_its_own_range_of_subordinate_ids() {
         assert_eq!(choose_range("", WHOLE).unwrap(), FIRST);
         assert_eq!(choose_range("a:100000:65536\nroot:200000:65536\n", WHOLE).unwrap(), 200_000);
         // A range that is too small, or overlaps another user's, is skipped.

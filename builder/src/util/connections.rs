@@ -22,14 +22,14 @@ pub(super) struct Limits {
     /// Maximum number of connections from one address. The server closes further ones.
     pub per_address: usize,
     /// Maximum time for receiving a request, and for one pause of a client that receives a response.
-    pub patience: Duration,
+    pub timeout: Duration,
     /// Minimum average rate at which a client must receive a response, in bytes per second.
     pub rate: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 256, per_address: 64, patience: Duration::from_secs(30), rate: 32 << 10 }
+        Self { connections: 256, per_address: 64, timeout: Duration::from_secs(30), rate: 32 << 10 }
     }
 }
 
@@ -106,8 +106,8 @@ fn is_of_one_connection(e: &io::Error) -> bool {
     matches!(e.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
 }
 
-/// A connection that fails if the client receives too slowly. The client may make the server wait for `patience` at a
-/// time. In total, it may make the server wait for `patience` plus 1 s for each `rate` bytes that it has received.
+/// A connection that fails if the client receives too slowly. The client may make the server wait for `timeout` at a
+/// time. In total, it may make the server wait for `timeout` plus 1 s for each `rate` bytes that it has received.
 pub(super) struct Stream {
     stream: TcpStream,
     limits: Limits,
@@ -138,7 +138,7 @@ impl Stream {
                 // Bytes in the kernel's buffers count as received, and may be megabytes. One pause is therefore
                 // limited, too.
                 let earned = Duration::from_secs_f64(self.written as f64 / self.limits.rate.max(1) as f64);
-                let left = (self.limits.patience + earned).saturating_sub(self.waited).min(self.limits.patience);
+                let left = (self.limits.timeout + earned).saturating_sub(self.waited).min(self.limits.timeout);
                 let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(left)));
                 match timer.as_mut().poll(context) {
                     Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),

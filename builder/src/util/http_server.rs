@@ -41,7 +41,7 @@ pub(crate) struct FileServer {
     /// Files by path, for GET requests.
     pub files: BTreeMap<String, Arc<File>>,
     /// Handler of POST requests.
-    pub desk: Box<RequestHandler>,
+    pub handler: Box<RequestHandler>,
 }
 
 /// Serves requests until the process ends.
@@ -57,12 +57,12 @@ async fn serve_within(listener: TcpListener, server: Arc<FileServer>, limits: Li
         tokio::spawn(async move {
             let service = service_fn(|request| {
                 let server = server.clone();
-                async move { Ok::<_, Infallible>(respond(&server, request, limits.patience).await) }
+                async move { Ok::<_, Infallible>(respond(&server, request, limits.timeout).await) }
             });
             // A client whose connection fails sends its request again.
             let _ = http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(limits.patience)
+                .header_read_timeout(limits.timeout)
                 .max_buf_size(BUFFER)
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
@@ -71,7 +71,7 @@ async fn serve_within(listener: TcpListener, server: Arc<FileServer>, limits: Li
     }
 }
 
-async fn respond(server: &Arc<FileServer>, request: Request<Incoming>, patience: Duration) -> Response<Body> {
+async fn respond(server: &Arc<FileServer>, request: Request<Incoming>, timeout: Duration) -> Response<Body> {
     let path = request.uri().path().to_owned();
     match *request.method() {
         Method::GET | Method::HEAD => match server.files.get(&path) {
@@ -81,18 +81,18 @@ async fn respond(server: &Arc<FileServer>, request: Request<Incoming>, patience:
             None => plain(StatusCode::NOT_FOUND, "there is no such file"),
         },
         Method::POST => {
-            let body = tokio::time::timeout(patience, Limited::new(request.into_body(), MAX_BODY).collect()).await;
+            let body = tokio::time::timeout(timeout, Limited::new(request.into_body(), MAX_BODY).collect()).await;
             let Ok(Ok(body)) = body else {
                 return plain(StatusCode::BAD_REQUEST, "the body is too long or incomplete");
             };
             let server = server.clone();
-            let result = tokio::task::spawn_blocking(move || (server.desk)(&path, &body.to_bytes())).await;
+            let result = tokio::task::spawn_blocking(move || (server.handler)(&path, &body.to_bytes())).await;
             match result {
                 Ok(Ok(json)) => {
                     let body = Full::from(json).map_err(|never| match never {}).boxed();
                     with(Response::builder().header(CONTENT_TYPE, "application/json"), body)
                 }
-                Ok(Err(e)) => plain(StatusCode::BAD_REQUEST, &ErrorChain::of(&e).one_line()),
+                Ok(Err(e)) => plain(StatusCode::BAD_REQUEST, &ErrorChain::new(&e).one_line()),
                 Err(e) => plain(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
             }
         }
@@ -194,7 +194,7 @@ mod tests {
         file.write_all(&vec![7; 3 << 20]).unwrap();
         let server = FileServer {
             files: BTreeMap::from([("/a".to_owned(), Arc::new(file))]),
-            desk: Box::new(|path, body| if path == "/v1/x" { Ok(body.to_vec()) } else { crate::error::fail("no") }),
+            handler: Box::new(|path, body| if path == "/v1/x" { Ok(body.to_vec()) } else { crate::error::fail("no") }),
         };
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -273,8 +273,8 @@ mod tests {
 
     #[test]
     fn ends_stalled_downloads() {
-        let patience = Duration::from_secs(1);
-        let to = served_within(Limits { connections: 2, per_address: 2, patience, ..Limits::default() });
+        let timeout = Duration::from_secs(1);
+        let to = served_within(Limits { connections: 2, per_address: 2, timeout, ..Limits::default() });
         let stalled: Vec<TcpStream> = (0..2)
             .map(|_| {
                 let mut stream = from("127.0.0.2", to);
@@ -291,8 +291,8 @@ mod tests {
 
     #[test]
     fn serves_slow_client_above_the_minimum_rate() {
-        let patience = Duration::from_millis(300);
-        let to = served_within(Limits { patience, rate: 1 << 20, ..Limits::default() });
+        let timeout = Duration::from_millis(300);
+        let to = served_within(Limits { timeout, rate: 1 << 20, ..Limits::default() });
         let mut stream = from("127.0.0.2", to);
         stream.write_all(b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
         let (mut chunk, mut bytes) = (vec![0; 128 << 10], 0);

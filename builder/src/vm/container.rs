@@ -27,7 +27,7 @@ use crate::util::process::run;
 
 const SCRIPT: &str = include_str!("container.sh");
 /// Time to mount the file systems and start systemd, and time to stop.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Unit for one WireGuard interface. systemd does not stop it at shutdown, because services that stop use the mesh.
 const WIREGUARD: &str = "\
@@ -123,7 +123,7 @@ impl Container<'_> {
 
     /// Kills all processes of the container.
     pub(super) fn cut_power(&self) {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         while self.is_running() && Instant::now() < until {
             if let Some(pid) = self.pid() {
                 // The process may have exited in between.
@@ -171,8 +171,8 @@ impl Container<'_> {
             self.create_disk(&image, start.disk)?;
         }
         self.write_credentials(start, interfaces)?;
-        let lan = create_lan(&start.wire)?;
-        let forward = start.wire.forward.as_ref();
+        let lan = create_lan(&start.nic)?;
+        let forward = start.nic.forward.as_ref();
         let inwards = forward
             .filter(|forward| forward.address.is_some())
             .map_or(Vec::new(), |forward| forward.inwards().to_vec());
@@ -183,8 +183,8 @@ impl Container<'_> {
             ("UUID", uuid_of(self.node)),
             ("CGROUP", cgroup_root()?.join(&lan).join(self.node).display().to_string()),
             ("WIRE", lan),
-            ("MAC", start.wire.mac.clone()),
-            ("PORT", start.wire.mac[start.wire.mac.len() - 5..].replace(':', "-")),
+            ("MAC", start.nic.mac.clone()),
+            ("PORT", start.nic.mac[start.nic.mac.len() - 5..].replace(':', "-")),
             ("HOST", HostForward::HOST.to_owned()),
             ("OUTWARDS", forward.map_or(String::new(), |forward| joined(forward.outside.iter()))),
             ("DOOR", forward.and_then(|forward| forward.address).map_or(String::new(), |address| address.to_string())),
@@ -202,7 +202,7 @@ impl Container<'_> {
         script.arg("sh").arg(dir.join("container.sh")).arg("outside").arg(&dir);
         script.stdin(Stdio::null()).stdout(Stdio::null()).stderr(console);
         let mut child = script.spawn().map_err(Error::cannot("run setsid"))?;
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         while self.pid().is_none() {
             if child.try_wait().is_ok_and(|status| status.is_some()) || Instant::now() > until {
                 let log = log.display();
@@ -272,8 +272,8 @@ impl Container<'_> {
     }
 
     /// Runs a shell command as root in the container.
-    pub(super) fn exec(&self, command: &str, patience: Duration) -> Result<Done> {
-        let until = Instant::now() + patience;
+    pub(super) fn exec(&self, command: &str, timeout: Duration) -> Result<Done> {
+        let until = Instant::now() + timeout;
         let pid = loop {
             match self.pid() {
                 Some(pid) => break pid,
@@ -288,7 +288,7 @@ impl Container<'_> {
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || send.send(enter.output()));
         let place = format!("no reply from {}", self.node);
-        let output = receive.recv_timeout(patience).map_err(Error::at(&place))?.map_err(Error::at(&place))?;
+        let output = receive.recv_timeout(timeout).map_err(Error::at(&place))?.map_err(Error::at(&place))?;
         if self.pid() != Some(pid) {
             return fail(format!("{} was switched off", self.node));
         }

@@ -20,18 +20,18 @@ impl Vm {
         self.exec_within(command, Duration::from_secs(300))
     }
 
-    /// Runs a shell command as root in the machine. A command that takes longer than `patience` continues to run, and
+    /// Runs a shell command as root in the machine. A command that takes longer than `timeout` continues to run, and
     /// its output is discarded.
     ///
     /// # Errors
-    /// If the machine does not run, or does not reply within `patience`.
-    pub fn exec_within(&self, command: &str, patience: Duration) -> Result<Done> {
+    /// If the machine does not run, or does not reply within `timeout`.
+    pub fn exec_within(&self, command: &str, timeout: Duration) -> Result<Done> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         if let Some(container) = self.container() {
-            return container.exec(command, patience);
+            return container.exec(command, timeout);
         }
         let context = |e: std::io::Error| Error::at(format!("no reply from {}", self.node))(e);
-        let until = Instant::now() + patience;
+        let until = Instant::now() + timeout;
         let mut port = self.connect("exec.sock", until).map_err(context)?;
         // The port may still return replies to commands whose callers timed out.
         let id = format!("{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));

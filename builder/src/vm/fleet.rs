@@ -82,7 +82,7 @@ pub fn up(project: &Project, nodes: &[String], progress: &Progress, on_ready: &(
         let boot_queued = || -> Result<()> {
             let mut booted = Vec::new();
             while let Some((name, step)) = next() {
-                let (vm, start) = (Vm::of(project, name)?, start_of(project, name)?.of_machines(machines));
+                let (vm, start) = (Vm::for_node(project, name)?, start_of(project, name)?.of_machines(machines));
                 if !vm.is_running() {
                     vm.start(&start.as_start())?;
                 }
@@ -125,7 +125,7 @@ pub struct Described {
     disk: u64,
     keep: bool,
     secure_boot: bool,
-    wire: VirtualNic,
+    nic: VirtualNic,
     ticket: Vec<u8>,
     container: Option<Vec<String>>,
 }
@@ -158,11 +158,11 @@ impl Described {
     /// Returns the options for a start, with the credentials of the node.
     #[must_use]
     pub fn as_start(&self) -> VmOptions<'_> {
-        let mut credentials = vec![("network.network.05-wire".to_owned(), self.wire.network().into_bytes())];
+        let mut credentials = vec![("network.network.05-wire".to_owned(), self.nic.network().into_bytes())];
         if !self.ticket.is_empty() {
             credentials.push((Ticket::CREDENTIAL.to_owned(), self.ticket.clone()));
         }
-        if let Some(forward) = &self.wire.forward {
+        if let Some(forward) = &self.nic.forward {
             credentials.push(("network.network.06-door".to_owned(), forward.network().into_bytes()));
         }
         VmOptions {
@@ -172,7 +172,7 @@ impl Described {
             machines: self.machines,
             disk: self.disk,
             keep: self.keep,
-            wire: self.wire.clone(),
+            nic: self.nic.clone(),
             seed: None,
             tpm: None,
             netboot: None,
@@ -210,7 +210,7 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
         // A machine that updates itself has a newer version on its disk than the image.
         keep: topology.update.url.is_some(),
         secure_boot: project.fleet.secure_boot.is_some(),
-        wire: VirtualNic::of(project, node),
+        nic: VirtualNic::for_node(project, node),
         ticket,
         container: project.dir.join(CONTAINERS).exists().then(|| topology.wireguard(node)),
     })
@@ -222,7 +222,7 @@ pub fn start_of(project: &Project, name: &str) -> Result<Described> {
 /// If a node does not shut down.
 pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<Vec<String>> {
     for name in nodes {
-        Vm::of(project, name)?;
+        Vm::for_node(project, name)?;
     }
     let running: Vec<Vm> = (project.topology.nodes.iter())
         .filter(|n| nodes.is_empty() || nodes.contains(&n.name))
@@ -242,7 +242,7 @@ pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<
     let vms = project.topology.nodes.iter().map(|n| (n, Vm::at(&n.name, project.dir.join("build/vm").join(&n.name))));
     let (off, on): (Vec<_>, Vec<_>) = vms.partition(|(_, vm)| !vm.is_running());
     match off.first() {
-        Some((node, _)) if on.is_empty() => remove_lan(&VirtualNic::of(project, node))?,
+        Some((node, _)) if on.is_empty() => remove_lan(&VirtualNic::for_node(project, node))?,
         _ => {}
     }
     Ok(running.into_iter().map(|vm| vm.node).collect())

@@ -50,7 +50,7 @@ impl Vm {
     ///
     /// # Errors
     /// If the fleet has no such node.
-    pub fn of(project: &Project, node: &str) -> Result<Self> {
+    pub fn for_node(project: &Project, node: &str) -> Result<Self> {
         project.node(node)?;
         Ok(Self::at(node, project.dir.join("build/vm").join(node)))
     }
@@ -265,8 +265,8 @@ impl Vm {
         fail(format!("cannot switch {} off: it still runs after 30 s", self.node))
     }
 
-    fn is_off_within(&self, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
+    fn is_off_within(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
         while self.is_running() {
             if Instant::now() > until {
                 return false;

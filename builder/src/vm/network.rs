@@ -40,12 +40,13 @@ const LAN_PREFIX: [u8; 2] = [198, 18];
 /// Returns, by hub, the loopback address at which this host reaches the hubs of a fleet's local machines.
 #[must_use]
 pub fn hub_forwards(project: &Project) -> BTreeMap<String, String> {
-    let forward = |hub: &Node| Some((hub.name.clone(), VirtualNic::of(project, hub).forward?.address?.to_string()));
+    let forward =
+        |hub: &Node| Some((hub.name.clone(), VirtualNic::for_node(project, hub).forward?.address?.to_string()));
     project.topology.hubs.iter().filter_map(forward).collect()
 }
 
 impl VirtualNic {
-    pub(super) fn of(project: &Project, node: &Node) -> Self {
+    pub(super) fn for_node(project: &Project, node: &Node) -> Self {
         // Different paths to the same folder, such as `.`, must give the same network.
         let dir = project.dir.canonicalize().unwrap_or_else(|_| project.dir.clone());
         let h = sha256(dir.as_os_str().as_encoded_bytes());
@@ -154,7 +155,7 @@ mod tests {
         }
         let group = |path: &str| {
             let project = Project::load(&dir.path().join(path)).unwrap();
-            VirtualNic::of(&project, &project.topology.nodes[0]).group
+            VirtualNic::for_node(&project, &project.topology.nodes[0]).group
         };
         assert_eq!(group("one"), group("other/../one"));
         assert_ne!(group("one"), group("other"));

@@ -102,7 +102,7 @@ impl<'a> QemuCommand<'a> {
 
     /// Adds the network card of the fleet's network, and the one that forwards ports of the host.
     pub(super) fn network(&mut self, options: &VmOptions) -> &mut Self {
-        let nic = &options.wire;
+        let nic = &options.nic;
         self.command.args(["-netdev", &format!("socket,id=wire,mcast={},localaddr=127.0.0.1", nic.group)]);
         let boot = match options.netboot {
             Some(Netboot::Ipxe) => ",bootindex=2",
@@ -191,7 +191,7 @@ mod tests {
             machines: 1,
             disk: 1 << 30,
             keep: false,
-            wire: VirtualNic {
+            nic: VirtualNic {
                 group: "230.0.0.1:4000".to_owned(),
                 mac: "52:54:00:00:00:01".to_owned(),
                 address: Ipv4Addr::new(198, 18, 0, 1),

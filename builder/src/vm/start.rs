@@ -30,7 +30,7 @@ pub struct VmOptions<'a> {
     /// Keeps an existing disk, even if it was created from another image.
     pub keep: bool,
     /// Network card in the fleet's local network.
-    pub wire: VirtualNic,
+    pub nic: VirtualNic,
     /// Image of a second disk, raw and read-only.
     pub seed: Option<&'a Path>,
     /// Folder with the TPM's state. `None` starts a machine without a TPM.

@@ -95,7 +95,7 @@ impl FleetStatus {
         let served = topology.nodes.iter().any(|n| n.has_role("app"));
         let hub_forwards = topology.hubs.iter().filter(|_| served).filter_map(|hub| {
             let up = seen.iter().any(|(row, _)| row.node == hub.name && row.state != MachineState::Off);
-            VirtualNic::of(project, hub).forward.filter(|_| up)
+            VirtualNic::for_node(project, hub).forward.filter(|_| up)
         });
         let urls = hub_forwards.filter_map(|forward: HostForward| forward.url()).collect();
         Self { nodes: seen.into_iter().map(|(row, _)| row).collect(), odoo, urls }

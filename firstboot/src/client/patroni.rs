@@ -17,7 +17,7 @@ const PORT: u16 = 8008;
 /// Longest reply, in bytes.
 const LONGEST: usize = 1 << 20;
 /// Time limit for the promotion of a standby, and then for this node to follow it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns the prefix of Patroni's keys in etcd.
 #[must_use]
@@ -54,7 +54,7 @@ pub struct Patroni {
 impl Patroni {
     /// Makes the client; `None` if the node has no database.
     #[must_use]
-    pub fn of(node: &Node, tls: Arc<ClientConfig>) -> Option<Self> {
+    pub fn for_node(node: &Node, tls: Arc<ClientConfig>) -> Option<Self> {
         node.has_role("db").then(|| Self { slot: node.name.clone(), address: node.address.to_string(), tls })
     }
 
@@ -70,7 +70,7 @@ impl Patroni {
     /// If Patroni refuses for 60 s, for example because no standby is healthy, or this node does not follow a new
     /// primary within 60 s.
     pub async fn hand_over(&self) -> Result<()> {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         let mut last = Ok(());
         while self.is_primary().await {
             if Instant::now() > until {
@@ -82,7 +82,7 @@ impl Patroni {
         }
         // If the node stopped during the switchover, the outage would be longer. If it stopped right after it, perhaps
         // as the holder of the VIP, it would break connections that clients have just opened again.
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         while !self.follows().await {
             if Instant::now() > until {
                 return Err(Error::Failed(
@@ -114,7 +114,7 @@ mod tests {
 
     /// The replies have the format of Patroni 4.
     #[test]
-    fn another_leads_needs_a_running_primary_with_its_standby() {
+    fn another_node_leads_if_its_primary_runs_with_a_sync_standby() {
         let members = |own: &str, role: &str, state: &str| {
             format!(
                 "{{\"members\": [{{\"name\": \"db-1\", \"role\": \"{own}\", \"state\": \"streaming\"}}, \

@@ -13,7 +13,7 @@ use crate::host::notify::notify;
 static LAST: LazyLock<watch::Sender<String>> = LazyLock::new(|| watch::Sender::new(String::new()));
 
 /// Writes a message to the console, the journal, `systemctl status` and D-Bus.
-pub fn say(event: Event, text: &str) {
+pub fn log_event(event: Event, text: &str) {
     record(event, text);
     notify(&status(text));
     let text = printable(text);

@@ -210,7 +210,7 @@ pub async fn describe(bus: &zbus::Connection, json: bool) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::console::say;
+    use crate::host::console::log_event;
     use tokio::net::UnixStream;
 
     /// Returns both ends of a peer-to-peer bus, which has no names.
@@ -254,7 +254,7 @@ mod tests {
             _ = status.leave_requests(refused) => panic!("the object is not published any more"),
         };
         assert!(answer.unwrap_err().chain().contains("the only vote"));
-        say(crate::host::journal::Event::Ready, "something");
+        log_event(crate::host::journal::Event::Ready, "something");
         assert_eq!(*said().borrow(), "something");
     }
 }

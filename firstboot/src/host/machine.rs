@@ -20,10 +20,10 @@ pub(crate) fn read(virtualization: &str) -> Result<MachineSize> {
         memory(&text).ok_or_else(|| Error::Configuration("/proc/meminfo has no valid line `MemTotal`".to_owned()))?;
     let cpus = thread::available_parallelism().map_or(1, |n| n.get() as u64);
     // systemd's name is `kvm` for QEMU with real processors, and `qemu` for emulated ones.
-    let patience = if virtualization == "qemu" { EMULATED_TIMEOUT_SCALE } else { 1 };
+    let timeout_scale = if virtualization == "qemu" { EMULATED_TIMEOUT_SCALE } else { 1 };
     let var = statvfs("/var").map_err(|e| Error::io("read the size of", "/var")(e.into()))?;
     let var = (var.blocks() * var.fragment_size()) >> 20;
-    Ok(MachineSize { memory, var, cpus, patience })
+    Ok(MachineSize { memory, var, cpus, timeout_scale })
 }
 
 /// Returns `MemTotal` in MiB.

@@ -114,13 +114,13 @@ impl Systemd {
     /// # Errors
     /// As for [`Self::start`].
     pub async fn stop_with_all(&self, target: &str, kept: &[&str]) -> Result<()> {
-        let of = self.of(self.manager.load_unit(target).await?).await?;
-        let mut units = of.requires().await?;
-        units.extend(of.wants().await?);
+        let unit = self.proxy(self.manager.load_unit(target).await?).await?;
+        let mut units = unit.requires().await?;
+        units.extend(unit.wants().await?);
         units.retain(|u| (u.ends_with(".service") || u.ends_with(".timer")) && !kept.contains(&u.as_str()));
         units.push(target.to_owned());
         // A failed stop does not prevent the others.
-        join_all(units.iter().map(|unit| self.stop(unit))).await.into_iter().collect()
+        join_all(units.iter().map(|name| self.stop(name))).await.into_iter().collect()
     }
 
     /// Whether a unit is active.
@@ -129,7 +129,7 @@ impl Systemd {
     /// If the connection to the bus is closed, or the unit cannot be loaded.
     pub async fn is_active(&self, unit: &str) -> Result<bool> {
         let path = self.manager.load_unit(unit).await?;
-        Ok(self.of(path).await?.active_state().await? == "active")
+        Ok(self.proxy(path).await?.active_state().await? == "active")
     }
 
     /// Returns a unit's state and invocation id.
@@ -138,16 +138,16 @@ impl Systemd {
     /// If the connection to the bus is closed, or the unit cannot be loaded.
     pub async fn unit(&self, unit: &str) -> Result<ServiceState> {
         let path = self.manager.load_unit(unit).await?;
-        let of = self.of(path).await?;
-        let mut state = of.active_state().await?;
-        if state == "inactive" && of.job().await?.0 != 0 {
+        let unit = self.proxy(path).await?;
+        let mut state = unit.active_state().await?;
+        if state == "inactive" && unit.job().await?.0 != 0 {
             "activating".clone_into(&mut state);
         }
-        Ok(ServiceState { state, invocation: of.invocation_id().await? })
+        Ok(ServiceState { state, invocation: unit.invocation_id().await? })
     }
 
     /// Returns the proxy of a unit. It has no cache, because filling the cache would read all properties of the unit.
-    async fn of(&self, path: OwnedObjectPath) -> zbus::Result<UnitProxy<'_>> {
+    async fn proxy(&self, path: OwnedObjectPath) -> zbus::Result<UnitProxy<'_>> {
         UnitProxy::builder(&self.bus).path(path)?.cache_properties(CacheProperties::No).build().await
     }
 

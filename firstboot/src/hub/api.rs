@@ -39,7 +39,7 @@ pub struct Hub {
     /// Epoch of this hub's own slot.
     pub epoch: u64,
     /// Decides claims in etcd.
-    pub desk: Arc<SlotAllocator>,
+    pub allocator: Arc<SlotAllocator>,
     /// Peers of this hub in the mesh.
     pub neighbourhood: Arc<PeerTable>,
     /// Orders that this hub has carried out.
@@ -53,7 +53,7 @@ pub(super) struct Admitted;
 /// Handles one request of a connection.
 pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
-    let signed = Signed::of(peer, &head, &body);
+    let signed = Signed::new(peer, &head, &body);
     let user = head.headers.get(USER_HEADER).and_then(|v| v.to_str().ok());
     match (head.method.clone(), head.uri.path(), peer.member.as_ref()) {
         (Method::POST, "/v1/join", _) => {
@@ -73,7 +73,7 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
         (Method::POST, "/v1/leave", Some(member)) if !signed.is_signed() => status_reply(hub.take_leave(member).await),
         (Method::POST, "/v1/leave", _) => status_reply(hub.leave(&signed).await),
         (Method::POST, "/v1/left", Some(member)) => {
-            status_reply(hub.desk.left(&member.slot, &member.tls_key).await.map_err(refused))
+            status_reply(hub.allocator.left(&member.slot, &member.tls_key).await.map_err(refused))
         }
         (Method::POST, "/v1/tokens", _) => match hub.tokens(&signed).await {
             Ok(tokens) => json(&tokens),
@@ -93,13 +93,13 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             let peers = hub.peers(member);
             // A fenced client is not the slot's owner, so its request does not count as the owner's.
             if peers.fenced.is_none() {
-                let (desk, slot, tls_key) = (hub.desk.clone(), member.slot.clone(), member.tls_key.clone());
+                let (allocator, slot, tls_key) = (hub.allocator.clone(), member.slot.clone(), member.tls_key.clone());
                 let has_password = user == Some(PATRONI);
                 tokio::spawn(async move {
-                    if let Err(e) = desk.saw(&slot).await {
+                    if let Err(e) = allocator.saw(&slot).await {
                         warn!(slot, "{slot}: cannot record the contact in etcd: {}", e.chain());
                     }
-                    if has_password && let Err(e) = desk.has_etcd_password(&slot, &tls_key).await {
+                    if has_password && let Err(e) = allocator.has_etcd_password(&slot, &tls_key).await {
                         warn!(slot, "{slot}: cannot record its etcd password in etcd: {}", e.chain());
                     }
                 });
@@ -129,7 +129,7 @@ impl Hub {
             }
             let key = tls_key(&request.tls_key)?;
             let claims = verify(&self.root, &self.topology.name, &request, &signed.message, signature)?;
-            let given = self.desk.claim(&claims, &request).await.map_err(|e| match e {
+            let given = self.allocator.claim(&claims, &request).await.map_err(|e| match e {
                 Error::Refused(refusal) => refusal,
                 e => {
                     let group = &claims.group;
@@ -142,7 +142,7 @@ impl Hub {
             };
             if claims.replace && self.topology.is_founder(node) {
                 // The node repeats its claim until it has the grant, and starts etcd only then.
-                self.desk.readmit(&given.slot, given.epoch).await.map_err(|e| {
+                self.allocator.readmit(&given.slot, given.epoch).await.map_err(|e| {
                     warn!(slot = given.slot, "cannot add the etcd member of {}: {}", given.slot, e.chain());
                     refuse(Reason::Busy, "etcd has not added the new member yet")
                 })?;
@@ -175,7 +175,7 @@ impl Hub {
             let key = tls_key(&renewal.tls_key)?;
             let node = self.topology.node(&member.slot);
             let node = node.ok_or_else(|| refuse(Reason::Malformed, &format!("the fleet has no `{}`", member.slot)))?;
-            let given = self.desk.renew(&member.slot, &member.tls_key, &renewal).await.map_err(refused)?;
+            let given = self.allocator.renew(&member.slot, &member.tls_key, &renewal).await.map_err(refused)?;
             let GrantedSlot { slot, epoch } = &given;
             info!(slot, epoch, "renewed: {} is {slot} (epoch {epoch})", renewal.mesh_key);
             self.grant(node, given.epoch, &key)
@@ -192,37 +192,38 @@ impl Hub {
 
     /// Revokes a token by the operator's order.
     async fn revoke(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
-        let order: Revocation = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
+        let order: Revocation = self.orders.verify(&self.root, &self.topology.name, &self.allocator.by, signed)?;
         info!(token = order.token, "revoking the token {}", order.token.escape_debug());
-        self.desk.revoke(&order.token).await.map_err(refused)
+        self.allocator.revoke(&order.token).await.map_err(refused)
     }
 
     /// Returns the use counts of the tokens and the revoked tokens, by the operator's order.
     async fn tokens(&self, signed: &Signed<'_>) -> Result<Tokens, Refusal> {
-        let _: TokensRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
-        self.desk.tokens().await.map_err(refused)
+        let _: TokensRequest = self.orders.verify(&self.root, &self.topology.name, &self.allocator.by, signed)?;
+        self.allocator.tokens().await.map_err(refused)
     }
 
     /// Orders a node to leave, by the operator's order.
     async fn leave(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
-        let order: Departure = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
+        let order: Departure = self.orders.verify(&self.root, &self.topology.name, &self.allocator.by, signed)?;
         let at_once = if order.now { " at once" } else { "" };
         info!(slot = order.slot, "ordered {} to leave{at_once}", order.slot.escape_debug());
         let owner = order.tls_key.as_deref().map_or(Identified::Epoch(order.epoch), Identified::Key);
         let proof = signed.proof(&self.root).filter(|proof| proof.owner(&self.topology.name).is_some());
-        self.desk.leave(&order.slot, order.now, owner, proof).await.map_err(refused)
+        self.allocator.leave(&order.slot, order.now, owner, proof).await.map_err(refused)
     }
 
     /// Accepts a node's own request to leave.
     async fn take_leave(&self, member: &Member) -> Result<(), Refusal> {
         info!(slot = member.slot, "{} asks to leave", member.slot);
         let owner = Identified::Key(&member.tls_key);
-        self.desk.leave(&member.slot, false, owner, None).await.map_err(refused)
+        self.allocator.leave(&member.slot, false, owner, None).await.map_err(refused)
     }
 
     /// Carries out an order of the operator about the rollout, and returns its state.
     async fn rollout(&self, signed: &Signed<'_>) -> Result<Rollout, Refusal> {
-        let request: RolloutRequest = self.orders.verify(&self.root, &self.topology.name, &self.desk.by, signed)?;
+        let request: RolloutRequest =
+            self.orders.verify(&self.root, &self.topology.name, &self.allocator.by, signed)?;
         if let RolloutOrder::Skip { node } = &request.order
             && self.topology.node(node).is_none()
         {
@@ -231,7 +232,7 @@ impl Hub {
         if request.order != RolloutOrder::Tell {
             info!("rollout: order {:?}", request.order);
         }
-        rollout::order(self.desk.etcd(), &request.order).await.map_err(refused)
+        rollout::order(self.allocator.etcd(), &request.order).await.map_err(refused)
     }
 
     /// Takes a member's report of its version, and returns whether the member may change its image.
@@ -244,11 +245,11 @@ impl Hub {
                 &format!("the request has an unknown format; this hub reads format {PROTOCOL}"),
             ));
         }
-        if let Some(epoch) = self.desk.fenced(&member.slot, &member.tls_key) {
+        if let Some(epoch) = self.allocator.fenced(&member.slot, &member.tls_key) {
             let text = format!("another machine has owned {} since epoch {epoch}", member.slot);
             return Err(refuse(Reason::Fenced, &text));
         }
-        rollout::report(self.desk.etcd(), &self.topology, &member.slot, &report).await.map_err(refused)
+        rollout::report(self.allocator.etcd(), &self.topology, &member.slot, &report).await.map_err(refused)
     }
 
     /// Takes a founder's introduction, which the hubs need before they have an etcd to read keys from.
@@ -273,9 +274,10 @@ impl Hub {
             self.neighbourhood.learn(&member.slot, introduction.mesh_key);
             // Voters that are not hubs cannot write to etcd, so a hub registers them.
             if self.topology.node(&member.slot).is_some_and(|n| n.hub == 0) {
-                let (desk, slot, tls_key) = (self.desk.clone(), member.slot.clone(), member.tls_key.clone());
+                let (allocator, slot, tls_key) = (self.allocator.clone(), member.slot.clone(), member.tls_key.clone());
                 tokio::spawn(async move {
-                    if let Err(e) = desk.enter_voter(&slot, introduction.mesh_key, &tls_key, takes_passwords).await {
+                    if let Err(e) = allocator.enter_voter(&slot, introduction.mesh_key, &tls_key, takes_passwords).await
+                    {
                         warn!(slot, "cannot register the voter {slot}: {}", e.chain());
                     }
                 });
@@ -285,9 +287,9 @@ impl Hub {
     }
 
     fn peers(&self, member: &Member) -> Peers {
-        let fenced = self.desk.fenced(&member.slot, &member.tls_key);
-        let leaving = fenced.is_none() && self.desk.is_leaving(&member.slot);
-        let owners = self.desk.owners();
+        let fenced = self.allocator.fenced(&member.slot, &member.tls_key);
+        let leaving = fenced.is_none() && self.allocator.is_leaving(&member.slot);
+        let owners = self.allocator.owners();
         let vacant = owners.iter().filter(|(_, r)| r.vacant).map(|(slot, _)| slot.clone()).collect();
         let is_hub = |slot: &str| self.topology.hubs.iter().any(|hub| hub.name == slot);
         let hubs = owners.iter().filter(|(slot, r)| is_hub(slot) && !r.vacant);
@@ -315,7 +317,7 @@ fn reply(granted: Result<Grant, Refusal>) -> JoinReply {
 }
 
 fn tls_key(text: &str) -> Result<PublicKey, Refusal> {
-    let key = encoding::decode(text).and_then(|k| PublicKey::of(&k));
+    let key = encoding::decode(text).and_then(|k| PublicKey::from_point(&k));
     key.ok_or_else(|| refuse(Reason::Malformed, "the TLS key is invalid"))
 }
 

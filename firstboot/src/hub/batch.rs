@@ -102,7 +102,7 @@ impl SlotAllocator {
                 );
             }
         }
-        let keys: Vec<EtcdKeys> = batch.iter().map(|w| EtcdKeys::of(w.request.mesh_key, &w.claims.id)).collect();
+        let keys: Vec<EtcdKeys> = batch.iter().map(|w| EtcdKeys::new(w.request.mesh_key, &w.claims.id)).collect();
         let requested: Vec<&str> = keys.iter().flat_map(|k| [k.owner.as_str(), &k.token, &k.revoked]).collect();
         let found = self.etcd.get(&requested).await?;
         let mut tokens: BTreeMap<String, TokenUsage> = BTreeMap::new();
@@ -116,7 +116,7 @@ impl SlotAllocator {
             let [owner, token, revoked] = found else {
                 break Some((waiting, Error::MissingKeys));
             };
-            let state = TokenState::of(token, revoked, now);
+            let state = TokenState::new(token, revoked, now);
             if owner.revision != 0 {
                 let slot = String::from_utf8_lossy(&owner.value);
                 match self.repeat_grant(&slot, &waiting.claims, &waiting.request, state).await {

@@ -110,7 +110,7 @@ impl SlotAllocator {
             vacant: false,
             eviction: None,
         };
-        let grant = PendingGrant { place, record, keys: EtcdKeys::of(mesh_key, ""), former: None };
+        let grant = PendingGrant { place, record, keys: EtcdKeys::new(mesh_key, ""), former: None };
         if self.take(&[grant], &BTreeMap::new()).await? {
             return Ok(GrantedSlot { slot: slot.to_owned(), epoch: 1 });
         }
@@ -122,7 +122,7 @@ impl SlotAllocator {
     /// # Errors
     /// If etcd does not answer.
     pub async fn revoke(&self, token: &str) -> Result<()> {
-        let keys = EtcdKeys::of(MeshKey([0; 32]), token);
+        let keys = EtcdKeys::new(MeshKey([0; 32]), token);
         self.etcd.transact(&[], &[Op::Put(&keys.revoked, b"")]).await.map(drop)
     }
 
@@ -188,7 +188,7 @@ impl SlotAllocator {
         let counts: Vec<(EtcdKeys, String, u64)> = tokens
             .iter()
             .filter(|(id, _)| grants.iter().any(|t| t.record.token.as_ref() == Some(id)))
-            .map(|(id, count)| (EtcdKeys::of(MeshKey([0; 32]), id), count.used.to_string(), count.revision))
+            .map(|(id, count)| (EtcdKeys::new(MeshKey([0; 32]), id), count.used.to_string(), count.revision))
             .collect();
         for (keys, used, revision) in &counts {
             when.extend([Compare::Unchanged(&keys.token, *revision), Compare::Unchanged(&keys.revoked, 0)]);

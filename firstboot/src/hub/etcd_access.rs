@@ -41,7 +41,7 @@ pub enum Access {
 /// One hub's part in enabling access control.
 pub struct EtcdAccess<'a> {
     /// Reads and writes the records in etcd.
-    pub desk: &'a SlotAllocator,
+    pub allocator: &'a SlotAllocator,
     /// All nodes, and the settings of the fleet.
     pub topology: &'a Topology,
     /// Passwords of etcd's users.
@@ -94,7 +94,7 @@ impl EtcdAccess<'_> {
     /// # Errors
     /// If etcd does not answer.
     pub async fn step(&self) -> Result<Access> {
-        let etcd = self.desk.etcd();
+        let etcd = self.allocator.etcd();
         if etcd.has_auth().await? {
             // A newer version may use other prefixes.
             permit_patroni(etcd, &self.topology.name).await?;
@@ -102,7 +102,7 @@ impl EtcdAccess<'_> {
         }
         let has_database = self.topology.node(self.slot).is_some_and(|n| n.has_role("db"));
         if !has_database || patroni_runs_with(&self.secrets.etcd_patroni) {
-            self.desk.has_etcd_password(self.slot, self.tls_key).await?;
+            self.allocator.has_etcd_password(self.slot, self.tls_key).await?;
         }
         if etcd.get(&[TURN]).await?.iter().any(|turn| turn.revision != 0) {
             return Ok(Access::WaitsForRollout);
@@ -123,7 +123,7 @@ impl EtcdAccess<'_> {
 
     /// Returns the hubs, database nodes and voters that have not reported that they are ready.
     async fn waits_for(&self) -> Result<Vec<String>> {
-        let etcd = self.desk.etcd();
+        let etcd = self.allocator.etcd();
         let (_, ready) = etcd.list(READY).await?;
         let ready: BTreeMap<&str, &[u8]> =
             ready.iter().filter_map(|p| Some((p.key.strip_prefix(READY)?, p.value.as_slice()))).collect();

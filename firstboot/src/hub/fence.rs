@@ -33,13 +33,13 @@ use tracing::{info, warn};
 use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::client::patroni::scope;
 use crate::error::{Error, Result};
-use crate::host::console::say;
+use crate::host::console::log_event;
 use crate::host::journal::Event;
 use crate::host::ticker::Ticker;
 use crate::mesh::Routes;
 use crate::node::neighbours::PeerTable;
 
-const SHUT: &str = "/bakehouse/shut/";
+const FENCED: &str = "/bakehouse/shut/";
 /// Time between two checks of the routes.
 const INTERVAL: Duration = Duration::from_millis(250);
 /// How long a primary must have no route before the hub fences it (debounce).
@@ -159,7 +159,7 @@ impl Fence<'_> {
         for key in &leader {
             let _ = state.leader_age(key.revision);
         }
-        let (_, recorded) = etcd.list(SHUT).await?;
+        let (_, recorded) = etcd.list(FENCED).await?;
         for slot in databases.iter().map(|n| &n.name).filter(|slot| !state.contains(slot)) {
             let by = recorded.iter().filter(|p| self.is_hubs(slot, &p.key)).count();
             let own = self.key(slot);
@@ -210,7 +210,7 @@ impl Fence<'_> {
             state.insert(slot, self.fenced(true));
             warn!(slot, "fenced {slot}: this hub has no route to the primary");
         }
-        let (_, records) = self.etcd.list(&format!("{SHUT}{slot}/")).await?;
+        let (_, records) = self.etcd.list(&format!("{FENCED}{slot}/")).await?;
         let records: Vec<&KeyValue> = records.iter().filter(|p| self.is_hubs(slot, &p.key)).collect();
         if !self.is_majority(records.len()) {
             return Ok(false);
@@ -228,7 +228,7 @@ impl Fence<'_> {
             records.len(),
             sync_standbys.join(" or ")
         );
-        say(Event::Deposed, &text);
+        log_event(Event::Deposed, &text);
         Ok(true)
     }
 
@@ -260,11 +260,11 @@ impl Fence<'_> {
     }
 
     fn key(&self, slot: &str) -> String {
-        format!("{SHUT}{slot}/{}", self.own.name)
+        format!("{FENCED}{slot}/{}", self.own.name)
     }
 
     fn is_hubs(&self, slot: &str, key: &str) -> bool {
-        let by = key.strip_prefix(SHUT).and_then(|k| k.strip_prefix(slot)).and_then(|k| k.strip_prefix('/'));
+        let by = key.strip_prefix(FENCED).and_then(|k| k.strip_prefix(slot)).and_then(|k| k.strip_prefix('/'));
         by.is_some_and(|by| self.topology.hubs.iter().any(|hub| hub.name == by))
     }
 }

@@ -28,15 +28,15 @@ impl Default for Hearing {
 
 impl Hearing {
     /// Returns whether this hub can judge that an owner is silent: it has run long enough, and, if there are other
-    /// members, one of them has reached it within `patience`. Otherwise a hub that no member reaches, because its
+    /// members, one of them has reached it within `limit`. Otherwise a hub that no member reaches, because its
     /// endpoint is flooded or its network is down, would give the slots of running members to strangers.
-    pub(super) fn is_good(&self, owners: &Owners, slot: &str, own: &str, patience: Duration) -> bool {
-        if self.began.elapsed() < patience.min(SETTLED) {
+    pub(super) fn is_good(&self, owners: &Owners, slot: &str, own: &str, limit: Duration) -> bool {
+        if self.began.elapsed() < limit.min(SETTLED) {
             return false;
         }
         let answered = lock(&self.answered);
         let mut others = owners.iter().filter(|(name, r)| !r.vacant && *name != slot && *name != own).peekable();
-        others.peek().is_none() || others.any(|(name, _)| answered.get(name).is_some_and(|at| at.elapsed() < patience))
+        others.peek().is_none() || others.any(|(name, _)| answered.get(name).is_some_and(|at| at.elapsed() < limit))
     }
 }
 

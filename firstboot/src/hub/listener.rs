@@ -107,7 +107,7 @@ impl Drop for Server {
 
 async fn accept(hub: Arc<Hub>, at: SocketAddr, acceptor: TlsAcceptor) -> Result<()> {
     let listener = listen(at).map_err(Error::io("listen at", at.to_string()))?;
-    let admission = Admission::new(Limits::of(connections()));
+    let admission = Admission::new(Limits::for_connections(connections()));
     let mut logged = Instant::now();
     loop {
         let accepted = timeout(LOG, listener.accept()).await;
@@ -187,11 +187,11 @@ async fn connection(
     let handshake = timeout(HANDSHAKE, acceptor.accept(Metered::new(tcp, HANDSHAKE_BYTES)));
     let Ok(Ok(mut stream)) = handshake.await else { return };
     let session = stream.get_ref().1;
-    let member = session.peer_certificates().and_then(<[_]>::first).and_then(Member::of);
+    let member = session.peer_certificates().and_then(<[_]>::first).and_then(Member::from_certificate);
     let Ok(binding) = session.export_keying_material([0; 32], EXPORTER_LABEL, None) else { return };
     let peer = Arc::new(Peer { member, binding });
     // An evicted node still has its certificate, so it counts as a guest.
-    let member = peer.member.as_ref().filter(|m| hub.desk.fenced(&m.slot, &m.tls_key).is_none());
+    let member = peer.member.as_ref().filter(|m| hub.allocator.fenced(&m.slot, &m.tls_key).is_none());
     if member.is_some_and(|member| !place.is_member(&member.slot, Instant::now())) {
         return;
     }

@@ -28,7 +28,7 @@ pub(super) struct Signed<'a> {
 }
 
 impl<'a> Signed<'a> {
-    pub(super) fn of(peer: &Peer, head: &'a Parts, body: &'a [u8]) -> Self {
+    pub(super) fn new(peer: &Peer, head: &'a Parts, body: &'a [u8]) -> Self {
         let path = head.uri.path();
         Self {
             body,

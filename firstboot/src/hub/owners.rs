@@ -66,7 +66,7 @@ impl SlotAllocator {
             let owners = changes.borrow_and_update().clone();
             if kept.as_ref() != Some(&owners) {
                 let dir = dir.to_owned();
-                let records = SlotRecords::of(owners.as_ref().clone());
+                let records = SlotRecords::new(owners.as_ref().clone());
                 let written = tokio::task::spawn_blocking(move || records.store(&dir)).await;
                 match written.unwrap_or_else(|e| Err(Error::cannot("run the writer")(e))) {
                     Ok(()) => kept = Some(owners),

@@ -20,7 +20,7 @@ pub(super) struct Member {
 
 impl Member {
     /// Returns the slot and the key of a certificate. The TLS handshake has verified that the fleet's root signed it.
-    pub(super) fn of(cert: &CertificateDer) -> Option<Self> {
+    pub(super) fn from_certificate(cert: &CertificateDer) -> Option<Self> {
         let cert = EndEntityCert::try_from(cert).ok()?;
         let slot = cert.valid_dns_names().next()?.to_owned();
         let tls_key = fleet_https::tls_key(&cert)?;
@@ -36,11 +36,11 @@ mod tests {
     fn reads_slot_and_key_of_a_certificate() {
         use tokio_rustls::rustls::pki_types::pem::PemObject as _;
         let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
-        let topology = fleet::Topology::of(&fleet);
+        let topology = fleet::Topology::from_fleet(&fleet);
         let key = fleet::PrivateKey::generate().unwrap();
         let issuer = fleet::Issuer::root("acme").unwrap().issuer("acme", "hub-1").unwrap();
         let pem = issuer.node(&topology, topology.node("hub-2").unwrap(), &key.public().unwrap()).unwrap();
-        let member = Member::of(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap();
+        let member = Member::from_certificate(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap();
         assert_eq!(member.slot, "hub-2");
         assert_eq!(member.tls_key, fleet::encoding::encode(key.public().unwrap().as_bytes()));
     }

@@ -63,7 +63,7 @@ pub(super) struct EtcdKeys {
 }
 
 impl EtcdKeys {
-    pub(super) fn of(mesh_key: MeshKey, token: &str) -> Self {
+    pub(super) fn new(mesh_key: MeshKey, token: &str) -> Self {
         Self {
             owner: format!("/bakehouse/owners/{mesh_key}"),
             token: format!("{TOKENS}{token}"),

@@ -51,7 +51,7 @@ impl SlotAllocator {
             );
             return Err(Error::from(refuse(Reason::Busy, &text)));
         }
-        let former = EtcdKeys::of(before.mesh_key, "").owner;
+        let former = EtcdKeys::new(before.mesh_key, "").owner;
         let record = SlotRecord {
             epoch: before.epoch + 1,
             mesh_key: renewal.mesh_key,
@@ -61,7 +61,7 @@ impl SlotAllocator {
             ..before
         };
         let epoch = record.epoch;
-        let grant = PendingGrant { place, record, keys: EtcdKeys::of(renewal.mesh_key, ""), former: Some(former) };
+        let grant = PendingGrant { place, record, keys: EtcdKeys::new(renewal.mesh_key, ""), former: Some(former) };
         if self.take(&[grant], &BTreeMap::new()).await? {
             // A separate write: after a power cut here, the slot may renew once more.
             self.etcd.transact(&[], &[Op::Put(&renewed, now.to_string().as_bytes())]).await?;

@@ -40,8 +40,8 @@ impl SlotAllocator {
         let mut slots: Vec<String> = Vec::new();
         for node in self.topology.nodes.iter().filter(|n| n.group == group) {
             let Some(after) = node.reclaim_after else { continue };
-            let patience = Duration::from_secs(after.into());
-            if old(&node.name, after) && self.hearing.is_good(owners, &node.name, &self.by, patience) {
+            let limit = Duration::from_secs(after.into());
+            if old(&node.name, after) && self.hearing.is_good(owners, &node.name, &self.by, limit) {
                 slots.push(node.name.clone());
             }
         }
@@ -59,9 +59,9 @@ impl SlotAllocator {
     pub(super) async fn abandoned(&self, place: SlotState) -> Result<Result<SlotState, SlotState>> {
         let after = self.topology.node(&place.slot).and_then(|n| n.reclaim_after);
         let (Some(after), Some(record)) = (after, &place.before) else { return Ok(Err(place)) };
-        let patience = Duration::from_secs(after.into());
+        let limit = Duration::from_secs(after.into());
         // A new owner may not have sent a request yet.
-        if is_young(record.at, after) || !self.hearing.is_good(&self.owners(), &place.slot, &self.by, patience) {
+        if is_young(record.at, after) || !self.hearing.is_good(&self.owners(), &place.slot, &self.by, limit) {
             return Ok(Err(place));
         }
         let found = self.etcd.get(&[&seen(&place.slot)]).await?;

@@ -23,7 +23,7 @@ pub(super) struct TokenState {
 }
 
 impl TokenState {
-    pub(super) fn of(count: &KeyValue, revoked: &KeyValue, now: u64) -> Self {
+    pub(super) fn new(count: &KeyValue, revoked: &KeyValue, now: u64) -> Self {
         let read = || std::str::from_utf8(&count.value).ok().and_then(|text| text.parse().ok());
         Self { used: if count.revision == 0 { Some(0) } else { read() }, revoked: revoked.revision != 0, now }
     }
@@ -120,7 +120,7 @@ mod tests {
     }
 
     fn token(count: &[u8], revoked: u64, now: u64) -> TokenState {
-        TokenState::of(&pair(count, u64::from(!count.is_empty())), &pair(b"", revoked), now)
+        TokenState::new(&pair(count, u64::from(!count.is_empty())), &pair(b"", revoked), now)
     }
 
     #[test]

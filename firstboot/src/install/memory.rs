@@ -73,7 +73,7 @@ fn fetch(server: &Server, assignment: &Run) -> Result<()> {
     let failed = || Error::io("write", Path::new(IMAGE));
     let mut file = File::create(IMAGE).map_err(failed())?;
     let mut chunk = vec![0; CHUNK];
-    let mut progress = ProgressPrinter::of(size);
+    let mut progress = ProgressPrinter::new(size);
     for extent in [assignment.root, assignment.verity] {
         let mut body = server.read(&assignment.image, extent)?;
         let mut left = extent.size;

@@ -38,7 +38,7 @@ const STARTED: u32 = 4;
 /// If the kernel's command line has no server. The installer prints other errors, and tries again.
 pub fn install() -> Result<()> {
     let cmdline = std::fs::read_to_string("/proc/cmdline").map_err(Error::io("read", Path::new("/proc/cmdline")))?;
-    let mut server = Server::of(&cmdline)?;
+    let mut server = Server::from_cmdline(&cmdline)?;
     // One key for the whole boot, so that the code that the operator confirms does not change.
     let key = Key::generate()?;
     let mut printed = String::new();
@@ -113,7 +113,7 @@ fn write(server: &Server, install: &Install, ticket: &[u8]) -> Result<()> {
     tell(format!("installing {} on {}", install.to, install.disk));
     let target = Target::open(install)?;
     target.clear()?;
-    let mut progress = ProgressPrinter::of(install.extents.iter().map(|e| e.size).sum());
+    let mut progress = ProgressPrinter::new(install.extents.iter().map(|e| e.size).sum());
     target.write(server, |bytes| progress.advance(server, bytes))?;
     target.verify()?;
     target.put_ticket(ticket)?;

@@ -13,7 +13,7 @@ pub(super) struct ProgressPrinter {
 }
 
 impl ProgressPrinter {
-    pub(super) fn of(of: u64) -> Self {
+    pub(super) fn new(of: u64) -> Self {
         Self { bytes: 0, of: of.max(1) }
     }
 

@@ -10,7 +10,7 @@ use ureq::Agent;
 use crate::error::{Error, Result};
 
 /// Time limit for a connection, and for the headers of a reply.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Client of the netboot server.
 pub(super) struct Server {
@@ -25,14 +25,14 @@ pub(super) struct Server {
 
 impl Server {
     /// Makes a client of the server on the kernel's command line.
-    pub(super) fn of(cmdline: &str) -> Result<Self> {
+    pub(super) fn from_cmdline(cmdline: &str) -> Result<Self> {
         let word = cmdline.split_whitespace().find_map(|w| w.strip_prefix(NetbootMachine::SERVER)?.strip_prefix('='));
         let base = word.ok_or_else(|| {
             Error::Configuration(format!("the kernel's command line has no {}=http://…", NetbootMachine::SERVER))
         })?;
         let config = Agent::config_builder()
-            .timeout_connect(Some(PATIENCE))
-            .timeout_recv_response(Some(PATIENCE))
+            .timeout_connect(Some(TIMEOUT))
+            .timeout_recv_response(Some(TIMEOUT))
             .http_status_as_error(false)
             .build();
         let base = base.trim_end_matches('/').to_owned();

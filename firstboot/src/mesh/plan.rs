@@ -89,21 +89,21 @@ mod tests {
     fn topology() -> Topology {
         let toml = b"name = \"acme\"\n[groups.hub]\ncount = 3\nendpoints = [\"one\", \"two\", \"three\"]\n\
                      [groups.db]\ncount = 2\n";
-        Topology::of(&fleet::Fleet::parse("f", toml).unwrap())
+        Topology::from_fleet(&fleet::Fleet::parse("f", toml).unwrap())
     }
 
     fn keys() -> BTreeMap<String, MeshKey> {
         ["hub-1", "hub-2", "db-1"].iter().enumerate().map(|(i, n)| ((*n).to_owned(), MeshKey([i as u8; 32]))).collect()
     }
 
-    fn of(node: &str) -> Vec<Interface<(String, u16)>> {
+    fn interfaces_of(node: &str) -> Vec<Interface<(String, u16)>> {
         let topology = topology();
         interfaces(&topology, topology.node(node).unwrap(), &keys(), &BTreeMap::new())
     }
 
     #[test]
     fn worker_has_an_interface_for_each_hub() {
-        let all = of("db-1");
+        let all = interfaces_of("db-1");
         let names: Vec<_> = all.iter().map(|i| (i.name.as_str(), i.peers.len(), i.port)).collect();
         assert_eq!(names, [("wg-hub1", 1, None), ("wg-hub2", 1, None), ("wg-hub3", 0, None)]);
         assert_eq!(all[1].peers[0].endpoint, Some(("two".to_owned(), 51820)));
@@ -114,17 +114,17 @@ mod tests {
     }
 
     #[test]
-    fn names_match_those_of_the_topology() {
+    fn interface_names_match_topology() {
         let topology = topology();
         for node in &topology.nodes {
-            let names: Vec<String> = of(&node.name).into_iter().map(|i| i.name).collect();
+            let names: Vec<String> = interfaces_of(&node.name).into_iter().map(|i| i.name).collect();
             assert_eq!(topology.wireguard(node), names, "{}", node.name);
         }
     }
 
     #[test]
     fn hub_accepts_only_own_addresses_of_workers() {
-        let all = of("hub-1");
+        let all = interfaces_of("hub-1");
         assert_eq!(
             (all[0].name.as_str(), all[0].port, all[0].address.to_string().as_str()),
             ("wg0", Some(51820), "10.11.0.1/24")
@@ -136,7 +136,8 @@ mod tests {
     #[test]
     fn both_ends_of_a_hub_link_use_the_same_ports() {
         let topology = topology();
-        let link = |from: &str, to: u16| of(from).into_iter().find(|i| i.name == format!("wg-hub{to}")).unwrap();
+        let link =
+            |from: &str, to: u16| interfaces_of(from).into_iter().find(|i| i.name == format!("wg-hub{to}")).unwrap();
         let (ab, ba) = (link("hub-1", 2), link("hub-2", 1));
         assert_eq!(ab.peers[0].endpoint.as_ref().unwrap().1, ba.port.unwrap());
         assert_eq!(ba.peers[0].endpoint.as_ref().unwrap().1, ab.port.unwrap());

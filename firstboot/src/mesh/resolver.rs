@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_names_are_looked_up() {
+    async fn resolver_looks_up_names_but_not_addresses() {
         let mut resolver = Resolver::new();
         let literal = resolver.addresses(&("192.0.2.1".to_owned(), 51820));
         assert_eq!(literal, ["192.0.2.1:51820".parse().unwrap()]);

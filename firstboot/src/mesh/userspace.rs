@@ -23,7 +23,7 @@ pub(super) struct Program {
 
 impl Program {
     /// Returns the client; `None` if no program serves the interface.
-    pub(super) fn of(interface: &str) -> Option<Self> {
+    pub(super) fn for_interface(interface: &str) -> Option<Self> {
         let socket = PathBuf::from(format!("/run/wireguard/{interface}.sock"));
         socket.exists().then_some(Self { socket })
     }

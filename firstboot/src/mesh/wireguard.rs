@@ -50,7 +50,7 @@ impl Wireguard {
         private: &[u8; 32],
         mtu: u16,
     ) -> Result<()> {
-        let program = Program::of(&wanted.name);
+        let program = Program::for_interface(&wanted.name);
         if before.is_none() {
             self.make(wanted, mtu).await?;
             if let Some(program) = &program {
@@ -125,7 +125,7 @@ impl Wireguard {
 
     /// Returns the time of the last handshake of each peer that had one.
     pub(super) async fn handshakes(&mut self, name: &str) -> Result<BTreeMap<MeshKey, SystemTime>> {
-        if let Some(program) = Program::of(name) {
+        if let Some(program) = Program::for_interface(name) {
             return program.handshakes().await;
         }
         let of = vec![WireguardAttribute::IfName(name.to_owned())];

@@ -25,9 +25,9 @@ use crate::node::trust::{Decision, Heard, HubAnswer, signed_by_root};
 use fleet_https::{Connection, request};
 
 /// Time limit for a connection to a hub's mesh address, before the node tries its public endpoint.
-const MESH_PATIENCE: Duration = Duration::from_secs(2);
+const MESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time limit for the reply of one hub to a request for peers.
-const ROUND_PATIENCE: Duration = Duration::from_secs(12);
+const ROUND_TIMEOUT: Duration = Duration::from_secs(12);
 /// Number of hubs from which a node requests its peers at a time. With two, an evicted hub alone cannot hide its
 /// eviction from the node.
 const ASKED: usize = 2;
@@ -59,7 +59,7 @@ pub(crate) struct HubAddress {
 impl Hubs {
     /// Makes a client of all hubs except this node itself.
     #[must_use]
-    pub fn of(topology: &Topology, endpoints: &BTreeMap<String, String>, own: &str, tls: Arc<ClientConfig>) -> Self {
+    pub fn new(topology: &Topology, endpoints: &BTreeMap<String, String>, own: &str, tls: Arc<ClientConfig>) -> Self {
         let of = |hub: &Node| {
             let public = hub.endpoint_in(endpoints)?;
             Some(HubAddress { slot: hub.name.clone(), public, mesh: hub.address.to_string() })
@@ -141,7 +141,7 @@ impl Hubs {
     async fn connect(&self, hub: &HubAddress) -> Result<Connection> {
         if self.over_mesh
             && let Ok(Ok(connection)) =
-                timeout(MESH_PATIENCE, Connection::open(&hub.mesh, self.port, &hub.slot, &self.tls)).await
+                timeout(MESH_TIMEOUT, Connection::open(&hub.mesh, self.port, &hub.slot, &self.tls)).await
         {
             return Ok(connection);
         }
@@ -190,7 +190,7 @@ impl Hubs {
             self.answered(&hub.slot, &connection, &answer)
         };
         let late = |_| Err(fleet_https::Error::no_answer(&hub.slot).into());
-        timeout(ROUND_PATIENCE, asked).await.unwrap_or_else(late)
+        timeout(ROUND_TIMEOUT, asked).await.unwrap_or_else(late)
     }
 
     fn answered(&self, slot: &str, connection: &Connection, answer: &[u8]) -> Result<HubAnswer> {

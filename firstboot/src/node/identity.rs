@@ -10,7 +10,7 @@ use tokio_rustls::rustls::ClientConfig;
 use tracing::info;
 
 use crate::error::{Error, Result};
-use crate::host::console::say;
+use crate::host::console::log_event;
 use crate::host::journal::Event;
 use crate::node::hubs::Hubs;
 use crate::node::image::Image;
@@ -74,7 +74,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
             match &founder.replaces {
                 None => (keys, state, BTreeMap::new()),
                 Some(joiner) => {
-                    let hubs = Hubs::of(
+                    let hubs = Hubs::new(
                         &image.topology,
                         &ticket.endpoints,
                         &node.name,
@@ -88,7 +88,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
         Credential::Joiner(joiner) => {
             check_token(joiner, image)?;
             let keys = Keys::load_or_make(dir)?;
-            let hubs = Hubs::of(&image.topology, &ticket.endpoints, "", fleet_https::client(&ticket.root, None)?);
+            let hubs = Hubs::new(&image.topology, &ticket.endpoints, "", fleet_https::client(&ticket.root, None)?);
             let grant = join(&hubs, joiner, image, &keys).await?;
             let (state, known) = granted(first(&grant.slot, grant.epoch), grant);
             node_of(&state, image)?;
@@ -101,7 +101,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
     }
     neighbourhood.flush();
     state.store(dir)?;
-    say(Event::Joined, &format!("{} of the fleet {}", state.slot, state.fleet));
+    log_event(Event::Joined, &format!("{} of the fleet {}", state.slot, state.fleet));
     Ok(Identity { keys, state, neighbourhood })
 }
 
@@ -187,7 +187,7 @@ mod tests {
         fs::create_dir(dir.path().join("state")).unwrap();
         fs::create_dir(dir.path().join("credentials")).unwrap();
         let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\n";
-        let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
+        let topology = Topology::from_fleet(&fleet::Fleet::parse("f", toml).unwrap());
         let info = ImageInfo {
             id: "acme-hub".into(),
             version: "1".into(),

@@ -4,7 +4,7 @@ use fleet::{Grant, JoinReply, JoinRequest, Joiner, LONGEST, PROTOCOL, encoding};
 
 use crate::client::backoff::Backoff;
 use crate::error::{Error, Result};
-use crate::host::console::say;
+use crate::host::console::log_event;
 use crate::host::journal::Event;
 use crate::node::hubs::{Hubs, read};
 use crate::node::image::Image;
@@ -24,7 +24,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
         tls_key: encoding::encode(keys.tls.public()?.as_bytes()),
     };
     let body = serde_json::to_vec(&asked).map_err(Error::json("the claim"))?;
-    say(Event::Asking, &format!("asking {} for a slot in {}", hubs.slots().join(", "), asked.group));
+    log_event(Event::Asking, &format!("asking {} for a slot in {}", hubs.slots().join(", "), asked.group));
     let mut pause = Backoff::default();
     let mut reported = String::new();
     loop {
@@ -47,7 +47,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
         // Only a new reason goes to the console, because the node asks every minute or more often.
         let why = summary(answers);
         if why != reported {
-            say(Event::Waiting, &format!("still without a slot: {why}"));
+            log_event(Event::Waiting, &format!("still without a slot: {why}"));
             reported = why;
         }
         tokio::time::sleep(pause.next_delay()).await;

@@ -158,7 +158,7 @@ impl PeerTable {
             let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
             let changed = change(keys, &mut granted, &mut pins);
             if changed {
-                self.file.send(WriterCommand::Write(Neighbours::of(keys.clone(), granted.clone(), pins.clone())));
+                self.file.send(WriterCommand::Write(Neighbours::new(keys.clone(), granted.clone(), pins.clone())));
             }
             changed
         });
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn founder_with_other_key_than_etcds_is_a_stranger() {
+    fn founder_with_other_key_than_in_etcd_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let (old, new) = (MeshKey([1; 32]), MeshKey([2; 32]));
         let all = PeerTable::load(dir.path(), BTreeMap::new());

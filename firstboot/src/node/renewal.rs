@@ -18,7 +18,7 @@ use crate::node::state::{State, StateDir};
 const LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
 const FILE: &str = "renewal.json";
 /// Longest wait at the start for passwords that an earlier version did not have.
-const PASSWORDS_PATIENCE: Duration = Duration::from_secs(5);
+const PASSWORDS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A renewal in progress. The agent stores it before it sends the keys to a hub, and again with the hub's reply.
 #[derive(Serialize, Deserialize)]
@@ -131,7 +131,7 @@ pub async fn take_missing_passwords(dir: &StateDir, mut own: Identity, image: &I
         return Ok(own);
     }
     let hubs = hubs(&own, node, image)?;
-    let answer = tokio::time::timeout(PASSWORDS_PATIENCE, hubs.renew(&own.keys)).await;
+    let answer = tokio::time::timeout(PASSWORDS_TIMEOUT, hubs.renew(&own.keys)).await;
     if let Ok(Ok(JoinReply::Granted(Grant { secrets, .. }))) = answer
         && !secrets.etcd_patroni.is_empty()
     {
@@ -145,6 +145,6 @@ pub async fn take_missing_passwords(dir: &StateDir, mut own: Identity, image: &I
 
 fn hubs(own: &Identity, node: &Node, image: &Image) -> Result<Hubs> {
     // The mesh is not up yet, so the hubs' public endpoints are used.
-    let hubs = Hubs::of(&image.topology, &own.state.endpoints, &node.name, own.client()?);
+    let hubs = Hubs::new(&image.topology, &own.state.endpoints, &node.name, own.client()?);
     Ok(hubs.known_by(own.neighbourhood.clone()))
 }

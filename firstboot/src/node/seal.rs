@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 
 /// Longest wait for a reply. A TPM usually needs about a second. The agent retries after this time.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Client of the sealing service: the path of its socket.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ struct Reply {
 impl Sealer {
     /// Returns the sealer of this machine; `None` without a TPM 2.0.
     #[must_use]
-    pub fn of_node() -> Option<Self> {
+    pub fn for_node() -> Option<Self> {
         let has_tpm = fs::read_dir("/sys/class/tpmrm").is_ok_and(|mut all| all.next().is_some());
         has_tpm.then(|| Self("/run/systemd/io.systemd.Credentials".into()))
     }
@@ -77,7 +77,7 @@ impl Sealer {
         let mut reply = Vec::new();
         let mut exchange = || {
             let mut stream = UnixStream::connect(&self.0)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
             stream.write_all(format!("{call}\0").as_bytes())?;
             BufReader::new(stream).read_until(0, &mut reply)
         };

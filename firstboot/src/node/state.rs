@@ -113,7 +113,7 @@ impl Neighbours {
 
     /// Makes the content of the file.
     #[must_use]
-    pub fn of(keys: BTreeMap<String, MeshKey>, granted: BTreeSet<String>, hubs: BTreeMap<String, String>) -> Self {
+    pub fn new(keys: BTreeMap<String, MeshKey>, granted: BTreeSet<String>, hubs: BTreeMap<String, String>) -> Self {
         Self { version: Self::VERSION, keys, granted, hubs }
     }
 
@@ -152,7 +152,7 @@ impl SlotRecords {
 
     /// Makes the content of the file.
     #[must_use]
-    pub fn of(slots: BTreeMap<String, SlotRecord>) -> Self {
+    pub fn new(slots: BTreeMap<String, SlotRecord>) -> Self {
         Self { version: Self::VERSION, slots }
     }
 
@@ -338,7 +338,7 @@ mod tests {
 
     fn state() -> State {
         let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
-        State::new(&Topology::of(&fleet), "hub-1", 1, "root")
+        State::new(&Topology::from_fleet(&fleet), "hub-1", 1, "root")
     }
 
     #[test]
@@ -441,7 +441,7 @@ mod tests {
     fn damaged_neighbours_are_empty() {
         let dir = tempfile::tempdir().unwrap();
         let keys = BTreeMap::from([("hub-1".to_owned(), MeshKey([7; 32]))]);
-        Neighbours::of(keys.clone(), BTreeSet::new(), BTreeMap::new()).store(dir.path()).unwrap();
+        Neighbours::new(keys.clone(), BTreeSet::new(), BTreeMap::new()).store(dir.path()).unwrap();
         assert_eq!(Neighbours::load(dir.path()).keys, keys);
         fs::write(dir.path().join("neighbours.json"), "{").unwrap();
         assert_eq!(Neighbours::load(dir.path()).keys, BTreeMap::new());

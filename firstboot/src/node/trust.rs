@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn only_other_hub_is_enough() {
+    fn reply_of_the_only_other_hub_is_enough() {
         let only = reply("hub-1", &["hub-1"], |p| p.fenced = Some(3));
         assert_eq!(worker(1, &["hub-1"], std::slice::from_ref(&only)).standing, Standing::Fenced(3));
         assert_eq!(worker(1, &["hub-1"], &[HubAnswer { tls_key: "another".into(), ..only }]).standing, Standing::Owner);

@@ -20,7 +20,7 @@ struct Entry {
 }
 
 impl Entry {
-    fn of((version, left): (&str, Option<u32>)) -> Self {
+    fn new((version, left): (&str, Option<u32>)) -> Self {
         Self { version: version.to_owned(), left }
     }
 }
@@ -38,7 +38,7 @@ impl Boots {
         let names = fs::read_dir(dir).map_err(Error::io("read", dir))?;
         let names: std::io::Result<Vec<_>> = names.map(|e| Ok(e?.file_name())).collect();
         let names = names.map_err(Error::io("read", dir))?;
-        Ok(Self(names.iter().filter_map(|n| split(n.to_str()?, id)).map(Entry::of).collect()))
+        Ok(Self(names.iter().filter_map(|n| split(n.to_str()?, id)).map(Entry::new).collect()))
     }
 
     /// Returns whether the entry of this version is blessed.

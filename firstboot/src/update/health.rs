@@ -10,14 +10,14 @@ use crate::host::systemd::{ServiceState, Systemd};
 /// How long all units must run without a restart.
 const STEADY: Duration = Duration::from_secs(10);
 /// Time limit of the health check. systemd's time-out of the unit is longer.
-pub const PATIENCE: Duration = Duration::from_secs(600);
+pub const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Waits until all units run and none was restarted for 10 s.
 ///
 /// # Errors
 /// If a unit has failed, or the units do not run within 10 min. The error names the units.
 pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TIMEOUT;
     let mut before: BTreeMap<String, ServiceState> = BTreeMap::new();
     let mut first: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     loop {

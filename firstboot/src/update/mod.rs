@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
-use crate::host::console::say;
+use crate::host::console::log_event;
 use crate::host::journal::Event;
 use crate::host::systemd::Systemd;
 use crate::node::image::ImageInfo;
@@ -125,7 +125,7 @@ impl Updates<'_> {
         }
         let unwell = !self.is_whole().await?;
         // The roles may still start. An update would interrupt them.
-        if unwell && uptime()? < health::PATIENCE {
+        if unwell && uptime()? < health::TIMEOUT {
             return Ok(UpdateState::Starting);
         }
         // A pending version that the boot loader has given up does not count as available.
@@ -172,7 +172,7 @@ impl Updates<'_> {
     /// Downloads the image, switches the primary over, and restarts.
     async fn change(&self, image: &str) -> Result<()> {
         let running = &self.image.version;
-        say(Event::Changing, &format!("{}: changing from version {running} to {image}", self.node.name));
+        log_event(Event::Changing, &format!("{}: changing from version {running} to {image}", self.node.name));
         let loaded = match self.systemd.start("firstboot-install.service").await {
             Ok(()) if Boots::read(&self.entries, &self.image.id)?.waiting(running) != Some(image) => {
                 Err(Error::Failed("the update folder does not have this version now".to_owned()))
@@ -181,7 +181,10 @@ impl Updates<'_> {
         };
         if let Err(e) = loaded {
             // The node keeps its version, whether the server or the image caused the failure.
-            say(Event::NotLoaded, &format!("{}: version {image} was not downloaded: {}", self.node.name, e.chain()));
+            log_event(
+                Event::NotLoaded,
+                &format!("{}: version {image} was not downloaded: {}", self.node.name, e.chain()),
+            );
             let _ = fs::remove_file(&self.offer);
             return Ok(());
         }
@@ -191,7 +194,7 @@ impl Updates<'_> {
         {
             warn!("switchover before the restart failed: {}", e.chain());
         }
-        say(Event::Restarting, &format!("{}: restarting with version {image}", self.node.name));
+        log_event(Event::Restarting, &format!("{}: restarting with version {image}", self.node.name));
         self.systemd.reboot().await?;
         // systemd stops this service during the shutdown.
         std::future::pending().await

@@ -110,7 +110,7 @@ impl Error {
 }
 
 /// Time limit of a connection, and of a reply.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A certificate with its intermediate certificates, and its key. PEM.
 #[derive(Clone, Copy)]
@@ -171,7 +171,7 @@ impl Connection {
     pub async fn open(host: &str, port: u16, name: &str, config: &Arc<ClientConfig>) -> Result<Self> {
         let to = format!("{name} ({host}:{port})");
         let expected = ServerName::try_from(name.to_owned()).map_err(|e| Error::network(&to, e))?;
-        let connected = timeout(PATIENCE, async {
+        let connected = timeout(TIMEOUT, async {
             let tcp = TcpStream::connect((host, port)).await?;
             tcp.set_nodelay(true)?;
             TlsConnector::from(config.clone()).connect(expected, tcp).await
@@ -224,7 +224,7 @@ impl Connection {
     /// If the peer does not answer within 10 s.
     pub async fn plain(host: &str, port: u16) -> Result<Self> {
         let to = format!("{host}:{port}");
-        let connected = timeout(PATIENCE, TcpStream::connect((host, port))).await;
+        let connected = timeout(TIMEOUT, TcpStream::connect((host, port))).await;
         let stream = connected.map_err(|_| Error::no_answer(&to))?.map_err(|e| Error::network(&to, e))?;
         Self::over(stream, to).await
     }
@@ -246,7 +246,7 @@ impl Connection {
     /// # Errors
     /// If the connection ends, or no reply arrives within 10 s.
     pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
-        let answer = timeout(PATIENCE, async {
+        let answer = timeout(TIMEOUT, async {
             self.sender.ready().await?;
             self.sender.send_request(request).await
         });
@@ -261,7 +261,7 @@ impl Connection {
     pub async fn ask(&mut self, request: Request<Full<Bytes>>, longest: usize) -> Result<Bytes> {
         let response = self.send(request).await?;
         let status = response.status();
-        let body = timeout(PATIENCE, Limited::new(response.into_body(), longest).collect());
+        let body = timeout(TIMEOUT, Limited::new(response.into_body(), longest).collect());
         let body = body.await.map_err(|_| Error::no_answer(&self.to))?.map_err(|e| Error::network(&self.to, e))?;
         let body = body.to_bytes();
         if status.is_success() {
@@ -296,7 +296,7 @@ pub fn tls_key(cert: &EndEntityCert) -> Option<String> {
     let spki = cert.subject_public_key_info();
     // The structure ends with the uncompressed P-256 point.
     let point = spki.as_ref().get(spki.as_ref().len().checked_sub(65)?..)?;
-    Some(encoding::encode(PublicKey::of(point)?.as_bytes()))
+    Some(encoding::encode(PublicKey::from_point(point)?.as_bytes()))
 }
 
 fn provider() -> Arc<CryptoProvider> {

@@ -56,7 +56,7 @@ impl HaRow {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 1\n";
-/// let topology = fleet::Topology::of(&fleet::Fleet::parse("fleet.toml", toml)?);
+/// let topology = fleet::Topology::from_fleet(&fleet::Fleet::parse("fleet.toml", toml)?);
 /// let verdicts: Vec<_> = fleet::ha_table(&topology).iter().map(|row| (row.role, row.verdict())).collect();
 /// assert_eq!(verdicts[..2], [("hub", "as recommended"), ("db", "one failure stops it")]);
 /// # Ok(())
@@ -97,7 +97,7 @@ pub fn ha_table(topology: &Topology) -> Vec<HaRow> {
 /// ```
 #[must_use]
 pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
-    let mut lint = Lint { fleet, profiles, topology: Topology::of(fleet), found: Vec::new() };
+    let mut lint = Lint { fleet, profiles, topology: Topology::from_fleet(fleet), found: Vec::new() };
     lint.names();
     lint.groups();
     lint.addresses();

@@ -35,7 +35,7 @@ fn missing_role_differs_from_role_of_one_node() {
     let found = lint(&fleet, &profiles()).into_iter().map(|d| d.message);
     let found: Vec<String> = found.filter(|m| m.contains("role")).collect();
     assert_eq!(found, ["1 of role `db`: one failure stops it", "no node has the role `app`"]);
-    let verdicts: Vec<&str> = ha_table(&Topology::of(&fleet)).iter().map(HaRow::verdict).collect();
+    let verdicts: Vec<&str> = ha_table(&Topology::from_fleet(&fleet)).iter().map(HaRow::verdict).collect();
     assert_eq!(verdicts, ["as recommended", "one failure stops it", "no node", "one failure stops it"]);
 }
 

@@ -47,7 +47,7 @@ struct Match {
 impl Filter {
     /// Returns the filter of `node`.
     #[must_use]
-    pub fn of(topology: &Topology, node: &Node) -> Self {
+    pub fn for_node(topology: &Topology, node: &Node) -> Self {
         let mut lines = Lines { topology, sets: BTreeMap::new() };
         let others = |party: Party| topology.nodes.iter().any(|n| n.name != node.name && party.has(n));
         let rules: Vec<Rule> = rules(topology).into_iter().filter(|r| r.from != Party::Itself).collect();
@@ -56,14 +56,14 @@ impl Filter {
         // The template has its own rule for ICMP.
         let numbered = |r: &Rule| r.protocol != Protocol::Icmp;
         let mesh = |r: &Rule| numbered(r) && r.is_inside();
-        let input = lines.of(&with(&|r| mesh(r) && r.to.has(node) && others(r.from)), true, false);
+        let input = lines.matching(&with(&|r| mesh(r) && r.to.has(node) && others(r.from)), true, false);
         // BFD has no replies, because both ends send to its port.
         let opens =
             |r: &Rule| mesh(r) && r.from.has(node) && others(r.to) && r.protocol != Protocol::Vrrp && !r.is_bfd();
-        let replies = lines.of(&with(&opens), false, true);
+        let replies = lines.matching(&with(&opens), false, true);
         let crosses = |r: &Rule| mesh(r) && r.network == Network::Mesh && r.is_between(topology, node);
-        let forward = if node.hub > 0 { lines.of(&with(&crosses), true, true) } else { Vec::new() };
-        let public = lines.of(&with(&|r| numbered(r) && r.from == Party::Public && r.to.has(node)), false, false);
+        let forward = if node.hub > 0 { lines.matching(&with(&crosses), true, true) } else { Vec::new() };
+        let public = lines.matching(&with(&|r| numbered(r) && r.from == Party::Public && r.to.has(node)), false, false);
         if node.hub > 0 {
             lines.set(HUB, Network::Mesh);
         }
@@ -85,7 +85,7 @@ struct Lines<'a> {
 impl Lines<'_> {
     /// Returns one line for all ports with the same ends. `from` and `to` are whether a line names that end. An end
     /// without a name is empty.
-    fn of(&mut self, rules: &[Rule], from: bool, to: bool) -> Vec<Match> {
+    fn matching(&mut self, rules: &[Rule], from: bool, to: bool) -> Vec<Match> {
         let mut gathered: BTreeMap<Ends, BTreeSet<(u16, u16)>> = BTreeMap::new();
         for rule in rules {
             let mut set = |party, named| if named { self.set(party, rule.network) } else { String::new() };

@@ -220,8 +220,8 @@ pub(crate) fn services(nodes: &[Node], profiles: &Profiles) -> Vec<ServicePort> 
 pub fn rules(topology: &Topology) -> Vec<Rule<'_>> {
     let services = topology.services.iter().flat_map(|s| {
         s.from.iter().map(|from| Rule {
-            from: Party::of(from),
-            to: Party::of(&s.role),
+            from: Party::for_role(from),
+            to: Party::for_role(&s.role),
             protocol: s.proto.into(),
             ports: Ports::One(s.port),
             why: &s.service,
@@ -230,7 +230,7 @@ pub fn rules(topology: &Topology) -> Vec<Rule<'_>> {
     });
     let open = topology.firewall.open.iter().map(|open| Rule {
         from: Party::Public,
-        to: open.role.as_deref().map_or(Party::Member, Party::of),
+        to: open.role.as_deref().map_or(Party::Member, Party::for_role),
         protocol: open.proto.into(),
         ports: Ports::One(open.port),
         why: "[firewall] open",
@@ -256,7 +256,7 @@ pub fn allowed_from_outside(topology: &Topology, to: &Node, protocol: Protocol, 
 }
 
 impl<'a> Party<'a> {
-    fn of(role: &'a str) -> Self {
+    fn for_role(role: &'a str) -> Self {
         if role == EVERY || role == "base" { Self::Member } else { Self::Role(role) }
     }
 
@@ -352,7 +352,7 @@ mod tests {
     use crate::{Fleet, Profile};
 
     fn topology(text: &str) -> Topology {
-        Topology::of(&Fleet::parse("fleet.toml", text.as_bytes()).unwrap())
+        Topology::from_fleet(&Fleet::parse("fleet.toml", text.as_bytes()).unwrap())
     }
 
     const HA: &str = "name = \"x\"\n[groups]\nhub.count = 3\ndb.count = 2\napp.count = 2\nmonitor.count = 2\n";
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn from_of_a_profile_limits_its_ports() {
+    fn profile_key_from_limits_its_ports() {
         let profile = |text: &str| Profile::parse("p", text.as_bytes()).unwrap();
         let mut t = topology(&format!("{HA}report.count = 1\n"));
         let known = profile("[[ports]]\nport = 5432\nproto = \"tcp\"\nservice = \"postgresql\"\n");
@@ -412,7 +412,7 @@ mod tests {
                      hub.count = 3\ndb.count = 2\nmonitor.count = 2\napp = { count = 2000, first = \"10.10.1.0\" }\n";
         let length = |text: &str| {
             let t = topology(text);
-            serde_json::to_string(&Filter::of(&t, t.node("hub-1").unwrap())).unwrap().len()
+            serde_json::to_string(&Filter::for_node(&t, t.node("hub-1").unwrap())).unwrap().len()
         };
         let (small, large) = (length(HA), length(large));
         assert!(large < small + 100, "{small} {large}");

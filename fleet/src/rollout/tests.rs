@@ -18,7 +18,7 @@ fn wire_format_keeps_its_names() {
 
 fn topology() -> Topology {
     let toml = b"name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\napp.count=2\nmonitor.count=1\n";
-    Topology::of(&Fleet::parse("f", toml).unwrap())
+    Topology::from_fleet(&Fleet::parse("f", toml).unwrap())
 }
 
 fn report_of(image: &str, doing: UpdateState) -> Report {
@@ -72,7 +72,7 @@ fn one_node_at_a_time_and_leaders_last() {
 #[test]
 fn primary_moves_once() {
     let toml = b"name=\"x\"\n[groups]\nhub.count=3\nhub.roles=[\"hub\",\"db\"]\n";
-    let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
+    let topology = Topology::from_fleet(&Fleet::parse("f", toml).unwrap());
     let mut fleet = all_available(&topology);
     let primary =
         report_of("1", UpdateState::Available { image: "2".into(), leads: true, primary: true, unwell: false });

@@ -37,7 +37,7 @@ impl Arena {
     pub fn up(lab: TestFleet, nodes: &[&str]) -> Self {
         let topology = Project::load(&lab.dir).expect("a valid fleet.toml").topology;
         // `Drop` switches them off when the test ends, also after a panic.
-        let machines = nodes.iter().map(|name| ((*name).to_owned(), Machine::of(&lab, name))).collect();
+        let machines = nodes.iter().map(|name| ((*name).to_owned(), Machine::for_node(&lab, name))).collect();
         lab.ok(&[&["up", "--containers"], nodes].concat());
         let key: serde_json::Value = serde_json::from_str(&lab.read("fleet.key")).expect("JSON");
         let secrets = serde_json::from_value(key["secrets"].clone()).expect("passwords by name");
@@ -75,8 +75,8 @@ impl Arena {
     }
 
     fn wire_name(&self) -> String {
-        let wire = self.machines.values().next().expect("a machine").wire();
-        format!("bakehouse-{}", wire.replace([':', '.'], "-"))
+        let lan = self.machines.values().next().expect("a machine").lan();
+        format!("bakehouse-{}", lan.replace([':', '.'], "-"))
     }
 
     /// Returns the path of the internet host's network namespace.

@@ -21,7 +21,7 @@ pub(super) fn read(arena: &Arena, from: &Foothold) -> Finding {
     }
     // A hub can take any worker's address.
     let _db =
-        (from.place == Place::Hub).then(|| Impersonation::of(arena, from, arena.node("db-2"), arena.node(keeper)));
+        (from.place == Place::Hub).then(|| Impersonation::new(arena, from, arena.node("db-2"), arena.node(keeper)));
     let open = from.run(|| async { from.reachable(doors(arena, [arena.node(keeper)].into_iter(), PORT)).await });
     let mut last = format!("port {PORT} is filtered or closed");
     for door in open {

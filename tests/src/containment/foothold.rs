@@ -21,7 +21,7 @@ use super::members::Captured;
 use super::{Arena, Place};
 
 /// How long an attack waits for a reply. The fleet's daemons reply within milliseconds.
-pub(super) const PATIENCE: Duration = Duration::from_secs(4);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(4);
 /// How long an attack waits for a TCP connection.
 const CONNECT: Duration = Duration::from_millis(1500);
 
@@ -216,7 +216,7 @@ impl Foothold {
     ///
     /// # Errors
     /// If the connection or TLS fails, the response's status is not a success, or the reply takes longer than
-    /// [`PATIENCE`].
+    /// [`TIMEOUT`].
     pub async fn ask(
         &self,
         door: &Door,
@@ -226,15 +226,15 @@ impl Foothold {
         body: Vec<u8>,
     ) -> Result<Bytes, String> {
         let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
-        let tls = fleet_https::client(&self.root, identity).map_err(|e| fleet::ErrorChain::of(&e).to_string())?;
+        let tls = fleet_https::client(&self.root, identity).map_err(|e| fleet::ErrorChain::new(&e).to_string())?;
         let asked = async {
             let mut connection = Connection::open(&door.host, door.port, &door.name, &tls).await?;
             connection.ask(request(method, &door.host, path, headers, body.into())?, 16 << 20).await
         };
-        timeout(PATIENCE, asked)
+        timeout(TIMEOUT, asked)
             .await
             .map_err(|_| format!("{}: no reply", door.host))?
-            .map_err(|e| fleet::ErrorChain::of(&e).to_string())
+            .map_err(|e| fleet::ErrorChain::new(&e).to_string())
     }
 }
 

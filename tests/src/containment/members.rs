@@ -12,7 +12,7 @@ use fleet_https::Connection;
 use serde::Serialize;
 use tokio::time::timeout;
 
-use super::foothold::{Door, Foothold, PATIENCE, doors};
+use super::foothold::{Door, Foothold, TIMEOUT, doors};
 use super::{Arena, Finding, Place, etcd};
 
 /// Group with free slots.
@@ -228,7 +228,7 @@ pub async fn ask_to_join(
     joiner: &Joiner,
     body: &[u8],
 ) -> Result<(Grant, Captured), String> {
-    let tls = fleet_https::client(&from.root, None).map_err(|e| fleet::ErrorChain::of(&e).to_string())?;
+    let tls = fleet_https::client(&from.root, None).map_err(|e| fleet::ErrorChain::new(&e).to_string())?;
     let asked = async {
         let mut hub = Connection::open(&door.host, door.port, &door.name, &tls).await?;
         let binding = *hub.binding().expect("a connection with TLS");
@@ -240,10 +240,10 @@ pub async fn ask_to_join(
         let answer = hub.post_signed("/v1/join", body, |message| joiner.key.sign(message), 1 << 20).await?;
         Ok::<_, firstboot::error::Error>((answer, Captured { headers, body: body.to_vec() }))
     };
-    let (answer, captured) = timeout(PATIENCE, asked)
+    let (answer, captured) = timeout(TIMEOUT, asked)
         .await
         .map_err(|e| e.to_string())?
-        .map_err(|e| fleet::ErrorChain::of(&e).to_string())?;
+        .map_err(|e| fleet::ErrorChain::new(&e).to_string())?;
     granted(&answer).map(|grant| (grant, captured))
 }
 

@@ -72,7 +72,7 @@ pub(super) async fn tell(path: &str, message: &Value) -> Result<Vec<u8>, String>
         let mut server = Connection::plain(INTERNET, PORT).await?;
         server.ask(request("POST", INTERNET, path, &[], message.to_string().into())?, 1 << 20).await
     };
-    sent.await.map(Into::into).map_err(|e| fleet::ErrorChain::of(&e).to_string())
+    sent.await.map(Into::into).map_err(|e| fleet::ErrorChain::new(&e).to_string())
 }
 
 /// Requests a ticket as a machine with these MAC addresses.

@@ -179,7 +179,7 @@ impl<'a> Impersonation<'a> {
     ///
     /// # Panics
     /// If the attacker's machine is not a hub.
-    pub(super) fn of(arena: &'a Arena, from: &Foothold, worker: &Node, towards: &Node) -> Self {
+    pub(super) fn new(arena: &'a Arena, from: &Foothold, worker: &Node, towards: &Node) -> Self {
         let machine = arena.machine(&from.node.as_ref().expect("a hub").name);
         let (address, to) = (worker.address, towards.address);
         let route = format!("{to}/32 dev wg0 src {address} metric 1");

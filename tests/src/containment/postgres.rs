@@ -11,7 +11,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use super::foothold::{Door, Foothold, NodeIdentity, PATIENCE, doors};
+use super::foothold::{Door, Foothold, NodeIdentity, TIMEOUT, doors};
 use super::{Arena, Finding, Place};
 
 /// PostgreSQL's port, and HAProxy's port for the primary.
@@ -52,7 +52,7 @@ async fn try_role(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>, ro
     let mut last = String::new();
     let none = String::new();
     for (name, word) in from.passwords.iter().map(|(n, w)| (n.as_str(), w)).chain([("an empty password", &none)]) {
-        match timeout(PATIENCE, session(from, door, shown, role, word)).await {
+        match timeout(TIMEOUT, session(from, door, shown, role, word)).await {
             Ok(Ok(())) => return Ok(format!("with {name}")),
             Ok(Err(e)) => last = e,
             Err(_) => "no reply".clone_into(&mut last),
@@ -91,7 +91,7 @@ async fn session(
 /// Opens a TLS connection. Behind HAProxy either database may be the primary, so this accepts both names.
 async fn encrypted(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>) -> Result<TlsStream<TcpStream>, String> {
     let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
-    let tls = fleet_https::client(&from.root, identity).map_err(|e| fleet::ErrorChain::of(&e).to_string())?;
+    let tls = fleet_https::client(&from.root, identity).map_err(|e| fleet::ErrorChain::new(&e).to_string())?;
     let mut last = String::new();
     for name in ["db-1", "db-2"] {
         let tried = async {

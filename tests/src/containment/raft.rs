@@ -73,7 +73,7 @@ async fn members<'a>(arena: &Arena, from: &'a Foothold) -> Result<(Door, Option<
 
 async fn list(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>) -> Result<Members, String> {
     let identity = shown.map(|own| fleet_https::Identity { cert: &own.cert, key: &own.key });
-    let tls = fleet_https::client(&from.root, identity).map_err(|e| fleet::ErrorChain::of(&e).to_string())?;
+    let tls = fleet_https::client(&from.root, identity).map_err(|e| fleet::ErrorChain::new(&e).to_string())?;
     let asked = async {
         let mut connection = Connection::open(&door.host, door.port, &door.name, &tls).await?;
         let answer = connection.send(request("GET", &door.host, "/members", &[], bytes::Bytes::new())?).await?;
@@ -84,7 +84,7 @@ async fn list(from: &Foothold, door: &Door, shown: Option<&NodeIdentity>) -> Res
         let body = connection.ask(request("GET", &door.host, "/members", &[], bytes::Bytes::new())?, 1 << 20).await?;
         Ok::<_, firstboot::error::Error>((status, cluster, body))
     };
-    let (status, cluster, body) = asked.await.map_err(|e| fleet::ErrorChain::of(&e).to_string())?;
+    let (status, cluster, body) = asked.await.map_err(|e| fleet::ErrorChain::new(&e).to_string())?;
     let cluster = cluster.ok_or_else(|| format!("{status} without a cluster id"))?;
     let listed: Vec<Value> = serde_json::from_slice(&body).map_err(|e| e.to_string())?;
     let id = |member: &Value| Some((member["name"].as_str()?.to_owned(), member["id"].as_u64()?));

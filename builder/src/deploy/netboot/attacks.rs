@@ -140,7 +140,7 @@ fn a_mac_address_never_becomes_a_path() {
 }
 
 #[test]
-fn a_rule_has_one_record_and_one_ticket() {
+fn each_rule_gives_one_record_and_one_ticket() {
     let attacked = attacked(&format!("[netboot.machines]\n\"{KNOWN}\" = \"db-1\"\nA1 = \"db-2\"\n"));
     let key = Key::generate().unwrap();
     for i in 0..50 {
@@ -330,8 +330,8 @@ fn http_requests_with_a_path_write_no_file() {
         runtime.block_on(async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             send.send(listener.local_addr().unwrap()).unwrap();
-            let desk = Box::new(move |path: &str, body: &[u8]| handler.handle(path, body));
-            http_server::serve(listener, Arc::new(FileServer { files: BTreeMap::new(), desk })).await
+            let handler = Box::new(move |path: &str, body: &[u8]| handler.handle(path, body));
+            http_server::serve(listener, Arc::new(FileServer { files: BTreeMap::new(), handler })).await
         })
     });
     let address = receive.recv().unwrap();

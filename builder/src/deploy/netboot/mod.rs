@@ -106,7 +106,7 @@ pub(crate) fn netboot(build: &Build, images: &[BuiltImage], options: &NetbootOpt
     };
     let mut registry = MachineRegistry::open(&project.dir.join(RECORDS), rules)?;
     options.again.iter().try_for_each(|name| registry.again(name))?;
-    let authority = FleetKey::of(project)?;
+    let authority = FleetKey::load(project)?;
 
     // dnsmasq reads the folder with few capabilities, and its files are not secret.
     let make_readable = |path: &Path| {
@@ -158,7 +158,7 @@ pub(crate) fn netboot(build: &Build, images: &[BuiltImage], options: &NetbootOpt
             std::io::stdin().lines().map_while(Result::ok).for_each(|line| handler.approve(&line));
         });
     }
-    let server = Arc::new(FileServer { files, desk: Box::new(move |path, body| handler.handle(path, body)) });
+    let server = Arc::new(FileServer { files, handler: Box::new(move |path, body| handler.handle(path, body)) });
 
     let config = dir.path().join("dnsmasq.conf");
     fs::write(&config, service.config()).map_err(Error::io("write", &config))?;

@@ -223,7 +223,7 @@ impl MachineRegistry {
                     record = Record { minted: now(), started: false, heir, ..record };
                     record.ticket.insert(ticket).clone()
                 }
-                Err(e) => return Ok(RegistryDecision::Refused(ErrorChain::of(&e).one_line())),
+                Err(e) => return Ok(RegistryDecision::Refused(ErrorChain::new(&e).one_line())),
             }
         };
         if is_new || code_used.is_some() {

@@ -16,7 +16,7 @@ struct Acme {
 
 fn acme() -> Acme {
     let toml = b"name = \"acme\"\n[groups]\nhub.count = 3\ndb.count = 2\napp.count = 3\nmonitor.count = 1\n";
-    let topology = Topology::of(&fleet::Fleet::parse("f", toml).unwrap());
+    let topology = Topology::from_fleet(&fleet::Fleet::parse("f", toml).unwrap());
     Acme { topology, authority: FleetKey::create("acme").unwrap() }
 }
 
@@ -162,7 +162,7 @@ fn a_machine_that_was_not_installed_replaces_no_owner() {
 }
 
 #[test]
-fn again_accepts_each_name_of_a_machine() {
+fn option_again_accepts_each_name_of_a_machine() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
     let mut registry = MachineRegistry::open(dir.path(), &rules()).unwrap();
@@ -212,7 +212,7 @@ fn a_machine_with_state_runs_from_memory_with_var_on_a_disk() {
 }
 
 #[test]
-fn an_old_unused_ticket_needs_again() {
+fn old_unused_ticket_requires_option_again() {
     let acme = acme();
     let dir = tempfile::tempdir().unwrap();
     let mut registry = MachineRegistry::open(dir.path(), &rules()).unwrap();

@@ -105,7 +105,7 @@ impl Contents {
 }
 
 impl Comparison {
-    pub(super) fn of(old: Option<&Contents>, new: &Contents) -> Self {
+    pub(super) fn new(old: Option<&Contents>, new: &Contents) -> Self {
         let mut found = Self {
             group: new.group.clone(),
             from: old.map(|o| o.version.clone()),
@@ -292,7 +292,7 @@ mod tests {
     fn names_the_settings_that_differ() {
         let topology = |more: &str| {
             let toml = format!("name = \"x\"\n[groups.hub]\ncount = 1\nendpoints = [\"a.acme.com\"]\n{more}");
-            settings(&fleet::Topology::of(&fleet::Fleet::parse("f", toml.as_bytes()).unwrap()))
+            settings(&fleet::Topology::from_fleet(&fleet::Fleet::parse("f", toml.as_bytes()).unwrap()))
         };
         let changes = |more: &str| {
             let mut lines = Vec::new();
@@ -321,9 +321,9 @@ mod tests {
             serde_json::from_value::<Contents>(manifest).unwrap()
         };
         let new = contents(Some(json!({ "vip": { "address": "10.10.0.200" } })));
-        assert!(Comparison::of(Some(&contents(None)), &new).settings.is_empty());
+        assert!(Comparison::new(Some(&contents(None)), &new).settings.is_empty());
         let old = contents(Some(json!({ "vip": { "address": "10.10.0.100" } })));
-        let mut comparison = Comparison::of(Some(&old), &new);
+        let mut comparison = Comparison::new(Some(&old), &new);
         comparison.files.push("~ /usr/lib/bakehouse/fleet.json".to_owned());
         let text = comparison.to_string();
         assert!(text.contains("  setting  vip.address 10.10.0.100 → 10.10.0.200\n  file     ~ /usr/lib"), "{text}");

@@ -69,9 +69,9 @@ pub(crate) fn compare(image: &BuiltImage, dir: &Path) -> Result<Comparison> {
     let new = Contents::read(&image.manifest, "run `bakehouse build`")?;
     let out = dir.join(&image.group);
     let old = newest(&out)?;
-    let mut found = Comparison::of(old.as_ref(), &new);
+    let mut found = Comparison::new(old.as_ref(), &new);
     if let Some(old) = &old {
-        let uki = Blocks::of_bytes(&fs::read(&image.uki).map_err(Error::io("read", &image.uki))?);
+        let uki = Blocks::from_bytes(&fs::read(&image.uki).map_err(Error::io("read", &image.uki))?);
         found.load = differing(image, &new, &uki, &out, old)?.unwrap_or(found.load);
     }
     Ok(found)
@@ -103,7 +103,7 @@ pub(crate) fn publish(
             progress.say("publish", &message);
             return Ok(published);
         }
-        let obstacles = Comparison::of(Some(old), &new).obstacles;
+        let obstacles = Comparison::new(Some(old), &new).obstacles;
         if !obstacles.is_empty() {
             return fail(format!(
                 "{}: nodes of version {} cannot change to {}: {}",
@@ -116,14 +116,14 @@ pub(crate) fn publish(
     }
     published.unchanged = false;
     fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
-    let slots = PartitionSizes::of(new.sizes.root_slot);
+    let slots = PartitionSizes::for_root(new.sizes.root_slot);
     let name = stem(&new);
     let size = new.sizes.root;
     let [root, tree] = partitions(&new)?;
     let partitions = [(root, ROOT_START, size), (tree, slots.verity_start(), verity::tree_size(size))];
     let read = |path: &Path| fs::read(path).map_err(Error::io("read", path));
     let (uki, manifest) = (read(&image.uki)?, read(&image.manifest)?);
-    let blocks = Blocks::of_bytes(&uki);
+    let blocks = Blocks::from_bytes(&uki);
     let differing = old.as_ref().map(|old| differing(image, &new, &blocks, &out, old)).transpose()?.flatten();
     let step = progress.bytes("publish", partitions.iter().map(|p| p.2).sum());
     let mut sums = Vec::new();
@@ -169,13 +169,13 @@ pub(crate) fn publish(
 fn differing(image: &BuiltImage, new: &Contents, uki: &Blocks, out: &Path, old: &Contents) -> Result<Option<u64>> {
     use std::os::unix::fs::FileExt as _;
     let [_, tree] = partitions(old)?;
-    let old_root = fs::read(out.join(tree)).ok().and_then(|tree| Blocks::of_tree(&tree));
-    let old_uki = fs::read(out.join(format!("{}.blocks", stem(old)))).ok().and_then(|list| Blocks::of_list(&list));
+    let old_root = fs::read(out.join(tree)).ok().and_then(|tree| Blocks::from_tree(&tree));
+    let old_uki = fs::read(out.join(format!("{}.blocks", stem(old)))).ok().and_then(|list| Blocks::from_list(&list));
     let mut tree = vec![0; verity::tree_size(new.sizes.root) as usize];
     let disk = File::open(&image.disk).map_err(Error::io("open", &image.disk))?;
-    let at = PartitionSizes::of(new.sizes.root_slot).verity_start();
+    let at = PartitionSizes::for_root(new.sizes.root_slot).verity_start();
     disk.read_exact_at(&mut tree, at).map_err(Error::io("read", &image.disk))?;
-    let (Some(old_root), Some(old_uki), Some(root)) = (old_root, old_uki, Blocks::of_tree(&tree)) else {
+    let (Some(old_root), Some(old_uki), Some(root)) = (old_root, old_uki, Blocks::from_tree(&tree)) else {
         return Ok(None);
     };
     let beside = tree.len() + uki.list().len();
@@ -267,7 +267,7 @@ mod tests {
     impl UpdateFolder {
         fn image(&self, version: &str, more: &serde_json::Value) -> BuiltImage {
             let path = |name: &str| self.0.path().join(name);
-            let slots = PartitionSizes::of(1 << 20);
+            let slots = PartitionSizes::for_root(1 << 20);
             let mut manifest = json!({
                 "id": "acme-db", "version": version, "group": "db", "kernel": "6.12",
                 "roothash": version.repeat(64)[..64],
@@ -297,7 +297,7 @@ mod tests {
         }
 
         fn publish_at(&self, image: &BuiltImage, time: u64) -> Result<Published> {
-            let key = UpdateKey::of("acme", "root").unwrap();
+            let key = UpdateKey::derive("acme", "root").unwrap();
             publish(image, &self.0.path().join("out"), &key, time, &Progress::new(true, false))
         }
 
@@ -349,12 +349,12 @@ mod tests {
     fn every_publication_signs_its_date() {
         let lab = UpdateFolder(tempfile::tempdir().unwrap());
         let image = lab.image("1", &json!({}));
-        let own = UpdateKey::of("acme", "root").unwrap().keyring();
+        let own = UpdateKey::derive("acme", "root").unwrap().keyring();
         lab.publish_at(&image, 1_760_000_000).unwrap();
         assert_eq!(lab.date(&own).unwrap(), 1_760_000_000);
         assert!(lab.publish_at(&image, 1_770_000_000).unwrap().unchanged);
         assert_eq!(lab.date(&own).unwrap(), 1_770_000_000);
-        let other = lab.date(&UpdateKey::of("acme", "another root").unwrap().keyring()).unwrap_err().to_string();
+        let other = lab.date(&UpdateKey::derive("acme", "another root").unwrap().keyring()).unwrap_err().to_string();
         assert!(other.contains("no valid signature"), "{other}");
         // The signature does not match a changed list.
         let sums = lab.0.path().join("out/db").join(SUMS);

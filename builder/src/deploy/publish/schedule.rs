@@ -35,7 +35,7 @@ impl RolloutSchedule {
     /// Schedules the nodes whose images change. The rollout itself also puts the primary and the hub with the VIP last
     /// among nodes of equal rank; the schedule does not know them.
     #[must_use]
-    pub(crate) fn of(topology: &Topology, plans: &[Comparison]) -> Self {
+    pub(crate) fn new(topology: &Topology, plans: &[Comparison]) -> Self {
         let changing = |group: &str| plans.iter().find(|p| p.group == group && p.from.is_some() && !p.is_empty());
         let mut nodes: Vec<_> = topology.nodes.iter().collect();
         nodes.sort_by_key(|n| disruption_order(n));
@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn schedules_changing_nodes_least_disruptive_first() {
         let toml = b"name=\"x\"\n[groups]\nhub.count=3\ndb.count=2\napp.count=2\nmonitor.count=1\n";
-        let topology = Topology::of(&Fleet::parse("f", toml).unwrap());
+        let topology = Topology::from_fleet(&Fleet::parse("f", toml).unwrap());
         let plan = |group: &str, from: Option<&str>, changed: &[&str]| Comparison {
             group: group.to_owned(),
             from: from.map(str::to_owned),
@@ -87,11 +87,11 @@ mod tests {
             plan("db", Some("1"), &[]),
             plan("monitor", None, &[]),
         ];
-        let schedule = RolloutSchedule::of(&topology, &plans);
+        let schedule = RolloutSchedule::new(&topology, &plans);
         let order: Vec<&str> = schedule.stops.iter().map(|s| s.node.as_str()).collect();
         assert_eq!(order, ["app-1", "app-2", "hub-1", "hub-2", "hub-3"]);
         assert_eq!(schedule.seconds, 5 * 62);
         assert!(schedule.to_string().contains("app-1 (250 MB)"));
-        assert_eq!(RolloutSchedule::of(&topology, &[]).to_string(), "");
+        assert_eq!(RolloutSchedule::new(&topology, &[]).to_string(), "");
     }
 }

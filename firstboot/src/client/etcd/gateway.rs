@@ -18,7 +18,7 @@ use tokio_rustls::rustls::ClientConfig;
 use tracing::debug;
 
 use crate::error::{Error, Result};
-use fleet_https::{Connection, PATIENCE, PeerError, request};
+use fleet_https::{Connection, PeerError, TIMEOUT, request};
 
 /// Longest reply, in bytes: several times all slots of the largest fleet.
 pub(super) const LONGEST: usize = 64 << 20;
@@ -38,7 +38,7 @@ pub struct Etcd {
     /// unusable: a learner, or a member without quorum.
     pub(super) first: AtomicUsize,
     /// Time limit for the connection to a member, and for a complete reply.
-    patience: Duration,
+    timeout: Duration,
     /// Name and password of the etcd user, if this node has one.
     user: Option<(String, String)>,
     /// Token of the last authentication. Tokens expire, and also become invalid when the member restarts.
@@ -143,7 +143,7 @@ impl Etcd {
             tls,
             connection: Mutex::new(None),
             first: AtomicUsize::new(0),
-            patience: 2 * PATIENCE,
+            timeout: 2 * TIMEOUT,
             user: None,
             token: RwLock::default(),
         }
@@ -158,15 +158,15 @@ impl Etcd {
 
     /// Sets the time limit after which the client tries the next member.
     #[must_use]
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
     /// Returns a client of the same cluster and user with its own connection. Calls of the two clients do not wait for
     /// each other.
     #[must_use]
     pub fn reconnected(&self) -> Self {
-        let own = Self::new(self.members.clone(), self.tls.clone()).with_patience(self.patience);
+        let own = Self::new(self.members.clone(), self.tls.clone()).with_timeout(self.timeout);
         Self { user: self.user.clone(), ..own }
     }
 
@@ -391,7 +391,7 @@ impl Etcd {
         answer: impl Future<Output = Result<T, fleet_https::Error>>,
     ) -> Result<T> {
         let late = |_| Err(fleet_https::Error::no_answer(member).into());
-        timeout(self.patience, answer).await.map_or_else(late, |answer| Ok(answer?))
+        timeout(self.timeout, answer).await.map_or_else(late, |answer| Ok(answer?))
     }
 }
 

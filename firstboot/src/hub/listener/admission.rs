@@ -35,7 +35,7 @@ pub(super) struct Limits {
 
 impl Limits {
     /// Divides a total of `connections` open connections.
-    pub(super) fn of(connections: usize) -> Self {
+    pub(super) fn for_connections(connections: usize) -> Self {
         Self {
             guests: connections * 3 / 4,
             members: connections / 4,

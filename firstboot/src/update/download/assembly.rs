@@ -19,7 +19,7 @@ use fleet_https::Connection;
 
 const CHUNK: u64 = 256 << 10;
 /// Time without a byte after which a connection counts as broken.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Reconnects without progress before the download fails; systemd-sysupdate waits for 1 min.
 const TRIES: u32 = 4;
 
@@ -38,7 +38,7 @@ pub(super) struct BlockReader {
 }
 
 impl BlockReader {
-    pub(super) fn of(pieces: Vec<BlockRange>, here: File, upstream: Arc<Upstream>, name: &str) -> Self {
+    pub(super) fn new(pieces: Vec<BlockRange>, here: File, upstream: Arc<Upstream>, name: &str) -> Self {
         let name = name.to_owned();
         Self { pieces: pieces.into(), here, upstream, name, connection: None, body: None, failures: 0 }
     }
@@ -117,9 +117,9 @@ impl BlockReader {
             }
         };
         loop {
-            let frame = timeout(PATIENCE, body.frame())
+            let frame = timeout(TIMEOUT, body.frame())
                 .await
-                .map_err(|_| broke(format!("no data for {} s", PATIENCE.as_secs())))?;
+                .map_err(|_| broke(format!("no data for {} s", TIMEOUT.as_secs())))?;
             let frame = frame.ok_or_else(|| broke("the response ended too early".to_owned()))?;
             let Ok(bytes) = frame.map_err(|e| Error::network(&self.name, e))?.into_data() else { continue };
             if bytes.len() as u64 > len {

@@ -25,7 +25,7 @@ pub async fn record(metrics: &Path, scratch: &Path) -> Result<()> {
     let transfers = transfers(Path::new(TRANSFERS))?;
     let url = transfers.iter().find_map(|(_, text)| source(text));
     let url = url.ok_or_else(|| Error::Failed(format!("{TRANSFERS} has no URL; build the image again")))?;
-    let upstream = Upstream::of(url, Path::new(AUTHORITIES))?;
+    let upstream = Upstream::new(url, Path::new(AUTHORITIES))?;
     let sums = upstream.read("SHA256SUMS", LONGEST_SUMS).await?;
     let signature = upstream.read("SHA256SUMS.gpg", LONGEST_SIGNATURE).await?;
     let time = signed_at(Path::new(KEYRING), &sums, &signature, scratch)?;

@@ -52,8 +52,8 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub(super) fn of(url: &str, here: LocalImage) -> Result<Self> {
-        Ok(Self { upstream: Arc::new(Upstream::of(url, &here.authorities)?), here, tree: Mutex::default() })
+    pub(super) fn new(url: &str, here: LocalImage) -> Result<Self> {
+        Ok(Self { upstream: Arc::new(Upstream::new(url, &here.authorities)?), here, tree: Mutex::default() })
     }
 
     /// Serves until the returned future is dropped.
@@ -100,14 +100,14 @@ impl Server {
         let unknown = |what: &str| Error::Failed(format!("the hashes of {what} have an unknown format"));
         let (path, old, new) = if let Some(stem) = name.strip_suffix(".root.raw") {
             let tree = self.tree(&self.tree_name(stem).await?).await?;
-            let new = Blocks::of_tree(&tree).ok_or_else(|| unknown(name))?;
+            let new = Blocks::from_tree(&tree).ok_or_else(|| unknown(name))?;
             let own = fs::read(&self.here.tree).map_err(Error::io("read", &self.here.tree))?;
-            (&self.here.root, Blocks::of_tree(&own).ok_or_else(|| unknown("the running root file system"))?, new)
+            (&self.here.root, Blocks::from_tree(&own).ok_or_else(|| unknown("the running root file system"))?, new)
         } else if let Some(stem) = name.strip_suffix(".efi") {
             let list = self.upstream.read(&format!("{stem}.blocks"), LONGEST_LIST).await?;
-            let new = Blocks::of_list(&list).ok_or_else(|| unknown(name))?;
+            let new = Blocks::from_list(&list).ok_or_else(|| unknown(name))?;
             let own = fs::read(&self.here.uki).map_err(Error::io("read", &self.here.uki))?;
-            (&self.here.uki, Blocks::of_bytes(&own), new)
+            (&self.here.uki, Blocks::from_bytes(&own), new)
         } else {
             return Ok(None);
         };
@@ -124,7 +124,7 @@ impl Server {
                 return Ok(Some(forwarded(answer)));
             }
         }
-        let assembly = BlockReader::of(pieces, here, self.upstream.clone(), name);
+        let assembly = BlockReader::new(pieces, here, self.upstream.clone(), name);
         let bytes = try_unfold(assembly, |mut assembly| async {
             Ok(assembly.next().await?.map(|bytes| (Frame::data(bytes), assembly)))
         });
@@ -198,8 +198,8 @@ mod tests {
 
     impl Folder {
         /// Returns a folder with an image's boot entry and its block list.
-        fn of(uki: &[u8]) -> Self {
-            let files = [("a_2.efi", uki.to_vec()), ("a_2.blocks", Blocks::of_bytes(uki).list())];
+        fn new(uki: &[u8]) -> Self {
+            let files = [("a_2.efi", uki.to_vec()), ("a_2.blocks", Blocks::from_bytes(uki).list())];
             Self {
                 files: files.map(|(name, bytes)| (format!("/db/{name}"), bytes)).into(),
                 has_parts: true,
@@ -269,11 +269,11 @@ mod tests {
         fs::write(&uki, own).unwrap();
         fs::write(&pem, authorities).unwrap();
         let here = LocalImage { root: "/nowhere".into(), tree: "/nowhere".into(), uki, authorities: pem.clone() };
-        let server = Server::of(url, here).unwrap();
+        let server = Server::new(url, here).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let serving = tokio::spawn(server.serve(listener));
-        let upstream = Upstream::of(&format!("http://{at}/"), &pem).unwrap();
+        let upstream = Upstream::new(&format!("http://{at}/"), &pem).unwrap();
         let mut connection = upstream.connect().await.unwrap();
         let answer = upstream.get(&mut connection, name, None).await.unwrap();
         let status = answer.status();
@@ -294,7 +294,7 @@ mod tests {
     #[tokio::test]
     async fn downloads_only_changed_blocks() {
         let (old, new) = versions();
-        let folder = Arc::new(Folder::of(&new));
+        let folder = Arc::new(Folder::new(&new));
         let (status, bytes) = loaded(&folder, &old, "a_2.efi").await;
         assert!(status == StatusCode::OK && bytes == new);
         let list = folder.files["/db/a_2.blocks"].len() as u64;
@@ -304,9 +304,9 @@ mod tests {
     #[tokio::test]
     async fn rejects_tls_servers_of_unknown_authorities() {
         let (old, new) = versions();
-        let folder = Arc::new(Folder::of(&new));
+        let folder = Arc::new(Folder::new(&new));
         let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 1\n").unwrap();
-        let topology = fleet::Topology::of(&fleet);
+        let topology = fleet::Topology::from_fleet(&fleet);
         let (authority, other) = (fleet::Issuer::root("world").unwrap(), fleet::Issuer::root("world").unwrap());
         let key = fleet::PrivateKey::generate().unwrap();
         let cert = authority.node(&topology, &topology.nodes[0], &key.public().unwrap()).unwrap();
@@ -324,7 +324,7 @@ mod tests {
     #[tokio::test]
     async fn reconnects_after_a_broken_connection() {
         let (old, new) = versions();
-        let folder = Arc::new(Folder::of(&new));
+        let folder = Arc::new(Folder::new(&new));
         // Without the block list the server would download the whole file, so the break comes after the list.
         let breaking = folder.clone();
         tokio::spawn(async move {
@@ -341,10 +341,10 @@ mod tests {
     #[tokio::test]
     async fn downloads_whole_files_without_ranges_or_hashes() {
         let (old, new) = versions();
-        let mut folder = Folder::of(&new);
+        let mut folder = Folder::new(&new);
         folder.has_parts = false;
         assert!(loaded(&Arc::new(folder), &old, "a_2.efi").await == (StatusCode::OK, new.clone()));
-        let mut folder = Folder::of(&new);
+        let mut folder = Folder::new(&new);
         folder.files.remove("/db/a_2.blocks");
         assert!(loaded(&Arc::new(folder), &old, "a_2.efi").await == (StatusCode::OK, new));
     }
@@ -352,7 +352,7 @@ mod tests {
     #[tokio::test]
     async fn missing_files_are_not_found() {
         let (old, new) = versions();
-        let folder = Arc::new(Folder::of(&new));
+        let folder = Arc::new(Folder::new(&new));
         for name in ["a_3.efi", "a_3_1.root.raw", "a_3_1.verity.raw", "SHA256SUMS"] {
             assert_ne!(loaded(&folder, &old, name).await.0, StatusCode::OK, "{name}");
         }

@@ -36,7 +36,7 @@ async fn load_changed_blocks(image: &ImageInfo, esp: &Path, scratch: &Path) -> R
     let transfers = transfers(Path::new(TRANSFERS))?;
     let url = transfers.iter().find_map(|(_, text)| source(text));
     let url = url.ok_or_else(|| Error::Failed(format!("{TRANSFERS} has no URL; build the image again")))?;
-    let server = Server::of(url, LocalImage::of_node(image, esp)?)?;
+    let server = Server::new(url, LocalImage::for_node(image, esp)?)?;
     let listener = TcpListener::bind("127.0.0.1:0").await.map_err(Error::io("listen at", "127.0.0.1"))?;
     let address = listener.local_addr().map_err(Error::io("listen at", "127.0.0.1"))?;
     for (name, text) in &transfers {
@@ -82,7 +82,7 @@ pub(super) fn source(transfer: &str) -> Option<&str> {
 
 impl LocalImage {
     /// Finds the running image's files. The root hash's halves are the UUIDs of the root and verity partitions.
-    fn of_node(image: &ImageInfo, esp: &Path) -> Result<Self> {
+    fn for_node(image: &ImageInfo, esp: &Path) -> Result<Self> {
         let path = Path::new("/proc/cmdline");
         let cmdline = fs::read_to_string(path).map_err(Error::io("read", path))?;
         let hash = cmdline.split_whitespace().find_map(|word| word.strip_prefix("roothash="));

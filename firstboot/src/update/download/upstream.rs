@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use fleet_https::Connection;
 
 /// Time limit for the download of a small file.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The update folder on its server.
 pub(super) struct Upstream {
@@ -32,7 +32,7 @@ pub(super) struct Upstream {
 impl Upstream {
     /// Parses the folder's URL. A TLS server's certificate is verified against `authorities`, a file of root
     /// certificates, PEM.
-    pub(super) fn of(url: &str, authorities: &Path) -> Result<Self> {
+    pub(super) fn new(url: &str, authorities: &Path) -> Result<Self> {
         let unusable = || {
             Error::Failed(format!(
                 "unsupported URL of the update folder: {url}; use http:// or https:// without a user name"
@@ -85,9 +85,9 @@ impl Upstream {
         if answer.status() != StatusCode::OK {
             return Err(Error::network(url, answer.status().to_string()));
         }
-        let body = timeout(PATIENCE, Limited::new(answer.into_body(), longest).collect()).await;
+        let body = timeout(TIMEOUT, Limited::new(answer.into_body(), longest).collect()).await;
         Ok(body
-            .map_err(|_| Error::network(&url, format!("no complete response within {} s", PATIENCE.as_secs())))?
+            .map_err(|_| Error::network(&url, format!("no complete response within {} s", TIMEOUT.as_secs())))?
             .map_err(|e| Error::network(&url, e))?
             .to_bytes())
     }

@@ -17,17 +17,17 @@ pub fn enter() {
 }
 
 /// Starts socat, which forwards frames between the interface `card` (`tap` in socat's syntax) and QEMU's multicast
-/// socket `wire` (`group:port`).
+/// socket `lan` (`group:port`).
 ///
 /// # Panics
 /// If socat is not installed.
 #[must_use]
-pub fn end(wire: &str, tap: &str, card: &str) -> Child {
-    let (group, port) = wire.split_once(':').expect("an address and a port");
+pub fn end(lan: &str, tap: &str, card: &str) -> Child {
+    let (group, port) = lan.split_once(':').expect("an address and a port");
     let bridge = Command::new("socat")
         .arg(tap)
         .arg(format!(
-            "UDP4-DATAGRAM:{wire},bind=:{port},reuseaddr,ip-add-membership={group}:127.0.0.1,\
+            "UDP4-DATAGRAM:{lan},bind=:{port},reuseaddr,ip-add-membership={group}:127.0.0.1,\
              ip-multicast-if=127.0.0.1"
         ))
         .spawn()
