@@ -124,6 +124,28 @@ fn client_switches_from_hung_etcd_member_to_the_next() {
     });
 }
 
+/// An idle fleet changes no key for minutes. Its hubs must not take that for a hung member.
+#[test]
+fn watch_of_idle_etcd_lasts() {
+    in_own_network(async {
+        let site = TestCluster::open("db.count = 2\n");
+        let etcd = site.etcd(0);
+        let (revision, _) = loop {
+            match etcd.list("/bakehouse/slots/").await {
+                Ok(listed) => break listed,
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        };
+        let mut watch = etcd.watch("/bakehouse/slots/", revision).await.expect("etcd answers");
+        let waited = tokio::time::timeout(Duration::from_secs(15), etcd.next(&mut watch)).await;
+        assert!(waited.is_err(), "the watch ended or changed: {waited:?}");
+        let slot = "/bakehouse/slots/hub-1";
+        etcd.transact(&[], &[Op::Put(slot, b"{}")]).await.expect("etcd answers");
+        let changes = etcd.next(&mut watch).await.expect("etcd answers").expect("the watch continues");
+        assert_eq!(changes.iter().map(|c| c.key.as_str()).collect::<Vec<_>>(), [slot]);
+    });
+}
+
 /// etcd fails after a hub has fenced the primary and before the hub has recorded it.
 #[test]
 fn hub_retries_to_record_an_exclusion() {
@@ -272,7 +294,7 @@ fn patroni_cycle_older_than_the_deposition_cannot_write_sync() {
     in_own_network(async {
         let (site, etcd) = led_by_db_1().await;
         let loaded = etcd.get(&[SYNC]).await.expect("etcd answers")[0].clone();
-        let mut events = etcd.watch("/bakehouse/acme/", loaded.revision + 1).await.expect("etcd answers");
+        let mut events = etcd.watch("/bakehouse/acme/", loaded.revision).await.expect("etcd answers");
         let (one, two) = (TestHub::new(&site, 0), TestHub::new(&site, 1));
         TestHub::wait(&[&one, &two]).await;
         assert!(!one.release_leader_key().await && two.release_leader_key().await);

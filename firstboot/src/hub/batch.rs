@@ -97,7 +97,10 @@ impl SlotAllocator {
             for group in groups {
                 let (_, pairs) = self.etcd.list(&format!("{SLOTS}{group}-")).await?;
                 self.apply_events(
-                    pairs.into_iter().map(|p| WatchEvent { key: p.key, value: Some(p.value) }).collect(),
+                    pairs
+                        .into_iter()
+                        .map(|p| WatchEvent { revision: p.revision, key: p.key, value: Some(p.value) })
+                        .collect(),
                     false,
                 );
             }

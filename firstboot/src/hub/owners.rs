@@ -86,10 +86,10 @@ impl SlotAllocator {
         self.etcd.prefer_first().await;
         let (revision, pairs) = self.etcd.list(SLOTS).await?;
         let listed: Vec<WatchEvent> =
-            pairs.into_iter().map(|p| WatchEvent { key: p.key, value: Some(p.value) }).collect();
+            pairs.into_iter().map(|p| WatchEvent { revision: p.revision, key: p.key, value: Some(p.value) }).collect();
         self.apply_events(listed, true);
         changed(&self.owners());
-        let mut watch = self.etcd.watch(SLOTS, revision + 1).await?;
+        let mut watch = self.etcd.watch(SLOTS, revision).await?;
         while let Some(changes) = self.etcd.next(&mut watch).await? {
             self.apply_events(changes, false);
             changed(&self.owners());

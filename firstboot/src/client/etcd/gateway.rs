@@ -80,7 +80,7 @@ pub(super) struct Kv {
     #[serde(default)]
     pub(super) value: String,
     #[serde(default)]
-    mod_revision: String,
+    pub(super) mod_revision: String,
 }
 
 #[derive(Default, Deserialize)]
@@ -405,7 +405,7 @@ pub(super) fn after(prefix: &str) -> Vec<u8> {
     end
 }
 
-fn number(text: &str) -> u64 {
+pub(super) fn number(text: &str) -> u64 {
     text.parse().unwrap_or_default()
 }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::warn;
 
-use super::gateway::{Etcd, Kv, LONGEST, after, foreign, read};
+use super::gateway::{Etcd, Kv, LONGEST, after, foreign, number, read};
 use crate::error::{Error, Result};
 use fleet_https::Connection;
 
@@ -28,6 +28,8 @@ pub struct Watch {
     _connection: Connection,
     body: Incoming,
     rest: BytesMut,
+    /// Revision of the caller's list. The watch begins there, and leaves out what the list already has.
+    seen: u64,
     ends: Instant,
     silence: Duration,
 }
@@ -35,6 +37,8 @@ pub struct Watch {
 /// A change of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WatchEvent {
+    /// Revision of the change.
+    pub revision: u64,
     /// The key.
     pub key: String,
     /// Its new value; `None` if the key was deleted.
@@ -62,14 +66,16 @@ struct Event {
 }
 
 impl Etcd {
-    /// Watches all keys below a prefix, from a revision on, for up to 60 s.
+    /// Watches all keys below a prefix, for changes after the revision `seen`, for up to 60 s.
     ///
     /// # Errors
     /// If no member answers.
-    pub async fn watch(&self, prefix: &str, revision: u64) -> Result<Watch> {
+    pub async fn watch(&self, prefix: &str, seen: u64) -> Result<Watch> {
+        // A member sends no progress notification to a watch that begins after its last revision, so the watch of an
+        // idle etcd would appear to hang.
         let body = json!({ "create_request": {
             "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)),
-            "start_revision": revision.to_string(), "progress_notify": true,
+            "start_revision": seen.to_string(), "progress_notify": true,
         } });
         let body = serde_json::to_vec(&body).map_err(Error::json("a request to etcd"))?;
         // The watch needs its own connection, because the reply lasts as long as the watch.
@@ -86,6 +92,7 @@ impl Etcd {
             _connection: connection,
             body: response.into_body(),
             rest: BytesMut::new(),
+            seen,
             ends: Instant::now() + LONGEST_WATCH,
             silence: SILENCE,
         })
@@ -119,11 +126,12 @@ impl Watch {
         loop {
             if let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
                 let line = self.rest.split_to(end + 1);
-                let changes = changes(&line)?;
-                match changes {
-                    Some(changes) if changes.is_empty() => continue,
-                    changes => return Ok(changes),
+                let Some(mut changes) = changes(&line)? else { return Ok(None) };
+                changes.retain(|change| change.revision > self.seen);
+                if changes.is_empty() {
+                    continue;
                 }
+                return Ok(Some(changes));
             }
             if self.rest.len() > LONGEST {
                 return Err(broken("a line of the watch is too long".to_owned()));
@@ -156,7 +164,11 @@ pub fn changes(line: &[u8]) -> Result<Option<Vec<WatchEvent>>> {
     }
     let changes = watched.result.events.iter().map(|e| {
         let value = if e.kind == "DELETE" { None } else { Some(decode(&e.kv.value)?) };
-        Some(WatchEvent { key: String::from_utf8(decode(&e.kv.key)?).ok()?, value })
+        Some(WatchEvent {
+            revision: number(&e.kv.mod_revision),
+            key: String::from_utf8(decode(&e.kv.key)?).ok()?,
+            value,
+        })
     });
     changes.collect::<Option<_>>().map(Some).ok_or_else(foreign)
 }
@@ -175,13 +187,17 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn changes_round_trip(all: Vec<(String, Option<Vec<u8>>)>) {
-            let events: Vec<_> = all.iter().map(|(key, value)| match value {
-                Some(value) => json!({ "kv": { "key": encode(key.as_bytes()), "value": encode(value) } }),
-                None => json!({ "type": "DELETE", "kv": { "key": encode(key.as_bytes()) } }),
+        fn changes_round_trip(all: Vec<(u64, String, Option<Vec<u8>>)>) {
+            let events: Vec<_> = all.iter().map(|(revision, key, value)| {
+                let (key, revision) = (encode(key.as_bytes()), revision.to_string());
+                match value {
+                    Some(value) => json!({ "kv": { "key": key, "value": encode(value), "mod_revision": revision } }),
+                    None => json!({ "type": "DELETE", "kv": { "key": key, "mod_revision": revision } }),
+                }
             }).collect();
             let line = json!({ "result": { "events": events } }).to_string();
-            let written = all.into_iter().map(|(key, value)| WatchEvent { key, value }).collect();
+            let written =
+                all.into_iter().map(|(revision, key, value)| WatchEvent { revision, key, value }).collect();
             proptest::prop_assert_eq!(changes(line.as_bytes()).unwrap(), Some(written));
         }
     }
