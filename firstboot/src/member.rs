@@ -132,7 +132,7 @@ impl Member {
         let tls = who.client()?;
         let tls_key = encoding::encode(who.keys.tls.public()?.as_bytes());
         let etcd = || Etcd::new(members(topology, node), tls.clone()).with_user(ROOT, &secrets.etcd_root);
-        let fencing = etcd().with_patience(fence::ANSWER * slow);
+        let fencing = etcd().with_timeout(fence::ANSWER * slow);
         let allocator = SlotAllocator::new(etcd(), topology.clone(), &node.name).with_records(dir).built_at(self.built);
         neighbourhood.learn(&node.name, introduction.mesh_key);
 
