@@ -71,8 +71,7 @@ else
     require stage hostile
     require both containers upgrades
     require stage cluster
-    require stage containment
-    require stage images
+    require both containment images
     require stage machines
 fi
 cat "$LOGS/times"
