@@ -190,6 +190,12 @@ fn generated_file_is_cached_by_its_inputs() {
     lab.run(&["build", "hub"]).fails(2, &["usr/share/mine/users:1: holds a private key"]);
 }
 
+/// A script of a package that imports a Python module must not leave the compiled module in the image.
+#[test]
+fn bytecode_in_the_image_does_not_depend_on_the_time() {
+    plays_in_the_image_of("app", "bytecode", include_str!("../src/bytecode.py"), &[]);
+}
+
 /// Runs Odoo and PostgreSQL of the image in its tree.
 #[test]
 fn odoo_users_notice_no_change_of_the_primary() {

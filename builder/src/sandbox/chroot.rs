@@ -180,6 +180,8 @@ fn run(argv: &[String]) -> Result<()> {
             ("DEBCONF_NONINTERACTIVE_SEEN", "true"),
             ("SOURCE_DATE_EPOCH", SOURCE_DATE_EPOCH),
             ("PYTHONHASHSEED", "0"),
+            // A module that a script imports would be compiled with the time at which its source was unpacked.
+            ("PYTHONDONTWRITEBYTECODE", "1"),
             ("INITRD", "No"),
         ])
         .stdin(Stdio::null())
