@@ -145,7 +145,7 @@ impl Drop for Cluster {
 }
 
 /// Returns the etcd binary that the fleet `ha` locks. A process unpacks the package only once.
-fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(unpack).clone()
 }

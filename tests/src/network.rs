@@ -16,6 +16,8 @@ use nix::sched::{CloneFlags, unshare};
 ///
 /// If the test panics, or without root.
 pub fn in_own_network(test: impl Future<Output = ()> + Send) {
+    // The first test downloads etcd, which the namespace does not permit.
+    crate::etcd::binary();
     let run = || {
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace: run the test as root");
         // Threads and processes that this thread starts from here on are in the namespace.
