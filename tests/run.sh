@@ -71,7 +71,8 @@ else
     require stage hostile
     require both containers upgrades
     require stage cluster
-    require both containment images
+    require stage containment
+    require stage images
     require stage machines
 fi
 cat "$LOGS/times"
