@@ -61,6 +61,7 @@ fn each_target_accepts_a_seed() {
     accepts("join", &|b| serde_json::from_slice::<fleet::JoinRequest>(b).is_ok());
     accepts("netboot", &|b| serde_json::from_slice::<fleet::netboot::NetbootMachine>(b).is_ok());
     accepts("update", &|b| fleet::blocks::Blocks::from_list(b).is_some());
+    accepts("etcd", &|b| matches!(firstboot::client::etcd::changes(b), Ok(Some(changes)) if !changes.is_empty()));
     accepts("deb", &|b| builder::format::deb::Deb::parse(b.to_vec()).is_ok());
     accepts("elf", &|b| builder::format::elf::needs(b).is_some());
 }

@@ -96,13 +96,7 @@ impl SlotAllocator {
             let groups: BTreeSet<&str> = batch.iter().map(|w| w.claims.group.as_str()).collect();
             for group in groups {
                 let (_, pairs) = self.etcd.list(&format!("{SLOTS}{group}-")).await?;
-                self.apply_events(
-                    pairs
-                        .into_iter()
-                        .map(|p| WatchEvent { revision: p.revision, key: p.key, value: Some(p.value) })
-                        .collect(),
-                    false,
-                );
+                self.apply_events(pairs.into_iter().map(WatchEvent::from).collect(), false);
             }
         }
         let keys: Vec<EtcdKeys> = batch.iter().map(|w| EtcdKeys::new(w.request.mesh_key, &w.claims.id)).collect();

@@ -85,9 +85,7 @@ impl SlotAllocator {
     pub async fn follow(&self, mut changed: impl FnMut(&Owners)) -> Result<()> {
         self.etcd.prefer_first().await;
         let (revision, pairs) = self.etcd.list(SLOTS).await?;
-        let listed: Vec<WatchEvent> =
-            pairs.into_iter().map(|p| WatchEvent { revision: p.revision, key: p.key, value: Some(p.value) }).collect();
-        self.apply_events(listed, true);
+        self.apply_events(pairs.into_iter().map(WatchEvent::from).collect(), true);
         changed(&self.owners());
         let mut watch = self.etcd.watch(SLOTS, revision).await?;
         while let Some(changes) = self.etcd.next(&mut watch).await? {

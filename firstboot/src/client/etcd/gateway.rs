@@ -405,7 +405,7 @@ pub(super) fn after(prefix: &str) -> Vec<u8> {
     end
 }
 
-pub(super) fn number(text: &str) -> u64 {
+fn number(text: &str) -> u64 {
     text.parse().unwrap_or_default()
 }
 

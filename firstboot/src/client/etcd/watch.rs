@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::warn;
 
-use super::gateway::{Etcd, Kv, LONGEST, after, foreign, number, read};
+use super::gateway::{Etcd, KeyValue, Kv, LONGEST, after, foreign, read};
 use crate::error::{Error, Result};
 use fleet_https::Connection;
 
@@ -43,6 +43,13 @@ pub struct WatchEvent {
     pub key: String,
     /// Its new value; `None` if the key was deleted.
     pub value: Option<Vec<u8>>,
+}
+
+impl From<KeyValue> for WatchEvent {
+    /// Returns the last change of a listed key.
+    fn from(listed: KeyValue) -> Self {
+        Self { revision: listed.revision, key: listed.key, value: Some(listed.value) }
+    }
 }
 
 #[derive(Deserialize)]
@@ -155,7 +162,7 @@ impl Watch {
 /// Parses one line of a watch. Returns its changes; `None` if the member has ended the watch.
 ///
 /// # Errors
-/// If the line is not JSON of a watch, or a key is not UTF-8.
+/// If the line is not JSON of a watch, a key is not UTF-8, or a change has no revision.
 pub fn changes(line: &[u8]) -> Result<Option<Vec<WatchEvent>>> {
     let watched: Watched = read(line)?;
     if watched.result.canceled {
@@ -165,7 +172,7 @@ pub fn changes(line: &[u8]) -> Result<Option<Vec<WatchEvent>>> {
     let changes = watched.result.events.iter().map(|e| {
         let value = if e.kind == "DELETE" { None } else { Some(decode(&e.kv.value)?) };
         Some(WatchEvent {
-            revision: number(&e.kv.mod_revision),
+            revision: e.kv.mod_revision.parse().ok()?,
             key: String::from_utf8(decode(&e.kv.key)?).ok()?,
             value,
         })
@@ -183,6 +190,15 @@ mod tests {
         assert_eq!(changes(progress).unwrap(), Some(Vec::new()));
         let cancelled = br#"{"result":{"canceled":true,"created":true,"cancel_reason":"permission denied"}}"#;
         assert_eq!(changes(cancelled).unwrap(), None);
+    }
+
+    /// Such a change could not be told from one that the caller's list already has, and must not be lost.
+    #[test]
+    fn change_without_revision_is_an_error() {
+        for revision in ["", r#","mod_revision":"""#, r#","mod_revision":"-1""#] {
+            let line = format!(r#"{{"result":{{"events":[{{"kv":{{"key":"YQ==","value":"Yg=="{revision}}}}}]}}}}"#);
+            assert!(changes(line.as_bytes()).is_err(), "{line}");
+        }
     }
 
     proptest::proptest! {
