@@ -10,8 +10,8 @@ cd "$(dirname "$0")/.."
 fleet=build/demo
 
 # Seconds of each step at the first run: two processors, a download of 5 MB/s. Their sum is the estimate.
-declare -A about=([packages]=60 [compile]=240 [choose]=30 [images]=240 [start]=45 [failure]=90)
-steps=(packages compile choose images start failure)
+declare -A about=([packages]=60 [compile]=180 [choose]=90 [images]=75 [start]=45 [failure]=90)
+steps=(packages compile images start failure)
 [ -z "${BAKEHOUSE:-}" ] || steps=(choose images start failure)
 kind=containers
 case "${1:-}" in
@@ -150,19 +150,33 @@ bake() { "${root[@]}" "$bakehouse" -C $fleet "$@"; }
 echo "Bakehouse demo: Odoo on three machines, of which one loses its power."
 echo "It takes about $(rest 0) on two processors, and less the second time. Ctrl-C ends it."
 
+# Makes the fleet, chooses the version of every Debian package, and downloads the packages.
+choose() {
+    if [ ! -e $fleet/fleet.toml ]; then
+        "${root[@]}" "$bakehouse" -q init $fleet
+        "${root[@]}" cp builder/demo.toml $fleet/fleet.toml
+    fi
+    bake lock
+    bake fetch
+}
 if [ -z "${BAKEHOUSE:-}" ]; then
     step packages "install the Debian packages that are missing"
     packages=(curl)
     [ $kind = machines ] || packages+=(iproute2 wireguard-go)
     logged builder/host-deps.sh "${packages[@]}"
-    step compile "compile Bakehouse and the agent"
+    step compile "compile Bakehouse, then the agent while the Debian packages of the image are downloaded"
+    make --no-print-directory demo-build BINS=bakehouse
+    choose >"$work/choose" 2>&1 &
+    download=$!
     make --no-print-directory demo-build
+    say "wait for the download"
+    wait $download || fail "the download failed: $(cat "$work/choose")" "run \`make demo\` again"
+    sed 's/^ */    /' "$work/choose"
+else
+    step choose "choose the version of every Debian package, and download them"
+    choose
 fi
-
-step choose "choose the version of every Debian package"
-[ -e $fleet/fleet.toml ] || "${root[@]}" "$bakehouse" -q init $fleet --from quick-ha
-bake lock
-step images "download the packages, and build the images of three machines"
+step images "build the image of the three machines"
 bake build
 
 step start "start the three machines, and wait for Odoo"
@@ -174,8 +188,9 @@ bake "${up[@]}" >/dev/null
 look() { bake status >"$work/status.new" && mv "$work/status.new" "$work/status"; }
 primary() { grep -m1 -w primary "$work/status" | cut -d' ' -f1; }
 look
-# Of a hub without a database, because the demo never cuts its power. The address ends as the hub's mesh address.
-host=$(awk '$2 ~ /hub/ && $2 !~ /db/ { sub(/.*\./, "", $3); print $3; exit }' "$work/status")
+victim=$(primary) || fail "no machine has the primary" "run \`$shown status\`"
+# Of another machine than the one that loses its power. The address ends as the machine's mesh address.
+host=$(awk -v victim="$victim" '$2 ~ /hub/ && $1 != victim { sub(/.*\./, "", $3); print $3; exit }' "$work/status")
 url=$(grep -o "https://127[0-9.]*\.$host:[0-9]*/" "$work/status" | head -n1)
 password=$("${root[@]}" grep -o '"odoo_admin": *"[^"]*"' $fleet/fleet.key | cut -d'"' -f4)
 # Only nodes and the operator know the authority that signed the certificate.
@@ -188,7 +203,6 @@ done
 # On standard input, because other users of this host can read arguments.
 log_in() { rpc 60 web/session/authenticate <<<'{"params":{"db":"odoo","login":"admin","password":"'"$password"'"}}'; }
 log_in || log_in || fail "Odoo refuses the password of \`admin\`" "run \`$shown report\`"
-victim=$(primary) || fail "no machine has the primary" "run \`$shown status\`"
 
 access="        $url
         user      admin
