@@ -233,7 +233,9 @@ impl Hubs {
         }
         let mut decision = decide(&answers);
         if (decision.is_open || decision.heard == Heard::None) && !left.is_empty() {
-            answers.extend(self.all_heard(&left).await.0);
+            let (heard, failed) = self.all_heard(&left).await;
+            answers.extend(heard);
+            errors.extend(failed);
             decision = decide(&answers);
         }
         if decision.heard == Heard::None {
