@@ -1,7 +1,7 @@
 #!/bin/bash
-# Runs the stages of `make test` that need compiled tests, as root. Two stages run in parallel where one of them mostly
-# waits. The others measure times, so they run alone. Prints the output of each stage when it ends, and the times of all
-# stages at the end.
+# Runs the stages of `make test` that need compiled tests, as root. Stages run in parallel where one of them mostly waits:
+# `cluster` and `containment` use less than half of two processors. Prints the output of each stage when it ends, and the
+# times of all stages at the end.
 #
 # tests/run.sh           all stages
 # tests/run.sh STAGE...  these stages, one after the other
@@ -70,9 +70,7 @@ else
     require stage unit
     require stage hostile
     require both containers upgrades
-    require stage cluster
-    require stage containment
-    require stage images
+    require both images "cluster containment"
     require stage machines
 fi
 cat "$LOGS/times"
