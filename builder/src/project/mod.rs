@@ -256,6 +256,15 @@ impl Project {
         }
     }
 
+    /// Returns whether an overlay belongs to a node's own roles or group. The image has the overlays of all roles in the
+    /// group.
+    #[must_use]
+    pub fn has_overlay(&self, node: &fleet::Node, overlay: &str) -> bool {
+        let of_group = self.fleet.groups[&node.group].overlays.iter().any(|named| named.get_ref() == overlay);
+        let mut roles = std::iter::once("base").chain(node.roles.iter().map(String::as_str));
+        of_group || roles.any(|role| self.profiles[role].overlays.iter().any(|o| o == overlay))
+    }
+
     /// Returns the size of a group's virtual machine: the sums of the roles' memory and /var, and the largest number of
     /// CPUs of a role.
     #[must_use]
@@ -420,6 +429,19 @@ mod tests {
             let text = error(more);
             assert!(text.contains(&format!("fleet.toml:{line}: {message}")), "{text}");
         }
+    }
+
+    /// Two hubs and two monitors: one monitor has a vote, and both have the same image.
+    #[test]
+    fn only_voters_have_the_overlay_of_etcd() {
+        let text =
+            built_in_fleet("minimal-ha").unwrap().replace("[groups.monitor]\ncount = 1", "[groups.monitor]\ncount = 2");
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("fleet.toml"), text).unwrap();
+        let project = Project::load(dir.path()).unwrap();
+        let monitors: Vec<_> = project.topology.nodes.iter().filter(|n| n.group == "monitor").collect();
+        let have = |overlay: &str| monitors.iter().map(|n| project.has_overlay(n, overlay)).collect::<Vec<_>>();
+        assert_eq!([have("etcd"), have("monitor"), have("base")], [[true, false], [true, true], [true, true]]);
     }
 
     /// Removes the `#` of each setting that a built-in fleet has as a comment.
