@@ -190,6 +190,21 @@ fn generated_file_is_cached_by_its_inputs() {
     lab.run(&["build", "hub"]).fails(2, &["usr/share/mine/users:1: holds a private key"]);
 }
 
+/// Two hubs, and a group of two nodes with one image: one of the two has the third vote in etcd.
+#[test]
+fn group_with_one_voter_builds() {
+    let lab = TestFleet::empty("one-voter");
+    lab.write(
+        "fleet.toml",
+        "name = \"votes\"\nversion = \"1\"\n[groups.hub]\ncount = 2\nendpoints = [\"one.example.net\", \"two.example.net\"]\n\
+         [groups.edge]\ncount = 2\nfirst = \"10.10.0.40\"\n",
+    );
+    lab.has_idle_role("edge", false);
+    assert!(lab.ok(&["check"]).out.contains("etcd votes: hub-1, hub-2, edge-1"));
+    lab.ok(&["lock"]);
+    lab.ok(&["build", "edge"]);
+}
+
 /// A script of a package that imports a Python module must not leave the compiled module in the image.
 #[test]
 fn bytecode_in_the_image_does_not_depend_on_the_time() {

@@ -70,6 +70,12 @@ fn come_up_and_outlive_a_hub(lab: &TestFleet) {
     assert_ne!(lost, first, "the VIP returned to its first hub");
     for node in everybody.iter().chain([&&db]) {
         assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
+        // The node exporter found every folder of metrics. If not, it logs an error at each scrape.
+        let address = "$(ip -4 -o address show dev mesh0 | sed 's/.*inet //; s,/.*,,')";
+        let request = "printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n'";
+        let error = "grep ^node_textfile_scrape_error";
+        let scrape = format!("exec 7<>/dev/tcp/{address}/9100; {request} >&7; {error} <&7");
+        assert_eq!(node.ok(&scrape), "node_textfile_scrape_error 0");
     }
     db.ok(&write(lab));
 

@@ -52,7 +52,8 @@ pub(crate) fn check(context: &BuildContext) -> Result<usize> {
     let nodes: Vec<&fleet::Node> = project.topology.nodes.iter().filter(|n| n.group == spec.group).collect();
     for check in &baked.checks {
         let per_node = check.check.of.iter().any(|f| f.starts_with("run/"));
-        // One node of a group may have the role `voter` alone. The others do not start etcd.
+        // An image has the overlays of all roles in its group. A node without such a role, for example `voter`, does not
+        // start the role's daemons.
         let starts = |node: &&&fleet::Node| !per_node || project.has_overlay(node, &check.overlay);
         for node in nodes.iter().filter(starts).take(if per_node { nodes.len() } else { 1 }) {
             // The key depends on a fixed sample, because the certificates differ from build to build.
