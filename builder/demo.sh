@@ -41,6 +41,8 @@ ended() {
     trap - EXIT INT TERM
     # shellcheck disable=SC2046  # one argument for each job
     "${root[@]}" kill $(jobs -p) 2>/dev/null || :
+    # The job first ends its command.
+    [ -z "${download:-}" ] || wait "$download" 2>/dev/null || :
     rm -rf "$work"
     if [ "$status" != 0 ] && [ $started = yes ]; then
         printf '\nMachines of the demo may still run. To stop them:  %s down\n' "$shown" >&2
@@ -150,14 +152,26 @@ bake() { "${root[@]}" "$bakehouse" -C $fleet "$@"; }
 echo "Bakehouse demo: Odoo on three machines, of which one loses its power."
 echo "It takes about $(rest 0) on two processors, and less the second time. Ctrl-C ends it."
 
-# Makes the fleet, chooses the version of every Debian package, and downloads the packages.
+# Makes the fleet. Its folder gets its name last, so that an interrupted demo does not leave another fleet there.
+new_fleet() {
+    [ ! -e $fleet/fleet.toml ] || return 0
+    "${root[@]}" rm -rf build/new-demo
+    "${root[@]}" mkdir -p build/new-demo
+    "${root[@]}" "$bakehouse" -q init "build/new-demo/$(basename $fleet)"
+    "${root[@]}" cp builder/demo.toml "build/new-demo/$(basename $fleet)/fleet.toml"
+    "${root[@]}" mv -T "build/new-demo/$(basename $fleet)" $fleet
+    "${root[@]}" rmdir build/new-demo
+}
+# Chooses the version of every Debian package, and downloads the packages. In a background job, the signal that ends the
+# job also ends its command.
 choose() {
-    if [ ! -e $fleet/fleet.toml ]; then
-        "${root[@]}" "$bakehouse" -q init $fleet
-        "${root[@]}" cp builder/demo.toml $fleet/fleet.toml
-    fi
-    bake lock
-    bake fetch
+    local verb command=""
+    trap '"${root[@]}" kill "$command" 2>/dev/null; exit 143' TERM
+    for verb in lock fetch; do
+        "${root[@]}" "$bakehouse" -C $fleet "$verb" &
+        command=$!
+        wait $command || return
+    done
 }
 if [ -z "${BAKEHOUSE:-}" ]; then
     step packages "install the Debian packages that are missing"
@@ -166,6 +180,7 @@ if [ -z "${BAKEHOUSE:-}" ]; then
     logged builder/host-deps.sh "${packages[@]}"
     step compile "compile Bakehouse, then the agent while the Debian packages of the image are downloaded"
     make --no-print-directory demo-build BINS=bakehouse
+    new_fleet
     choose >"$work/choose" 2>&1 &
     download=$!
     make --no-print-directory demo-build
@@ -174,7 +189,9 @@ if [ -z "${BAKEHOUSE:-}" ]; then
     sed 's/^ */    /' "$work/choose"
 else
     step choose "choose the version of every Debian package, and download them"
-    choose
+    new_fleet
+    bake lock
+    bake fetch
 fi
 step images "build the image of the three machines"
 bake build
