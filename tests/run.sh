@@ -27,7 +27,7 @@ unit() {
 # Packages whose maintainer scripts attack the build host.
 hostile() { tests --test hostile; }
 # Fleets with failing nodes, in containers, at the speed of the host.
-containers() { tests --test machines -- --test-threads=1 --nocapture fleet::containers containers::; }
+containers() { tests --test machines -- --test-threads=1 --nocapture fleet::containers containers:: journals::; }
 # Updates of a node.
 upgrades() { tests --test machines -- --test-threads=1 --nocapture upgrade::containers; }
 # Real etcd, BIRD, nftables and HAProxy. Most of these tests wait.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fleet::{one_line, printable};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Interval of the lines about running steps where no terminal shows their bars.
@@ -110,7 +111,8 @@ impl Progress {
     /// Prints a line, unless `--quiet` is set.
     pub fn say(&self, name: &str, text: &str) {
         if !self.quiet {
-            self.bars.suspend(|| line(&format!("{name:>12} {text}")));
+            // The text may be that of a node or a hub.
+            self.bars.suspend(|| line(&format!("{name:>12} {}", printable(text))));
         }
     }
 }
@@ -118,7 +120,7 @@ impl Progress {
 impl Step {
     /// Shows a message beside the step, on a terminal.
     pub fn message(&self, text: &str) {
-        self.bar.set_message(text.to_owned());
+        self.bar.set_message(one_line(text));
     }
 
     /// Moves the bar forward.
@@ -129,7 +131,7 @@ impl Step {
     /// Ends the step, and prints its result and duration.
     pub fn done(self, text: &str) {
         let seconds = self.started.elapsed().as_secs_f64();
-        let text = format!("{:>12} {text} ({seconds:.1} s)", self.name);
+        let text = format!("{:>12} {} ({seconds:.1} s)", self.name, printable(text));
         if self.terminal {
             self.bar.set_style(style("{msg}"));
             self.bar.finish_with_message(text);

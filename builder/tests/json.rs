@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -47,6 +48,7 @@ impl Lab {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bakehouse"));
         command.arg("--json").arg("-C").arg(fleet).args(args).current_dir(self.dir.path()).stdin(Stdio::null());
         command.env("BAKEHOUSE_STORE", self.dir.path().join("store"));
+        command.env("XDG_CONFIG_HOME", self.dir.path().join("config")).env_remove("BAKEHOUSE_OPERATOR");
         let output = command.output().expect("bakehouse starts");
         let (out, err) = (String::from_utf8(output.stdout), String::from_utf8(output.stderr));
         let (out, err) = (out.expect("UTF-8"), err.expect("UTF-8"));
@@ -94,6 +96,8 @@ fn every_command_prints_a_result_or_an_error_of_the_schema() {
     let lab = Lab::new();
     let (acme, archive) = (lab.path("acme"), lab.path("report.tar.gz"));
     let ticket = lab.path("app.ticket");
+    let config = lab.path("config/bakehouse");
+    let (request, operator) = (format!("{config}/anna.request"), format!("{config}/anna.operator"));
     let cases: &[&[&str]] = &[
         &["init", &acme],
         &["init", &acme],
@@ -106,6 +110,8 @@ fn every_command_prints_a_result_or_an_error_of_the_schema() {
         &[&["ticket", "--list"], &NOWHERE[..]].concat(),
         &[&["ticket", "--revoke", "0"], &NOWHERE[..]].concat(),
         &["ticket", "app", "--endpoint", "db-1=x"],
+        &["secret", "email"],
+        &["secret", "email", "--remove"],
         &[&["leave", "db-1"], &NOWHERE[..]].concat(),
         &["leave", "no-such"],
         &[&["rollout"], &NOWHERE[..]].concat(),
@@ -132,6 +138,44 @@ fn every_command_prints_a_result_or_an_error_of_the_schema() {
         &["exec", "hub-1", "--", "true"],
         &["rehearse", "no-such"],
         &["report", "-o", &archive],
+        &["logs", "hub-1"],
+        &["logs", "--role", "db", "--since", "yesterday"],
+        &["units", "hub-1"],
+        &["net", "hub-1"],
+        &["disk", "hub-1"],
+        &["pcap", "hub-1", "-o", &lab.path("hub-1.pcap")],
+        &["pcap", "hub-1"],
+        &["pcap", "hub-1", "--seconds", "0"],
+        &["backup", "now"],
+        &["top"],
+        &["restart", "hub-1", "etcd"],
+        &["reboot", "hub-1"],
+        &["poweroff", "hub-1", "--yes"],
+        &["switchover", "--yes"],
+        &["open", "haproxy"],
+        &["operator", "request", "anna", "-o", &config],
+        &["operator", "add", "anna", "--role", "viewer", "--request", &request, "-o", &config],
+        &["operator", "add", "Anna", "--role", "viewer"],
+        &["operator", "add", "ben", "--role", "boss"],
+        &["operator", "list"],
+        &[&["operator", "revoke", "anna"], &NOWHERE[..]].concat(),
+        &["operator", "revoke", "carl"],
+        &["operator", "revoke", "--file", "no-such"],
+        &["operator", "revoke", "carl", "--key", "x"],
+        &["operator", "wireguard", "anna"],
+        &[&["operator", "wireguard", "anna", "-o", &config, "--operator", &operator], &NOWHERE[..]].concat(),
+        // With an operator's file, the commands ask hubs that do not answer.
+        &[&["logs", "hub-1", "--operator", &operator], &NOWHERE[..]].concat(),
+        &[&["status", "--operator", &operator], &NOWHERE[..]].concat(),
+        &[&["units", "hub-1", "--operator", &operator], &NOWHERE[..]].concat(),
+        &["logs", "hub-1", "-u", "no/unit", "--operator", &operator],
+        &[&["status", "--watch", "--operator", &operator], &NOWHERE[..]].concat(),
+        &[&["net", "hub-1", "--operator", &operator], &NOWHERE[..]].concat(),
+        &[&["backup", "now", "monitor-1", "--operator", &operator], &NOWHERE[..]].concat(),
+        &[&["reboot", "hub-1", "--yes", "--operator", &operator], &NOWHERE[..]].concat(),
+        &[&["reboot", "hub-1", "--yes", "--force", "db-1", "--operator", &operator], &NOWHERE[..]].concat(),
+        &[&["open", "haproxy", "--operator", &operator], &NOWHERE[..]].concat(),
+        &[&["exec", "--operator", &operator], &NOWHERE[..], &["hub-1", "true"]].concat(),
         &["explain", "/etc/passwd"],
         &["explain", "/run/bakehouse/haproxy.cfg", "--group", "hub"],
         &["store", "gc"],
@@ -206,6 +250,11 @@ fn results_have_what_a_script_needs() {
     assert!(rows.last()["warnings"].to_string().contains("cannot list how often"), "{}", rows.last());
 
     assert_eq!(lab.run(&["down"]).result()["stopped"], Value::Array(vec![]));
+    // A real fleet, without an operator's file.
+    let help = lab.run(&["status"]).error(1, "there is no operator's file")["help"].as_str().expect("a fix").to_owned();
+    assert!(help.contains("bakehouse operator add NAME --role ROLE --own"), "{help}");
+    // A fleet whose machines have run on this host.
+    fs::create_dir_all(lab.dir.path().join("acme/build/vm/hub-1")).expect("a folder");
     assert_eq!(lab.run(&["status"]).result()["nodes"][0]["state"], "off");
     assert_eq!(lab.run(&["store", "gc"]).result()["entries"], 0);
 }
@@ -236,11 +285,70 @@ fn errors_name_the_file_the_fix_and_the_cause() {
     lab.run(&["build"]).error(1, "does not exist");
     let exec = lab.run(&["exec", "hub-1", "--", "true"]);
     let error = exec.error(1, "does not run on this host");
-    assert_eq!(error["help"], "`bakehouse up hub-1` starts it as a local machine");
+    let help = error["help"].as_str().expect("a fix");
+    assert!(help.starts_with("`bakehouse up hub-1` starts it as a local machine; `bakehouse operator add"), "{help}");
     // An error of the system is also a cause.
     let unwritable = lab.run(&["ticket", "hub-1", "-o", "/proc/no-such/ticket"]);
     let error = unwritable.error(1, "No such file or directory");
     assert!(error["causes"][0].as_str().is_some_and(|cause| cause.starts_with("No such file")), "{error}");
+}
+
+/// A colleague has the operator's file and the key, and neither fleet.toml nor fleet.key.
+#[test]
+fn an_operators_file_is_enough_to_reach_a_fleet() {
+    let lab = Lab::new();
+    let acme = lab.path("acme");
+    lab.run(&["init", &acme]).result();
+    let toml = lab.dir.path().join("acme/fleet.toml");
+    let text = fs::read_to_string(&toml).expect("a file");
+    // Nothing listens there.
+    let nowhere = text.replace("hub1.example.net", "127.0.0.1").replace("hub2.example.net", "127.0.0.2");
+    fs::write(&toml, nowhere.replace("hub3.example.net", "127.0.0.3")).expect("a file");
+    let (there, own) = (lab.path("colleague"), lab.path("colleague/anna.operator"));
+    let none = lab.run_in(Path::new(&there), &["status"]);
+    assert!(none.error(1, "no operator's file")["help"].as_str().is_some_and(|help| help.contains("--operator FILE")));
+
+    lab.run(&["operator", "request", "anna", "-o", &there]).result();
+    let request = format!("{there}/anna.request");
+    let added = lab.run(&["operator", "add", "anna", "--role", "viewer", "--request", &request, "-o", &there]);
+    let result = added.result();
+    assert_eq!((&result["role"], &result["secret"], &result["path"]), (&"viewer".into(), &false.into(), &own.into()));
+    let listed = lab.run(&["operator", "list"]);
+    assert_eq!((&listed.result()[0]["key"], &listed.result()[0]["state"]), (&result["key"], &"good".into()));
+
+    // The file alone names the hubs.
+    let status = lab.run_in(Path::new(&there), &["status"]);
+    status.error(1, "no hub answers");
+    assert!(status.err.contains("hub-1 (127.0.0.1:51820)"), "{}", status.err);
+    let unknown = lab.run_in(Path::new(&there), &["logs", "db-9"]);
+    unknown.error(2, "there is no node `db-9`");
+
+    // A second file beside it is ambiguous. The operator selects one.
+    lab.run(&["operator", "add", "ben", "--role", "admin", "-o", &there]).result();
+    let two = lab.run_in(Path::new(&there), &["status"]);
+    two.error(2, "2 operators' files");
+    let ben = format!("{there}/ben.operator");
+    lab.run_in(Path::new(&there), &["status", "--operator", &ben]).error(1, "no hub answers");
+    // A file with a valid key of an operator is never replaced.
+    lab.run(&["operator", "add", "ben", "--role", "admin", "-o", &there]).error(1, "may have the only copy of a key");
+    // A file that was made here for another person is not used, and the owner's own one is.
+    let acme_dir = Path::new(&acme);
+    lab.run(&["operator", "add", "dora", "--role", "viewer", "-o", &acme]).result();
+    let none = lab.run(&["status"]);
+    none.error(1, "dora.operator was made for another person or machine");
+    lab.run(&["operator", "add", "me", "--role", "viewer", "--own"]).result();
+    assert!(lab.dir.path().join("config/bakehouse/acme.operator").is_file());
+    lab.run_in(acme_dir, &["status"]).error(1, "no hub answers");
+    let short = lab.run(&["operator", "revoke", "carl"]);
+    assert!(short.error(1, "no valid certificate")["help"].as_str().is_some_and(|help| help.contains("operator list")));
+    // Keys of certificates that are not in the log.
+    for args in
+        [&["--file", &ben][..], &["--file", &request], &["anna", "--key", result["key"].as_str().expect("a key")]]
+    {
+        let args = [&["operator", "revoke"], args, &NOWHERE[..]].concat();
+        lab.run(&args).error(1, "no hub accepts the order");
+    }
+    lab.run(&["operator", "revoke", "anna", "--key", "x"]).error(2, "not the base64");
 }
 
 #[test]
@@ -255,4 +363,37 @@ fn pages_match_the_types_of_results() {
         let written = fs::read_to_string(&page).unwrap_or_default();
         assert!(written == text, "docs/{name} differs from builder/src/cli/results.rs: UPDATE_GOLDEN=1 writes it");
     }
+}
+
+#[test]
+fn secret_is_stored_encrypted_and_can_be_removed() {
+    let lab = Lab::new();
+    let acme = lab.path("acme");
+    lab.run(&["init", &acme]).result();
+    let (toml, sealed) = (format!("{acme}/fleet.toml"), format!("{acme}/alerts.secrets"));
+    let fleet = fs::read_to_string(&toml).expect("a fleet");
+    let email =
+        "\n[alerts.email]\nto = \"a@acme.com\"\nfrom = \"f@acme.com\"\nsmarthost = \"m.acme.com:587\"\nuser = \"u\"\n";
+    fs::write(&toml, fleet + email).expect("a folder");
+    let warns = || lab.run(&["check"]).last().to_string().contains("the secret `email` is missing");
+    assert!(warns());
+    // Without standard input, the secret is empty.
+    assert_ne!(lab.run(&["secret", "email"]).status, 0);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bakehouse"));
+    let command = command.args(["--json", "-C", &acme, "secret", "email"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("bakehouse starts");
+    child.stdin.take().expect("a pipe").write_all(b"hunter2\n").expect("bakehouse reads");
+    let done = child.wait_with_output().expect("bakehouse ends");
+    let out = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success() && !out.contains("hunter2"), "{out}");
+    let file = fs::read_to_string(&sealed).expect("the file exists");
+    assert!(file.contains("email = ") && !file.contains("hunter2"), "{file}");
+    assert!(!warns());
+    let key = fs::read_to_string(format!("{acme}/fleet.key")).expect("a key");
+    let key: Value = serde_json::from_str(&key).expect("JSON");
+    let key = fleet::AlertKey::derive(key["secrets"]["etcd_root"].as_str().expect("a password")).expect("a key");
+    let secrets = fleet::AlertSecrets::parse(&file).expect("the file parses");
+    assert_eq!(secrets.open(&key, "acme", "email").as_deref(), Some("hunter2"));
+    assert_eq!(lab.run(&["secret", "email", "--remove"]).result()["stored"], false);
+    assert!(warns());
 }

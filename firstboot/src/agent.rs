@@ -3,12 +3,16 @@
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use fleet::{Node, NodeContext, Tls, etcd_client_anchor};
 use futures_util::future::try_join_all;
+use tokio::sync::watch;
+use tokio_rustls::rustls::ServerConfig;
 use tracing::{error, info, warn};
 
+use crate::api::{self, JOURNAL_SOCKET, NodeApi, Tasks};
 use crate::client::backoff::Backoff;
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
@@ -17,12 +21,13 @@ use crate::host::dbus::{Phase, Status};
 use crate::host::journal::Event;
 use crate::host::machine;
 use crate::host::notify::notify;
+use crate::host::screen;
 use crate::host::systemd::{self, Systemd};
-use crate::member::{ALL_HAVE_ASKED, Member};
+use crate::member::{ALL_HAVE_ASKED, Member, locker};
 use crate::node::hubs::Hubs;
-use crate::node::identity::{identity, node_of};
+use crate::node::identity::{Identity, identity, node_of};
 use crate::node::image::Image;
-use crate::node::renewal::{is_pending, renew, take_missing_passwords};
+use crate::node::renewal::{is_pending, renew, take_missing_passwords, warn_of_sealed_passwords};
 use crate::node::seal::Sealer;
 use crate::node::state::StateDir;
 use crate::render::render_all;
@@ -39,6 +44,7 @@ usage: firstboot run              make this machine a node, and run the node (fi
        firstboot signed           write the signature time of the update folder as a metric (firstboot-check.service)
        firstboot grub [--good]    on a legacy BIOS: synchronize boot entries with GRUB's count of tries;
                                   --good: this boot is good (firstboot-grub.service)
+       firstboot capture INTERFACE SECONDS BYTES SNAP  write packets to standard output (`bakehouse pcap`)
 ";
 
 /// Name of the systemd credential that holds the certificate and key for browsers, PEM.
@@ -77,6 +83,8 @@ impl Paths {
 /// restarts the agent.
 pub async fn run(paths: &Paths) -> Result<()> {
     let image = Image::read(&paths.image)?;
+    screen::name(&format!("{} of {}, without a slot", image.info.group, image.topology.name));
+    screen::keep();
     let bus = zbus::Connection::system().await?;
     let status = Status::publish(&bus, &image.topology.name).await?;
     // D-Bus clients can reach the agent now. Units are ordered after this notification, not after the join, because
@@ -91,6 +99,11 @@ pub async fn run(paths: &Paths) -> Result<()> {
         error!("the ticket is not removed from the disk: {}", e.chain());
     }
     let node = node_of(&who.state, &image)?;
+    // Before the roles, because operators need it most while a role does not start.
+    let (api, api_tls) = node_api(&image, node, &who, status.phase())?;
+    tokio::spawn(api::keep(Arc::new(api), api_tls));
+    screen::name(&format!("{} of {}", node.name, image.topology.name));
+    warn_of_sealed_passwords(&who, node, &image);
     let tls = Tls {
         ca: who.state.root.clone(),
         cert: who.state.cert.clone(),
@@ -134,7 +147,15 @@ pub async fn run(paths: &Paths) -> Result<()> {
             // its new keys.
             tokio::time::sleep(ALL_HAVE_ASKED).await;
         }
-        start(&units, node).await?;
+        let mut pause = Backoff::default();
+        // The agent keeps running while a role does not start: operators reach the node through it.
+        while let Err(e) = start(&units, node).await {
+            if !matches!(e, Error::Job { .. }) {
+                return Err(e);
+            }
+            error!("cannot start the roles: {}", e.chain());
+            tokio::time::sleep(pause.next_delay()).await;
+        }
         log_event(Event::Ready, &format!("ready ({})", node.name));
         status.enter(Phase::Ready).await
     };
@@ -149,6 +170,32 @@ pub async fn run(paths: &Paths) -> Result<()> {
         Err(Error::Fenced { .. } | Error::Left { .. }) => stop(&units, node).await.and(kept),
         _ => kept,
     }
+}
+
+/// Returns the node API, and its TLS configuration.
+fn node_api(
+    image: &Image,
+    node: &Node,
+    who: &Identity,
+    phase: watch::Receiver<Phase>,
+) -> Result<(NodeApi, Arc<ServerConfig>)> {
+    let own = fleet_https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
+    let tls = fleet_https::mutual_server(&who.state.root, own)?;
+    let api = NodeApi {
+        topology: image.topology.clone(),
+        node: node.clone(),
+        image: image.info.version.clone(),
+        epoch: who.state.epoch,
+        root: who.state.root.clone(),
+        tls: who.client()?,
+        revocations: who.revocations.clone(),
+        phase,
+        bus: None,
+        journal: JOURNAL_SOCKET.into(),
+        locker: locker(who, node, &image.topology)?,
+        tasks: Tasks::default(),
+    };
+    Ok((api, tls))
 }
 
 /// Returns the Unix time of the image's build: the modification time of all its files.
@@ -226,6 +273,6 @@ mod tests {
             assert!(PAGE.contains(&format!("\n.B {command}\n")), "{command} is not described");
             count += 1;
         }
-        assert_eq!(count, 7);
+        assert_eq!(count, 8);
     }
 }

@@ -81,7 +81,7 @@ pub enum Error {
     Certificate(#[from] fleet::CertificateError),
     #[error("the D-Bus call failed")]
     Bus(#[from] zbus::Error),
-    #[error("{unit} did not start ({result}); see: journalctl -u {unit}")]
+    #[error("{unit} did not start ({result}); see: bakehouse logs NODE -u {unit}")]
     Job { unit: String, result: String },
     /// A failed request to etcd for several claims of slots.
     #[error(transparent)]

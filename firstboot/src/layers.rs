@@ -1,7 +1,7 @@
 //! Test of the order of this crate's modules.
 //!
 //! ```text
-//! agent -> member -> hub, update, render -> mesh -> node -> client, host -> error
+//! agent -> member -> api, hub, update, render -> mesh -> node -> client, host, server -> error
 //! install -> client, host -> error
 //! ```
 //!
@@ -11,8 +11,15 @@
 use std::fs;
 use std::path::Path;
 
-const ORDER: [&[&str]; 7] =
-    [&["agent"], &["member"], &["hub", "update", "render"], &["mesh"], &["node"], &["client", "host"], &["error"]];
+const ORDER: [&[&str]; 7] = [
+    &["agent"],
+    &["member"],
+    &["api", "hub", "update", "render"],
+    &["mesh"],
+    &["node"],
+    &["client", "host", "server"],
+    &["error"],
+];
 const INSTALL: &str = "install";
 const UNDER_INSTALL: [&str; 3] = ["client", "host", "error"];
 

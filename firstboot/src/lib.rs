@@ -7,6 +7,7 @@
 //!
 //! - `agent`: the steps of a boot
 //! - `member`: tasks of a running node
+//! - `api`: the node API for operators
 //! - `hub`: the join API, claims of slots, the fence, the rollout
 //! - `update`: new images: download, boot entries, health check
 //! - `render`: configuration files from templates
@@ -14,6 +15,7 @@
 //! - `node`: identity, keys, state on disk, peers, the client of the hubs
 //! - `client`: clients of etcd and Patroni, backoff
 //! - `host`: systemd, D-Bus, the log, the console
+//! - `server`: threads, sockets and limits of the HTTPS servers
 //! - `error`: the error type
 //!
 //! [`install`] is the program of the network installer, and imports `client`, `host` and `error` only.
@@ -21,6 +23,7 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod agent;
+pub mod api;
 pub mod client;
 pub mod error;
 pub mod host;
@@ -30,6 +33,7 @@ pub mod member;
 pub mod mesh;
 pub mod node;
 pub mod render;
+mod server;
 pub mod update;
 
 #[cfg(test)]

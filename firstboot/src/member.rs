@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 use tracing::warn;
 
+use crate::api::Locker;
 use crate::client::backoff::{Backoff, round};
 use crate::client::etcd::Etcd;
 use crate::error::{Error, Result};
 use crate::host::console::log_event;
 use crate::host::journal::Event;
+use crate::host::screen;
 use crate::hub::api::Hub;
 use crate::hub::claims::SlotAllocator;
 use crate::hub::etcd_access::{EtcdAccess, ROOT};
@@ -27,6 +29,7 @@ use crate::node::hubs::Hubs;
 use crate::node::identity::Identity;
 use crate::node::image::Image;
 use crate::node::neighbours::PeerTable;
+use crate::node::operator_peers::OperatorPeers;
 use crate::node::state::StateDir;
 use crate::node::trust::{Decision, Heard, Known, Standing, decide, first_keys};
 use crate::update::Updates;
@@ -44,6 +47,8 @@ const METRICS: &str = "/run/bakehouse/metrics/rollout.prom";
 const SUCCESSOR_INTERVAL: Duration = Duration::from_secs(1);
 /// etcd's port for clients.
 const ETCD: u16 = 2379;
+/// Time limit of one member of etcd for a request about the fleet's lock.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A node of the fleet with its slot.
 pub struct Member {
@@ -71,7 +76,11 @@ impl Member {
             topology: image.topology.clone(),
             node: node.clone(),
             version: image.info.version.clone(),
-            hubs: hubs.known_by(who.neighbourhood.clone()).with_root(&who.state.root).over_mesh(),
+            hubs: hubs
+                .known_by(who.neighbourhood.clone())
+                .with_root(&who.state.root)
+                .with_revocations(who.revocations.clone())
+                .over_mesh(),
             who,
             dir: dir.path().to_owned(),
             built: 0,
@@ -137,11 +146,15 @@ impl Member {
         neighbourhood.learn(&node.name, introduction.mesh_key);
 
         let kept = mesh.keep(neighbourhood.clone());
+        let (root, revocations) = (&who.state.root, who.revocations.clone());
+        let operators = OperatorPeers::load(dir, topology, root, revocations, neighbourhood.clone())?.map(Arc::new);
         // On separate connections, because they belong to the API's thread.
-        let served = self.serve_api(allocator.beside(etcd()));
+        let served = self.serve_api(allocator.beside(etcd()), operators.clone());
+        let admitted = follow_operators(&allocator, operators);
         let introduced = self.introduce_hub(&allocator, &introduction);
         let registered = register(&allocator, &node.name, (introduction.mesh_key, &tls_key), version);
         let followed = self.follow_claims(&allocator);
+        let revoked = self.follow_revocations(&allocator);
         let recorded = async {
             allocator.keep_records(dir).await;
             Ok(())
@@ -158,9 +171,10 @@ impl Member {
         let updated =
             updates.keep(async |report| rollout::report(allocator.etcd(), topology, &node.name, report).await);
         tokio::try_join!(
-            kept, served, introduced, registered, followed, recorded, exported, replaced, access, fenced_off, updated
+            kept, served, introduced, registered, followed, revoked, admitted, recorded, exported, replaced, access,
+            fenced_off, updated
         )
-        .map(|((), (), (), (), (), (), (), (), (), (), ())| ())
+        .map(|((), (), (), (), (), (), (), (), (), (), (), (), ())| ())
     }
 
     /// Returns this node's introduction to hubs.
@@ -170,7 +184,7 @@ impl Member {
     }
 
     /// Serves the join API.
-    async fn serve_api(&self, allocator: SlotAllocator) -> Result<()> {
+    async fn serve_api(&self, allocator: SlotAllocator, operator_peers: Option<Arc<OperatorPeers>>) -> Result<()> {
         let state = &self.who.state;
         let issuer = state.issuer.clone().ok_or_else(|| {
             let text = format!(
@@ -188,6 +202,8 @@ impl Member {
             allocator: Arc::new(allocator),
             neighbourhood: self.who.neighbourhood.clone(),
             orders: OrderLog::default(),
+            revocations: self.who.revocations.clone(),
+            operator_peers,
         };
         let own = fleet_https::Identity { cert: &state.cert, key: self.who.keys.tls.pem() };
         let at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, self.topology.mesh.port));
@@ -210,6 +226,9 @@ impl Member {
             if answers.is_empty() {
                 answers = hubs.answers().await;
             }
+            let others = hubs.slots();
+            let is_alone = answers.is_empty() && !others.is_empty();
+            screen::waits(is_alone.then(|| format!("no other hub replies: {}", others.join(", "))));
             let (pins, keys) = (neighbourhood.pins(), neighbourhood.keys());
             // Without pins, ignore a machine whose mesh key differs from etcd's record: it does not own its slot.
             answers.retain(|a| {
@@ -256,12 +275,43 @@ impl Member {
         }
     }
 
+    /// Follows the revoked operators in etcd.
+    async fn follow_revocations(&self, allocator: &SlotAllocator) -> Result<()> {
+        let mut pause = Backoff::default();
+        loop {
+            match allocator.follow_revocations(&self.who.revocations).await {
+                Ok(()) => pause = Backoff::default(),
+                Err(e) => warn!("cannot follow the revoked operators in etcd: {}", e.chain()),
+            }
+            tokio::time::sleep(pause.next_delay()).await;
+        }
+    }
+
     /// Exports the rollout's metrics, on hubs with the role `update`.
     async fn export_rollout(&self, allocator: &SlotAllocator) -> Result<()> {
         if self.node.hub > 0 && self.node.has_role(fleet::UPDATE) {
             rollout::export(allocator.etcd(), Path::new(METRICS)).await;
         }
         Ok(())
+    }
+}
+
+/// Follows the operators' machines in etcd, and removes those whose certificates are no longer valid.
+async fn follow_operators(allocator: &SlotAllocator, known: Option<Arc<OperatorPeers>>) -> Result<()> {
+    let Some(known) = known else { return Ok(()) };
+    let followed = async {
+        let mut pause = Backoff::default();
+        loop {
+            match allocator.follow_operator_peers(&known).await {
+                Ok(()) => pause = Backoff::default(),
+                Err(e) => warn!("cannot follow the operators' machines in etcd: {}", e.chain()),
+            }
+            tokio::time::sleep(pause.next_delay()).await;
+        }
+    };
+    tokio::select! {
+        () = known.keep() => Ok(()),
+        () = followed => Ok(()),
     }
 }
 
@@ -292,6 +342,28 @@ async fn until_replaced(allocator: &SlotAllocator, slot: &str, own: (&str, u64))
         }
         tokio::time::sleep(SUCCESSOR_INTERVAL).await;
     }
+}
+
+/// Returns how the node takes and frees the fleet's lock: a hub in etcd, and another node through any hub.
+///
+/// # Errors
+/// If the node's certificate and key do not match.
+pub fn locker(who: &Identity, node: &Node, topology: &Topology) -> Result<Locker> {
+    let tls = who.client()?;
+    if node.hub > 0 {
+        let etcd = Etcd::new(members(topology, node), tls).with_user(ROOT, &who.state.secrets.etcd_root);
+        let (etcd, slot) = (Arc::new(etcd.with_timeout(LOCK_TIMEOUT)), node.name.clone());
+        return Ok(Box::new(move |seconds| {
+            let (etcd, slot) = (etcd.clone(), slot.clone());
+            Box::pin(async move { rollout::lock(&etcd, &slot, seconds).await })
+        }));
+    }
+    let hubs = Hubs::new(topology, &who.state.endpoints, &node.name, tls);
+    let hubs = Arc::new(hubs.known_by(who.neighbourhood.clone()).over_mesh());
+    Ok(Box::new(move |seconds| {
+        let hubs = hubs.clone();
+        Box::pin(async move { hubs.lock(seconds).await })
+    }))
 }
 
 /// Returns the addresses of etcd's members, this node's own member first.

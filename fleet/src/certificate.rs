@@ -12,10 +12,17 @@ use rcgen::{
 use serde::{Deserialize, Serialize};
 
 use crate::encoding;
+use crate::operator::Operator;
 use crate::topology::{Node, Topology};
 
-/// Suffix of the DNS names in operators' certificates (`NAME.operator`). No hub's issuer may sign such a name.
+/// Suffix of the DNS names in operators' certificates (`NAME.ROLE.operator`). No hub's issuer may sign such a name.
 pub const OPERATOR_SUFFIX: &str = "operator";
+/// Extended key usage of operators' certificates, instead of `clientAuth`. Programs that do not know it refuse such a
+/// certificate: etcd, Patroni, and the hubs of versions that take every client with a certificate for a node. The arc
+/// 2.25 of ITU-T X.667 needs no registration.
+const OPERATOR_USAGE: [u64; 3] = [2, 25, 4_453_292_287_117_045_358];
+/// Content of the DER of [`OPERATOR_USAGE`].
+pub const OPERATOR_USAGE_DER: &[u8] = &[0x69, 0xbd, 0xe6, 0xd1, 0xb7, 0xd9, 0xb4, 0xe4, 0xdc, 0x6e];
 
 /// A key that cannot be read, or names that a certificate cannot have.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +114,31 @@ impl Issuer {
         Ok(self.sign_certificate(&params, key)? + &self.chain)
     }
 
+    /// Makes an operator's certificate for their public key, PEM. Nodes accept it only if this is the fleet's root.
+    /// `begins` and `expires` are seconds since 1970. The common name is the DNS name, so that no operator has the
+    /// common name of a node or of a user of a service.
+    ///
+    /// # Errors
+    /// If the issuer's key cannot be read, or a time is after the year 9999.
+    pub fn operator(
+        &self,
+        operator: &Operator,
+        key: &PublicKey,
+        (begins, expires): (u64, u64),
+    ) -> Result<String, CertificateError> {
+        let time = |seconds: u64| {
+            let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+            time::OffsetDateTime::from_unix_timestamp(seconds).map_err(|_| rcgen::Error::Time)
+        };
+        let mut params = CertificateParams::new([operator.dns_name()])?;
+        params.distinguished_name = named(&operator.dns_name());
+        (params.not_before, params.not_after) = (time(begins)?, time(expires)?);
+        params.use_authority_key_identifier_extension = true;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::Other(OPERATOR_USAGE.to_vec())];
+        self.sign_certificate(&params, key)
+    }
+
     /// Signs a message with the key: ECDSA P-256 with SHA-256, ASN.1.
     ///
     /// # Errors
@@ -183,6 +215,15 @@ impl PrivateKey {
     /// If the kernel returns no random bytes.
     pub fn generate() -> Result<Self, CertificateError> {
         Ok(Self(KeyPair::generate()?.serialize_pem()))
+    }
+
+    /// Reads a key, PEM.
+    ///
+    /// # Errors
+    /// If the key cannot be read.
+    pub fn from_pem(pem: String) -> Result<Self, CertificateError> {
+        KeyPair::from_pem(&pem)?;
+        Ok(Self(pem))
     }
 
     /// Returns the public key.
@@ -289,6 +330,21 @@ mod tests {
         assert_eq!(chain.matches("BEGIN CERTIFICATE").count(), 2);
         assert!(chain.ends_with(issuer.certificate()));
         assert!(!chain.contains(root.certificate()));
+    }
+
+    #[test]
+    fn certificate_of_an_operator_has_its_own_usage_and_common_name() {
+        let root = Issuer::root("acme").unwrap();
+        let operator = Operator::new("hub-1", crate::OperatorRole::Viewer).unwrap();
+        let public = PrivateKey::generate().unwrap().public().unwrap();
+        let pem = root.operator(&operator, &public, (0, 4_000_000_000)).unwrap();
+        let text: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
+        let der = encoding::decode(&text).unwrap();
+        let count = |part: &[u8]| der.windows(part.len()).filter(|window| *window == part).count();
+        // id-kp-clientAuth, RFC 5280 § 4.2.1.12.
+        assert_eq!(count(&[0x2b, 6, 1, 5, 5, 7, 3, 2]), 0);
+        assert_eq!(count(&[&[0x06, OPERATOR_USAGE_DER.len() as u8], OPERATOR_USAGE_DER].concat()), 1);
+        assert_eq!((count(b"hub-1.viewer.operator"), count(b"hub-1")), (2, 2), "subject and DNS name");
     }
 
     #[test]

@@ -81,6 +81,8 @@ forms! {
     UpdateUrl = "address", "^https?://[A-Za-z0-9._~:/\\[\\]-]*[A-Za-z0-9._~:\\[\\]-][A-Za-z0-9._~:/\\[\\]-]*$", None;
     /// Address of a web service.
     Url = "address", "^https?://\\S*$", None;
+    /// Topic of ntfy.
+    Topic = "name", "^[A-Za-z0-9_-]{1,64}$", None;
     /// Time as in systemd's `OnCalendar=`, for the backups.
     BackupTime = "time", concat!("^", plain!(), "+$"), None;
     /// Time as in systemd's `OnCalendar=`, for the updates.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::encoding;
 use crate::membership::Secrets;
+use crate::operator::RevokedOperator;
 use crate::signed::OrderScope;
 use crate::ticket::Token;
 
@@ -244,6 +245,9 @@ pub struct Peers {
     /// Orders that evicted hubs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub evicted: Vec<Eviction>,
+    /// Orders that revoked operators' certificates.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub revoked_operators: Vec<RevokedOperator>,
 }
 
 /// Owner of a slot: the value of etcd's key `/bakehouse/slots/SLOT`.

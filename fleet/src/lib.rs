@@ -20,6 +20,7 @@
 //! # }
 //! ```
 
+mod alerts;
 pub mod blocks;
 mod calendar;
 mod certificate;
@@ -33,6 +34,8 @@ mod join;
 mod lint;
 mod membership;
 pub mod netboot;
+pub mod node_api;
+mod operator;
 mod overlay;
 pub mod ports;
 mod profile;
@@ -43,11 +46,15 @@ mod schema;
 mod settings;
 mod signed;
 mod template;
+mod text;
 mod ticket;
 mod topology;
 mod version;
 
-pub use certificate::{CertificateError, Issuer, OPERATOR_SUFFIX, PrivateKey, PublicKey, etcd_client_anchor};
+pub use alerts::{AlertKey, AlertSecretError, AlertSecrets, Alerts, Email, MailTls, Matrix, Ntfy, Slack, Telegram};
+pub use certificate::{
+    CertificateError, Issuer, OPERATOR_SUFFIX, OPERATOR_USAGE_DER, PrivateKey, PublicKey, etcd_client_anchor,
+};
 pub use chain::ErrorChain;
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
 pub use join::{
@@ -56,6 +63,10 @@ pub use join::{
 };
 pub use lint::{HaRow, ha_table, is_fleet_name, lint};
 pub use membership::{Membership, STATE_VERSION, Secrets, Tls};
+pub use operator::{
+    HubPeer, Operator, OperatorPeer, OperatorPeerRequest, OperatorPeering, OperatorRevocation, OperatorRole,
+    RevokedOperator, WireguardKey, operator_peer_message,
+};
 pub use overlay::{Check, FileMeta, MIGRATIONS, Make, Migration, OverlayManifest, is_of};
 pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
 pub use rollout::{
@@ -63,12 +74,13 @@ pub use rollout::{
 };
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
 pub use settings::{
-    Alerts, Backup, Database, Email, Firewall, Netboot, Odoo, OpenPort, Promise, Proto, S3, SecureBoot, Update, Web,
+    Access, Backup, Database, Firewall, Netboot, Odoo, OpenPort, Promise, Proto, S3, SecureBoot, Update, Web,
 };
 pub use signed::{
     BOUND_SIGNATURE_HEADER, ChannelBinding, EXPORTER_LABEL, ORDER_VALIDITY, OrderScope, SignedOrder, bound_message,
 };
 pub use template::{EMULATED_TIMEOUT_SCALE, MachineSize, NodeContext, RenderError, line_map, render, variables};
+pub use text::{is_unsafe, one_line, printable};
 pub use ticket::{Claims, Credential, Founder, Joiner, Ticket, TicketError, Token};
 pub use topology::{BACKUP, GIVEN, Node, Topology, UPDATE, VOTER, slot_parts};
 pub use version::compare_versions;

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::alerts::AlertKey;
+
 /// Format of a node's sealed `state.json`. The image's manifest has it, so `bakehouse plan` can warn that an older
 /// image cannot read the state of a newer one.
 pub const STATE_VERSION: u16 = 3;
@@ -58,6 +60,9 @@ pub struct Secrets {
     /// Password of etcd's user `patroni`, which can read and write only below Patroni's prefix.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub etcd_patroni: String,
+    /// Key that decrypts the passwords of `[alerts]`, for monitors. Hubs and the fleet key derive it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub alerts: String,
 }
 
 impl Membership {
@@ -93,6 +98,7 @@ impl Secrets {
             s3_secret: secret("s3-secret"),
             etcd_root: secret("etcd-root"),
             etcd_patroni: secret("etcd-patroni"),
+            alerts: secret("alerts"),
         }
     }
 
@@ -116,7 +122,15 @@ impl Secrets {
             s3_secret: needs(&["db"], &self.s3_secret),
             etcd_root: needs(&["hub"], &self.etcd_root),
             etcd_patroni: needs(&["hub", "db"], &self.etcd_patroni),
+            alerts: self.alert_key().map_or_else(String::new, |key| needs(&["monitor"], key.text())),
         }
+    }
+
+    /// Returns the key for the passwords of `[alerts]`: the granted one, or the one that hubs derive. `None` on nodes
+    /// with neither.
+    #[must_use]
+    pub fn alert_key(&self) -> Option<AlertKey> {
+        AlertKey::granted(&self.alerts).or_else(|| AlertKey::derive(&self.etcd_root))
     }
 }
 
@@ -145,6 +159,13 @@ mod tests {
         assert_eq!((db.etcd_root.as_str(), db.etcd_patroni.as_str()), ("", "sample-etcd-patroni"));
         let hub = Secrets::sample().for_roles(&["voter".to_owned(), "hub".to_owned()]);
         assert_eq!((hub.etcd_root.as_str(), hub.etcd_patroni.as_str()), ("sample-etcd-root", "sample-etcd-patroni"));
+        assert_eq!((hub.alerts.as_str(), db.alerts.as_str()), ("", ""));
+        let monitor = Secrets::sample().for_roles(&["monitor".to_owned()]);
+        assert_eq!((monitor.alerts.as_str(), monitor.etcd_root.as_str()), ("sample-alerts", ""));
+        let derived = Secrets { alerts: String::new(), ..Secrets::sample() };
+        let granted = derived.for_roles(&["monitor".to_owned()]);
+        assert!(granted.alert_key().is_some() && granted.alert_key() == derived.alert_key());
+        assert!(db.alert_key().is_none());
         let both = Secrets::sample().for_roles(&["db".to_owned(), "app".to_owned()]);
         assert_eq!((both.odoo_admin.as_str(), both.rewind.as_str()), ("sample-odoo-admin", "sample-rewind"));
     }

@@ -7,8 +7,9 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
+use crate::alerts::Alerts;
 use crate::diagnostic::{Diagnostic, Source, parse};
-use crate::settings::{Alerts, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update, Web};
+use crate::settings::{Access, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update, Web};
 #[cfg(feature = "schema")]
 use crate::{form, lint::ETCD_FOLDERS};
 
@@ -62,6 +63,10 @@ pub struct Fleet {
     #[serde(default = "default_section::<Web>")]
     #[cfg_attr(feature = "schema", schemars(with = "Web"))]
     pub web: Spanned<Web>,
+    /// Rights of operators that `bakehouse operator` cannot grant alone.
+    #[serde(default = "default_section::<Access>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Access"))]
+    pub access: Spanned<Access>,
     /// Longest outages that the fleet's owner accepts.
     #[serde(default = "default_section::<Promise>")]
     #[cfg_attr(feature = "schema", schemars(with = "Promise"))]
@@ -138,6 +143,11 @@ pub struct Mesh {
     /// `subnet`, and does not overlap it. Default: `"10.11.0.0/24"`.
     #[cfg_attr(feature = "schema", schemars(with = "form::Network"))]
     pub transport: Spanned<Ipv4Net>,
+    /// Network of the operators' addresses: a part of `subnet`, without an address of a node and without the VIP. Hubs
+    /// then accept operators as WireGuard peers (`bakehouse operator wireguard`). Default: none. Example:
+    /// `"10.10.0.192/26"`.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::Network>"))]
+    pub operators: Option<Spanned<Ipv4Net>>,
     /// UDP port of a hub's WireGuard for workers, and TCP port of its join API. Links between hubs use the next UDP
     /// ports, one for each hub. Default: `51820`.
     pub port: u16,
@@ -148,6 +158,7 @@ impl Default for Mesh {
         Self {
             subnet: unspanned(Ipv4Net::new_assert(Ipv4Addr::new(10, 10, 0, 0), 24)),
             transport: unspanned(Ipv4Net::new_assert(Ipv4Addr::new(10, 11, 0, 0), 24)),
+            operators: None,
             port: 51820,
         }
     }

@@ -48,6 +48,8 @@ pub struct Backup {
     /// When an incremental backup starts: a time as in `full`. Default: `"Mon..Sat 01:30"`.
     #[cfg_attr(feature = "schema", schemars(with = "form::BackupTime"))]
     pub incremental: String,
+    /// Age of the newest backup, in hours, at which the alert `BackupOld` is raised. Default: `30`.
+    pub stale_after: u16,
     /// An S3 bucket instead of a node. Default: none.
     pub s3: Option<S3>,
     /// Restores the new database from the repository, as of this time, instead of an empty one: a time of RFC 3339 such
@@ -63,6 +65,7 @@ impl Default for Backup {
             keep: 4,
             full: "Sun 01:30".to_owned(),
             incremental: "Mon..Sat 01:30".to_owned(),
+            stale_after: 30,
             s3: None,
             restore: None,
         }
@@ -119,36 +122,6 @@ impl Default for Odoo {
     }
 }
 
-/// `[alerts]`: receivers of alerts.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct Alerts {
-    /// Receiver of alerts by e-mail. Default: none.
-    #[cfg_attr(feature = "schema", schemars(extend("x-need" = "should")))]
-    pub email: Option<Email>,
-    /// Addresses to which Alertmanager posts its JSON. Example: `["https://chat.example/hook"]`. Default: none.
-    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Url>", extend("x-need" = "should")))]
-    pub webhooks: Vec<String>,
-    /// Address of a dead man's switch. The monitor calls it every minute, and the service behind it has to raise an
-    /// alarm when no call arrives. Default: none.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<form::Url>", extend("x-need" = "should")))]
-    pub dead_man: Option<String>,
-}
-
-/// `[alerts.email]`: alerts by e-mail. There is no login at the mail server.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct Email {
-    /// Address of the receiver.
-    pub to: String,
-    /// Address of the sender.
-    pub from: String,
-    /// Mail server, `"host:port"`. Example: `"mail.example:25"`.
-    pub smarthost: String,
-}
-
 /// `[web]`: HTTP settings of the hubs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -167,6 +140,15 @@ impl Default for Web {
     fn default() -> Self {
         Self { redirect: false, connections: 150 }
     }
+}
+
+/// `[access]`: rights of operators that `bakehouse operator` cannot grant alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct Access {
+    /// Whether operators with the role `admin` may run commands on nodes, as root. Default: `false`.
+    pub shell: bool,
 }
 
 /// `[firewall]`: further ports that the packet filter opens.

@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::join::{Departure, Revocation, TokensRequest};
+use crate::operator::OperatorRevocation;
 use crate::rollout::RolloutRequest;
 
 /// Header with the base64 of a signature over [`bound_message`]: ECDSA P-256, SHA-256, ASN.1.
@@ -76,6 +77,7 @@ signed_order!(Revocation, "/v1/revoke");
 signed_order!(TokensRequest, "/v1/tokens");
 signed_order!(Departure, "/v1/leave");
 signed_order!(RolloutRequest, "/v1/rollout");
+signed_order!(OperatorRevocation, "/v1/operators/revoke");
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,6 @@
 //! The template engine: minijinja with strict undefined values, in the builder and in the agent.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
@@ -31,7 +31,8 @@ pub struct NodeContext<'a> {
 }
 
 impl Serialize for NodeContext<'_> {
-    /// Serializes the fields, and `filter` with the input of the packet filter's template.
+    /// Serializes the fields, `filter` with the input of the packet filter's template, and on monitors `alert_secrets`
+    /// with the decrypted passwords of `[alerts]`.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         struct Variables<'a> {
@@ -43,10 +44,13 @@ impl Serialize for NodeContext<'_> {
             secrets: &'a Secrets,
             web: &'a str,
             filter: Filter,
+            alert_secrets: BTreeMap<String, String>,
         }
         let Self { fleet, node, epoch, machine, tls, secrets, web } = *self;
         let filter = Filter::for_node(fleet, node);
-        Variables { fleet, node, epoch, machine, tls, secrets, web, filter }.serialize(serializer)
+        let wanted = if node.has_role("monitor") { fleet.alerts.secrets() } else { BTreeSet::new() };
+        let alert_secrets = fleet.alert_secrets.values(secrets.alert_key().as_ref(), &fleet.name, &wanted);
+        Variables { fleet, node, epoch, machine, tls, secrets, web, filter, alert_secrets }.serialize(serializer)
     }
 }
 

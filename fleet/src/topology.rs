@@ -7,11 +7,12 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use crate::alerts::{AlertSecrets, Alerts};
 use crate::calendar::point_in_time;
 use crate::ports::{ServicePort, services};
 use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
-use crate::settings::{Alerts, Backup, Database, Firewall, Odoo, Update, Web};
+use crate::settings::{Access, Backup, Database, Firewall, Odoo, Update, Web};
 
 /// Topology and settings of a fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +39,9 @@ pub struct Topology {
     pub odoo: Odoo,
     /// Section `[alerts]`.
     pub alerts: Alerts,
+    /// Encrypted passwords of the receivers in `[alerts]`.
+    #[serde(default, skip_serializing_if = "AlertSecrets::is_empty")]
+    pub alert_secrets: AlertSecrets,
     /// Section `[firewall]`.
     pub firewall: Firewall,
     /// Section `[update]`.
@@ -45,6 +49,9 @@ pub struct Topology {
     /// Section `[web]`.
     #[serde(default)]
     pub web: Web,
+    /// Section `[access]`.
+    #[serde(default)]
+    pub access: Access,
     /// Ports of the roles' profiles that need a rule in addition to the built-in ones ([`crate::ports`]).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<ServicePort>,
@@ -57,6 +64,9 @@ pub struct MeshPlan {
     pub subnet: Ipv4Net,
     /// Network of the addresses on the WireGuard interfaces.
     pub transport: Ipv4Net,
+    /// Network of the operators' addresses, if hubs accept operators as peers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operators: Option<Ipv4Net>,
     /// `[mesh] port`.
     pub port: u16,
     /// MTU of the WireGuard interfaces, in bytes.
@@ -150,6 +160,7 @@ impl Topology {
         let mesh = MeshPlan {
             subnet: fleet.mesh.subnet.get_ref().trunc(),
             transport: fleet.mesh.transport.get_ref().trunc(),
+            operators: fleet.mesh.operators.as_ref().map(|range| range.get_ref().trunc()),
             port: fleet.mesh.port,
             mtu: 1420,
         };
@@ -205,9 +216,11 @@ impl Topology {
             backup,
             odoo: fleet.odoo.get_ref().clone(),
             alerts: fleet.alerts.get_ref().clone(),
+            alert_secrets: AlertSecrets::default(),
             firewall: fleet.firewall.get_ref().clone(),
             update,
             web: fleet.web.get_ref().clone(),
+            access: fleet.access.get_ref().clone(),
             services: Vec::new(),
         }
     }

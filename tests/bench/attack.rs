@@ -24,6 +24,7 @@ use firstboot::hub::fence::{self, Fence};
 use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
 use firstboot::node::neighbours::PeerTable;
+use firstboot::node::revocations::Revocations;
 use fleet::{Issuer, PrivateKey, Secrets, Topology};
 use fleet_https::{Identity, request};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -88,6 +89,8 @@ fn hub(dir: &Path) {
             allocator: Arc::new(allocator.beside(etcd())),
             neighbourhood: neighbourhood.clone(),
             orders: OrderLog::default(),
+            revocations: Arc::new(Revocations::load(dir, &topology.name, &root)),
+            operator_peers: None,
         });
         let at: SocketAddr = format!("{AT}:{HUB_PORT}").parse().expect("an address");
         let tls = fleet_https::server(&root, own).expect("a certificate");

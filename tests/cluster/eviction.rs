@@ -39,6 +39,7 @@ fn lies(request: &Captured) -> Vec<u8> {
             leaving: true,
             vacant,
             evicted: Vec::new(),
+            revoked_operators: Vec::new(),
         }),
         "/v1/turn" => serde_json::to_vec(&UpdateDecision { granted: true, why: String::new() }),
         "/v1/renew" => serde_json::to_vec(&JoinReply::Granted(Grant {

@@ -1,6 +1,7 @@
-//! The hubs' protocols and the nodes' network, with the real etcd, BIRD, nftables and HAProxy on loopback and in
-//! network namespaces. The tests need root, and run in parallel: each has a network namespace of its own.
+//! The hubs' protocols and the nodes' network, with the real etcd, BIRD, nftables, HAProxy and Alertmanager on loopback
+//! and in network namespaces. The tests need root, and run in parallel: each has a network namespace of its own.
 
+mod alerts;
 mod attack;
 mod etcd_access;
 mod eviction;
@@ -9,6 +10,7 @@ mod join;
 mod mesh;
 mod model;
 mod netboot_install;
+mod operators;
 mod ports;
 mod replay;
 mod rollout;

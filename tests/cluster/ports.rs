@@ -83,13 +83,13 @@ print(json.dumps(sorted(got)), flush=True)
 ";
 
 /// A fleet in namespaces. Each worker has a link to one hub, so packets cross one or two hubs.
-struct Namespaces<'a> {
+pub(crate) struct Namespaces<'a> {
     topology: &'a Topology,
     prefix: String,
 }
 
 impl<'a> Namespaces<'a> {
-    fn new(project: &'a Project, dir: &Path) -> Self {
+    pub(crate) fn new(project: &'a Project, dir: &Path) -> Self {
         let topology = &project.topology;
         // Another run of the tests must not use the same namespaces.
         let own = Self { topology, prefix: format!("bh-{}-{}-", std::process::id(), topology.name) };
@@ -143,7 +143,7 @@ impl<'a> Namespaces<'a> {
         own
     }
 
-    fn name(&self, node: &Node) -> String {
+    pub(crate) fn name(&self, node: &Node) -> String {
         format!("{}{}", self.prefix, node.name)
     }
 
@@ -204,7 +204,7 @@ fn rendered(project: &Project, node: &Node, overlay: &str, file: &str) -> String
 }
 
 #[track_caller]
-fn run(script: &str) {
+pub(crate) fn run(script: &str) {
     let done = Command::new("sh").args(["-c", script]).output().expect("a shell");
     assert!(done.status.success(), "{script}\n{}", String::from_utf8_lossy(&done.stderr));
 }

@@ -117,8 +117,8 @@ fn reference_pages_match_the_types() {
     }
 }
 
-/// Renders the first node of each group, because others of a group differ only in their addresses. Of the fleet
-/// `watched` only the monitor, which is the one node that its alert receivers change.
+/// Renders the first node of each group, because others of a group differ only in their addresses. Of the fleets
+/// `watched` and `receivers` only the monitor, which is the one node that alert receivers change.
 fn rendered() -> BTreeMap<PathBuf, String> {
     let member = Membership::sample();
     let mut rendered = BTreeMap::new();
@@ -127,6 +127,7 @@ fn rendered() -> BTreeMap<PathBuf, String> {
         ("profiles/fleets", "minimal-ha", None),
         ("profiles/fleets", "quick-ha", None),
         ("tests/fleets", "watched", Some("monitor")),
+        ("tests/fleets", "receivers", Some("monitor")),
     ] {
         let project = Project::load(&root().join(dir).join(format!("{fleet}.toml"))).expect("a valid fleet.toml");
         let shown = |n: &&fleet::Node| n.number == 1 && role.is_none_or(|role| n.has_role(role));

@@ -1,17 +1,15 @@
 //! A real etcd cluster on loopback, with the etcd package of the images.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
-use builder::packages::lock::Lock;
-use builder::project::Project;
 use fleet::{Issuer, MachineSize, Membership, NodeContext, PrivateKey, Topology, etcd_client_anchor};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{TestFleet, shared_store};
+use crate::packages::unpack;
 
 /// An etcd cluster. Each member has a folder of its own, with certificates of the fleet.
 pub struct Cluster {
@@ -147,17 +145,5 @@ impl Drop for Cluster {
 /// Returns the etcd binary that the fleet `ha` locks. A process unpacks the package only once.
 pub(crate) fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(unpack).clone()
-}
-
-fn unpack() -> PathBuf {
-    let lab = TestFleet::of_fleet("etcd", "ha");
-    lab.ok(&["fetch"]);
-    let lock = Lock::load(&Project::load(&lab.dir).expect("a valid fleet.toml")).expect("a lock");
-    let package = lock.packages.iter().find(|p| p.name == "etcd-server").expect("the lock contains etcd-server");
-    let unpacked = lab.dir.join("etcd");
-    let deb = shared_store().join("debs").join(&package.sha256);
-    let done = Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked).status().expect("dpkg-deb");
-    assert!(done.success());
-    Path::new(&unpacked).join("usr/bin/etcd")
+    BINARY.get_or_init(|| unpack("etcd", &["etcd-server"]).join("usr/bin/etcd")).clone()
 }

@@ -14,10 +14,12 @@ use firstboot::hub::listener::serve;
 use firstboot::hub::orders::OrderLog;
 use firstboot::member::take_in;
 use firstboot::node::neighbours::PeerTable;
+use firstboot::node::operator_peers::OperatorPeers;
+use firstboot::node::revocations::Revocations;
 use fleet::{
-    Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, OrderScope, PROTOCOL, PrivateKey,
-    Reason, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, SignedOrder, Tokens, TokensRequest, Topology,
-    encoding,
+    Claims, Departure, Fleet, Grant, Issuer, JoinReply, JoinRequest, Joiner, MeshKey, OperatorRevocation, OrderScope,
+    PROTOCOL, PrivateKey, Reason, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, SignedOrder, Tokens,
+    TokensRequest, Topology, encoding,
 };
 use fleet_https::{Connection, Identity, request};
 use serde_json::{Value, json};
@@ -150,6 +152,15 @@ impl TestCluster {
         // Like the agent: the API uses etcd connections of its own thread.
         let served = Arc::new(allocator.beside(etcd()));
         let neighbourhood = Arc::new(PeerTable::load(&dir, BTreeMap::new()));
+        let revocations = Arc::new(Revocations::load(&dir, "acme", self.root.certificate()));
+        let operators = OperatorPeers::load(
+            &dir,
+            &self.topology,
+            self.root.certificate(),
+            revocations.clone(),
+            neighbourhood.clone(),
+        );
+        let operators = operators.expect("a root").map(Arc::new);
         let hub = Arc::new(Hub {
             topology: self.topology.clone(),
             root: self.root.certificate().to_owned(),
@@ -159,6 +170,8 @@ impl TestCluster {
             allocator: served,
             neighbourhood: neighbourhood.clone(),
             orders: OrderLog::default(),
+            revocations: revocations.clone(),
+            operator_peers: operators.clone(),
         });
         let at: SocketAddr = format!("127.0.0.{}:{}", i + 1, self.topology.mesh.port).parse().expect("an address");
         let tls = fleet_https::server(self.root.certificate(), own).expect("a certificate");
@@ -170,9 +183,24 @@ impl TestCluster {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             };
+            let revoked = async {
+                loop {
+                    let _ = allocator.follow_revocations(&revocations).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            };
+            let admitted = async {
+                let Some(known) = operators else { return std::future::pending().await };
+                loop {
+                    let _ = allocator.follow_operator_peers(&known).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            };
             tokio::select! {
                 served = serve(hub, at, tls) => served.expect("the port is free"),
                 () = followed => {}
+                () = revoked => {}
+                () = admitted => {}
                 () = allocator.keep_records(&dir) => {}
             }
         })
@@ -328,6 +356,14 @@ impl TestCluster {
     pub async fn revoke(&self, token: &str, root: &Issuer) -> Result<(), String> {
         let order = Revocation { version: PROTOCOL, fleet: "acme".to_owned(), token: token.to_owned(), scope: None };
         self.signed(order, root).await.map(drop)
+    }
+
+    /// Revokes the certificate of an operator.
+    ///
+    /// # Errors
+    /// If the hub refuses the order.
+    pub async fn revoke_operator(&self, order: &OperatorRevocation, root: &Issuer) -> Result<(), String> {
+        self.signed(order.clone(), root).await.map(drop)
     }
 
     /// Orders a node to leave.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use fleet::Topology;
+use fleet::{Access, Topology};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -82,18 +82,31 @@ pub(crate) fn settings(topology: &Topology) -> Value {
     let mesh = &topology.mesh;
     let endpoints: BTreeMap<&str, &str> =
         topology.nodes.iter().filter_map(|node| Some((node.name.as_str(), node.endpoint.as_deref()?))).collect();
-    json!({
+    let mut alerts = masked(json!(topology.alerts));
+    if !topology.alert_secrets.is_empty() {
+        // `plan` shows that a password changed.
+        alerts["secrets"] = json!(sha256(json!(topology.alert_secrets).to_string().as_bytes())[..8]);
+    }
+    let mut settings = json!({
         "mesh": { "subnet": mesh.subnet, "transport": mesh.transport, "port": mesh.port },
         "vip": { "address": topology.vip },
         "database": topology.database,
         "backup": topology.backup,
         "odoo": topology.odoo,
-        "alerts": masked(json!(topology.alerts)),
+        "alerts": alerts,
         "firewall": topology.firewall,
         "update": topology.update,
         "web": topology.web,
         "endpoints": endpoints,
-    })
+    });
+    // Manifests of earlier versions have neither.
+    if let Some(operators) = mesh.operators {
+        settings["mesh"]["operators"] = json!(operators);
+    }
+    if topology.access != Access::default() {
+        settings["access"] = json!(topology.access);
+    }
+    settings
 }
 
 /// Replaces what follows the host of each URL by a digest: it may be a secret of a chat or a monitoring service, and

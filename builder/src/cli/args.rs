@@ -2,11 +2,20 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueHint};
 
+use super::alert::{self, AlertCommand};
+use super::backup::{self, BackupCommand};
+use super::disk::{self, DiskArgs};
+use super::net::{self, NetArgs};
+use super::parse::scenarios;
+use super::pcap::{self, PcapArgs};
 use super::reference::SchemaOf;
+use super::verbs::{
+    self, ActionArgs, ExecArgs, LogsArgs, OpenArgs, OperatorCommand, ReportArgs, RestartArgs, StatusArgs,
+    SwitchoverArgs, UnitsArgs,
+};
 use crate::deploy::export::{Format, TicketTransport};
-use crate::rehearse;
 
 /// Turns a fleet.toml into bootable, immutable Debian images.
 #[derive(Parser)]
@@ -88,6 +97,17 @@ pub(super) enum Command {
         /// Host of a hub, in place of its endpoint in fleet.toml; `local` for the hubs that `up` started
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
+    },
+    /// Store a password of `[alerts]`, encrypted for the monitors
+    #[command(after_help = "Examples:\n  bakehouse secret email\n  bakehouse secret telegram <token.txt\n\n\
+        The command asks for the secret, or reads it from standard input, and writes it encrypted to\n\
+        alerts.secrets, which you may commit. Raise `version` and publish. Only monitors can decrypt it.")]
+    Secret {
+        /// Name of the secret: `email`, or `secret` of another receiver
+        name: String,
+        /// Remove the secret
+        #[arg(long)]
+        remove: bool,
     },
     /// Remove a node from the fleet
     #[command(
@@ -276,9 +296,51 @@ pub(super) enum Command {
         /// Names of nodes; default: all nodes
         nodes: Vec<String>,
     },
-    /// Show the local virtual machines: state, VIP, primary and standbys, Odoo
-    #[command(after_help = "Examples:\n  bakehouse status --json\n  watch bakehouse status")]
-    Status,
+    /// Show the nodes: state, VIP, primary and standbys, Odoo, version, disk and memory
+    #[command(after_help = verbs::STATUS)]
+    Status(StatusArgs),
+    /// Print the nodes' journals, in the order of time
+    #[command(after_help = verbs::LOGS)]
+    Logs(LogsArgs),
+    /// List the systemd units of a node
+    #[command(after_help = "Examples:\n  bakehouse units db-1\n  bakehouse units db-1 --failed")]
+    Units(UnitsArgs),
+    /// Show the network of a node: interfaces, routes, peers, sessions, and the ways to the hubs
+    #[command(after_help = net::NET)]
+    Net(NetArgs),
+    /// Capture packets of a node, for Wireshark and tcpdump
+    #[command(after_help = pcap::PCAP)]
+    Pcap(PcapArgs),
+    /// Show the disks of a node: file systems, partitions, and the sizes of databases
+    #[command(after_help = disk::DISK)]
+    Disk(DiskArgs),
+    /// Show load, memory and disk of all nodes
+    #[command(after_help = "Examples:\n  bakehouse top\n  bakehouse top --watch")]
+    Top(StatusArgs),
+    /// Restart a unit of a node
+    #[command(after_help = verbs::RESTART)]
+    Restart(RestartArgs),
+    /// Reboot a node
+    #[command(after_help = verbs::REBOOT)]
+    Reboot(ActionArgs),
+    /// Switch a node off
+    #[command(after_help = verbs::POWEROFF)]
+    Poweroff(ActionArgs),
+    /// Hand the primary over to a standby
+    #[command(after_help = verbs::SWITCHOVER)]
+    Switchover(SwitchoverArgs),
+    /// Open a web page of a node on this host
+    #[command(after_help = verbs::OPEN)]
+    Open(OpenArgs),
+    /// Make a backup of the database
+    #[command(subcommand, after_help = backup::BACKUP_HELP)]
+    Backup(BackupCommand),
+    /// Test whether alerts reach people
+    #[command(subcommand, after_help = alert::ALERT)]
+    Alert(AlertCommand),
+    /// Give people access to the fleet, and take it back
+    #[command(subcommand, after_help = verbs::OPERATOR)]
+    Operator(OperatorCommand),
     /// Print a virtual machine's console
     #[command(after_help = "Examples:\n  bakehouse console hub-1\n  bakehouse console -f hub-1")]
     Console {
@@ -288,19 +350,9 @@ pub(super) enum Command {
         #[arg(short, long)]
         follow: bool,
     },
-    /// Run a command in a virtual machine
-    #[command(after_help = "Examples:\n  bakehouse exec hub-1 systemctl --failed\n  \
-                        bakehouse exec hub-1 'wg show | grep handshake'\n\n\
-                        A single word is a command line for the machine's shell. Several words are a command and \
-                        its\narguments, which reach the command unchanged.\n\
-                        There is no terminal: interactive programs end at once.")]
-    Exec {
-        /// Name of a node, such as `db-2` (group and number)
-        node: String,
-        /// Command line, or command and arguments
-        #[arg(trailing_var_arg = true, required = true)]
-        command: Vec<String>,
-    },
+    /// Run a command on a node
+    #[command(after_help = verbs::EXEC)]
+    Exec(ExecArgs),
     /// Inject faults into the running fleet and measure what clients notice
     #[command(after_help = scenarios())]
     Rehearse {
@@ -316,14 +368,9 @@ pub(super) enum Command {
         #[arg(long)]
         revision: Option<String>,
     },
-    /// Collect journals, configurations and states from all local machines
-    #[command(after_help = "Example:\n  bakehouse report -o report.tar.gz\n\n\
-        The report contains no passwords and no private keys.")]
-    Report {
-        /// Archive to write
-        #[arg(short, long, default_value = "report.tar.gz", value_name = "FILE")]
-        output: PathBuf,
-    },
+    /// Collect journals, states and, from local machines, configurations of all nodes
+    #[command(after_help = verbs::REPORT)]
+    Report(ReportArgs),
     /// Show the origin of a file in an image
     #[command(after_help = "Example:\n  bakehouse explain /run/bakehouse/haproxy.cfg --group app")]
     Explain {
@@ -363,39 +410,6 @@ pub(super) enum Command {
     },
 }
 
-impl Command {
-    /// Returns the command's words.
-    pub(super) fn name(&self) -> &'static str {
-        match self {
-            Self::Init { .. } => "init",
-            Self::Ticket { .. } => "ticket",
-            Self::Leave { .. } => "leave",
-            Self::Flash { .. } => "flash",
-            Self::Vm { .. } => "vm",
-            Self::Netboot { .. } => "netboot",
-            Self::Check => "check",
-            Self::Lock { .. } => "lock",
-            Self::Fetch { .. } => "fetch",
-            Self::Build { .. } => "build",
-            Self::Plan { .. } => "plan",
-            Self::Publish { .. } => "publish",
-            Self::Rollout { .. } => "rollout",
-            Self::Up { .. } => "up",
-            Self::Down { .. } => "down",
-            Self::Status => "status",
-            Self::Console { .. } => "console",
-            Self::Exec { .. } => "exec",
-            Self::Rehearse { .. } => "rehearse",
-            Self::Report { .. } => "report",
-            Self::Explain { .. } => "explain",
-            Self::Store(StoreCommand::Gc { .. }) => "store gc",
-            Self::Schema { .. } => "schema",
-            Self::Completions { .. } => "completions",
-            Self::Man { .. } => "man",
-        }
-    }
-}
-
 #[derive(Subcommand)]
 pub(super) enum StoreCommand {
     /// Remove entries that were not used for some time
@@ -412,52 +426,4 @@ pub(super) struct MirrorArg {
     /// Base URL of a Debian archive, in place of the one in fleet.toml or of the host
     #[arg(long, value_name = "URL")]
     pub(super) mirror: Option<String>,
-}
-
-/// Commands by task, in the order of `bakehouse --help`.
-pub(super) const GROUPS: &[(&str, &[&str])] = &[
-    ("Begin", &["init", "check", "up", "down"]),
-    ("Build", &["lock", "fetch", "build", "explain", "store"]),
-    ("Install", &["ticket", "flash", "vm", "netboot"]),
-    ("Change", &["plan", "publish", "rollout", "leave"]),
-    ("Look", &["status", "console", "exec", "rehearse", "report"]),
-    ("Reference", &["schema", "completions", "man"]),
-];
-
-/// Returns the command line. Its help lists the commands by task, which clap cannot do by itself.
-pub(super) fn command() -> clap::Command {
-    let command = Cli::command();
-    let (heading, literal) = (*command.get_styles().get_header(), *command.get_styles().get_literal());
-    let mut list = String::new();
-    for (title, names) in GROUPS {
-        list.push_str(&format!("{heading}{title}:{heading:#}\n"));
-        for command in names.iter().filter_map(|name| command.find_subcommand(name)) {
-            let about = command.get_about().map(ToString::to_string).unwrap_or_default();
-            list.push_str(&format!("  {literal}{:<12}{literal:#} {about}\n", command.get_name()));
-        }
-        list.push('\n');
-    }
-    command.help_template(format!(
-        "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{list}{heading}Global options:{heading:#}\n\
-         {{options}}\n\n`bakehouse help COMMAND` describes a command.{{after-help}}"
-    ))
-}
-
-/// Parses the command line.
-///
-/// # Errors
-/// `--help`, `--version`, and an invalid command line.
-pub(super) fn parse() -> Result<Cli, clap::Error> {
-    Cli::from_arg_matches(&command().try_get_matches()?)
-}
-
-/// Returns the help of `bakehouse rehearse`, with the list of scenarios.
-fn scenarios() -> String {
-    let list: Vec<String> = rehearse::SCENARIOS.iter().map(|s| format!("  {:<12} {}", s.name, s.about)).collect();
-    format!(
-        "Scenarios:\n{}\n\nExamples:\n  bakehouse rehearse hub db app\n  \
-         bakehouse rehearse --page docs/rehearsal.md\n\n\
-         The exit code is 1 if the fleet broke a promise.",
-        list.join("\n")
-    )
 }

@@ -3,10 +3,11 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
+use super::access::parse_endpoints;
 use super::output::{Output, colour};
 use super::problem::Problem;
 use crate::deploy::hub_client::Hubs;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::keys::authority::FleetKey;
 use crate::progress::{Progress, line};
 use crate::project::Project;
@@ -53,16 +54,6 @@ impl Context<'_> {
 
     /// Parses `hub-1=192.0.2.1`. Rejects hubs that the fleet does not have.
     pub(super) fn endpoints(&self, given: &[String]) -> Result<BTreeMap<String, String>> {
-        let hubs = &self.project.topology.hubs;
-        let parse = |text: &String| {
-            let (hub, host) = text.split_once('=').unwrap_or((text, ""));
-            let known = hubs.iter().any(|h| h.name == hub);
-            if known && !host.is_empty() {
-                return Ok((hub.to_owned(), host.to_owned()));
-            }
-            let hubs: Vec<&str> = hubs.iter().map(|h| h.name.as_str()).collect();
-            Err(Error::Usage(format!("`{text}` is not HUB=HOST; hubs are {}", hubs.join(", "))))
-        };
-        given.iter().map(parse).collect()
+        parse_endpoints(given, &self.project.topology.hubs.iter().map(|hub| hub.name.as_str()).collect::<Vec<_>>())
     }
 }

@@ -3,7 +3,7 @@
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// Words, and the help that Bakehouse prints for them.
-const WORDS: [(&[&str], &str); 11] = [
+const WORDS: [(&[&str], &str); 13] = [
     (
         &["restore", "recover"],
         "set `[backup] restore` in fleet.toml to a time, raise `version`, and start the database nodes from blank disks \
@@ -14,15 +14,8 @@ const WORDS: [(&[&str], &str); 11] = [
         "nodes back up by themselves: `[backup]` in fleet.toml sets place and times; docs/howto/backups.md lists the commands \
          that show them",
     ),
-    (
-        &["ssh", "shell", "login", "attach"],
-        "nodes have no login; on local machines `bakehouse exec NODE COMMAND` runs a command as root",
-    ),
-    (
-        &["log", "logs", "journal", "tail"],
-        "`bakehouse console -f NODE` follows a local machine's console, `bakehouse exec NODE journalctl` prints its \
-         journal, `bakehouse report` collects all of them",
-    ),
+    (&["ssh", "shell", "attach"], "nodes have no login; `bakehouse exec NODE COMMAND` runs a command as root"),
+    (&["log", "journal", "tail"], "`bakehouse logs NODE` prints a node's journal, and `-f` follows it"),
     (
         &["upgrade", "update", "deploy", "apply", "push"],
         "`bakehouse lock --update` takes newer packages; then raise `version`, and run `bakehouse plan DIR` and \
@@ -36,17 +29,15 @@ const WORDS: [(&[&str], &str); 11] = [
     (&["start", "run", "boot"], "`bakehouse up` starts local machines"),
     (
         &["stop", "shutdown", "halt", "kill"],
-        "`bakehouse down` stops local machines; `bakehouse leave NODE` removes a node",
+        "`bakehouse down` stops local machines; `bakehouse poweroff NODE` switches a node of a real fleet off, and \
+         `bakehouse leave NODE` removes it",
     ),
-    (
-        &["restart", "reboot", "reload"],
-        "`bakehouse exec NODE systemctl reboot` restarts a local machine; a new version \
-     restarts every node once (`bakehouse publish`)",
-    ),
+    (&["reload"], "`bakehouse restart NODE UNIT` restarts a unit"),
+    (&["failover", "promote"], "`bakehouse switchover` hands the primary over to a standby"),
+    (&["user", "users", "access", "login"], "`bakehouse operator add NAME` gives a person access"),
     (
         &["ps", "list", "ls", "health", "doctor", "nodes", "monitor"],
-        "`bakehouse status` shows local machines, `bakehouse \
-     rollout` the nodes of a real fleet, `bakehouse check` the files",
+        "`bakehouse status` shows the nodes, `bakehouse check` the files",
     ),
     (
         &["install", "write", "burn"],
@@ -81,7 +72,7 @@ mod tests {
         for (verb, part) in [
             ("restore", "[backup] restore"),
             ("ssh", "bakehouse exec NODE"),
-            ("logs", "bakehouse console -f NODE"),
+            ("journal", "bakehouse logs NODE"),
             ("backup", "[backup]"),
             ("upgrade", "bakehouse lock --update"),
         ] {
@@ -114,12 +105,13 @@ mod tests {
     #[test]
     fn exec_takes_a_command_with_and_without_dashes() {
         use crate::cli::args::Command;
+        use crate::cli::verbs::ExecArgs;
         for args in [&["exec", "hub-1", "ls", "-la"][..], &["exec", "hub-1", "--", "ls", "-la"]] {
             let cli = Cli::try_parse_from([&["bakehouse"], args].concat()).expect("it parses");
-            let Command::Exec { node, command } = cli.command else { panic!("another command") };
+            let Command::Exec(ExecArgs { node, command, .. }) = cli.command else { panic!("another command") };
             assert_eq!((node.as_str(), command), ("hub-1", vec!["ls".to_owned(), "-la".to_owned()]));
         }
         let cli = Cli::try_parse_from(["bakehouse", "exec", "hub-1", "--json", "--", "-x"]).expect("it parses");
-        assert!(cli.json && matches!(cli.command, Command::Exec { command, .. } if command == ["-x"]));
+        assert!(cli.json && matches!(cli.command, Command::Exec(ExecArgs { command, .. }) if command == ["-x"]));
     }
 }

@@ -12,7 +12,7 @@ use crate::project::{self, Project};
 use crate::util::fs::write_atomic;
 
 /// Secrets, and files that a build can make again.
-const IGNORED: &str = "/build/\n*.key\n*.ticket\n/tickets.jsonl\n";
+const IGNORED: &str = "/build/\n*.key\n*.ticket\n*.operator\n*.request\n/tickets.jsonl\n";
 
 /// Creates a folder with `fleet.toml` and the fleet key, and names the fleet after the folder. Keeps existing files.
 pub(super) fn init(

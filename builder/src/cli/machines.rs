@@ -1,15 +1,16 @@
-//! `bakehouse up`, `down`, `status`, `console`, `exec` and `report`: local machines.
-
-use std::path::Path;
+//! `bakehouse up`, `down` and `console`: local machines.
 
 use super::args::MirrorArg;
 use super::build::images_of;
 use super::context::Context;
 use super::next;
 use super::output::print;
-use super::results::{CommandResult, ConsoleResult, DownResult, Event, ExecResult, ReportResult};
+use super::results::{CommandResult, ConsoleResult, DownResult, Event};
 use crate::error::{Error, Result};
-use crate::vm::{self, report};
+use crate::keys::operator::{LocalFile, OperatorFile};
+use crate::util::fs::shown;
+use crate::util::time::rfc3339;
+use crate::vm;
 
 /// Builds missing images and starts machines.
 pub(super) fn up(context: &Context, nodes: &[String], containers: bool, mirror: &MirrorArg) -> Result<CommandResult> {
@@ -19,6 +20,22 @@ pub(super) fn up(context: &Context, nodes: &[String], containers: bool, mirror: 
     vm::are_containers(project, containers)?;
     images_of(context, &groups, None, mirror)?;
     let on_ready = |node: &str| drop(output.event(Event::Node { node, state: vm::MachineState::Ready }));
+    let text = match OperatorFile::for_local_machines(project)? {
+        LocalFile::Real { path, expires } => Some(format!(
+            "{}: a secret, valid until {}. The real fleet accepts it, too, because fleet.key has signed it",
+            shown(&path),
+            rfc3339(expires)
+        )),
+        LocalFile::Sealed => Some(
+            "made no operator's file for the local machines, because fleet.key is encrypted. `bakehouse operator add NAME \
+             --role admin --own` makes one"
+                .to_owned(),
+        ),
+        LocalFile::Kept | LocalFile::Local => None,
+    };
+    if let Some(text) = text {
+        progress.say("operator", &text);
+    }
     vm::up(project, nodes, progress, &on_ready)?;
     let status = vm::FleetStatus::read(project);
     next::started(context, &status)?;
@@ -29,15 +46,6 @@ pub(super) fn up(context: &Context, nodes: &[String], containers: bool, mirror: 
 pub(super) fn down(context: &Context, nodes: &[String]) -> Result<CommandResult> {
     let stopped = vm::down(context.project, nodes, context.progress)?;
     Ok(CommandResult::Down(DownResult { stopped }))
-}
-
-/// Returns the state of the machines.
-pub(super) fn status(context: &Context) -> CommandResult {
-    let status = vm::FleetStatus::read(context.project);
-    if status.is_off() {
-        next::no_machines(context);
-    }
-    CommandResult::Status(status)
 }
 
 /// Returns the text of a machine's console. With `follow`, prints it until the machine is off.
@@ -63,31 +71,4 @@ pub(super) fn console(context: &Context, node: &str, follow: bool) -> Result<Com
     }
     let lines = console.lines().map(str::to_owned).collect();
     Ok(CommandResult::Console(ConsoleResult { node: node.to_owned(), lines }))
-}
-
-/// Runs a command in a machine.
-pub(super) fn exec(context: &Context, node: &str, command: &[String]) -> Result<CommandResult> {
-    let vm = vm::Vm::for_node(context.project, node)?;
-    if !vm.is_running() {
-        return Err(Error::Failed(format!(
-            "{node} does not run on this host\n  help: `bakehouse up {node}` starts it as a local machine"
-        )));
-    }
-    let done = vm.exec(&vm::command_line(command))?;
-    Ok(CommandResult::Exec(ExecResult { node: node.to_owned(), status: done.status, output: done.output }))
-}
-
-/// Collects journals, configurations and states from all machines.
-pub(super) fn report(context: &Context, output: &Path) -> Result<CommandResult> {
-    let Context { project, progress, .. } = context;
-    let nodes = &project.topology.nodes;
-    if !nodes.iter().any(|node| vm::Vm::for_node(project, &node.name).is_ok_and(|vm| vm.is_running())) {
-        return Err(Error::Failed(
-            "no machine of the fleet runs on this host\n  help: `bakehouse up` starts local machines; `bakehouse rollout` \
-             shows the nodes of a real fleet"
-                .to_owned(),
-        ));
-    }
-    let files = report::collect(project, output, progress)?;
-    Ok(CommandResult::Report(ReportResult { path: output.to_owned(), files }))
 }

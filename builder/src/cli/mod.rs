@@ -1,26 +1,45 @@
 //! The command line: parses the arguments and runs the commands.
 
+mod accepts;
+mod access;
+mod alert;
 mod args;
+mod backup;
+mod board;
 mod build;
 mod context;
+mod disk;
 mod envelope;
 mod explain;
 mod hints;
 mod init;
 mod inspect;
 mod install;
+mod look;
 mod machines;
+mod net;
 mod next;
+mod node_results;
+mod open_page;
+mod operator;
+mod operator_wireguard;
 mod output;
 #[cfg(test)]
 mod pages;
+mod parse;
+mod pcap;
 mod problem;
 mod reference;
 mod rehearse;
+mod result_text;
 mod results;
 mod rollout;
+mod rows;
 mod schema;
+mod secret;
+mod steer;
 mod ticket;
+mod verbs;
 
 use std::cell::RefCell;
 use std::process::ExitCode;
@@ -33,18 +52,22 @@ use crate::error::Result;
 use crate::progress::{Progress, line};
 use crate::project::Project;
 
+use access::NodeContext;
 use args::{Cli, Command, StoreCommand};
+use board::View;
 use context::Context;
 use output::Output;
 use results::{CommandResult, Event};
+use verbs::OperatorCommand;
 
+pub use accepts::accepts;
 pub use reference::page;
 pub use schema::{commands as json_commands, json_page, json_schema};
 
 /// Runs the command line. Prints errors to standard error, and with `--json` also to standard output.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = match args::parse() {
+    let cli = match parse::parse() {
         Ok(cli) => cli,
         Err(e) => return output::usage_error(&e),
     };
@@ -66,6 +89,33 @@ fn run(cli: &Cli, output: Output) -> Result<ExitCode> {
         Command::Schema { file } => output.result(&reference::schema(*file), &[]),
         Command::Completions { shell } => output.result(&reference::completions(*shell), &[]),
         Command::Man { dir } => output.result(&reference::man(dir, &progress)?, &[]),
+        Command::Operator(OperatorCommand::Request { name, output: dir }) => {
+            output.result(&operator::request(name, dir, &progress)?, &[])
+        }
+        Command::Operator(OperatorCommand::Wireguard(_))
+        | Command::Status(_)
+        | Command::Logs(_)
+        | Command::Units(_)
+        | Command::Net(_)
+        | Command::Disk(_)
+        | Command::Backup(_)
+        | Command::Pcap(_)
+        | Command::Top(_)
+        | Command::Restart(_)
+        | Command::Reboot(_)
+        | Command::Poweroff(_)
+        | Command::Switchover(_)
+        | Command::Open(_)
+        | Command::Alert(_)
+        | Command::Exec(_)
+        | Command::Report(_) => {
+            let (folder, exists) = Project::folder(&cli.fleet);
+            let project = if exists { Some(Project::load(&cli.fleet)?) } else { None };
+            let (project, folder, warnings) = (project.as_ref(), folder.as_path(), RefCell::default());
+            let context = NodeContext { project, folder, progress: &progress, output, warnings };
+            let result = run_for_nodes(&context, &cli.command)?;
+            output.result(&result, &context.warnings())
+        }
         command => {
             let project = Project::load(&cli.fleet)?;
             let warnings = RefCell::default();
@@ -87,6 +137,7 @@ fn run_in(context: &Context, command: &Command) -> Result<CommandResult> {
             let (uses, days, replace) = (*uses, *days, *replace);
             ticket::new(context, &ticket::NewTicket { to, uses, days, replace, output, endpoint })
         }
+        Command::Secret { name, remove } => secret::secret(context, name, *remove),
         Command::Leave { node, now, endpoint } => ticket::leave(context, node, *now, endpoint),
         Command::Flash { to, target, yes, force, replace, no_ticket, mirror } => {
             let source = install::FlashSource { to, replace: *replace, no_ticket: *no_ticket, mirror };
@@ -118,19 +169,37 @@ fn run_in(context: &Context, command: &Command) -> Result<CommandResult> {
         }
         Command::Up { nodes, containers, mirror } => machines::up(context, nodes, *containers, mirror),
         Command::Down { nodes } => machines::down(context, nodes),
-        Command::Status => Ok(machines::status(context)),
         Command::Console { node, follow } => machines::console(context, node, *follow),
-        Command::Exec { node, command } => machines::exec(context, node, command),
         Command::Rehearse { scenarios, repeat, page, revision } => {
             rehearse::rehearse(context, scenarios, *repeat, page.as_deref(), revision.as_deref())
         }
-        Command::Report { output } => machines::report(context, output),
         Command::Explain { path, group } => explain::explain(context, path, group.as_deref()),
-        Command::Init { .. }
-        | Command::Store(_)
-        | Command::Schema { .. }
-        | Command::Completions { .. }
-        | Command::Man { .. } => unreachable!("`run` runs these"),
+        Command::Operator(command) => operator::run(context, command),
+        _ => unreachable!("`run` runs the other commands"),
+    }
+}
+
+/// Runs a command for running nodes, which may have no fleet's folder.
+fn run_for_nodes(context: &NodeContext, command: &Command) -> Result<CommandResult> {
+    match command {
+        Command::Status(args) => look::status(context, args, View::State).map(CommandResult::Status),
+        Command::Top(args) => look::status(context, args, View::Loads).map(CommandResult::Top),
+        Command::Logs(args) => look::logs(context, args),
+        Command::Units(args) => look::units(context, args),
+        Command::Net(args) => net::net(context, args),
+        Command::Disk(args) => disk::disk(context, args),
+        Command::Backup(command) => backup::run(context, command),
+        Command::Pcap(args) => pcap::pcap(context, args),
+        Command::Open(args) => look::open(context, args),
+        Command::Alert(command) => alert::run(context, command),
+        Command::Report(args) => look::report(context, args),
+        Command::Restart(args) => steer::restart(context, args),
+        Command::Reboot(args) => steer::reboot(context, args),
+        Command::Poweroff(args) => steer::poweroff(context, args),
+        Command::Switchover(args) => steer::switchover(context, args),
+        Command::Exec(args) => steer::exec(context, args),
+        Command::Operator(OperatorCommand::Wireguard(args)) => operator_wireguard::wireguard(context, args),
+        _ => unreachable!("`run` runs the other commands"),
     }
 }
 
@@ -141,7 +210,14 @@ fn handle_signals(output: Output) {
     if let Ok(mut signals) = signals {
         std::thread::spawn(move || {
             if signals.forever().next().is_some() {
-                line("\ninterrupted; run the same command to continue from here");
+                match output.command {
+                    // These commands run until Ctrl-C.
+                    Some("logs" | "open" | "pcap" | "status" | "top") => {}
+                    Some("exec" | "restart" | "reboot" | "poweroff" | "switchover") => {
+                        line("\ninterrupted; the node may continue: `bakehouse status` shows what it does");
+                    }
+                    _ => line("\ninterrupted; run the same command to continue from here"),
+                }
                 output.interrupted();
                 std::process::exit(130);
             }

@@ -70,15 +70,6 @@ fn entrance(project: &Project, status: &FleetStatus) -> Option<String> {
     Some(format!("https://{}:{}/", forwards.get(&hub.name)?, HostForward::PORT))
 }
 
-/// Prints that no local machine runs.
-pub(super) fn no_machines(context: &Context) {
-    context.progress.say(
-        "status",
-        "no machine of the fleet runs on this host: `bakehouse up` starts local machines; `bakehouse rollout` shows the \
-         nodes of a real fleet",
-    );
-}
-
 /// Warns before the image of a cloud's kernel is written to a whole disk.
 pub(super) fn drivers(context: &Context, target: &Path) {
     let is_disk = target.metadata().is_ok_and(|meta| meta.file_type().is_block_device());

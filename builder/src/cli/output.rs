@@ -9,12 +9,12 @@ use std::sync::{Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
 use clap::ArgMatches;
-use fleet::{Diagnostics, ErrorChain};
+use fleet::{Diagnostics, ErrorChain, is_unsafe, printable};
 
 use super::envelope::{ErrorLine, EventLine, Failure, Line, ResultLine, VERSION};
 use super::problem::Problem;
 use super::results::{CommandResult, Event};
-use super::{args, hints};
+use super::{hints, parse};
 use crate::error::{Error, Result};
 use crate::progress::line;
 
@@ -47,8 +47,10 @@ impl Output {
     pub(super) fn result(self, result: &CommandResult, warnings: &[Problem]) -> Result<ExitCode> {
         if self.json {
             print_line(&Line::Result(ResultLine { version: VERSION, result, warnings }))?;
-        } else {
+        } else if result.is_raw() {
             print(result)?;
+        } else {
+            print(printable(&result.to_string()))?;
         }
         Ok(result.exit_code())
     }
@@ -67,7 +69,8 @@ impl Output {
                 let prefix = if colour() { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
                 let chain = ErrorChain::new(e);
                 let text = if self.verbose { chain.lines() } else { chain.to_string() };
-                line(&format!("{prefix}: {text}"));
+                // A part of the text may be that of a node or a hub.
+                line(&format!("{prefix}: {}", printable(&text)));
             }
         }
     }
@@ -99,7 +102,7 @@ pub(super) fn usage_error(e: &clap::Error) -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().take_while(before_command).collect();
     if e.use_stderr() && args.iter().any(|arg| arg == "--json") {
         // The words that clap recognised before the error.
-        let matches = args::command().ignore_errors(true).try_get_matches_from(args).ok();
+        let matches = parse::command().ignore_errors(true).try_get_matches_from(args).ok();
         let mut words = Vec::new();
         let mut level = matches.as_ref().and_then(ArgMatches::subcommand);
         while let Some((name, below)) = level {
@@ -121,7 +124,7 @@ pub(super) fn usage_error(e: &clap::Error) -> ExitCode {
 
 /// Prints a line of JSON. Prints nothing after the last line.
 fn print_line(document: &Line) -> Result<()> {
-    let mut text = serde_json::to_string(document).map_err(Error::Json)?;
+    let mut text = escaped(&serde_json::to_string(document).map_err(Error::Json)?);
     text.push('\n');
     let mut last_printed = LAST_PRINTED.lock().unwrap_or_else(PoisonError::into_inner);
     if *last_printed {
@@ -129,6 +132,17 @@ fn print_line(document: &Line) -> Result<()> {
     }
     *last_printed = !matches!(document, Line::Event(_));
     print(text)
+}
+
+/// Returns a JSON text, in which `\u` escapes replace the characters that serde_json does not escape and that control a
+/// terminal. The value is the same.
+fn escaped(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        // All of them have at most 16 bits.
+        if is_unsafe(c) { text += &format!("\\u{:04x}", u32::from(c)) } else { text.push(c) }
+    }
+    text
 }
 
 /// Prints a result.
@@ -143,4 +157,17 @@ pub(super) fn print(result: impl Display) -> Result<()> {
 /// Returns whether messages are coloured: on a terminal, unless `NO_COLOR` is set (<https://no-color.org>).
 pub(super) fn colour() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_has_no_character_that_controls_a_terminal() {
+        let text = "a\u{1b}]52;\u{9b}2J\u{202e}\u{7f}ü";
+        let json = escaped(&serde_json::to_string(text).unwrap());
+        assert!(!json.contains(is_unsafe), "{json:?}");
+        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
+    }
 }

@@ -4,10 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::Parser as _;
-use clap::error::ErrorKind;
-
-use super::args::Cli;
+use super::accepts::accepts;
 use crate::project::{Project, check};
 
 /// A command in a page.
@@ -94,17 +91,7 @@ fn commands(page: &str) -> Vec<Quoted> {
 
 /// Returns why the command line does not accept a command.
 fn refusal(quoted: &Quoted) -> Option<String> {
-    use ErrorKind::{
-        DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion, MissingRequiredArgument,
-        MissingSubcommand,
-    };
-    let error = Cli::try_parse_from(&quoted.words).err()?;
-    let accepted = match error.kind() {
-        DisplayHelp | DisplayVersion => true,
-        MissingRequiredArgument | MissingSubcommand | DisplayHelpOnMissingArgumentOrSubcommand => !quoted.whole,
-        _ => false,
-    };
-    (!accepted).then(|| error.to_string().lines().next().unwrap_or_default().to_owned())
+    accepts(&quoted.words, quoted.whole).err()
 }
 
 #[test]

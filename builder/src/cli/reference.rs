@@ -11,7 +11,7 @@ use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 use fleet::reference::{File, Row, json_schema, tables};
 
-use super::args::{self, GROUPS};
+use super::parse::{self, GROUPS};
 use super::results::{CommandResult, CompletionsResult, ManResult, SchemaResult};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -77,7 +77,7 @@ pub(super) fn refresh_schema_for_check(project: &Project, progress: &Progress) {
 /// `bakehouse completions`.
 pub(super) fn completions(shell: Shell) -> CommandResult {
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut args::command(), "bakehouse", &mut text);
+    clap_complete::generate(shell, &mut parse::command(), "bakehouse", &mut text);
     let script = String::from_utf8_lossy(&text).into_owned();
     CommandResult::Completions(CompletionsResult { shell: shell.to_string(), script })
 }
@@ -85,7 +85,7 @@ pub(super) fn completions(shell: Shell) -> CommandResult {
 /// `bakehouse man`: writes a page for each command, and the agent's.
 pub(super) fn man(dir: &Path, progress: &Progress) -> Result<CommandResult> {
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let mut root = args::command().disable_help_subcommand(true);
+    let mut root = parse::command().disable_help_subcommand(true);
     root.build();
     let mut files = Vec::new();
     let mut write = |name: String, page: &[u8]| {
@@ -193,7 +193,7 @@ fn parts_of(command: &Command) -> Vec<Part> {
 /// Returns the text of `docs/cli.md`.
 #[must_use]
 pub fn page() -> String {
-    let mut root = args::command().disable_help_subcommand(true);
+    let mut root = parse::command().disable_help_subcommand(true);
     root.build();
     let mut page = INTRODUCTION.to_owned();
     for (title, names) in GROUPS {
@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn every_option_and_value_has_a_help_text() {
-        let mut root = args::command();
+        let mut root = parse::command();
         root.build();
         for command in all(&root) {
             for arg in command.get_arguments() {
@@ -312,14 +312,14 @@ mod tests {
         sorted.dedup();
         assert_eq!(sorted.len(), grouped.len(), "a command is in two groups");
         let mut commands: Vec<String> =
-            args::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
+            parse::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
         commands.sort_unstable();
         assert_eq!(sorted, commands);
     }
 
     #[test]
     fn help_lists_commands_by_group() {
-        let help = args::command().render_help().to_string();
+        let help = parse::command().render_help().to_string();
         for (title, names) in GROUPS {
             let group = help.split_once(&format!("\n{title}:\n")).expect(title).1.split("\n\n").next().unwrap();
             for name in *names {
@@ -333,9 +333,9 @@ mod tests {
     fn completions_contain_every_command() {
         for shell in Shell::value_variants() {
             let mut text = Vec::new();
-            clap_complete::generate(*shell, &mut args::command(), "bakehouse", &mut text);
+            clap_complete::generate(*shell, &mut parse::command(), "bakehouse", &mut text);
             let text = String::from_utf8(text).unwrap();
-            for command in args::command().get_subcommands() {
+            for command in parse::command().get_subcommands() {
                 assert!(text.contains(command.get_name()), "{shell}: {}", command.get_name());
             }
         }
@@ -365,7 +365,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         man(dir.path(), &Progress::new(true, false)).unwrap();
         let page = |name: &str| fs::read_to_string(dir.path().join(name)).expect(name);
-        for command in args::command().get_subcommands() {
+        for command in parse::command().get_subcommands() {
             let text = page(&format!("bakehouse-{}.1", command.get_name()));
             assert!(text.contains(".SH NAME") && text.contains(".SH EXAMPLE"), "{text}");
         }

@@ -1,27 +1,32 @@
 //! The results and events of the commands. `docs/json.md` and `docs/json.schema.json` are generated from these types and
 //! those of `envelope`.
 
-use std::fmt;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
+use fleet::node_api::{DiskStatus, JournalLine, NetStatus};
 use fleet::{HaRow, Rollout, Ticket};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::alert::AlertTestResult;
+use super::backup::BackupNowResult;
+use super::node_results::{
+    ActionResult, LogsResult, NewOperatorResult, OpenResult, OperatorRequestResult, OperatorWireguardResult,
+    RevokedOperatorResult, UnitsResult,
+};
+use super::pcap::PcapResult;
 use super::problem::Problem;
 use crate::deploy::export::Export;
 use crate::deploy::flash::PassProgress;
-use crate::deploy::hub_client::describe;
 use crate::deploy::netboot::MachineChange;
 use crate::deploy::publish::{Comparison, Published, RolloutSchedule};
 use crate::image::BuiltImage;
+use crate::keys::operator_log::OperatorRow;
 use crate::keys::ticket::TicketSummary;
-use crate::keys::ticket_log::{self, TicketRow};
-use crate::packages::explain::{Explanation, describe as describe_sources};
+use crate::keys::ticket_log::TicketRow;
+use crate::packages::explain::Explanation;
 use crate::packages::lock::LockChanges;
-use crate::rehearse::{self, Outcome};
-use crate::util::terminal::columns;
+use crate::rehearse::Outcome;
 use crate::vm::{FleetStatus, MachineState};
 
 /// Progress of a command.
@@ -46,6 +51,24 @@ pub(super) enum Event<'a> {
         /// The text, without escape sequences.
         text: &'a str,
     },
+    /// `logs`: a message of a node's journal.
+    Line {
+        /// Name of the node.
+        node: &'a str,
+        /// The message.
+        line: &'a JournalLine,
+    },
+    /// `status --watch` and `top --watch`: the state of the nodes.
+    State(&'a FleetStatus),
+    /// `exec`: the command has printed text.
+    Output {
+        /// Whether the text is on standard error.
+        stderr: bool,
+        /// The text.
+        text: &'a str,
+    },
+    /// `open`: this host accepts connections.
+    Open(&'a OpenResult),
     /// `rehearse`: a run has ended.
     Run(&'a Outcome),
 }
@@ -60,6 +83,9 @@ pub(super) enum CommandResult {
     /// A new ticket; with `--list` the list of tickets; with `--revoke` the revoked ticket.
     #[serde(rename = "ticket")]
     Ticket(TicketResult),
+    /// The stored or removed secret.
+    #[serde(rename = "secret")]
+    Secret(SecretResult),
     /// The order that a hub accepted.
     #[serde(rename = "leave")]
     Leave(LeaveResult),
@@ -99,13 +125,68 @@ pub(super) enum CommandResult {
     /// Nodes that were shut down.
     #[serde(rename = "down")]
     Down(DownResult),
-    /// State of the local machines.
+    /// State of the nodes. With `--watch` there is no result: each state is an event. The exit code is 1 if a node is
+    /// `silent`.
     #[serde(rename = "status")]
     Status(FleetStatus),
+    /// Numbers of messages. The messages are events. The exit code is 1 if a journal is incomplete.
+    #[serde(rename = "logs")]
+    Logs(LogsResult),
+    /// Units of a node.
+    #[serde(rename = "units")]
+    Units(UnitsResult),
+    /// Network of a node.
+    #[serde(rename = "net")]
+    Net(NetStatus),
+    /// Disks of a node.
+    #[serde(rename = "disk")]
+    Disk(DiskStatus),
+    /// The written capture.
+    #[serde(rename = "pcap")]
+    Pcap(PcapResult),
+    /// The backup. The exit code is 1 if it failed.
+    #[serde(rename = "backup now")]
+    BackupNow(BackupNowResult),
+    /// State of the nodes, as `status` returns it, with the same exit code.
+    #[serde(rename = "top")]
+    Top(FleetStatus),
+    /// The unit that was restarted.
+    #[serde(rename = "restart")]
+    Restart(ActionResult),
+    /// The node that has rebooted.
+    #[serde(rename = "reboot")]
+    Reboot(ActionResult),
+    /// The node that has switched itself off.
+    #[serde(rename = "poweroff")]
+    Poweroff(ActionResult),
+    /// The node whose primary was handed over.
+    #[serde(rename = "switchover")]
+    Switchover(ActionResult),
+    /// The command runs until Ctrl-C: its last line is the error with code 130.
+    #[serde(rename = "open")]
+    Open(OpenResult),
+    /// What each receiver answered. The exit code is 1 if one has not accepted the alert.
+    #[serde(rename = "alert test")]
+    AlertTest(AlertTestResult),
+    /// The operator's new file.
+    #[serde(rename = "operator add")]
+    OperatorAdd(NewOperatorResult),
+    /// The operator's key and request.
+    #[serde(rename = "operator request")]
+    OperatorRequest(OperatorRequestResult),
+    /// The certificates that were made in this folder.
+    #[serde(rename = "operator list")]
+    OperatorList(Vec<OperatorRow>),
+    /// The certificates that were revoked.
+    #[serde(rename = "operator revoke")]
+    OperatorRevoke(RevokedOperatorResult),
+    /// The configuration of WireGuard.
+    #[serde(rename = "operator wireguard")]
+    OperatorWireguard(OperatorWireguardResult),
     /// Text of a console.
     #[serde(rename = "console")]
     Console(ConsoleResult),
-    /// Status and output of a command in a machine. The exit code is the command's status.
+    /// Status and output of a command on a node. The exit code is the command's status.
     #[serde(rename = "exec")]
     Exec(ExecResult),
     /// Outcomes of the runs. The exit code is 1 if the fleet broke a promise.
@@ -161,6 +242,17 @@ pub(super) enum FileState {
     Changed,
     /// The file existed, and did not change.
     Kept,
+}
+
+/// Result of `secret`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct SecretResult {
+    /// Name of the secret.
+    pub(super) name: String,
+    /// The file with the encrypted secrets.
+    pub(super) path: PathBuf,
+    /// Whether the file has the secret now.
+    pub(super) stored: bool,
 }
 
 /// Result of `ticket`.
@@ -312,6 +404,9 @@ pub(super) struct ExecResult {
     pub(super) status: i32,
     /// Standard output and standard error of the command.
     pub(super) output: String,
+    /// Whether the command line has printed the output already.
+    #[serde(skip)]
+    pub(super) printed: bool,
 }
 
 /// Result of `explain`.
@@ -363,44 +458,4 @@ pub(super) struct CompletionsResult {
 pub(super) struct ManResult {
     /// The written pages.
     pub(super) files: Vec<PathBuf>,
-}
-
-impl CommandResult {
-    /// Returns the exit code. Some commands report a failure as their result.
-    pub(super) fn exit_code(&self) -> ExitCode {
-        match self {
-            Self::Plan(plan) if plan.groups.iter().any(|group| !group.obstacles.is_empty()) => ExitCode::FAILURE,
-            Self::Rehearse(outcomes) if outcomes.iter().any(|o| !o.broken.is_empty()) => ExitCode::FAILURE,
-            Self::Exec(done) => ExitCode::from(u8::try_from(done.status).unwrap_or(1)),
-            _ => ExitCode::SUCCESS,
-        }
-    }
-}
-
-impl fmt::Display for CommandResult {
-    /// Writes what the command prints to standard output without `--json`. Progress output names the other results.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Ticket(TicketResult::New(NewTicketResult { ticket: Some(ticket), .. })) => {
-                writeln!(f, "{}", serde_json::to_string(ticket).map_err(|_| fmt::Error)?)
-            }
-            Self::Ticket(TicketResult::List(rows)) => f.write_str(&ticket_log::table(rows)),
-            Self::Check(check) => writeln!(f, "{}", check.table),
-            Self::Lock(lock) => write!(f, "{}", lock.changes),
-            Self::Plan(plan) => {
-                plan.groups.iter().try_for_each(|group| write!(f, "{group}"))?;
-                write!(f, "{}", plan.course)
-            }
-            Self::Rollout(rollout) => f.write_str(&describe(rollout)),
-            Self::Up(status) | Self::Status(status) => write!(f, "{}", status.table(columns())),
-            Self::Console(console) => console.lines.iter().try_for_each(|line| writeln!(f, "{line}")),
-            Self::Exec(done) => f.write_str(&done.output),
-            Self::Rehearse(outcomes) => f.write_str(&rehearse::table(outcomes)),
-            Self::Explain(ExplainResult::One(one)) => f.write_str(&describe_sources(std::slice::from_ref(one))),
-            Self::Explain(ExplainResult::All(all)) => f.write_str(&describe_sources(all)),
-            Self::Schema(of) => writeln!(f, "{}", serde_json::to_string_pretty(&of.schema).map_err(|_| fmt::Error)?),
-            Self::Completions(completions) => f.write_str(&completions.script),
-            _ => Ok(()),
-        }
-    }
 }

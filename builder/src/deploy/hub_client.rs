@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fleet::{
-    Departure, Node, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest, SignedOrder, Tokens,
-    TokensRequest, Topology, compare_versions, encoding,
+    Departure, Node, OperatorRevocation, OrderScope, PROTOCOL, Revocation, Rollout, RolloutOrder, RolloutRequest,
+    SignedOrder, Tokens, TokensRequest, Topology, compare_versions, encoding,
 };
 use fleet_https::backoff::Backoff;
 use fleet_https::{self as https, ClientConfig, Connection, PeerError};
+use futures_util::future::join_all;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result, fail};
@@ -19,6 +20,8 @@ use crate::util::random::random;
 
 /// Longest reply in bytes: all tokens that a fleet has had.
 const LONGEST: usize = 4 << 20;
+/// Time limit of a hub's answer about its version.
+const ANSWER: Duration = Duration::from_secs(3);
 /// Time for retries while etcd has no leader: an election, and the time until etcd reports itself healthy.
 const ELECTION: Duration = Duration::from_secs(30);
 
@@ -41,6 +44,48 @@ impl Hubs<'_> {
         let order =
             Revocation { version: PROTOCOL, fleet: self.topology.name.clone(), token: token.to_owned(), scope: None };
         self.send(&order).map(|(hub, _)| hub)
+    }
+
+    /// Revokes an operator's certificate with this public key (base64). Returns the hub that accepted the order.
+    ///
+    /// # Errors
+    /// If no hub accepts the order. The message lists the reply of each hub.
+    pub fn revoke_operator(&self, name: &str, key: &str, expires: u64) -> Result<String> {
+        let order = OperatorRevocation {
+            version: PROTOCOL,
+            fleet: self.topology.name.clone(),
+            name: name.to_owned(),
+            key: key.to_owned(),
+            expires,
+            scope: None,
+        };
+        self.send(&order).map(|(hub, _)| hub)
+    }
+
+    /// Asks all hubs with an endpoint whether their versions forward connections of operators. Returns the hubs that do
+    /// not, and those that do not answer.
+    ///
+    /// # Errors
+    /// If the fleet's root certificate is invalid.
+    pub fn without_operators(&self) -> Result<(Vec<String>, Vec<String>)> {
+        let tls = https::client(self.authority.root.certificate(), None)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(Error::cannot("start the network client"))?;
+        let ask = |hub: &Node| {
+            let (name, host) = (hub.name.clone(), hub.endpoint_in(&self.endpoints)?);
+            let (port, tls) = (self.topology.mesh.port, tls.clone());
+            let asked = async move {
+                let answer = async { Connection::open(&host, port, &name, &tls).await?.forwards_operators().await };
+                let answer = tokio::time::timeout(ANSWER, answer).await;
+                (name, answer.ok().and_then(std::result::Result::ok))
+            };
+            Some(asked)
+        };
+        let answers = runtime.block_on(join_all(self.topology.hubs.iter().filter_map(ask)));
+        // A lookup of a name may still run.
+        runtime.shutdown_background();
+        let of = |wanted| answers.iter().filter(move |(_, found)| *found == wanted).map(|(name, _)| name.clone());
+        Ok((of(Some(false)).collect(), of(None).collect()))
     }
 
     /// Returns the state of the fleet's tokens.

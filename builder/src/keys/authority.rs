@@ -49,6 +49,8 @@ impl FleetKey {
             s3_secret: given("BAKEHOUSE_S3_SECRET"),
             etcd_root: password()?,
             etcd_patroni: password()?,
+            // Derived from the password of etcd's user `root`.
+            alerts: String::new(),
         };
         Ok(Self { fleet: fleet.to_owned(), root: Issuer::root(fleet)?, secrets })
     }

@@ -58,11 +58,22 @@ fn ask(question: &str) -> Result<String> {
         let text = fs::read_to_string(&path).map_err(Error::io("read", Path::new(&path)))?;
         return Ok(text.lines().next().unwrap_or_default().to_owned());
     }
-    // Without a terminal, systemd-ask-password would wait for a password agent of the machine.
     if File::open("/dev/tty").is_err() {
         return fail(format!(
             "a passphrase is needed, and there is no terminal; set {VARIABLE} to the path of a file with it"
         ));
+    }
+    ask_terminal(question)
+}
+
+/// Asks on the terminal, which does not show the reply.
+///
+/// # Errors
+/// If there is no terminal, or the user interrupts.
+pub(crate) fn ask_terminal(question: &str) -> Result<String> {
+    // Without a terminal, systemd-ask-password would wait for a password agent of the machine.
+    if File::open("/dev/tty").is_err() {
+        return fail("there is no terminal to ask at");
     }
     let mut command = Command::new("systemd-ask-password");
     let reply = command.arg("--timeout=0").arg(question).stdin(Stdio::inherit()).stderr(Stdio::inherit()).output();

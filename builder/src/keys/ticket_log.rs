@@ -1,8 +1,7 @@
 //! The operator's log of minted tickets. It has the tickets' claims, never a key.
 
-use std::fs::{self, OpenOptions};
-use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,6 +10,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::util::fs::append_line;
 use crate::util::time::rfc3339;
 
 /// Name of the file, beside `fleet.toml`. Each line is the JSON of a ticket's claims.
@@ -55,24 +55,7 @@ pub(crate) enum TicketState {
 /// If the log cannot be written.
 pub(crate) fn note(dir: &Path, ticket: &Ticket) -> Result<()> {
     let Some(claims) = ticket.token().and_then(Token::read) else { return Ok(()) };
-    let path = dir.join(FILE);
-    let mut line = serde_json::to_vec(&claims).map_err(Error::Json)?;
-    line.push(b'\n');
-    let mut append = || {
-        let mut file = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(&path)?;
-        let size = file.metadata()?.len();
-        let mut last = [b'\n'];
-        if size > 0 {
-            file.read_exact_at(&mut last, size - 1)?;
-        }
-        // A power cut may have left an incomplete line. The new line must not become part of it.
-        if last != [b'\n'] {
-            line.insert(0, b'\n');
-        }
-        file.write_all(&line)?;
-        file.sync_all()
-    };
-    append().map_err(Error::io("write", &path))
+    append_line(&dir.join(FILE), &serde_json::to_vec(&claims).map_err(Error::Json)?)
 }
 
 /// Returns the tickets in the log, oldest first, with the use counts and revocations that a hub reports.

@@ -1,6 +1,7 @@
 //! A fleet's folder: `fleet.toml`, profiles and overlays. The folder's files add to the built-in profiles and overlays;
 //! a file with the same path replaces the built-in one.
 
+pub(crate) mod alert_secrets;
 pub(crate) mod check;
 pub(crate) mod machine_id;
 #[cfg(test)]
@@ -86,6 +87,14 @@ impl Project {
         fs::read(self.dir.join(Self::UPDATE_KEYRING)).ok()
     }
 
+    /// Returns the folder of a `fleet.toml`, and whether the file exists. `path` is the file or its folder.
+    #[must_use]
+    pub fn folder(path: &Path) -> (PathBuf, bool) {
+        let file = if path.is_dir() { path.join("fleet.toml") } else { path.to_owned() };
+        let dir = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
+        (dir, file.exists())
+    }
+
     /// Loads a fleet. `path` is a `fleet.toml` or its folder.
     ///
     /// # Errors
@@ -100,7 +109,7 @@ impl Project {
             )),
             _ => Error::io("read", &file)(e),
         })?;
-        let dir = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
+        let (dir, _) = Self::folder(path);
         let name = file.display().to_string();
         let fleet = Fleet::parse(&name, &bytes)?;
 
@@ -135,7 +144,8 @@ impl Project {
             }
         }
         let found = fleet::lint(&fleet, &profiles);
-        let (mut errors, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| d.severity == Severity::Error);
+        let (mut errors, mut warnings): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|d| d.severity == Severity::Error);
         errors.extend(unknown_overlays(&fleet, &files));
         if !errors.is_empty() {
             return Err(Error::Config(Diagnostics(errors)));
@@ -143,6 +153,9 @@ impl Project {
         let mut topology = Topology::from_fleet(&fleet);
         topology.reclaim(&profiles);
         topology.open_ports(&profiles);
+        let stored = alert_secrets::read(&dir)?;
+        warnings.extend(alert_secrets::missing(&fleet, &stored));
+        topology.alert_secrets = stored.only(&topology.alerts.secrets());
         Ok(Self { dir, fleet, topology, profiles, warnings, files })
     }
 

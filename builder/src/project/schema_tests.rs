@@ -117,6 +117,14 @@ fn parser_and_schema_refuse_bad_files() {
         (File::Fleet, HUBS, "update.url = \"ftp://updates.example\""),
         (File::Fleet, HUBS, "alerts.webhooks = \"https://chat.example\""),
         (File::Fleet, HUBS, "alerts.email = { to = \"a@b.example\" }"),
+        (File::Fleet, HUBS, "alerts.ntfy = [{ topic = \"a/b\" }]"),
+        (File::Fleet, HUBS, "alerts.telegram = [{ chat = \"name\" }]"),
+        (File::Fleet, HUBS, "alerts.slack = [{ api_url = \"https://hooks.example\" }]"),
+        (
+            File::Fleet,
+            HUBS,
+            "alerts.email = { to = \"a@b.example\", from = \"a@b.example\", smarthost = \"m:25\", tls = \"ssl\" }",
+        ),
         (File::Fleet, HUBS, "odoo.languages = [\"german\"]"),
         (File::Fleet, HUBS, "backup.keep = 0"),
         (File::Fleet, HUBS, "backup.full = \"\""),
@@ -163,6 +171,7 @@ vip = { address = "10.10.0.100" }
 database = { ttl = 30, loop_wait = 3, retry_timeout = 6 }
 firewall = { open = [{ port = 8443, proto = "tcp", role = "hub" }] }
 web = { redirect = true, connections = 150 }
+access = { shell = true }
 update = { url = "https://updates.example/acme/", when = "*:0/5", stale_after = 30 }
 odoo = { database = "odoo", languages = ["pt_BR"], addons = ["addons"], modules = ["web", "sale"] }
 promise = { vip = 3, database = 35, app = 3 }
@@ -171,12 +180,18 @@ secure_boot = { key = "db.key", certificate = "db.crt" }
 [alerts]
 webhooks = ["https://chat.example/hook"]
 dead_man = "https://dead.example/x"
-email = { to = "a@x.example", from = "b@x.example", smarthost = "mail.example:25" }
+page = "https://docs.example/alerts.html"
+email = { to = "a@x.example", from = "b@x.example", smarthost = "mail.example:25", user = "u", tls = "starttls", hello = "h" }
+telegram = [{ chat = -100, secret = "telegram" }]
+slack = [{ secret = "slack", channel = "ops" }]
+matrix = [{ secret = "matrix" }]
+ntfy = [{ topic = "acme", url = "https://ntfy.example", secret = "ntfy" }]
 
 [backup]
 keep = 4
 full = "Sun 01:30"
 incremental = "Mon..Sat 01:30"
+stale_after = 30
 restore = "latest"
 s3 = { bucket = "b", endpoint = "s3.example", region = "r", path_style = true, ca = "ca.pem" }
 

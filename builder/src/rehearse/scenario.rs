@@ -451,16 +451,16 @@ mod tests {
     use crate::vm::{MachineState, NodeRow};
 
     fn row(node: &str, roles: &[&str], vip: bool, database: Option<Database>) -> NodeRow {
-        let roles = roles.iter().map(|r| (*r).to_owned()).collect();
         NodeRow {
             node: node.into(),
             group: String::new(),
-            roles,
+            roles: roles.iter().map(|r| (*r).to_owned()).collect(),
             address: String::new(),
             state: MachineState::Ready,
             message: String::new(),
             vip,
             database,
+            report: None,
         }
     }
 

@@ -1,8 +1,8 @@
 //! Writes files atomically, and files and folders that only their owner can read.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
 use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use tempfile::NamedTempFile;
@@ -45,6 +45,23 @@ pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     private_beside(path, bytes)?.persist(path).map_err(|e| Error::io("write", path)(e.error))?;
     Ok(())
+}
+
+/// Appends a line to a file that only its owner can read, and syncs it.
+pub(crate) fn append_line(path: &Path, line: &[u8]) -> Result<()> {
+    let append = || {
+        let mut file = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(path)?;
+        let size = file.metadata()?.len();
+        let mut last = [b'\n'];
+        if size > 0 {
+            file.read_exact_at(&mut last, size - 1)?;
+        }
+        // A power cut may have left an incomplete line. The new line must not become part of it.
+        let before: &[u8] = if last == [b'\n'] { b"" } else { b"\n" };
+        file.write_all(&[before, line, b"\n"].concat())?;
+        file.sync_all()
+    };
+    append().map_err(Error::io("write", path))
 }
 
 /// Creates a folder that only its owner can enter, whatever the umask. Changes the mode of an existing folder.

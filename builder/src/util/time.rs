@@ -22,6 +22,38 @@ pub(crate) fn rfc2822(text: &str) -> Option<u64> {
     u64::try_from(time.unix_timestamp()).ok()
 }
 
+/// Parses an age (`30s`, `10min`, `2h`, `3d`) before `now`, or a time in UTC (`2026-12-01`, `2026-12-01 08:30`, RFC
+/// 3339). Returns seconds since 1970.
+pub(crate) fn since(text: &str, now: u64) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let seconds = match unit.trim() {
+        "s" | "sec" => 1,
+        "m" | "min" => 60,
+        "h" | "hour" | "hours" => 3600,
+        "d" | "day" | "days" => 86_400,
+        _ => 0,
+    };
+    if seconds > 0 {
+        return Some(now.saturating_sub(number.parse::<u64>().ok()?.saturating_mul(seconds)));
+    }
+    let rest = match text.len() {
+        10 => "T00:00:00Z",
+        16 => ":00Z",
+        19 => "Z",
+        _ => "",
+    };
+    let time = OffsetDateTime::parse(&(text.replacen(' ', "T", 1) + rest), &Rfc3339).ok()?;
+    u64::try_from(time.unix_timestamp()).ok()
+}
+
+/// Formats microseconds since 1970 as `2025-01-31T12:00:00.123Z`.
+pub(crate) fn rfc3339_millis(micros: u64) -> String {
+    let seconds = rfc3339(micros / 1_000_000);
+    format!("{}.{:03}Z", seconds.trim_end_matches('Z'), micros / 1000 % 1000)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -44,5 +76,27 @@ mod tests {
         for text in ["nonsense", "Wed, 31 Dec 1969 23:59:59 UTC", "Sun, 31 Feb 2025 00:00:00 UTC", ""] {
             assert_eq!(rfc2822(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn since_is_an_age_or_a_time() {
+        for (text, seconds) in [
+            ("30s", 999_970),
+            ("10min", 999_400),
+            ("2 h", 992_800),
+            ("3d", 740_800),
+            ("99999999999d", 0),
+            ("1970-01-02", 86_400),
+            ("1970-01-02 00:01", 86_460),
+            ("1970-01-02 00:01:01", 86_461),
+            ("1970-01-02T00:01:01Z", 86_461),
+            ("1970-01-02T01:01:01+01:00", 86_461),
+        ] {
+            assert_eq!(since(text, 1_000_000), Some(seconds), "{text}");
+        }
+        for text in ["", "h", "10", "10 years", "yesterday", "2026-13-01", "1969-12-31", "2026-12-01 8:30"] {
+            assert_eq!(since(text, 1_000_000), None, "{text}");
+        }
+        assert_eq!(rfc3339_millis(1_709_251_199_042_001), "2024-02-29T23:59:59.042Z");
     }
 }

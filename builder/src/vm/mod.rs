@@ -15,13 +15,17 @@ mod machine;
 mod network;
 mod phase;
 mod qemu;
+mod query;
 pub(crate) mod report;
 mod start;
 mod status;
+mod table;
 
 pub use command::{Done, command_line};
 pub use fleet::{Described, are_containers, down, groups_of, start_of, up};
 pub use machine::Vm;
 pub use network::{HostForward, VirtualNic, hub_forwards};
+pub use query::{running, seen, were_started};
 pub use start::{Netboot, VmOptions};
-pub use status::{Database, FleetStatus, MachineState, NodeRow, Standby};
+pub use status::{Database, FleetStatus, MachineState, NodeRow, SeenNode, Standby};
+pub(crate) use table::duration;

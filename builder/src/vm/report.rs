@@ -1,7 +1,7 @@
 //! `bakehouse report`: an archive of journals, configurations and states from all machines, without secrets.
 
 use std::fs::{File, OpenOptions, Permissions};
-use std::io;
+use std::io::{self, BufWriter, Read, Seek as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -10,6 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use flate2::write::GzEncoder;
 use fleet::{Node, Secrets};
+use serde_json::json;
 
 use super::machine::Vm;
 use super::status::FleetStatus;
@@ -53,7 +54,7 @@ const HAPROXY: (&str, &str) =
 /// If the fleet key of local machines cannot be read, or the archive cannot be written.
 pub(crate) fn collect(project: &Project, output: &Path, progress: &Progress) -> Result<Vec<String>> {
     let step = progress.step("report", "reading the fleet key");
-    let secrets = passwords(&FleetKey::of_vms(project)?.secrets);
+    let secrets = passwords(project, &FleetKey::of_vms(project)?.secrets);
     let asked = Asked::new(&step, project.topology.nodes.iter().map(|node| node.name.as_str()));
     let files = |node: &Node| {
         let files = files_of(project, node);
@@ -75,24 +76,84 @@ pub(crate) fn collect(project: &Project, output: &Path, progress: &Progress) -> 
         threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
     });
     step.message("asking for the state of the fleet");
-    let mut files = vec![("board.txt".to_owned(), FleetStatus::read(project).to_string())];
-    files.push(("timeline.txt".to_owned(), timeline(&all)));
-    files.extend(all.into_iter().flatten());
-
-    let file = create_private(output).map_err(Error::io("create", output))?;
-    let mut archive = tar::Builder::new(GzEncoder::new(file, flate2::Compression::default()));
-    for (path, text) in &files {
-        let text = redact(text, &secrets);
-        let mut header = tar::Header::new_gnu();
-        header.set_size(text.len() as u64);
-        header.set_mode(0o600);
-        archive
-            .append_data(&mut header, format!("report/{path}"), text.as_bytes())
-            .map_err(Error::io("write", output))?;
+    let mut archive = Archive::create(output, &secrets)?;
+    archive.add("board.txt", &FleetStatus::read(project).to_string())?;
+    archive.add("timeline.txt", &timeline(&all))?;
+    for (path, text) in all.iter().flatten() {
+        archive.add(path, text)?;
     }
-    archive.into_inner().and_then(GzEncoder::finish).map_err(Error::io("write", output))?;
+    let files = archive.finish()?;
     step.done(&format!("{}: {} files", output.display(), files.len()));
-    Ok(files.into_iter().map(|(path, _)| path).collect())
+    Ok(files)
+}
+
+/// A `.tar.gz` with the files of a report below `report/`. It removes secrets and private keys from all texts.
+pub(crate) struct Archive<'a> {
+    tar: tar::Builder<GzEncoder<File>>,
+    secrets: &'a [String],
+    path: &'a Path,
+    files: Vec<String>,
+}
+
+impl<'a> Archive<'a> {
+    /// Creates the archive, or replaces it.
+    ///
+    /// # Errors
+    /// If the file cannot be created.
+    pub(crate) fn create(path: &'a Path, secrets: &'a [String]) -> Result<Self> {
+        let file = create_private(path).map_err(Error::io("create", path))?;
+        let tar = tar::Builder::new(GzEncoder::new(file, flate2::Compression::default()));
+        Ok(Self { tar, secrets, path, files: Vec::new() })
+    }
+
+    /// Adds a file with this text.
+    ///
+    /// # Errors
+    /// If the archive cannot be written.
+    pub(crate) fn add(&mut self, path: &str, text: &str) -> Result<()> {
+        let text = redact(text, self.secrets);
+        self.append(path, text.len() as u64, text.as_bytes())
+    }
+
+    /// Adds a file with the lines that `write` passes to its argument. They may be too many for the memory.
+    ///
+    /// # Errors
+    /// If the archive or a temporary file cannot be written, or `write` fails.
+    pub(crate) fn add_lines(
+        &mut self,
+        path: &str,
+        write: impl FnOnce(&mut dyn FnMut(&str) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        let failed = || Error::io("write in", std::env::temp_dir());
+        let mut file = BufWriter::new(tempfile::tempfile().map_err(failed())?);
+        let mut redactor = Redactor::default();
+        write(&mut |line| {
+            let line = redactor.line(&without(line, self.secrets));
+            file.write_all(line.as_bytes()).map_err(failed())
+        })?;
+        let mut file = file.into_inner().map_err(|e| failed()(e.into_error()))?;
+        let size = file.stream_position().and_then(|size| file.rewind().map(|()| size)).map_err(failed())?;
+        self.append(path, size, file)
+    }
+
+    fn append(&mut self, path: &str, size: u64, content: impl Read) -> Result<()> {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(size);
+        header.set_mode(0o600);
+        let appended = self.tar.append_data(&mut header, format!("report/{path}"), content);
+        appended.map_err(Error::io("write", self.path))?;
+        self.files.push(path.to_owned());
+        Ok(())
+    }
+
+    /// Completes the archive. Returns the paths of its files below `report/`.
+    ///
+    /// # Errors
+    /// If the archive cannot be written.
+    pub(crate) fn finish(self) -> Result<Vec<String>> {
+        self.tar.into_inner().and_then(GzEncoder::finish).map_err(Error::io("write", self.path))?;
+        Ok(self.files)
+    }
 }
 
 /// Names in the step's message the machines that have not replied yet.
@@ -167,34 +228,52 @@ fn timeline(all: &[Vec<(String, String)>]) -> String {
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-/// Returns every password of the fleet.
-fn passwords(secrets: &Secrets) -> Vec<String> {
+/// Returns every password of the fleet, and those of the receivers of alerts.
+pub(crate) fn passwords(project: &Project, secrets: &Secrets) -> Vec<String> {
+    let topology = &project.topology;
+    let key = secrets.alert_key();
+    let of_alerts = topology.alert_secrets.values(key.as_ref(), &topology.name, &topology.alerts.secrets());
+    let key = key.iter().map(|key| key.text().to_owned());
     let value = serde_json::to_value(secrets).unwrap_or_default();
-    let all = value.as_object().into_iter().flatten().filter_map(|(_, v)| v.as_str());
-    all.filter(|v| !v.is_empty()).map(str::to_owned).collect()
+    let all = value.as_object().into_iter().flatten().filter_map(|(_, v)| v.as_str()).map(str::to_owned);
+    // A configuration may have the secret as a string of JSON.
+    let quoted = |text: &String| json!(text).to_string().trim_matches('"').to_owned();
+    let of_alerts = of_alerts.into_values().flat_map(|text| [quoted(&text), text]);
+    all.chain(key).chain(of_alerts).filter(|secret| !secret.is_empty()).collect()
 }
 
 /// Returns the text without passwords and private keys.
 fn redact(text: &str, secrets: &[String]) -> String {
-    let mut text = text.to_owned();
-    for secret in secrets {
-        text = text.replace(secret.as_str(), "(removed)");
-    }
-    let mut out = String::with_capacity(text.len());
-    let mut inside = false;
-    for line in text.split_inclusive('\n') {
+    let mut redactor = Redactor::default();
+    without(text, secrets).split_inclusive('\n').map(|line| redactor.line(line)).collect()
+}
+
+fn without(text: &str, secrets: &[String]) -> String {
+    secrets.iter().fold(text.to_owned(), |text, secret| text.replace(secret.as_str(), "(removed)"))
+}
+
+/// Removes private keys from lines.
+#[derive(Default)]
+struct Redactor {
+    /// The line is one of a private key.
+    inside: bool,
+}
+
+impl Redactor {
+    fn line(&mut self, line: &str) -> String {
+        let mut out = String::new();
         if line.contains("-----BEGIN") && line.contains("PRIVATE KEY") {
-            inside = true;
+            self.inside = true;
             out += "(private key removed)\n";
         }
-        if !inside {
+        if !self.inside {
             out += line;
         }
         if line.contains("-----END") {
-            inside = false;
+            self.inside = false;
         }
+        out
     }
-    out
 }
 
 #[cfg(test)]
@@ -203,7 +282,12 @@ mod tests {
 
     #[test]
     fn removes_passwords_and_private_keys() {
-        let secrets = passwords(&Secrets::sample());
+        let dir = tempfile::tempdir().unwrap();
+        let fleet = "name = \"acme\"\n[[alerts.slack]]\n[groups.hub]\ncount = 1\nendpoints = [\"hub.acme.com\"]\n";
+        std::fs::write(dir.path().join("fleet.toml"), fleet).unwrap();
+        let project = Project::load(dir.path()).unwrap();
+        let secrets = passwords(&project, &Secrets::sample());
+        assert!(secrets.contains(&"https://example.net/sample-slack".to_owned()), "{secrets:?}");
         let mut text = String::new();
         for secret in &secrets {
             text += &format!("password: {secret}!\n");
@@ -213,6 +297,24 @@ mod tests {
         let redacted = redact(&text, &secrets);
         assert!(secrets.len() > 5 && secrets.iter().all(|s| !redacted.contains(s.as_str())), "{redacted}");
         assert!(!redacted.contains("MIGH") && redacted.ends_with("(private key removed)\nafter\n"), "{redacted}");
+    }
+
+    #[test]
+    fn archive_has_texts_and_lines_without_secrets() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("report.tar.gz");
+        let secrets = ["s3cret".to_owned()];
+        let mut archive = Archive::create(&path, &secrets).unwrap();
+        archive.add("board.txt", "a s3cret\n").unwrap();
+        let kind = "PRIVATE KEY";
+        let lines =
+            ["one s3cret\n", &format!("-----BEGIN {kind}-----\n"), "MIGH\n", &format!("-----END {kind}-----\n")];
+        archive.add_lines("timeline.txt", |write| lines.iter().try_for_each(|line| write(line))).unwrap();
+        assert_eq!(archive.finish().unwrap(), ["board.txt", "timeline.txt"]);
+        let mut tar = tar::Archive::new(flate2::read::GzDecoder::new(File::open(&path).unwrap()));
+        let texts: Vec<String> =
+            tar.entries().unwrap().map(|entry| io::read_to_string(entry.unwrap()).unwrap()).collect();
+        assert_eq!(texts, ["a (removed)\n", "one (removed)\n(private key removed)\n"]);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use fleet::node_api::{DatabaseStatus, StandbyStatus};
 use fleet::{Node, Topology};
 use serde_json::Value;
 use tokio_rustls::rustls::ClientConfig;
@@ -44,6 +45,32 @@ fn another_leads(members: &[u8], config: &[u8], slot: &str) -> bool {
     leads && (config["synchronous_mode"] == false || members.iter().any(|m| m["role"] == "sync_standby"))
 }
 
+/// Parses the replies to `GET /patroni` and `GET /cluster`.
+fn status(own: &[u8], members: &[u8]) -> DatabaseStatus {
+    let read = |text: &[u8]| serde_json::from_slice::<Value>(text).unwrap_or_default();
+    let (own, members) = (read(own), read(members));
+    let members = members["members"].as_array().map(Vec::as_slice).unwrap_or_default();
+    // `lag` is the lag of the replay, and Patroni 4.1 names it. An unknown lag is a text.
+    let lag = |name: &str| {
+        let member = members.iter().find(|m| m["name"] == name)?;
+        member["replay_lag"].as_u64().or_else(|| member["lag"].as_u64())
+    };
+    let replication = own["replication"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let standbys = replication.iter().filter(|r| r["state"] == "streaming").filter_map(|r| {
+        let node = r["application_name"].as_str()?;
+        // PostgreSQL's name of a synchronous standby depends on whether Patroni asks for one of several.
+        let sync = r["sync_state"] == "sync" || r["sync_state"] == "quorum";
+        Some(StandbyStatus { node: node.to_owned(), sync, lag: lag(node).unwrap_or(u64::MAX) })
+    });
+    let primary = own["role"] == "primary" || own["role"] == "master";
+    DatabaseStatus {
+        primary,
+        state: own["state"].as_str().unwrap_or_default().to_owned(),
+        // A standby may have standbys, too.
+        standbys: standbys.filter(|_| primary).collect(),
+    }
+}
+
 /// Client of Patroni on this node.
 pub struct Patroni {
     slot: String,
@@ -61,6 +88,17 @@ impl Patroni {
     /// Whether this node is the primary.
     pub async fn is_primary(&self) -> bool {
         self.ask("GET", "/primary", "").await.is_ok()
+    }
+
+    /// Returns the state of this node's PostgreSQL, and on the primary that of its standbys.
+    ///
+    /// # Errors
+    /// If Patroni does not answer.
+    pub async fn status(&self) -> Result<DatabaseStatus> {
+        let own = self.ask("GET", "/patroni", "").await?;
+        // The lag is in the list of members only. Patroni reads that list in etcd, so it may be missing.
+        let members = self.ask("GET", "/cluster", "").await.unwrap_or_default();
+        Ok(status(&own, &members))
     }
 
     /// Switches over to a standby, if this node is the primary. Waits until the standby is the primary, and this node
@@ -111,6 +149,28 @@ impl Patroni {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The replies have the format of Patroni 4.
+    #[test]
+    fn status_has_the_streaming_standbys_of_the_primary() {
+        let own = r#"{"state": "running", "role": "primary", "server_version": 170006, "xlog": {"location": 67395656},
+            "timeline": 1, "replication": [
+            {"usename": "replicator", "application_name": "db-2", "client_addr": "10.10.0.11", "state": "streaming",
+             "sync_state": "sync", "sync_priority": 1},
+            {"usename": "replicator", "application_name": "db-3", "client_addr": "10.10.0.12", "state": "streaming",
+             "sync_state": "async", "sync_priority": 0},
+            {"usename": "replicator", "application_name": "db-4", "client_addr": "10.10.0.13", "state": "backup",
+             "sync_state": "async", "sync_priority": 0}]}"#;
+        let cluster = r#"{"members": [{"name": "db-1", "role": "leader", "state": "running", "timeline": 1},
+            {"name": "db-2", "role": "sync_standby", "state": "streaming", "timeline": 1, "lag": 48},
+            {"name": "db-3", "role": "replica", "state": "streaming", "timeline": 1, "lag": "unknown"}], "scope": "x"}"#;
+        let standby = |node: &str, sync, lag| StandbyStatus { node: node.to_owned(), sync, lag };
+        let expected = vec![standby("db-2", true, 48), standby("db-3", false, u64::MAX)];
+        let found = status(own.as_bytes(), cluster.as_bytes());
+        assert_eq!((found.primary, found.state.as_str(), found.standbys), (true, "running", expected));
+        let replica = status(br#"{"state": "starting", "role": "replica"}"#, b"502");
+        assert_eq!(replica, DatabaseStatus { state: "starting".to_owned(), ..DatabaseStatus::default() });
+    }
 
     /// The replies have the format of Patroni 4.
     #[test]

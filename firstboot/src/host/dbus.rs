@@ -1,6 +1,6 @@
 //! The agent's D-Bus service: its state, for `firstboot status` and other programs, and the method `Leave`.
 
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use zbus::object_server::InterfaceRef;
 
 use crate::error::Result;
@@ -93,6 +93,7 @@ impl Agent {
 pub struct Status {
     object: InterfaceRef<Agent>,
     leave_requests: Mutex<mpsc::Receiver<LeaveRequest>>,
+    phase: watch::Sender<Phase>,
 }
 
 impl Status {
@@ -113,8 +114,11 @@ impl Status {
         };
         bus.object_server().at(PATH, agent).await?;
         bus.request_name(BUS_NAME).await?;
-        let published =
-            Self { object: bus.object_server().interface(PATH).await?, leave_requests: Mutex::new(leave_requests) };
+        let published = Self {
+            object: bus.object_server().interface(PATH).await?,
+            leave_requests: Mutex::new(leave_requests),
+            phase: watch::Sender::new(Phase::Joining),
+        };
         let object = published.object.clone();
         tokio::spawn(async move {
             let mut messages = said();
@@ -151,6 +155,12 @@ impl Status {
         Ok(())
     }
 
+    /// Returns a receiver of the node's phase.
+    #[must_use]
+    pub fn phase(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
     /// Publishes the node's phase.
     ///
     /// # Errors
@@ -158,6 +168,7 @@ impl Status {
     pub async fn enter(&self, phase: Phase) -> Result<()> {
         let mut agent = self.object.get_mut().await;
         agent.phase = phase;
+        self.phase.send_replace(phase);
         Ok(agent.phase_changed(self.object.signal_emitter()).await?)
     }
 }
@@ -238,10 +249,13 @@ mod tests {
         let status = Status {
             object: agent.object_server().interface(PATH).await.unwrap(),
             leave_requests: Mutex::new(leave_requests),
+            phase: watch::Sender::new(Phase::Joining),
         };
+        let phase = status.phase();
         assert_eq!(describe(&reader, false).await.unwrap(), "a node of acme to be: m");
         status.is("db-1", 2).await.unwrap();
         status.enter(Phase::Ready).await.unwrap();
+        assert_eq!(*phase.borrow(), Phase::Ready);
         let text = describe(&reader, true).await.unwrap();
         let read: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(

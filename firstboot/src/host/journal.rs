@@ -64,3 +64,30 @@ pub fn record(event: Event, text: &str) {
         _ => info!(message_id, "{text}"),
     }
 }
+
+/// A request of an operator to the node API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// It reads a state.
+    Read,
+    /// It changes the node, or opens a service of the node.
+    Action,
+}
+
+impl Request {
+    /// Returns the request's `MESSAGE_ID`, which must never change.
+    #[must_use]
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Read => "9f6a3c0d5b8e4f27a1c94e0b7d2f6a58",
+            Self::Action => "3be1d7a90c6248f5b27fd41e8a9c5063",
+        }
+    }
+}
+
+/// Writes an operator's request to the log: who sent it, the hub that forwarded it, what it asks, and its result: a
+/// status of HTTP, or `begins` for an action.
+pub fn record_request(request: Request, operator: &str, from: &str, what: &str, result: &str) {
+    let message_id = request.id();
+    info!(message_id, operator, from, result, "{operator} from {from}: {what}: {result}");
+}

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use fleet::node_api::{LOCK_PATH, LockRequest};
 use fleet::{
-    Departure, Grant, Introduction, Issuer, JoinReply, JoinRequest, Node, PROTOCOL, Peers, PublicKey, Reason, Refusal,
-    Renewal, Report, Revocation, Rollout, RolloutOrder, RolloutRequest, Secrets, Tokens, TokensRequest, Topology,
-    UpdateDecision, encoding,
+    Departure, Eviction, Grant, Introduction, Issuer, JoinReply, JoinRequest, Node, OperatorRevocation, PROTOCOL,
+    Peers, PublicKey, Reason, Refusal, Renewal, Report, Revocation, RevokedOperator, Rollout, RolloutOrder,
+    RolloutRequest, Secrets, Tokens, TokensRequest, Topology, UpdateDecision, encoding, printable,
 };
+use fleet_https::OperatorCertificate;
 use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
@@ -16,6 +18,7 @@ use tracing::{info, warn};
 
 use super::claims::SlotAllocator;
 use super::departures::Identified;
+use super::operators;
 use super::orders::{OrderLog, Signed};
 use super::peer::{Member, Peer};
 use super::records::GrantedSlot;
@@ -25,6 +28,8 @@ use super::token::verify;
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER};
 use crate::node::neighbours::PeerTable;
+use crate::node::operator_peers::OperatorPeers;
+use crate::node::revocations::{Learned, Revocations};
 
 /// State of the join API on one hub.
 pub struct Hub {
@@ -44,6 +49,10 @@ pub struct Hub {
     pub neighbourhood: Arc<PeerTable>,
     /// Orders that this hub has carried out.
     pub orders: OrderLog,
+    /// Revoked certificates of operators.
+    pub revocations: Arc<Revocations>,
+    /// Operators' machines; `None` if the fleet has no addresses for them.
+    pub operator_peers: Option<Arc<OperatorPeers>>,
 }
 
 /// Marks the response to a granted join.
@@ -55,7 +64,7 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
     let (head, body) = request.into_parts();
     let signed = Signed::new(peer, &head, &body);
     let user = head.headers.get(USER_HEADER).and_then(|v| v.to_str().ok());
-    match (head.method.clone(), head.uri.path(), peer.member.as_ref()) {
+    match (head.method.clone(), head.uri.path(), hub.member(peer)) {
         (Method::POST, "/v1/join", _) => {
             let reply = hub.join(&signed).await;
             let mut response = json(&reply);
@@ -89,6 +98,10 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             Err(refusal) if refusal.reason.passes() => plain(StatusCode::SERVICE_UNAVAILABLE, &refusal.text),
             Err(refusal) => plain(StatusCode::FORBIDDEN, &refusal.text),
         },
+        (Method::POST, LOCK_PATH, Some(member)) => match hub.lock(member, &body).await {
+            Ok(answer) => json(&answer),
+            Err(refusal) => status_reply(Err(refusal)),
+        },
         (Method::GET, "/v1/peers", Some(member)) => {
             let peers = hub.peers(member);
             // A fenced client is not the slot's owner, so its request does not count as the owner's.
@@ -106,8 +119,20 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             }
             json(&peers)
         }
-        (_, "/v1/renew" | "/v1/introduce" | "/v1/peers" | "/v1/turn" | "/v1/left", None) => {
-            plain(StatusCode::UNAUTHORIZED, "this path requires a client certificate of this fleet")
+        (Method::POST, "/v1/operators/wireguard", _) => match hub.operator(peer) {
+            Some(operator) => match hub.add_operator_peer(operator, &body).await {
+                Ok(peering) => json(&peering),
+                Err(refusal) => status_reply(Err(refusal)),
+            },
+            None => plain(StatusCode::UNAUTHORIZED, "this path requires a valid certificate of an operator"),
+        },
+        (Method::POST, "/v1/operators/revoke", _) => status_reply(hub.revoke_operator(&signed).await),
+        (Method::GET, "/v1/operators/revoked", _) if hub.knows(peer) => json(&hub.revocations.orders()),
+        (_, "/v1/operators/revoked", _) => {
+            plain(StatusCode::UNAUTHORIZED, "this path requires a certificate of an operator or a node of this fleet")
+        }
+        (_, "/v1/renew" | "/v1/introduce" | "/v1/peers" | "/v1/turn" | LOCK_PATH | "/v1/left", None) => {
+            plain(StatusCode::UNAUTHORIZED, "this path requires the certificate of a node of this fleet")
         }
         _ => plain(StatusCode::NOT_FOUND, "unknown path or method"),
     }
@@ -197,6 +222,23 @@ impl Hub {
         self.allocator.revoke(&order.token).await.map_err(refused)
     }
 
+    /// Revokes the certificate of an operator, by the owner's order.
+    async fn revoke_operator(&self, signed: &Signed<'_>) -> Result<(), Refusal> {
+        let order: OperatorRevocation =
+            self.orders.verify(&self.root, &self.topology.name, &self.allocator.by, signed)?;
+        let proof = signed.proof(&self.root).map(|Eviction { order, signature }| RevokedOperator { order, signature });
+        let invalid = "the order has expired, is too long, or has no signature over its body; update bakehouse on the \
+                       operator's machine";
+        let proof = proof.filter(|proof| self.revocations.verify(proof).is_some());
+        let proof = proof.ok_or_else(|| refuse(Reason::Malformed, invalid))?;
+        info!(operator = order.name, "revoking the certificate of the operator {}", order.name.escape_debug());
+        // This hub refuses the operator at once, also without a quorum of etcd. The other hubs read the order in etcd.
+        if self.revocations.learn(&proof) == Learned::Full {
+            return Err(operators::full());
+        }
+        self.allocator.revoke_operator(&self.revocations, &order, &proof).await.map_err(refused)
+    }
+
     /// Returns the use counts of the tokens and the revoked tokens, by the operator's order.
     async fn tokens(&self, signed: &Signed<'_>) -> Result<Tokens, Refusal> {
         let _: TokensRequest = self.orders.verify(&self.root, &self.topology.name, &self.allocator.by, signed)?;
@@ -249,7 +291,22 @@ impl Hub {
             let text = format!("another machine has owned {} since epoch {epoch}", member.slot);
             return Err(refuse(Reason::Fenced, &text));
         }
+        // The rollout has no place for a node that only an older fleet.toml has.
+        if self.topology.node(&member.slot).is_none() {
+            return Err(refuse(Reason::Malformed, &format!("the fleet has no node `{}`", member.slot.escape_debug())));
+        }
         rollout::report(self.allocator.etcd(), &self.topology, &member.slot, &report).await.map_err(refused)
+    }
+
+    /// Takes the fleet's lock for a member's action, or frees it.
+    async fn lock(&self, member: &Member, body: &[u8]) -> Result<UpdateDecision, Refusal> {
+        let request: LockRequest = serde_json::from_slice(body)
+            .map_err(|e| refuse(Reason::Malformed, &format!("cannot parse the request: {e}")))?;
+        if let Some(epoch) = self.allocator.fenced(&member.slot, &member.tls_key) {
+            let text = format!("another machine has owned {} since epoch {epoch}", member.slot);
+            return Err(refuse(Reason::Fenced, &text));
+        }
+        rollout::lock(self.allocator.etcd(), &member.slot, request.seconds).await.map_err(refused)
     }
 
     /// Takes a founder's introduction, which the hubs need before they have an etcd to read keys from.
@@ -286,6 +343,24 @@ impl Hub {
         Ok(peers)
     }
 
+    /// Returns the node that a client authenticated as; `None` if neither the topology nor etcd has its slot. A node of
+    /// an older `fleet.toml` has a record in etcd until it has left.
+    pub(super) fn member<'a>(&self, peer: &'a Peer) -> Option<&'a Member> {
+        let has_slot = |slot: &str| self.topology.node(slot).is_some() || self.allocator.owners().contains_key(slot);
+        peer.member().filter(|member| has_slot(&member.slot))
+    }
+
+    /// Returns the operator that a client authenticated as; `None` if the certificate is revoked.
+    pub(super) fn operator<'a>(&self, peer: &'a Peer) -> Option<&'a OperatorCertificate> {
+        peer.operator().filter(|operator| !self.revocations.is_revoked(&operator.key))
+    }
+
+    /// Whether a client is a node that is not fenced, or an operator whose certificate is not revoked.
+    fn knows(&self, peer: &Peer) -> bool {
+        let is_fenced = |member: &Member| self.allocator.fenced(&member.slot, &member.tls_key).is_some();
+        self.member(peer).is_some_and(|member| !is_fenced(member)) || self.operator(peer).is_some()
+    }
+
     fn peers(&self, member: &Member) -> Peers {
         let fenced = self.allocator.fenced(&member.slot, &member.tls_key);
         let leaving = fenced.is_none() && self.allocator.is_leaving(&member.slot);
@@ -295,7 +370,16 @@ impl Hub {
         let hubs = owners.iter().filter(|(slot, r)| is_hub(slot) && !r.vacant);
         let hubs = hubs.map(|(slot, r)| (slot.clone(), r.tls_key.clone())).collect();
         let evicted = owners.iter().filter(|(slot, _)| is_hub(slot)).filter_map(|(_, r)| r.eviction.clone()).collect();
-        Peers { keys: self.founders(), hubs, epoch: self.epoch, fenced, leaving, vacant, evicted }
+        Peers {
+            keys: self.founders(),
+            hubs,
+            epoch: self.epoch,
+            fenced,
+            leaving,
+            vacant,
+            evicted,
+            revoked_operators: self.revocations.orders(),
+        }
     }
 
     /// Returns the founders' mesh keys, which every node needs.
@@ -322,7 +406,7 @@ fn tls_key(text: &str) -> Result<PublicKey, Refusal> {
 }
 
 /// Returns the refusal for an error: the refusal itself, or a temporary one if etcd does not answer.
-fn refused(e: Error) -> Refusal {
+pub(super) fn refused(e: Error) -> Refusal {
     match e {
         Error::Refused(refusal) => refusal,
         e => {
@@ -342,14 +426,18 @@ fn status_reply(done: Result<(), Refusal>) -> Response<Full<Bytes>> {
 }
 
 fn json(value: &impl Serialize) -> Response<Full<Bytes>> {
-    let mut response = plain(StatusCode::OK, &serde_json::to_string(value).unwrap_or_default());
+    let mut response = with_body(StatusCode::OK, serde_json::to_string(value).unwrap_or_default());
     response.headers_mut().insert("content-type", hyper::header::HeaderValue::from_static("application/json"));
     response
 }
 
-/// Returns a response with a plain text.
+/// Returns a response with a plain text. The text may quote a client's request, and another client may print it.
 pub(super) fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(text.to_owned())));
+    with_body(status, printable(text))
+}
+
+fn with_body(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     response
 }

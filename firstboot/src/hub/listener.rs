@@ -4,38 +4,44 @@
 //! the same process.
 
 mod admission;
-mod metered;
+mod throttle;
+mod tunnel;
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fleet::EXPORTER_LABEL;
+use fleet_https::{NODE_API_HEADER, OperatorVerifier};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
-use hyper::header::{CONNECTION, HeaderValue};
+use hyper::header::{CONNECTION, HeaderName, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::resource::{Resource, getrlimit};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::oneshot;
+use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tracing::warn;
 
 use super::api::{Admitted, Hub, answer, plain};
-use super::peer::{Member, Peer};
+use super::peer::{Client, Peer};
 use crate::error::{Error, Result};
-use admission::{Admission, AdmittedConnection, Limits};
-use metered::Metered;
+use crate::server::metered::Metered;
+use crate::server::{listen, on_thread};
+use admission::{Admission, AdmittedConnection, Kind, Limits};
+use tunnel::Tunnels;
 
 /// Open connections: guests may use three quarters, members one quarter.
 const CONNECTIONS: usize = 1024;
+/// Open connections of operators: four operators that read from as many nodes as they may. Each takes up to 100 kB of
+/// memory, and two file descriptors.
+const OPERATORS: usize = 256;
 /// File descriptors reserved for the rest of the agent.
 const DESCRIPTORS: usize = 256;
 /// Connections that the kernel queues until the listener accepts them.
@@ -64,50 +70,22 @@ const LOG: Duration = Duration::from_secs(60);
 /// # Errors
 /// If the port is in use, or the thread cannot be started.
 pub async fn serve(hub: Arc<Hub>, at: SocketAddr, tls: Arc<ServerConfig>) -> Result<()> {
-    let (stop, stopped) = oneshot::channel::<()>();
-    let (done, ended) = oneshot::channel();
-    let thread = std::thread::Builder::new().name("join-api".to_owned()).spawn(move || {
-        // Without the lower priority the API still works.
-        if let Err(e) = rustix::process::nice(NICE) {
-            warn!("cannot lower the priority of the join API's thread: {e}");
-        }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let served = match runtime.map_err(Error::io("start", "the join API's runtime")) {
-            Ok(runtime) => runtime.block_on(async {
-                tokio::select! {
-                    served = accept(hub, at, TlsAcceptor::from(tls)) => served,
-                    _ = stopped => Ok(()),
-                }
-            }),
-            Err(e) => Err(e),
-        };
-        // There is no receiver if the process is ending.
-        let _ = done.send(served);
-    });
-    let thread = thread.map_err(Error::io("start", "the join API's thread"))?;
-    let _server = Server { stop: Some(stop), thread: Some(thread) };
-    ended.await.unwrap_or_else(|_| Err(Error::Failed("the join API's thread has panicked".to_owned())))
+    let operators = OperatorVerifier::new(&hub.root)?;
+    let served = Arc::new(Served { hub, operators, tunnels: Tunnels::new() });
+    on_thread("join-api", NICE, move || accept(served, at, TlsAcceptor::from(tls))).await
 }
 
-/// The API's thread. Dropping it ends the thread and frees the port.
-struct Server {
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+/// What each connection uses.
+struct Served {
+    hub: Arc<Hub>,
+    operators: OperatorVerifier,
+    tunnels: Tunnels,
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // The panic handler has printed a panic of the thread.
-            let _ = thread.join();
-        }
-    }
-}
-
-async fn accept(hub: Arc<Hub>, at: SocketAddr, acceptor: TlsAcceptor) -> Result<()> {
-    let listener = listen(at).map_err(Error::io("listen at", at.to_string()))?;
-    let admission = Admission::new(Limits::for_connections(connections()));
+async fn accept(served: Arc<Served>, at: SocketAddr, acceptor: TlsAcceptor) -> Result<()> {
+    let listener = listen(at, BACKLOG).map_err(Error::io("listen at", at.to_string()))?;
+    let (connections, operators) = connections();
+    let admission = Admission::new(Limits::new(connections, operators));
     let mut logged = Instant::now();
     loop {
         let accepted = timeout(LOG, listener.accept()).await;
@@ -126,33 +104,28 @@ async fn accept(hub: Arc<Hub>, at: SocketAddr, acceptor: TlsAcceptor) -> Result<
             Err(_) => continue,
         };
         let from = from.ip().to_canonical();
-        let Some((place, delay)) = admission.enter(from, is_of_mesh(&hub, from), now) else {
+        let Some((place, delay)) = admission.enter(from, is_of_mesh(&served.hub, from), now) else {
             // Zero linger closes with a reset, so that the kernel keeps no state of the connection.
             let _ = tcp.set_zero_linger();
             continue;
         };
         let id = place.id();
-        let (hub, acceptor) = (hub.clone(), acceptor.clone());
+        let (served, acceptor) = (served.clone(), acceptor.clone());
         let task = tokio::spawn(async move {
-            let _ = timeout(LIFETIME, connection(hub, tcp, acceptor, Arc::new(place), delay)).await;
+            let _ = timeout(LIFETIME, connection(served, tcp, acceptor, Arc::new(place), delay)).await;
         });
         admission.set_task(id, task.abort_handle());
     }
 }
 
-fn listen(at: SocketAddr) -> std::io::Result<TcpListener> {
-    let socket = if at.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // A hub that restarts can bind to its port while old connections are in TIME_WAIT.
-    socket.set_reuseaddr(true)?;
-    socket.bind(at)?;
-    socket.listen(BACKLOG)
-}
-
-/// Returns the number of connections that the limit of file descriptors allows.
-fn connections() -> usize {
+/// Returns the numbers of connections that the limit of file descriptors allows: those of guests and members, and those
+/// of operators.
+fn connections() -> (usize, usize) {
     let limit =
         getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| usize::try_from(soft).unwrap_or(usize::MAX));
-    CONNECTIONS.min(limit.saturating_sub(DESCRIPTORS)).max(64)
+    let free = limit.saturating_sub(DESCRIPTORS);
+    let operators = OPERATORS.min(free / 8).max(16);
+    (CONNECTIONS.min(free.saturating_sub(2 * operators)).max(64), operators)
 }
 
 /// Returns whether a source address is in the mesh. WireGuard authenticates such packets, and other interfaces drop
@@ -173,7 +146,7 @@ fn log(admission: &Admission) {
 }
 
 async fn connection(
-    hub: Arc<Hub>,
+    served: Arc<Served>,
     tcp: TcpStream,
     acceptor: TlsAcceptor,
     place: Arc<AdmittedConnection>,
@@ -187,42 +160,79 @@ async fn connection(
     let handshake = timeout(HANDSHAKE, acceptor.accept(Metered::new(tcp, HANDSHAKE_BYTES)));
     let Ok(Ok(mut stream)) = handshake.await else { return };
     let session = stream.get_ref().1;
-    let member = session.peer_certificates().and_then(<[_]>::first).and_then(Member::from_certificate);
+    let client = Client::from_chain(session.peer_certificates().unwrap_or_default(), &served.operators);
     let Ok(binding) = session.export_keying_material([0; 32], EXPORTER_LABEL, None) else { return };
-    let peer = Arc::new(Peer { member, binding });
-    // An evicted node still has its certificate, so it counts as a guest.
-    let member = peer.member.as_ref().filter(|m| hub.allocator.fenced(&m.slot, &m.tls_key).is_none());
+    let peer = Arc::new(Peer { client, binding });
+    let hub = &served.hub;
+    // An evicted node and a revoked operator still have their certificates, so they count as guests.
+    let member = hub.member(&peer).filter(|m| hub.allocator.fenced(&m.slot, &m.tls_key).is_none());
     if member.is_some_and(|member| !place.is_member(&member.slot, Instant::now())) {
         return;
     }
-    let guest = member.is_none();
-    stream.get_mut().0.set_budget(if guest { GUEST_BYTES } else { MEMBER_BYTES });
-    let requests = std::sync::atomic::AtomicUsize::new(0);
+    let operator = hub.operator(&peer).map(|certificate| certificate.operator.clone());
+    let crowded = operator.as_ref().is_some_and(|o| !place.is_operator(&o.name, o.role, Instant::now()));
+    // A connection to a node gets another budget.
+    let known = member.is_some() || operator.is_some() && !crowded;
+    stream.get_mut().0.set_budget(if known { MEMBER_BYTES } else { GUEST_BYTES });
+    let charge = Arc::new(match operator {
+        Some(operator) => Charge::Operator(operator.name),
+        None if member.is_some() => Charge::None,
+        None => Charge::Guest(AtomicBool::new(true)),
+    });
     let service = service_fn(|request| {
-        let further = requests.fetch_add(1, std::sync::atomic::Ordering::Relaxed) > 0;
-        let (hub, peer, place) = (hub.clone(), peer.clone(), place.clone());
-        async move { Ok::<_, Infallible>(respond(&hub, &peer, &place, request, guest && further).await) }
+        let (served, peer, place, charge) = (served.clone(), peer.clone(), place.clone(), charge.clone());
+        async move {
+            let mut response = if crowded {
+                let text = "operators have too many connections to this hub, or you have; retry later";
+                closing(StatusCode::TOO_MANY_REQUESTS, text)
+            } else if request.method() == Method::CONNECT {
+                tunnel::open(&served, &peer, place, request).await
+            } else {
+                respond(&served.hub, &peer, &place, request, &charge).await
+            };
+            let (name, value) = NODE_API_HEADER;
+            response.headers_mut().insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+            Ok::<_, Infallible>(response)
+        }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER).max_headers(32).max_buf_size(LONGEST_HEADER);
-    let _ = http.serve_connection(TokioIo::new(stream), service).await;
+    let _ = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await;
 }
 
-/// Reads one request and replies. A `charged` request counts towards the rate limit like a handshake.
+/// The rate limit towards which requests count.
+enum Charge {
+    /// The node's connection is within the limits of members.
+    None,
+    /// That of handshakes, after the first request, for which the handshake has counted.
+    Guest(AtomicBool),
+    /// That of the operator with this name.
+    Operator(String),
+}
+
+impl Charge {
+    /// Counts a request. Returns the delay; `None` refuses the request.
+    fn take(&self, place: &AdmittedConnection) -> Option<Duration> {
+        match self {
+            Self::None => Some(Duration::ZERO),
+            Self::Guest(first) if first.swap(false, Ordering::Relaxed) => Some(Duration::ZERO),
+            Self::Guest(_) => place.charge(Instant::now()),
+            Self::Operator(name) => place.charge_operator(name, Kind::Other, Instant::now()),
+        }
+    }
+}
+
+/// Reads one request and replies.
 async fn respond(
     hub: &Hub,
     peer: &Peer,
     place: &AdmittedConnection,
     request: Request<Incoming>,
-    charged: bool,
+    charge: &Charge,
 ) -> Response<Full<Bytes>> {
-    if charged {
-        match place.charge(Instant::now()) {
-            Some(delay) => sleep(delay).await,
-            None => {
-                return closing(StatusCode::TOO_MANY_REQUESTS, "too many requests from this address; retry later");
-            }
-        }
+    match charge.take(place) {
+        Some(delay) => sleep(delay).await,
+        None => return closing(StatusCode::TOO_MANY_REQUESTS, "too many requests; retry later"),
     }
     let (head, body) = request.into_parts();
     let body = match timeout(BODY, Limited::new(body, LONGEST).collect()).await {

@@ -9,6 +9,8 @@ pub mod etcd_access;
 pub mod fence;
 mod hearing;
 pub mod listener;
+mod operator_peers;
+mod operators;
 pub mod orders;
 mod owners;
 mod peer;

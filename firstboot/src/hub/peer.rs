@@ -1,15 +1,26 @@
 //! Clients of the join API.
 
 use fleet::{ChannelBinding, OPERATOR_SUFFIX};
+use fleet_https::{OperatorCertificate, OperatorVerifier};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
 /// The client of a connection.
 pub(super) struct Peer {
-    /// The node that the client authenticated as; `None` without a client certificate.
-    pub(super) member: Option<Member>,
+    /// What the client authenticated as.
+    pub(super) client: Client,
     /// Identifies this TLS connection; the signature of a request must cover it.
     pub(super) binding: ChannelBinding,
+}
+
+/// What a client authenticated as.
+pub(super) enum Client {
+    /// A node of the fleet.
+    Member(Member),
+    /// An operator, with a certificate that the fleet's root signed.
+    Operator(OperatorCertificate),
+    /// A client without a certificate, or with one that neither a node nor an operator has.
+    Guest,
 }
 
 /// A node that authenticated with a certificate of this fleet.
@@ -18,15 +29,43 @@ pub(super) struct Member {
     pub(super) tls_key: String,
 }
 
+impl Client {
+    /// Returns the client that presented these certificates. The TLS handshake has verified that the fleet's root
+    /// signed them, directly or through an issuer.
+    pub(super) fn from_chain(chain: &[CertificateDer<'_>], operators: &OperatorVerifier) -> Self {
+        if let Some(operator) = operators.operator(chain) {
+            return Self::Operator(operator);
+        }
+        chain.first().and_then(Member::from_certificate).map_or(Self::Guest, Self::Member)
+    }
+}
+
+impl Peer {
+    pub(super) fn member(&self) -> Option<&Member> {
+        match &self.client {
+            Client::Member(member) => Some(member),
+            Client::Operator(_) | Client::Guest => None,
+        }
+    }
+
+    pub(super) fn operator(&self) -> Option<&OperatorCertificate> {
+        match &self.client {
+            Client::Operator(operator) => Some(operator),
+            Client::Member(_) | Client::Guest => None,
+        }
+    }
+}
+
 impl Member {
-    /// Returns the slot and the key of a certificate. The TLS handshake has verified that the fleet's root signed it.
-    /// Returns `None` for an operator's certificate, which is no node's.
-    pub(super) fn from_certificate(cert: &CertificateDer) -> Option<Self> {
+    /// Returns the slot and the key of a certificate; `None` if one of its names is an operator's, whatever the other
+    /// names are.
+    fn from_certificate(cert: &CertificateDer<'_>) -> Option<Self> {
         let cert = EndEntityCert::try_from(cert).ok()?;
-        let slot = cert.valid_dns_names().next()?.to_owned();
-        if slot.rsplit('.').next() == Some(OPERATOR_SUFFIX) {
+        let is_operators = |name: &str| name.rsplit('.').next().is_some_and(|last| last == OPERATOR_SUFFIX);
+        if cert.valid_dns_names().any(is_operators) {
             return None;
         }
+        let slot = cert.valid_dns_names().next()?.to_owned();
         let tls_key = fleet_https::tls_key(&cert)?;
         Some(Self { slot, tls_key })
     }
@@ -35,32 +74,37 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fleet::{Fleet, Issuer, Operator, OperatorRole, PrivateKey, Topology, encoding};
+    use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 
     #[test]
-    fn reads_slot_and_key_of_a_certificate() {
-        use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-        let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
-        let topology = fleet::Topology::from_fleet(&fleet);
-        let key = fleet::PrivateKey::generate().unwrap();
-        let issuer = fleet::Issuer::root("acme").unwrap().issuer("acme", "hub-1").unwrap();
-        let pem = issuer.node(&topology, topology.node("hub-2").unwrap(), &key.public().unwrap()).unwrap();
-        let member = Member::from_certificate(&CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).unwrap();
-        assert_eq!(member.slot, "hub-2");
-        assert_eq!(member.tls_key, fleet::encoding::encode(key.public().unwrap().as_bytes()));
-    }
+    fn distinguishes_members_operators_and_guests() {
+        let fleet = Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
+        let topology = Topology::from_fleet(&fleet);
+        let key = PrivateKey::generate().unwrap().public().unwrap();
+        let root = Issuer::root("acme").unwrap();
+        let issuer = root.issuer("acme", "hub-1").unwrap();
+        let verifier = OperatorVerifier::new(root.certificate()).unwrap();
+        let client = |pem: &str| {
+            let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+            Client::from_chain(&chain.unwrap(), &verifier)
+        };
 
-    #[test]
-    fn operator_is_no_member() {
-        use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-        let fleet = fleet::Fleet::parse("f", b"name = \"acme\"\n[groups]\nhub.count = 3\n").unwrap();
-        let topology = fleet::Topology::from_fleet(&fleet);
-        let key = fleet::PrivateKey::generate().unwrap().public().unwrap();
-        let root = fleet::Issuer::root("acme").unwrap();
-        for (name, is_member) in [("anna.admin.operator", false), ("operator", false), ("operator-1", true)] {
-            let node = fleet::Node { name: name.to_owned(), ..topology.nodes[0].clone() };
-            let pem = root.node(&topology, &node, &key).unwrap();
-            let cert = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
-            assert_eq!(Member::from_certificate(&cert).is_some(), is_member, "{name}");
-        }
+        let node = issuer.node(&topology, topology.node("hub-2").unwrap(), &key).unwrap();
+        let Client::Member(member) = client(&node) else { panic!("a node is no member") };
+        assert_eq!((member.slot.as_str(), member.tls_key), ("hub-2", encoding::encode(key.as_bytes())));
+
+        let anna = Operator::new("anna", OperatorRole::Viewer).unwrap();
+        let times = (0, 4_000_000_000);
+        let Client::Operator(read) = client(&root.operator(&anna, &key, times).unwrap()) else {
+            panic!("an operator is none")
+        };
+        assert_eq!(read.operator, anna);
+        // A hub's issuer of an earlier version can sign an operator's name.
+        let forged = issuer.operator(&anna, &key, times).unwrap() + issuer.certificate();
+        assert!(matches!(client(&forged), Client::Guest));
+        let expired = root.operator(&anna, &key, (0, 1)).unwrap();
+        assert!(matches!(client(&expired), Client::Guest));
+        assert!(matches!(Client::from_chain(&[], &verifier), Client::Guest));
     }
 }

@@ -40,10 +40,10 @@ impl<K: Ord> Default for Meter<K> {
     }
 }
 
-impl<K: Ord + Copy> Meter<K> {
+impl<K: Ord> Meter<K> {
     /// Returns the delay of one more event of `source`; `None` if it exceeds the rate's longest delay.
-    pub(super) fn delay(&self, source: K, rate: Rate, now: Instant) -> Option<Duration> {
-        let ahead = self.arrival.get(&source).map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
+    pub(super) fn delay(&self, source: &K, rate: Rate, now: Instant) -> Option<Duration> {
+        let ahead = self.arrival.get(source).map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
         let delay = ahead.saturating_sub(rate.burst);
         (delay <= rate.delay).then_some(delay)
     }
@@ -86,15 +86,15 @@ impl Meters {
     /// limit, so that one source cannot use up the common limits.
     pub(super) fn take(&mut self, from: IpAddr, rates: Rates, now: Instant) -> Option<Duration> {
         let network = network(from);
-        let delay = self.addresses.delay(from, rates.address, now)?;
-        let delay = delay.max(self.networks.delay(network, rates.network, now)?);
-        let light = self.light.delay(network, rates.light, now).and_then(|_| self.all_light.delay((), rates.all, now));
+        let delay = self.addresses.delay(&from, rates.address, now)?;
+        let delay = delay.max(self.networks.delay(&network, rates.network, now)?);
+        let light = self.light.delay(&network, rates.light, now).and_then(|_| self.all_light.delay(&(), rates.all, now));
         let delay = delay.max(if let Some(delay) = light {
             self.light.count(network, rates.light, now);
             self.all_light.count((), rates.all, now);
             delay
         } else {
-            let delay = self.all.delay((), rates.all, now)?;
+            let delay = self.all.delay(&(), rates.all, now)?;
             self.all.count((), rates.all, now);
             delay
         });
@@ -122,7 +122,7 @@ mod tests {
         let mut meter = Meter::default();
         let mut take = |source: u8, at: u64| {
             let now = start + Duration::from_millis(at);
-            let delay = meter.delay(source, rate, now)?;
+            let delay = meter.delay(&source, rate, now)?;
             meter.count(source, rate, now);
             Some(delay.as_millis())
         };

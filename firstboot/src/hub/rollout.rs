@@ -4,6 +4,7 @@
 //! /bakehouse/rollout/nodes/SLOT      Report      the node's last report, with a lease
 //! /bakehouse/rollout/turn            UpdateLock  the node that changes its image now
 //! /bakehouse/rollout/held            slot        the update lock's lease
+//! /bakehouse/rollout/acting          slot        the node that carries out an operator's action, with a lease
 //! /bakehouse/rollout/denied/VERSION  reason      no node installs this version
 //! /bakehouse/rollout/paused          reason      no node gets the update lock
 //! /bakehouse/rollout/allowed/VERSION time        the operator allowed it: one node's offer is enough
@@ -15,21 +16,24 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fleet::{Report, Rollout, RolloutOrder, SlotRecord, Topology, UpdateDecision, Verdict};
+use fleet::{Report, Rollout, RolloutOrder, SlotRecord, Topology, UpdateDecision, UpdateLock, Verdict};
 use tracing::{error, info, warn};
 
 use super::records::SLOTS;
-use crate::client::etcd::{Compare, Etcd, Op};
+use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::error::{Error, Result};
 
 const PREFIX: &str = "/bakehouse/rollout/";
 const TURN: &str = "/bakehouse/rollout/turn";
 const HELD: &str = "/bakehouse/rollout/held";
+const ACTING: &str = "/bakehouse/rollout/acting";
 const PAUSED: &str = "/bakehouse/rollout/paused";
 /// Lease of a node's report, seconds: three of the node's report intervals.
 const SILENCE: u32 = 90;
 /// Lease of the update lock, seconds: a download over a slow line, and three boots that fail.
 const LONGEST_TURN: u32 = 3600;
+/// Longest lease of an action, seconds.
+const LONGEST_ACTION: u32 = 900;
 /// Time between two writes of the metrics.
 const EXPORT_INTERVAL: Duration = Duration::from_secs(30);
 /// How often a report is retried when another hub's transaction wins.
@@ -44,7 +48,7 @@ pub(crate) async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report:
     let lease = etcd.lease(SILENCE).await?;
     etcd.transact(&[], &[Op::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
     for _ in 0..ATTEMPTS {
-        let (mut rollout, turn) = read(etcd).await?;
+        let Read { mut rollout, turn, acting } = read(etcd).await?;
         if report.doing.is_well() && rollout.skipped.remove(slot).is_some() {
             info!(slot, "{slot} is healthy again: the rollout no longer skips it");
             etcd.transact(&[], &[Op::Delete(&skipped(slot))]).await?;
@@ -53,11 +57,12 @@ pub(crate) async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report:
         let done = match &verdict {
             Verdict::Wait(why) => return Ok(UpdateDecision { granted: false, why: why.clone() }),
             Verdict::Go => return Ok(UpdateDecision { granted: true, why: String::new() }),
+            Verdict::Take(_) if acting.is_some() => return Ok(waits(&acts(&acting.unwrap_or_default()))),
             Verdict::Take(taken) => {
                 let text = serde_json::to_vec(taken).map_err(Error::json("the update lock"))?;
                 let denied = denied(&taken.to);
                 let lease = etcd.lease(LONGEST_TURN).await?;
-                let when = [Compare::Unchanged(TURN, 0), Compare::Unchanged(PAUSED, 0), Compare::Unchanged(&denied, 0)];
+                let when = [TURN, ACTING, PAUSED, &denied].map(|key| Compare::Unchanged(key, 0));
                 let then = [Op::Put(TURN, &text), Op::PutFor(HELD, slot.as_bytes(), &lease)];
                 let done = etcd.transact(&when, &then).await?;
                 if !done {
@@ -83,7 +88,58 @@ pub(crate) async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report:
             return Ok(UpdateDecision { granted: true, why: String::new() });
         }
     }
-    Ok(UpdateDecision { granted: false, why: "too many nodes report at the same time".to_owned() })
+    Ok(waits("too many nodes report at the same time"))
+}
+
+/// Takes the fleet's lock for an operator's action on the node `slot`, for `seconds`, or frees it if `seconds` is 0.
+/// While another node has it, or changes its image, the node has to wait. A lease of its own is no update lock: a node
+/// that does not free it denies no version. Hubs of earlier versions go by the pause, which has the same lease.
+///
+/// # Errors
+/// If etcd does not answer.
+pub(crate) async fn lock(etcd: &Etcd, slot: &str, seconds: u32) -> Result<UpdateDecision> {
+    let granted = || UpdateDecision { granted: true, why: String::new() };
+    for _ in 0..ATTEMPTS {
+        let [turn, acting, paused] = <[KeyValue; 3]>::try_from(etcd.get(&[TURN, ACTING, PAUSED]).await?)
+            .map_err(|_| Error::network("etcd", "the reply has another number of keys"))?;
+        let is_own = acting.revision > 0 && acting.value == slot.as_bytes();
+        let pause = acts(slot);
+        let is_own_pause = is_own && paused.value == pause.as_bytes();
+        let unchanged = [(TURN, &turn), (ACTING, &acting), (PAUSED, &paused)];
+        let unchanged = unchanged.map(|(key, found)| Compare::Unchanged(key, found.revision));
+        if seconds == 0 {
+            let freed = [Op::Delete(ACTING), Op::Delete(PAUSED)];
+            let freed = if is_own_pause { &freed[..] } else { &freed[..1] };
+            if !is_own || etcd.transact(&unchanged[1..], freed).await? {
+                return Ok(granted());
+            }
+            continue;
+        }
+        if acting.revision > 0 && !is_own {
+            return Ok(waits(&acts(&String::from_utf8_lossy(&acting.value))));
+        }
+        let update = serde_json::from_slice::<UpdateLock>(&turn.value).ok().filter(|update| update.slot != slot);
+        if let Some(update) = update.filter(|_| turn.revision > 0) {
+            return Ok(waits(&format!("{} changes to version {} now", update.slot, update.to)));
+        }
+        let lease = etcd.lease(seconds.min(LONGEST_ACTION)).await?;
+        let taken = [Op::PutFor(ACTING, slot.as_bytes(), &lease), Op::PutFor(PAUSED, pause.as_bytes(), &lease)];
+        let is_free = paused.revision == 0 || is_own_pause;
+        if etcd.transact(&unchanged, if is_free { &taken[..] } else { &taken[..1] }).await? {
+            return Ok(granted());
+        }
+        // Another hub's transaction won.
+        etcd.revoke(&lease).await?;
+    }
+    Ok(waits("too many nodes ask at the same time"))
+}
+
+fn waits(why: &str) -> UpdateDecision {
+    UpdateDecision { granted: false, why: why.to_owned() }
+}
+
+fn acts(slot: &str) -> String {
+    format!("{slot} carries out an action of an operator")
 }
 
 /// Carries out an operator's order, and returns the state of the rollout.
@@ -104,11 +160,19 @@ pub(crate) async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> 
             etcd.transact(&[], &[Op::Put(&skipped(node), now().to_string().as_bytes())]).await?;
         }
     }
-    read(etcd).await.map(|(rollout, _)| rollout)
+    read(etcd).await.map(|read| read.rollout)
 }
 
-/// Reads the rollout, and the revision of the update lock (0: no node holds it).
-async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
+/// What etcd has about the rollout.
+struct Read {
+    rollout: Rollout,
+    /// Revision of the update lock; 0: no node holds it.
+    turn: u64,
+    /// The node that carries out an operator's action.
+    acting: Option<String>,
+}
+
+async fn read(etcd: &Etcd) -> Result<Read> {
     let (_, slots) = etcd.list(SLOTS).await?;
     let mut rollout = Rollout::default();
     for pair in &slots {
@@ -123,7 +187,7 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
             rollout.tls_keys.insert(slot.to_owned(), record.tls_key);
         }
     }
-    let mut turn = 0;
+    let (mut turn, mut acting) = (0, None);
     for pair in etcd.list(PREFIX).await?.1 {
         let text = || String::from_utf8_lossy(&pair.value).into_owned();
         match &pair.key[PREFIX.len()..] {
@@ -132,6 +196,7 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
                 turn = pair.revision;
             }
             "held" => rollout.held = true,
+            "acting" => acting = Some(text()),
             "paused" => rollout.paused = Some(text()),
             key => {
                 if let Some(version) = key.strip_prefix("denied/") {
@@ -148,15 +213,15 @@ async fn read(etcd: &Etcd) -> Result<(Rollout, u64)> {
             }
         }
     }
-    Ok((rollout, turn))
+    Ok(Read { rollout, turn, acting })
 }
 
 /// Writes the rollout's metrics for node_exporter to the file `metrics` every 30 s, until the process ends.
 pub(crate) async fn export(etcd: &Etcd, metrics: &Path) {
     loop {
         match read(etcd).await {
-            Ok((rollout, _)) => {
-                if let Err(e) = write_metrics(metrics, &rollout) {
+            Ok(read) => {
+                if let Err(e) = write_metrics(metrics, &read.rollout) {
                     warn!("rollout metrics are not written: {}", e.chain());
                 }
             }

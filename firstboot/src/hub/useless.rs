@@ -35,7 +35,7 @@ impl UselessTokens {
         if !known && unix <= claims.expires {
             return false;
         }
-        if state.lookups.delay((), rate, now).is_none() {
+        if state.lookups.delay(&(), rate, now).is_none() {
             return true;
         }
         state.lookups.count((), rate, now);

@@ -73,7 +73,8 @@ impl Mesh {
     /// If the kernel refuses an interface or a peer.
     pub async fn apply(&mut self, neighbourhood: &PeerTable) -> Result<()> {
         let out = neighbourhood.out();
-        let planned = interfaces(&self.topology, &self.node, &neighbourhood.keys_without(&out), &self.endpoints);
+        let keys = neighbourhood.keys_without(&out);
+        let planned = interfaces(&self.topology, &self.node, &keys, &neighbourhood.operators(), &self.endpoints);
         let wanted: Vec<_> = planned.into_iter().map(|interface| self.resolve(interface)).collect();
         for interface in &wanted {
             let before = self.applied.iter().find(|i| i.name == interface.name);
@@ -146,6 +147,7 @@ impl Mesh {
             port: interface.port,
             address: interface.address,
             partner: interface.partner,
+            route: interface.route,
         }
     }
 }

@@ -18,6 +18,8 @@ pub(crate) struct Interface<E> {
     pub address: Ipv4Net,
     /// Transport address of the other end, if the interface is for one peer.
     pub partner: Option<Ipv4Addr>,
+    /// Network that the kernel routes to the interface, in addition to that of the address.
+    pub route: Option<Ipv4Net>,
     /// Peers of the interface.
     pub peers: Vec<Peer<E>>,
 }
@@ -37,12 +39,14 @@ pub(crate) struct Peer<E> {
 
 const KEEPALIVE: u16 = 25;
 
-/// Returns the interfaces of `node`. Peers whose keys are unknown are left out.
+/// Returns the interfaces of `node`. Peers whose keys are unknown are left out. `operators` are the operators' machines,
+/// which are peers of hubs.
 #[must_use]
 pub(crate) fn interfaces(
     topology: &Topology,
     node: &Node,
     keys: &BTreeMap<String, MeshKey>,
+    operators: &BTreeMap<Ipv4Addr, MeshKey>,
     endpoints: &BTreeMap<String, String>,
 ) -> Vec<Interface<(String, u16)>> {
     let mut all = Vec::new();
@@ -53,13 +57,22 @@ pub(crate) fn interfaces(
             let allowed = vec![Ipv4Net::from(n.address), Ipv4Net::from(n.transport)];
             Some(Peer { key: *keys.get(&n.name)?, endpoint: None, allowed, keepalive: None })
         });
+        let range = topology.mesh.operators;
+        let operators = operators.iter().filter(|(address, _)| range.is_some_and(|range| range.contains(*address)));
+        let operators = operators.map(|(address, key)| Peer {
+            key: *key,
+            endpoint: None,
+            allowed: vec![Ipv4Net::from(*address)],
+            keepalive: None,
+        });
         let net = topology.mesh.transport.prefix_len();
         all.push(Interface {
             name: "wg0".to_owned(),
             port: Some(topology.mesh.port),
             address: Ipv4Net::new(node.transport, net).unwrap_or(node.transport.into()),
             partner: None,
-            peers: peers.collect(),
+            route: range,
+            peers: peers.chain(operators).collect(),
         });
     }
     for hub in topology.hubs.iter().filter(|h| h.name != node.name) {
@@ -76,6 +89,7 @@ pub(crate) fn interfaces(
             port: (node.hub > 0).then_some(topology.mesh.port + hub.hub),
             address: node.transport.into(),
             partner: Some(hub.transport),
+            route: None,
             peers: peer.into_iter().collect(),
         });
     }
@@ -98,7 +112,7 @@ mod tests {
 
     fn interfaces_of(node: &str) -> Vec<Interface<(String, u16)>> {
         let topology = topology();
-        interfaces(&topology, topology.node(node).unwrap(), &keys(), &BTreeMap::new())
+        interfaces(&topology, topology.node(node).unwrap(), &keys(), &BTreeMap::new(), &BTreeMap::new())
     }
 
     #[test]
@@ -134,6 +148,23 @@ mod tests {
     }
 
     #[test]
+    fn operators_are_peers_of_hubs_with_one_address_of_their_range() {
+        let mut topology = topology();
+        let operators = ["10.10.0.193", "10.10.0.11", "10.10.0.2"].map(|address| address.parse().unwrap());
+        let operators: BTreeMap<_, _> = operators.into_iter().zip([7, 8, 9].map(|i| MeshKey([i; 32]))).collect();
+        let of = |topology: &Topology, node: &str| {
+            let all = interfaces(topology, topology.node(node).unwrap(), &keys(), &operators, &BTreeMap::new());
+            let peers = all[0].peers.iter().filter(|p| operators.values().any(|key| *key == p.key));
+            let allowed: Vec<String> = peers.flat_map(|p| &p.allowed).map(ToString::to_string).collect();
+            (all[0].route, allowed)
+        };
+        assert_eq!(of(&topology, "hub-1"), (None, vec![]), "the fleet has no addresses for operators");
+        topology.mesh.operators = Some("10.10.0.192/26".parse().unwrap());
+        assert_eq!(of(&topology, "hub-1"), (topology.mesh.operators, vec!["10.10.0.193/32".to_owned()]));
+        assert_eq!(of(&topology, "db-1"), (None, vec![]));
+    }
+
+    #[test]
     fn both_ends_of_a_hub_link_use_the_same_ports() {
         let topology = topology();
         let link =
@@ -148,7 +179,7 @@ mod tests {
     fn endpoint_can_be_replaced() {
         let topology = topology();
         let elsewhere = BTreeMap::from([("hub-2".to_owned(), "192.0.2.7".to_owned())]);
-        let all = interfaces(&topology, topology.node("db-1").unwrap(), &keys(), &elsewhere);
+        let all = interfaces(&topology, topology.node("db-1").unwrap(), &keys(), &BTreeMap::new(), &elsewhere);
         assert_eq!(all[1].peers[0].endpoint, Some(("192.0.2.7".to_owned(), 51820)));
     }
 }

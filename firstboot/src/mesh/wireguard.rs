@@ -4,7 +4,7 @@
 //! [systemd issue 38196]: https://github.com/systemd/systemd/issues/38196
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::MeshKey;
@@ -18,7 +18,8 @@ use netlink_packet_wireguard::{
     WireguardMessage, WireguardPeer, WireguardPeerAttribute, WireguardPeerFlags,
 };
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::{Handle, LinkUnspec, LinkWireguard};
+use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::{Handle, LinkUnspec, LinkWireguard, RouteMessageBuilder};
 
 use super::plan::{Interface, Peer};
 use super::userspace::Program;
@@ -100,7 +101,14 @@ impl Wireguard {
         }
         address.execute().await.map_err(refused)?;
         let up = LinkUnspec::new_with_index(index).mtu(mtu.into()).up().build();
-        self.route.link().change(up).execute().await.map_err(refused)
+        self.route.link().change(up).execute().await.map_err(refused)?;
+        let Some(net) = wanted.route else { return Ok(()) };
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(net.network(), net.prefix_len())
+            .output_interface(index)
+            .scope(RouteScope::Link)
+            .build();
+        self.route.route().add(route).replace().execute().await.map_err(refused)
     }
 
     async fn index(&self, name: &str) -> Option<u32> {

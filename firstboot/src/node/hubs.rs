@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fleet::encoding::{decode, encode};
+use fleet::node_api::{LOCK_PATH, LockRequest};
 use fleet::{
     Eviction, Introduction, JoinReply, LONGEST, Node, PROTOCOL, Peers, Renewal, Report, Topology, UpdateDecision,
 };
-use futures_util::future::join_all;
+use futures_util::future::{join_all, select_ok};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
@@ -18,9 +19,11 @@ use tracing::{debug, warn};
 
 use crate::client::backoff::chance;
 use crate::error::{Error, Result};
+use crate::host::screen;
 use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER, patroni_runs_with};
 use crate::node::keys::Keys;
 use crate::node::neighbours::PeerTable;
+use crate::node::revocations::Revocations;
 use crate::node::trust::{Decision, Heard, HubAnswer, signed_by_root};
 use fleet_https::{Connection, request};
 
@@ -28,6 +31,8 @@ use fleet_https::{Connection, request};
 const MESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time limit for the reply of one hub to a request for peers.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(12);
+/// Head start of a hub over the next one in a request for the fleet's lock.
+const HEAD_START: Duration = Duration::from_millis(700);
 /// Number of hubs from which a node requests its peers at a time. With two, an evicted hub alone cannot hide its
 /// eviction from the node.
 const ASKED: usize = 2;
@@ -39,6 +44,8 @@ pub struct Hubs {
     tls: Arc<ClientConfig>,
     /// Keys of the hubs; `None` on a machine that joins.
     neighbourhood: Option<Arc<PeerTable>>,
+    /// Takes the revocations in the hubs' replies.
+    revocations: Option<Arc<Revocations>>,
     over_mesh: bool,
     /// Whether no hub of the peer table replied to the last requests for peers.
     is_lost: AtomicBool,
@@ -71,6 +78,7 @@ impl Hubs {
             port,
             tls,
             neighbourhood: None,
+            revocations: None,
             over_mesh: false,
             is_lost: AtomicBool::new(false),
             etcd_patroni: String::new(),
@@ -95,6 +103,13 @@ impl Hubs {
     #[must_use]
     pub fn known_by(self, neighbourhood: Arc<PeerTable>) -> Self {
         Self { neighbourhood: Some(neighbourhood), ..self }
+    }
+
+    /// Adds the operators' certificates that hubs report as revoked. A reply proves each with the root's signature, so
+    /// one hub is enough.
+    #[must_use]
+    pub fn with_revocations(self, revocations: Arc<Revocations>) -> Self {
+        Self { revocations: Some(revocations), ..self }
     }
 
     /// Tries the mesh addresses first.
@@ -195,6 +210,9 @@ impl Hubs {
 
     fn answered(&self, slot: &str, connection: &Connection, answer: &[u8]) -> Result<HubAnswer> {
         let peers: Peers = read(slot, answer)?;
+        if let Some(revocations) = &self.revocations {
+            revocations.learn_all(&peers.revoked_operators);
+        }
         let is_signed = |proof: &&Eviction| {
             decode(&proof.signature).is_some_and(|s| signed_by_root(&self.root, proof.order.as_bytes(), &s))
         };
@@ -250,6 +268,14 @@ impl Hubs {
             }
         }
         self.is_lost.store(decision.heard == Heard::None, Ordering::Relaxed);
+        let why = || {
+            let strangers = answers.iter().map(|answer| format!("{} has another key", answer.hub));
+            let mut all: Vec<String> = errors.iter().map(Error::chain).chain(strangers).collect();
+            // The node asks the hubs in random order, and equal reasons give the same text.
+            all.sort_unstable();
+            format!("no hub replies: {}", all.join("; "))
+        };
+        screen::waits((decision.heard == Heard::None).then(why));
         decision
     }
 
@@ -260,6 +286,27 @@ impl Hubs {
     pub async fn turn(&self, report: &Report) -> Result<UpdateDecision> {
         let body = serde_json::to_vec(report).map_err(Error::json("the report"))?;
         self.first("POST", "/v1/turn", &body, read).await
+    }
+
+    /// Takes the fleet's lock for this number of seconds, or frees it for 0, through the hub that answers first. Each hub
+    /// has a head start over the next one.
+    ///
+    /// # Errors
+    /// If no hub answers, or none reaches etcd.
+    pub async fn lock(&self, seconds: u32) -> Result<UpdateDecision> {
+        let body = serde_json::to_vec(&LockRequest { seconds }).map_err(Error::json("the request for the lock"))?;
+        let asked = self.current().into_iter().zip(0..).map(|(hub, place)| {
+            let body = &body;
+            Box::pin(async move {
+                tokio::time::sleep(HEAD_START * place).await;
+                read(&hub.slot, &self.ask(hub, "POST", LOCK_PATH, body).await?)
+            })
+        });
+        let asked: Vec<_> = asked.collect();
+        if asked.is_empty() {
+            return Err(Error::Failed("the fleet has no other hub".to_owned()));
+        }
+        select_ok(asked).await.map(|(decision, _)| decision)
     }
 
     /// Reports to the first hub that answers that this node leaves the fleet.

@@ -17,6 +17,7 @@ use crate::node::image::Image;
 use crate::node::join::join;
 use crate::node::keys::Keys;
 use crate::node::neighbours::PeerTable;
+use crate::node::revocations::Revocations;
 use crate::node::state::{State, StateDir};
 
 /// Identity of a node. All of it is on the disk.
@@ -27,9 +28,17 @@ pub struct Identity {
     pub state: State,
     /// Mesh keys of the other nodes.
     pub neighbourhood: Arc<PeerTable>,
+    /// Revoked certificates of operators.
+    pub revocations: Arc<Revocations>,
 }
 
 impl Identity {
+    fn new(dir: &StateDir, keys: Keys, state: State) -> Self {
+        let neighbourhood = Arc::new(PeerTable::load(dir.path(), BTreeMap::new()));
+        let revocations = Arc::new(Revocations::load(dir.path(), &state.fleet, &state.root));
+        Self { keys, state, neighbourhood, revocations }
+    }
+
     /// Returns the TLS configuration with which this node connects to others.
     ///
     /// # Errors
@@ -54,7 +63,7 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
         }
         info!(slot = state.slot, "{} since an earlier boot", state.slot);
         let keys = Keys::load_or_make(dir)?;
-        return Ok(Identity { keys, state, neighbourhood: Arc::new(PeerTable::load(dir.path(), BTreeMap::new())) });
+        return Ok(Identity::new(dir, keys, state));
     }
     let ticket = read_ticket(credentials)?;
     if ticket.fleet != image.topology.name {
@@ -95,14 +104,14 @@ pub async fn identity(dir: &StateDir, credentials: Option<&PathBuf>, image: &Ima
             (keys, state, known)
         }
     };
-    let neighbourhood = Arc::new(PeerTable::load(dir.path(), BTreeMap::new()));
+    let own = Identity::new(dir, keys, state);
     for (slot, key) in &known {
-        neighbourhood.learn(slot, *key);
+        own.neighbourhood.learn(slot, *key);
     }
-    neighbourhood.flush();
-    state.store(dir)?;
-    log_event(Event::Joined, &format!("{} of the fleet {}", state.slot, state.fleet));
-    Ok(Identity { keys, state, neighbourhood })
+    own.neighbourhood.flush();
+    own.state.store(dir)?;
+    log_event(Event::Joined, &format!("{} of the fleet {}", own.state.slot, own.state.fleet));
+    Ok(own)
 }
 
 /// Returns the node of this state in the image's topology.

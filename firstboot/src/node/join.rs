@@ -6,6 +6,7 @@ use crate::client::backoff::Backoff;
 use crate::error::{Error, Result};
 use crate::host::console::log_event;
 use crate::host::journal::Event;
+use crate::host::screen;
 use crate::node::hubs::{Hubs, read};
 use crate::node::image::Image;
 use crate::node::keys::Keys;
@@ -36,7 +37,10 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
                 Ok(connection.post_signed("/v1/join", &body, |message| joiner.key.sign(message), LONGEST).await?)
             };
             match answer.await.and_then(|b| read(slot, &b)) {
-                Ok(JoinReply::Granted(grant)) => return Ok(grant),
+                Ok(JoinReply::Granted(grant)) => {
+                    screen::waits(None);
+                    return Ok(grant);
+                }
                 Ok(JoinReply::Refused(refusal)) if !refusal.reason.passes() => {
                     return Err(Error::Configuration(format!("{slot} refuses this node: {}", refusal.text)));
                 }
@@ -46,6 +50,7 @@ pub async fn join(hubs: &Hubs, joiner: &Joiner, image: &Image, keys: &Keys) -> R
         }
         // Only a new reason goes to the console, because the node asks every minute or more often.
         let why = summary(answers);
+        screen::waits(Some(format!("no slot yet: {why}")));
         if why != reported {
             log_event(Event::Waiting, &format!("still without a slot: {why}"));
             reported = why;

@@ -2,6 +2,7 @@
 //! answers.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -26,6 +27,8 @@ pub struct PeerTable {
     shut: Mutex<BTreeSet<String>>,
     /// Fenced slots whose peers the kernel has removed.
     out: watch::Sender<BTreeSet<String>>,
+    /// Operators' machines, by address. [`crate::node::operator_peers`] keeps them on the disk.
+    operators: Mutex<BTreeMap<Ipv4Addr, MeshKey>>,
 }
 
 impl PeerTable {
@@ -41,7 +44,32 @@ impl PeerTable {
             pins: Mutex::new(hubs),
             shut: Mutex::default(),
             out: watch::Sender::default(),
+            operators: Mutex::default(),
         }
+    }
+
+    /// Replaces the operators' machines, which are peers of a hub.
+    pub fn set_operators(&self, new: BTreeMap<Ipv4Addr, MeshKey>) {
+        let mut known = self.operators_locked();
+        if *known == new {
+            return;
+        }
+        *known = new;
+        drop(known);
+        self.keys.send_modify(|_| {});
+    }
+
+    /// Returns the operators' machines, by address, without those whose key another machine or a node has.
+    #[must_use]
+    pub fn operators(&self) -> BTreeMap<Ipv4Addr, MeshKey> {
+        let mut known: BTreeSet<MeshKey> = self.keys.borrow().values().copied().collect();
+        let mut operators = self.operators_locked().clone();
+        operators.retain(|_, key| known.insert(*key));
+        operators
+    }
+
+    fn operators_locked(&self) -> MutexGuard<'_, BTreeMap<Ipv4Addr, MeshKey>> {
+        self.operators.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fences a slot: its peer leaves the mesh. Returns when the kernel has removed the peer.

@@ -115,8 +115,8 @@ pub async fn renew(dir: &StateDir, own: Identity, image: &Image) -> Result<(Iden
     Ok((Identity { keys: renewal.keys, state, ..own }, true))
 }
 
-/// Requests the etcd passwords that this node's roles need and its state, written by an earlier version, does not have.
-/// The node sends a renewal with its current keys, and the hub replies with the same grant, which has the passwords.
+/// Requests the passwords that this node's roles need and its state, written by an earlier version, does not have: those
+/// of etcd, and on monitors the key for the passwords of `[alerts]`. The node sends a renewal with its current keys, and the hub replies with the same grant, which has the passwords.
 /// The agent renders services with them from then on.
 ///
 /// # Errors
@@ -127,20 +127,50 @@ pub async fn take_missing_passwords(dir: &StateDir, mut own: Identity, image: &I
     let secrets = &own.state.secrets;
     let lacks = (node.hub > 0 && secrets.etcd_root.is_empty())
         || ((node.hub > 0 || node.has_role("db")) && secrets.etcd_patroni.is_empty());
-    if !lacks || is_pending(dir) {
+    let sealed = &image.topology.alert_secrets;
+    let lacks_key = node.has_role("monitor") && !sealed.is_empty() && secrets.alert_key().is_none();
+    if !(lacks || lacks_key) || is_pending(dir) {
         return Ok(own);
     }
     let hubs = hubs(&own, node, image)?;
     let answer = tokio::time::timeout(PASSWORDS_TIMEOUT, hubs.renew(&own.keys)).await;
-    if let Ok(Ok(JoinReply::Granted(Grant { secrets, .. }))) = answer
-        && !secrets.etcd_patroni.is_empty()
-    {
-        own.state.secrets.etcd_root = secrets.etcd_root;
-        own.state.secrets.etcd_patroni = secrets.etcd_patroni;
-        own.state.store(dir)?;
-        info!(slot = node.name, "{}: received etcd passwords from a hub", node.name);
+    if let Ok(Ok(JoinReply::Granted(Grant { secrets, .. }))) = answer {
+        let has_new = !(secrets.etcd_patroni.is_empty() && secrets.alerts.is_empty());
+        let state = &mut own.state.secrets;
+        for (kept, granted) in [
+            (&mut state.etcd_root, secrets.etcd_root),
+            (&mut state.etcd_patroni, secrets.etcd_patroni),
+            (&mut state.alerts, secrets.alerts),
+        ] {
+            if !granted.is_empty() {
+                *kept = granted;
+            }
+        }
+        if has_new {
+            own.state.store(dir)?;
+            info!(slot = node.name, "{}: received missing passwords from a hub", node.name);
+        }
     }
     Ok(own)
+}
+
+/// Warns about passwords of `[alerts]` that the node cannot decrypt. Alertmanager starts without these receivers.
+pub fn warn_of_sealed_passwords(own: &Identity, node: &Node, image: &Image) {
+    let topology = &image.topology;
+    let (names, key) = (topology.alerts.secrets(), own.state.secrets.alert_key());
+    if !node.has_role("monitor") {
+        return;
+    }
+    for (name, _) in
+        topology.alert_secrets.values(key.as_ref(), &topology.name, &names).iter().filter(|(_, v)| v.is_empty())
+    {
+        let why = if key.is_none() {
+            "no hub has granted the key yet; restart this node when the hubs run this version"
+        } else {
+            "it is missing, or encrypted with another fleet.key: type `bakehouse secret`, and publish"
+        };
+        warn!(slot = node.name, "alerts: cannot read the secret `{name}`: {why}");
+    }
 }
 
 fn hubs(own: &Identity, node: &Node, image: &Image) -> Result<Hubs> {

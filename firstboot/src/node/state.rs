@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use fleet::{Issuer, MeshKey, STATE_VERSION, Secrets, SlotRecord, Topology};
+use fleet::{Issuer, MeshKey, RevokedOperator, STATE_VERSION, Secrets, SlotRecord, Topology};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -120,13 +120,7 @@ impl Neighbours {
     /// Loads the keys; empty if the file is missing or damaged, because the node can ask the hubs again.
     #[must_use]
     pub fn load(dir: &Path) -> Self {
-        match read_json(&dir.join("neighbours.json"), &(Self::VERSION..=Self::VERSION), None) {
-            Ok(found) => found.unwrap_or_default(),
-            Err(e) => {
-                warn!("cannot load the peers' keys: {}", e.chain());
-                Self::default()
-            }
-        }
+        load_or_default(dir, "neighbours.json", Self::VERSION)
     }
 
     /// Stores the keys.
@@ -159,16 +153,46 @@ impl SlotRecords {
     /// Loads `slots.json` below `dir`; empty if the file is missing or damaged.
     #[must_use]
     pub fn load(dir: &Path) -> Self {
-        match read_json(&dir.join(Self::FILE), &(Self::VERSION..=Self::VERSION), None) {
-            Ok(found) => found.unwrap_or_default(),
-            Err(e) => {
-                warn!("cannot load the slots' records: {}", e.chain());
-                Self::default()
-            }
-        }
+        load_or_default(dir, Self::FILE, Self::VERSION)
     }
 
     /// Stores `slots.json` below `dir`.
+    ///
+    /// # Errors
+    /// If the file cannot be written. The file of before is then unchanged.
+    pub fn store(&self, dir: &Path) -> Result<()> {
+        write_json(&dir.join(Self::FILE), self)
+    }
+}
+
+/// Orders that revoked operators' certificates.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevocationFile {
+    version: u16,
+    /// The orders.
+    pub orders: Vec<RevokedOperator>,
+}
+
+impl RevocationFile {
+    const VERSION: u16 = 1;
+    const FILE: &str = "revoked-operators.json";
+
+    /// Makes the content of the file.
+    #[must_use]
+    pub fn new(orders: Vec<RevokedOperator>) -> Self {
+        Self { version: Self::VERSION, orders }
+    }
+
+    /// Loads `revoked-operators.json` below `dir`; empty if the file is missing.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is damaged.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let versions = Self::VERSION..=Self::VERSION;
+        Ok(read_json(&dir.join(Self::FILE), &versions, None)?.unwrap_or_default())
+    }
+
+    /// Stores `revoked-operators.json` below `dir`.
     ///
     /// # Errors
     /// If the file cannot be written. The file of before is then unchanged.
@@ -273,7 +297,18 @@ fn sync(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
 }
 
-fn read_json<T: DeserializeOwned>(
+/// Reads a file that the node can do without: empty if the file is missing or damaged.
+fn load_or_default<T: DeserializeOwned + Default>(dir: &Path, file: &str, version: u16) -> T {
+    match read_json(&dir.join(file), &(version..=version), None) {
+        Ok(found) => found.unwrap_or_default(),
+        Err(e) => {
+            warn!("cannot load {file}: {}", e.chain());
+            T::default()
+        }
+    }
+}
+
+pub(super) fn read_json<T: DeserializeOwned>(
     path: &Path,
     versions: &RangeInclusive<u16>,
     sealer: Option<&Sealer>,
@@ -314,7 +349,7 @@ fn read_json<T: DeserializeOwned>(
 ///
 /// # Errors
 /// If the file cannot be written.
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(value).map_err(Error::json("the state"))?;
     bytes.push(b'\n');
     let dir = path.parent().unwrap_or(Path::new("/"));

@@ -282,6 +282,7 @@ mod tests {
             leaving: false,
             vacant: BTreeSet::new(),
             evicted: Vec::new(),
+            revoked_operators: Vec::new(),
         };
         change(&mut peers);
         HubAnswer { hub: hub.to_owned(), tls_key: format!("key of {hub}"), peers, evicted: BTreeSet::new() }

@@ -28,7 +28,7 @@ pub async fn healthy(systemd: &Systemd, units: &[String]) -> Result<()> {
         // A unit that systemd is going to restart is `activating`, not `failed`.
         let failed = |unit: &&String| now[*unit].state == "failed" && before.get(*unit) == now.get(*unit);
         if let Some(unit) = units.iter().find(failed) {
-            return Err(Error::Failed(format!("{unit} has failed; see: journalctl -u {unit}")));
+            return Err(Error::Failed(format!("{unit} has failed; see: bakehouse logs NODE -u {unit}")));
         }
         for (unit, state) in now.iter().filter(|(_, state)| !state.invocation.is_empty()) {
             first.entry(unit.clone()).or_insert_with(|| state.invocation.clone());
@@ -59,7 +59,7 @@ fn check_at_deadline(
     match unhealthy.first() {
         None => Ok(()),
         Some(first) => Err(Error::Failed(format!(
-            "{} did not come up, or restarted; see: journalctl -u {first}",
+            "{} did not come up, or restarted; see: bakehouse logs NODE -u {first}",
             unhealthy.join(", ")
         ))),
     }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use fleet::node_api::NodeApiError;
 use fleet::{
     BOUND_SIGNATURE_HEADER, CertificateError, ChannelBinding, EXPORTER_LABEL, PublicKey, SIGNATURE_HEADER,
-    bound_message, encoding,
+    bound_message, encoding, one_line,
 };
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
@@ -23,12 +24,18 @@ pub use tokio_rustls::rustls::ClientConfig;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 use webpki::EndEntityCert;
 
 pub mod backoff;
+mod operator;
+mod tunnel;
+
+use operator::ClientVerifier;
+pub use operator::{OperatorCertificate, OperatorVerifier};
+pub use tunnel::{ByteStream, CONNECTIONS_PER_HUB, LONGEST_LINE, Lines, NODE_API_HEADER, Obstacle, ThroughError};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -84,12 +91,25 @@ pub enum PeerError {
     Status {
         /// Status of the reply.
         status: StatusCode,
-        /// The first 200 characters of the reply's body.
+        /// The first 200 characters of the reply's body, without characters that control a terminal.
         text: String,
     },
+    /// A node's API refuses the request. [`Connection::through`] makes connections with such replies.
+    #[error(transparent)]
+    Refused(NodeRefusal),
     /// The connection, TLS or the protocol failed.
     #[error(transparent)]
     Other(Cause),
+}
+
+/// Refusal of a node's API.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct NodeRefusal {
+    /// Status of the reply.
+    pub status: StatusCode,
+    /// Reason and fix, without characters that control a terminal.
+    pub error: NodeApiError,
 }
 
 impl Error {
@@ -141,18 +161,33 @@ pub fn client(root: &str, identity: Option<Identity>) -> Result<Arc<ClientConfig
 /// # Errors
 /// If the PEM is invalid.
 pub fn server(root: &str, own: Identity) -> Result<Arc<ServerConfig>> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(root)?), provider())
-        .allow_unauthenticated()
-        .build()
-        .map_err(Error::configuration("use the fleet's root certificate"))?;
-    let config = ServerConfig::builder_with_provider(provider())
+    Ok(Arc::new(server_config(root, own, false)?))
+}
+
+/// Returns the configuration of a TLS server that accepts only clients with a certificate that `root` verifies. Each
+/// connection verifies it again, because a resumed session does not.
+///
+/// # Errors
+/// If the PEM is invalid.
+pub fn mutual_server(root: &str, own: Identity) -> Result<Arc<ServerConfig>> {
+    let mut config = server_config(root, own, true)?;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
+
+fn server_config(root: &str, own: Identity, mutual: bool) -> Result<ServerConfig> {
+    let operators = OperatorVerifier::new(root)?;
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(root)?), provider());
+    let verifier = if mutual { verifier } else { verifier.allow_unauthenticated() };
+    let nodes = verifier.build().map_err(Error::configuration("use the fleet's root certificate"))?;
+    ServerConfig::builder_with_provider(provider())
         // In TLS 1.2 the exporter identifies a connection only with the extension of RFC 7627.
         .with_protocol_versions(&[&TLS13])
         .map_err(tls)?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(Arc::new(ClientVerifier { operators, nodes }))
         .with_single_cert(chain(own.cert)?, key(own.key)?)
-        .map_err(tls)?;
-    Ok(Arc::new(config))
+        .map_err(tls)
 }
 
 /// A connection to a peer. It carries one request at a time.
@@ -161,6 +196,10 @@ pub struct Connection {
     sender: SendRequest<Full<Bytes>>,
     binding: Option<ChannelBinding>,
     peer_key: Option<String>,
+    /// The peer is a node's API, whose refusals are JSON.
+    is_node: bool,
+    /// Time limit of a reply, and of its body.
+    limit: Duration,
 }
 
 impl Connection {
@@ -170,14 +209,23 @@ impl Connection {
     /// If the peer does not answer within 10 s, or its certificate has another name or issuer.
     pub async fn open(host: &str, port: u16, name: &str, config: &Arc<ClientConfig>) -> Result<Self> {
         let to = format!("{name} ({host}:{port})");
-        let expected = ServerName::try_from(name.to_owned()).map_err(|e| Error::network(&to, e))?;
         let connected = timeout(TIMEOUT, async {
             let tcp = TcpStream::connect((host, port)).await?;
             tcp.set_nodelay(true)?;
-            TlsConnector::from(config.clone()).connect(expected, tcp).await
+            Ok::<_, std::io::Error>(tcp)
         });
-        let connected = connected.await.map_err(|_| Error::no_answer(&to))?;
-        let stream = connected.map_err(|e| Error::network(&to, e))?;
+        let tcp = connected.await.map_err(|_| Error::no_answer(&to))?.map_err(|e| Error::network(&to, e))?;
+        Self::over_tls(tcp, to, name, config).await
+    }
+
+    /// Makes a TLS session over a stream to the peer `to`, whose certificate must have `name`.
+    async fn over_tls<S>(stream: S, to: String, name: &str, config: &Arc<ClientConfig>) -> Result<Self>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let expected = ServerName::try_from(name.to_owned()).map_err(|e| Error::network(&to, e))?;
+        let secured = timeout(TIMEOUT, TlsConnector::from(config.clone()).connect(expected, stream));
+        let stream = secured.await.map_err(|_| Error::no_answer(&to))?.map_err(|e| Error::network(&to, e))?;
         let session = stream.get_ref().1;
         let binding =
             session.export_keying_material([0; 32], EXPORTER_LABEL, None).map_err(|e| Error::network(&to, e))?;
@@ -236,17 +284,24 @@ impl Connection {
         };
         // The next request reports the end of the connection.
         tokio::spawn(async move {
-            let _ = connection.await;
+            let _ = connection.with_upgrades().await;
         });
-        Ok(Self { to, sender, binding: None, peer_key: None })
+        Ok(Self { to, sender, binding: None, peer_key: None, is_node: false, limit: TIMEOUT })
+    }
+
+    /// Waits for each reply for up to `limit` instead of 10 s.
+    #[must_use]
+    pub fn with_limit(self, limit: Duration) -> Self {
+        Self { limit, ..self }
     }
 
     /// Sends a request. Returns the reply before its body.
     ///
     /// # Errors
-    /// If the connection ends, or no reply arrives within 10 s.
+    /// If the connection ends, or no reply arrives within the connection's limit, which is 10 s without
+    /// [`Self::with_limit`].
     pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
-        let answer = timeout(TIMEOUT, async {
+        let answer = timeout(self.limit, async {
             self.sender.ready().await?;
             self.sender.send_request(request).await
         });
@@ -260,15 +315,28 @@ impl Connection {
     /// of the body.
     pub async fn ask(&mut self, request: Request<Full<Bytes>>, longest: usize) -> Result<Bytes> {
         let response = self.send(request).await?;
+        self.body(response, longest).await
+    }
+
+    /// Reads the body of a reply, or the error in the body.
+    async fn body(&self, response: Response<Incoming>, longest: usize) -> Result<Bytes> {
         let status = response.status();
-        let body = timeout(TIMEOUT, Limited::new(response.into_body(), longest).collect());
+        let body = timeout(self.limit, Limited::new(response.into_body(), longest).collect());
         let body = body.await.map_err(|_| Error::no_answer(&self.to))?.map_err(|e| Error::network(&self.to, e))?;
         let body = body.to_bytes();
         if status.is_success() {
             return Ok(body);
         }
-        let text = String::from_utf8_lossy(&body).chars().take(200).collect();
-        Err(Error::Network { to: self.to.clone(), source: PeerError::Status { status, text } })
+        let failed = |source| Err(Error::Network { to: self.to.clone(), source });
+        // A reply without a message comes from another server.
+        let refusal =
+            serde_json::from_slice::<NodeApiError>(&body).ok().filter(|e| self.is_node && !e.message.is_empty());
+        if let Some(NodeApiError { message, help }) = refusal {
+            let error = NodeApiError { message: one_line(&message), help: help.map(|help| one_line(&help)) };
+            return failed(PeerError::Refused(NodeRefusal { status, error }));
+        }
+        let text: String = String::from_utf8_lossy(&body).chars().take(200).collect();
+        failed(PeerError::Status { status, text: one_line(&text) })
     }
 }
 

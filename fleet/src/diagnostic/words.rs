@@ -17,6 +17,11 @@ pub(super) fn plain<T: DeserializeOwned>(message: &str, path: Option<&[String]>)
     if message.starts_with("unknown field ") {
         let given = quoted.next().unwrap_or_default();
         let known: Vec<&str> = quoted.collect();
+        if ["password", "token", "bot_token", "api_url"].contains(&given) && path.first().is_some_and(|p| p == "alerts")
+        {
+            let help = "fleet.toml has no passwords: `bakehouse secret` stores them (docs/howto/alerts.md)".to_owned();
+            return (format!("unknown key `{given}`"), Some(help));
+        }
         let list = (!known.is_empty()).then(|| format!("the keys here are {}", listed(&known, "and")));
         return (format!("unknown key `{given}`"), nearest(given, known.iter().copied()).or(list));
     }
@@ -177,7 +182,7 @@ mod tests {
             (
                 "name = \"x\"\n[alerts]\nemail = \"me@acme.example\"",
                 "`alerts.email` is the text \"me@acme.example\", but has to be a table (write it as a table \
-                 [alerts.email] with keys, such as `to`, `from` and `smarthost`)",
+                 [alerts.email] with keys, such as `to`, `from`, `smarthost`, `user`, `tls` and `hello`)",
             ),
             ("name = \"x\"\n[odoo]\nlanguages = \"de\"", "has to be a list, such as"),
             ("name = \"x\"\n[web]\nredirect = \"yes\"", "is the text \"yes\", but has to be `true` or `false`"),
@@ -212,6 +217,7 @@ mod tests {
             "alerts.email",
             "firewall",
             "web",
+            "access",
             "promise",
             "update",
             "netboot",

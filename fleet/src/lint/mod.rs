@@ -1,5 +1,6 @@
 //! Rules of `bakehouse check` for a `fleet.toml` that parses.
 
+mod alerts;
 mod names;
 mod places;
 mod ports;
@@ -101,12 +102,14 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.names();
     lint.groups();
     lint.addresses();
+    lint.operators();
     lint.hubs_and_voters();
     lint.etcd_folders();
     lint.reserved_names();
     lint.archives();
     lint.port_numbers();
-    lint.receivers();
+    lint.stores();
+    lint.alerts();
     lint.updates();
     lint.disks();
     lint.database();
@@ -286,6 +289,28 @@ impl Lint<'_> {
                     "set `first` in one of the groups so that the ranges do not overlap".to_owned(),
                 );
             }
+        }
+    }
+
+    /// The operators' addresses are a part of the mesh that no node and no VIP has.
+    fn operators(&mut self) {
+        let fleet = self.fleet;
+        let (subnet, Some(operators)) = (fleet.mesh.subnet.get_ref().trunc(), &fleet.mesh.operators) else { return };
+        let (range, span) = (operators.get_ref().trunc(), operators.span());
+        // A range without a host address between its network and its broadcast address has no use.
+        if !subnet.contains(&range) || range == subnet || range.prefix_len() > 30 {
+            let fix = format!("choose a part of {subnet} with at least 4 addresses");
+            return self.error(span, format!("the operators' network {range} is not a part of the mesh {subnet}"), fix);
+        }
+        let nodes = self.topology.nodes.iter().map(|node| (node.address, node.name.clone()));
+        let owners = nodes.chain([(*fleet.vip.address.get_ref(), "the VIP".to_owned())]);
+        let taken = owners.into_iter().find(|(address, _)| range.contains(address));
+        if let Some((address, owner)) = taken {
+            self.error(
+                span,
+                format!("the operators' network {range} has {address}, the address of {owner}"),
+                "choose a part of the mesh without nodes".to_owned(),
+            );
         }
     }
 

@@ -1,7 +1,6 @@
 //! Rules for addresses, hosts and times. Without these rules, a build or a node would reject them later.
 
 use super::Lint;
-use super::names::is_host;
 use crate::calendar::{is_calendar_event, point_in_time};
 
 /// Domains that RFC 2606 and RFC 6761 reserve for documentation, tests and the local host.
@@ -104,31 +103,9 @@ impl Lint<'_> {
         }
     }
 
-    /// Reports invalid mail addresses, mail servers and S3 services, and an invalid disk of network installations.
-    pub(super) fn receivers(&mut self) {
+    /// Reports invalid S3 services, and an invalid disk of network installations.
+    pub(super) fn stores(&mut self) {
         let fleet = self.fleet;
-        if let Some(email) = &fleet.alerts.get_ref().email {
-            for (key, address) in [("to", &email.to), ("from", &email.from)] {
-                if !address.contains('@') || address.contains(|c: char| c.is_control() || c == '"') {
-                    self.error(
-                        fleet.source.value(&["alerts", "email", key]),
-                        format!("[alerts.email] `{}` is not a mail address", address.escape_debug()),
-                        "write it as \"name@host\"".to_owned(),
-                    );
-                }
-            }
-            let is_server = email.smarthost.rsplit_once(':').is_some_and(|(host, port)| {
-                let is_v6 = host.starts_with('[') && host.ends_with(']');
-                (is_host(host) || is_v6) && port.parse::<u16>().is_ok_and(|port| port > 0)
-            });
-            if !is_server {
-                self.error(
-                    fleet.source.value(&["alerts", "email", "smarthost"]),
-                    format!("[alerts.email] `{}` is not a mail server", email.smarthost.escape_debug()),
-                    "write host and port, such as \"mail.acme.example:587\"".to_owned(),
-                );
-            }
-        }
         if let Some(s3) = fleet.backup.get_ref().s3.as_ref().filter(|s3| s3.endpoint.contains('/')) {
             self.error(
                 fleet.source.value(&["backup", "s3", "endpoint"]),
@@ -269,11 +246,6 @@ mod tests {
         error("[mesh]\nport = 65535\n", "leaves no room", "65535");
         error("[firewall]\nopen = [{ port = 0, proto = \"tcp\" }]\n", "there is no port 0", "0");
         error("[netboot]\ndisk = \"sda\"\n", "is not a disk", "\"sda\"");
-        let mail = |to: &str, host: &str| {
-            format!("[alerts]\nemail = {{ to = \"{to}\", from = \"f@acme.com\", smarthost = \"{host}\" }}\n")
-        };
-        error(&mail("root", "mail.acme.com:25"), "`root` is not a mail address", "\"root\"");
-        error(&mail("a@acme.com", "mail.acme.com"), "is not a mail server", "\"mail.acme.com\"");
         let packages = "[groups.app]\npackages = [\"Vim\"]\ncount = 1\n";
         error(packages, "`Vim` cannot be the name of a Debian package", "\"Vim\"");
         error(

@@ -226,19 +226,6 @@ impl Lint<'_> {
                 "set 10 to 3000; the default is 150".to_owned(),
             );
         }
-        let alerts = fleet.alerts.get_ref();
-        let hook = |(number, url)| (source.value(&["alerts", "webhooks", &format!("{number}")]), url);
-        let webhooks = alerts.webhooks.iter().enumerate().map(hook);
-        let dead_man = alerts.dead_man.iter().map(|url| (source.value(&["alerts", "dead_man"]), url));
-        for (at, url) in webhooks.chain(dead_man) {
-            if !(url.starts_with("http://") || url.starts_with("https://")) || url.contains(char::is_whitespace) {
-                self.error(
-                    at,
-                    format!("[alerts] `{url}` is not an address"),
-                    "begin it with https:// or http://".to_owned(),
-                );
-            }
-        }
         let update = fleet.update.get_ref();
         // The URL goes into the transfer files of systemd-sysupdate, unquoted.
         if let Some(url) = update.url.as_ref().filter(|url| !is_address(url)) {
@@ -246,14 +233,6 @@ impl Lint<'_> {
                 source.value(&["update", "url"]),
                 format!("[update] `{}` is not an address", url.escape_debug()),
                 "begin it with https:// or http://, and use only letters, digits and -._~:/[]".to_owned(),
-            );
-        }
-        let watched = self.topology.nodes.iter().any(|n| n.has_role("monitor"));
-        if watched && alerts.email.is_none() && alerts.webhooks.is_empty() {
-            self.warning(
-                source.value(&["alerts"]),
-                "[alerts] has no receiver: failures raise no message".to_owned(),
-                "add `[alerts] webhooks = [\"https://…\"]` or `[alerts.email]`".to_owned(),
             );
         }
     }
@@ -289,7 +268,7 @@ fn is_address(url: &str) -> bool {
     })
 }
 
-fn is_identifier(text: &str) -> bool {
+pub(super) fn is_identifier(text: &str) -> bool {
     text.len() <= 60
         && text.starts_with(|c: char| c.is_ascii_lowercase())
         && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')

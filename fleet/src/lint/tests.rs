@@ -80,6 +80,10 @@ fn each_rule_has_a_line_and_a_message() {
     one(&format!("{HUBS}[netboot]\ndiskless = [\"hub\"]\n"), 6, "hub-1 has an etcd vote");
     one(&format!("{HUBS}[vip]\naddress = \"10.10.0.2\"\n"), 2, "hub-2 and the VIP");
     one(&format!("{HUBS}[mesh]\ntransport = \"10.10.0.0/24\"\n"), 6, "overlaps");
+    one(&format!("{HUBS}[mesh]\noperators = \"10.12.0.0/26\"\n"), 6, "not a part of the mesh");
+    one(&format!("{HUBS}[mesh]\noperators = \"10.10.0.0/26\"\n"), 6, "has 10.10.0.1, the address of hub-1");
+    one(&format!("{HUBS}[mesh]\noperators = \"10.10.0.96/28\"\n"), 6, "the address of the VIP");
+    one(&format!("{HUBS}[mesh]\noperators = \"10.10.0.200/31\"\n"), 6, "at least 4 addresses");
     one(&format!("{HUBS}[groups.a]\ncount = 1\nroles = [\"db\", \"monitor\"]\n"), 7, "both eat the disk");
     one(
         &format!(

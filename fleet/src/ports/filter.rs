@@ -4,13 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
+use ipnet::Ipv4Net;
 use serde::Serialize;
 
-use super::{HUB, Network, Party, Protocol, Rule, rules};
+use super::{HUB, Network, Party, Ports, Protocol, Rule, rules};
 use crate::topology::{Node, Topology};
 
 /// The kernel's range of ephemeral ports, to which servers send UDP replies.
 const CLIENT_PORTS: RangeInclusive<u16> = 32768..=60999;
+
+/// Source ports of connections of operators after a hub has translated them. Other programs of the hub do not use them.
+const OPERATOR_PORTS: RangeInclusive<u16> = 61000..=65535;
 
 /// Input of a node's packet filter. Equal fleets give equal texts. Their length grows with the number of groups and not
 /// of nodes, because successive addresses are one element of a set.
@@ -27,6 +31,21 @@ pub struct Filter {
     public: Vec<Match>,
     /// Ephemeral ports of this node, as a range of nftables.
     client_ports: String,
+    /// Connections of operators with WireGuard, on hubs that accept them.
+    operators: Option<Operators>,
+}
+
+/// What operators with WireGuard reach through a hub.
+#[derive(Clone, Debug, Serialize)]
+struct Operators {
+    /// Network of the operators' addresses.
+    network: Ipv4Net,
+    /// TCP ports of the hub itself.
+    input: Vec<String>,
+    /// TCP ports of the nodes behind it.
+    forward: Vec<String>,
+    /// Source ports of translated connections, as a range of nftables.
+    ports: String,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -67,9 +86,23 @@ impl Filter {
         if node.hub > 0 {
             lines.set(HUB, Network::Mesh);
         }
+        let operators = topology.mesh.operators.filter(|_| node.hub > 0).map(|network| {
+            lines.set(Party::Member, Network::Mesh);
+            let ports = |wanted: &dyn Fn(&Rule) -> bool| {
+                let rules = rules.iter().filter(|r| r.from == Party::Operator && wanted(r));
+                rules.filter_map(|r| r.ports.range(topology)).map(|range| range.start().to_string()).collect()
+            };
+            let (first, last) = (OPERATOR_PORTS.start(), OPERATOR_PORTS.end());
+            Operators {
+                network,
+                input: ports(&|r| r.to.has(node)),
+                forward: ports(&|r| r.to == Party::Member && r.ports != Ports::None),
+                ports: format!("{first}-{last}"),
+            }
+        });
         let sets = lines.sets.into_iter().map(|(name, elements)| AddressSet { name, elements }).collect();
         let client_ports = format!("{}-{}", CLIENT_PORTS.start(), CLIENT_PORTS.end());
-        Self { sets, input, replies, forward, public, client_ports }
+        Self { sets, input, replies, forward, public, client_ports, operators }
     }
 }
 

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 pub use filter::Filter;
 pub use page::page;
 
+use crate::node_api::NODE_API_PORT;
 use crate::profile::{Port, Profiles};
 use crate::settings::Proto;
 use crate::topology::{BACKUP, Node, Topology, VOTER};
@@ -28,6 +29,8 @@ pub enum Party<'a> {
     Public,
     /// The destination itself, and no other machine.
     Itself,
+    /// Operators with WireGuard: the addresses of `[mesh] operators`. A hub translates them to its own address.
+    Operator,
 }
 
 /// Protocol of a rule.
@@ -154,8 +157,13 @@ const RULES: &[Rule] = &[
     tcp(MONITOR, MONITOR, 9094, "between Alertmanagers"),
     other(MONITOR, MONITOR, Protocol::Udp, Ports::One(9094), "between Alertmanagers"),
     tcp(Party::Itself, MONITOR, 9115, "blackbox exporter, for Prometheus on the same node"),
+    tcp(Party::Member, MONITOR, 19532, "journals: every node uploads its own to every monitor"),
+    tcp(Party::Member, MONITOR, 19533, "journals: the last entry that the monitor has of the node that asks"),
     tcp(MONITOR, Party::Member, 9100, "the node's metrics"),
     tcp(MONITOR, Party::Member, 9324, "BIRD's metrics"),
+    tcp(HUB, Party::Member, NODE_API_PORT, "node API: operators, forwarded by a hub"),
+    tcp(Party::Operator, Party::Member, NODE_API_PORT, "node API: operators with WireGuard, through their hub"),
+    other(Party::Operator, HUB, Protocol::Tcp, Ports::Mesh, "hubs' API for operators with WireGuard"),
 ];
 
 /// Returns the built-in rules, in the order of `docs/ports.md`.
@@ -265,7 +273,8 @@ impl<'a> Party<'a> {
         match self {
             Self::Role(role) => node.has_role(role),
             Self::Member | Self::Public => true,
-            Self::Itself => false,
+            // An operator is not a node.
+            Self::Itself | Self::Operator => false,
         }
     }
 
@@ -273,7 +282,7 @@ impl<'a> Party<'a> {
     fn set(self, network: Network) -> String {
         let name = match self {
             Self::Role(role) => role,
-            Self::Member | Self::Public | Self::Itself => EVERY,
+            Self::Member | Self::Public | Self::Itself | Self::Operator => EVERY,
         };
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
         let kind = if network == Network::Mesh { "role" } else { "link" };

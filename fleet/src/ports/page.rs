@@ -22,6 +22,7 @@ impl fmt::Display for Party<'_> {
             Self::Member => f.write_str("every node"),
             Self::Public => f.write_str("every address, outside the fleet too"),
             Self::Itself => f.write_str("the node itself"),
+            Self::Operator => f.write_str("operators with WireGuard"),
         }
     }
 }
@@ -68,6 +69,9 @@ The VIP counts as an address of every hub. The filter accepts replies to a permi
 
 Not in the table:
 
+- Operators with WireGuard have the addresses of `[mesh] operators`. Their hub replaces the source of a connection by its
+  own address, so nodes see a connection of the hub, and need no rule for operators. Without `[mesh] operators`, no
+  filter has the rows of operators.
 - A node reaches all its own ports. The packet filter does not separate the processes of a node.
 - `[[firewall.open]]` adds rows from every address to a role, or to every node.
 - A port of a profile (`[[ports]]`) may have a list of roles, `from`, that may also reach it. `every` stands for all

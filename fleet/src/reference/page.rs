@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use super::{File, json_schema, literal, schema_of};
 use crate::{
-    Alerts, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet, Group, Health, Image,
-    Make, Mesh, Migration, Netboot, Odoo, OpenPort, OverlayManifest, Port, Profile, Promise, S3, SecureBoot, Trim,
-    Units, Update, User, Vip, VmSize, Web,
+    Access, Alerts, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet, Group,
+    Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port, Profile, Promise, S3,
+    SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
 };
 
 /// A table of a file: its path in the schema, and its keys in the order of the type.
@@ -52,9 +52,14 @@ fn fleet_sections() -> Vec<Section> {
         section::<Firewall>("[firewall]", &["firewall"], ""),
         section::<OpenPort>("[[firewall.open]]", &["firewall", "open", "*"], ""),
         section::<Web>("[web]", &["web"], ""),
+        section::<Access>("[access]", &["access"], "[security.md](security.md) explains the roles of operators."),
         section::<Update>("[update]", &["update"], "[updates.md](updates.md) explains updates."),
         section::<Alerts>("[alerts]", &["alerts"], ""),
-        section::<Email>("[alerts.email]", &["alerts", "email"], ""),
+        section::<Email>("[alerts.email]", &["alerts", "email"], "[Get alerts](howto/alerts.md) has the steps."),
+        section::<Telegram>("[[alerts.telegram]]", &["alerts", "telegram", "*"], ""),
+        section::<Slack>("[[alerts.slack]]", &["alerts", "slack", "*"], ""),
+        section::<Matrix>("[[alerts.matrix]]", &["alerts", "matrix", "*"], ""),
+        section::<Ntfy>("[[alerts.ntfy]]", &["alerts", "ntfy", "*"], ""),
         section::<Database>("[database]", &["database"], ""),
         section::<Odoo>("[odoo]", &["odoo"], ""),
         section::<Backup>("[backup]", &["backup"], later),

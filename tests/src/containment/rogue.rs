@@ -44,6 +44,7 @@ impl RogueHub {
             leaving: false,
             vacant: ["hub-1".to_owned()].into(),
             evicted: Vec::new(),
+            revoked_operators: Vec::new(),
         };
         let lie = serde_json::to_string(&lie).expect("JSON");
         let own = from.own();

@@ -1,17 +1,22 @@
 //! Admission of connections to the join API: limits the open connections, and closes an older one for a newer one.
 //!
-//! Guests (clients that have not authenticated) and members have separate limits. When guests reach a limit, the hub
+//! Guests (clients that have not authenticated), members and operators have separate limits. When guests reach a limit, the hub
 //! closes the oldest idle guest: of one source if its limit is reached, else of all. An idle client stays connected
 //! only while no other client needs its place. The hub never closes a guest while it handles the guest's request.
+
+mod operators;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fleet_https::CONNECTIONS_PER_HUB;
 use tokio::task::AbortHandle;
 
 use super::super::rate::{Meters, Rate, Rates, network};
+pub(super) use operators::Kind;
+use operators::Operators;
 
 /// How long an address stays known after a member authenticated from it.
 const KNOWN: Duration = Duration::from_secs(900);
@@ -31,11 +36,16 @@ pub(super) struct Limits {
     pub(super) network: usize,
     /// Connections of one member.
     pub(super) slot: usize,
+    /// Connections of operators, in addition to the others; of viewers, among those; and of one operator.
+    pub(super) operators: usize,
+    pub(super) viewers: usize,
+    pub(super) operator: usize,
 }
 
 impl Limits {
-    /// Divides a total of `connections` open connections.
-    pub(super) fn for_connections(connections: usize) -> Self {
+    /// Divides a total of `connections` open connections of guests and members. A quarter of the operators' connections
+    /// is not for viewers.
+    pub(super) fn new(connections: usize, operators: usize) -> Self {
         Self {
             guests: connections * 3 / 4,
             members: connections / 4,
@@ -43,6 +53,9 @@ impl Limits {
             known_address: connections * 3 / 8,
             network: connections / 4,
             slot: 8,
+            operators,
+            viewers: operators * 3 / 4,
+            operator: CONNECTIONS_PER_HUB.min(operators / 2),
         }
     }
 }
@@ -66,6 +79,7 @@ struct AdmissionState {
     /// Idle guests in the order of displacement: unknown addresses first, then by age.
     idle: BTreeSet<(bool, u64)>,
     members: BTreeSet<u64>,
+    operators: Operators,
     addresses: BTreeMap<IpAddr, BTreeSet<u64>>,
     networks: BTreeMap<IpAddr, BTreeSet<u64>>,
     slots: BTreeMap<String, BTreeSet<u64>>,
@@ -157,8 +171,10 @@ impl Admission {
 
     /// Sets the task that serves a connection. Displacing the connection aborts the task.
     pub(super) fn set_task(&self, id: u64, task: AbortHandle) {
-        if let Some(open) = self.state().open.get_mut(&id) {
-            open.task = Some(task);
+        match self.state().open.get_mut(&id) {
+            Some(open) => open.task = Some(task),
+            // The connection has ended, or was displaced before.
+            None => task.abort(),
         }
     }
 
@@ -170,8 +186,18 @@ impl Admission {
 }
 
 impl AdmittedConnection {
+    /// Returns the address of the client.
+    pub(super) fn from(&self) -> IpAddr {
+        self.from
+    }
+
     pub(super) fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Sets the task that serves the connection from now on. Displacing the connection aborts the task.
+    pub(super) fn set_task(&self, task: AbortHandle) {
+        self.admission.set_task(self.id, task);
     }
 
     /// Counts the connection as a member's after the client authenticated as the owner of `slot`. Returns false if
@@ -208,10 +234,10 @@ impl AdmittedConnection {
     /// Sets whether the hub handles a request of this connection; a busy connection is not displaced.
     pub(super) fn set_busy(&self, busy: bool) {
         let mut state = self.admission.state();
-        let AdmissionState { open, idle, members, .. } = &mut *state;
+        let AdmissionState { open, idle, members, operators, .. } = &mut *state;
         let Some(open) = open.get_mut(&self.id) else { return };
         open.busy = busy;
-        if members.contains(&self.id) {
+        if members.contains(&self.id) || operators.contains(self.id) {
             return;
         }
         if busy {
@@ -267,7 +293,7 @@ impl AdmissionState {
             let Some(oldest) = oldest else { return false };
             self.displace(oldest);
         }
-        if self.open.len() - self.members.len() > limits.guests {
+        if self.open.len() - self.members.len() - self.operators.len() > limits.guests {
             let oldest = self.idle.iter().map(|(_, other)| *other).find(|other| *other != id);
             let Some(oldest) = oldest else { return false };
             self.displace(oldest);
@@ -311,6 +337,7 @@ impl AdmissionState {
     fn remove(&mut self, id: u64) {
         self.leave_guests(id);
         self.members.remove(&id);
+        self.operators.remove(id);
         if let Some(slot) = self.open.remove(&id).and_then(|open| open.slot) {
             remove_from(&mut self.slots, &slot, id);
         }
@@ -327,122 +354,4 @@ fn remove_from<K: Ord>(all: &mut BTreeMap<K, BTreeSet<u64>>, key: &K, id: u64) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LIMITS: Limits = Limits { guests: 8, members: 3, address: 2, known_address: 6, network: 4, slot: 2 };
-
-    /// Admits one connection a second, so that no rate limit applies.
-    struct TestListener {
-        admission: Arc<Admission>,
-        now: Instant,
-    }
-
-    impl TestListener {
-        fn new() -> Self {
-            Self { admission: Admission::new(LIMITS), now: Instant::now() }
-        }
-
-        fn enter(&mut self, from: &str) -> Option<AdmittedConnection> {
-            self.now += Duration::from_secs(1);
-            self.admission.enter(from.parse().unwrap(), false, self.now).map(|(place, _)| place)
-        }
-
-        fn is_open(&self, place: &AdmittedConnection) -> bool {
-            self.admission.state().open.contains_key(&place.id)
-        }
-
-        fn open(&self, places: &[AdmittedConnection]) -> Vec<bool> {
-            places.iter().map(|p| self.is_open(p)).collect()
-        }
-    }
-
-    #[test]
-    fn displaces_oldest_guest_of_the_same_source() {
-        let mut listener = TestListener::new();
-        let other = listener.enter("192.0.2.9").unwrap();
-        let own: Vec<AdmittedConnection> = (0..3).map(|_| listener.enter("192.0.2.1").unwrap()).collect();
-        assert_eq!(listener.open(&own), [false, true, true]);
-        // The network's limit is four connections: three are open, and two more arrive.
-        let more: Vec<AdmittedConnection> = (2..4).map(|i| listener.enter(&format!("192.0.2.{i}")).unwrap()).collect();
-        assert!(!listener.is_open(&other), "the oldest guest of the network is still open");
-        assert_eq!((listener.open(&own), listener.open(&more)), (vec![false, true, true], vec![true, true]));
-        drop((own, more, other));
-        let state = listener.admission.state();
-        assert!(state.open.is_empty() && state.idle.is_empty() && state.addresses.is_empty());
-        assert!(state.networks.is_empty() && state.members.is_empty() && state.slots.is_empty());
-    }
-
-    #[test]
-    fn admits_guests_and_members_at_the_limit_of_guests() {
-        let mut listener = TestListener::new();
-        let guests: Vec<AdmittedConnection> =
-            (0..9).map(|i| listener.enter(&format!("198.51.{i}.1")).unwrap()).collect();
-        assert_eq!(listener.open(&guests).iter().filter(|open| !**open).count(), 1);
-        assert!(!listener.is_open(&guests[0]));
-        // A busy connection is not displaced, however old it is.
-        guests[1].set_busy(true);
-        let next = listener.enter("203.0.113.1").unwrap();
-        assert_eq!(listener.open(&guests[1..3]), [true, false]);
-        guests[1].set_busy(false);
-        // A member leaves the guests' limit, so the next guest displaces no other.
-        assert!(next.is_member("app-1", listener.now));
-        let last = listener.enter("203.0.113.7").unwrap();
-        assert_eq!(
-            (listener.is_open(&guests[1]), listener.is_open(&next), listener.is_open(&last)),
-            (true, true, true)
-        );
-        // If all are busy, a new connection is refused.
-        guests.iter().chain([&last]).for_each(|guest| guest.set_busy(true));
-        assert!(listener.enter("203.0.113.8").is_none());
-        assert_eq!(listener.admission.take_counts(), (1, 2));
-    }
-
-    #[test]
-    fn one_member_cannot_use_up_the_members_limit() {
-        let mut listener = TestListener::new();
-        let member = |listener: &mut TestListener, slot: &str, i: u8| {
-            let place = listener.enter(&format!("192.0.{i}.1")).unwrap();
-            assert!(place.is_member(slot, listener.now));
-            place
-        };
-        let one: Vec<AdmittedConnection> = (0..3).map(|i| member(&mut listener, "app-1", i)).collect();
-        assert_eq!(listener.open(&one), [false, true, true]);
-        let others: Vec<AdmittedConnection> = (2..4).map(|i| member(&mut listener, &format!("app-{i}"), i)).collect();
-        assert_eq!((listener.open(&one), listener.open(&others)), (vec![false, false, true], vec![true, true]));
-        // A connection over the mesh counts as a member's from the start.
-        let now = listener.now + Duration::from_secs(1);
-        let (mesh, _) = listener.admission.enter("10.10.0.20".parse().unwrap(), true, now).unwrap();
-        assert_eq!((listener.is_open(&one[2]), listener.is_open(&mesh)), (false, true));
-    }
-
-    #[test]
-    fn known_address_has_a_higher_limit() {
-        let mut listener = TestListener::new();
-        let first = listener.enter("192.0.2.1").unwrap();
-        assert!(first.is_member("app-1", listener.now));
-        let office: Vec<AdmittedConnection> = (0..6).map(|_| listener.enter("192.0.2.1").unwrap()).collect();
-        assert_eq!(listener.open(&office), [true; 6]);
-        // Guests of known addresses are displaced last.
-        let strangers: Vec<AdmittedConnection> =
-            (0..9).map(|i| listener.enter(&format!("198.51.{i}.1")).unwrap()).collect();
-        assert_eq!(listener.open(&office), [true; 6]);
-        assert_eq!(listener.open(&strangers).iter().filter(|open| **open).count(), 2);
-    }
-
-    #[test]
-    fn refuses_floods_and_still_admits_known_addresses() {
-        let admission = Admission::new(LIMITS);
-        let now = Instant::now();
-        let member: IpAddr = "203.0.113.1".parse().unwrap();
-        let (place, _) = admission.enter(member, false, now).unwrap();
-        assert!(place.is_member("app-1", now));
-        let enter = |from: String| admission.enter(from.parse().unwrap(), false, now).is_some();
-        let of_one = (0..1000).filter(|_| enter("192.0.2.1".to_owned())).count();
-        assert!((100..=126).contains(&of_one), "{of_one}");
-        let of_all = (0..5000).filter(|i| enter(format!("198.{}.{}.1", i / 250, i % 250))).count();
-        assert!(of_all <= 2 * 601, "{of_all}");
-        assert!(!enter("192.0.3.1".to_owned()), "an unknown address was admitted beyond the common limit");
-        assert!(admission.enter(member, false, now).is_some_and(|(_, delay)| delay.is_zero()));
-    }
-}
+mod tests;

@@ -8,18 +8,22 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Fails a read when the stream has delivered more bytes than its budget. TLS and HTTP buffer incomplete input; the
 /// budget limits that memory before their own limits apply.
-pub(super) struct Metered<S> {
+pub(crate) struct Metered<S> {
     inner: S,
     budget: usize,
 }
 
 impl<S> Metered<S> {
-    pub(super) fn new(inner: S, budget: usize) -> Self {
+    pub(crate) fn new(inner: S, budget: usize) -> Self {
         Self { inner, budget }
     }
 
+    pub(crate) fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
     /// Sets the remaining budget, bytes.
-    pub(super) fn set_budget(&mut self, budget: usize) {
+    pub(crate) fn set_budget(&mut self, budget: usize) {
         self.budget = budget;
     }
 }

@@ -1,0 +1,59 @@
+//! Client of HAProxy's [statistics] on this node.
+//!
+//! [statistics]: https://docs.haproxy.org/3.0/management.html#9.1
+
+use std::collections::BTreeMap;
+
+use fleet_https::{Connection, request};
+
+use crate::error::Result;
+
+pub(super) const PORT: u16 = 8404;
+/// Longest reply, in bytes: a line has about 500 bytes.
+const LONGEST: usize = 4 << 20;
+/// HAProxy's backend with Odoo's servers.
+const BACKEND: &str = "odoo";
+
+/// Returns the status of each Odoo server.
+pub(super) async fn odoo(host: &str) -> Result<BTreeMap<String, String>> {
+    let mut connection = Connection::plain(host, PORT).await?;
+    let text = connection.ask(request("GET", host, "/;csv", &[], "".into())?, LONGEST).await?;
+    Ok(servers(&String::from_utf8_lossy(&text)))
+}
+
+/// Parses the CSV. No value before the status contains a comma or a quote.
+fn servers(csv: &str) -> BTreeMap<String, String> {
+    let mut lines = csv.lines();
+    let header: Vec<&str> = lines.next().unwrap_or_default().trim_start_matches("# ").split(',').collect();
+    let column = |name: &str| header.iter().position(|column| *column == name);
+    let (Some(proxy), Some(server), Some(status)) = (column("pxname"), column("svname"), column("status")) else {
+        return BTreeMap::new();
+    };
+    let rows = lines.map(|line| line.split(',').collect::<Vec<_>>()).filter(|row| row.get(proxy) == Some(&BACKEND));
+    let named = rows.filter_map(|row| Some(((*row.get(server)?).to_owned(), (*row.get(status)?).to_owned())));
+    named.filter(|(name, _)| name != "BACKEND" && name != "FRONTEND").collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lines of HAProxy 3.0.11, with the first columns.
+    const CSV: &str = "# pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,\
+                       status,weight,act,bck,chkfail\n\
+                       postgres-primary,db-1,0,0,0,0,,0,0,0,,0,,0,0,0,0,UP,1,1,0,0\n\
+                       odoo,FRONTEND,,,0,0,3000,0,0,0,0,0,0,,,,,OPEN,,,,\n\
+                       odoo,app-1,0,0,0,0,,0,0,0,,0,,0,0,0,0,UP 1/2,1,1,0,0\n\
+                       odoo,app-2,0,0,0,0,,0,0,0,,0,,0,0,0,0,DOWN,1,0,0,2\n\
+                       odoo,BACKEND,0,0,0,0,300,0,0,0,0,0,,0,0,0,0,UP,1,1,0,,\n\
+                       odoo-websocket,app-1,0,0,0,0,,0,0,0,,0,,0,0,0,0,UP,1,1,0,0\n";
+
+    #[test]
+    fn returns_the_servers_of_odoo() {
+        let expected = [("app-1", "UP 1/2"), ("app-2", "DOWN")].map(|(name, s)| (name.to_owned(), s.to_owned()));
+        assert_eq!(servers(CSV), BTreeMap::from(expected));
+        for other in ["", "<html>", "# pxname,svname\nodoo,app-1\n"] {
+            assert_eq!(servers(other), BTreeMap::new());
+        }
+    }
+}
