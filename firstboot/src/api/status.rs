@@ -138,11 +138,10 @@ pub(super) async fn units(api: &NodeApi) -> Result<Vec<UnitStatus>, Refusal> {
     let listed = timeout(2 * PART, api.over_bus(|bus| async move { list_units(&bus, &[]).await })).await;
     let failed = |why: &str| Refusal::new(StatusCode::SERVICE_UNAVAILABLE, format!("systemd does not answer{why}"));
     let units = listed.map_err(|_| failed(""))?.map_err(|e| failed(&format!(": {}", e.chain())))?;
-    let status = units.into_iter().map(|unit| UnitStatus {
-        name: unit.name,
-        description: unit.description,
-        active: unit.active,
-        sub: unit.sub,
-    });
-    Ok(status.collect())
+    let mut status: Vec<UnitStatus> = units
+        .into_iter()
+        .map(|unit| UnitStatus { name: unit.name, description: unit.description, active: unit.active, sub: unit.sub })
+        .collect();
+    status.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(status)
 }

@@ -46,10 +46,9 @@ pub(super) fn disks() -> BTreeMap<String, Space> {
     let sizes = mounted.filter_map(|mount| {
         let found = statvfs(*mount).ok()?;
         let block = found.fragment_size();
-        Some((
-            (*mount).to_owned(),
-            Space { total: found.blocks() * block, available: found.blocks_available() * block },
-        ))
+        // Without the blocks that services cannot use, as `df` counts.
+        let usable = found.blocks() - found.blocks_free() + found.blocks_available();
+        Some(((*mount).to_owned(), Space { total: usable * block, available: found.blocks_available() * block }))
     });
     sizes.collect()
 }
