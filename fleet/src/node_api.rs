@@ -42,6 +42,9 @@ pub const STATUS_PATH: &str = "/v1/status";
 pub const UNITS_PATH: &str = "/v1/units";
 /// `GET`, viewer, with a [`JournalQuery`] as the query string: [`JournalLine`]s, one a line.
 pub const JOURNAL_PATH: &str = "/v1/journal";
+/// `GET`, viewer, on a monitor, with a [`JournalQuery`] that names a node: the [`JournalLine`]s that the monitor has of
+/// that node, one a line. Monitors of older versions reply 404.
+pub const KEPT_JOURNAL_PATH: &str = "/v1/journal/kept";
 /// `POST`, operator, with an [`ActionRequest`].
 pub const REBOOT_PATH: &str = "/v1/reboot";
 /// `POST`, operator, with an [`ActionRequest`].
@@ -167,7 +170,10 @@ pub struct JournalQuery {
     /// Cursor of the last line that the client has; the reply begins after it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
-    /// Whether to return only lines of the current boot.
+    /// Name of the node whose journal to return, for [`KEPT_JOURNAL_PATH`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub of: Option<String>,
+    /// Whether to return only lines of the current boot. [`KEPT_JOURNAL_PATH`] does not permit it.
     pub boot: bool,
     /// Whether to wait for further lines.
     pub follow: bool,

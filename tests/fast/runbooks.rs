@@ -42,7 +42,10 @@ fn an_unknown_verb_or_option_is_refused() {
     assert_eq!(refused(&wrong).len(), 2);
     let incomplete = "bakehouse restart NODE";
     assert_eq!(refused(&[quoted(incomplete, true)]).len(), 1);
-    assert_eq!(refused(&[quoted(incomplete, false), quoted("bakehouse operator add VALUE --role VALUE", false)]).len(), 0);
+    assert_eq!(
+        refused(&[quoted(incomplete, false), quoted("bakehouse operator add VALUE --role VALUE", false)]).len(),
+        0
+    );
 }
 
 /// Real nodes have no shell for operators, except by `bakehouse exec`.

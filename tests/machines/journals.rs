@@ -95,12 +95,12 @@ fn containers_keep_journals_and_follow_their_runbooks() {
     };
     lab.ok(&["up", "--containers"]);
     let failures = runbooks::failing_commands(&lab);
-    outlive_machines(&nodes, &hubs[0], &address("one-1"));
+    outlive_machines(&lab, &nodes, &hubs[0], &address("one-1"));
     assert!(failures.is_empty(), "these commands do not do what their texts say:\n{}", failures.join("\n"));
 }
 
 /// Tests the journals on both monitors. At the end, the node `lost` has no disk.
-fn outlive_machines(nodes: &Nodes, hub: &Machine, hubs_address: &str) {
+fn outlive_machines(lab: &TestFleet, nodes: &Nodes, hub: &Machine, hubs_address: &str) {
     nodes.write(1, 200);
     for monitor in [0, 1] {
         println!("200 lines: {:.1} s", nodes.has_all(monitor, 200, CAUGHT_UP));
@@ -142,6 +142,12 @@ fn outlive_machines(nodes: &Nodes, hub: &Machine, hubs_address: &str) {
     nodes.lost.wipe();
     for monitor in [0, 1] {
         println!("lines of the lost node: {:.1} s", nodes.has_all(monitor, sent + 20, Duration::from_secs(2)));
+    }
+
+    // An operator reads them from a monitor.
+    let lines = lab.ok(&["logs", "lost-1", "--kept", "monitor-2", "-n", "20"]).out;
+    for number in sent + 1..=sent + 20 {
+        assert!(lines.lines().any(|line| line.contains(" lost-1 ") && line.ends_with(&format!(": {number}"))), "{lines}");
     }
 
     // The alert's metric has the time of the last entry of every other node.

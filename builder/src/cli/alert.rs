@@ -130,7 +130,8 @@ async fn test(reach: &Reach, monitor: &str, at: u64) -> Result<Vec<ReceiverReply
             lines: Some(ALERTMANAGER_LINES),
             ..JournalQuery::default()
         };
-        let logs = Logs { client: &reach.client, nodes: &names, query: &query, on_break: Arc::new(|_, _| {}) };
+        let logs =
+            Logs { client: &reach.client, nodes: &names, query: &query, kept_by: None, on_break: Arc::new(|_, _| {}) };
         logs.merged(|of| {
             lines.push(of.line.message.clone());
             Ok(())

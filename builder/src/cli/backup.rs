@@ -151,7 +151,8 @@ fn last_lines(context: &NodeContext, reach: &Reach, node: &str, backup: &BackupS
         ..JournalQuery::default()
     };
     let (names, mut lines) = ([node.to_owned()], Vec::new());
-    let logs = Logs { client: &reach.client, nodes: &names, query: &query, on_break: Arc::new(|_, _| {}) };
+    let logs =
+        Logs { client: &reach.client, nodes: &names, query: &query, kept_by: None, on_break: Arc::new(|_, _| {}) };
     let read = nodes::run(logs.merged(|of| {
         lines.push(of.line);
         Ok(())

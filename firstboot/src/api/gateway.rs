@@ -50,12 +50,15 @@ pub(super) struct Select<'a> {
 }
 
 /// Returns the matches of a unit's streams: messages of its processes, and systemd's own messages about the unit. The
-/// gateway returns entries with all matches of a request, so there is a stream for each.
-pub(super) fn matches(unit: Option<&str>) -> Vec<String> {
-    let Some(unit) = unit else { return vec![String::new()] };
-    let unit = utf8_percent_encode(unit, NON_ALPHANUMERIC);
+/// gateway returns entries with all matches of a request, so there is a stream for each. `of`: the node, if the gateway
+/// has the journals of several.
+pub(super) fn matches(unit: Option<&str>, of: Option<&str>) -> Vec<String> {
+    let encoded = |text| utf8_percent_encode(text, NON_ALPHANUMERIC);
+    let node = of.map(|node| format!("_HOSTNAME={}", encoded(node)));
+    let Some(unit) = unit else { return vec![node.unwrap_or_default()] };
+    let (unit, node) = (encoded(unit), node.map(|node| format!("&{node}")).unwrap_or_default());
     // Only systemd's own process is trusted to write about other units.
-    vec![format!("_SYSTEMD_UNIT={unit}"), format!("UNIT={unit}&_PID=1")]
+    vec![format!("_SYSTEMD_UNIT={unit}{node}"), format!("UNIT={unit}&_PID=1{node}")]
 }
 
 fn path(select: &Select) -> String {
@@ -207,10 +210,13 @@ mod tests {
         let boot = Select { boot: true, ..plain.clone() };
         assert_eq!(of(after.clone(), &boot), expected("/entries?boot", "entries=s=a;i=5:0:100001"));
         assert_eq!(of(after, &follow), expected("/entries?follow", "entries=s=a;i=5:0:1000000000"));
-        let unit = matches(Some("a@b-c.service"));
+        let unit = matches(Some("a@b-c.service"), None);
         assert_eq!(unit, ["_SYSTEMD_UNIT=a%40b%2Dc%2Eservice", "UNIT=a%40b%2Dc%2Eservice&_PID=1"]);
         let unit = Select { matches: &unit[0], boot: true, ..follow };
         assert_eq!(path(&unit), "/entries?_SYSTEMD_UNIT=a%40b%2Dc%2Eservice&boot&follow");
-        assert_eq!(matches(None), [""]);
+        assert_eq!(matches(None, None), [""]);
+        assert_eq!(matches(None, Some("db-1")), ["_HOSTNAME=db%2D1"]);
+        let both = matches(Some("a.service"), Some("db-1"));
+        assert_eq!(both, ["_SYSTEMD_UNIT=a%2Eservice&_HOSTNAME=db%2D1", "UNIT=a%2Eservice&_PID=1&_HOSTNAME=db%2D1"]);
     }
 }

@@ -16,6 +16,8 @@ use super::reply::{Answer, LineSender, Refusal, line, lines};
 use super::{NodeApi, query};
 use crate::error::{Error, Result};
 
+/// Socket of the gateway to the journals of other nodes, beside that of the node's own.
+const KEPT_SOCKET: &str = "journal-remote.sock";
 /// Time limit until the gateway begins its reply.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Lines before the end with which a reply begins: without `lines`, and with `follow`.
@@ -26,19 +28,46 @@ const WAITING: usize = 2 << 20;
 /// Time between two empty lines while there is no entry, so that the client and the hub keep the connection.
 pub(super) const BEAT: Duration = Duration::from_secs(20);
 
-/// Returns the entries that a query selects, one a line.
+/// Returns the entries of this node's journal that a query selects, one a line.
 pub(super) async fn entries(api: &NodeApi, query: &str) -> Answer {
+    let query = JournalQuery { of: None, ..query::journal(query)? };
+    stream(api, &api.journal, "systemd-journal-gatewayd.socket", query).await
+}
+
+/// Returns the entries that this monitor has of another node's journal, one a line.
+pub(super) async fn kept(api: &NodeApi, query: &str) -> Answer {
     let query = query::journal(query)?;
+    if !api.node.has_role("monitor") {
+        let text = format!("{} keeps no journals of other nodes", api.node.name);
+        return Err(Refusal::new(StatusCode::NOT_FOUND, text).help("ask a node with the role monitor"));
+    }
+    let Some(of) = query.of.as_deref().filter(|of| api.topology.node(of).is_some()) else {
+        return Err(Refusal::new(StatusCode::NOT_FOUND, "the fleet has no node with this name"));
+    };
+    if of == api.node.name {
+        let text = format!("{of} keeps its own journal elsewhere");
+        return Err(Refusal::new(StatusCode::NOT_FOUND, text).help("ask the other monitor, or the node itself"));
+    }
+    if query.boot {
+        let text = "the last boot of another node is not known here";
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, text).help("use --since"));
+    }
+    let socket = api.journal.with_file_name(KEPT_SOCKET);
+    stream(api, &socket, "journal-remote-gateway.socket", query).await
+}
+
+/// Streams the entries of a gateway. `unit`: the unit of its socket.
+async fn stream(api: &NodeApi, socket: &Path, unit: &str, query: JournalQuery) -> Answer {
     let crowded = || {
         let text = format!("too many programs read the journal of {}", api.node.name);
         Refusal::new(StatusCode::TOO_MANY_REQUESTS, text).help("retry later")
     };
     let place = api.tasks.readers.clone().try_acquire_owned().map_err(|_| crowded())?;
     let unavailable = |why: String| {
-        let help = format!("bakehouse restart {} systemd-journal-gatewayd.socket", api.node.name);
+        let help = format!("bakehouse restart {} {unit}", api.node.name);
         Refusal::new(StatusCode::SERVICE_UNAVAILABLE, format!("the journal does not answer{why}")).help(help)
     };
-    let mut reader = Reader::new(&api.journal, query);
+    let mut reader = Reader::new(socket, query);
     let opened = timeout(ANSWER, reader.open()).await.map_err(|_| unavailable(String::new()))?;
     opened.map_err(|e| unavailable(format!(": {}", e.chain())))?;
     let (to_client, response) = lines();
@@ -72,7 +101,7 @@ impl Reader {
             (Some(_), ..) | (None, None, Some(_)) | (None, Some(0), _) => None,
             (None, lines, _) => Some(lines.unwrap_or_else(default)),
         };
-        let matches = matches(query.unit.as_deref());
+        let matches = matches(query.unit.as_deref(), query.of.as_deref());
         Self { socket: socket.to_owned(), query, matches, sources: Vec::new(), tail, beat: interval(BEAT) }
     }
 

@@ -25,9 +25,10 @@ pub(super) fn journal(query: &str) -> Result<JournalQuery, Refusal> {
             }
             "since" => parsed.since = Some(number()?),
             "after" if is_cursor(&value) => parsed.after = Some(value.into_owned()),
+            "of" if is_node(&value) => parsed.of = Some(value.into_owned()),
             "boot" => parsed.boot = flag(key, &value)?,
             "follow" => parsed.follow = flag(key, &value)?,
-            "after" => return Err(invalid(key)),
+            "after" | "of" => return Err(invalid(key)),
             _ => {}
         }
     }
@@ -51,18 +52,26 @@ fn is_cursor(cursor: &str) -> bool {
     !cursor.is_empty() && cursor.len() <= LONGEST_CURSOR && cursor.chars().all(permitted)
 }
 
+/// Whether a text has the characters of a node's name.
+fn is_node(name: &str) -> bool {
+    let permitted = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    (1..=64).contains(&name.len()) && name.chars().all(permitted)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn reads_every_key() {
-        let query = "unit=etcd.service&lines=7&since=1732900000&after=s%3Dab%3Bi%3D5&boot=true&follow=false&later=1";
+        let query =
+            "unit=etcd.service&lines=7&since=1732900000&after=s%3Dab%3Bi%3D5&of=db-1&boot=true&follow=false&later=1";
         let expected = JournalQuery {
             unit: Some("etcd.service".to_owned()),
             lines: Some(7),
             since: Some(1_732_900_000),
             after: Some("s=ab;i=5".to_owned()),
+            of: Some("db-1".to_owned()),
             boot: true,
             follow: false,
         };
@@ -84,6 +93,8 @@ mod tests {
             "after=",
             "after=a:1:9",
             "after=a%0aRange:",
+            "of=",
+            "of=db-1%26_UID%3D0",
             "boot=2",
             "follow=yes",
             "unit=%ff.service",
