@@ -26,7 +26,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 const REQUEST: Duration = Duration::from_secs(10);
 /// Longest reply, in bytes.
 const LONGEST: u64 = 4 << 20;
-/// Receiver without people.
+/// Receiver that discards alerts.
 const DISCARD: &str = "discard";
 
 /// A test alert.
@@ -177,7 +177,7 @@ where
     Ok(names.into_iter().map(reply).collect())
 }
 
-/// Parses the names of the receivers, without the one for alerts that reach nobody.
+/// Parses the names of the receivers, without the one that discards alerts.
 fn receivers(reply: &str, monitor: &str) -> Result<Vec<String>> {
     let all: Vec<Receiver> = serde_json::from_str(reply)
         .map_err(Error::cannot(format!("read the list of receivers of Alertmanager on {monitor}")))?;
