@@ -94,7 +94,8 @@ impl Board<'_> {
         if let Some(Ok(all)) = alerts {
             lines.extend(all.iter().take(ALERTS).map(|alert| (cut(&text_of(alert, now), columns), colour_of(alert))));
             if all.len() > ALERTS {
-                lines.push((format!("… and {} more alerts", all.len() - ALERTS), Style::Plain));
+                let more = format!("… and {} more alerts", all.len() - ALERTS);
+                lines.push((cut(&more, columns), Style::Plain));
             }
         }
         let rows = match self.view {
