@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use fleet::OperatorRole;
 use hyper::body::Incoming;
-use hyper::{Request, StatusCode};
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::listener::Client;
-use super::reply::{Answer, Refusal, upgrade};
+use super::page;
+use super::reply::{Answer, Body, Refusal, upgrade};
 use crate::server::copy::copy_both;
 
 /// Time limit for the connection to the service.
@@ -26,11 +28,13 @@ pub(super) enum Service {
     Prometheus,
     Alertmanager,
     Haproxy,
+    /// The fleet's page, which has a Unix socket.
+    Page,
 }
 
 impl Service {
     pub(super) fn new(name: &str) -> Option<Self> {
-        [Self::Prometheus, Self::Alertmanager, Self::Haproxy].into_iter().find(|service| service.name() == name)
+        [Self::Prometheus, Self::Alertmanager, Self::Haproxy, Self::Page].into_iter().find(|service| service.name() == name)
     }
 
     /// Returns the name in paths.
@@ -39,29 +43,32 @@ impl Service {
             Self::Prometheus => "prometheus",
             Self::Alertmanager => "alertmanager",
             Self::Haproxy => "haproxy",
+            Self::Page => "page",
         }
     }
 
     /// Returns the role that the page needs. A user of Alertmanager's page can silence alerts.
     pub(super) fn role(self) -> OperatorRole {
         match self {
-            Self::Prometheus | Self::Haproxy => OperatorRole::Viewer,
+            Self::Prometheus | Self::Haproxy | Self::Page => OperatorRole::Viewer,
             Self::Alertmanager => OperatorRole::Operator,
         }
     }
 
-    fn port(self) -> u16 {
+    /// Returns the port at the node's mesh address.
+    fn port(self) -> Option<u16> {
         match self {
-            Self::Prometheus => 9090,
-            Self::Alertmanager => 9093,
-            Self::Haproxy => 8404,
+            Self::Prometheus => Some(9090),
+            Self::Alertmanager => Some(9093),
+            Self::Haproxy => Some(8404),
+            Self::Page => None,
         }
     }
 
     /// Returns the roles of the nodes that run the service.
     fn runs_on(self) -> &'static [&'static str] {
         match self {
-            Self::Prometheus | Self::Alertmanager => &["monitor"],
+            Self::Prometheus | Self::Alertmanager | Self::Page => &["monitor"],
             Self::Haproxy => &["hub", "app"],
         }
     }
@@ -75,7 +82,11 @@ pub(super) async fn open(client: &Arc<Client>, service: Service, request: Reques
         let help = format!("open it on a node with the role {}", service.runs_on().join(" or "));
         return Err(Refusal::new(StatusCode::NOT_FOUND, text).help(help));
     }
-    let at = SocketAddr::from((node.address, service.port()));
+    let Some(port) = service.port() else {
+        let stream = page::connect(&client.shared().api).await?;
+        return Ok(copy(client, request, stream));
+    };
+    let at = SocketAddr::from((node.address, port));
     let failed = |why: String| Refusal::new(StatusCode::BAD_GATEWAY, format!("{at} does not answer{why}"));
     let stream = match timeout(CONNECT, TcpStream::connect(at)).await {
         Ok(Ok(stream)) => stream,
@@ -83,6 +94,14 @@ pub(super) async fn open(client: &Arc<Client>, service: Service, request: Reques
         Err(_) => return Err(failed(String::new())),
     };
     let _ = stream.set_nodelay(true);
+    Ok(copy(client, request, stream))
+}
+
+/// Copies the bytes after the reply.
+fn copy<S>(client: &Arc<Client>, request: Request<Incoming>, stream: S) -> Response<Body>
+where
+    S: AsyncRead + AsyncWrite + Send + 'static,
+{
     let client = client.clone();
     tokio::spawn(async move {
         let Ok(upgraded) = hyper::upgrade::on(request).await else { return };
@@ -92,5 +111,5 @@ pub(super) async fn open(client: &Arc<Client>, service: Service, request: Reques
             () = client.until_refused() => {}
         }
     });
-    Ok(upgrade())
+    upgrade()
 }
