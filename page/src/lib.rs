@@ -17,6 +17,8 @@
 
 mod audit;
 pub mod config;
+#[cfg(test)]
+mod contrast;
 pub mod error;
 mod format;
 mod history;

@@ -12,9 +12,19 @@ use crate::state::State;
 #[derive(Debug, Serialize)]
 pub(super) struct Alerts {
     has_metrics: bool,
+    /// Alerts that fire and that nobody has muted.
     alerts: Vec<Shown>,
+    /// Alerts that are muted, or do not fire yet, each in a line.
+    quiet: Vec<Quiet>,
     /// Number of alerts that the page leaves out.
     more: usize,
+}
+
+/// An alert that needs nobody yet.
+#[derive(Debug, Serialize)]
+struct Quiet {
+    summary: String,
+    note: &'static str,
 }
 
 #[derive(Debug, Serialize)]
@@ -23,8 +33,6 @@ struct Shown {
     id: String,
     name: String,
     severity: &'static str,
-    /// Why nobody is notified, or that the alert does not fire yet.
-    note: Option<&'static str>,
     node: Option<String>,
     summary: String,
     impact: String,
@@ -32,6 +40,8 @@ struct Shown {
     age: String,
     steps: Vec<Vec<Piece>>,
     buttons: Vec<Button>,
+    /// Other alerts with the same name: their summaries.
+    others: Vec<String>,
 }
 
 /// Part of a line of a runbook.
@@ -41,17 +51,55 @@ struct Piece {
     is_code: bool,
 }
 
-/// Number of alerts that the page shows.
-const MOST: usize = 40;
+/// Number of alerts that the page shows, of each kind.
+const MOST: usize = 24;
+/// Number of alerts with the same name that are shown as one.
+const SAME: usize = 3;
+/// Number of further alerts with the same name that have a line.
+const MOST_OTHERS: usize = 30;
 
 pub(super) fn context(content: &Content, viewer: &Viewer) -> Alerts {
     let state = content.state;
-    let shown = |(i, alert): (usize, &Alert)| show(content.fleet, state, viewer, i, alert);
+    let is_quiet = |alert: &&Alert| alert.state != "firing" || alert.muted.is_some();
+    let (quiet, firing): (Vec<&Alert>, Vec<&Alert>) = state.alerts.iter().partition(is_quiet);
+    let groups = grouped(&firing);
+    let shown = groups.iter().take(MOST).enumerate().map(|(i, group)| show(content.fleet, state, viewer, i, group));
     Alerts {
         has_metrics: state.has_metrics,
-        alerts: state.alerts.iter().take(MOST).enumerate().map(shown).collect(),
-        more: state.alerts.len().saturating_sub(MOST),
+        alerts: shown.collect(),
+        quiet: quiet.iter().take(MOST).map(|alert| line(alert)).collect(),
+        more: groups.len().saturating_sub(MOST) + quiet.len().saturating_sub(MOST),
     }
+}
+
+/// Joins alerts with the same name, if there are at least three. The order stays that of the first of each group.
+fn grouped<'a>(alerts: &[&'a Alert]) -> Vec<Vec<&'a Alert>> {
+    let name = |alert: &Alert| alert.labels.get("alertname").cloned().unwrap_or_default();
+    let mut groups: Vec<Vec<&Alert>> = Vec::new();
+    for alert in alerts {
+        let same = alerts.iter().filter(|other| name(other) == name(alert)).count();
+        match groups.iter_mut().find(|group| same >= SAME && name(group[0]) == name(alert)) {
+            Some(group) => group.push(alert),
+            None => groups.push(vec![alert]),
+        }
+    }
+    groups
+}
+
+fn line(alert: &Alert) -> Quiet {
+    Quiet {
+        summary: summary(alert),
+        note: match alert.muted {
+            Some(Muted::Silenced) => "silenced",
+            Some(Muted::Inhibited) => "explained by another alert",
+            None => "does not fire yet",
+        },
+    }
+}
+
+fn summary(alert: &Alert) -> String {
+    let text = alert.annotations.get("summary").or(alert.labels.get("alertname"));
+    text.map(|text| plain(text)).unwrap_or_default()
 }
 
 /// Alerts of the last 24 h that have ended.
@@ -91,7 +139,8 @@ pub(super) fn recent(content: &Content) -> Recent {
     }
 }
 
-fn show(fleet: &Fleet, state: &State, viewer: &Viewer, i: usize, alert: &Alert) -> Shown {
+fn show(fleet: &Fleet, state: &State, viewer: &Viewer, i: usize, group: &[&Alert]) -> Shown {
+    let alert = group[0];
     let label = |name: &str| alert.labels.get(name).map(|value| plain(value)).unwrap_or_default();
     let annotation = |name: &str| alert.annotations.get(name).map(|value| plain(value)).unwrap_or_default();
     let since = parse_rfc3339(&alert.since);
@@ -114,19 +163,14 @@ fn show(fleet: &Fleet, state: &State, viewer: &Viewer, i: usize, alert: &Alert) 
             "warning" => "warning",
             _ => "other",
         },
-        note: match (alert.state.as_str(), alert.muted) {
-            ("pending", _) => Some("does not fire yet"),
-            (_, Some(Muted::Silenced)) => Some("silenced"),
-            (_, Some(Muted::Inhibited)) => Some("explained by another alert"),
-            _ => None,
-        },
         node: alert.labels.get("node").filter(|node| fleet.node(node).is_some()).cloned(),
-        summary: annotation("summary"),
+        summary: summary(alert),
         impact: annotation("impact"),
         since: since.map(minute).unwrap_or_default(),
         age: since.map(|since| duration(state.at - since)).unwrap_or_default(),
         steps,
         buttons,
+        others: group.iter().skip(1).take(MOST_OTHERS).map(|other| summary(other)).collect(),
     }
 }
 
@@ -191,6 +235,24 @@ mod tests {
         ] {
             assert_eq!(href(command), None, "{command}");
         }
+    }
+
+    #[test]
+    fn many_alerts_with_one_name_are_one() {
+        let alert = |name: &str, state: &str| {
+            serde_json::from_str::<Alert>(&format!(r#"{{"labels":{{"alertname":"{name}"}},"state":"{state}"}}"#))
+                .unwrap()
+        };
+        let all = ["A", "B", "C", "B", "A", "B"].map(|name| alert(name, "firing"));
+        let all: Vec<&Alert> = all.iter().collect();
+        let groups: Vec<(String, usize)> =
+            grouped(&all).iter().map(|group| (group[0].labels["alertname"].clone(), group.len())).collect();
+        let expected = [("A", 1), ("B", 3), ("C", 1), ("A", 1)].map(|(name, count)| (name.to_owned(), count));
+        assert_eq!(groups, expected);
+        let fleet = testing::fleet();
+        let state = State { alerts: vec![alert("A", "pending"), alert("B", "firing")], ..State::default() };
+        let shown = context(&Content::of(&fleet, &state), &Viewer::default());
+        assert_eq!((shown.alerts.len(), shown.quiet.len(), shown.quiet[0].note), (1, 1, "does not fire yet"));
     }
 
     #[test]

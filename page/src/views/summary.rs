@@ -68,38 +68,44 @@ fn headline(content: &Content) -> (String, Vec<String>, Grade) {
     let with = |health: Health| {
         state.nodes.iter().filter(move |node| node.health == health).map(|node| node.name.as_str()).collect::<Vec<_>>()
     };
-    let (down, blind, unwell) = (with(Health::Down), with(Health::Blind), with(Health::Unwell));
-    let mut details = Vec::new();
-    let mut grade = Grade::Good;
-    let mut add = |nodes: &[&str], one: &str, many: &str, of: Grade| {
-        if !nodes.is_empty() {
-            details.push(format!("{}: {}.", count(nodes.len(), one, many), names(nodes.iter().copied())));
-            grade = grade.max(of);
-        }
-    };
-    add(&down, "node does not answer", "nodes do not answer", Grade::Bad);
-    add(&blind, "node sends no metrics", "nodes send no metrics", Grade::Warn);
-    add(&unwell, "node has failed units", "nodes have failed units", Grade::Warn);
-    details.extend(state.missing.iter().map(|missing| format!("{missing}.")));
+    let (down, good) = (with(Health::Down), with(Health::Good));
     let firing = state.firing().count();
     let critical = state.firing().filter(|alert| alert.labels.get("severity").is_some_and(|s| s == "critical")).count();
-    let headline = if !state.has_metrics {
-        grade = grade.max(Grade::Bad);
-        "Prometheus has no answer yet".to_owned()
-    } else if critical > 0 {
-        format!("{}, {critical} critical", count(firing, "alert fires", "alerts fire"))
-    } else if !down.is_empty() {
-        count(down.len(), "node does not answer", "nodes do not answer")
-    } else if firing > 0 {
-        count(firing, "alert fires", "alerts fire")
-    } else if grade == Grade::Good {
-        match state.nodes.len() {
-            1 => "The node works".to_owned(),
-            number => format!("All {number} nodes work"),
-        }
-    } else {
-        "The fleet works, with less than all of its nodes".to_owned()
+    let down_text = |down: &[&str]| {
+        let verb = if down.len() == 1 { "does" } else { "do" };
+        format!("{} {verb} not answer", names(down.iter().copied()))
     };
+    let mut details = Vec::new();
+    let (headline, mut grade) = if !state.has_metrics {
+        ("Prometheus has no answer yet".to_owned(), Grade::Bad)
+    } else if critical > 0 {
+        (format!("{}, {critical} critical", count(firing, "alert fires", "alerts fire")), Grade::Bad)
+    } else if !down.is_empty() {
+        (down_text(&down), Grade::Bad)
+    } else if firing > 0 {
+        (count(firing, "alert fires", "alerts fire"), Grade::Warn)
+    } else if good.len() == 1 && state.nodes.len() == 1 {
+        ("The node works".to_owned(), Grade::Good)
+    } else if good.len() == state.nodes.len() {
+        (format!("All {} nodes work", good.len()), Grade::Good)
+    } else {
+        (format!("{} of {} nodes work", good.len(), state.nodes.len()), Grade::Warn)
+    };
+    if !down.is_empty() && headline != down_text(&down) {
+        details.push(format!("{}.", down_text(&down)));
+    }
+    for (health, text) in [
+        (Health::Blind, "No metrics of"),
+        (Health::Unwell, "Failed units on"),
+        (Health::Unknown, "No information yet about"),
+    ] {
+        let nodes = with(health);
+        if !nodes.is_empty() && state.has_metrics {
+            details.push(format!("{text} {}.", names(nodes)));
+            grade = grade.max(Grade::Warn);
+        }
+    }
+    details.extend(state.missing.iter().map(|missing| format!("{missing}.")));
     (headline, details, grade)
 }
 
@@ -304,8 +310,8 @@ mod tests {
         let fleet = testing::fleet();
         let reachable = Reachable::from([("hub-1".to_owned(), false)]);
         let summary = summary(&fleet, &testing::replies(&fleet), &reachable);
-        assert_eq!((summary.headline.as_str(), summary.grade), ("1 node does not answer", Grade::Bad));
-        assert_eq!(summary.details, ["1 node does not answer: hub-1."]);
+        assert_eq!((summary.headline.as_str(), summary.grade), ("hub-1 does not answer", Grade::Bad));
+        assert_eq!(summary.details, [""; 0]);
         assert_eq!(tile(&summary, "VIP"), ("None", "10.10.0.100", Grade::Bad));
         assert_eq!(tile(&summary, "etcd"), ("2 of 3 votes", "leader hub-2", Grade::Warn));
         assert_eq!(tile(&summary, "Paths"), ("11 of 18", "7 down", Grade::Warn));
