@@ -14,7 +14,7 @@ export LC_ALL=C.UTF-8 TZ=UTC
 
 programs=${PROGRAMS:-target/release}
 out=build/package
-for program in bakehouse firstboot firstboot-install; do
+for program in bakehouse bakehouse-page firstboot firstboot-install; do
     if [ ! -x "$programs/$program" ]; then
         echo "error: cannot find the program $programs/$program" >&2
         echo "  help: make build" >&2
@@ -45,7 +45,7 @@ doc=$root/usr/share/doc/bakehouse
 
 mkdir -p "$root/DEBIAN"
 install -Dm755 -t "$root/usr/bin" "$programs/bakehouse"
-install -Dm755 -t "$root/usr/lib/bakehouse" "$programs/firstboot" "$programs/firstboot-install"
+install -Dm755 -t "$root/usr/lib/bakehouse" "$programs/bakehouse-page" "$programs/firstboot" "$programs/firstboot-install"
 
 mkdir "$work/man"
 "$programs/bakehouse" man "$work/man"

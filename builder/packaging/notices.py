@@ -22,7 +22,7 @@ def linked() -> list[dict]:
     """Returns the crates that are linked into the programs: not those of build scripts, macros and tests."""
     metadata = json.loads(cargo("metadata", "--format-version=1", f"--filter-platform={TARGET}"))
     crates = {(c["name"], c["version"]): c for c in metadata["packages"] if c["source"]}
-    programs = ("--package=builder", "--package=firstboot")
+    programs = ("--package=builder", "--package=firstboot", "--package=page")
     tree = cargo("tree", *programs, "--edges=normal,no-proc-macro", f"--target={TARGET}", "--prefix=none")
     names = {tuple(line.split()[:2]) for line in tree.splitlines() if line}
     found = {(name, version.removeprefix("v")) for name, version in names}

@@ -21,6 +21,8 @@ pub struct OverlayManifest {
     /// Below `run/`, only the mode applies. Services get files with secrets (mode `0600`) from systemd, by
     /// `LoadCredential=`. Example: `"usr/bin/tool" = { mode = "0755" }`.
     pub files: BTreeMap<String, FileMeta>,
+    /// Programs that come with `bakehouse`, for `usr/lib/bakehouse/`. Example: `["bakehouse-page"]`.
+    pub programs: Vec<String>,
     /// Targets of symbolic links, by path of the link without a leading `/`.
     pub links: BTreeMap<String, String>,
     /// Commands with which daemons check their configuration: `[[check]]`.
@@ -124,6 +126,20 @@ impl OverlayManifest {
                 )));
             }
         }
+        for name in &manifest.programs {
+            let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            if name.is_empty() || !name.chars().all(plain) {
+                let quoted = format!("\"{name}\"");
+                let at = source.text.find(&quoted).map_or(0..0, |at| at..at + quoted.len());
+                return Err(Box::new(Diagnostic::at(
+                    crate::Severity::Error,
+                    &source,
+                    at,
+                    format!("`{name}` is not the name of a program"),
+                    Some("use lower-case letters, digits and dashes".to_owned()),
+                )));
+            }
+        }
         for Make { file, .. } in &manifest.make {
             let plain = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
             if !plain || file.is_empty() || file.starts_with("run/") {
@@ -170,6 +186,19 @@ mod tests {
         for file in ["/etc/shadow", "usr/../../etc/shadow", "./usr/x", "run/x", ""] {
             let message = parsed(file).expect_err(file).to_string();
             assert!(message.contains("overlay.toml:2") && message.contains("is not a valid path"), "{message}");
+        }
+    }
+
+    #[test]
+    fn rejects_program_with_a_path() {
+        let parsed = |name: &str| {
+            let toml = format!("programs = [\"{name}\"]\n");
+            OverlayManifest::parse("overlays/mine/overlay.toml", toml.as_bytes())
+        };
+        assert_eq!(parsed("bakehouse-page").unwrap().programs, ["bakehouse-page"]);
+        for name in ["../sh", "/bin/sh", "", "a b"] {
+            let message = parsed(name).expect_err(name).to_string();
+            assert!(message.contains("overlay.toml:1") && message.contains("is not the name of a program"), "{message}");
         }
     }
 

@@ -137,11 +137,16 @@ struct ImageVars {
     var_size: u64,
 }
 
-/// Renders all files. The layer's tree gives the ids of users, and the units that profiles may start.
+/// Renders all files. `programs`: bytes of the programs of Bakehouse, by name. The layer's tree gives the ids of users, and the units that profiles may start.
 ///
 /// # Errors
 /// If a template does not render, two overlays have the same file, a user is unknown, or a file has a secret.
-pub(crate) fn bake(project: &Project, recipe: &ImageSpec, tree: &Tree, agent: &[u8]) -> Result<Baked> {
+pub(crate) fn bake(
+    project: &Project,
+    recipe: &ImageSpec,
+    tree: &Tree,
+    programs: &BTreeMap<String, Vec<u8>>,
+) -> Result<Baked> {
     let slots = slots(project, recipe)?;
     let group = &recipe.group;
     let image = ImageVars {
@@ -164,7 +169,7 @@ pub(crate) fn bake(project: &Project, recipe: &ImageSpec, tree: &Tree, agent: &[
     for name in &recipe.overlays {
         baked.overlay(project, name, &context, &ids)?;
     }
-    baked.own(project, recipe, &context, agent)?;
+    baked.own(project, recipe, &context, programs)?;
     baked.units(recipe, tree)?;
     baked.migrations(tree)?;
     let member = Membership::sample();
@@ -284,8 +289,14 @@ impl Baked {
         self.put(path, Entry { mode, uid: 0, gid: 0, content, origin: "bakehouse".to_owned() })
     }
 
-    /// Adds the agent, the files that it reads, and os-release.
-    fn own(&mut self, project: &Project, recipe: &ImageSpec, context: &Context, agent: &[u8]) -> Result<()> {
+    /// Adds the agent and the other programs, the files that the agent reads, and os-release.
+    fn own(
+        &mut self,
+        project: &Project,
+        recipe: &ImageSpec,
+        context: &Context,
+        programs: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<()> {
         #[derive(Serialize)]
         struct ImageFile<'a> {
             id: &'a str,
@@ -313,7 +324,9 @@ impl Baked {
         let dir = fleet::IMAGE_DIR;
         self.file(&format!("{dir}/fleet.json"), 0o644, pretty_json(&project.topology)?)?;
         self.file(&format!("{dir}/image.json"), 0o644, pretty_json(&image)?)?;
-        self.file(&format!("{dir}/firstboot"), 0o755, agent.to_vec())?;
+        for (name, program) in programs {
+            self.file(&format!("{dir}/{name}"), 0o755, program.clone())?;
+        }
         let templates: Vec<_> =
             self.templates.iter().map(|(p, t)| (p.clone(), t.mode, t.text.clone().into_bytes())).collect();
         for (path, mode, text) in templates {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::assemble::secure_boot::Signer;
 use crate::error::{Error, Result};
 use crate::image::Build;
+use crate::image::node_programs::AGENT;
 use crate::project::ImageSpec;
 use crate::util::digest::sha256;
 
@@ -24,14 +25,21 @@ pub(super) struct BuildRecord {
 
 impl Build<'_> {
     /// Returns the digest of everything that the image depends on, by name.
-    pub(super) fn inputs(&self, recipe: &ImageSpec, agent: &[u8]) -> Result<BTreeMap<String, String>> {
+    pub(super) fn inputs(
+        &self,
+        recipe: &ImageSpec,
+        programs: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<BTreeMap<String, String>> {
         let mut inputs = BTreeMap::from([
             ("bakehouse itself".to_owned(), env!("CODE_ALL").to_owned()),
             ("bakehouse.lock".to_owned(), self.lock.digest.clone()),
-            ("the agent".to_owned(), sha256(agent)),
             ("fleet.toml".to_owned(), sha256(format!("{:?} {recipe:?}", self.project.topology).as_bytes())),
             ("--revision".to_owned(), self.revision.unwrap_or_default().to_owned()),
         ]);
+        for (name, program) in programs {
+            let input = if name == AGENT { "the agent".to_owned() } else { format!("the program {name}") };
+            inputs.insert(input, sha256(program));
+        }
         let overlays: Vec<String> = recipe.overlays.iter().map(|o| format!("overlays/{o}/")).collect();
         inputs.insert("update key".to_owned(), self.project.update_keyring().map_or_else(String::new, |k| sha256(&k)));
         for (path, bytes) in self.project.files() {

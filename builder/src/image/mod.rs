@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use node_programs::node_program;
+use node_programs::{node_program, node_programs};
 use output::Output;
 
 use crate::assemble::layout::{self, image_id};
@@ -66,9 +66,8 @@ impl Build<'_> {
     pub(crate) fn image(&self, group: &str) -> Result<BuiltImage> {
         let spec = self.project.recipe(group);
         let sizes = layout::slots(self.project, &spec)?;
-        let agent_path = node_program("firstboot")?;
-        let agent = fs::read(&agent_path).map_err(Error::io("read", &agent_path))?;
-        let inputs = self.inputs(&spec, &agent)?;
+        let programs = node_programs(self.project, &spec)?;
+        let inputs = self.inputs(&spec, &programs)?;
         let out = self.project.out_dir(group);
         let name = format!("{}_{}", image_id(self.project, group), self.project.topology.version);
         fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
@@ -85,7 +84,7 @@ impl Build<'_> {
 
         let scratch =
             tempfile::Builder::new().prefix(".build-").tempdir_in(&out).map_err(Error::io("write in", &out))?;
-        let parts = self.parts(&spec, &agent, scratch.path())?;
+        let parts = self.parts(&spec, &programs, scratch.path())?;
         if parts.root.size > sizes.root {
             return fail(format!(
                 "{group}: the root needs {:.1} MB, but its partition has {:.1} MB; raise `[image] root_size`, and \

@@ -1,8 +1,31 @@
 //! Finds the programs for nodes that the package installs together with `bakehouse`.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::project::{ImageSpec, Project};
+
+/// Name of the agent's program.
+pub(super) const AGENT: &str = "firstboot";
+
+/// Reads the programs of an image, by name: the agent, and those of the overlays.
+///
+/// # Errors
+/// If a program is not installed, or cannot be read.
+pub(super) fn node_programs(project: &Project, spec: &ImageSpec) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut names = vec![AGENT.to_owned()];
+    for overlay in &spec.overlays {
+        names.extend(project.overlay(overlay)?.manifest.programs);
+    }
+    let read = |name: String| {
+        let path = node_program(&name)?;
+        let program = fs::read(&path).map_err(Error::io("read", &path))?;
+        Ok((name, program))
+    };
+    names.into_iter().map(read).collect()
+}
 
 /// Returns the path of a program for nodes.
 ///

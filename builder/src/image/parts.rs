@@ -37,12 +37,17 @@ pub(super) struct Assembled {
 
 impl Build<'_> {
     /// Composes the packages, bakes the fleet's files, validates them, and builds root and initrd in `scratch`.
-    pub(super) fn parts(&self, spec: &ImageSpec, agent: &[u8], scratch: &Path) -> Result<Parts> {
+    pub(super) fn parts(
+        &self,
+        spec: &ImageSpec,
+        programs: &BTreeMap<String, Vec<u8>>,
+        scratch: &Path,
+    ) -> Result<Parts> {
         let tools = Tools::prepare(self.lock, self.store, self.progress)?;
         let layer = compose::compose(spec, self.lock, self.store, self.progress)?;
         let tree = Tree::open(&layer.tar())?;
         let info = layer.info()?;
-        let mut baked = bake::bake(self.project, spec, &tree, agent)?;
+        let mut baked = bake::bake(self.project, spec, &tree, programs)?;
         let baked_tar = scratch.join("baked.tar");
         baked.write_tar(&tree, &baked_tar)?;
         // These four steps do not depend on each other: validation, initrd, generated files, root.
