@@ -1,6 +1,7 @@
 //! Operators' connections to nodes: real hubs, and real servers of the node API, on loopback.
 
 mod limits;
+mod page;
 mod wireguard;
 
 use std::collections::BTreeMap;
@@ -98,6 +99,10 @@ fn journal_socket(dir: &Path) -> PathBuf {
     dir.join("journal.sock")
 }
 
+fn page_socket(dir: &Path) -> PathBuf {
+    dir.join("page.sock")
+}
+
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
 }
@@ -107,6 +112,9 @@ struct TestOperator {
     tls: Arc<ClientConfig>,
     key: String,
     name: String,
+    role: OperatorRole,
+    /// The certificate and the private key, PEM.
+    pem: [String; 2],
 }
 
 impl TestOperator {
@@ -128,7 +136,8 @@ impl TestOperator {
         let cert = issuer.operator(&operator, &public, valid).expect("an issuer") + intermediate;
         let own = Identity { cert: &cert, key: key.pem() };
         let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
-        Self { tls, key: encoding::encode(public.as_bytes()), name: name.to_owned() }
+        let pem = [cert, key.pem().to_owned()];
+        Self { tls, key: encoding::encode(public.as_bytes()), name: name.to_owned(), role, pem }
     }
 
     fn revocation(&self) -> OperatorRevocation {

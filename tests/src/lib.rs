@@ -1,9 +1,11 @@
 //! Test harness: builds fleets with the real binary and boots their images in virtual machines and containers.
 
 pub mod attack;
+pub mod browser;
 mod compare;
 pub mod containment;
 mod etcd;
+pub mod exporters;
 pub mod lan;
 mod machine;
 pub mod network;
