@@ -36,6 +36,7 @@ const CORE: [&str; 8] = [
 
 /// Services of a node that an action stops.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each service stops or runs, whatever the others do")]
 pub(super) struct Stops {
     pub(super) database: bool,
     pub(super) etcd: bool,

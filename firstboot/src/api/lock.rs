@@ -3,6 +3,7 @@
 //! rollout, in etcd, and a hub takes it for the node.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use fleet::UpdateDecision;
@@ -36,6 +37,8 @@ const RETRY: Duration = Duration::from_secs(10);
 /// The fleet's lock. Dropping it frees the lock.
 pub(super) struct Held {
     api: Arc<NodeApi>,
+    /// Number of times that the node has taken the lock.
+    turn: u64,
     /// Whether the action stopped something, so that the node has to be ready first.
     has_stopped: bool,
     /// Whether the node keeps the lock over a boot.
@@ -50,9 +53,11 @@ pub(super) async fn take(api: &Arc<NodeApi>, seconds: u32, is_forced: bool) -> R
     let name = &api.node.name;
     let refused =
         |status, why: String, wait: &str| Refusal::new(status, why).help(format!("{wait}, or add `--force {name}`"));
+    // From here on, the end of an earlier action does not free the lock.
+    let turn = api.tasks.lock_turn.fetch_add(1, Ordering::Relaxed) + 1;
     let refusal = match asked(api, seconds).await {
         Ok(UpdateDecision { granted: true, .. }) => {
-            return Ok(Some(Held { api: api.clone(), has_stopped: false, is_kept: false }));
+            return Ok(Some(Held { api: api.clone(), turn, has_stopped: false, is_kept: false }));
         }
         Ok(UpdateDecision { why, .. }) => {
             refused(StatusCode::CONFLICT, format!("{name} has to wait: {why}"), "wait until it is done")
@@ -89,34 +94,30 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         let Some(runtime) = Handle::try_current().ok().filter(|_| !self.is_kept) else { return };
-        let api = self.api.clone();
-        if self.has_stopped {
-            runtime.spawn(free_when_ready(api));
-        } else {
-            runtime.spawn(free(api, Instant::now() + Duration::from_secs(LONGEST.into())));
-        }
+        runtime.spawn(free(self.api.clone(), self.turn, self.has_stopped));
     }
 }
 
-/// Frees the lock, if this node has it, as soon as the node is ready.
-pub(super) async fn free_when_ready(api: Arc<NodeApi>) {
+/// Frees the lock that the node may have from before it booted, when the node is ready.
+pub(super) async fn free_after_boot(api: Arc<NodeApi>) {
+    let turn = api.tasks.lock_turn.load(Ordering::Relaxed);
+    free(api, turn, true).await;
+}
+
+/// Frees the lock, unless a later action has taken it, or it has expired. `when_ready`: waits until the node is ready.
+async fn free(api: Arc<NodeApi>, turn: u64, when_ready: bool) {
     let until = Instant::now() + Duration::from_secs(LONGEST.into());
-    while !is_ready(&api).await {
-        if Instant::now() > until {
-            // The lock has expired.
+    let is_over = || Instant::now() > until || api.tasks.lock_turn.load(Ordering::Relaxed) != turn;
+    while when_ready && !is_ready(&api).await {
+        if is_over() {
             return;
         }
         sleep(POLL).await;
     }
-    free(api, until).await;
-}
-
-async fn free(api: Arc<NodeApi>, until: Instant) {
-    while let Err(e) = asked(&api, 0).await {
-        if Instant::now() > until {
-            warn!("cannot free the fleet's lock: {}", e.chain());
-            return;
-        }
+    while !is_over()
+        && let Err(e) = asked(&api, 0).await
+    {
+        warn!("cannot free the fleet's lock, trying again: {}", e.chain());
         sleep(RETRY).await;
     }
 }

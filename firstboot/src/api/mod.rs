@@ -15,6 +15,7 @@ mod listener;
 mod lock;
 mod net;
 mod open;
+mod page;
 mod pcap;
 mod query;
 mod reply;
@@ -27,6 +28,7 @@ mod tests;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -82,6 +84,8 @@ pub struct NodeApi {
 pub struct Tasks {
     /// The last action.
     action: Mutex<Option<ActionStatus>>,
+    /// Number of times that an action has taken the fleet's lock.
+    lock_turn: AtomicU64,
     /// Reads the file systems. A read may hang with its disk.
     disks: Arc<Semaphore>,
     /// Readers of the journal.
@@ -94,6 +98,7 @@ impl Default for Tasks {
     fn default() -> Self {
         Self {
             action: Mutex::default(),
+            lock_turn: AtomicU64::new(0),
             disks: Arc::new(Semaphore::new(1)),
             readers: Arc::new(Semaphore::new(READERS)),
             bus: Mutex::default(),
@@ -130,7 +135,7 @@ async fn serve(api: Arc<NodeApi>, tls: Arc<ServerConfig>) -> Result<()> {
     let at = SocketAddr::from((api.node.address, NODE_API_PORT));
     on_thread("node-api", 0, move || async move {
         // The node may have taken the lock before it rebooted.
-        tokio::spawn(lock::free_when_ready(api.clone()));
+        tokio::spawn(lock::free_after_boot(api.clone()));
         let listener = listener::open(at).await;
         listener::accept(api, operators, listener, tls.into()).await
     })

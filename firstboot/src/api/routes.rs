@@ -7,8 +7,8 @@ use bytes::Bytes;
 use fleet::OperatorRole;
 use fleet::node_api::{
     ACTION_PATH, ActionRequest, BACKUP_PATH, BackupRequest, DISK_PATH, EXEC_PATH, ExecRequest, JOURNAL_PATH,
-    LONGEST_NODE_REQUEST, NET_PATH, OPEN_PREFIX, PCAP_PATH, POWEROFF_PATH, PcapRequest, REBOOT_PATH, RESTART_PATH,
-    STATUS_PATH, SWITCHOVER_PATH, UNITS_PATH,
+    KEPT_JOURNAL_PATH, LONGEST_NODE_REQUEST, NET_PATH, OPEN_PREFIX, PCAP_PATH, POWEROFF_PATH, PcapRequest, REBOOT_PATH,
+    RESTART_PATH, STATUS_PATH, SWITCHOVER_PATH, UNITS_PATH,
 };
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout};
 use super::actions::{self, Action};
 use super::listener::Client;
 use super::reply::{Body, Refusal, json};
-use super::{audit, backup, disk, exec, journal, net, open, pcap, status};
+use super::{audit, backup, disk, exec, journal, net, open, page, pcap, status};
 
 /// Time limit of a request's body.
 const BODY: Duration = Duration::from_secs(5);
@@ -30,10 +30,13 @@ enum Route {
     Status,
     Units,
     Journal,
+    KeptJournal,
     Net,
     Disk,
     Backups,
     LastAction,
+    /// A part of the fleet's page.
+    Page(&'static str),
     Act(Action),
     Backup,
     Exec,
@@ -48,10 +51,12 @@ impl Route {
             ("GET", STATUS_PATH) => Self::Status,
             ("GET", UNITS_PATH) => Self::Units,
             ("GET", JOURNAL_PATH) => Self::Journal,
+            ("GET", KEPT_JOURNAL_PATH) => Self::KeptJournal,
             ("GET", NET_PATH) => Self::Net,
             ("GET", DISK_PATH) => Self::Disk,
             ("GET", BACKUP_PATH) => Self::Backups,
             ("GET", ACTION_PATH) => Self::LastAction,
+            ("GET", path) if page::PATHS.contains(&path) => Self::Page(page::PATHS.into_iter().find(|of| *of == path)?),
             ("POST", REBOOT_PATH) => Self::Act(Action::Reboot),
             ("POST", POWEROFF_PATH) => Self::Act(Action::Poweroff),
             ("POST", RESTART_PATH) => Self::Act(Action::Restart),
@@ -70,10 +75,12 @@ impl Route {
             Self::Status
             | Self::Units
             | Self::Journal
+            | Self::KeptJournal
             | Self::Net
             | Self::Disk
             | Self::Backups
-            | Self::LastAction => OperatorRole::Viewer,
+            | Self::LastAction
+            | Self::Page(_) => OperatorRole::Viewer,
             Self::Act(_) | Self::Backup => OperatorRole::Operator,
             Self::Exec | Self::Pcap => OperatorRole::Admin,
             Self::Open(service) => service.role(),
@@ -89,7 +96,14 @@ impl Route {
             Self::Disk => Some(DISK_PATH),
             Self::Backups => Some(BACKUP_PATH),
             Self::LastAction => Some(ACTION_PATH),
-            Self::Journal | Self::Act(_) | Self::Backup | Self::Exec | Self::Pcap | Self::Open(_) => None,
+            Self::Page(path) => Some(path),
+            Self::Journal
+            | Self::KeptJournal
+            | Self::Act(_)
+            | Self::Backup
+            | Self::Exec
+            | Self::Pcap
+            | Self::Open(_) => None,
         }
     }
 }
@@ -113,10 +127,12 @@ pub(super) async fn answer(client: &Arc<Client>, request: Request<Incoming>) -> 
         Route::Status => Ok(json(StatusCode::OK, &Box::pin(status::status(api)).await)),
         Route::Units => status::units(api).await.map(|units| json(StatusCode::OK, &units)),
         Route::Journal => journal::entries(api, request.uri().query().unwrap_or_default()).await,
+        Route::KeptJournal => journal::kept(api, request.uri().query().unwrap_or_default()).await,
         Route::Net => Ok(json(StatusCode::OK, &Box::pin(net::status(api)).await)),
         Route::Disk => Ok(json(StatusCode::OK, &Box::pin(disk::status(api)).await)),
         Route::Backups => backup::list(api).await,
         Route::LastAction => actions::last(api),
+        Route::Page(_) => page::forward(client, &request).await,
         Route::Act(_) | Route::Backup | Route::Exec | Route::Pcap | Route::Open(_) => {
             let (client, what) = (client.clone(), what.clone());
             // hyper drops the future of a request whose client disconnects. The action and its log must not end there.
@@ -170,10 +186,12 @@ async fn change(
         Route::Status
         | Route::Units
         | Route::Journal
+        | Route::KeptJournal
         | Route::Net
         | Route::Disk
         | Route::Backups
-        | Route::LastAction => {
+        | Route::LastAction
+        | Route::Page(_) => {
             unreachable!("it changes nothing")
         }
     };
@@ -208,6 +226,7 @@ mod tests {
             ("GET", "/v1/status", OperatorRole::Viewer),
             ("GET", "/v1/units", OperatorRole::Viewer),
             ("GET", "/v1/journal", OperatorRole::Viewer),
+            ("GET", "/v1/journal/kept", OperatorRole::Viewer),
             ("GET", "/v1/net", OperatorRole::Viewer),
             ("GET", "/v1/disk", OperatorRole::Viewer),
             ("GET", "/v1/backup", OperatorRole::Viewer),

@@ -60,7 +60,9 @@ impl Log {
 
 /// The fleet's lock: which seconds were asked for, and the reply.
 #[derive(Clone)]
-struct FakeLock(Arc<Mutex<(Vec<u32>, Result<String, String>)>>);
+struct FakeLock(Arc<Mutex<LockState>>);
+
+type LockState = (Vec<u32>, Result<String, String>);
 
 impl FakeLock {
     /// Replies that the node has the lock (`Ok("")`), that it has to wait, or not at all.
@@ -300,8 +302,14 @@ async fn the_lock_is_free_when_the_node_is_ready_again() {
     assert!(reply.done, "{reply:?}");
     sleep(Duration::from_millis(500)).await;
     assert_eq!(node.lock.asked(), [600]);
+    // The end of the first action does not free the lock of the second one.
+    node.systemd.set_restarted(None);
+    assert!(!post(&mut connection, RESTART_PATH, &restart("dbus")).await.unwrap().done);
     node.phase.send_replace(Phase::Ready);
-    node.lock.until(&[600, 0]).await;
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!(node.lock.asked(), [600, 600]);
+    node.systemd.set_restarted(Some("active"));
+    node.lock.until(&[600, 600, 0]).await;
 }
 
 #[tokio::test]

@@ -80,12 +80,12 @@ impl FakeGateway {
             (_, rest) => {
                 let (rest, count) = rest.rsplit_once(':').unwrap();
                 let (cursor, skip) = rest.rsplit_once(':').unwrap();
-                match cursor.strip_prefix("s=x;i=") {
-                    Some(cursor) => (cursor.parse().unwrap(), count),
-                    None => {
-                        let skip = 1 + skip.strip_prefix('-').unwrap().parse::<usize>().unwrap();
-                        (matching.iter().rev().take(skip).last().copied().unwrap_or(all.len()), count)
-                    }
+                if let Some(cursor) = cursor.strip_prefix("s=x;i=") {
+                    (cursor.parse().unwrap(), count)
+                } else {
+                    let skip = 1 + skip.strip_prefix('-').unwrap().parse::<usize>().unwrap();
+                    let first = matching.len().saturating_sub(skip);
+                    (matching.get(first).copied().unwrap_or(all.len()), count)
                 }
             }
         };
