@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use firstboot::agent::{Paths, USAGE, run};
 use firstboot::error::{Error, Result};
+use firstboot::host::capture::Capture;
 use firstboot::host::console::log_event;
 use firstboot::host::dbus::describe;
 use firstboot::host::journal::Event;
@@ -56,6 +57,13 @@ async fn command() -> ExitCode {
             let done = grub(args.len() == 2).await;
             done.inspect_err(|e| error!("cannot synchronize GRUB's count of tries: {}", e.chain()))
         }
+        ["capture", interface, seconds, bytes, snap] => {
+            let Some(capture) = Capture::from_args(interface, seconds, bytes, snap) else {
+                print_error(USAGE);
+                return ExitCode::from(2);
+            };
+            capture.run(io::stdout().lock()).inspect_err(|e| print_error(&format!("{}\n", e.chain())))
+        }
         ["--help" | "-h"] => {
             print(USAGE);
             return ExitCode::SUCCESS;
@@ -82,7 +90,7 @@ fn print_error(text: &str) {
 }
 
 fn tell(e: &Error) {
-    print_error(&format!("{}\n  help: see `systemctl status firstboot`\n", e.chain()));
+    print_error(&format!("{}\n  help: see `bakehouse logs NODE -u firstboot`\n", e.chain()));
 }
 
 async fn status(json: bool) -> Result<()> {

@@ -3,16 +3,16 @@
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// Words, and the help that Bakehouse prints for them.
-const WORDS: [(&[&str], &str); 13] = [
+const WORDS: [(&[&str], &str); 16] = [
     (
         &["restore", "recover"],
         "set `[backup] restore` in fleet.toml to a time, raise `version`, and start the database nodes from blank disks \
          (docs/howto/backups.md)",
     ),
     (
-        &["backup", "backups", "dump"],
-        "nodes back up by themselves: `[backup]` in fleet.toml sets place and times; docs/howto/backups.md lists the commands \
-         that show them",
+        &["backups", "dump"],
+        "nodes back up by themselves: `[backup]` in fleet.toml sets place and times; `bakehouse backup now` makes one now \
+         (docs/howto/backups.md)",
     ),
     (&["ssh", "shell", "attach"], "nodes have no login; `bakehouse exec NODE COMMAND` runs a command as root"),
     (&["log", "journal", "tail"], "`bakehouse logs NODE` prints a node's journal, and `-f` follows it"),
@@ -32,6 +32,9 @@ const WORDS: [(&[&str], &str); 13] = [
         "`bakehouse down` stops local machines; `bakehouse poweroff NODE` switches a node of a real fleet off, and \
          `bakehouse leave NODE` removes it",
     ),
+    (&["tcpdump", "capture", "wireshark"], "`bakehouse pcap NODE` captures packets of a node"),
+    (&["ip", "wg", "network", "interfaces", "routes", "ping"], "`bakehouse net NODE` shows the network of a node"),
+    (&["df", "disks", "storage"], "`bakehouse disk NODE` shows the disks of a node"),
     (&["reload"], "`bakehouse restart NODE UNIT` restarts a unit"),
     (&["failover", "promote"], "`bakehouse switchover` hands the primary over to a standby"),
     (&["user", "users", "access", "login"], "`bakehouse operator add NAME` gives a person access"),
@@ -73,7 +76,7 @@ mod tests {
             ("restore", "[backup] restore"),
             ("ssh", "bakehouse exec NODE"),
             ("journal", "bakehouse logs NODE"),
-            ("backup", "[backup]"),
+            ("dump", "bakehouse backup now"),
             ("upgrade", "bakehouse lock --update"),
         ] {
             let answer = answer(&[verb, "db-1"]).expect(verb);

@@ -4,6 +4,7 @@ mod address;
 pub(crate) mod plan;
 mod resolver;
 mod routes;
+mod state;
 mod userspace;
 mod wireguard;
 
@@ -24,6 +25,7 @@ use wireguard::Wireguard;
 
 pub use address::has_address;
 pub use routes::Routes;
+pub(crate) use state::{PeerState, peer_states};
 
 /// Interval at which the agent looks for silent peers whose name has several addresses.
 const CHECK: Duration = Duration::from_secs(30);
@@ -113,11 +115,12 @@ impl Mesh {
             if peers.is_empty() {
                 continue;
             }
-            match self.wireguard.handshakes(&interface.name).await {
-                Ok(handshakes) => {
+            match self.wireguard.states(&interface.name).await {
+                Ok(states) => {
                     let now = SystemTime::now();
                     let answers = |key: &MeshKey| {
-                        handshakes.get(key).is_some_and(|at| now.duration_since(*at).is_ok_and(|age| age < SILENT))
+                        let handshake = states.get(key).and_then(|state| state.handshake);
+                        handshake.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age < SILENT))
                     };
                     self.silent.extend(peers.into_iter().filter(|(key, _)| !answers(key)));
                 }

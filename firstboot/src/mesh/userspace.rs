@@ -7,13 +7,14 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::MeshKey;
+use ipnet::Ipv4Net;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use super::plan::Peer;
+use super::state::{PeerState, time_of};
 use crate::error::{Error, Result};
 
 /// Client of the program that serves an interface.
@@ -37,15 +38,9 @@ impl Program {
         self.ask(&peers(gone, new)).await.map(drop)
     }
 
-    /// Returns the keys of the program's peers.
-    pub(super) async fn peers(&self) -> Result<Vec<MeshKey>> {
-        let reply = self.ask("get=1\n\n").await?;
-        Ok(reply.lines().filter_map(|line| key(line.strip_prefix("public_key=")?)).collect())
-    }
-
-    /// Returns the time of the last handshake of each peer that had one.
-    pub(super) async fn handshakes(&self) -> Result<BTreeMap<MeshKey, SystemTime>> {
-        Ok(handshakes(&self.ask("get=1\n\n").await?))
+    /// Returns the program's peers.
+    pub(super) async fn states(&self) -> Result<BTreeMap<MeshKey, PeerState>> {
+        Ok(states(&self.ask("get=1\n\n").await?))
     }
 
     /// Sends a request. The reply ends with an empty line.
@@ -77,16 +72,21 @@ fn key(hex: &str) -> Option<MeshKey> {
     (hex.len() == 64).then_some(MeshKey(bytes))
 }
 
-fn handshakes(reply: &str) -> BTreeMap<MeshKey, SystemTime> {
-    let (mut all, mut peer) = (BTreeMap::new(), None);
-    for line in reply.lines() {
-        match line.split_once('=') {
-            Some(("public_key", hex)) => peer = key(hex),
-            Some(("last_handshake_time_sec", seconds)) => {
-                if let (Some(peer), Some(seconds @ 1..)) = (peer, seconds.parse().ok()) {
-                    all.insert(peer, UNIX_EPOCH + Duration::from_secs(seconds));
-                }
-            }
+/// Parses the reply to `get=1`. The lines of a peer follow its public key.
+fn states(reply: &str) -> BTreeMap<MeshKey, PeerState> {
+    let (mut all, mut current) = (BTreeMap::new(), None);
+    for (name, value) in reply.lines().filter_map(|line| line.split_once('=')) {
+        if name == "public_key" {
+            current = key(value);
+        }
+        let Some(peer) = current else { continue };
+        let state: &mut PeerState = all.entry(peer).or_default();
+        match name {
+            "endpoint" => state.endpoint = value.parse().ok(),
+            "allowed_ip" => state.allowed.extend(value.parse::<Ipv4Net>()),
+            "last_handshake_time_sec" => state.handshake = value.parse().ok().and_then(time_of),
+            "rx_bytes" => state.received = value.parse().unwrap_or_default(),
+            "tx_bytes" => state.sent = value.parse().unwrap_or_default(),
             _ => {}
         }
     }
@@ -117,6 +117,7 @@ fn peers(gone: &[MeshKey], new: &[&Peer<SocketAddr>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::{Duration, UNIX_EPOCH};
 
     #[test]
     fn key_round_trips_through_hex() {
@@ -128,15 +129,26 @@ mod tests {
     }
 
     #[test]
-    fn handshakes_lists_only_peers_with_a_handshake() {
+    fn states_have_the_values_of_each_peer() {
         let (one, two) = (MeshKey([1; 32]), MeshKey([2; 32]));
         let reply = format!(
-            "listen_port=1\npublic_key={}\nendpoint=[::1]:2\nlast_handshake_time_sec=0\nlast_handshake_time_nsec=0\n\
-             public_key={}\nlast_handshake_time_sec=1700000000\nlast_handshake_time_nsec=5\nerrno=0\n\n",
+            "private_key={}\nlisten_port=1\npublic_key={}\nendpoint=[::1]:2\nlast_handshake_time_sec=0\n\
+             last_handshake_time_nsec=0\npublic_key={}\nlast_handshake_time_sec=1700000000\n\
+             last_handshake_time_nsec=5\nrx_bytes=7\ntx_bytes=8\nallowed_ip=10.10.0.9/32\n\
+             allowed_ip=::/0\nerrno=0\n\n",
+            hex(&[9; 32]),
             hex(&one.0),
             hex(&two.0)
         );
-        assert_eq!(handshakes(&reply), BTreeMap::from([(two, UNIX_EPOCH + Duration::from_secs(1_700_000_000))]));
+        let first = PeerState { endpoint: Some("[::1]:2".parse().unwrap()), ..PeerState::default() };
+        let second = PeerState {
+            allowed: vec!["10.10.0.9/32".parse().unwrap()],
+            handshake: Some(UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
+            received: 7,
+            sent: 8,
+            endpoint: None,
+        };
+        assert_eq!(states(&reply), BTreeMap::from([(one, first), (two, second)]));
     }
 
     #[test]

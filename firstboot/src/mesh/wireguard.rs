@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fleet::MeshKey;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -22,6 +21,7 @@ use rtnetlink::packet_route::route::RouteScope;
 use rtnetlink::{Handle, LinkUnspec, LinkWireguard, RouteMessageBuilder};
 
 use super::plan::{Interface, Peer};
+use super::state::{PeerState, from_kernel};
 use super::userspace::Program;
 use crate::error::{Error, Result};
 
@@ -63,11 +63,10 @@ impl Wireguard {
             }
         }
         let had: &[Peer<SocketAddr>] = before.map_or(&[], |b| &b.peers);
-        let known = match (before, &program) {
-            (Some(before), _) => before.peers.iter().map(|p| p.key).collect(),
+        let known: Vec<MeshKey> = match before {
+            Some(before) => before.peers.iter().map(|p| p.key).collect(),
             // An earlier process of the agent may have left peers.
-            (None, Some(program)) => program.peers().await?,
-            (None, None) => self.peers(&wanted.name).await?,
+            None => self.states(&wanted.name).await?.into_keys().collect(),
         };
         // Remove peers first, because an allowed address belongs to one peer, and may move to another.
         let gone: Vec<MeshKey> = known.into_iter().filter(|key| wanted.peers.iter().all(|w| w.key != *key)).collect();
@@ -116,44 +115,14 @@ impl Wireguard {
         found.ok().flatten().map(|link| link.header.index)
     }
 
-    /// Returns the keys of the kernel's peers.
-    async fn peers(&mut self, name: &str) -> Result<Vec<MeshKey>> {
-        let of = vec![WireguardAttribute::IfName(name.to_owned())];
-        let answers = self.talk(name, WireguardCmd::GetDevice, of, NLM_F_REQUEST | NLM_F_DUMP).await?;
-        let peers = answers.into_iter().flat_map(|m| m.attributes).filter_map(|a| match a {
-            WireguardAttribute::Peers(peers) => Some(peers),
-            _ => None,
-        });
-        let keys = peers.flatten().flat_map(|p| p.0).filter_map(|a| match a {
-            WireguardPeerAttribute::PublicKey(key) => Some(MeshKey(key)),
-            _ => None,
-        });
-        Ok(keys.collect())
-    }
-
-    /// Returns the time of the last handshake of each peer that had one.
-    pub(super) async fn handshakes(&mut self, name: &str) -> Result<BTreeMap<MeshKey, SystemTime>> {
+    /// Returns the peers of an interface.
+    pub(super) async fn states(&mut self, name: &str) -> Result<BTreeMap<MeshKey, PeerState>> {
         if let Some(program) = Program::for_interface(name) {
-            return program.handshakes().await;
+            return program.states().await;
         }
         let of = vec![WireguardAttribute::IfName(name.to_owned())];
         let answers = self.talk(name, WireguardCmd::GetDevice, of, NLM_F_REQUEST | NLM_F_DUMP).await?;
-        let peers = answers.into_iter().flat_map(|m| m.attributes).filter_map(|a| match a {
-            WireguardAttribute::Peers(peers) => Some(peers),
-            _ => None,
-        });
-        let handshake = |peer: WireguardPeer| {
-            let (mut key, mut at) = (None, None);
-            for attribute in peer.0 {
-                match attribute {
-                    WireguardPeerAttribute::PublicKey(of) => key = Some(MeshKey(of)),
-                    WireguardPeerAttribute::LastHandshake(time) => at = u64::try_from(time.seconds).ok(),
-                    _ => {}
-                }
-            }
-            Some((key?, UNIX_EPOCH + Duration::from_secs(at.filter(|at| *at > 0)?)))
-        };
-        Ok(peers.flatten().filter_map(handshake).collect())
+        Ok(from_kernel(answers))
     }
 
     async fn set(&mut self, name: &str, mut attributes: Vec<WireguardAttribute>) -> Result<()> {
