@@ -64,7 +64,7 @@ struct Server {
     open: AtomicUsize,
 }
 
-/// Serves the page until nobody has been connected for 10 min.
+/// Serves the page until no browser has been connected for 10 min.
 pub async fn serve(fleet: Fleet, listener: UnixListener) {
     let mut hasher = DefaultHasher::new();
     (STYLE, SCRIPT, views::SHELL).hash(&mut hasher);

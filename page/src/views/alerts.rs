@@ -12,7 +12,7 @@ use crate::state::State;
 #[derive(Debug, Serialize)]
 pub(super) struct Alerts {
     has_metrics: bool,
-    /// Alerts that fire and that nobody has muted.
+    /// Alerts that fire and that no operator has muted.
     alerts: Vec<Shown>,
     /// Alerts that are muted, or do not fire yet, each in a line.
     quiet: Vec<Quiet>,
@@ -20,7 +20,7 @@ pub(super) struct Alerts {
     more: usize,
 }
 
-/// An alert that needs nobody yet.
+/// An alert that needs no operator yet.
 #[derive(Debug, Serialize)]
 struct Quiet {
     summary: String,

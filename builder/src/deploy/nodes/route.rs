@@ -1,6 +1,6 @@
 //! Ways to the nodes: through any hub, and through the next one if a hub does not answer.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,12 @@ use crate::keys::operator::OperatorFile;
 /// Time limit of a hub's TLS session, and of the way from there to a node's. A hub reports after 1.5 s that a node does
 /// not answer.
 const HUB_TIMEOUT: Duration = Duration::from_secs(3);
-/// Head start of a hub over the next one.
+/// Shortest head start of a hub over the next one. Where sessions take long, the head start is a multiple of their time,
+/// because further sessions would slow a busy host or hub down even more.
 const HEAD_START: Duration = Duration::from_millis(300);
+const HEAD_START_FACTOR: u32 = 3;
+/// Number of connections that may try a second hub while no connection has found the first one slow.
+const SCOUTS: usize = 4;
 /// Time for which the client does not try again after no hub has answered.
 const FAILURE_VALIDITY: Duration = Duration::from_secs(2);
 /// Pause before the next attempt if each hub has reached its limit of connections, and the number of attempts.
@@ -53,6 +57,9 @@ pub(super) struct Routes {
     failure: Mutex<Option<(String, Instant)>>,
     /// Places for connections. All hubs together permit so many.
     places: Arc<Semaphore>,
+    scouts: Semaphore,
+    /// Time of the last session's handshake, in milliseconds.
+    last_handshake: AtomicU64,
 }
 
 struct Hub {
@@ -116,6 +123,8 @@ impl Routes {
             answered: AtomicBool::new(false),
             failure: Mutex::default(),
             places,
+            scouts: Semaphore::new(SCOUTS),
+            last_handshake: AtomicU64::new(0),
         }))
     }
 
@@ -186,16 +195,25 @@ impl Routes {
         failures: &mut Vec<ThroughError>,
     ) -> Option<(usize, Connection)> {
         let mut attempts = JoinSet::new();
-        let mut started = Vec::new();
+        let mut started: Vec<usize> = Vec::new();
+        let mut scout = None;
         loop {
             if !left.is_empty() {
-                let index = left.remove(0);
-                started.push(index);
-                attempts.spawn(self.clone().open(index));
+                let is_slow = started.last().is_none_or(|index| self.hubs[*index].rank() > 0);
+                if !is_slow && scout.is_none() {
+                    scout = self.scouts.try_acquire().ok();
+                }
+                if is_slow || scout.is_some() {
+                    let index = left.remove(0);
+                    started.push(index);
+                    attempts.spawn(self.clone().open(index));
+                }
             } else if attempts.is_empty() {
                 return None;
             }
-            let pause = if left.is_empty() { HUB_TIMEOUT * 2 } else { HEAD_START };
+            let handshake = Duration::from_millis(self.last_handshake.load(Ordering::Relaxed));
+            let head_start = HEAD_START.max(handshake * HEAD_START_FACTOR);
+            let pause = if left.is_empty() { HUB_TIMEOUT * 2 } else { head_start };
             let ended = tokio::select! {
                 ended = attempts.join_next() => ended,
                 () = sleep(pause) => None,
@@ -223,11 +241,14 @@ impl Routes {
     async fn open(self: Arc<Self>, index: usize) -> (usize, Result<Connection, HttpsError>) {
         let (hub, port) = (&self.hubs[index], self.port);
         let Entry { hub: name, host } = &hub.entry;
+        let started = Instant::now();
         let opened = timeout(HUB_TIMEOUT, Connection::open(host, port, name, &self.tls)).await;
         let no_answer = |_| Err(HttpsError::no_answer(format!("{name} ({host}:{port})")));
         let opened = opened.unwrap_or_else(no_answer);
         if opened.is_ok() {
             hub.set_good();
+            let millis = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.last_handshake.store(millis, Ordering::Relaxed);
             self.answered.store(true, Ordering::Relaxed);
         } else {
             hub.set_failed();

@@ -339,7 +339,7 @@ impl Verb {
     }
 }
 
-/// Returns a random text that nobody can guess.
+/// Returns a random text that cannot be guessed.
 fn secret() -> Result<String> {
     Ok(random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
