@@ -34,8 +34,8 @@ demo:
 
 test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, wireguard-go
-	# is WireGuard in containers, and systemd judges what the builder writes for it.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg systemd
+	# is WireGuard in containers, systemd judges what the builder writes for it, and Chromium opens the monitors' page.
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg systemd chromium
 	$(MAKE) editors
 	tests/run.sh
 
@@ -92,7 +92,7 @@ roles: deps build
 	builder/host-deps.sh iproute2 dnsmasq-base xorriso busybox swtpm wireguard-go
 	# The object store of the restore test. It needs Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
-	cargo test --release --locked --workspace --test machines -- --test-threads=1 --nocapture fleet:: roles:: restore:: legacy_bios:: cloud_init:: secure_netboot:: ipxe:: bootstrap:: power_loss::
+	cargo test --release --locked --workspace --test machines -- --test-threads=1 --nocapture fleet:: roles:: journals:: restore:: legacy_bios:: cloud_init:: secure_netboot:: ipxe:: bootstrap:: power_loss::
 
 # Tries what one taken machine can do, cell by cell. Takes about six minutes. Needs root.
 containment: deps build

@@ -11,8 +11,9 @@ use crate::util::terminal::size;
 use crate::util::time::rfc3339;
 use crate::vm::{Database, FleetStatus, MachineState, NodeRow, duration};
 
-/// Most alerts on the board.
+/// Most alerts on the board, and the part of a terminal's lines that they may take.
 const ALERTS: usize = 5;
+const ALERTS_PART: usize = 4;
 
 /// Table of the board.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
