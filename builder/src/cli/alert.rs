@@ -72,7 +72,7 @@ impl fmt::Display for AlertTestResult {
                     "the monitor lacks its secret: `bakehouse secret NAME`, raise `version`, and publish".to_owned()
                 }
                 (None, ReceiverState::Silent) => "Alertmanager has not sent the alert within 40 s".to_owned(),
-                (None, _) => visible(message).to_string(),
+                (None, _) => visible(message).clone(),
             };
             let state = reply.state.as_str();
             writeln!(f, "{:<monitor$}  {:<receiver$}  {state:<9}  {more}", reply.monitor, reply.receiver)?;
@@ -85,12 +85,11 @@ impl fmt::Display for AlertTestResult {
 pub(super) fn run(context: &NodeContext, command: &AlertCommand) -> Result<CommandResult> {
     let AlertCommand::Test(args) = command;
     let reach = context.reach(&args.access)??;
-    let monitors = match &args.node {
-        Some(node) => vec![reach.node(node)?.name.clone()],
-        None => {
-            let is_monitor = |roles: &[String]| roles.iter().any(|role| role == "monitor");
-            reach.nodes.iter().filter(|node| is_monitor(&node.roles)).map(|node| node.name.clone()).collect()
-        }
+    let monitors = if let Some(node) = &args.node {
+        vec![reach.node(node)?.name.clone()]
+    } else {
+        let is_monitor = |roles: &[String]| roles.iter().any(|role| role == "monitor");
+        reach.nodes.iter().filter(|node| is_monitor(&node.roles)).map(|node| node.name.clone()).collect()
     };
     if monitors.is_empty() {
         return Err(Error::Usage("the fleet has no node with the role `monitor`, which sends alerts".to_owned()));

@@ -79,7 +79,7 @@ impl Redirect {
         let path = dir.join(format!("bakehouse-page-{}.html", std::process::id()));
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).ok()?;
         let redirect = Self(path);
-        write!(file, "<!doctype html><meta http-equiv=\"refresh\" content=\"0;url={link}\"><title>Bakehouse</title>\n")
+        writeln!(file, "<!doctype html><meta http-equiv=\"refresh\" content=\"0;url={link}\"><title>Bakehouse</title>")
             .ok()?;
         Some(redirect)
     }

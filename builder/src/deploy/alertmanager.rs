@@ -282,12 +282,11 @@ fn logfmt(line: &str) -> Vec<(String, String)> {
     let mut rest = line;
     while let Some((key, after)) = rest.split_once('=') {
         let key = key.rsplit(' ').next().unwrap_or_default();
-        let (value, end) = match after.strip_prefix('"') {
-            Some(quoted) => unquoted(quoted),
-            None => {
-                let end = after.find(' ').unwrap_or(after.len());
-                (after[..end].to_owned(), &after[end..])
-            }
+        let (value, end) = if let Some(quoted) = after.strip_prefix('"') {
+            unquoted(quoted)
+        } else {
+            let end = after.find(' ').unwrap_or(after.len());
+            (after[..end].to_owned(), &after[end..])
         };
         fields.push((key.to_owned(), value));
         rest = end;

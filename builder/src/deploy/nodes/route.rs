@@ -223,7 +223,9 @@ impl Routes {
                     // Those that are slower are the next ones, if this hub does not reach the node. Their attempts
                     // continue, and note how they end.
                     started.retain(|other| *other != index);
-                    started.iter().for_each(|slow| self.hubs[*slow].set_slow());
+                    for slow in &started {
+                        self.hubs[*slow].set_slow();
+                    }
                     left.append(&mut started);
                     attempts.detach_all();
                     return Some((index, session));
