@@ -72,7 +72,7 @@ impl fmt::Display for AlertTestResult {
                     "the monitor lacks its secret: `bakehouse secret NAME`, raise `version`, and publish".to_owned()
                 }
                 (None, ReceiverState::Silent) => "Alertmanager has not sent the alert within 40 s".to_owned(),
-                (None, _) => visible(message).clone(),
+                (None, _) => visible(message),
             };
             let state = reply.state.as_str();
             writeln!(f, "{:<monitor$}  {:<receiver$}  {state:<9}  {more}", reply.monitor, reply.receiver)?;
