@@ -85,6 +85,12 @@ impl Fleet {
 }
 
 impl Node {
+    /// Whether other nodes depend on this one. A large fleet has many nodes that are not central.
+    #[must_use]
+    pub fn is_central(&self) -> bool {
+        ["hub", "voter", "db", "monitor"].iter().any(|role| self.has_role(role))
+    }
+
     /// Whether the node has this role.
     #[must_use]
     pub fn has_role(&self, role: &str) -> bool {

@@ -87,18 +87,13 @@ pub(crate) struct Line {
     pub(crate) values: Vec<Option<f64>>,
 }
 
-/// Returns every graph of a range.
-pub(crate) async fn draw(fleet: &Fleet, sources: &Sources, range: Range, now: f64) -> Vec<Drawn> {
-    let window = range.window(now);
-    let graphs = queries::graphs(fleet, range.step());
-    join_all(graphs.into_iter().map(async |graph| {
-        let replies = join_all(graph.lines.iter().map(|(_, expression)| sources.range(expression, window))).await;
-        let names = graph.lines.iter().map(|(name, _)| *name);
-        let lines = names.zip(replies).map(|(name, reply)| Ok((name, reply.map_err(|e| e.chain())?)));
-        let lines = lines.collect::<Result<Vec<_>, String>>().map(|replies| lines_of(fleet, replies, window));
-        Drawn { graph, window, lines }
-    }))
-    .await
+/// Returns a graph with its lines.
+pub(crate) async fn draw(fleet: &Fleet, sources: &Sources, graph: Graph, window: Window) -> Drawn {
+    let replies = join_all(graph.lines.iter().map(|(_, expression)| sources.range(expression, window))).await;
+    let names = graph.lines.iter().map(|(name, _)| *name);
+    let lines = names.zip(replies).map(|(name, reply)| Ok((name, reply.map_err(|e| e.chain())?)));
+    let lines = lines.collect::<Result<Vec<_>, String>>().map(|replies| lines_of(fleet, replies, window));
+    Drawn { graph, window, lines }
 }
 
 fn lines_of(fleet: &Fleet, replies: Vec<(Option<&'static str>, Vec<Series>)>, window: Window) -> Vec<Line> {

@@ -17,8 +17,6 @@ pub(crate) const INTERVAL: Duration = Duration::from_secs(1);
 const LIMIT: Duration = Duration::from_millis(900);
 /// Failures in a row after which a node counts as down. A single lost packet is none.
 const FAILURES: u32 = 2;
-/// Roles whose nodes a large fleet probes, too.
-const ALWAYS: [&str; 4] = ["hub", "voter", "db", "monitor"];
 
 /// Nodes, and the number of failures in a row of each.
 #[derive(Debug)]
@@ -35,10 +33,9 @@ struct Probe {
 pub(crate) type Reachable = BTreeMap<String, bool>;
 
 impl Probes {
-    /// Selects the nodes: all of a small fleet, and those with the fleet's central roles of a large one.
+    /// Selects the nodes: all of a small fleet, and the central ones of a large one.
     pub(crate) fn new(fleet: &Fleet) -> Self {
-        let wanted =
-            fleet.nodes.iter().filter(|node| fleet.is_small() || ALWAYS.iter().any(|role| node.has_role(role)));
+        let wanted = fleet.nodes.iter().filter(|node| fleet.is_small() || node.is_central());
         Self(
             wanted
                 .map(|node| Probe {

@@ -2,6 +2,7 @@
 //! be hostile: nothing here trusts them, and the templates escape them.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
@@ -116,6 +117,9 @@ pub(crate) struct Window {
     pub(crate) step: f64,
 }
 
+/// Time limit of a range query. In a large fleet, it reads a million values.
+const RANGE_LIMIT: Duration = Duration::from_secs(20);
+
 /// Clients of the monitor's services.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sources {
@@ -145,7 +149,8 @@ impl Sources {
             ("end", window.end.to_string()),
             ("step", window.step.to_string()),
         ];
-        let reply: Reply<Results<Series>> = self.prometheus.ask("/api/v1/query_range", &form).await?;
+        let prometheus = Service { limit: RANGE_LIMIT, ..self.prometheus };
+        let reply: Reply<Results<Series>> = prometheus.ask("/api/v1/query_range", &form).await?;
         Ok(reply.data.result)
     }
 

@@ -238,8 +238,7 @@ impl Watch {
                 let drawn = self.view.borrow().graphs.get(&range).map(|(drawn, _)| *drawn);
                 let refresh = Duration::from_secs_f64(range.step().clamp(10.0, 300.0));
                 if drawn.is_none_or(|drawn| drawn.elapsed() >= refresh) {
-                    let graphs = history::draw(&self.fleet, &self.sources, range, now()).await;
-                    self.view.send_modify(|view| drop(view.graphs.insert(range, (Instant::now(), Arc::new(graphs)))));
+                    self.draw(range).await;
                 }
             }
             tokio::select! {
@@ -247,6 +246,27 @@ impl Watch {
                 _ = wanted.changed() => {}
             }
         }
+    }
+
+    /// Draws the graphs of a range, one after the other: together they would keep a small monitor busy. New graphs are
+    /// shown at once, and old ones stay until all are new.
+    async fn draw(&self, range: Range) {
+        let window = range.window(now());
+        let old = self.view.borrow().graphs.get(&range).map(|(_, graphs)| graphs.clone());
+        let mut drawn = Vec::new();
+        for graph in queries::graphs(&self.fleet, range.step()) {
+            drawn.push(history::draw(&self.fleet, &self.sources, graph, window).await);
+            if old.is_none() {
+                self.show(range, drawn.clone());
+            }
+        }
+        if old.is_some() {
+            self.show(range, drawn);
+        }
+    }
+
+    fn show(&self, range: Range, drawn: Vec<Drawn>) {
+        self.view.send_modify(|view| drop(view.graphs.insert(range, (Instant::now(), Arc::new(drawn)))));
     }
 
     async fn keep_history(&self) {

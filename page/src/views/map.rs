@@ -1,9 +1,11 @@
 //! The map: hubs, groups of nodes, the paths between them, and what the nodes hold. It is drawn twice, for wide and for
 //! narrow screens.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
-use super::{Content, count};
+use super::{Content, class, count, words};
 use crate::config::Node;
 use crate::format::{duration, whole};
 use crate::state::{Database, Health, NodeState, Path};
@@ -112,12 +114,15 @@ pub(super) fn context(content: &Content) -> Maps {
         0 => ". No path is down.".to_owned(),
         down => format!(". {} down.", count(down, "path is", "paths are")),
     });
-    let draw = |class, width, card| Drawing { content, width, card }.map(class);
+    let states: BTreeMap<&str, &NodeState> = state.nodes.iter().map(|node| (node.name.as_str(), node)).collect();
+    let draw = |class, width, card| Drawing { content, states: &states, width, card }.map(class);
     Maps { label, maps: [draw("wide", 1080.0, 138.0), draw("narrow", 372.0, 104.0)] }
 }
 
 struct Drawing<'a> {
     content: &'a Content<'a>,
+    /// States of the nodes by name.
+    states: &'a BTreeMap<&'a str, &'a NodeState>,
     width: f64,
     /// Width of a card.
     card: f64,
@@ -253,7 +258,7 @@ impl Drawing<'_> {
     }
 
     fn state(&self, node: &Node) -> Option<&NodeState> {
-        self.content.state.node(&node.name)
+        self.states.get(node.name.as_str()).copied()
     }
 
     fn health(&self, node: &Node) -> (&'static str, String) {
@@ -410,28 +415,6 @@ fn wire(d: String, path: &Path) -> (u8, Wire) {
         Some(false) => (2, "down", "down"),
     };
     (rank, Wire { d, class, title: format!("{} – {}: {text}", path.from, path.hub) })
-}
-
-/// Returns the name of a health in the style sheet.
-pub(super) fn class(health: Health) -> &'static str {
-    match health {
-        Health::Good => "good",
-        Health::Unwell => "unwell",
-        Health::Blind => "blind",
-        Health::Down => "down",
-        Health::Unknown => "unknown",
-    }
-}
-
-/// Returns a health in words.
-pub(super) fn words(health: Health) -> &'static str {
-    match health {
-        Health::Good => "works",
-        Health::Unwell => "has failed units",
-        Health::Blind => "sends no metrics",
-        Health::Down => "does not answer",
-        Health::Unknown => "no information",
-    }
 }
 
 fn round(value: f64) -> f64 {

@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::config::Fleet;
 use crate::history::{Drawn, Fired, Promises, Range, Version};
-use crate::state::State;
+use crate::state::{Health, State};
 
 /// Everything that the page shows.
 #[derive(Clone, Debug)]
@@ -163,6 +163,28 @@ impl Button {
             }
         }
         Self { text: text.into(), href }
+    }
+}
+
+/// Returns the name of a health in the style sheet.
+fn class(health: Health) -> &'static str {
+    match health {
+        Health::Good => "good",
+        Health::Unwell => "unwell",
+        Health::Blind => "blind",
+        Health::Down => "down",
+        Health::Unknown => "unknown",
+    }
+}
+
+/// Returns a health in words.
+fn words(health: Health) -> &'static str {
+    match health {
+        Health::Good => "works",
+        Health::Unwell => "has failed units",
+        Health::Blind => "sends no metrics",
+        Health::Down => "does not answer",
+        Health::Unknown => "no information",
     }
 }
 

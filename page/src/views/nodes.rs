@@ -2,8 +2,7 @@
 
 use serde::Serialize;
 
-use super::map::{class, words};
-use super::{Button, Content, Viewer, count};
+use super::{Button, Content, Viewer, class, count, words};
 use crate::config::Node;
 use crate::format::{Unit, duration, plain, whole};
 use crate::history::mix;

@@ -79,7 +79,11 @@ fn headline(content: &Content) -> (String, Vec<String>, Grade) {
     let (headline, mut grade) = if !state.has_metrics {
         ("Prometheus has no answer yet".to_owned(), Grade::Bad)
     } else if critical > 0 {
-        (format!("{}, {critical} critical", count(firing, "alert fires", "alerts fire")), Grade::Bad)
+        let text = match firing - critical {
+            0 => count(critical, "critical alert fires", "critical alerts fire"),
+            _ => format!("{}, {critical} critical", count(firing, "alert fires", "alerts fire")),
+        };
+        (text, Grade::Bad)
     } else if !down.is_empty() {
         (down_text(&down), Grade::Bad)
     } else if firing > 0 {

@@ -130,7 +130,7 @@ fn a_thousand_nodes_are_a_small_page() {
     let state = State::new(&fleet, 0.0, &testing::replies(&fleet), Vec::new(), &Reachable::new());
     let html = page(&Content::of(&fleet, &state), &Viewer::default(), "build");
     assert!(html.len() < 500_000, "{} bytes", html.len());
-    assert!(begun.elapsed().as_secs_f64() < 1.0, "{:?}", begun.elapsed());
+    assert!(begun.elapsed().as_secs_f64() < 5.0, "{:?}", begun.elapsed());
 }
 
 #[test]
