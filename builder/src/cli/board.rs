@@ -93,10 +93,10 @@ impl Board<'_> {
         let parts: Vec<String> = parts.into_iter().map(|(text, _)| text).collect();
         lines.extend(wrapped(&parts, columns).into_iter().map(|line| (line, style)));
         if let Some(Ok(all)) = alerts {
-            lines.extend(all.iter().take(ALERTS).map(|alert| (cut(&text_of(alert, now), columns), colour_of(alert))));
-            if all.len() > ALERTS {
-                let more = format!("… and {} more alerts", all.len() - ALERTS);
-                lines.push((cut(&more, columns), Style::Plain));
+            let most = size.map_or(ALERTS, |(_, height)| (height / ALERTS_PART).clamp(1, ALERTS));
+            lines.extend(all.iter().take(most).map(|alert| (cut(&text_of(alert, now), columns), colour_of(alert))));
+            if all.len() > most {
+                lines.push((cut(&format!("… and {} more alerts", all.len() - most), columns), Style::Plain));
             }
         }
         let rows = match self.view {

@@ -135,7 +135,8 @@ mod tests {
         assert!(status.nodes.iter().all(|row| row.state == MachineState::Ready), "{status}");
         assert_eq!(status.nodes.len(), count);
         // The client uses all hubs, and asks up to 64 nodes at the same time.
-        assert!(fleet.most_parallel() <= 64 && fleet.most_parallel() > 8, "{}", fleet.most_parallel());
+        let most = fleet.most_parallel();
+        assert!(most <= 64 && most > 8.min(count / 2), "{most}");
         // One connection a node, and none only to look whether a hub answers.
         let asked: usize = ["hub-1", "hub-2", "hub-3"].iter().map(|hub| fleet.requests(hub)).sum();
         assert!(asked >= count && asked < count + count / 10, "{asked} requests for {count} nodes");
