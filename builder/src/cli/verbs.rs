@@ -60,7 +60,7 @@ Patroni selects a synchronous standby. Connections to the database end, and Odoo
 when another node has the primary.";
 pub(super) const OPEN: &str = "\
 Examples:
-  bakehouse open page
+  bakehouse open
   bakehouse open prometheus
   bakehouse open haproxy --node hub-2
 
@@ -217,7 +217,7 @@ pub(super) enum Page {
 #[derive(Args)]
 pub(super) struct OpenArgs {
     /// Page to open
-    #[arg(value_enum)]
+    #[arg(value_enum, default_value_t = Page::Fleet)]
     pub(super) page: Page,
     /// Name of a node; default: the first node with the page that answers
     #[arg(long)]
