@@ -34,7 +34,9 @@ pub(super) enum Service {
 
 impl Service {
     pub(super) fn new(name: &str) -> Option<Self> {
-        [Self::Prometheus, Self::Alertmanager, Self::Haproxy, Self::Page].into_iter().find(|service| service.name() == name)
+        [Self::Prometheus, Self::Alertmanager, Self::Haproxy, Self::Page]
+            .into_iter()
+            .find(|service| service.name() == name)
     }
 
     /// Returns the name in paths.
