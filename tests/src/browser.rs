@@ -60,19 +60,19 @@ impl Browser {
         let commands = child.stdin.take().expect("a pipe");
         let mut browser =
             Self { child, commands, messages, last: 0, session: None, events: Vec::new(), _profile: profile };
-        let targets = browser.call("Target.getTargets", json!({}));
+        let targets = browser.call("Target.getTargets", &json!({}));
         let targets = targets["targetInfos"].as_array().expect("targets");
         let tab = targets.iter().find(|target| target["type"] == "page").expect("a tab")["targetId"].clone();
-        let attached = browser.call("Target.attachToTarget", json!({ "targetId": tab, "flatten": true }));
+        let attached = browser.call("Target.attachToTarget", &json!({ "targetId": tab, "flatten": true }));
         browser.session = attached["sessionId"].as_str().map(str::to_owned);
         for domain in ["Page", "Runtime", "Log", "Network"] {
-            browser.call(&format!("{domain}.enable"), json!({}));
+            browser.call(&format!("{domain}.enable"), &json!({}));
         }
         browser
     }
 
     /// Sends a command, and returns its result.
-    fn call(&mut self, method: &str, params: Value) -> Value {
+    fn call(&mut self, method: &str, params: &Value) -> Value {
         self.last += 1;
         let mut command = json!({ "id": self.last, "method": method, "params": params });
         if let Some(session) = &self.session {
@@ -98,18 +98,18 @@ impl Browser {
     /// Sets the size of the window, and the number of pixels of a unit. `phone`: as a phone has it.
     pub fn resize(&mut self, width: u32, height: u32, scale: f64, phone: bool) {
         let metrics = json!({ "width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone });
-        self.call("Emulation.setDeviceMetricsOverride", metrics);
+        self.call("Emulation.setDeviceMetricsOverride", &metrics);
     }
 
     /// Sets the preferred colours: `light` or `dark`.
     pub fn prefer(&mut self, scheme: &str) {
         let feature = json!({ "name": "prefers-color-scheme", "value": scheme });
-        self.call("Emulation.setEmulatedMedia", json!({ "features": [feature] }));
+        self.call("Emulation.setEmulatedMedia", &json!({ "features": [feature] }));
     }
 
     /// Opens an address, and waits until the page is complete.
     pub fn open(&mut self, url: &str) {
-        let opened = self.call("Page.navigate", json!({ "url": url }));
+        let opened = self.call("Page.navigate", &json!({ "url": url }));
         assert!(opened["errorText"].is_null(), "{url}: {}", opened["errorText"]);
         self.wait_for("document.readyState === 'complete'", Duration::from_secs(20));
     }
@@ -117,7 +117,7 @@ impl Browser {
     /// Returns the value of an expression.
     pub fn eval(&mut self, expression: &str) -> Value {
         let params = json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
-        let result = self.call("Runtime.evaluate", params);
+        let result = self.call("Runtime.evaluate", &params);
         assert!(result["exceptionDetails"].is_null(), "{expression}: {}", result["exceptionDetails"]);
         result["result"]["value"].clone()
     }
@@ -149,7 +149,7 @@ impl Browser {
 
     /// Writes what the window shows as a PNG file.
     pub fn screenshot(&mut self, path: &Path) {
-        let picture = self.call("Page.captureScreenshot", json!({ "format": "png" }));
+        let picture = self.call("Page.captureScreenshot", &json!({ "format": "png" }));
         let bytes = fleet::encoding::decode(picture["data"].as_str().expect("a picture")).expect("base64");
         std::fs::write(path, bytes).expect("a folder");
     }
@@ -158,9 +158,8 @@ impl Browser {
     pub fn problems(&mut self) -> Vec<String> {
         self.eval("1");
         let is_problem = |event: &Value| match event["method"].as_str().unwrap_or_default() {
-            "Runtime.exceptionThrown" => true,
+            "Runtime.exceptionThrown" | "Log.entryAdded" => true,
             "Runtime.consoleAPICalled" => event["params"]["type"] != "log",
-            "Log.entryAdded" => true,
             _ => false,
         };
         let problems = self.events.iter().filter(|event| is_problem(event)).map(|event| event["params"].to_string());

@@ -64,6 +64,11 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
+/// Returns the work at a time of the day, 0.1 to 1, with most at noon.
+fn busy(at: f64) -> f64 {
+    0.55 + 0.45 * ((at / 86_400.0 - 0.25) * TAU).sin()
+}
+
 /// Returns a value that swings around `base`, different for each name.
 fn wave(name: &str, at: f64, base: f64, swing: f64, period: f64) -> f64 {
     let phase =
@@ -145,57 +150,9 @@ impl Exporters {
             all.push((metric, labels.iter().map(|(name, value)| (*name, (*value).to_owned())).collect(), value));
         };
         let with_role = |role: &'static str| self.topology.nodes.iter().filter(move |other| other.has_role(role));
-        // The work of a day, with more at noon.
-        let busy = 0.55 + 0.45 * ((at / 86_400.0 - 0.25) * TAU).sin();
+        let busy = busy(at);
         match port {
-            9100 => {
-                add("node_load1", &[], wave(name, at, 0.25 + 0.9 * busy, 0.3, 1900.0));
-                for cpu in ["0", "1"] {
-                    add("node_cpu_seconds_total", &[("cpu", cpu), ("mode", "idle")], at * 0.7);
-                }
-                add("node_memory_MemTotal_bytes", &[], 4e9);
-                add(
-                    "node_memory_MemAvailable_bytes",
-                    &[],
-                    4e9 * (1.0 - wave(name, at, 0.42 + 0.1 * busy, 0.06, 5200.0)),
-                );
-                let var = [("mountpoint", "/var")];
-                let used = if node.has_role("db") { 0.38 } else { 0.17 };
-                add("node_filesystem_size_bytes", &var, 2e10);
-                add("node_filesystem_avail_bytes", &var, 2e10 * (1.0 - wave(name, at, used, 0.012, 26_000.0)));
-                add("node_boot_time_seconds", &[], 1_795_000_000.0);
-                add("node_time_seconds", &[], at);
-                let version = story.versions.get(name).unwrap_or(&story.version);
-                add(
-                    "node_os_info",
-                    &[("image_id", &format!("{}-{}", self.topology.name, node.group)), ("image_version", version)],
-                    1.0,
-                );
-                let failed = story.failed.get(name).map_or("", String::as_str);
-                for unit in ["patroni.service", "haproxy.service", "odoo-http.service"] {
-                    let state = [("name", unit), ("state", "failed")];
-                    add("node_systemd_unit_state", &state, f64::from(u8::from(unit == failed)));
-                }
-                if node.hub > 0 {
-                    add("node_network_address_info", &[("device", "lo"), ("address", "127.0.0.1")], 1.0);
-                    if story.vip == name {
-                        let vip = self.topology.vip.to_string();
-                        add("node_network_address_info", &[("device", "lo"), ("address", &vip)], 1.0);
-                    }
-                    for metric in ["bakehouse_rollout_blocked", "bakehouse_rollout_denied", "bakehouse_rollout_skipped"]
-                    {
-                        add(metric, &[], 0.0);
-                    }
-                }
-                if story.primary == name {
-                    add("bakehouse_write_probe_success", &[], 1.0);
-                    add("bakehouse_write_probe_timestamp_seconds", &[], at.floor());
-                }
-                if node.has_role("backup") {
-                    add("bakehouse_backup_count", &[], 9.0);
-                    add("bakehouse_backup_newest_seconds", &[], (at / 86_400.0).floor() * 86_400.0 + 3600.0);
-                }
-            }
+            9100 => self.machine(node, at, story, &mut add),
             9324 => {
                 for hub in with_role("hub").filter(|hub| hub.name != name) {
                     let up = !story.down.contains(&hub.name);
@@ -264,6 +221,58 @@ impl Exporters {
             _ => {}
         }
         all
+    }
+
+    /// Adds the metrics of the node exporter.
+    fn machine(
+        &self,
+        node: &Node,
+        at: f64,
+        story: &Story,
+        add: &mut impl FnMut(&'static str, &[(&'static str, &str)], f64),
+    ) {
+        let (name, busy) = (node.name.as_str(), busy(at));
+        add("node_load1", &[], wave(name, at, 0.25 + 0.9 * busy, 0.3, 1900.0));
+        for cpu in ["0", "1"] {
+            add("node_cpu_seconds_total", &[("cpu", cpu), ("mode", "idle")], at * 0.7);
+        }
+        add("node_memory_MemTotal_bytes", &[], 4e9);
+        add("node_memory_MemAvailable_bytes", &[], 4e9 * (1.0 - wave(name, at, 0.42 + 0.1 * busy, 0.06, 5200.0)));
+        let var = [("mountpoint", "/var")];
+        let used = if node.has_role("db") { 0.38 } else { 0.17 };
+        add("node_filesystem_size_bytes", &var, 2e10);
+        add("node_filesystem_avail_bytes", &var, 2e10 * (1.0 - wave(name, at, used, 0.012, 26_000.0)));
+        add("node_boot_time_seconds", &[], 1_795_000_000.0);
+        add("node_time_seconds", &[], at);
+        let version = story.versions.get(name).unwrap_or(&story.version);
+        add(
+            "node_os_info",
+            &[("image_id", &format!("{}-{}", self.topology.name, node.group)), ("image_version", version)],
+            1.0,
+        );
+        let failed = story.failed.get(name).map_or("", String::as_str);
+        for unit in ["patroni.service", "haproxy.service", "odoo-http.service"] {
+            let state = [("name", unit), ("state", "failed")];
+            add("node_systemd_unit_state", &state, f64::from(u8::from(unit == failed)));
+        }
+        if node.hub > 0 {
+            add("node_network_address_info", &[("device", "lo"), ("address", "127.0.0.1")], 1.0);
+            if story.vip == name {
+                let vip = self.topology.vip.to_string();
+                add("node_network_address_info", &[("device", "lo"), ("address", &vip)], 1.0);
+            }
+            for metric in ["bakehouse_rollout_blocked", "bakehouse_rollout_denied", "bakehouse_rollout_skipped"] {
+                add(metric, &[], 0.0);
+            }
+        }
+        if story.primary == name {
+            add("bakehouse_write_probe_success", &[], 1.0);
+            add("bakehouse_write_probe_timestamp_seconds", &[], at.floor());
+        }
+        if node.has_role("backup") {
+            add("bakehouse_backup_count", &[], 9.0);
+            add("bakehouse_backup_newest_seconds", &[], (at / 86_400.0).floor() * 86_400.0 + 3600.0);
+        }
     }
 
     /// Returns a history in the OpenMetrics format, for `promtool tsdb create-blocks-from`. `parts`: begin, end and step,

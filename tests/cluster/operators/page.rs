@@ -24,7 +24,7 @@ use serde_json::json;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
-use super::{TestNode, TestOperator, now, page_socket};
+use super::{TestNode, TestOperator, ask, now, page_socket, refused};
 
 const GROUPS: &str = "app.count = 3\ndb.count = 2\nmonitor.count = 1\n";
 /// Longest time until the page shows that a hub is down.
@@ -230,10 +230,12 @@ fn page_config(topology: &Topology, monitor: &Node) -> Fleet {
     serde_json::from_str(&render(topology, monitor, "page/run/bakehouse/page.json.j2")).expect("a configuration")
 }
 
-/// Takes the pictures of the documentation, or the same ones in a folder of the test.
+/// Pictures of the documentation.
+const PICTURES: [&str; 4] = ["page-light", "page-alert-dark", "page-large-light", "page-phone"];
+
+/// Takes pictures of the page in `target/page`, and with `PICTURES=1` those of the documentation.
 fn take_pictures(browser: &mut Browser, name: &str) {
-    let docs = std::env::var_os("PICTURES").map(|_| root().join("docs/pictures"));
-    let dir: PathBuf = docs.unwrap_or_else(|| root().join("target/page"));
+    let dir = root().join("target/page");
     fs::create_dir_all(&dir).expect("a folder");
     for (kind, scheme, width, height, phone) in
         [("light", "light", 1360, 1000, false), ("dark", "dark", 1360, 1000, false), ("phone", "light", 390, 844, true)]
@@ -241,7 +243,12 @@ fn take_pictures(browser: &mut Browser, name: &str) {
         browser.resize(width, height, if phone { 2.0 } else { 1.0 }, phone);
         browser.prefer(scheme);
         browser.eval("new Promise((done) => setTimeout(done, 300))");
-        browser.screenshot(&dir.join(format!("{name}-{kind}.png")));
+        let name = format!("{name}-{kind}");
+        let picture = dir.join(format!("{name}.png"));
+        browser.screenshot(&picture);
+        if PICTURES.contains(&name.as_str()) && std::env::var_os("PICTURES").is_some() {
+            fs::copy(&picture, root().join("docs/pictures").join(format!("{name}.png"))).expect("a folder");
+        }
     }
     browser.resize(1360, 1000, 1.0, false);
     browser.prefer("light");
@@ -282,19 +289,43 @@ fn the_page_shows_the_fleet_and_steers_it_for_operators() {
         let _prometheus = start_prometheus(monitor, dir.path(), &tools);
         serve_page(page_config(&topology, monitor), &page_socket(node.dir.path()));
 
-        tokio::task::block_in_place(|| {
-            let viewer = TestOperator::new(&site, "anna", OperatorRole::Viewer);
+        let viewer = TestOperator::new(&site, "anna", OperatorRole::Viewer);
+        without_open(&node, &viewer).await;
+        let operator = TestOperator::new(&site, "ben", OperatorRole::Operator);
+        let (browser, opened) = tokio::task::block_in_place(|| {
             let opened = Opened::new(&site, &viewer, dir.path());
             let mut browser = Browser::start();
             browser.resize(1360, 1000, 1.0, false);
             shows_the_fleet(&mut browser, &opened);
             a_death_is_seen(&mut browser, &topology, &exporters);
             drop(opened);
-            let operator = TestOperator::new(&site, "ben", OperatorRole::Operator);
             let opened = Opened::new(&site, &operator, dir.path());
             operators_steer(&mut browser, &opened);
+            (browser, opened)
         });
+        site.revoke_operator(&operator.revocation(), &site.root).await.expect("a hub takes the order");
+        tokio::task::block_in_place(|| is_closed(browser, &opened));
     });
+}
+
+/// A browser with the operator's certificate reaches the node itself, as over WireGuard.
+async fn without_open(node: &TestNode, viewer: &TestOperator) {
+    let mut connection = node.direct(&viewer.tls).await.expect("a connection");
+    let html = ask(&mut connection, "GET", "/?range=24h", "").await.expect("the page");
+    let html = String::from_utf8_lossy(&html);
+    assert!(html.contains("You are anna (viewer).") && html.contains("data-range=\"24h\""), "{html}");
+    let style = ask(&mut connection, "GET", "/page.css", "").await.expect("the style sheet");
+    assert!(style.starts_with(b":root"));
+    for (method, path) in [("POST", "/"), ("GET", "/act"), ("GET", "/page.html")] {
+        let text = refused(ask(&mut connection, method, path, "").await, path);
+        assert!(text.contains("unknown path"), "{text}");
+    }
+}
+
+/// The page does not open for an operator who is revoked.
+fn is_closed(mut browser: Browser, opened: &Opened) {
+    browser.open(&format!("{}/", opened.origin()));
+    browser.wait_for("document.body.innerText.includes('revoked')", Duration::from_secs(30));
 }
 
 /// The content of the page for a viewer, and what a viewer may not.
