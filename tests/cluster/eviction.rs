@@ -172,7 +172,7 @@ fn the_hub_whose_etcd_member_leads_is_evicted_by_one_order() {
         let topology = site.topology.clone();
         let evicted = tokio::task::spawn_blocking(move || {
             let authority: FleetKey = serde_json::from_value(authority).expect("a fleet key");
-            Operator { authority, topology: &topology, endpoints: BTreeMap::new() }.leave("hub-2", true)
+            Operator { authority, topology: &topology, endpoints: BTreeMap::new(), help: None }.leave("hub-2", true)
         });
         evicted.await.expect("no panic").expect("one of the hubs evicts hub-2");
         let etcd = site.etcd(0);

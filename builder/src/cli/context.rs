@@ -49,7 +49,10 @@ impl Context<'_> {
         let authority = FleetKey::load(self.project)?;
         let is_local = endpoint == ["local"];
         let endpoints = if is_local { vm::hub_forwards(self.project) } else { self.endpoints(endpoint)? };
-        Ok(Hubs { authority, topology: &self.project.topology, endpoints })
+        let runs = || !vm::running(self.project).is_empty();
+        let help = "`--endpoint local` sends the order to the machines that `bakehouse up` started";
+        let help = (endpoint.is_empty() && runs()).then_some(help);
+        Ok(Hubs { authority, topology: &self.project.topology, endpoints, help })
     }
 
     /// Parses `hub-1=192.0.2.1`. Rejects hubs that the fleet does not have.

@@ -33,6 +33,8 @@ pub struct Hubs<'a> {
     pub topology: &'a Topology,
     /// Endpoints of hubs that replace those of `fleet.toml`.
     pub endpoints: BTreeMap<String, String>,
+    /// What the user may do if no hub accepts an order.
+    pub help: Option<&'static str>,
 }
 
 impl Hubs<'_> {
@@ -171,7 +173,8 @@ impl Hubs<'_> {
             };
             if !failures.iter().any(is_temporary) || Instant::now() > until {
                 let failures: Vec<String> = failures.iter().map(Error::chain).collect();
-                return fail(format!("no hub accepts the order:\n  {}", failures.join("\n  ")));
+                let help = self.help.map(|help| format!("\n  help: {help}")).unwrap_or_default();
+                return fail(format!("no hub accepts the order:\n  {}{help}", failures.join("\n  ")));
             }
             std::thread::sleep(pause.next_delay());
         }
