@@ -229,16 +229,22 @@ pub fn down(project: &Project, nodes: &[String], progress: &Progress) -> Result<
         .map(|n| Vm::at(&n.name, project.dir.join("build/vm").join(&n.name)))
         .filter(Vm::is_running)
         .collect();
-    // In parallel, because each shutdown waits for the node's services.
-    std::thread::scope(|scope| {
-        let stopping: Vec<_> = (running.iter())
-            .map(|vm| {
-                let step = progress.step("down", &vm.node);
-                scope.spawn(move || vm.power_down().map(|()| step.done(&vm.node)))
-            })
-            .collect();
-        join_all(stopping)
-    })?;
+    // A primary needs etcd until it has stopped. Without etcd, its watchdog resets the machine, which then boots again.
+    let (last, first): (Vec<&Vm>, Vec<&Vm>) = running.iter().partition(|vm| project.topology.voters.contains(&vm.node));
+    let stages = [first, last].map(|stage| {
+        // In parallel, because each shutdown waits for the node's services.
+        std::thread::scope(|scope| {
+            let stopping: Vec<_> = (stage.into_iter())
+                .map(|vm| {
+                    let step = progress.step("down", &vm.node);
+                    scope.spawn(move || vm.power_down().map(|()| step.done(&vm.node)))
+                })
+                .collect();
+            join_all(stopping)
+        })
+    });
+    // A machine that did not shut down is off, and the others shut down nevertheless.
+    stages.into_iter().collect::<Result<()>>()?;
     let vms = project.topology.nodes.iter().map(|n| (n, Vm::at(&n.name, project.dir.join("build/vm").join(&n.name))));
     let (off, on): (Vec<_>, Vec<_>) = vms.partition(|(_, vm)| !vm.is_running());
     match off.first() {
