@@ -155,8 +155,14 @@ pub(crate) async fn stop_machine(bus: &zbus::Connection, target: &str) -> Result
 /// If the connection to the bus is closed.
 pub(crate) async fn state(bus: &zbus::Connection, unit: &str) -> Result<(String, bool)> {
     let path = ManagerProxy::new(bus).await?.load_unit(unit).await?;
-    let unit = unit_proxy(bus, path).await?;
-    Ok((unit.active_state().await?, unit.job().await?.0 != 0))
+    Ok(state_of(&unit_proxy(bus, path).await?).await?)
+}
+
+/// Returns the active state of a unit, and whether a job of the unit is pending. The job is read first. Otherwise a unit
+/// that starts between the two replies would seem to have ended: it is `inactive` before, and has no job afterwards.
+async fn state_of(unit: &UnitProxy<'_>) -> zbus::Result<(String, bool)> {
+    let has_job = unit.job().await?.0 != 0;
+    Ok((unit.active_state().await?, has_job))
 }
 
 /// Returns the proxy of a unit. It has no cache, because filling the cache would read all properties of the unit.
@@ -178,6 +184,7 @@ mod tests {
         assert!(names(&[]).await.contains(&"patroni.service".to_owned()));
         assert_eq!(names(&["failed"]).await, ["broken.service"]);
         restart(&bus, "patroni.service").await.unwrap();
+        assert!(state(&bus, "patroni.service").await.unwrap().1, "the job is done between the two replies");
         assert_eq!(state(&bus, "patroni.service").await.unwrap(), ("active".to_owned(), false));
         stop_machine(&bus, "reboot.target").await.unwrap();
         assert_eq!(systemd.calls(), ["restart patroni.service replace", "start reboot.target replace-irreversibly"]);

@@ -139,8 +139,10 @@ impl Systemd {
     pub async fn unit(&self, unit: &str) -> Result<ServiceState> {
         let path = self.manager.load_unit(unit).await?;
         let unit = self.proxy(path).await?;
+        // The job is read first: the unit may start between the two replies.
+        let has_job = unit.job().await?.0 != 0;
         let mut state = unit.active_state().await?;
-        if state == "inactive" && unit.job().await?.0 != 0 {
+        if state == "inactive" && has_job {
             "activating".clone_into(&mut state);
         }
         Ok(ServiceState { state, invocation: unit.invocation_id().await? })

@@ -57,6 +57,8 @@ struct State {
     connections: usize,
     /// State of a unit that restarts; `None` while its job lasts.
     restarted: Option<&'static str>,
+    /// Whether the job of the last call is pending. It is done after one reply.
+    has_job: bool,
 }
 
 /// The fake, and what it was asked.
@@ -78,6 +80,7 @@ impl FakeSystemd {
             holds_starts: false,
             connections: 0,
             restarted: Some("active"),
+            has_job: false,
         };
         Self { state: Arc::new(Mutex::new(state)), count: Arc::default() }
     }
@@ -145,7 +148,7 @@ impl FakeSystemd {
     /// Ends the command.
     pub(crate) fn end_command(&self, code: i32, status: i32, result: &'static str) {
         let mut state = self.state();
-        (state.ended, state.command_state) = ((code, status, result), "failed");
+        (state.ended, state.command_state, state.has_job) = ((code, status, result), "failed", false);
     }
 
     /// Returns the number of connections so far.
@@ -243,6 +246,7 @@ impl FakeManager {
 
     fn restart_unit(&self, name: String, mode: String) -> OwnedObjectPath {
         self.0.called(format!("restart {name} {mode}"));
+        self.0.state().has_job = true;
         job()
     }
 
@@ -284,6 +288,7 @@ impl FakeManager {
             }
         }
         self.0.state().command_state = "active";
+        self.0.state().has_job = true;
         self.0.called(types.join(", "));
         if self.0.state().holds_starts {
             std::future::pending::<()>().await;
@@ -317,7 +322,10 @@ impl FakeUnit {
 
     #[zbus(property)]
     fn active_state(&self) -> &str {
-        let state = self.systemd.state();
+        let mut state = self.systemd.state();
+        if std::mem::take(&mut state.has_job) {
+            return "inactive";
+        }
         match self.unit {
             None => state.command_state,
             Some(unit) if state.calls.iter().any(|call| *call == format!("restart {} replace", unit.0)) => {
@@ -329,7 +337,7 @@ impl FakeUnit {
 
     #[zbus(property)]
     fn job(&self) -> (u32, OwnedObjectPath) {
-        (0, object("/"))
+        if std::mem::take(&mut self.systemd.state().has_job) { (1, job()) } else { (0, object("/")) }
     }
 
     #[zbus(property)]
