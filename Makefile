@@ -13,9 +13,9 @@ build:
 	cargo build --release --locked --workspace
 
 # What the demo runs, in target/demo: no tests and no installer, in less than half the time of `build`.
-BINS = bakehouse firstboot bakehouse-page
+BINS = bakehouse firstboot
 demo-build:
-	cargo build --profile demo --locked --package builder --package firstboot --package page $(BINS:%=--bin %)
+	cargo build --profile demo --locked --package builder --package firstboot $(BINS:%=--bin %)
 
 # The Debian package, in build/package.
 package: export BAKEHOUSE_COMMIT = $(shell git rev-parse --short=12 HEAD)

@@ -198,7 +198,10 @@ mod tests {
         assert_eq!(parsed("bakehouse-page").unwrap().programs, ["bakehouse-page"]);
         for name in ["../sh", "/bin/sh", "", "a b"] {
             let message = parsed(name).expect_err(name).to_string();
-            assert!(message.contains("overlay.toml:1") && message.contains("is not the name of a program"), "{message}");
+            assert!(
+                message.contains("overlay.toml:1") && message.contains("is not the name of a program"),
+                "{message}"
+            );
         }
     }
 

@@ -147,7 +147,10 @@ fn outlive_machines(lab: &TestFleet, nodes: &Nodes, hub: &Machine, hubs_address:
     // An operator reads them from a monitor.
     let lines = lab.ok(&["logs", "lost-1", "--kept", "monitor-2", "-n", "20"]).out;
     for number in sent + 1..=sent + 20 {
-        assert!(lines.lines().any(|line| line.contains(" lost-1 ") && line.ends_with(&format!(": {number}"))), "{lines}");
+        assert!(
+            lines.lines().any(|line| line.contains(" lost-1 ") && line.ends_with(&format!(": {number}"))),
+            "{lines}"
+        );
     }
 
     // The alert's metric has the time of the last entry of every other node.

@@ -247,16 +247,12 @@ fn messages(file: &Path, text: &str) -> Vec<(usize, String)> {
             if let Some((from, mut message)) = open.take() {
                 let (part, after) = until_quote(rest);
                 message += &part;
-                match after {
-                    Some(after) => {
-                        found.push((from, with_values(&message)));
-                        rest = after;
-                    }
-                    None => {
-                        open = Some((from, message.trim_end_matches('\\').to_owned()));
-                        break;
-                    }
-                }
+                let Some(after) = after else {
+                    open = Some((from, message.trim_end_matches('\\').to_owned()));
+                    break;
+                };
+                found.push((from, with_values(&message)));
+                rest = after;
             }
             // `'"'` is a character.
             let Some((_, after)) = rest.replacen("'\"'", "   ", 1).split_once('"').map(|(a, b)| (a.len(), b.len()))

@@ -137,7 +137,8 @@ struct ImageVars {
     var_size: u64,
 }
 
-/// Renders all files. `programs`: bytes of the programs of Bakehouse, by name. The layer's tree gives the ids of users, and the units that profiles may start.
+/// Renders all files. `programs`: bytes of the programs of Bakehouse, by name. The layer's tree gives the ids of users,
+/// and the units that profiles may start.
 ///
 /// # Errors
 /// If a template does not render, two overlays have the same file, a user is unknown, or a file has a secret.

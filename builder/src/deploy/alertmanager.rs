@@ -370,7 +370,7 @@ mod tests {
         }
     }
 
-    async fn connect(fake: &Arc<Fake>) -> Result<DuplexStream> {
+    fn connect(fake: &Arc<Fake>) -> DuplexStream {
         let (client, mut server) = tokio::io::duplex(1 << 16);
         let fake = fake.clone();
         tokio::spawn(async move {
@@ -380,7 +380,7 @@ mod tests {
             let reply = format!("HTTP/1.0 200 OK\r\nContent-Type: x\r\n\r\n{body}");
             server.write_all(reply.as_bytes()).await.unwrap();
         });
-        Ok(client)
+        client
     }
 
     const LOG: &str = r#"time=x level=WARN msg="Notify attempt failed, will retry later" receiver=webhook-2 integration=webhook[0] err="old"
@@ -392,7 +392,7 @@ time=x level=INFO msg="flushing" receiver=webhook-2"#;
         let fake = Arc::new(Fake::default());
         let alert = TestAlert { fleet: "acme", monitor: "monitor-1", at: 1 };
         let log = || async { Ok(LOG.lines().map(str::to_owned).collect()) };
-        let found = send_test(&alert, || connect(&fake), log).await.unwrap();
+        let found = send_test(&alert, || std::future::ready(Ok(connect(&fake))), log).await.unwrap();
         let text: Vec<String> =
             found.iter().map(|r| format!("{} {} {}", r.receiver, r.state.as_str(), r.message)).collect();
         assert_eq!(
@@ -414,7 +414,7 @@ time=x level=INFO msg="flushing" receiver=webhook-2"#;
         let fake = Arc::new(Fake { is_old: true, ..Fake::default() });
         let alert = TestAlert { fleet: "acme", monitor: "monitor-1", at: 1 };
         let log = || async { Ok(Vec::new()) };
-        let e = send_test(&alert, || connect(&fake), log).await.unwrap_err().chain();
+        let e = send_test(&alert, || std::future::ready(Ok(connect(&fake))), log).await.unwrap_err().chain();
         assert!(e.contains("help: update monitor-1"), "{e}");
     }
 

@@ -88,7 +88,8 @@ impl Meters {
         let network = network(from);
         let delay = self.addresses.delay(&from, rates.address, now)?;
         let delay = delay.max(self.networks.delay(&network, rates.network, now)?);
-        let light = self.light.delay(&network, rates.light, now).and_then(|_| self.all_light.delay(&(), rates.all, now));
+        let light =
+            self.light.delay(&network, rates.light, now).and_then(|_| self.all_light.delay(&(), rates.all, now));
         let delay = delay.max(if let Some(delay) = light {
             self.light.count(network, rates.light, now);
             self.all_light.count((), rates.all, now);
