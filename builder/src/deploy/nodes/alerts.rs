@@ -71,7 +71,8 @@ struct Annotations {
     summary: String,
 }
 
-/// Returns the alerts that fire, the most severe ones first, from the first of the `monitors` that answers.
+/// Returns the alerts that fire, the most severe ones first, from the first of the `monitors` that answers. An alert of the
+/// severity `none` fires while all is well.
 ///
 /// # Errors
 /// If no monitor answers. The error is that of the last one.
@@ -107,7 +108,8 @@ async fn of_monitor(client: &Client, monitor: &str) -> Result<Vec<FiringAlert>> 
 
 fn parse(body: &[u8]) -> serde_json::Result<Vec<FiringAlert>> {
     let reply: Reply = serde_json::from_slice(body)?;
-    let firing = reply.data.alerts.into_iter().filter(|alert| alert.state == "firing");
+    let fires = |alert: &Alert| alert.state == "firing" && alert.labels.severity != "none";
+    let firing = reply.data.alerts.into_iter().filter(fires);
     let mut alerts: Vec<FiringAlert> = firing
         .map(|Alert { labels, annotations, active_at, .. }| FiringAlert {
             name: one_line(&labels.alertname),
@@ -140,6 +142,7 @@ mod tests {
             alert("Later", "critical", "firing", "1970-01-01T01:00:00Z"),
             alert("Not", "critical", "pending", "1970-01-01T00:00:01Z"),
             alert("Other", "info", "firing", "1970-01-01T00:00:01Z"),
+            alert("DeadMan", "none", "firing", "1970-01-01T00:00:01Z"),
         ];
         let body = format!(r#"{{"status":"success","data":{{"alerts":[{}]}}}}"#, all.join(","));
         let alerts = parse(body.as_bytes()).unwrap();
