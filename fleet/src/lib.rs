@@ -38,6 +38,7 @@ pub mod node_api;
 mod operator;
 mod overlay;
 pub mod ports;
+pub mod postgres;
 mod profile;
 #[cfg(feature = "schema")]
 pub mod reference;

@@ -8,6 +8,7 @@ mod backup;
 mod disk;
 mod net;
 mod pcap;
+mod sql;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,6 +19,10 @@ pub use backup::{BACKUP_PATH, BackupRequest, BackupStatus};
 pub use disk::{DISK_PATH, DatabaseSize, DiskStatus, FileSystem, PartitionStatus};
 pub use net::{LinkStatus, NET_PATH, NetStatus, PathStatus, PeerStatus, RouteStatus, SessionStatus};
 pub use pcap::{LARGEST_CAPTURE, LARGEST_SNAP, LONGEST_CAPTURE, PCAP_PATH, PcapRequest};
+pub use sql::{
+    LONGEST_SCRIPT, ODOO_SHELL_PATH, OPEN_POSTGRES, OPEN_POSTGRES_WRITE, OdooShellRequest, SQL_PATH, SQL_READER,
+    SQL_WRITER, SqlRequest,
+};
 
 /// TCP port of the node API on each node's mesh address.
 pub const NODE_API_PORT: u16 = 7443;

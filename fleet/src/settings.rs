@@ -147,8 +147,11 @@ impl Default for Web {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Access {
-    /// Whether operators with the role `admin` may run commands on nodes, as root. Default: `false`.
+    /// Whether operators with the role `admin` may run commands on nodes, as root, and Python in Odoo. Default: `false`.
     pub shell: bool,
+    /// Whether operators with the role `admin` may run SQL on the databases, as users that are no superusers. Default:
+    /// `false`.
+    pub sql: bool,
 }
 
 /// `[firewall]`: further ports that the packet filter opens.
