@@ -11,7 +11,7 @@ use bytes::Bytes;
 use fleet::encoding;
 use fleet::node_api::{ExecEvent, ExecRequest, LONGEST_COMMAND, LONGEST_RUN};
 use hyper::StatusCode;
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
 use tokio::time::{interval, sleep, timeout};
 
@@ -20,6 +20,7 @@ use super::listener::Client;
 use super::reply::{Answer, LineSender, Refusal, line, lines};
 use super::{audit, random_id};
 use crate::error::{Error, Result};
+use crate::host::manager::Property;
 use crate::host::manager::command::{Command, CommandLine};
 
 /// Time limit for systemd to start the command.
@@ -37,28 +38,68 @@ const PART: usize = 32 << 10;
 /// Number of characters of the program's name in the service's description.
 const DESCRIPTION: usize = 40;
 
+/// A command that was checked.
+pub(super) struct Job {
+    /// Program and arguments.
+    pub(super) words: Vec<String>,
+    /// Seconds after which systemd stops it.
+    pub(super) seconds: u32,
+    /// The command in the log: complete before it runs, and short with its result.
+    pub(super) begins: String,
+    pub(super) ends: String,
+    /// Name of the service.
+    pub(super) service: String,
+    /// Standard input.
+    pub(super) input: Vec<u8>,
+    /// Further properties of the service.
+    pub(super) properties: Vec<Property<'static>>,
+}
+
 /// Runs a command, and returns its output while it runs.
 pub(super) async fn run(client: &Arc<Client>, asked: &ExecRequest) -> Answer {
     let command = checked(client, asked)?;
-    stream(client, asked, &command).await
+    stream(client, Job::new(asked.command.clone(), asked.seconds, command)?).await
 }
 
-/// Runs a command that was checked, and returns its output while it runs. `what`: the command for the log.
-pub(super) async fn stream(client: &Arc<Client>, asked: &ExecRequest, what: &str) -> Answer {
-    let command = what.to_owned();
+impl Job {
+    /// Returns a command of root without standard input. `what`: the command for the log.
+    pub(super) fn new(words: Vec<String>, seconds: u32, what: String) -> Result<Self, Refusal> {
+        let service = service_name("exec")?;
+        Ok(Self {
+            words,
+            seconds,
+            begins: what.clone(),
+            ends: what,
+            service,
+            input: Vec::new(),
+            properties: Vec::new(),
+        })
+    }
+}
+
+/// Returns a new name of a service.
+pub(super) fn service_name(kind: &str) -> Result<String, Refusal> {
+    let id = random_id().map_err(|e| Refusal::new(StatusCode::SERVICE_UNAVAILABLE, e.chain()))?;
+    Ok(format!("bakehouse-{kind}-{id}.service"))
+}
+
+/// Runs a command, and returns its output while it runs.
+pub(super) async fn stream(client: &Arc<Client>, job: Job) -> Answer {
     // The log has the complete command before it runs.
-    audit::begins(client, &command);
+    audit::begins(client, &job.begins);
+    let command = job.ends.clone();
     let failed = |why: String| {
         audit::ended(client, &command, &format!("failed: {why}"));
         Ok(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, format!("cannot run the command: {why}")).response())
     };
-    let (mut running, outputs) = match timeout(START, begin(client, asked)).await {
+    let limit = Duration::from_secs(job.seconds.into()) + STOP;
+    let (mut running, outputs) = match timeout(START, begin(client, job)).await {
         Ok(Ok(begun)) => begun,
         Ok(Err(e)) => return failed(e.chain()),
         Err(_) => return failed("systemd does not answer".to_owned()),
     };
     let (to_client, response) = lines();
-    let (client, limit) = (client.clone(), Duration::from_secs(asked.seconds.into()) + STOP);
+    let client = client.clone();
     tokio::spawn(async move {
         let refused = || Error::Failed("the operator's certificate is not valid any more".to_owned());
         let ended = tokio::select! {
@@ -85,12 +126,18 @@ pub(super) async fn stream(client: &Arc<Client>, asked: &ExecRequest, what: &str
     Ok(response)
 }
 
+/// Refuses in a fleet that permits no commands.
+pub(super) fn permitted(client: &Client) -> Result<(), Refusal> {
+    if client.shared().api.topology.access.shell {
+        return Ok(());
+    }
+    let help = "set `shell = true` in `[access]` of fleet.toml, and roll the new images out";
+    Err(Refusal::new(StatusCode::FORBIDDEN, "this fleet permits no commands on its nodes").help(help))
+}
+
 /// Checks a request, and returns the command for the log.
 fn checked(client: &Client, asked: &ExecRequest) -> Result<String, Refusal> {
-    if !client.shared().api.topology.access.shell {
-        let help = "set `shell = true` in `[access]` of fleet.toml, and roll the new images out";
-        return Err(Refusal::new(StatusCode::FORBIDDEN, "this fleet permits no commands on its nodes").help(help));
-    }
+    permitted(client)?;
     let invalid = |text: String| Refusal::new(StatusCode::BAD_REQUEST, text);
     if asked.command.first().is_none_or(String::is_empty) || asked.command.iter().any(|word| word.contains('\0')) {
         return Err(invalid("the request has no command".to_owned()));
@@ -110,23 +157,39 @@ fn checked(client: &Client, asked: &ExecRequest) -> Result<String, Refusal> {
 type Outputs = (pipe::Receiver, pipe::Receiver);
 
 /// Starts the service of a command.
-async fn begin(client: &Client, asked: &ExecRequest) -> Result<(Command, Outputs)> {
-    let pipe = || {
+async fn begin(client: &Client, job: Job) -> Result<(Command, Outputs)> {
+    let failed = || Error::io("make", "a pipe");
+    let output = || {
         let (reader, writer) = std::io::pipe()?;
         Ok::<_, std::io::Error>((pipe::Receiver::from_owned_fd(reader.into())?, OwnedFd::from(writer)))
     };
-    let failed = || Error::io("make", "a pipe");
-    let ((stdout, stdout_end), (stderr, stderr_end)) = (pipe().map_err(failed())?, pipe().map_err(failed())?);
-    let service = format!("bakehouse-exec-{}.service", random_id()?);
+    let ((stdout, stdout_end), (stderr, stderr_end)) = (output().map_err(failed())?, output().map_err(failed())?);
+    let input = if job.input.is_empty() { None } else { Some(input_of(job.input).map_err(failed())?) };
     // Viewers read the descriptions of units, and arguments may be passwords.
-    let program = asked.command.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
+    let program = job.words.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
     let program: String = fleet::one_line(&program.to_string_lossy()).chars().take(DESCRIPTION).collect();
     let description = format!("{program} of {}", client.certificate.operator.dns_name());
-    let line =
-        CommandLine { service: &service, description: &description, words: &asked.command, seconds: asked.seconds };
+    let line = CommandLine {
+        service: &job.service,
+        description: &description,
+        words: &job.words,
+        seconds: job.seconds,
+        properties: job.properties,
+    };
     let bus = client.shared().api.bus().await?;
-    let command = Command::start(bus, &line, (stdout_end, stderr_end)).await?;
+    let command = Command::start(bus, line, input, (stdout_end, stderr_end)).await?;
     Ok((command, (stdout, stderr)))
+}
+
+/// Returns a pipe from which a program reads these bytes. A task writes them, because they may be more than fit into the
+/// pipe. The task ends when the program has ended.
+fn input_of(bytes: Vec<u8>) -> std::io::Result<OwnedFd> {
+    let (reader, writer) = std::io::pipe()?;
+    let mut writer = pipe::Sender::from_owned_fd(writer.into())?;
+    tokio::spawn(async move {
+        let _ = writer.write_all(&bytes).await;
+    });
+    Ok(reader.into())
 }
 
 /// Sends the output to the client until the service has ended. Returns its exit code.

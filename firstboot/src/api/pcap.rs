@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fleet::node_api::{ExecRequest, LARGEST_CAPTURE, LARGEST_SNAP, LONGEST_CAPTURE, PcapRequest};
+use fleet::node_api::{LARGEST_CAPTURE, LARGEST_SNAP, LONGEST_CAPTURE, PcapRequest};
 use hyper::StatusCode;
 
-use super::exec;
+use super::exec::{self, Job};
 use super::listener::Client;
 use super::reply::{Answer, Refusal};
 use crate::host::capture::Capture;
@@ -25,8 +25,7 @@ pub(super) async fn run(client: &Arc<Client>, asked: &PcapRequest) -> Answer {
     let [interface, seconds, bytes, snap] = capture.args();
     let what = format!("pcap of {interface} for up to {seconds} s, {bytes} bytes, {snap} bytes of each packet");
     let command = [PROGRAM.to_owned(), "capture".to_owned(), interface, seconds, bytes, snap];
-    let request = ExecRequest { command: command.to_vec(), seconds: asked.seconds + STOP };
-    exec::stream(client, &request, &what).await
+    exec::stream(client, Job::new(command.to_vec(), asked.seconds + STOP, what)?).await
 }
 
 fn checked(asked: &PcapRequest) -> Result<Capture, Refusal> {

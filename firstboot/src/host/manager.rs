@@ -20,7 +20,7 @@ const MOST_DEPENDENTS: usize = 64;
 type Row = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 /// A property of a transient unit.
-type Property<'a> = (&'a str, Value<'a>);
+pub(crate) type Property<'a> = (&'a str, Value<'a>);
 
 #[zbus::proxy(
     interface = "org.freedesktop.systemd1.Manager",

@@ -42,6 +42,8 @@ pub(crate) struct CommandLine<'a> {
     pub(crate) words: &'a [String],
     /// Seconds after which systemd stops the service.
     pub(crate) seconds: u32,
+    /// Further properties of the service. They follow the others, so `User` makes a command of another user.
+    pub(crate) properties: Vec<Property<'static>>,
 }
 
 /// A command that runs. If it is dropped before [`Command::ended`] returns its end, systemd stops the service.
@@ -54,28 +56,27 @@ pub(crate) struct Command {
 }
 
 impl Command {
-    /// Starts a program as root, with these ends of pipes as its outputs. systemd stops all its processes after the time
-    /// limit. The connection to the bus belongs to the command.
+    /// Starts a program as root, or as the user of the properties, with these ends of pipes as its standard input and its
+    /// outputs. Without `stdin`, its standard input is empty. systemd stops all its processes after the time limit. The
+    /// connection to the bus belongs to the command.
     ///
     /// # Errors
     /// If the connection to the bus is closed, or systemd refuses the service.
     pub(crate) async fn start(
         bus: zbus::Connection,
-        line: &CommandLine<'_>,
+        line: CommandLine<'_>,
+        stdin: Option<OwnedFd>,
         (stdout, stderr): (OwnedFd, OwnedFd),
     ) -> Result<Self> {
         let program = line.words.first().map_or("", String::as_str);
         let words: Vec<&str> = line.words.iter().map(String::as_str).collect();
-        let properties: Vec<Property> = vec![
+        let mut properties: Vec<Property> = vec![
             ("Description", line.description.into()),
             // The references of this connection keep the service and its exit code until the connection is closed.
             ("AddRef", true.into()),
             ("CollectMode", "inactive-or-failed".into()),
             // In `ExecStart`, systemd replaces `${NAME}` and `$NAME`, and only this property has a flag against it.
             ("ExecStartEx", Value::from(vec![(program, words, vec!["no-env-expand"])])),
-            ("Environment", Value::from(ENVIRONMENT.to_vec())),
-            ("WorkingDirectory", FOLDER.into()),
-            ("StandardInput", "null".into()),
             ("StandardOutputFileDescriptor", Value::from(Fd::from(stdout))),
             ("StandardErrorFileDescriptor", Value::from(Fd::from(stderr))),
             ("RuntimeMaxUSec", (u64::from(line.seconds) * 1_000_000).into()),
@@ -84,7 +85,16 @@ impl Command {
             // Without the agent, no program would read the output, or stop the command of a revoked operator.
             ("BindsTo", Value::from(vec![AGENT])),
             ("After", Value::from(vec![AGENT])),
+            match stdin {
+                Some(stdin) => ("StandardInputFileDescriptor", Value::from(Fd::from(stdin))),
+                None => ("StandardInput", "null".into()),
+            },
         ];
+        if !line.properties.iter().any(|(name, _)| *name == "User") {
+            properties.push(("Environment", Value::from(ENVIRONMENT.to_vec())));
+            properties.push(("WorkingDirectory", FOLDER.into()));
+        }
+        properties.extend(line.properties);
         // From here on, dropping this future stops the service, too: systemd handles the calls in their order.
         let mut command = Self {
             bus: bus.clone(),
@@ -188,8 +198,9 @@ mod tests {
         let (stdout, stdout_end) = std::io::pipe().unwrap();
         let (stderr, stderr_end) = std::io::pipe().unwrap();
         let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-        let line = CommandLine { service: "x.service", description: "ls of anna", words: &words, seconds: 7 };
-        let command = Command::start(bus, &line, (stdout_end.into(), stderr_end.into())).await.unwrap();
+        let (service, description) = ("x.service", "ls of anna");
+        let line = CommandLine { service, description, words: &words, seconds: 7, properties: Vec::new() };
+        let command = Command::start(bus, line, None, (stdout_end.into(), stderr_end.into())).await.unwrap();
         (command, stdout, stderr)
     }
 
@@ -289,8 +300,10 @@ mod tests {
             let (stderr, stderr_end) = std::io::pipe().unwrap();
             let owned: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
             let service = format!("bakehouse-exec-{}-{i}.service", std::process::id());
-            let line = CommandLine { service: &service, description: "a test", words: &owned, seconds: 2 };
-            let mut command = Command::start(bus, &line, (stdout_end.into(), stderr_end.into())).await.unwrap();
+            let (service, properties) = (&service, Vec::new());
+            let line = CommandLine { service, description: "a test", words: &owned, seconds: 2, properties };
+            let outputs = (stdout_end.into(), stderr_end.into());
+            let mut command = Command::start(bus, line, None, outputs).await.unwrap();
             let read = tokio::task::spawn_blocking(move || {
                 let mut out = String::new();
                 { stdout }.read_to_string(&mut out).unwrap();

@@ -47,6 +47,8 @@ const COMMAND: &str = "/org/freedesktop/systemd1/unit/command";
 struct State {
     calls: Vec<String>,
     command: Vec<String>,
+    /// What the last command has read from its standard input.
+    input: Option<String>,
     /// Code, status and result of the command, and its state.
     ended: (i32, i32, &'static str),
     handoff: u64,
@@ -74,6 +76,7 @@ impl FakeSystemd {
         let state = State {
             calls: Vec::new(),
             command: Vec::new(),
+            input: None,
             ended: (0, 0, "success"),
             handoff: 1,
             command_state: "active",
@@ -143,6 +146,11 @@ impl FakeSystemd {
     /// Returns the words and then the flags of the last command.
     pub(crate) fn command(&self) -> Vec<String> {
         self.state().command.clone()
+    }
+
+    /// Returns what the last command has read from its standard input, after the end of the input.
+    pub(crate) fn input(&self) -> Option<String> {
+        self.state().input.clone()
     }
 
     /// Ends the command.
@@ -276,6 +284,14 @@ impl FakeManager {
                 ("StandardOutputFileDescriptor", Value::Fd(fd)) => {
                     let fd = OwnedFd::try_from(fd.try_clone().unwrap()).unwrap();
                     std::fs::File::from(fd).write_all(b"out").unwrap();
+                }
+                ("StandardInputFileDescriptor", Value::Fd(fd)) => {
+                    let fd = OwnedFd::try_from(fd.try_clone().unwrap()).unwrap();
+                    let state = self.0.state.clone();
+                    std::thread::spawn(move || {
+                        let read = std::io::read_to_string(std::fs::File::from(fd)).unwrap();
+                        state.lock().unwrap().input = Some(read);
+                    });
                 }
                 ("ExecStartEx", _) => {
                     let commands: Vec<(String, Vec<String>, Vec<String>)> = value.try_into().unwrap();
