@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio_rustls::rustls::ServerConfig;
 use tracing::{error, info, warn};
 
-use crate::api::{self, JOURNAL_SOCKET, NodeApi, Tasks};
+use crate::api::{self, JOURNAL_SOCKET, NodeApi, POSTGRES_SOCKET, Tasks};
 use crate::client::backoff::Backoff;
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
@@ -192,6 +192,7 @@ fn node_api(
         phase,
         bus: None,
         journal: JOURNAL_SOCKET.into(),
+        postgres: POSTGRES_SOCKET.into(),
         locker: locker(who, node, &image.topology)?,
         tasks: Tasks::default(),
     };

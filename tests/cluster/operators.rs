@@ -68,6 +68,7 @@ impl TestNode {
             // The test's machine may have a bus, and the test must not reach it.
             bus: Some("unix:path=/nonexistent".to_owned()),
             journal: journal_socket(dir.path()),
+            postgres: dir.path().join("postgres.sock"),
             locker: Box::new(move |seconds| {
                 let hubs = hubs.clone();
                 Box::pin(async move { hubs.lock(seconds).await })

@@ -14,6 +14,7 @@ mod journal;
 mod listener;
 mod lock;
 mod net;
+mod odoo_shell;
 mod open;
 mod page;
 mod pcap;
@@ -21,6 +22,8 @@ mod query;
 mod reply;
 mod restart;
 mod routes;
+mod sql;
+mod sql_stream;
 mod status;
 mod system;
 #[cfg(test)]
@@ -47,6 +50,8 @@ use crate::server::on_thread;
 
 /// Socket of systemd-journal-gatewayd.
 pub const JOURNAL_SOCKET: &str = "/run/bakehouse/journal.sock";
+/// Socket of PostgreSQL.
+pub const POSTGRES_SOCKET: &str = "/run/postgresql/.s.PGSQL.5432";
 /// Time between two attempts to listen. networkd may not have added the node's mesh address yet.
 const RETRY: Duration = Duration::from_secs(1);
 /// Most readers of the journal at the same time. Each has up to two connections to the gateway, whose memory is limited.
@@ -74,6 +79,8 @@ pub struct NodeApi {
     pub bus: Option<String>,
     /// Socket of systemd-journal-gatewayd.
     pub journal: PathBuf,
+    /// Socket of PostgreSQL, on a database node.
+    pub postgres: PathBuf,
     /// Takes and frees the fleet's lock.
     pub locker: Locker,
     /// State of the API itself.

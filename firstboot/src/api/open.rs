@@ -1,10 +1,11 @@
-//! Streams of bytes to web pages of the node's services, for an operator's browser.
+//! Streams of bytes to services of the node: web pages for an operator's browser, and PostgreSQL for psql.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fleet::OperatorRole;
+use fleet::node_api::{OPEN_POSTGRES, OPEN_POSTGRES_WRITE};
 use hyper::body::Incoming;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -13,8 +14,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::listener::Client;
-use super::page;
 use super::reply::{Answer, Body, Refusal, upgrade};
+use super::{page, sql_stream};
 use crate::server::copy::copy_both;
 
 /// Time limit for the connection to the service.
@@ -22,7 +23,7 @@ const CONNECT: Duration = Duration::from_secs(2);
 /// Longest time without a byte in either direction.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// A service with a web page.
+/// A service of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Service {
     Prometheus,
@@ -30,13 +31,17 @@ pub(super) enum Service {
     Haproxy,
     /// The fleet's page, which has a Unix socket.
     Page,
+    /// PostgreSQL, as the user that reads or the one that writes.
+    Postgres {
+        writes: bool,
+    },
 }
 
 impl Service {
     pub(super) fn new(name: &str) -> Option<Self> {
-        [Self::Prometheus, Self::Alertmanager, Self::Haproxy, Self::Page]
-            .into_iter()
-            .find(|service| service.name() == name)
+        let databases = [false, true].map(|writes| Self::Postgres { writes });
+        let pages = [Self::Prometheus, Self::Alertmanager, Self::Haproxy, Self::Page];
+        pages.into_iter().chain(databases).find(|service| service.name() == name)
     }
 
     /// Returns the name in paths.
@@ -46,14 +51,17 @@ impl Service {
             Self::Alertmanager => "alertmanager",
             Self::Haproxy => "haproxy",
             Self::Page => "page",
+            Self::Postgres { writes: false } => OPEN_POSTGRES,
+            Self::Postgres { writes: true } => OPEN_POSTGRES_WRITE,
         }
     }
 
-    /// Returns the role that the page needs. A user of Alertmanager's page can silence alerts.
+    /// Returns the role that the service needs. A user of Alertmanager's page can silence alerts.
     pub(super) fn role(self) -> OperatorRole {
         match self {
             Self::Prometheus | Self::Haproxy | Self::Page => OperatorRole::Viewer,
             Self::Alertmanager => OperatorRole::Operator,
+            Self::Postgres { .. } => OperatorRole::Admin,
         }
     }
 
@@ -63,7 +71,7 @@ impl Service {
             Self::Prometheus => Some(9090),
             Self::Alertmanager => Some(9093),
             Self::Haproxy => Some(8404),
-            Self::Page => None,
+            Self::Page | Self::Postgres { .. } => None,
         }
     }
 
@@ -72,6 +80,7 @@ impl Service {
         match self {
             Self::Prometheus | Self::Alertmanager | Self::Page => &["monitor"],
             Self::Haproxy => &["hub", "app"],
+            Self::Postgres { .. } => &["db"],
         }
     }
 }
@@ -83,6 +92,9 @@ pub(super) async fn open(client: &Arc<Client>, service: Service, request: Reques
         let text = format!("{} does not run this service", node.name);
         let help = format!("open it on a node with the role {}", service.runs_on().join(" or "));
         return Err(Refusal::new(StatusCode::NOT_FOUND, text).help(help));
+    }
+    if let Service::Postgres { writes } = service {
+        return sql_stream::open(client, writes, request).await;
     }
     let Some(port) = service.port() else {
         let stream = page::connect(&client.shared().api).await?;

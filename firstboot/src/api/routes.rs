@@ -7,8 +7,9 @@ use bytes::Bytes;
 use fleet::OperatorRole;
 use fleet::node_api::{
     ACTION_PATH, ActionRequest, BACKUP_PATH, BackupRequest, DISK_PATH, EXEC_PATH, ExecRequest, JOURNAL_PATH,
-    KEPT_JOURNAL_PATH, LONGEST_NODE_REQUEST, NET_PATH, OPEN_PREFIX, PCAP_PATH, POWEROFF_PATH, PcapRequest, REBOOT_PATH,
-    RESTART_PATH, STATUS_PATH, SWITCHOVER_PATH, UNITS_PATH,
+    KEPT_JOURNAL_PATH, LONGEST_NODE_REQUEST, LONGEST_SCRIPT, NET_PATH, ODOO_SHELL_PATH, OPEN_PREFIX, OdooShellRequest,
+    PCAP_PATH, POWEROFF_PATH, PcapRequest, REBOOT_PATH, RESTART_PATH, SQL_PATH, STATUS_PATH, SWITCHOVER_PATH,
+    SqlRequest, UNITS_PATH,
 };
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
@@ -19,10 +20,12 @@ use tokio::time::{Instant, timeout};
 use super::actions::{self, Action};
 use super::listener::Client;
 use super::reply::{Body, Refusal, json};
-use super::{audit, backup, disk, exec, journal, net, open, page, pcap, status};
+use super::{audit, backup, disk, exec, journal, net, odoo_shell, open, page, pcap, sql, status};
 
 /// Time limit of a request's body.
 const BODY: Duration = Duration::from_secs(5);
+/// Longest body of a request with a script, in bytes. JSON may escape each of its bytes.
+const LONGEST_SCRIPT_REQUEST: usize = 2 * LONGEST_SCRIPT;
 
 /// A request by method and path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +44,8 @@ enum Route {
     Backup,
     Exec,
     Pcap,
+    Sql,
+    OdooShell,
     Open(open::Service),
 }
 
@@ -64,6 +69,8 @@ impl Route {
             ("POST", BACKUP_PATH) => Self::Backup,
             ("POST", EXEC_PATH) => Self::Exec,
             ("POST", PCAP_PATH) => Self::Pcap,
+            ("POST", SQL_PATH) => Self::Sql,
+            ("POST", ODOO_SHELL_PATH) => Self::OdooShell,
             ("CONNECT", path) => Self::Open(open::Service::new(path.strip_prefix(OPEN_PREFIX)?)?),
             _ => return None,
         })
@@ -82,7 +89,7 @@ impl Route {
             | Self::LastAction
             | Self::Page(_) => OperatorRole::Viewer,
             Self::Act(_) | Self::Backup => OperatorRole::Operator,
-            Self::Exec | Self::Pcap => OperatorRole::Admin,
+            Self::Exec | Self::Pcap | Self::Sql | Self::OdooShell => OperatorRole::Admin,
             Self::Open(service) => service.role(),
         }
     }
@@ -103,6 +110,8 @@ impl Route {
             | Self::Backup
             | Self::Exec
             | Self::Pcap
+            | Self::Sql
+            | Self::OdooShell
             | Self::Open(_) => None,
         }
     }
@@ -133,7 +142,7 @@ pub(super) async fn answer(client: &Arc<Client>, request: Request<Incoming>) -> 
         Route::Backups => backup::list(api).await,
         Route::LastAction => actions::last(api),
         Route::Page(_) => page::forward(client, &request).await,
-        Route::Act(_) | Route::Backup | Route::Exec | Route::Pcap | Route::Open(_) => {
+        Route::Act(_) | Route::Backup | Route::Exec | Route::Pcap | Route::Sql | Route::OdooShell | Route::Open(_) => {
             let (client, what) = (client.clone(), what.clone());
             // hyper drops the future of a request whose client disconnects. The action and its log must not end there.
             let acting = tokio::spawn(async move { change(&client, route, request, &what, begun).await });
@@ -176,6 +185,14 @@ async fn change(
             Ok(asked) => pcap::run(client, &asked).await,
             Err(refusal) => Err(refusal),
         },
+        Route::Sql => match read_within::<SqlRequest>(request, LONGEST_SCRIPT_REQUEST).await {
+            Ok(asked) => sql::run(client, asked).await,
+            Err(refusal) => Err(refusal),
+        },
+        Route::OdooShell => match read_within::<OdooShellRequest>(request, LONGEST_SCRIPT_REQUEST).await {
+            Ok(asked) => odoo_shell::run(client, &asked).await,
+            Err(refusal) => Err(refusal),
+        },
         Route::Open(service) => match open::open(client, service, request).await {
             Ok(response) => {
                 audit::opened(client, what, service.name());
@@ -205,8 +222,13 @@ fn refused(client: &Client, what: &str, refusal: &Refusal) -> Response<Body> {
 
 /// Reads a request's body. An empty body is an empty object.
 async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, Refusal> {
+    read_within(request, LONGEST_NODE_REQUEST).await
+}
+
+/// As [`read`], with another limit in bytes.
+async fn read_within<T: DeserializeOwned>(request: Request<Incoming>, longest: usize) -> Result<T, Refusal> {
     let refused = |status, text: &str| Err(Refusal::new(status, text));
-    let body: Bytes = match timeout(BODY, Limited::new(request.into_body(), LONGEST_NODE_REQUEST).collect()).await {
+    let body: Bytes = match timeout(BODY, Limited::new(request.into_body(), longest).collect()).await {
         Ok(Ok(body)) => body.to_bytes(),
         Ok(Err(_)) => return refused(StatusCode::PAYLOAD_TOO_LARGE, "the request's body is too long"),
         Err(_) => return refused(StatusCode::REQUEST_TIMEOUT, "the request's body did not arrive in time"),
@@ -238,6 +260,10 @@ mod tests {
             ("POST", "/v1/switchover", OperatorRole::Operator),
             ("POST", "/v1/exec", OperatorRole::Admin),
             ("POST", "/v1/pcap", OperatorRole::Admin),
+            ("POST", "/v1/sql", OperatorRole::Admin),
+            ("POST", "/v1/odoo/shell", OperatorRole::Admin),
+            ("CONNECT", "/v1/open/postgres", OperatorRole::Admin),
+            ("CONNECT", "/v1/open/postgres-write", OperatorRole::Admin),
             ("CONNECT", "/v1/open/prometheus", OperatorRole::Viewer),
             ("CONNECT", "/v1/open/haproxy", OperatorRole::Viewer),
             ("CONNECT", "/v1/open/alertmanager", OperatorRole::Operator),

@@ -1,5 +1,6 @@
 //! Requests of operators over TLS, with a fake of systemd, and a lock that replies as the test says.
 
+mod sql;
 mod verbs;
 
 use std::io;
@@ -95,7 +96,7 @@ struct TestNode {
     revocations: Arc<Revocations>,
     phase: watch::Sender<Phase>,
     _log: tracing::subscriber::DefaultGuard,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl TestNode {
@@ -111,7 +112,7 @@ impl TestNode {
         let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(move || writer.clone());
         let guard = tracing_subscriber::registry().with(layer).set_default();
         let dir = tempfile::tempdir().unwrap();
-        let toml = b"name = \"acme\"\n[access]\nshell = true\n[groups]\nhub.count = 3\n";
+        let toml = b"name = \"acme\"\n[access]\nshell = true\nsql = true\n[groups]\nhub.count = 3\n";
         let mut topology = Topology::from_fleet(&Fleet::parse("fleet.toml", toml).unwrap());
         for node in topology.nodes.iter_mut().chain(&mut topology.hubs) {
             node.address = [127, 0, 0, 1].into();
@@ -140,6 +141,7 @@ impl TestNode {
             phase: phase.subscribe(),
             bus: Some(format!("unix:path={}", bus.display())),
             journal: dir.path().join("journal.sock"),
+            postgres: dir.path().join("postgres.sock"),
             locker: Box::new(move |seconds| {
                 let mut state = replies.0.lock().unwrap();
                 state.0.push(seconds);
@@ -154,7 +156,7 @@ impl TestNode {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(listener::accept(Arc::new(api), operators, listener, acceptor.into()));
-        Self { root, port, systemd, lock, log, revocations, phase, _log: guard, _dir: dir }
+        Self { root, port, systemd, lock, log, revocations, phase, _log: guard, dir }
     }
 
     /// Connects as an operator. Returns the operator's public key, too.
