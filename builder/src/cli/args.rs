@@ -8,8 +8,10 @@ use super::alert::{self, AlertCommand};
 use super::backup::{self, BackupCommand};
 use super::disk::{self, DiskArgs};
 use super::net::{self, NetArgs};
+use super::odoo::{self, OdooCommand};
 use super::parse::scenarios;
 use super::pcap::{self, PcapArgs};
+use super::psql::{self, PsqlArgs};
 use super::reference::SchemaOf;
 use super::verbs::{
     self, ActionArgs, ExecArgs, LogsArgs, OpenArgs, OperatorCommand, ReportArgs, RestartArgs, StatusArgs,
@@ -329,7 +331,7 @@ pub(super) enum Command {
     /// Hand the primary over to a standby
     #[command(after_help = verbs::SWITCHOVER)]
     Switchover(SwitchoverArgs),
-    /// Open a web page of a node on this host
+    /// Open a web page or the database of a node on this host
     #[command(after_help = verbs::OPEN)]
     Open(OpenArgs),
     /// Make a backup of the database
@@ -353,6 +355,12 @@ pub(super) enum Command {
     /// Run a command on a node
     #[command(after_help = verbs::EXEC)]
     Exec(ExecArgs),
+    /// Run SQL on the database
+    #[command(after_help = psql::PSQL)]
+    Psql(PsqlArgs),
+    /// Run Python in Odoo
+    #[command(subcommand, after_help = odoo::ODOO)]
+    Odoo(OdooCommand),
     /// Inject faults into the running fleet and measure what clients notice
     #[command(after_help = scenarios())]
     Rehearse {

@@ -3,7 +3,7 @@
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// Words, and the help that Bakehouse prints for them.
-const WORDS: [(&[&str], &str); 16] = [
+const WORDS: [(&[&str], &str); 17] = [
     (
         &["restore", "recover"],
         "set `[backup] restore` in fleet.toml to a time, raise `version`, and start the database nodes from blank disks \
@@ -15,6 +15,7 @@ const WORDS: [(&[&str], &str); 16] = [
          (docs/howto/backups.md)",
     ),
     (&["ssh", "shell", "attach"], "nodes have no login; `bakehouse exec NODE COMMAND` runs a command as root"),
+    (&["sql", "db", "query", "postgres"], "`bakehouse psql -c SQL` runs SQL on the primary"),
     (&["log", "journal", "tail"], "`bakehouse logs NODE` prints a node's journal, and `-f` follows it"),
     (
         &["upgrade", "update", "deploy", "apply", "push"],

@@ -11,6 +11,7 @@ use super::access::{NodeContext, Reach};
 use super::board::{Alerts, Board, View};
 use super::node_results::{LogsResult, OpenResult, UnitsResult};
 use super::open_page::open_page;
+use super::open_postgres;
 use super::output::print;
 use super::results::{CommandResult, Event, ReportResult};
 use super::steer::unit;
@@ -249,7 +250,11 @@ impl LineFormat {
 
 /// Forwards connections of this host to a page of a node, until Ctrl-C.
 pub(super) fn open(context: &NodeContext, args: &OpenArgs) -> Result<CommandResult> {
+    if args.write && args.page != Page::Postgres {
+        return Err(Error::Usage("only `bakehouse open postgres` takes `--write`".to_owned()));
+    }
     let (name, role) = match args.page {
+        Page::Postgres => return open_postgres::open(context, args),
         Page::Fleet => return open_page(context, args),
         Page::Prometheus => ("prometheus", "monitor"),
         Page::Alertmanager => ("alertmanager", "monitor"),

@@ -20,7 +20,9 @@ mod machines;
 mod net;
 mod next;
 mod node_results;
+mod odoo;
 mod open_page;
+mod open_postgres;
 mod operator;
 mod operator_wireguard;
 mod output;
@@ -29,6 +31,7 @@ mod pages;
 mod parse;
 mod pcap;
 mod problem;
+mod psql;
 mod reference;
 mod rehearse;
 mod result_text;
@@ -37,6 +40,7 @@ mod rollout;
 mod rows;
 mod schema;
 mod secret;
+mod sql_rows;
 mod steer;
 mod ticket;
 mod verbs;
@@ -108,6 +112,8 @@ fn run(cli: &Cli, output: Output) -> Result<ExitCode> {
         | Command::Open(_)
         | Command::Alert(_)
         | Command::Exec(_)
+        | Command::Psql(_)
+        | Command::Odoo(_)
         | Command::Report(_) => {
             let (folder, exists) = Project::folder(&cli.fleet);
             let project = if exists { Some(Project::load(&cli.fleet)?) } else { None };
@@ -198,6 +204,8 @@ fn run_for_nodes(context: &NodeContext, command: &Command) -> Result<CommandResu
         Command::Poweroff(args) => steer::poweroff(context, args),
         Command::Switchover(args) => steer::switchover(context, args),
         Command::Exec(args) => steer::exec(context, args),
+        Command::Psql(args) => psql::psql(context, args),
+        Command::Odoo(command) => odoo::run(context, command),
         Command::Operator(OperatorCommand::Wireguard(args)) => operator_wireguard::wireguard(context, args),
         _ => unreachable!("`run` runs the other commands"),
     }
@@ -209,16 +217,19 @@ fn handle_signals(output: Output) {
     let signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM]);
     if let Ok(mut signals) = signals {
         std::thread::spawn(move || {
-            if signals.forever().next().is_some() {
+            let mut signals = signals.forever();
+            if signals.any(|signal| signal != signal_hook::consts::SIGINT || !open_postgres::is_in_psql()) {
                 match output.command {
                     // These commands run until Ctrl-C.
                     Some("logs" | "open" | "pcap" | "status" | "top") => {}
-                    Some("exec" | "restart" | "reboot" | "poweroff" | "switchover") => {
+                    Some("psql") => line("\ninterrupted; the node cancels the SQL"),
+                    Some("exec" | "odoo shell" | "restart" | "reboot" | "poweroff" | "switchover") => {
                         line("\ninterrupted; the node may continue: `bakehouse status` shows what it does");
                     }
                     _ => line("\ninterrupted; run the same command to continue from here"),
                 }
                 output.interrupted();
+                open_postgres::clean_up();
                 std::process::exit(130);
             }
         });

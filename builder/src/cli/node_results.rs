@@ -125,10 +125,10 @@ impl ActionResult {
 /// Result of `open`.
 #[derive(Serialize, JsonSchema)]
 pub(super) struct OpenResult {
-    /// The page: `page`, `prometheus`, `alertmanager` or `haproxy`.
+    /// The page or service: `page`, `prometheus`, `alertmanager`, `haproxy` or `postgres`.
     pub(super) page: String,
     /// Name of the node.
     pub(super) node: String,
-    /// Address on this host.
+    /// Address on this host; for `postgres` a connection URI of PostgreSQL.
     pub(super) url: String,
 }

@@ -5,6 +5,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 use super::alert::AlertCommand;
 use super::args::{Cli, Command, StoreCommand};
 use super::backup::BackupCommand;
+use super::odoo::OdooCommand;
 use super::verbs::OperatorCommand;
 use crate::rehearse;
 
@@ -49,6 +50,8 @@ impl Command {
             Self::Operator(OperatorCommand::Wireguard(_)) => "operator wireguard",
             Self::Console { .. } => "console",
             Self::Exec(_) => "exec",
+            Self::Psql(_) => "psql",
+            Self::Odoo(OdooCommand::Shell(_)) => "odoo shell",
             Self::Rehearse { .. } => "rehearse",
             Self::Report(_) => "report",
             Self::Explain { .. } => "explain",
@@ -67,7 +70,7 @@ pub(super) const GROUPS: &[(&str, &[&str])] = &[
     ("Install", &["ticket", "flash", "vm", "netboot"]),
     ("Change", &["plan", "publish", "rollout", "secret", "leave"]),
     ("Look", &["status", "logs", "units", "top", "net", "disk", "pcap", "open", "console", "report", "rehearse"]),
-    ("Act", &["restart", "reboot", "poweroff", "switchover", "backup", "exec", "alert", "operator"]),
+    ("Act", &["restart", "reboot", "poweroff", "switchover", "backup", "exec", "psql", "odoo", "alert", "operator"]),
     ("Reference", &["schema", "completions", "man"]),
 ];
 

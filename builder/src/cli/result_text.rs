@@ -19,7 +19,8 @@ impl CommandResult {
         match self {
             Self::Plan(plan) if plan.groups.iter().any(|group| !group.obstacles.is_empty()) => ExitCode::FAILURE,
             Self::Rehearse(outcomes) if outcomes.iter().any(|o| !o.broken.is_empty()) => ExitCode::FAILURE,
-            Self::Exec(done) => ExitCode::from(u8::try_from(done.status).unwrap_or(1)),
+            Self::Psql(done) => ExitCode::from(u8::try_from(done.status).unwrap_or(1)),
+            Self::Exec(done) | Self::OdooShell(done) => ExitCode::from(u8::try_from(done.status).unwrap_or(1)),
             Self::Status(status) | Self::Top(status) if status.nodes.iter().any(is_silent) => ExitCode::FAILURE,
             Self::Logs(logs) if !logs.incomplete.is_empty() => ExitCode::FAILURE,
             Self::AlertTest(test) if !test.is_good() => ExitCode::FAILURE,
@@ -30,7 +31,7 @@ impl CommandResult {
 
     /// Whether the text is that of a program, which may contain any character.
     pub(super) fn is_raw(&self) -> bool {
-        matches!(self, Self::Exec(_) | Self::Schema(_) | Self::Completions(_))
+        matches!(self, Self::Exec(_) | Self::OdooShell(_) | Self::Schema(_) | Self::Completions(_))
     }
 }
 
@@ -62,7 +63,7 @@ impl fmt::Display for CommandResult {
             Self::AlertTest(test) => write!(f, "{test}"),
             Self::OperatorList(rows) => f.write_str(&operator_log::table(rows)),
             Self::Console(console) => console.lines.iter().try_for_each(|line| writeln!(f, "{line}")),
-            Self::Exec(done) if !done.printed => f.write_str(&done.output),
+            Self::Exec(done) | Self::OdooShell(done) if !done.printed => f.write_str(&done.output),
             Self::Rehearse(outcomes) => f.write_str(&rehearse::table(outcomes)),
             Self::Explain(ExplainResult::One(one)) => f.write_str(&describe_sources(std::slice::from_ref(one))),
             Self::Explain(ExplainResult::All(all)) => f.write_str(&describe_sources(all)),

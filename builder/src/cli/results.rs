@@ -16,6 +16,7 @@ use super::node_results::{
 };
 use super::pcap::PcapResult;
 use super::problem::Problem;
+use super::psql::PsqlResult;
 use crate::deploy::export::Export;
 use crate::deploy::flash::PassProgress;
 use crate::deploy::netboot::MachineChange;
@@ -60,7 +61,7 @@ pub(super) enum Event<'a> {
     },
     /// `status --watch` and `top --watch`: the state of the nodes.
     State(&'a FleetStatus),
-    /// `exec`: the command has printed text.
+    /// `exec` and `odoo shell`: the command has printed text.
     Output {
         /// Whether the text is on standard error.
         stderr: bool,
@@ -189,6 +190,12 @@ pub(super) enum CommandResult {
     /// Status and output of a command on a node. The exit code is the command's status.
     #[serde(rename = "exec")]
     Exec(ExecResult),
+    /// Results of SQL. If a statement fails, the command prints an error.
+    #[serde(rename = "psql")]
+    Psql(PsqlResult),
+    /// Status and output of a script in Odoo's shell. The exit code is the shell's status.
+    #[serde(rename = "odoo shell")]
+    OdooShell(ExecResult),
     /// Outcomes of the runs. The exit code is 1 if the fleet broke a promise.
     #[serde(rename = "rehearse")]
     Rehearse(Vec<Outcome>),
@@ -395,7 +402,7 @@ pub(super) struct ConsoleResult {
     pub(super) lines: Vec<String>,
 }
 
-/// Result of `exec`.
+/// Result of `exec` and of `odoo shell`.
 #[derive(Serialize, JsonSchema)]
 pub(super) struct ExecResult {
     /// Name of the node.

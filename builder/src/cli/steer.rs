@@ -13,6 +13,7 @@ use fleet::one_line;
 
 use super::access::{NodeContext, Reach, confirm};
 use super::node_results::ActionResult;
+use super::psql::primary;
 use super::results::{CommandResult, Event, ExecResult};
 use super::verbs::{ActionArgs, ConsentArgs, ExecArgs, RestartArgs, SwitchoverArgs};
 use crate::deploy::nodes::{self, Action, NodeConnection, NodeLines};
@@ -21,7 +22,7 @@ use crate::project::Project;
 use crate::vm;
 
 /// Longest time between two lines of a command's output. Nodes send an empty line at least every 20 s.
-const IDLE: Duration = Duration::from_secs(60);
+pub(super) const IDLE: Duration = Duration::from_secs(60);
 /// Longest output in the result of `--json`, in bytes. Events have all of it.
 const LONGEST_OUTPUT: usize = 4 << 20;
 
@@ -80,10 +81,7 @@ pub(super) fn poweroff(context: &NodeContext, args: &ActionArgs) -> Result<Comma
 pub(super) fn switchover(context: &NodeContext, args: &SwitchoverArgs) -> Result<CommandResult> {
     let reach = context.reach(&args.access)??;
     let databases: Vec<_> = reach.nodes.iter().filter(|n| n.roles.iter().any(|role| role == "db")).cloned().collect();
-    let status = nodes::run(nodes::fleet_status(&reach.client, &databases))??;
-    let Some(primary) = status.primary().map(str::to_owned) else {
-        return fail(format!("no node reports the primary\n{status}"));
-    };
+    let primary = primary(&reach)?;
     let question = format!("hand the primary of the fleet {} over from {primary}", reach.fleet);
     let order = Order { node: &primary, path: SWITCHOVER_PATH, unit: None, question, stops: false };
     let wait = async |action: &Action<'_>, _| action.until_promoted(&databases).await;
@@ -179,7 +177,7 @@ async fn over_api(
         connected => connected?,
     };
     match start(connected, args).await {
-        Ok(lines) => output(context, &args.node, lines).await.map(Some),
+        Ok(lines) => output(context, &args.node, lines).await.map(|done| Some(CommandResult::Exec(done))),
         Err(e) if has_port && nodes::permits_no_commands(&e) => Ok(None),
         Err(e) => Err(e),
     }
@@ -204,7 +202,7 @@ async fn start(connected: NodeConnection, args: &ExecArgs) -> Result<NodeLines> 
 }
 
 /// Prints the output of a command until its end.
-async fn output(context: &NodeContext<'_>, node: &str, mut lines: NodeLines) -> Result<CommandResult> {
+pub(super) async fn output(context: &NodeContext<'_>, node: &str, mut lines: NodeLines) -> Result<ExecResult> {
     let mut all = Vec::new();
     let invalid = || format!("read the output of the command on {node}");
     while let Some(line) = lines.next().await? {
@@ -212,8 +210,7 @@ async fn output(context: &NodeContext<'_>, node: &str, mut lines: NodeLines) -> 
         let (stderr, text) = match event {
             ExecEvent::Exit(status) => {
                 let output = String::from_utf8_lossy(&all).into_owned();
-                let done = ExecResult { node: node.to_owned(), status, output, printed: !context.output.json };
-                return Ok(CommandResult::Exec(done));
+                return Ok(ExecResult { node: node.to_owned(), status, output, printed: !context.output.json });
             }
             ExecEvent::Stdout(text) => (false, text),
             ExecEvent::Stderr(text) => (true, text),

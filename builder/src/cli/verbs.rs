@@ -63,10 +63,15 @@ Examples:
   bakehouse open
   bakehouse open prometheus
   bakehouse open haproxy --node hub-2
+  bakehouse open postgres
 
 Prints a link to this host's loopback interface, and forwards requests until Ctrl-C. The link has a secret, which the
 browser keeps in a cookie: other users of this host and pages of other sites cannot use the address. A program sends
-the last part of the link in a header: `Authorization: Bearer SECRET`.";
+the last part of the link in a header: `Authorization: Bearer SECRET`.
+
+For `postgres`, prints a command of psql with a Unix socket of this host that only you can use, and forwards clients
+until Ctrl-C. They get the PostgreSQL user that may only read, or with --write the one with the rights of Odoo's
+database user. It needs the role admin, and `[access] sql = true` in fleet.toml. PostgreSQL logs each statement.";
 pub(super) const EXEC: &str = "\
 Examples:
   bakehouse exec hub-1 systemctl --failed
@@ -200,7 +205,7 @@ pub(super) struct SwitchoverArgs {
     pub(super) access: AccessArgs,
 }
 
-/// A web page of a node.
+/// A service of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Page {
     /// The whole fleet: state, alerts, graphs and buttons, on the monitor
@@ -212,16 +217,21 @@ pub(super) enum Page {
     Alertmanager,
     /// Servers of Odoo and their health checks, on a hub
     Haproxy,
+    /// The database, for psql and other clients, on the node with the primary
+    Postgres,
 }
 
 #[derive(Args)]
 pub(super) struct OpenArgs {
-    /// Page to open
+    /// Page or service to open
     #[arg(value_enum, default_value_t = Page::Fleet)]
     pub(super) page: Page,
     /// Name of a node; default: the first node with the page that answers
     #[arg(long)]
     pub(super) node: Option<String>,
+    /// With `postgres`: as the user that may write
+    #[arg(long)]
+    pub(super) write: bool,
     #[command(flatten)]
     pub(super) access: AccessArgs,
 }

@@ -8,6 +8,7 @@ mod forward;
 mod journal;
 mod merge;
 mod page;
+mod postgres;
 mod report;
 mod route;
 mod spool;
@@ -24,6 +25,7 @@ pub(crate) use client::{Client, NodeConnection, NodeLines, permits_no_commands, 
 pub(crate) use forward::{Entrance, forward};
 pub(crate) use journal::{JournalLineOf, Logs};
 pub(crate) use page::FleetPage;
+pub(crate) use postgres::{PostgresSocket, forward_postgres};
 pub(crate) use report::collect;
 pub(crate) use route::Entry;
 pub(crate) use status::{ask_all, fleet_status};
