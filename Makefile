@@ -35,7 +35,7 @@ demo:
 test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, wireguard-go
 	# is WireGuard in containers, systemd judges what the builder writes for it, and Chromium opens the monitors' page.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy gpg systemd chromium
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy postgresql gpg systemd chromium
 	$(MAKE) editors
 	tests/run.sh
 

@@ -14,4 +14,5 @@ mod operators;
 mod ports;
 mod replay;
 mod rollout;
+mod sql;
 mod web;

@@ -1,5 +1,5 @@
 //! Journals outlive machines: each monitor has the journal of every node, also after one of the two was off, and after
-//! the node is lost. The commands of all runbooks run on the same fleet before. Runs in containers.
+//! the node is lost. `psql`, `odoo shell` and the commands of all runbooks run on the same fleet before. Runs in containers.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use bakehouse_tests::{Machine, TestFleet};
 use builder::project::Project;
 
-use super::runbooks;
+use super::{psql, runbooks};
 
-/// Two hubs with a database and Odoo each, two monitors, and a node that is lost. Operators may run commands.
+/// Two hubs with a database and Odoo each, two monitors, and a node that is lost. Operators may run commands and SQL.
 const FLEET: &str = "\
 name = \"journals\"
 version = \"1\"
@@ -29,6 +29,7 @@ count = 2
 count = 1
 [access]
 shell = true
+sql = true
 ";
 /// Time within which a monitor that was off has what it missed. The uploader may wait for 5 min before it connects again,
 /// and for 60 s until its watchdog ends a connection to a monitor without power.
@@ -94,6 +95,7 @@ fn containers_keep_journals_and_follow_their_runbooks() {
         monitors: [machine("monitor-1"), machine("monitor-2")],
     };
     lab.ok(&["up", "--containers"]);
+    psql::operators_run_sql_and_python(&lab);
     let failures = runbooks::failing_commands(&lab);
     outlive_machines(&lab, &nodes, &hubs[0], &address("one-1"));
     assert!(failures.is_empty(), "these commands do not do what their texts say:\n{}", failures.join("\n"));

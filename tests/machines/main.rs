@@ -11,6 +11,7 @@ mod journals;
 mod legacy_bios;
 mod netboot;
 mod power_loss;
+mod psql;
 mod quick_ha;
 mod restore;
 mod roles;

@@ -76,7 +76,7 @@ impl Receiver {
     }
 }
 
-fn with_input(lab: &TestFleet, args: &[&str], input: &str) -> CommandOutput {
+pub(super) fn with_input(lab: &TestFleet, args: &[&str], input: &str) -> CommandOutput {
     let mut command = lab.command(args);
     let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = piped.current_dir(&lab.dir).spawn().expect("bakehouse starts");
