@@ -23,10 +23,11 @@ use crate::host::machine;
 use crate::host::notify::notify;
 use crate::host::screen;
 use crate::host::systemd::{self, Systemd};
-use crate::member::{ALL_HAVE_ASKED, Member, locker};
+use crate::member::{ALL_HAVE_ASKED, Member, locker, recorder};
 use crate::node::hubs::Hubs;
 use crate::node::identity::{Identity, identity, node_of};
 use crate::node::image::Image;
+use crate::node::outbox::Outbox;
 use crate::node::renewal::{is_pending, renew, take_missing_passwords, warn_of_sealed_passwords};
 use crate::node::seal::Sealer;
 use crate::node::state::StateDir;
@@ -100,7 +101,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
     }
     let node = node_of(&who.state, &image)?;
     // Before the roles, because operators need it most while a role does not start.
-    let (api, api_tls) = node_api(&image, node, &who, status.phase())?;
+    let (api, api_tls) = node_api(&image, node, &who, paths.state.path(), status.phase())?;
     tokio::spawn(api::keep(Arc::new(api), api_tls));
     screen::name(&format!("{} of {}", node.name, image.topology.name));
     warn_of_sealed_passwords(&who, node, &image);
@@ -177,6 +178,7 @@ fn node_api(
     image: &Image,
     node: &Node,
     who: &Identity,
+    state: &Path,
     phase: watch::Receiver<Phase>,
 ) -> Result<(NodeApi, Arc<ServerConfig>)> {
     let own = fleet_https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
@@ -194,6 +196,7 @@ fn node_api(
         journal: JOURNAL_SOCKET.into(),
         postgres: POSTGRES_SOCKET.into(),
         locker: locker(who, node, &image.topology)?,
+        outbox: Arc::new(Outbox::load(state, &node.name, recorder(who, node, &image.topology)?)),
         tasks: Tasks::default(),
     };
     Ok((api, tls))

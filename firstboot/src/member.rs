@@ -1,5 +1,7 @@
 //! Tasks of a running node: it follows the peers of the mesh and, as a hub, serves the join API.
 
+mod requests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -9,7 +11,6 @@ use std::time::{Duration, Instant};
 use fleet::{Introduction, MeshKey, Node, PROTOCOL, Topology, encoding};
 use tracing::warn;
 
-use crate::api::Locker;
 use crate::client::backoff::{Backoff, round};
 use crate::client::etcd::Etcd;
 use crate::error::{Error, Result};
@@ -17,6 +18,7 @@ use crate::host::console::log_event;
 use crate::host::journal::Event;
 use crate::host::screen;
 use crate::hub::api::Hub;
+use crate::hub::audit;
 use crate::hub::claims::SlotAllocator;
 use crate::hub::etcd_access::{EtcdAccess, ROOT};
 use crate::hub::fence::{self, Fence};
@@ -34,6 +36,8 @@ use crate::node::state::StateDir;
 use crate::node::trust::{Decision, Heard, Known, Standing, decide, first_keys};
 use crate::update::Updates;
 
+pub use requests::{locker, recorder};
+
 /// Time to the next request while the hubs do not agree yet.
 const SOON: Duration = Duration::from_secs(3);
 /// How long a hub has to be silent before the only other hub is enough to report that it has left or has another key.
@@ -47,8 +51,6 @@ const METRICS: &str = "/run/bakehouse/metrics/rollout.prom";
 const SUCCESSOR_INTERVAL: Duration = Duration::from_secs(1);
 /// etcd's port for clients.
 const ETCD: u16 = 2379;
-/// Time limit of one member of etcd for a request about the fleet's lock.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A node of the fleet with its slot.
 pub struct Member {
@@ -170,11 +172,12 @@ impl Member {
         };
         let updated =
             updates.keep(async |report| rollout::report(allocator.etcd(), topology, &node.name, report).await);
+        let purged = audit::keep(&allocator);
         tokio::try_join!(
             kept, served, introduced, registered, followed, revoked, admitted, recorded, exported, replaced, access,
-            fenced_off, updated
+            fenced_off, updated, purged
         )
-        .map(|((), (), (), (), (), (), (), (), (), (), (), (), ())| ())
+        .map(|((), (), (), (), (), (), (), (), (), (), (), (), (), ())| ())
     }
 
     /// Returns this node's introduction to hubs.
@@ -342,28 +345,6 @@ async fn until_replaced(allocator: &SlotAllocator, slot: &str, own: (&str, u64))
         }
         tokio::time::sleep(SUCCESSOR_INTERVAL).await;
     }
-}
-
-/// Returns how the node takes and frees the fleet's lock: a hub in etcd, and another node through any hub.
-///
-/// # Errors
-/// If the node's certificate and key do not match.
-pub fn locker(who: &Identity, node: &Node, topology: &Topology) -> Result<Locker> {
-    let tls = who.client()?;
-    if node.hub > 0 {
-        let etcd = Etcd::new(members(topology, node), tls).with_user(ROOT, &who.state.secrets.etcd_root);
-        let (etcd, slot) = (Arc::new(etcd.with_timeout(LOCK_TIMEOUT)), node.name.clone());
-        return Ok(Box::new(move |seconds| {
-            let (etcd, slot) = (etcd.clone(), slot.clone());
-            Box::pin(async move { rollout::lock(&etcd, &slot, seconds).await })
-        }));
-    }
-    let hubs = Hubs::new(topology, &who.state.endpoints, &node.name, tls);
-    let hubs = Arc::new(hubs.known_by(who.neighbourhood.clone()).over_mesh());
-    Ok(Box::new(move |seconds| {
-        let hubs = hubs.clone();
-        Box::pin(async move { hubs.lock(seconds).await })
-    }))
 }
 
 /// Returns the addresses of etcd's members, this node's own member first.

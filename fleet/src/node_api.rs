@@ -4,6 +4,7 @@
 //! Two versions of the program may exchange these messages. A newer version may add fields, paths and events, because
 //! receivers ignore unknown fields and events.
 
+mod audit;
 mod backup;
 mod disk;
 mod net;
@@ -15,6 +16,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use audit::{
+    AUDIT_DAYS, AUDIT_PATH, AUDIT_QUERY_PATH, AuditEntry, AuditLog, AuditQuery, BEGINS, LONGEST_AUDIT_ENTRY,
+    LONGEST_AUDIT_REQUEST, MOST_AUDIT_ENTRIES,
+};
 pub use backup::{BACKUP_PATH, BackupRequest, BackupStatus};
 pub use disk::{DISK_PATH, DatabaseSize, DiskStatus, FileSystem, PartitionStatus};
 pub use net::{LinkStatus, NET_PATH, NetStatus, PathStatus, PeerStatus, RouteStatus, SessionStatus};

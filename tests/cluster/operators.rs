@@ -1,5 +1,6 @@
 //! Operators' connections to nodes: real hubs, and real servers of the node API, on loopback.
 
+mod audit;
 mod limits;
 mod page;
 mod wireguard;
@@ -16,6 +17,7 @@ use bakehouse_tests::site::{HUB_PORT, TestCluster, TestJoiner};
 use firstboot::api::{self, NodeApi, Tasks};
 use firstboot::host::dbus::Phase;
 use firstboot::node::hubs::Hubs;
+use firstboot::node::outbox::Outbox;
 use firstboot::node::revocations::Revocations;
 use fleet::node_api::{
     EXEC_PATH, ExecRequest, JOURNAL_PATH, JournalLine, LOCK_PATH, NODE_API_PORT, NodeStatus, REBOOT_PATH, STATUS_PATH,
@@ -56,6 +58,7 @@ impl TestNode {
         // The sender is dropped, and the receiver keeps the last phase.
         let phase = watch::Sender::new(Phase::Ready).subscribe();
         let hubs = Arc::new(Hubs::new(&site.topology, &BTreeMap::new(), &node.name, tls.clone()));
+        let recorder = hubs.clone();
         let api = NodeApi {
             topology: site.topology.clone(),
             node: node.clone(),
@@ -73,6 +76,14 @@ impl TestNode {
                 let hubs = hubs.clone();
                 Box::pin(async move { hubs.lock(seconds).await })
             }),
+            outbox: Arc::new(Outbox::load(
+                dir.path(),
+                &grant.slot,
+                Box::new(move |entries| {
+                    let hubs = recorder.clone();
+                    Box::pin(async move { hubs.audit(&entries).await })
+                }),
+            )),
             tasks: Tasks::default(),
         };
         let server = fleet_https::mutual_server(root, own).expect("a certificate");

@@ -128,6 +128,7 @@ pub(super) async fn act(client: &Arc<Client>, kind: Action, asked: &ActionReques
     let of_unit = if unit.name.is_empty() { String::new() } else { format!(" of {}", unit.name) };
     let what = format!("{}{of_unit}{}", kind.as_str(), if forced { " (forced)" } else { "" });
     audit::begins(client, &what);
+    audit::recorded(client).await;
     acting.has_begun = true;
     let (done, result) = oneshot::channel();
     let task = client.clone();

@@ -1,9 +1,11 @@
 //! The log of operators' requests: a line before each action, and one after it. Lines about reads and refusals are
-//! limited, so that no client can push other lines out of the journal.
+//! limited, so that no client can push other lines out of the journal. Actions also go to etcd, through a hub.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use fleet::node_api::BEGINS;
 
 use super::listener::Client;
 use crate::host::journal::{Request, record_request};
@@ -92,20 +94,30 @@ impl Audit {
     }
 }
 
-/// Logs that an action begins. The line is in the log before the action changes anything.
+/// Logs that an action begins. The line is in the journal before the action changes anything, and the entry is on its way
+/// to etcd: an action that may stop the node waits for [`recorded`].
 pub(super) fn begins(client: &Client, what: &str) {
-    record_request(Request::Action, &client.certificate.operator.dns_name(), &client.from, what, "begins");
+    let operator = &client.certificate.operator;
+    record_request(Request::Action, &operator.dns_name(), &client.from, what, BEGINS);
+    client.shared().api.outbox.begin(operator, &client.from, what);
+}
+
+/// Waits until etcd has the actions that have begun, for up to a second.
+pub(super) async fn recorded(client: &Client) {
+    client.shared().api.outbox.recorded().await;
 }
 
 /// Logs the result of an action that has begun.
 pub(super) fn ended(client: &Client, what: &str, result: &str) {
-    record_request(Request::Action, &client.certificate.operator.dns_name(), &client.from, what, result);
+    let operator = &client.certificate.operator;
+    record_request(Request::Action, &operator.dns_name(), &client.from, what, result);
+    client.shared().api.outbox.end(operator, &client.from, what, result);
 }
 
-/// Logs a stream to a service of the node, like a read request that programs repeat.
+/// Logs a stream to a service of the node, like a read request that programs repeat. Only the journal has it.
 pub(super) fn opened(client: &Client, what: &str, kind: &'static str) {
     if client.shared().audit.is_first(&client.certificate.key, kind, Instant::now()) {
-        ended(client, what, "200");
+        record_request(Request::Action, &client.certificate.operator.dns_name(), &client.from, what, "200");
     }
 }
 

@@ -87,6 +87,7 @@ pub(super) fn service_name(kind: &str) -> Result<String, Refusal> {
 pub(super) async fn stream(client: &Arc<Client>, job: Job) -> Answer {
     // The log has the complete command before it runs.
     audit::begins(client, &job.begins);
+    audit::recorded(client).await;
     let command = job.ends.clone();
     let failed = |why: String| {
         audit::ended(client, &command, &format!("failed: {why}"));

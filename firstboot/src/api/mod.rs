@@ -45,6 +45,7 @@ pub use lock::Locker;
 
 use crate::error::{Error, Result};
 use crate::host::dbus::Phase;
+use crate::node::outbox::Outbox;
 use crate::node::revocations::Revocations;
 use crate::server::on_thread;
 
@@ -83,6 +84,8 @@ pub struct NodeApi {
     pub postgres: PathBuf,
     /// Takes and frees the fleet's lock.
     pub locker: Locker,
+    /// Actions of operators, on their way to etcd.
+    pub outbox: Arc<Outbox>,
     /// State of the API itself.
     pub tasks: Tasks,
 }
@@ -143,6 +146,8 @@ async fn serve(api: Arc<NodeApi>, tls: Arc<ServerConfig>) -> Result<()> {
     on_thread("node-api", 0, move || async move {
         // The node may have taken the lock before it rebooted.
         tokio::spawn(lock::free_after_boot(api.clone()));
+        let outbox = api.outbox.clone();
+        tokio::spawn(async move { outbox.keep().await });
         let listener = listener::open(at).await;
         listener::accept(api, operators, listener, tls.into()).await
     })

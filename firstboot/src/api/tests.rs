@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::node_api::{
-    ACTION_PATH, ActionReply, ActionRequest, EXEC_PATH, ExecEvent, ExecRequest, JOURNAL_PATH, OPEN_PREFIX, REBOOT_PATH,
-    RESTART_PATH, STATUS_PATH,
+    ACTION_PATH, ActionReply, ActionRequest, AuditEntry, EXEC_PATH, ExecEvent, ExecRequest, JOURNAL_PATH, OPEN_PREFIX,
+    REBOOT_PATH, RESTART_PATH, STATUS_PATH,
 };
 use fleet::{
     Fleet, Issuer, Operator, OperatorRevocation, OperatorRole, OrderScope, PROTOCOL, PrivateKey, RevokedOperator,
@@ -93,6 +93,8 @@ struct TestNode {
     systemd: FakeSystemd,
     lock: FakeLock,
     log: Log,
+    /// Entries of the audit log that a hub has got.
+    recorded: Arc<Mutex<Vec<AuditEntry>>>,
     revocations: Arc<Revocations>,
     phase: watch::Sender<Phase>,
     _log: tracing::subscriber::DefaultGuard,
@@ -130,6 +132,12 @@ impl TestNode {
         let replies = lock.clone();
         let revocations = Arc::new(Revocations::load(dir.path(), "acme", root.certificate()));
         let phase = watch::Sender::new(Phase::Ready);
+        let recorded: Arc<Mutex<Vec<AuditEntry>>> = Arc::default();
+        let entries = recorded.clone();
+        let recorder: crate::node::outbox::Recorder = Box::new(move |new| {
+            entries.lock().unwrap().extend(new);
+            Box::pin(async { Ok(()) })
+        });
         let api = NodeApi {
             topology,
             node,
@@ -149,14 +157,17 @@ impl TestNode {
                 let decision = reply.map(|why| UpdateDecision { granted: why.is_empty() || seconds == 0, why });
                 Box::pin(async move { decision })
             }),
+            outbox: Arc::new(Outbox::load(dir.path(), "hub-1", recorder)),
             tasks: Tasks::default(),
         };
+        let outbox = api.outbox.clone();
+        tokio::spawn(async move { outbox.keep().await });
         let operators = fleet_https::OperatorVerifier::new(root.certificate()).unwrap();
         let acceptor = fleet_https::mutual_server(root.certificate(), own).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(listener::accept(Arc::new(api), operators, listener, acceptor.into()));
-        Self { root, port, systemd, lock, log, revocations, phase, _log: guard, dir }
+        Self { root, port, systemd, lock, log, recorded, revocations, phase, _log: guard, dir }
     }
 
     /// Connects as an operator. Returns the operator's public key, too.
@@ -225,6 +236,10 @@ async fn a_restart_is_logged_before_and_after_and_its_end_can_be_read() {
     let lines = node.log.lines("restart of haproxy.service");
     assert!(lines.len() == 2 && lines[0].ends_with("begins") && lines[1].ends_with("done"), "{lines:?}");
     assert_eq!(node.lock.asked(), [0; 0], "HAProxy needs no lock");
+    let recorded = node.recorded.lock().unwrap().clone();
+    let begun = recorded.first().expect("a hub has the action before it is done");
+    assert_eq!((begun.operator.as_str(), begun.role.as_str(), begun.result.as_str()), ("anna", "operator", "begins"));
+    assert_eq!((begun.node.as_str(), begun.action.as_str()), ("hub-1", "restart of haproxy.service"));
 
     node.systemd.set_restarted(Some("failed"));
     let e = post(&mut connection, RESTART_PATH, &restart("haproxy")).await.unwrap_err();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use fleet::node_api::{LOCK_PATH, LockRequest};
+use fleet::node_api::{AUDIT_PATH, AUDIT_QUERY_PATH, LOCK_PATH, LockRequest};
 use fleet::{
     Departure, Eviction, Grant, Introduction, Issuer, JoinReply, JoinRequest, Node, OperatorRevocation, PROTOCOL,
     Peers, PublicKey, Reason, Refusal, Renewal, Report, Revocation, RevokedOperator, Rollout, RolloutOrder,
@@ -30,6 +30,9 @@ use crate::node::etcd_user::{MEMBER, PATRONI, USER_HEADER};
 use crate::node::neighbours::PeerTable;
 use crate::node::operator_peers::OperatorPeers;
 use crate::node::revocations::{Learned, Revocations};
+
+/// Refusal of a request that only operators may send.
+const NEEDS_OPERATOR: &str = "this path requires a valid certificate of an operator";
 
 /// State of the join API on one hub.
 pub struct Hub {
@@ -102,6 +105,11 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             Ok(answer) => json(&answer),
             Err(refusal) => status_reply(Err(refusal)),
         },
+        (Method::POST, AUDIT_PATH, Some(member)) => status_reply(hub.take_audit(member, &body).await),
+        (Method::POST, AUDIT_QUERY_PATH, _) if hub.operator(peer).is_some() => match hub.audit(&body).await {
+            Ok(log) => json(&log),
+            Err(refusal) => status_reply(Err(refusal)),
+        },
         (Method::GET, "/v1/peers", Some(member)) => {
             let peers = hub.peers(member);
             // A fenced client is not the slot's owner, so its request does not count as the owner's.
@@ -124,14 +132,15 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
                 Ok(peering) => json(&peering),
                 Err(refusal) => status_reply(Err(refusal)),
             },
-            None => plain(StatusCode::UNAUTHORIZED, "this path requires a valid certificate of an operator"),
+            None => plain(StatusCode::UNAUTHORIZED, NEEDS_OPERATOR),
         },
+        (Method::POST, AUDIT_QUERY_PATH, _) => plain(StatusCode::UNAUTHORIZED, NEEDS_OPERATOR),
         (Method::POST, "/v1/operators/revoke", _) => status_reply(hub.revoke_operator(&signed).await),
         (Method::GET, "/v1/operators/revoked", _) if hub.knows(peer) => json(&hub.revocations.orders()),
         (_, "/v1/operators/revoked", _) => {
             plain(StatusCode::UNAUTHORIZED, "this path requires a certificate of an operator or a node of this fleet")
         }
-        (_, "/v1/renew" | "/v1/introduce" | "/v1/peers" | "/v1/turn" | LOCK_PATH | "/v1/left", None) => {
+        (_, "/v1/renew" | "/v1/introduce" | "/v1/peers" | "/v1/turn" | LOCK_PATH | AUDIT_PATH | "/v1/left", None) => {
             plain(StatusCode::UNAUTHORIZED, "this path requires the certificate of a node of this fleet")
         }
         _ => plain(StatusCode::NOT_FOUND, "unknown path or method"),

@@ -1,6 +1,7 @@
 //! What a hub does for other nodes: the join API, claims of slots, the rollout and the fence.
 
 pub mod api;
+pub mod audit;
 mod batch;
 mod choice;
 pub mod claims;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fleet::encoding::{decode, encode};
-use fleet::node_api::{LOCK_PATH, LockRequest};
+use fleet::node_api::{AUDIT_PATH, AuditEntry, LOCK_PATH, LockRequest};
 use fleet::{
     Eviction, Introduction, JoinReply, LONGEST, Node, PROTOCOL, Peers, Renewal, Report, Topology, UpdateDecision,
 };
@@ -31,7 +31,7 @@ use fleet_https::{Connection, request};
 const MESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time limit for the reply of one hub to a request for peers.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(12);
-/// Head start of a hub over the next one in a request for the fleet's lock.
+/// Head start of a hub over the next one in a request for which an operator waits.
 const HEAD_START: Duration = Duration::from_millis(700);
 /// Number of hubs from which a node requests its peers at a time. With two, an evicted hub alone cannot hide its
 /// eviction from the node.
@@ -288,25 +288,38 @@ impl Hubs {
         self.first("POST", "/v1/turn", &body, read).await
     }
 
-    /// Takes the fleet's lock for this number of seconds, or frees it for 0, through the hub that answers first. Each hub
-    /// has a head start over the next one.
-    ///
-    /// # Errors
-    /// If no hub answers, or none reaches etcd.
-    pub async fn lock(&self, seconds: u32) -> Result<UpdateDecision> {
-        let body = serde_json::to_vec(&LockRequest { seconds }).map_err(Error::json("the request for the lock"))?;
+    /// Returns the first good reply of a hub. Each hub has a head start over the next one.
+    async fn raced<T>(&self, path: &str, body: &[u8], read: impl Fn(&str, &[u8]) -> Result<T>) -> Result<T> {
+        let read = &read;
         let asked = self.current().into_iter().zip(0..).map(|(hub, place)| {
-            let body = &body;
             Box::pin(async move {
                 tokio::time::sleep(HEAD_START * place).await;
-                read(&hub.slot, &self.ask(hub, "POST", LOCK_PATH, body).await?)
+                read(&hub.slot, &self.ask(hub, "POST", path, body).await?)
             })
         });
         let asked: Vec<_> = asked.collect();
         if asked.is_empty() {
             return Err(Error::Failed("the fleet has no other hub".to_owned()));
         }
-        select_ok(asked).await.map(|(decision, _)| decision)
+        select_ok(asked).await.map(|(reply, _)| reply)
+    }
+
+    /// Takes the fleet's lock for this number of seconds, or frees it for 0, through the hub that answers first.
+    ///
+    /// # Errors
+    /// If no hub answers, or none reaches etcd.
+    pub async fn lock(&self, seconds: u32) -> Result<UpdateDecision> {
+        let body = serde_json::to_vec(&LockRequest { seconds }).map_err(Error::json("the request for the lock"))?;
+        self.raced(LOCK_PATH, &body, read).await
+    }
+
+    /// Sends this node's entries of the audit log to the first hub that stores them in etcd.
+    ///
+    /// # Errors
+    /// If no hub answers, or all refuse the entries.
+    pub async fn audit(&self, entries: &[AuditEntry]) -> Result<()> {
+        let body = serde_json::to_vec(entries).map_err(Error::json("the audit log"))?;
+        self.raced(AUDIT_PATH, &body, |_, _| Ok(())).await
     }
 
     /// Reports to the first hub that answers that this node leaves the fleet.

@@ -8,6 +8,7 @@ pub mod join;
 pub mod keys;
 pub mod neighbours;
 pub mod operator_peers;
+pub mod outbox;
 pub mod renewal;
 pub mod revocations;
 pub(crate) mod seal;

@@ -298,7 +298,7 @@ fn sync(dir: &Path) -> Result<()> {
 }
 
 /// Reads a file that the node can do without: empty if the file is missing or damaged.
-fn load_or_default<T: DeserializeOwned + Default>(dir: &Path, file: &str, version: u16) -> T {
+pub(super) fn load_or_default<T: DeserializeOwned + Default>(dir: &Path, file: &str, version: u16) -> T {
     match read_json(&dir.join(file), &(version..=version), None) {
         Ok(found) => found.unwrap_or_default(),
         Err(e) => {
