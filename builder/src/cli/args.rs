@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueHint};
 
 use super::alert::{self, AlertCommand};
+use super::audit::{self, AuditArgs};
 use super::backup::{self, BackupCommand};
 use super::disk::{self, DiskArgs};
 use super::net::{self, NetArgs};
@@ -316,6 +317,9 @@ pub(super) enum Command {
     /// Show the disks of a node: file systems, partitions, and the sizes of databases
     #[command(after_help = disk::DISK)]
     Disk(DiskArgs),
+    /// Show what operators did on the nodes
+    #[command(after_help = audit::AUDIT)]
+    Audit(AuditArgs),
     /// Show load, memory and disk of all nodes
     #[command(after_help = "Examples:\n  bakehouse top\n  bakehouse top --watch")]
     Top(StatusArgs),

@@ -4,6 +4,7 @@ mod accepts;
 mod access;
 mod alert;
 mod args;
+mod audit;
 mod backup;
 mod board;
 mod build;
@@ -102,6 +103,7 @@ fn run(cli: &Cli, output: Output) -> Result<ExitCode> {
         | Command::Units(_)
         | Command::Net(_)
         | Command::Disk(_)
+        | Command::Audit(_)
         | Command::Backup(_)
         | Command::Pcap(_)
         | Command::Top(_)
@@ -194,6 +196,7 @@ fn run_for_nodes(context: &NodeContext, command: &Command) -> Result<CommandResu
         Command::Units(args) => look::units(context, args),
         Command::Net(args) => net::net(context, args),
         Command::Disk(args) => disk::disk(context, args),
+        Command::Audit(args) => audit::audit(context, args),
         Command::Backup(command) => backup::run(context, command),
         Command::Pcap(args) => pcap::pcap(context, args),
         Command::Open(args) => look::open(context, args),

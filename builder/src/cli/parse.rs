@@ -34,6 +34,7 @@ impl Command {
             Self::Units(_) => "units",
             Self::Net(_) => "net",
             Self::Disk(_) => "disk",
+            Self::Audit(_) => "audit",
             Self::Pcap(_) => "pcap",
             Self::Backup(BackupCommand::Now(_)) => "backup now",
             Self::Top(_) => "top",
@@ -69,7 +70,10 @@ pub(super) const GROUPS: &[(&str, &[&str])] = &[
     ("Build", &["lock", "fetch", "build", "explain", "store"]),
     ("Install", &["ticket", "flash", "vm", "netboot"]),
     ("Change", &["plan", "publish", "rollout", "secret", "leave"]),
-    ("Look", &["status", "logs", "units", "top", "net", "disk", "pcap", "open", "console", "report", "rehearse"]),
+    (
+        "Look",
+        &["status", "logs", "units", "top", "net", "disk", "pcap", "audit", "open", "console", "report", "rehearse"],
+    ),
     ("Act", &["restart", "reboot", "poweroff", "switchover", "backup", "exec", "psql", "odoo", "alert", "operator"]),
     ("Reference", &["schema", "completions", "man"]),
 ];

@@ -59,6 +59,7 @@ impl fmt::Display for CommandResult {
             Self::Units(units) => write!(f, "{units}"),
             Self::Net(status) => write!(f, "{}", NetText(status)),
             Self::Disk(status) => write!(f, "{}", DiskText(status)),
+            Self::Audit(log) => write!(f, "{log}"),
             Self::BackupNow(backup) => write!(f, "{backup}"),
             Self::AlertTest(test) => write!(f, "{test}"),
             Self::OperatorList(rows) => f.write_str(&operator_log::table(rows)),

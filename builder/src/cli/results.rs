@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::alert::AlertTestResult;
+use super::audit::AuditResult;
 use super::backup::BackupNowResult;
 use super::node_results::{
     ActionResult, LogsResult, NewOperatorResult, OpenResult, OperatorRequestResult, OperatorWireguardResult,
@@ -142,6 +143,9 @@ pub(super) enum CommandResult {
     /// Disks of a node.
     #[serde(rename = "disk")]
     Disk(DiskStatus),
+    /// The last actions of operators.
+    #[serde(rename = "audit")]
+    Audit(AuditResult),
     /// The written capture.
     #[serde(rename = "pcap")]
     Pcap(PcapResult),

@@ -366,7 +366,7 @@ fn role() -> impl clap::builder::TypedValueParser<Value = OperatorRole> {
     known.map(|name| name.parse().unwrap_or(OperatorRole::Viewer))
 }
 
-fn since(text: &str) -> Result<u64, String> {
+pub(super) fn since(text: &str) -> Result<u64, String> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
     crate::util::time::since(text, now).ok_or_else(|| {
         "neither an age (`10min`) nor a time in UTC (`2026-12-01 08:30`, `2026-12-01T08:30:00Z`)".to_owned()
