@@ -42,6 +42,8 @@ pub(super) struct Reach {
     pub(super) is_local: bool,
     /// The operator whose certificate the client presents.
     pub(super) operator: Operator,
+    /// Expiry of that certificate, in seconds since 1970.
+    pub(super) expires: u64,
 }
 
 /// An operator's file, and the hubs that it reaches.
@@ -106,7 +108,8 @@ impl NodeContext<'_> {
             Err(missing) => return Ok(Err(missing)),
         };
         let client = Client::new(&file, entries, port)?;
-        Ok(Ok(Reach { client, nodes, fleet, is_local, operator: file.operator }))
+        let (operator, expires) = (file.operator, file.expires);
+        Ok(Ok(Reach { client, nodes, fleet, is_local, operator, expires }))
     }
 
     /// Returns the operator's file with the hubs, or what is missing.

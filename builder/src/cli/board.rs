@@ -82,6 +82,7 @@ impl Board<'_> {
         let columns = size.map(|(columns, _)| columns);
         let mut lines = vec![(cut(&format!("{} · {}", self.fleet, rfc3339(now)), columns), Style::Bold)];
         let mut parts = status.summary();
+        parts.extend(status.ages(now));
         match alerts {
             None => {}
             Some(Ok(all)) if all.is_empty() => parts.push(("no alert fires".to_owned(), false)),
@@ -209,7 +210,6 @@ fn cut(line: &str, columns: Option<usize>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
 
     fn row(node: &str, state: MachineState, message: &str) -> NodeRow {
         NodeRow {
@@ -230,7 +230,7 @@ mod tests {
             (1..=count).map(|n| row(&format!("app-{n}"), MachineState::Ready, "ready")).collect();
         nodes[count - 2] = row("app-x", MachineState::Silent, "app-x does not answer within 7 s");
         nodes[count - 1].vip = true;
-        FleetStatus { nodes, odoo: BTreeMap::new(), urls: Vec::new() }
+        FleetStatus { nodes, ..FleetStatus::default() }
     }
 
     fn alert(name: &str, severity: &str) -> FiringAlert {

@@ -16,18 +16,20 @@ use super::output::print;
 use super::results::{CommandResult, Event, ReportResult};
 use super::steer::unit;
 use super::verbs::{LogsArgs, OpenArgs, Page, ReportArgs, StatusArgs, UnitsArgs};
-use crate::deploy::nodes::{self, Entrance, JournalLineOf, Logs};
+use crate::deploy::nodes::{self, Client, Entrance, JournalLineOf, Logs};
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
 use crate::keys::operator::{KnownNode, now};
 use crate::project::Project;
 use crate::util::terminal::visible;
 use crate::util::time::rfc3339_millis;
-use crate::vm::{self, FleetStatus, MachineState};
+use crate::vm::{self, FleetStatus, MachineState, MonitorFacts};
 
 /// Time between two states of `--watch`, and between two reads of the alerts.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 const ALERTS_INTERVAL: Duration = Duration::from_secs(10);
+/// Time for which the state of the nodes waits for the monitors.
+const FACTS: Duration = Duration::from_millis(150);
 /// Time limit of a request about one node.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Longest list of units, in bytes.
@@ -43,7 +45,11 @@ pub(super) fn status(context: &NodeContext, args: &StatusArgs, view: View) -> Re
     }
     match context.reach(&args.access)? {
         Ok(reach) if reach.is_local => local_status(context, &reach),
-        Ok(reach) => nodes::run(nodes::fleet_status(&reach.client, &reach.nodes))?,
+        Ok(reach) => {
+            let state = nodes::fleet_status(&reach.client, &reach.nodes);
+            let (status, monitor) = nodes::run(with_facts(&reach.client, &reach.nodes, state))?;
+            Ok(FleetStatus { monitor, certificate_expires: Some(reach.expires), ..status? })
+        }
         Err(missing) => match context.project {
             Some(project) if args.access.operator.is_none() => {
                 if vm::running(project).is_empty() {
@@ -73,25 +79,41 @@ fn watch(context: &NodeContext, args: &StatusArgs, view: View) -> Result<Infalli
     }
 }
 
+/// What the monitors know.
+#[derive(Clone, Default)]
+struct Monitored {
+    alerts: Alerts,
+    facts: Option<MonitorFacts>,
+}
+
+impl Monitored {
+    /// Asks the monitors.
+    async fn read(client: &Client, monitors: &[String]) -> Self {
+        let (alerts, facts) = tokio::join!(nodes::firing(client, monitors), nodes::facts(client, monitors));
+        Self { alerts: Some(alerts.map_err(|e| e.chain())), facts: facts.ok() }
+    }
+}
+
 /// Shows the state of a real fleet until Ctrl-C.
 fn watch_fleet(context: &NodeContext, reach: &Reach, view: View) -> Result<Infallible> {
     let board = Board { fleet: &reach.fleet, view };
     let monitors = monitors(&reach.nodes);
     nodes::run(async {
-        let alerts: Arc<Mutex<Alerts>> = Arc::default();
+        let known: Arc<Mutex<Monitored>> = Arc::default();
         if !monitors.is_empty() {
-            let (alerts, client) = (alerts.clone(), reach.client.clone());
+            let (known, client) = (known.clone(), reach.client.clone());
             tokio::spawn(async move {
                 loop {
-                    let read = nodes::firing(&client, &monitors).await.map_err(|e| e.chain());
-                    *alerts.lock().unwrap_or_else(PoisonError::into_inner) = Some(read);
+                    let read = Monitored::read(&client, &monitors).await;
+                    *known.lock().unwrap_or_else(PoisonError::into_inner) = read;
                     tokio::time::sleep(ALERTS_INTERVAL).await;
                 }
             });
         }
         nodes::watch(&reach.client, &reach.nodes, WATCH_INTERVAL, |status| {
-            let alerts = alerts.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            board.show(context, status, now(), &alerts)
+            let Monitored { alerts, facts } = known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let status = FleetStatus { monitor: facts, certificate_expires: Some(reach.expires), ..status };
+            board.show(context, &status, now(), &alerts)
         })
         .await
     })?
@@ -101,25 +123,41 @@ fn watch_fleet(context: &NodeContext, reach: &Reach, view: View) -> Result<Infal
 fn watch_machines(context: &NodeContext, args: &StatusArgs, view: View) -> Result<Infallible> {
     let fleet = context.project.map_or("", |project| &project.topology.name);
     let board = Board { fleet, view };
-    let (mut alerts, mut rounds) = (Alerts::default(), 0_u64);
+    let (mut known, mut rounds) = (Monitored::default(), 0_u64);
     loop {
         if rounds.is_multiple_of(ALERTS_INTERVAL.as_secs() / WATCH_INTERVAL.as_secs())
             && let Ok(reach) = context.reach(&args.access)?
         {
             let monitors = monitors(&reach.nodes);
             if !monitors.is_empty() {
-                alerts = Some(nodes::run(nodes::firing(&reach.client, &monitors))?.map_err(|e| e.chain()));
+                known = nodes::run(Monitored::read(&reach.client, &monitors))?;
             }
         }
         rounds += 1;
         let once = StatusArgs { watch: false, access: args.access.clone() };
         match status(context, &once, view) {
             Err(e) if matches!(e, Error::Usage(_)) => return Err(e),
-            Ok(status) => board.show(context, &status, now(), &alerts)?,
+            Ok(status) => {
+                let monitor = status.monitor.clone().or_else(|| known.facts.clone());
+                board.show(context, &FleetStatus { monitor, ..status }, now(), &known.alerts)?;
+            }
             Err(e) => board.fail(context, now(), &e.chain())?,
         }
         std::thread::sleep(WATCH_INTERVAL);
     }
+}
+
+/// Reads the state of nodes, and at the same time what the monitors among them know. Waits for the monitors only shortly.
+async fn with_facts<T>(
+    client: &Client,
+    all: &[KnownNode],
+    state: impl Future<Output = T>,
+) -> (T, Option<MonitorFacts>) {
+    let (client, monitors) = (client.clone(), monitors(all));
+    let facts = tokio::spawn(async move { nodes::facts(&client, &monitors).await.ok() });
+    let state = state.await;
+    let facts = tokio::time::timeout(FACTS, facts).await;
+    (state, facts.ok().and_then(std::result::Result::ok).flatten())
 }
 
 /// Returns the names of the monitors.
@@ -134,7 +172,9 @@ fn local_status(context: &NodeContext, reach: &Reach) -> Result<FleetStatus> {
     let running = vm::running(project);
     let is_up = |node: &&KnownNode| running.contains(&node.name.as_str());
     let up: Vec<KnownNode> = reach.nodes.iter().filter(is_up).cloned().collect();
-    let mut seen = nodes::run(nodes::ask_all(&reach.client, &up))?.unwrap_or_default();
+    let asked = nodes::ask_all(&reach.client, &up);
+    let (seen, monitor) = nodes::run(with_facts(&reach.client, &up, asked))?;
+    let mut seen = seen.unwrap_or_default();
     seen.retain(|(row, _)| row.state != MachineState::Silent);
     let answered: Vec<String> = seen.iter().map(|(row, _)| row.node.clone()).collect();
     let others: Vec<&str> =
@@ -142,7 +182,7 @@ fn local_status(context: &NodeContext, reach: &Reach) -> Result<FleetStatus> {
     seen.extend(vm::seen(project, &others));
     let position = |name: &str| reach.nodes.iter().position(|node| node.name == name);
     seen.sort_by_key(|(row, _)| position(&row.node));
-    Ok(FleetStatus::new(seen, Some(project)))
+    Ok(FleetStatus { monitor, ..FleetStatus::new(seen, Some(project)) })
 }
 
 /// Lists the units of a node.

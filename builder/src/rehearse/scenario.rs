@@ -445,7 +445,6 @@ fn run(vm: &Vm, command: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
 
     use super::*;
     use crate::vm::{MachineState, NodeRow};
@@ -472,7 +471,7 @@ mod tests {
             row("work-1", &["hub", "db", "app"], false, Some(Database::Standby)),
             row("data-1", &["hub", "db"], true, Some(Database::Primary(vec![]))),
         ];
-        let status = FleetStatus { nodes: rows, odoo: BTreeMap::new(), urls: vec![] };
+        let status = FleetStatus { nodes: rows, ..FleetStatus::default() };
         let promised = |name: &str, victim: &str| {
             let scenario = chosen(&[name.to_owned()]).unwrap()[0];
             scenario.promised(&[victim.to_owned()], &status)

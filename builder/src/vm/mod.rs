@@ -27,5 +27,5 @@ pub use machine::Vm;
 pub use network::{HostForward, VirtualNic, hub_forwards};
 pub use query::{running, seen, were_started};
 pub use start::{Netboot, VmOptions};
-pub use status::{Database, FleetStatus, MachineState, NodeRow, SeenNode, Standby};
+pub use status::{Database, FleetStatus, MachineState, MonitorFacts, NodeRow, SeenNode, Standby};
 pub(crate) use table::duration;

@@ -11,7 +11,7 @@ use super::query::seen;
 use crate::project::Project;
 
 /// State of a fleet, which `bakehouse status` prints.
-#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 pub struct FleetStatus {
     /// Nodes in the order of the fleet's topology.
     pub nodes: Vec<NodeRow>,
@@ -19,6 +19,31 @@ pub struct FleetStatus {
     pub odoo: BTreeMap<String, String>,
     /// Addresses of Odoo for a browser on this host.
     pub urls: Vec<String>,
+    /// What a monitor knows. The key is absent if none answers in time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub monitor: Option<MonitorFacts>,
+    /// Expiry of the operator's certificate, in seconds since 1970. The key is absent without such a certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate_expires: Option<u64>,
+}
+
+/// What the Prometheus of a monitor knows about backups and certificates. A key is absent if Prometheus has no value.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct MonitorFacts {
+    /// Name of the monitor.
+    pub monitor: String,
+    /// End of the newest backup in the repository, in seconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backup: Option<u64>,
+    /// Number of backups in the repository.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backups: Option<u64>,
+    /// Time at which the primary last archived WAL, in seconds since 1970. A restore reaches this time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub archived: Option<u64>,
+    /// Expiry of the certificate for browsers, in seconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub web_certificate: Option<u64>,
 }
 
 /// State of one node.
@@ -101,7 +126,7 @@ impl FleetStatus {
         let holder = seen.iter().find(|(row, _)| row.vip).or_else(|| seen.iter().find(|(_, odoo)| !odoo.is_empty()));
         let odoo = holder.map(|(_, odoo)| odoo.clone()).unwrap_or_default();
         let urls = local.map(|project| urls(project, &seen)).unwrap_or_default();
-        Self { nodes: seen.into_iter().map(|(row, _)| row).collect(), odoo, urls }
+        Self { nodes: seen.into_iter().map(|(row, _)| row).collect(), odoo, urls, ..Self::default() }
     }
 
     /// Returns whether the fleet is complete: every node is ready, one hub holds the VIP, all standbys replicate from

@@ -7,6 +7,11 @@ use fleet::node_api::{NodeStatus, Space};
 
 use super::status::{Database, FleetStatus, MachineState, NodeRow, Standby};
 
+/// Times before the expiry of a certificate at which it needs attention, in seconds: that for browsers, which someone may
+/// have to order, and the operator's, which `bakehouse operator add` makes.
+const WEB_CERTIFICATE: u64 = 14 * 86_400;
+const OWN_CERTIFICATE: u64 = 3600;
+
 impl fmt::Display for FleetStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.table(None))
@@ -154,6 +159,28 @@ impl FleetStatus {
         parts
     }
 
+    /// Returns the ages of backups and certificates at the time `now` in short parts, each with whether it needs
+    /// attention.
+    #[must_use]
+    pub fn ages(&self, now: u64) -> Vec<(String, bool)> {
+        let ago = |at: u64| duration(now.saturating_sub(at));
+        let left = |at: u64| duration(at.saturating_sub(now));
+        let mut parts = Vec::new();
+        if let Some(facts) = &self.monitor {
+            match (facts.backup, facts.backups) {
+                (_, Some(0)) => parts.push(("no backup".to_owned(), true)),
+                (Some(at), _) => parts.push((format!("backup {} ago", ago(at)), false)),
+                (None, _) => {}
+            }
+            parts.extend(facts.archived.map(|at| (format!("WAL archived {} ago", ago(at)), false)));
+            let web = |at: u64| (format!("web certificate {} left", left(at)), at < now + WEB_CERTIFICATE);
+            parts.extend(facts.web_certificate.map(web));
+        }
+        let own = |at: u64| (format!("your certificate {} left", left(at)), at < now + OWN_CERTIFICATE);
+        parts.extend(self.certificate_expires.map(own));
+        parts
+    }
+
     /// Returns what the table says about a node beside its state.
     fn notes(&self, row: &NodeRow) -> Vec<String> {
         let standbys: Vec<&Standby> = self
@@ -244,6 +271,7 @@ fn bytes(n: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::query::tests::row;
+    use super::super::status::MonitorFacts;
     use super::*;
     use std::collections::BTreeMap;
 
@@ -258,6 +286,7 @@ mod tests {
             nodes: vec![hub.0, db.0, standby.0, app.0],
             odoo: hub.1,
             urls: vec!["https://127.1.1.1:8443/".into()],
+            ..FleetStatus::default()
         }
     }
 
@@ -286,6 +315,33 @@ mod tests {
         status.nodes.iter_mut().for_each(|row| row.state = MachineState::Off);
         assert!(status.is_off());
         assert_eq!((server_state("DOWN 1/2"), server_state("DOWN")), ("coming up".to_owned(), "down".to_owned()));
+    }
+
+    #[test]
+    fn ages_of_backups_and_certificates_need_attention_in_time() {
+        let now = 1_796_000_000;
+        let facts = MonitorFacts {
+            monitor: "monitor-1".to_owned(),
+            backup: Some(now - 7200),
+            backups: Some(3),
+            archived: Some(now - 30),
+            web_certificate: Some(now + 10 * 86_400),
+        };
+        let status =
+            |monitor| FleetStatus { monitor, certificate_expires: Some(now + 86_400), ..FleetStatus::default() };
+        let parts = |monitor| {
+            let ages = status(monitor).ages(now);
+            ages.into_iter().map(|(text, bad)| text + if bad { "!" } else { "" }).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(
+            parts(Some(facts.clone())),
+            "backup 2 h ago, WAL archived 30 s ago, web certificate 10 d left!, your certificate 24 h left"
+        );
+        assert_eq!(
+            parts(Some(MonitorFacts { backups: Some(0), backup: None, ..MonitorFacts::default() })),
+            "no backup!, your certificate 24 h left"
+        );
+        assert_eq!(parts(None), "your certificate 24 h left");
     }
 
     #[test]
@@ -345,8 +401,7 @@ mod tests {
     #[test]
     fn shows_the_agents_message_until_a_node_is_ready() {
         let output = r#"agent {"fleet":"q","node":"","epoch":0,"phase":"joining","message":"asking hub-1"}"#;
-        let status =
-            FleetStatus { nodes: vec![row("db-1", &["db"], output).0], odoo: BTreeMap::new(), urls: Vec::new() };
+        let status = FleetStatus { nodes: vec![row("db-1", &["db"], output).0], ..FleetStatus::default() };
         assert!(status.to_string().contains("joining   asking hub-1"), "{status}");
     }
 

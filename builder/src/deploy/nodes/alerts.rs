@@ -77,33 +77,46 @@ struct Annotations {
 /// # Errors
 /// If no monitor answers. The error is that of the last one.
 pub(crate) async fn firing(client: &Client, monitors: &[String]) -> Result<Vec<FiringAlert>> {
+    first_of(monitors, |monitor| of_monitor(client, monitor)).await
+}
+
+/// Returns the reply of the first monitor that answers.
+pub(super) async fn first_of<T, F>(monitors: &[String], ask: impl Fn(String) -> F) -> Result<T>
+where
+    F: Future<Output = Result<T>>,
+{
     let mut last = Error::Failed("the fleet has no monitor".to_owned());
     for monitor in monitors {
         let late = |_| fail(format!("{monitor} does not answer within {} s", LIMIT.as_secs()));
-        match timeout(LIMIT, of_monitor(client, monitor)).await.unwrap_or_else(late) {
-            Ok(alerts) => return Ok(alerts),
+        match timeout(LIMIT, ask(monitor.clone())).await.unwrap_or_else(late) {
+            Ok(reply) => return Ok(reply),
             Err(e) => last = e,
         }
     }
     Err(last)
 }
 
-async fn of_monitor(client: &Client, monitor: &str) -> Result<Vec<FiringAlert>> {
-    let failed = |e: hyper::Error| Error::cannot(format!("read the alerts of {monitor}"))(e);
+async fn of_monitor(client: &Client, monitor: String) -> Result<Vec<FiringAlert>> {
+    let body = get(client, &monitor, "/api/v1/alerts").await?;
+    parse(&body).map_err(Error::cannot(format!("parse the alerts of {monitor}")))
+}
+
+/// Gets a path of a monitor's Prometheus.
+pub(super) async fn get(client: &Client, monitor: &str, path: &str) -> Result<Bytes> {
+    let failed = |e: hyper::Error| Error::cannot(format!("ask the Prometheus of {monitor}"))(e);
     let stream = client.stream(monitor, PROMETHEUS).await?;
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await.map_err(failed)?;
     tokio::spawn(async move {
         let _ = connection.await;
     });
-    let request = Request::get("/api/v1/alerts").header("host", "localhost").body(Empty::<Bytes>::new());
+    let request = Request::get(path).header("host", "localhost").body(Empty::<Bytes>::new());
     let request = request.map_err(Error::cannot("build a request"))?;
     let reply = sender.send_request(request).await.map_err(failed)?;
     if !reply.status().is_success() {
         return fail(format!("the Prometheus of {monitor} replied {}", reply.status()));
     }
     let body = Limited::new(reply.into_body(), LONGEST).collect().await;
-    let body = body.map_err(Error::cannot(format!("read the alerts of {monitor}")))?.to_bytes();
-    parse(&body).map_err(Error::cannot(format!("parse the alerts of {monitor}")))
+    Ok(body.map_err(Error::cannot(format!("read the reply of the Prometheus of {monitor}")))?.to_bytes())
 }
 
 fn parse(body: &[u8]) -> serde_json::Result<Vec<FiringAlert>> {

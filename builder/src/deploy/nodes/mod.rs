@@ -4,6 +4,7 @@
 mod action;
 mod alerts;
 mod client;
+mod facts;
 mod forward;
 mod journal;
 mod merge;
@@ -22,6 +23,7 @@ mod watch;
 pub(crate) use action::Action;
 pub(crate) use alerts::{FiringAlert, firing};
 pub(crate) use client::{Client, NodeConnection, NodeLines, permits_no_commands, run};
+pub(crate) use facts::facts;
 pub(crate) use forward::{Entrance, forward};
 pub(crate) use journal::{JournalLineOf, Logs};
 pub(crate) use page::FleetPage;

@@ -27,7 +27,7 @@ pub(crate) async fn watch(
     client: &Client,
     nodes: &[KnownNode],
     interval: Duration,
-    mut show: impl FnMut(&FleetStatus) -> Result<()>,
+    mut show: impl FnMut(FleetStatus) -> Result<()>,
 ) -> Result<Infallible> {
     let (sender, mut answers) = channel(WAITING);
     let mut tasks = JoinSet::new();
@@ -64,7 +64,7 @@ pub(crate) async fn watch(
             }
             _ = ticks.tick() => {
                 has_shown = true;
-                show(&FleetStatus::new(seen.clone(), None))?;
+                show(FleetStatus::new(seen.clone(), None))?;
             }
         }
     }
@@ -157,7 +157,7 @@ mod tests {
     async fn no_hub_ends_the_board() {
         let fleet = Fleet::start(&["hub-1"], &["db-1"]).await;
         fleet.stop_hub("hub-1");
-        let shown = |_: &FleetStatus| -> Result<()> { panic!("there is no state") };
+        let shown = |_: FleetStatus| -> Result<()> { panic!("there is no state") };
         let e = watch(&fleet.client(), &fleet.nodes(), Duration::from_secs(1), shown).await.unwrap_err().chain();
         assert!(e.contains("no hub answers"), "{e}");
     }
