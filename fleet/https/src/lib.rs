@@ -21,6 +21,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 pub use tokio_rustls::rustls::ClientConfig;
+use tokio_rustls::rustls::client::Resumption;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -154,6 +155,15 @@ pub fn client(root: &str, identity: Option<Identity>) -> Result<Arc<ClientConfig
         Some(own) => config.with_client_auth_cert(chain(own.cert)?, key(own.key)?).map_err(tls)?,
         None => config.with_no_client_auth(),
     }))
+}
+
+/// Returns a configuration that resumes no sessions, for connections to many peers. A client's cache has room for 32
+/// peers: with more, it would lose the sessions with those to which it connects again and again.
+#[must_use]
+pub fn without_resumption(config: &ClientConfig) -> Arc<ClientConfig> {
+    let mut config = config.clone();
+    config.resumption = Resumption::disabled();
+    Arc::new(config)
 }
 
 /// Returns the configuration of a TLS server. Client certificates are optional, and verified against `root`.

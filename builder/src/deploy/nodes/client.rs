@@ -285,7 +285,9 @@ pub(crate) fn permits_no_commands(e: &Error) -> bool {
 /// # Errors
 /// If the kernel starts no thread.
 pub(crate) fn run<F: Future>(future: F) -> Result<F::Output> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    // TLS sessions with many nodes take processor time.
+    let threads = std::thread::available_parallelism().map_or(2, |count| count.get().clamp(2, 8));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
     let runtime = runtime.map_err(Error::cannot("start the network client"))?;
     let output = runtime.block_on(future);
     // A lookup of a name may still run. The command does not wait for it.

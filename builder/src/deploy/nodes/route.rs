@@ -48,7 +48,10 @@ pub(crate) struct Entry {
 pub(super) struct Routes {
     hubs: Vec<Hub>,
     port: u16,
+    /// For sessions with hubs, which the client resumes.
     tls: Arc<ClientConfig>,
+    /// For sessions with nodes.
+    node_tls: Arc<ClientConfig>,
     /// Number of connections so far, which go through the good hubs in turn.
     turn: AtomicUsize,
     /// Whether a hub has answered.
@@ -118,6 +121,7 @@ impl Routes {
         Ok(Arc::new(Self {
             hubs: entries.into_iter().map(hub).collect(),
             port,
+            node_tls: fleet_https::without_resumption(&tls),
             tls,
             turn: AtomicUsize::new(0),
             answered: AtomicBool::new(false),
@@ -158,7 +162,7 @@ impl Routes {
             while let Some((index, session)) = self.session(&mut left, &mut failures).await {
                 has_session = true;
                 let mut place = self.place(index);
-                match session.on_to_node(self.name(index), node, &self.tls, HUB_TIMEOUT).await {
+                match session.on_to_node(self.name(index), node, &self.node_tls, HUB_TIMEOUT).await {
                     Ok(connection) => {
                         place.permit = Some(permit);
                         return Ok((connection, place));
