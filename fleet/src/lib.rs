@@ -42,6 +42,7 @@ pub mod postgres;
 mod profile;
 #[cfg(feature = "schema")]
 pub mod reference;
+mod rescue;
 mod rollout;
 mod schema;
 mod settings;
@@ -70,6 +71,7 @@ pub use operator::{
 };
 pub use overlay::{Check, FileMeta, MIGRATIONS, Make, Migration, OverlayManifest, is_of};
 pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
+pub use rescue::{Rescue, RescueDisk, RescueError, RescueTarget};
 pub use rollout::{
     Report, Rollout, RolloutOrder, RolloutRequest, UpdateDecision, UpdateLock, UpdateState, Verdict, disruption_order,
 };

@@ -143,7 +143,7 @@ impl Default for Web {
 }
 
 /// `[access]`: rights of operators that `bakehouse operator` cannot grant alone.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Access {
@@ -152,6 +152,14 @@ pub struct Access {
     /// Whether operators with the role `admin` may run SQL on the databases, as users that are no superusers. Default:
     /// `false`.
     pub sql: bool,
+    /// Whether a disk of `bakehouse ticket NODE --rescue` opens a root shell on the node's console. Default: `true`.
+    pub rescue: bool,
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self { shell: false, sql: false, rescue: true }
+    }
 }
 
 /// `[firewall]`: further ports that the packet filter opens.

@@ -171,7 +171,7 @@ vip = { address = "10.10.0.100" }
 database = { ttl = 30, loop_wait = 3, retry_timeout = 6 }
 firewall = { open = [{ port = 8443, proto = "tcp", role = "hub" }] }
 web = { redirect = true, connections = 150 }
-access = { shell = true }
+access = { shell = true, rescue = false }
 update = { url = "https://updates.example/acme/", when = "*:0/5", stale_after = 30 }
 odoo = { database = "odoo", languages = ["pt_BR"], addons = ["addons"], modules = ["web", "sale"] }
 promise = { vip = 3, database = 35, app = 3 }
