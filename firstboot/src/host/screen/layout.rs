@@ -61,10 +61,12 @@ impl Page {
         page
     }
 
-    /// Returns the page for a serial console, without a QR code and without escape sequences, because a log may follow it.
-    /// No line begins as the agent's messages do, because programs read those.
+    /// Returns the page for a serial console: the text, and the QR code below it. It has no escape sequences, because a
+    /// log may follow it. No line begins as the agent's messages do, because programs read those.
     pub(super) fn for_serial(&self) -> String {
-        self.lines(SERIAL, ROWS).iter().fold("\r\n".to_owned(), |page, line| page + line + "\r\n")
+        let code = self.code().unwrap_or_default();
+        let lines = self.lines(SERIAL, ROWS);
+        lines.iter().chain(&code).fold("\r\n".to_owned(), |page, line| page + line + "\r\n")
     }
 
     /// Returns the text in lines of at most `width` characters. If there is too much, old entries of the journal are
@@ -170,8 +172,10 @@ mod tests {
         let text = rows(&page(12).for_screen((80, 25))).join("\n");
         assert!(text.contains("fault 12") && !text.contains("fault 1 "), "{text}");
         let serial = page(12).for_serial();
-        assert!(serial.lines().count() <= ROWS + 1 && serial.contains("fault 12"), "{serial}");
-        assert!(!serial.contains('█') && !serial.contains('\x1b'), "{serial}");
+        let (code, text): (Vec<&str>, Vec<&str>) = serial.lines().partition(|line| line.starts_with('█'));
+        assert!(text.len() <= ROWS + 1 && serial.contains("fault 12"), "{serial}");
+        assert_eq!(code, page(12).code().unwrap());
+        assert!(!serial.contains('\x1b'), "{serial}");
     }
 
     #[test]
