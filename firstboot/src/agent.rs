@@ -45,6 +45,7 @@ usage: firstboot run              make this machine a node, and run the node (fi
        firstboot signed           write the signature time of the update folder as a metric (firstboot-check.service)
        firstboot grub [--good]    on a legacy BIOS: synchronize boot entries with GRUB's count of tries;
                                   --good: this boot is good (firstboot-grub.service)
+       firstboot rescue DEVICE    open the maintenance console that a rescue disk orders (firstboot-rescue@.service)
        firstboot capture INTERFACE SECONDS BYTES SNAP  write packets to standard output (`bakehouse pcap`)
 ";
 
@@ -277,6 +278,6 @@ mod tests {
             assert!(PAGE.contains(&format!("\n.B {command}\n")), "{command} is not described");
             count += 1;
         }
-        assert_eq!(count, 8);
+        assert_eq!(count, 9);
     }
 }

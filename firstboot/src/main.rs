@@ -1,18 +1,19 @@
 //! The command `firstboot`.
 
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use firstboot::agent::{Paths, USAGE, run};
 use firstboot::error::{Error, Result};
 use firstboot::host::capture::Capture;
-use firstboot::host::console::log_event;
+use firstboot::host::console::{is_taken, log_event};
 use firstboot::host::dbus::describe;
 use firstboot::host::journal::Event;
 use firstboot::host::log::{self, Process};
 use firstboot::host::systemd::Systemd;
 use firstboot::node::image::Image;
+use firstboot::node::rescue::{Folders, Machine, clocks, is_guarded};
 use firstboot::update::boot_entries::{Boots, ENTRIES};
 use firstboot::update::grub::keep_in_step;
 use firstboot::update::health::healthy;
@@ -56,6 +57,10 @@ async fn command() -> ExitCode {
         ["grub"] | ["grub", "--good"] => {
             let done = grub(args.len() == 2).await;
             done.inspect_err(|e| error!("cannot synchronize GRUB's count of tries: {}", e.chain()))
+        }
+        ["rescue", device] => {
+            let opened = Box::pin(rescue(Path::new(device))).await;
+            opened.inspect_err(|e| log_event(Event::RescueRefused, &format!("no maintenance console: {}", e.chain())))
         }
         ["capture", interface, seconds, bytes, snap] => {
             let Some(capture) = Capture::from_args(interface, seconds, bytes, snap) else {
@@ -109,7 +114,9 @@ async fn health() -> Result<()> {
     // Without boot counting or another image, a restart could not roll back, and the node would restart in a loop. A
     // node that runs from memory has no boot entries.
     let (id, version) = (&image.info.id, &image.info.version);
+    // A person repairs the machine. The boot does not become good, so the next restart rolls back.
     if checked.is_err()
+        && !is_taken()
         && let Ok(boots) = Boots::read(&Path::new(ESP).join(ENTRIES), id)
         && !boots.is_blessed(version)
         && boots.has_another(version)
@@ -134,6 +141,28 @@ async fn signed() -> Result<()> {
         Error::Failed("only firstboot-check.service runs `firstboot signed`; start that unit".to_owned())
     })?;
     firstboot::update::download::date::record(Path::new("/run/bakehouse/metrics"), Path::new(&scratch)).await
+}
+
+async fn rescue(device: &Path) -> Result<()> {
+    let folders = std::env::var("RUNTIME_DIRECTORY").unwrap_or_default();
+    // systemd sorts the folders.
+    let folder = |of_metrics: bool| {
+        let found = folders.split(':').find(|path| !path.is_empty() && path.contains("-metrics-") == of_metrics);
+        found.map(PathBuf::from).ok_or_else(|| {
+            Error::Failed("only firstboot-rescue@.service runs `firstboot rescue`; attach a rescue disk".to_owned())
+        })
+    };
+    let (runtime, metrics) = (folder(false)?, folder(true)?);
+    let paths = Paths::for_node();
+    let image = Image::read(&paths.image)?;
+    let machine = Machine {
+        state: &paths.state,
+        credentials: paths.credentials.as_ref(),
+        image: &image,
+        clocks: &clocks(&paths.image),
+        is_guarded: is_guarded(),
+    };
+    firstboot::node::rescue::rescue(&machine, device, &Folders { runtime: &runtime, metrics: &metrics }).await
 }
 
 async fn grub(good: bool) -> Result<()> {

@@ -40,9 +40,10 @@ const OF_SYSTEMD: [&str; 9] = [
 const OF_AGENT: &str = "firstboot-check.";
 /// Beginnings of names of units that operators may not restart: consoles and shells, steps of a boot or of an update,
 /// kernel modules, and commands of admins.
-const FORBIDDEN: [&str; 13] = [
+const FORBIDDEN: [&str; 14] = [
     "autovt@",
     "bakehouse-exec-",
+    "bakehouse-rescue@",
     "console-getty.",
     "container-getty@",
     "debug-shell.",

@@ -31,6 +31,12 @@ pub enum Event {
     NotLoaded,
     /// The newer image is on the disk, and the machine restarts.
     Restarting,
+    /// A rescue disk has opened the maintenance console.
+    Rescue,
+    /// The maintenance console closes.
+    RescueClosed,
+    /// A rescue disk is attached, and opens no maintenance console. The message has the reason.
+    RescueRefused,
 }
 
 impl Event {
@@ -51,6 +57,9 @@ impl Event {
             Self::Changing => "55e9a1067c1b47f380ecbd230fafea28",
             Self::NotLoaded => "bfee075d293e41ae8a9bbe02b6d0febf",
             Self::Restarting => "dba5ab0f619a404e81c1653a014dc3c8",
+            Self::Rescue => "0c6f3f6c5f1e4b0c9a58e3d27b41a9d6",
+            Self::RescueClosed => "6b2d90a1c7e84f35b1f04d8a3e97c652",
+            Self::RescueRefused => "e41a7c58d9034b62a6c5f27b80d13e9f",
         }
     }
 }
@@ -59,8 +68,10 @@ impl Event {
 pub fn record(event: Event, text: &str) {
     let message_id = event.id();
     match event {
-        Event::Fenced | Event::Stopped | Event::Unwell => error!(message_id, "{text}"),
-        Event::Waiting | Event::Deposed | Event::NotLoaded => warn!(message_id, "{text}"),
+        Event::Fenced | Event::Stopped | Event::Unwell | Event::RescueRefused => error!(message_id, "{text}"),
+        Event::Waiting | Event::Deposed | Event::NotLoaded | Event::Rescue | Event::RescueClosed => {
+            warn!(message_id, "{text}");
+        }
         _ => info!(message_id, "{text}"),
     }
 }

@@ -19,6 +19,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tracing::warn;
 
+use crate::host::console::{CONSOLES, is_taken};
 use layout::{Page, plain};
 
 /// Time without a hub or a slot after which the node shows its state.
@@ -31,8 +32,6 @@ const ENTRIES: usize = 12;
 const MOST: u64 = 256 * 1024;
 /// Time limit for `journalctl`. The disk may be what is broken.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// The kernel's consoles; `/dev/console` is the last one.
-const CONSOLES: &str = "/sys/class/tty/console/active";
 /// The screen: the virtual terminal in the foreground.
 const SCREEN: &str = "/dev/tty0";
 
@@ -91,6 +90,11 @@ struct Shown {
 impl Shown {
     /// Shows a page, or removes it, if that is due.
     fn update(&mut self) {
+        if is_taken() {
+            // A new page follows as soon as the console is free.
+            *self = Self::default();
+            return;
+        }
         let (title, waits) = {
             let state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
             (state.title.clone(), state.waits.clone())

@@ -162,7 +162,7 @@ fn check_token(joiner: &Joiner, image: &Image) -> Result<()> {
     Ok(())
 }
 
-fn read_ticket(credentials: Option<&PathBuf>) -> Result<Ticket> {
+pub(super) fn read_ticket(credentials: Option<&PathBuf>) -> Result<Ticket> {
     let given = credentials.map(|dir| dir.join(Ticket::CREDENTIAL));
     let on_disk = Path::new("/efi").join(Ticket::FILE);
     let path = given.into_iter().chain([on_disk]).find(|path| path.exists());

@@ -73,7 +73,7 @@ pub struct Neighbours {
 impl State {
     /// Format of the content, and of a file that is not sealed. [`STATE_VERSION`] is the format of a sealed file.
     const OPEN: u16 = 2;
-    const FILE: &str = "state.json";
+    pub(super) const FILE: &str = "state.json";
 
     /// Makes the state of a node without certificate and passwords.
     #[must_use]

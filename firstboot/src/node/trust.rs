@@ -244,7 +244,8 @@ fn agreed<T: Clone + PartialEq>(
 }
 
 /// Whether the fleet root's key made this signature.
-pub(crate) fn signed_by_root(root: &str, message: &[u8], signature: &[u8]) -> bool {
+#[must_use]
+pub fn signed_by_root(root: &str, message: &[u8], signature: &[u8]) -> bool {
     let Ok(cert) = CertificateDer::from_pem_slice(root.as_bytes()) else { return false };
     EndEntityCert::try_from(&cert)
         .is_ok_and(|cert| cert.verify_signature(ECDSA_P256_SHA256, message, signature).is_ok())
