@@ -71,10 +71,13 @@ pub(super) enum Command {
     /// Mint a ticket, with which a machine joins the fleet
     #[command(after_help = "Examples:\n  bakehouse ticket hub-1 -o hub-1.ticket\n  \
         bakehouse ticket app --uses 5 --days 2 -o app.ticket\n  bakehouse ticket db-1 --replace -o db-1.ticket\n  \
-        bakehouse ticket --list\n  bakehouse ticket --revoke NUMBER\n\n\
+        bakehouse ticket --list\n  bakehouse ticket --revoke NUMBER\n  \
+        bakehouse ticket db-1 --rescue -o rescue.img\n\n\
         The machine reads the ticket as the systemd credential `bakehouse.ticket`. Each founder (hub or voter)\n\
         needs a ticket of its own; other nodes may share one for their group. For [backup.s3], set\n\
-        BAKEHOUSE_S3_KEY and BAKEHOUSE_S3_SECRET when `bakehouse init` creates the fleet key.")]
+        BAKEHOUSE_S3_KEY and BAKEHOUSE_S3_SECRET when `bakehouse init` creates the fleet key.\n\n\
+        With --rescue, the file is the image of a disk. While the disk is attached to the node's machine, its\n\
+        consoles have a root shell, until the disk expires. It cannot be revoked.")]
     Ticket {
         /// Name of a node (`db-2`) or of a group (`db`)
         #[arg(required_unless_present_any = ["revoke", "list"], value_name = "NODE|GROUP")]
@@ -94,6 +97,12 @@ pub(super) enum Command {
         /// Revoke a ticket by its number
         #[arg(long, value_name = "NUMBER", conflicts_with_all = ["to", "uses", "days", "replace"])]
         revoke: Option<String>,
+        /// Make a disk that opens a root shell on the node's console, instead of a ticket
+        #[arg(long, requires = "output", conflicts_with_all = ["uses", "days", "replace", "list", "revoke", "endpoint"])]
+        rescue: bool,
+        /// With --rescue: hours until the disk expires, at most 168
+        #[arg(long, requires = "rescue", default_value = "24", value_parser = clap::value_parser!(u32).range(1..=168))]
+        hours: u32,
         /// Write the ticket to a file that only you can read, instead of standard output
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,

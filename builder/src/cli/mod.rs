@@ -140,7 +140,10 @@ fn run_in(context: &Context, command: &Command) -> Result<CommandResult> {
         Command::Check => inspect::check(context),
         Command::Ticket { list: true, endpoint, .. } => ticket::list(context, endpoint),
         Command::Ticket { revoke: Some(number), endpoint, .. } => ticket::revoke(context, number, endpoint),
-        Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None, list: false } => {
+        Command::Ticket { to, rescue: true, hours, output, .. } => {
+            ticket::rescue(context, to.as_deref().unwrap_or_default(), *hours, output.as_deref())
+        }
+        Command::Ticket { to, uses, days, replace, output, endpoint, revoke: None, list: false, .. } => {
             let (to, output) = (to.as_deref().unwrap_or_default(), output.as_deref());
             let (uses, days, replace) = (*uses, *days, *replace);
             ticket::new(context, &ticket::NewTicket { to, uses, days, replace, output, endpoint })

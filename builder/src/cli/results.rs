@@ -82,7 +82,8 @@ pub(super) enum CommandResult {
     /// Files of the fleet's folder.
     #[serde(rename = "init")]
     Init(InitResult),
-    /// A new ticket; with `--list` the list of tickets; with `--revoke` the revoked ticket.
+    /// A new ticket; with `--list` the list of tickets; with `--revoke` the revoked ticket; with `--rescue` the rescue
+    /// disk.
     #[serde(rename = "ticket")]
     Ticket(TicketResult),
     /// The stored or removed secret.
@@ -276,6 +277,8 @@ pub(super) enum TicketResult {
     List(Vec<TicketRow>),
     /// With `--revoke`.
     Revoked(RevokedTicket),
+    /// With `--rescue`.
+    Rescue(RescueResult),
 }
 
 /// A new ticket.
@@ -298,6 +301,21 @@ pub(super) struct RevokedTicket {
     pub(super) number: String,
     /// Hub that accepted the order.
     pub(super) hub: String,
+}
+
+/// The image of a rescue disk.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct RescueResult {
+    /// Node whose console the disk opens.
+    pub(super) rescue: String,
+    /// Number of the order, 128 random bits, hexadecimal. The node's journal has it.
+    pub(super) id: String,
+    /// Time after which the disk opens nothing, in seconds since 1970.
+    pub(super) expires: u64,
+    /// The same time, RFC 3339.
+    pub(super) expires_at: String,
+    /// File with the image.
+    pub(super) path: PathBuf,
 }
 
 /// Result of `leave`.

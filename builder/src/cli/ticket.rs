@@ -2,16 +2,17 @@
 
 use std::io::IsTerminal as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::context::Context;
 use super::next;
-use super::results::{CommandResult, LeaveResult, NewTicketResult, RevokedTicket, TicketResult};
+use super::results::{CommandResult, LeaveResult, NewTicketResult, RescueResult, RevokedTicket, TicketResult};
 use crate::error::{Error, Result};
 use crate::keys::authority::FleetKey;
+use crate::keys::rescue::{image, order};
 use crate::keys::ticket::{TicketSummary, TicketTerms, mint};
 use crate::keys::ticket_log;
-use crate::util::fs::write_private;
+use crate::util::fs::{shown, write_private};
 
 /// Options of a new ticket.
 pub(super) struct NewTicket<'a> {
@@ -56,6 +57,46 @@ pub(super) fn new(context: &Context, options: &NewTicket) -> Result<CommandResul
         Some(ticket)
     };
     Ok(CommandResult::Ticket(TicketResult::New(NewTicketResult { summary, path, ticket })))
+}
+
+/// Makes a rescue disk.
+pub(super) fn rescue(context: &Context, node: &str, hours: u32, output: Option<&Path>) -> Result<CommandResult> {
+    let Context { project, progress, .. } = context;
+    let output = output.ok_or_else(|| Error::Usage("--rescue needs --output FILE".to_owned()))?;
+    let file = shown(output);
+    // The image replaces the file, and a device is no file.
+    if output.metadata().is_ok_and(|found| !found.is_file()) {
+        return Err(Error::Usage(format!(
+            "{file} is not a file\n  help: make the image in a file with `-o rescue.img`, and copy it to the device: \
+             `dd if=rescue.img of={file} conv=fsync`"
+        )));
+    }
+    if !project.topology.access.rescue {
+        return Err(Error::Failed(
+            "the nodes of this fleet ignore rescue disks\n  help: remove `rescue = false` from [access] in fleet.toml, \
+             and roll the new images out"
+                .to_owned(),
+        ));
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let order = order(&project.topology, node, now, Duration::from_secs(u64::from(hours) * 3600))?;
+    write_private(output, &image(&FleetKey::load(project)?, &order)?)?;
+    progress.say(
+        "ticket",
+        &format!(
+            "{file}: opens the maintenance console of {node} until {} (order {}); copy the image to a USB stick, or \
+             attach it to the machine as a disk",
+            order.expires_at(),
+            order.id
+        ),
+    );
+    Ok(CommandResult::Ticket(TicketResult::Rescue(RescueResult {
+        rescue: order.node.clone(),
+        id: order.id.clone(),
+        expires: order.expires,
+        expires_at: order.expires_at(),
+        path: output.to_owned(),
+    })))
 }
 
 /// Lists the minted tickets.
