@@ -27,7 +27,7 @@ unit() {
 # Packages whose maintainer scripts attack the build host.
 hostile() { tests --test hostile; }
 # Fleets with failing nodes, in containers, at the speed of the host.
-containers() { tests --test machines -- --test-threads=1 --nocapture fleet::containers containers::; }
+containers() { tests --test machines -- --test-threads=1 --nocapture fleet::containers rescue::containers containers::; }
 # A lost node's journal on the monitors, and every command of the runbooks. Not in the list of `make test`: it takes too
 # long.
 journals() { tests --test machines -- --test-threads=1 --nocapture journals::; }
@@ -39,7 +39,7 @@ cluster() { tests --test cluster -- --test-threads=4; }
 containment() { tests --test machines -- --test-threads=1 --nocapture containment::; }
 images() { tests --test images -- --test-threads=1 --nocapture; }
 # Each emulated machine uses one processor.
-machines() { tests --test machines -- --test-threads=2 --nocapture --skip containers --skip secure_netboot:: boot:: netboot:: upgrade::; }
+machines() { tests --test machines -- --test-threads=2 --nocapture --skip containers --skip secure_netboot:: boot:: netboot:: rescue:: upgrade::; }
 
 # Runs a stage with its output in a file, and prints that when the stage has ended.
 stage() {

@@ -55,6 +55,7 @@ fn each_target_accepts_a_seed() {
         assert!(seeds(target).iter().any(|(_, seed)| reads(seed)), "{target} rejects all of its seeds");
     };
     accepts("ticket", &|b| fleet::Ticket::parse(b).is_ok());
+    accepts("rescue", &|b| fleet::RescueDisk::parse(b).is_ok());
     accepts("fleet_toml", &|b| fleet::Fleet::parse("f", b).is_ok());
     accepts("profile", &|b| fleet::Profile::parse("f", b).is_ok());
     accepts("profile", &|b| fleet::OverlayManifest::parse("f", b).is_ok());

@@ -13,6 +13,7 @@ mod netboot;
 mod power_loss;
 mod psql;
 mod quick_ha;
+mod rescue;
 mod restore;
 mod roles;
 mod rolling_update;

@@ -7,13 +7,14 @@ use std::sync::LazyLock;
 
 use builder::format::deb::{Deb, data_entries};
 use firstboot::hub::token::verify;
+use firstboot::node::trust::signed_by_root;
 use fleet::blocks::{BLOCK, Blocks, missing, pieces};
 use fleet::grubenv::Block;
 use fleet::netboot::{Assignment, Key, NetbootMachine, ProgressReport, SealedTicket};
 use fleet::{
     Departure, Diagnostic, Fleet, Introduction, Issuer, JoinReply, JoinRequest, OverlayManifest, Peers, Profile,
-    Profiles, Renewal, Report, Revocation, Rollout, RolloutRequest, SlotRecord, Ticket, Token, TokensRequest, Topology,
-    UpdateLock, Verdict, encoding,
+    Profiles, Renewal, Report, RescueDisk, RescueTarget, Revocation, Rollout, RolloutRequest, SlotRecord, Ticket,
+    Token, TokensRequest, Topology, UpdateLock, Verdict, encoding,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -22,7 +23,7 @@ use serde::de::DeserializeOwned;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     ("age", age),
     ("dbus", dbus),
     ("deb", deb),
@@ -34,6 +35,7 @@ pub const TARGETS: [Target; 14] = [
     ("netboot", netboot),
     ("pe", pe),
     ("profile", profile),
+    ("rescue", rescue),
     ("rollout", rollout),
     ("ticket", ticket),
     ("update", update),
@@ -120,6 +122,25 @@ fn ticket(bytes: &[u8]) {
     assert_eq!(Ticket::parse(&written).expect("an encoded value can be decoded"), ticket);
     if let Some(claims) = ticket.token().and_then(Token::read) {
         let _ = claims.public_key();
+    }
+}
+
+/// Rescue disks, which anybody can attach to a machine.
+fn rescue(bytes: &[u8]) {
+    static ROOT: LazyLock<Issuer> = LazyLock::new(|| Issuer::root("acme").expect("randomness"));
+    let Ok(disk) = RescueDisk::parse(bytes) else { return };
+    let written = serde_json::to_vec(&disk).expect("a decoded value can be encoded");
+    // The encoded form may be longer than a disk's content.
+    if written.len() <= RescueDisk::LONGEST {
+        assert_eq!(RescueDisk::parse(&written).expect("an encoded value can be decoded"), disk);
+    }
+    let root = ROOT.certificate();
+    let target = RescueTarget { fleet: "acme", slots: &["db-1"], now: 1 };
+    let is_signed = |message: &[u8], signature: &[u8]| signed_by_root(root, message, signature);
+    assert!(disk.open(&target, is_signed).is_err(), "accepts an unsigned order");
+    if let Ok(order) = disk.open(&target, |_, _| true) {
+        assert_eq!((order.fleet.as_str(), order.node.as_str()), ("acme", "db-1"), "opens another node's console");
+        assert!(order.expires > 1, "accepts an expired order");
     }
 }
 
