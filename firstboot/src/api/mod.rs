@@ -9,7 +9,6 @@ mod disk;
 mod exec;
 mod export;
 mod gateway;
-mod haproxy;
 mod journal;
 mod listener;
 mod lock;

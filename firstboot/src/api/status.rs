@@ -10,7 +10,8 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::reply::Refusal;
-use super::{NodeApi, Tasks, haproxy, system};
+use super::{NodeApi, Tasks, system};
+use crate::client::haproxy;
 use crate::client::patroni::Patroni;
 use crate::error::{Error, Result};
 use crate::host::console::said;

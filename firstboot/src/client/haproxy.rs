@@ -8,14 +8,14 @@ use fleet_https::{Connection, request};
 
 use crate::error::Result;
 
-pub(super) const PORT: u16 = 8404;
+pub(crate) const PORT: u16 = 8404;
 /// Longest reply, in bytes: a line has about 500 bytes.
 const LONGEST: usize = 4 << 20;
 /// HAProxy's backend with Odoo's servers.
 const BACKEND: &str = "odoo";
 
 /// Returns the status of each Odoo server.
-pub(super) async fn odoo(host: &str) -> Result<BTreeMap<String, String>> {
+pub(crate) async fn odoo(host: &str) -> Result<BTreeMap<String, String>> {
     let mut connection = Connection::plain(host, PORT).await?;
     let text = connection.ask(request("GET", host, "/;csv", &[], "".into())?, LONGEST).await?;
     Ok(servers(&String::from_utf8_lossy(&text)))
