@@ -7,6 +7,7 @@
 mod audit;
 mod backup;
 mod disk;
+mod drain;
 mod net;
 mod pcap;
 mod sql;
@@ -22,6 +23,7 @@ pub use audit::{
 };
 pub use backup::{BACKUP_PATH, BackupRequest, BackupStatus};
 pub use disk::{DISK_PATH, DatabaseSize, DiskStatus, FileSystem, PartitionStatus};
+pub use drain::{DRAIN_PATH, DRAINED_PATH, DrainAnswer, DrainRequest, UNDRAIN_PATH};
 pub use net::{LinkStatus, NET_PATH, NetStatus, PathStatus, PeerStatus, RouteStatus, SessionStatus};
 pub use pcap::{LARGEST_CAPTURE, LARGEST_SNAP, LONGEST_CAPTURE, PCAP_PATH, PcapRequest};
 pub use sql::{
@@ -109,6 +111,9 @@ pub struct NodeStatus {
     pub database: Option<DatabaseStatus>,
     /// HAProxy's status (`UP`, `DOWN` and others) of each Odoo server, on a hub.
     pub odoo: BTreeMap<String, String>,
+    /// Time at which an operator drained the node, in seconds since 1970. The key is absent if the node is not drained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drained: Option<u64>,
 }
 
 /// Sizes in bytes.
@@ -145,6 +150,9 @@ pub struct StandbyStatus {
     pub sync: bool,
     /// Bytes of WAL that the standby has not replayed.
     pub lag: u64,
+    /// Whether the standby cannot become the primary, because its node is drained. The key is absent if it can.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub drained: bool,
 }
 
 /// State of a systemd unit.
@@ -238,7 +246,7 @@ pub struct ActionReply {
 pub struct ActionStatus {
     /// Identifier, as in [`ActionReply::id`].
     pub id: String,
-    /// `reboot`, `power-off`, `restart` or `switchover`.
+    /// `reboot`, `power-off`, `restart`, `switchover`, `drain` or `undrain`.
     pub action: String,
     /// Unit that restarts.
     #[serde(skip_serializing_if = "Option::is_none")]

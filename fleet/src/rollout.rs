@@ -136,6 +136,9 @@ pub enum RolloutOrder {
     },
 }
 
+/// Roles whose work moves to another node when a node restarts or is drained.
+const SERVING: [&str; 3] = ["hub", "db", "app"];
+
 /// State of a rollout, from etcd.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -158,6 +161,9 @@ pub struct Rollout {
     /// Slots that the operator skips, with the time of the order in seconds since 1970.
     #[serde(default)]
     pub skipped: BTreeMap<String, u64>,
+    /// Drained slots, with the time since when the hubs know of the drain, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub drained: BTreeMap<String, u64>,
     /// Epoch of each slot's record. Hubs of the previous version leave it out.
     #[serde(default)]
     pub epochs: BTreeMap<String, u64>,
@@ -267,6 +273,9 @@ impl Rollout {
         if let Some((starting, _)) = reports().find(|(_, r)| r.doing == UpdateState::Starting) {
             return Some(format!("{starting} is starting"));
         }
+        if let Some(why) = self.last_that_serves(topology, slot) {
+            return Some(why);
+        }
         if !self.is_offered(slot, image) {
             return Some(format!(
                 "no other node is offered version {image}, or runs it; to allow it: `bakehouse rollout --allow {image}`"
@@ -291,6 +300,22 @@ impl Rollout {
 }
 
 impl Rollout {
+    /// Returns the reason why a node must not restart because all other nodes with one of its roles are drained. A
+    /// drained node itself may restart.
+    fn last_that_serves(&self, topology: &Topology, slot: &str) -> Option<String> {
+        let node = topology.node(slot).filter(|_| !self.drained.contains_key(slot))?;
+        let members = || self.members.iter().filter(|member| *member != slot);
+        SERVING.into_iter().filter(|role| node.has_role(role)).find_map(|role| {
+            let has_role = |member: &&String| topology.node(member).is_some_and(|n| n.has_role(role));
+            let mut others = members().filter(has_role).peekable();
+            let first = (*others.peek()?).clone();
+            let all_drained = others.all(|other| self.drained.contains_key(other));
+            all_drained.then(|| {
+                format!("{slot} is the last {role} node that is not drained; to continue: `bakehouse undrain {first}`")
+            })
+        })
+    }
+
     /// Whether another member is offered this version, or runs it, or the operator allowed it. Otherwise one
     /// compromised node could ask for any version, and then deny it to the fleet.
     fn is_offered(&self, slot: &str, image: &str) -> bool {

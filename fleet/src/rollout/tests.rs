@@ -232,3 +232,29 @@ fn no_node_changes_while_another_is_missing_or_the_rollout_is_paused() {
     fleet.paused = Some("month's end".into());
     assert!(matches!(monitor(&fleet), Verdict::Wait(why) if why.contains("month's end")));
 }
+
+#[test]
+fn the_last_node_of_a_role_that_is_not_drained_waits() {
+    let topology = topology();
+    let mut fleet = all_available(&topology);
+    fleet.drained = [("app-2".to_owned(), 1)].into();
+    let of = |fleet: &Rollout, slot: &str| fleet.decide(&topology, slot, &offered(false));
+    let why = "app-1 is the last app node that is not drained; to continue: `bakehouse undrain app-2`";
+    assert_eq!(of(&fleet, "app-1"), Verdict::Wait(why.to_owned()));
+    // A drained node updates as usual, and a role with another node has its reserve.
+    assert!(matches!(of(&fleet, "app-2"), Verdict::Take(_)));
+    fleet.drained = [("hub-1".to_owned(), 1), ("monitor-1".to_owned(), 1)].into();
+    for slot in ["app-1", "monitor-1"] {
+        assert!(matches!(of(&fleet, slot), Verdict::Take(_)), "{slot}");
+    }
+    // A slot without an owner is no reserve. A fleet with one node of a role has none anyway.
+    fleet.drained = [("hub-1".to_owned(), 1)].into();
+    fleet.members.remove("hub-3");
+    assert!(matches!(of(&fleet, "hub-2"), Verdict::Wait(why) if why.contains("undrain hub-1")));
+    fleet.members.remove("hub-1");
+    assert!(!matches!(of(&fleet, "hub-2"), Verdict::Wait(why) if why.contains("undrain")));
+    // Hubs of the previous version read the state, and leave the key out.
+    let json = serde_json::to_value(Rollout::default()).unwrap();
+    assert!(json.get("drained").is_none());
+    assert_eq!(serde_json::from_value::<Rollout>(json).unwrap(), Rollout::default());
+}
