@@ -23,7 +23,8 @@ use crate::host::machine;
 use crate::host::notify::notify;
 use crate::host::screen;
 use crate::host::systemd::{self, Systemd};
-use crate::member::{ALL_HAVE_ASKED, Member, locker, recorder};
+use crate::member::{ALL_HAVE_ASKED, Member, drainer, locker, recorder};
+use crate::node::drained::DrainState;
 use crate::node::hubs::Hubs;
 use crate::node::identity::{Identity, identity, node_of};
 use crate::node::image::Image;
@@ -102,7 +103,8 @@ pub async fn run(paths: &Paths) -> Result<()> {
     }
     let node = node_of(&who.state, &image)?;
     // Before the roles, because operators need it most while a role does not start.
-    let (api, api_tls) = node_api(&image, node, &who, paths.state.path(), status.phase())?;
+    let drained = Arc::new(DrainState::load(paths.state.path(), &paths.root.join("run/bakehouse")));
+    let (api, api_tls) = node_api(&image, node, &who, paths.state.path(), status.phase(), drained.clone())?;
     tokio::spawn(api::keep(Arc::new(api), api_tls));
     screen::name(&format!("{} of {}", node.name, image.topology.name));
     warn_of_sealed_passwords(&who, node, &image);
@@ -149,6 +151,8 @@ pub async fn run(paths: &Paths) -> Result<()> {
             // its new keys.
             tokio::time::sleep(ALL_HAVE_ASKED).await;
         }
+        // Before the roles, so that a drained node gets no work while it boots.
+        api::restore_drain(&bus, node, &drained).await;
         let mut pause = Backoff::default();
         // The agent keeps running while a role does not start: operators reach the node through it.
         while let Err(e) = start(&units, node).await {
@@ -181,6 +185,7 @@ fn node_api(
     who: &Identity,
     state: &Path,
     phase: watch::Receiver<Phase>,
+    drained: Arc<DrainState>,
 ) -> Result<(NodeApi, Arc<ServerConfig>)> {
     let own = fleet_https::Identity { cert: &who.state.cert, key: who.keys.tls.pem() };
     let tls = fleet_https::mutual_server(&who.state.root, own)?;
@@ -198,6 +203,8 @@ fn node_api(
         postgres: POSTGRES_SOCKET.into(),
         locker: locker(who, node, &image.topology)?,
         outbox: Arc::new(Outbox::load(state, &node.name, recorder(who, node, &image.topology)?)),
+        drained,
+        drainer: drainer(who, node, &image.topology)?,
         tasks: Tasks::default(),
     };
     Ok((api, tls))

@@ -36,7 +36,7 @@ use crate::node::state::StateDir;
 use crate::node::trust::{Decision, Heard, Known, Standing, decide, first_keys};
 use crate::update::Updates;
 
-pub use requests::{locker, recorder};
+pub use requests::{drainer, locker, recorder};
 
 /// Time to the next request while the hubs do not agree yet.
 const SOON: Duration = Duration::from_secs(3);

@@ -1,4 +1,4 @@
-//! Actions of operators: reboot, power off, restart of a unit, and switchover.
+//! Actions of operators: reboot, power off, restart of a unit, switchover, drain and undrain.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::listener::Client;
 use super::lock::{self, Held};
 use super::reply::{Answer, Refusal, json};
 use super::restart::{self, Unit};
-use super::{NodeApi, audit, random_id};
+use super::{NodeApi, audit, drain, random_id};
 use crate::error::Result;
 use crate::host::manager;
 
@@ -28,6 +28,8 @@ pub(super) enum Action {
     Poweroff,
     Restart,
     Switchover,
+    Drain,
+    Undrain,
 }
 
 impl Action {
@@ -37,6 +39,8 @@ impl Action {
             Self::Poweroff => "power-off",
             Self::Restart => "restart",
             Self::Switchover => "switchover",
+            Self::Drain => "drain",
+            Self::Undrain => "undrain",
         }
     }
 }
@@ -112,18 +116,30 @@ pub(super) async fn act(client: &Arc<Client>, kind: Action, asked: &ActionReques
         error: None,
     };
     let mut acting = Acting::new(api, status)?;
+    if matches!(kind, Action::Drain | Action::Undrain)
+        && let Some(message) = drain::nothing_to_do(api, kind == Action::Drain)
+    {
+        audit::ended(client, kind.as_str(), &message);
+        return Ok(json(StatusCode::OK, &ActionReply { message, done: true, id: String::new() }));
+    }
     let unit = match kind {
         Action::Restart => restart::find(api, asked.unit.as_deref().unwrap_or_default()).await?,
         Action::Switchover => Unit { name: String::new(), stops: Stops::DATABASE },
-        Action::Reboot | Action::Poweroff => Unit { name: String::new(), stops: Stops::ALL },
+        Action::Reboot | Action::Poweroff | Action::Drain => Unit { name: String::new(), stops: Stops::ALL },
+        Action::Undrain => Unit { name: String::new(), stops: Stops::default() },
     };
     let seconds = if kind == Action::Poweroff { lock::UNTIL_OFF } else { lock::LONGEST };
     // The lock first: the checks must see what the action of its last holder did.
     let held = if unit.stops.needs_lock(api) { lock::take(api, seconds, forced).await? } else { None };
-    if kind == Action::Switchover {
-        check_switchover(api, forced).await?;
-    } else if !forced {
-        danger::check(api, unit.stops).await?;
+    match kind {
+        Action::Switchover => check_switchover(api, forced).await?,
+        Action::Drain if !forced => drain::check(api).await?,
+        Action::Drain | Action::Undrain => {}
+        Action::Reboot | Action::Poweroff | Action::Restart if forced => {}
+        Action::Reboot | Action::Poweroff | Action::Restart => {
+            let drained = if unit.stops.needs_lock(api) { drain::drained_nodes(api).await } else { Vec::new() };
+            danger::check(api, unit.stops, &drained).await?;
+        }
     }
     let of_unit = if unit.name.is_empty() { String::new() } else { format!(" of {}", unit.name) };
     let what = format!("{}{of_unit}{}", kind.as_str(), if forced { " (forced)" } else { "" });
@@ -133,7 +149,8 @@ pub(super) async fn act(client: &Arc<Client>, kind: Action, asked: &ActionReques
     let (done, result) = oneshot::channel();
     let task = client.clone();
     tokio::spawn(async move {
-        let ended = carry_out(&task.shared().api, kind, &unit.name, forced, held).await;
+        let by = task.certificate.operator.dns_name();
+        let ended = carry_out(&task.shared().api, kind, &unit.name, (&by, forced), held).await;
         acting.end(&ended);
         match &ended {
             Ok(()) => audit::ended(&task, &what, "done"),
@@ -167,12 +184,20 @@ async fn check_switchover(api: &NodeApi, forced: bool) -> Result<(), Refusal> {
     }
 }
 
-/// Carries out an action. The node keeps the lock until it is ready again.
-async fn carry_out(api: &NodeApi, kind: Action, unit: &str, forced: bool, mut held: Option<Held>) -> Result<()> {
-    if let Some(held) = &mut held {
+/// Carries out an action of the operator `by`. The node keeps the lock until it is ready again; a drain stops nothing.
+async fn carry_out(
+    api: &NodeApi,
+    kind: Action,
+    unit: &str,
+    (by, forced): (&str, bool),
+    mut held: Option<Held>,
+) -> Result<()> {
+    if let Some(held) = held.as_mut().filter(|_| kind != Action::Drain) {
         held.stops();
     }
     match kind {
+        Action::Drain => drain::drain(api, by, forced).await,
+        Action::Undrain => drain::undrain(api).await,
         Action::Switchover => hand_over(api).await,
         Action::Restart => restart::restart(api, unit).await,
         Action::Reboot | Action::Poweroff => {

@@ -86,18 +86,20 @@ impl FromIterator<Self> for Stops {
     }
 }
 
-/// Refuses if the fleet would lose its primary without a synchronous standby, etcd's quorum, or its last VIP.
-pub(super) async fn check(api: &NodeApi, stops: Stops) -> Result<(), Refusal> {
+/// Refuses if the fleet would lose its primary without a synchronous standby, etcd's quorum, its last VIP, or its last app
+/// node that is not drained. `drained`: the drained nodes.
+pub(super) async fn check(api: &NodeApi, stops: Stops, drained: &[String]) -> Result<(), Refusal> {
     let database = async { if stops.database { database(api).await } else { Ok(()) } };
     let is_voter = stops.etcd && api.topology.voters.contains(&api.node.name);
     let quorum = async { if is_voter { quorum(api).await } else { Ok(()) } };
-    let vip = async { if stops.vip && api.node.hub > 0 { vip(api).await } else { Ok(()) } };
+    let vip = async { if stops.vip && api.node.hub > 0 { vip(api, drained).await } else { Ok(()) } };
     let (database, quorum, vip) = tokio::join!(database, quorum, vip);
-    database.and(quorum).and(vip)
+    let app = if stops.rest && api.node.has_role("app") { app(api, drained) } else { Ok(()) };
+    database.and(quorum).and(vip).and(app)
 }
 
 /// Returns the refusal of an action, with the way to carry it out nevertheless.
-fn refuse(api: &NodeApi, why: String, wait: &str) -> Refusal {
+pub(super) fn refuse(api: &NodeApi, why: String, wait: &str) -> Refusal {
     let help = format!("{wait}, or add `--force {}`", api.node.name);
     Refusal::new(StatusCode::CONFLICT, why).help(help)
 }
@@ -120,8 +122,9 @@ async fn database(api: &NodeApi) -> Result<(), Refusal> {
     }
 }
 
+/// Whether a synchronous standby can become the primary.
 pub(super) fn has_sync_standby(status: &DatabaseStatus) -> bool {
-    status.standbys.iter().any(|standby| standby.sync)
+    status.standbys.iter().any(|standby| standby.sync && !standby.drained)
 }
 
 /// Refuses if etcd would lose its quorum without this voter, or the other voters do not answer.
@@ -166,23 +169,41 @@ pub(super) async fn is_healthy(api: &NodeApi, voter: &Node) -> bool {
     answer.is_ok_and(|answer| answer.is_ok_and(health))
 }
 
-/// Refuses if this hub has the VIP, and no other hub runs.
-async fn vip(api: &NodeApi) -> Result<(), Refusal> {
+/// Refuses if all other app nodes are drained. A drained node serves nothing that the fleet could lose.
+fn app(api: &NodeApi, drained: &[String]) -> Result<(), Refusal> {
+    let name = &api.node.name;
+    let others = || api.topology.nodes.iter().filter(|node| node.has_role("app") && node.name != *name);
+    if api.drained.current().is_some() || others().next().is_none() {
+        return Ok(());
+    }
+    let mut others = others().map(|node| &node.name);
+    if !others.all(|other| drained.contains(other)) {
+        return Ok(());
+    }
+    let why = format!("all app nodes except {name} are drained: {}", drained.join(", "));
+    Err(refuse(api, why, "undrain one (`bakehouse undrain NODE`)"))
+}
+
+/// Refuses if this hub has the VIP, and no other hub runs that is not drained.
+async fn vip(api: &NodeApi, drained: &[String]) -> Result<(), Refusal> {
     if !system::has_address(api.topology.vip).unwrap_or_default() {
         return Ok(());
     }
     let Topology { hubs, mesh, .. } = &api.topology;
     let others: Vec<SocketAddr> = hubs
         .iter()
-        .filter(|hub| hub.name != api.node.name)
+        .filter(|hub| hub.name != api.node.name && !drained.contains(&hub.name))
         .map(|hub| SocketAddr::from((hub.address, mesh.port)))
         .collect();
     let connects = others.iter().map(async |at| timeout(ANSWER, TcpStream::connect(at)).await.is_ok_and(|c| c.is_ok()));
     if join_all(connects).await.contains(&true) {
         return Ok(());
     }
-    let why = format!("{} has the VIP, and no other hub answers", api.node.name);
-    Err(refuse(api, why, "start another hub"))
+    let are_drained: Vec<&str> =
+        hubs.iter().filter(|hub| drained.contains(&hub.name)).map(|hub| hub.name.as_str()).collect();
+    let except = if are_drained.is_empty() { String::new() } else { format!(" (drained: {})", are_drained.join(", ")) };
+    let why = format!("{} has the VIP, and no other hub answers{except}", api.node.name);
+    Err(refuse(api, why, "start or undrain another hub"))
 }
 
 #[cfg(test)]
@@ -216,9 +237,10 @@ mod tests {
 
     #[test]
     fn only_a_synchronous_standby_counts() {
-        let standby = |sync| StandbyStatus { node: "db-2".to_owned(), sync, lag: 0 };
+        let standby = |sync| StandbyStatus { node: "db-2".to_owned(), sync, lag: 0, drained: false };
         let primary = |standbys| DatabaseStatus { primary: true, state: "running".to_owned(), standbys };
         assert!(!has_sync_standby(&primary(Vec::new())) && !has_sync_standby(&primary(vec![standby(false)])));
         assert!(has_sync_standby(&primary(vec![standby(false), standby(true)])));
+        assert!(!has_sync_standby(&primary(vec![StandbyStatus { drained: true, ..standby(true) }])));
     }
 }

@@ -6,6 +6,7 @@ mod audit;
 mod backup;
 mod danger;
 mod disk;
+mod drain;
 mod exec;
 mod export;
 mod gateway;
@@ -40,10 +41,12 @@ use tokio::sync::{Semaphore, watch};
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 use tracing::warn;
 
+pub use drain::{Drainer, restore as restore_drain};
 pub use lock::Locker;
 
 use crate::error::{Error, Result};
 use crate::host::dbus::Phase;
+use crate::node::drained::DrainState;
 use crate::node::outbox::Outbox;
 use crate::node::revocations::Revocations;
 use crate::server::on_thread;
@@ -85,6 +88,10 @@ pub struct NodeApi {
     pub locker: Locker,
     /// Actions of operators, on their way to etcd.
     pub outbox: Arc<Outbox>,
+    /// Whether the node is drained.
+    pub drained: Arc<DrainState>,
+    /// Reports to the hubs that the node is drained, and reads which nodes are.
+    pub drainer: Drainer,
     /// State of the API itself.
     pub tasks: Tasks,
 }
@@ -147,6 +154,8 @@ async fn serve(api: Arc<NodeApi>, tls: Arc<ServerConfig>) -> Result<()> {
         tokio::spawn(lock::free_after_boot(api.clone()));
         let outbox = api.outbox.clone();
         tokio::spawn(async move { outbox.keep().await });
+        let reported = api.clone();
+        tokio::spawn(async move { drain::keep_reported(&reported).await });
         let listener = listener::open(at).await;
         listener::accept(api, operators, listener, tls.into()).await
     })

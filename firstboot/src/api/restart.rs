@@ -39,7 +39,7 @@ const OF_SYSTEMD: [&str; 9] = [
 /// The agent's unit that operators may restart.
 const OF_AGENT: &str = "firstboot-check.";
 /// Beginnings of names of units that operators may not restart: consoles and shells, steps of a boot or of an update,
-/// kernel modules, and commands of admins.
+/// drains, kernel modules, and commands of admins.
 const FORBIDDEN: [&str; 14] = [
     "autovt@",
     "bakehouse-exec-",
@@ -47,6 +47,7 @@ const FORBIDDEN: [&str; 14] = [
     "console-getty.",
     "container-getty@",
     "debug-shell.",
+    "drain-",
     "emergency.",
     "firstboot",
     "getty@",
@@ -184,6 +185,7 @@ mod tests {
             "firstboot.service",
             "firstboot-install.service",
             "bakehouse-exec-0123.service",
+            "drain-hub.service",
             "-.mount",
             "var.mount",
             "system.slice",

@@ -6,10 +6,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use fleet::OperatorRole;
 use fleet::node_api::{
-    ACTION_PATH, ActionRequest, BACKUP_PATH, BackupRequest, DISK_PATH, EXEC_PATH, ExecRequest, JOURNAL_PATH,
-    KEPT_JOURNAL_PATH, LONGEST_NODE_REQUEST, LONGEST_SCRIPT, NET_PATH, ODOO_SHELL_PATH, OPEN_PREFIX, OdooShellRequest,
-    PCAP_PATH, POWEROFF_PATH, PcapRequest, REBOOT_PATH, RESTART_PATH, SQL_PATH, STATUS_PATH, SWITCHOVER_PATH,
-    SqlRequest, UNITS_PATH,
+    ACTION_PATH, ActionRequest, BACKUP_PATH, BackupRequest, DISK_PATH, DRAIN_PATH, EXEC_PATH, ExecRequest,
+    JOURNAL_PATH, KEPT_JOURNAL_PATH, LONGEST_NODE_REQUEST, LONGEST_SCRIPT, NET_PATH, ODOO_SHELL_PATH, OPEN_PREFIX,
+    OdooShellRequest, PCAP_PATH, POWEROFF_PATH, PcapRequest, REBOOT_PATH, RESTART_PATH, SQL_PATH, STATUS_PATH,
+    SWITCHOVER_PATH, SqlRequest, UNDRAIN_PATH, UNITS_PATH,
 };
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
@@ -66,6 +66,8 @@ impl Route {
             ("POST", POWEROFF_PATH) => Self::Act(Action::Poweroff),
             ("POST", RESTART_PATH) => Self::Act(Action::Restart),
             ("POST", SWITCHOVER_PATH) => Self::Act(Action::Switchover),
+            ("POST", DRAIN_PATH) => Self::Act(Action::Drain),
+            ("POST", UNDRAIN_PATH) => Self::Act(Action::Undrain),
             ("POST", BACKUP_PATH) => Self::Backup,
             ("POST", EXEC_PATH) => Self::Exec,
             ("POST", PCAP_PATH) => Self::Pcap,
@@ -258,6 +260,8 @@ mod tests {
             ("POST", "/v1/poweroff", OperatorRole::Operator),
             ("POST", "/v1/restart", OperatorRole::Operator),
             ("POST", "/v1/switchover", OperatorRole::Operator),
+            ("POST", "/v1/drain", OperatorRole::Operator),
+            ("POST", "/v1/undrain", OperatorRole::Operator),
             ("POST", "/v1/exec", OperatorRole::Admin),
             ("POST", "/v1/pcap", OperatorRole::Admin),
             ("POST", "/v1/sql", OperatorRole::Admin),

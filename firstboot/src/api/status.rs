@@ -117,6 +117,7 @@ pub(super) async fn status(api: &NodeApi) -> NodeStatus {
         certificate_expires: None,
         database,
         odoo,
+        drained: api.drained.current().map(|drained| drained.since),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Requests of operators over TLS, with a fake of systemd, and a lock that replies as the test says.
 
+mod drain;
 mod sql;
 mod verbs;
 
@@ -8,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::node_api::{
-    ACTION_PATH, ActionReply, ActionRequest, AuditEntry, EXEC_PATH, ExecEvent, ExecRequest, JOURNAL_PATH, OPEN_PREFIX,
-    REBOOT_PATH, RESTART_PATH, STATUS_PATH,
+    ACTION_PATH, ActionReply, ActionRequest, AuditEntry, DrainAnswer, DrainRequest, EXEC_PATH, ExecEvent, ExecRequest,
+    JOURNAL_PATH, OPEN_PREFIX, REBOOT_PATH, RESTART_PATH, STATUS_PATH,
 };
 use fleet::{
     Fleet, Issuer, Operator, OperatorRevocation, OperatorRole, OrderScope, PROTOCOL, PrivateKey, RevokedOperator,
@@ -87,11 +88,16 @@ impl FakeLock {
     }
 }
 
+/// The hubs' records of drained nodes: the requests, and the reply.
+type Drains = Arc<Mutex<(Vec<DrainRequest>, Result<DrainAnswer, String>)>>;
+
 struct TestNode {
     root: Issuer,
     port: u16,
     systemd: FakeSystemd,
     lock: FakeLock,
+    drains: Drains,
+    drained: Arc<DrainState>,
     log: Log,
     /// Entries of the audit log that a hub has got.
     recorded: Arc<Mutex<Vec<AuditEntry>>>,
@@ -138,6 +144,10 @@ impl TestNode {
             entries.lock().unwrap().extend(new);
             Box::pin(async { Ok(()) })
         });
+        let granted = DrainAnswer { granted: true, ..DrainAnswer::default() };
+        let drains: Drains = Arc::new(Mutex::new((Vec::new(), Ok(granted))));
+        let requested = drains.clone();
+        let drained = Arc::new(DrainState::load(dir.path(), &dir.path().join("run")));
         let api = NodeApi {
             topology,
             node,
@@ -158,6 +168,13 @@ impl TestNode {
                 Box::pin(async move { decision })
             }),
             outbox: Arc::new(Outbox::load(dir.path(), "hub-1", recorder)),
+            drained: drained.clone(),
+            drainer: Box::new(move |request| {
+                let mut state = requested.lock().unwrap();
+                state.0.push(request);
+                let reply = state.1.clone().map_err(Error::Failed);
+                Box::pin(async move { reply })
+            }),
             tasks: Tasks::default(),
         };
         let outbox = api.outbox.clone();
@@ -167,7 +184,7 @@ impl TestNode {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(listener::accept(Arc::new(api), operators, listener, acceptor.into()));
-        Self { root, port, systemd, lock, log, recorded, revocations, phase, _log: guard, dir }
+        Self { root, port, systemd, lock, drains, drained, log, recorded, revocations, phase, _log: guard, dir }
     }
 
     /// Connects as an operator. Returns the operator's public key, too.

@@ -45,6 +45,22 @@ fn another_leads(members: &[u8], config: &[u8], slot: &str) -> bool {
     leads && (config["synchronous_mode"] == false || members.iter().any(|m| m["role"] == "sync_standby"))
 }
 
+/// Whether a member, or a reply to `GET /patroni`, has the tag of a drained node (`drain-db.service`).
+fn is_drained(member: &Value) -> bool {
+    member["tags"]["nofailover"] == true
+}
+
+/// Returns the standbys other than `slot` that replicate and can become the primary, from a reply to `GET /cluster`.
+fn reserve(members: &[u8], slot: &str) -> Vec<String> {
+    let members = serde_json::from_slice::<Value>(members).unwrap_or_default();
+    let members = members["members"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let is_standby = |m: &&Value| {
+        let replicates = m["state"] == "streaming" || m["state"] == "running";
+        m["name"] != slot && (m["role"] == "sync_standby" || m["role"] == "replica") && replicates && !is_drained(m)
+    };
+    members.iter().filter(is_standby).filter_map(|m| m["name"].as_str().map(str::to_owned)).collect()
+}
+
 /// Parses the replies to `GET /patroni` and `GET /cluster`.
 fn status(own: &[u8], members: &[u8]) -> DatabaseStatus {
     let read = |text: &[u8]| serde_json::from_slice::<Value>(text).unwrap_or_default();
@@ -60,7 +76,8 @@ fn status(own: &[u8], members: &[u8]) -> DatabaseStatus {
         let node = r["application_name"].as_str()?;
         // PostgreSQL's name of a synchronous standby depends on whether Patroni asks for one of several.
         let sync = r["sync_state"] == "sync" || r["sync_state"] == "quorum";
-        Some(StandbyStatus { node: node.to_owned(), sync, lag: lag(node).unwrap_or(u64::MAX) })
+        let drained = members.iter().any(|m| m["name"] == node && is_drained(m));
+        Some(StandbyStatus { node: node.to_owned(), sync, lag: lag(node).unwrap_or(u64::MAX), drained })
     });
     let primary = own["role"] == "primary" || own["role"] == "master";
     DatabaseStatus {
@@ -101,6 +118,23 @@ impl Patroni {
         Ok(status(&own, &members))
     }
 
+    /// Returns the standbys on other nodes that replicate and can become the primary.
+    ///
+    /// # Errors
+    /// If Patroni does not answer, or does not reach etcd.
+    pub async fn reserve(&self) -> Result<Vec<String>> {
+        Ok(reserve(&self.ask("GET", "/cluster", "").await?, &self.slot))
+    }
+
+    /// Whether this node's Patroni has read that the node is drained.
+    ///
+    /// # Errors
+    /// If Patroni does not answer.
+    pub async fn is_drained(&self) -> Result<bool> {
+        let own = self.ask("GET", "/patroni", "").await?;
+        Ok(is_drained(&serde_json::from_slice::<Value>(&own).unwrap_or_default()))
+    }
+
     /// Switches over to a standby, if this node is the primary. Waits until the standby is the primary, and this node
     /// follows it.
     ///
@@ -136,7 +170,10 @@ impl Patroni {
     async fn follows(&self) -> bool {
         let Ok(config) = self.ask("GET", "/config", "").await else { return false };
         let Ok(members) = self.ask("GET", "/cluster", "").await else { return false };
-        another_leads(&members, &config, &self.slot) && self.ask("GET", "/replica", "").await.is_ok()
+        // `/replica` fails on a drained node.
+        let Ok(own) = self.ask("GET", "/patroni", "").await else { return false };
+        let own = serde_json::from_slice::<Value>(&own).unwrap_or_default();
+        another_leads(&members, &config, &self.slot) && own["role"] == "replica" && own["state"] == "running"
     }
 
     async fn ask(&self, method: &str, path: &str, body: &str) -> Result<Bytes> {
@@ -163,13 +200,31 @@ mod tests {
              "sync_state": "async", "sync_priority": 0}]}"#;
         let cluster = r#"{"members": [{"name": "db-1", "role": "leader", "state": "running", "timeline": 1},
             {"name": "db-2", "role": "sync_standby", "state": "streaming", "timeline": 1, "lag": 48},
-            {"name": "db-3", "role": "replica", "state": "streaming", "timeline": 1, "lag": "unknown"}], "scope": "x"}"#;
-        let standby = |node: &str, sync, lag| StandbyStatus { node: node.to_owned(), sync, lag };
-        let expected = vec![standby("db-2", true, 48), standby("db-3", false, u64::MAX)];
+            {"name": "db-3", "role": "replica", "state": "streaming", "timeline": 1, "lag": "unknown",
+             "tags": {"nofailover": true, "noloadbalance": true}}], "scope": "x"}"#;
+        let standby = |node: &str, sync, lag, drained| StandbyStatus { node: node.to_owned(), sync, lag, drained };
+        let expected = vec![standby("db-2", true, 48, false), standby("db-3", false, u64::MAX, true)];
         let found = status(own.as_bytes(), cluster.as_bytes());
         assert_eq!((found.primary, found.state.as_str(), found.standbys), (true, "running", expected));
         let replica = status(br#"{"state": "starting", "role": "replica"}"#, b"502");
         assert_eq!(replica, DatabaseStatus { state: "starting".to_owned(), ..DatabaseStatus::default() });
+    }
+
+    #[test]
+    fn a_drained_or_broken_standby_is_no_reserve() {
+        let cluster = |tags: &str, state: &str| {
+            format!(
+                "{{\"members\": [{{\"name\": \"db-1\", \"role\": \"leader\", \"state\": \"running\"}}, \
+                 {{\"name\": \"db-2\", \"role\": \"sync_standby\", \"state\": \"{state}\"{tags}}}, \
+                 {{\"name\": \"db-3\", \"role\": \"replica\", \"state\": \"streaming\"}}]}}"
+            )
+        };
+        let of = |text: String, slot: &str| reserve(text.as_bytes(), slot);
+        assert_eq!(of(cluster("", "streaming"), "db-3"), ["db-2"]);
+        assert_eq!(of(cluster("", "streaming"), "db-1"), ["db-2", "db-3"]);
+        let drained = ", \"tags\": {\"nofailover\": true}";
+        assert!(of(cluster(drained, "streaming"), "db-3").is_empty());
+        assert!(of(cluster("", "start failed"), "db-3").is_empty() && reserve(b"502", "db-1").is_empty());
     }
 
     /// The replies have the format of Patroni 4.

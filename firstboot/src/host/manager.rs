@@ -139,6 +139,24 @@ pub(crate) async fn restart(bus: &zbus::Connection, unit: &str) -> Result<()> {
     Ok(())
 }
 
+/// Starts a unit, and returns without waiting for the job.
+///
+/// # Errors
+/// If the connection to the bus is closed, or systemd refuses the job.
+pub(crate) async fn start(bus: &zbus::Connection, unit: &str) -> Result<()> {
+    ManagerProxy::new(bus).await?.start_unit(unit, "replace").await?;
+    Ok(())
+}
+
+/// Stops a unit, and returns without waiting for the job.
+///
+/// # Errors
+/// If the connection to the bus is closed, or systemd refuses the job.
+pub(crate) async fn stop(bus: &zbus::Connection, unit: &str) -> Result<()> {
+    ManagerProxy::new(bus).await?.stop_unit(unit, "replace").await?;
+    Ok(())
+}
+
 /// Starts `reboot.target` or `poweroff.target`. systemd then stops every service in its order. The manager's methods
 /// `Reboot` and `PowerOff` kill all services at the same time.
 ///

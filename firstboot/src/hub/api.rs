@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use fleet::node_api::{AUDIT_PATH, AUDIT_QUERY_PATH, LOCK_PATH, LockRequest};
+use fleet::node_api::{AUDIT_PATH, AUDIT_QUERY_PATH, DRAINED_PATH, DrainAnswer, DrainRequest, LOCK_PATH, LockRequest};
 use fleet::{
     Departure, Eviction, Grant, Introduction, Issuer, JoinReply, JoinRequest, Node, OperatorRevocation, PROTOCOL,
     Peers, PublicKey, Reason, Refusal, Renewal, Report, Revocation, RevokedOperator, Rollout, RolloutOrder,
@@ -14,10 +14,12 @@ use fleet_https::OperatorCertificate;
 use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tracing::{info, warn};
 
 use super::claims::SlotAllocator;
 use super::departures::Identified;
+use super::drains;
 use super::operators;
 use super::orders::{OrderLog, Signed};
 use super::peer::{Member, Peer};
@@ -105,6 +107,10 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
             Ok(answer) => json(&answer),
             Err(refusal) => status_reply(Err(refusal)),
         },
+        (Method::POST, DRAINED_PATH, Some(member)) => match hub.drain(member, &body).await {
+            Ok(answer) => json(&answer),
+            Err(refusal) => status_reply(Err(refusal)),
+        },
         (Method::POST, AUDIT_PATH, Some(member)) => status_reply(hub.take_audit(member, &body).await),
         (Method::POST, AUDIT_QUERY_PATH, _) if hub.operator(peer).is_some() => match hub.audit(&body).await {
             Ok(log) => json(&log),
@@ -140,9 +146,12 @@ pub(super) async fn answer(hub: &Hub, peer: &Peer, request: Request<Bytes>) -> R
         (_, "/v1/operators/revoked", _) => {
             plain(StatusCode::UNAUTHORIZED, "this path requires a certificate of an operator or a node of this fleet")
         }
-        (_, "/v1/renew" | "/v1/introduce" | "/v1/peers" | "/v1/turn" | LOCK_PATH | AUDIT_PATH | "/v1/left", None) => {
-            plain(StatusCode::UNAUTHORIZED, "this path requires the certificate of a node of this fleet")
-        }
+        (
+            _,
+            "/v1/renew" | "/v1/introduce" | "/v1/peers" | "/v1/turn" | LOCK_PATH | AUDIT_PATH | DRAINED_PATH
+            | "/v1/left",
+            None,
+        ) => plain(StatusCode::UNAUTHORIZED, "this path requires the certificate of a node of this fleet"),
         _ => plain(StatusCode::NOT_FOUND, "unknown path or method"),
     }
 }
@@ -309,13 +318,29 @@ impl Hub {
 
     /// Takes the fleet's lock for a member's action, or frees it.
     async fn lock(&self, member: &Member, body: &[u8]) -> Result<UpdateDecision, Refusal> {
-        let request: LockRequest = serde_json::from_slice(body)
+        let request: LockRequest = self.of_owner(member, body)?;
+        rollout::lock(self.allocator.etcd(), &member.slot, request.seconds).await.map_err(refused)
+    }
+
+    /// Records that a member is drained, or not any more, and returns the drained nodes.
+    async fn drain(&self, member: &Member, body: &[u8]) -> Result<DrainAnswer, Refusal> {
+        let request: DrainRequest = self.of_owner(member, body)?;
+        let own = self.topology.node(self.allocator.own());
+        let own = own.ok_or_else(|| refuse(Reason::Busy, "this hub is not in its fleet.toml"))?;
+        // Its own connection, because etcd may need seconds to elect a leader.
+        let etcd = self.allocator.etcd().reconnected();
+        drains::drain(&etcd, &self.topology, own, &member.slot, request).await.map_err(refused)
+    }
+
+    /// Parses a request of a member that owns its slot.
+    fn of_owner<T: DeserializeOwned>(&self, member: &Member, body: &[u8]) -> Result<T, Refusal> {
+        let request = serde_json::from_slice(body)
             .map_err(|e| refuse(Reason::Malformed, &format!("cannot parse the request: {e}")))?;
         if let Some(epoch) = self.allocator.fenced(&member.slot, &member.tls_key) {
             let text = format!("another machine has owned {} since epoch {epoch}", member.slot);
             return Err(refuse(Reason::Fenced, &text));
         }
-        rollout::lock(self.allocator.etcd(), &member.slot, request.seconds).await.map_err(refused)
+        Ok(request)
     }
 
     /// Takes a founder's introduction, which the hubs need before they have an etcd to read keys from.

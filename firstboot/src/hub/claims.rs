@@ -68,6 +68,12 @@ impl SlotAllocator {
         Self { built, ..self }
     }
 
+    /// Returns the slot of this hub.
+    #[must_use]
+    pub(super) fn own(&self) -> &str {
+        &self.by
+    }
+
     /// Returns the client of the etcd cluster.
     #[must_use]
     pub fn etcd(&self) -> &Etcd {

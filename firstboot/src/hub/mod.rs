@@ -6,6 +6,7 @@ mod batch;
 mod choice;
 pub mod claims;
 pub mod departures;
+pub(crate) mod drains;
 pub mod etcd_access;
 pub mod fence;
 mod hearing;

@@ -9,6 +9,7 @@
 //! /bakehouse/rollout/paused          reason      no node gets the update lock
 //! /bakehouse/rollout/allowed/VERSION time        the operator allowed it: one node's offer is enough
 //! /bakehouse/rollout/skipped/SLOT    time        the rollout does not wait for this node
+//! /bakehouse/rollout/drained/SLOT    time        the node is drained (`drains.rs`)
 //! ```
 
 use std::fs::{self, Permissions};
@@ -164,15 +165,15 @@ pub(crate) async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> 
 }
 
 /// What etcd has about the rollout.
-struct Read {
-    rollout: Rollout,
+pub(super) struct Read {
+    pub(super) rollout: Rollout,
     /// Revision of the update lock; 0: no node holds it.
     turn: u64,
     /// The node that carries out an operator's action.
     acting: Option<String>,
 }
 
-async fn read(etcd: &Etcd) -> Result<Read> {
+pub(super) async fn read(etcd: &Etcd) -> Result<Read> {
     let (_, slots) = etcd.list(SLOTS).await?;
     let mut rollout = Rollout::default();
     for pair in &slots {
@@ -205,6 +206,8 @@ async fn read(etcd: &Etcd) -> Result<Read> {
                     rollout.allowed.insert(version.to_owned());
                 } else if let Some(slot) = key.strip_prefix("skipped/") {
                     rollout.skipped.insert(slot.to_owned(), text().parse().unwrap_or_default());
+                } else if let Some(slot) = key.strip_prefix("drained/") {
+                    rollout.drained.insert(slot.to_owned(), text().parse().unwrap_or_default());
                 } else if let Some((slot, Ok(report))) =
                     key.strip_prefix("nodes/").map(|slot| (slot, serde_json::from_slice(&pair.value)))
                 {
@@ -213,6 +216,8 @@ async fn read(etcd: &Etcd) -> Result<Read> {
             }
         }
     }
+    // A new machine in the slot of a lost one is not drained.
+    rollout.drained.retain(|slot, _| rollout.members.contains(slot));
     Ok(Read { rollout, turn, acting })
 }
 
@@ -257,7 +262,7 @@ fn write_metrics(path: &Path, rollout: &Rollout) -> Result<()> {
     fs::rename(&beside, path).map_err(Error::io("rename", &beside))
 }
 
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 

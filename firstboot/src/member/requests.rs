@@ -6,11 +6,11 @@ use std::time::Duration;
 use fleet::{Node, Topology};
 
 use super::members;
-use crate::api::Locker;
+use crate::api::{Drainer, Locker};
 use crate::client::etcd::Etcd;
 use crate::error::Result;
 use crate::hub::etcd_access::ROOT;
-use crate::hub::{audit, rollout};
+use crate::hub::{audit, drains, rollout};
 use crate::node::hubs::Hubs;
 use crate::node::identity::Identity;
 use crate::node::outbox::Recorder;
@@ -53,6 +53,28 @@ pub fn recorder(who: &Identity, node: &Node, topology: &Topology) -> Result<Reco
     Ok(Box::new(move |entries| {
         let hubs = hubs.clone();
         Box::pin(async move { hubs.audit(&entries).await })
+    }))
+}
+
+/// Returns how the node reports that it is drained, and reads which nodes are.
+///
+/// # Errors
+/// If the node's certificate and key do not match.
+pub fn drainer(who: &Identity, node: &Node, topology: &Topology) -> Result<Drainer> {
+    if node.hub > 0 {
+        let shared = Arc::new((etcd(who, node, topology)?, topology.clone(), node.clone()));
+        return Ok(Box::new(move |request| {
+            let shared = shared.clone();
+            Box::pin(async move {
+                let (etcd, topology, node) = shared.as_ref();
+                drains::drain(etcd, topology, node, &node.name, request).await
+            })
+        }));
+    }
+    let hubs = hubs(who, node, topology)?;
+    Ok(Box::new(move |request| {
+        let hubs = hubs.clone();
+        Box::pin(async move { hubs.drained(request).await })
     }))
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fleet::encoding::{decode, encode};
-use fleet::node_api::{AUDIT_PATH, AuditEntry, LOCK_PATH, LockRequest};
+use fleet::node_api::{AUDIT_PATH, AuditEntry, DRAINED_PATH, DrainAnswer, DrainRequest, LOCK_PATH, LockRequest};
 use fleet::{
     Eviction, Introduction, JoinReply, LONGEST, Node, PROTOCOL, Peers, Renewal, Report, Topology, UpdateDecision,
 };
@@ -320,6 +320,15 @@ impl Hubs {
     pub async fn audit(&self, entries: &[AuditEntry]) -> Result<()> {
         let body = serde_json::to_vec(entries).map_err(Error::json("the audit log"))?;
         self.raced(AUDIT_PATH, &body, |_, _| Ok(())).await
+    }
+
+    /// Reports to the first hub that answers whether this node is drained, and asks which nodes are.
+    ///
+    /// # Errors
+    /// If no hub answers, or none reaches etcd.
+    pub async fn drained(&self, request: DrainRequest) -> Result<DrainAnswer> {
+        let body = serde_json::to_vec(&request).map_err(Error::json("the request about drained nodes"))?;
+        self.raced(DRAINED_PATH, &body, read).await
     }
 
     /// Reports to the first hub that answers that this node leaves the fleet.

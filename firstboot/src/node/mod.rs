@@ -1,5 +1,6 @@
 //! A node's identity, keys, state on the disk and peers, and its client of the hubs' API.
 
+pub mod drained;
 pub mod etcd_user;
 pub mod hubs;
 pub mod identity;

@@ -293,7 +293,7 @@ impl StateDir {
 /// Fix of a damaged file.
 const NEW_NODE: &str = "wipe /var to make this a new node";
 
-fn sync(dir: &Path) -> Result<()> {
+pub(super) fn sync(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
 }
 

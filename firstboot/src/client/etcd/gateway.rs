@@ -170,6 +170,14 @@ impl Etcd {
         Self { user: self.user.clone(), ..own }
     }
 
+    /// Returns a client of each member alone.
+    pub(super) fn each_member(&self) -> impl Iterator<Item = Self> {
+        self.members.iter().map(|member| {
+            let own = Self::new(vec![member.clone()], self.tls.clone()).with_timeout(self.timeout);
+            Self { user: self.user.clone(), ..own }
+        })
+    }
+
     /// Lists the keys below a prefix. Returns the revision of the list, and the keys.
     ///
     /// # Errors

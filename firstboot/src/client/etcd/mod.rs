@@ -1,6 +1,7 @@
 //! Client of etcd's JSON gateway: key-value store, cluster members, users and watches.
 
 mod gateway;
+mod leader;
 mod ranges;
 mod users;
 mod watch;

@@ -23,10 +23,11 @@ use super::Row;
 /// A unit: its name, an alias, its active state, and the units that require it.
 type KnownUnit = (&'static str, &'static str, &'static str, &'static [&'static str]);
 
-const UNITS: [KnownUnit; 13] = [
+const UNITS: [KnownUnit; 14] = [
     ("broken.service", "", "failed", &[]),
     ("dbus-broker.service", "dbus.service", "active", &[]),
     ("debug-shell.service", "", "inactive", &[]),
+    ("drain-hub.service", "", "inactive", &[]),
     ("etcd.service", "", "active", &["role-voter.target"]),
     ("firstboot.service", "", "active", &[]),
     ("haproxy.service", "lb.service", "active", &["role-app.target"]),
@@ -61,6 +62,8 @@ struct State {
     restarted: Option<&'static str>,
     /// Whether the job of the last call is pending. It is done after one reply.
     has_job: bool,
+    /// State of a unit that was started.
+    started: &'static str,
 }
 
 /// The fake, and what it was asked.
@@ -84,6 +87,7 @@ impl FakeSystemd {
             connections: 0,
             restarted: Some("active"),
             has_job: false,
+            started: "active",
         };
         Self { state: Arc::new(Mutex::new(state)), count: Arc::default() }
     }
@@ -177,6 +181,11 @@ impl FakeSystemd {
     /// Sets how a restart ends; `None`: it does not end.
     pub(crate) fn set_restarted(&self, state: Option<&'static str>) {
         self.state().restarted = state;
+    }
+
+    /// Sets the state of units that are started from now on.
+    pub(crate) fn set_started(&self, state: &'static str) {
+        self.state().started = state;
     }
 
     /// Waits for a call.
@@ -342,8 +351,14 @@ impl FakeUnit {
         if std::mem::take(&mut state.has_job) {
             return "inactive";
         }
+        let last = |name: &str| {
+            let of = |call: &&String| call.split(' ').nth(1) == Some(name);
+            state.calls.iter().rev().find(of).map_or("", |call| call.split(' ').next().unwrap_or_default())
+        };
         match self.unit {
             None => state.command_state,
+            Some(unit) if last(unit.0) == "start" => state.started,
+            Some(unit) if last(unit.0) == "stop" => "inactive",
             Some(unit) if state.calls.iter().any(|call| *call == format!("restart {} replace", unit.0)) => {
                 state.restarted.unwrap_or("activating")
             }
