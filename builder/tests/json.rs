@@ -153,6 +153,8 @@ fn every_command_prints_a_result_or_an_error_of_the_schema() {
         &["reboot", "hub-1"],
         &["poweroff", "hub-1", "--yes"],
         &["switchover", "--yes"],
+        &["drain", "hub-1", "--yes"],
+        &["undrain", "hub-1"],
         &["open", "haproxy"],
         &["operator", "request", "anna", "-o", &config],
         &["operator", "add", "anna", "--role", "viewer", "--request", &request, "-o", &config],

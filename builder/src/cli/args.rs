@@ -15,8 +15,8 @@ use super::pcap::{self, PcapArgs};
 use super::psql::{self, PsqlArgs};
 use super::reference::SchemaOf;
 use super::verbs::{
-    self, ActionArgs, ExecArgs, LogsArgs, OpenArgs, OperatorCommand, ReportArgs, RestartArgs, StatusArgs,
-    SwitchoverArgs, UnitsArgs,
+    self, ActionArgs, DrainArgs, ExecArgs, LogsArgs, OpenArgs, OperatorCommand, ReportArgs, RestartArgs, StatusArgs,
+    SwitchoverArgs, UndrainArgs, UnitsArgs,
 };
 use crate::deploy::export::{Format, TicketTransport};
 
@@ -344,6 +344,13 @@ pub(super) enum Command {
     /// Hand the primary over to a standby
     #[command(after_help = verbs::SWITCHOVER)]
     Switchover(SwitchoverArgs),
+    /// Take a node out of service: it gives its work away, and takes none, also after a reboot
+    #[command(after_help = verbs::DRAIN)]
+    Drain(DrainArgs),
+    /// Put a drained node into service again
+    #[command(after_help = "Example:\n  bakehouse undrain db-1\n\n\
+        The node takes work again. The primary and the VIP stay where they are.")]
+    Undrain(UndrainArgs),
     /// Open a web page or the database of a node on this host
     #[command(after_help = verbs::OPEN)]
     Open(OpenArgs),

@@ -3,7 +3,7 @@
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// Words, and the help that Bakehouse prints for them.
-const WORDS: [(&[&str], &str); 17] = [
+const WORDS: [(&[&str], &str); 19] = [
     (
         &["restore", "recover"],
         "set `[backup] restore` in fleet.toml to a time, raise `version`, and start the database nodes from blank disks \
@@ -37,6 +37,11 @@ const WORDS: [(&[&str], &str); 17] = [
     (&["ip", "wg", "network", "interfaces", "routes", "ping"], "`bakehouse net NODE` shows the network of a node"),
     (&["df", "disks", "storage"], "`bakehouse disk NODE` shows the disks of a node"),
     (&["reload"], "`bakehouse restart NODE UNIT` restarts a unit"),
+    (
+        &["cordon", "maintenance", "disable", "evacuate"],
+        "`bakehouse drain NODE` takes a node out of service, and `bakehouse undrain NODE` puts it back",
+    ),
+    (&["uncordon", "enable"], "`bakehouse undrain NODE` puts a drained node into service again"),
     (&["failover", "promote"], "`bakehouse switchover` hands the primary over to a standby"),
     (&["user", "users", "access", "login"], "`bakehouse operator add NAME` gives a person access"),
     (

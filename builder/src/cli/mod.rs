@@ -111,6 +111,8 @@ fn run(cli: &Cli, output: Output) -> Result<ExitCode> {
         | Command::Reboot(_)
         | Command::Poweroff(_)
         | Command::Switchover(_)
+        | Command::Drain(_)
+        | Command::Undrain(_)
         | Command::Open(_)
         | Command::Alert(_)
         | Command::Exec(_)
@@ -209,6 +211,8 @@ fn run_for_nodes(context: &NodeContext, command: &Command) -> Result<CommandResu
         Command::Reboot(args) => steer::reboot(context, args),
         Command::Poweroff(args) => steer::poweroff(context, args),
         Command::Switchover(args) => steer::switchover(context, args),
+        Command::Drain(args) => steer::drain(context, args),
+        Command::Undrain(args) => steer::undrain(context, args),
         Command::Exec(args) => steer::exec(context, args),
         Command::Psql(args) => psql::psql(context, args),
         Command::Odoo(command) => odoo::run(context, command),
@@ -229,7 +233,9 @@ fn handle_signals(output: Output) {
                     // These commands run until Ctrl-C.
                     Some("logs" | "open" | "pcap" | "status" | "top") => {}
                     Some("psql") => line("\ninterrupted; the node cancels the SQL"),
-                    Some("exec" | "odoo shell" | "restart" | "reboot" | "poweroff" | "switchover") => {
+                    Some(
+                        "exec" | "odoo shell" | "restart" | "reboot" | "poweroff" | "switchover" | "drain" | "undrain",
+                    ) => {
                         line("\ninterrupted; the node may continue: `bakehouse status` shows what it does");
                     }
                     _ => line("\ninterrupted; run the same command to continue from here"),

@@ -99,7 +99,7 @@ impl fmt::Display for UnitsResult {
     }
 }
 
-/// Result of `restart`, `reboot`, `poweroff` and `switchover`. A failed action is an error.
+/// Result of `restart`, `reboot`, `poweroff`, `switchover`, `drain` and `undrain`. A failed action is an error.
 #[derive(Serialize, JsonSchema)]
 pub(super) struct ActionResult {
     /// Name of the node.

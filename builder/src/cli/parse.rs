@@ -42,6 +42,8 @@ impl Command {
             Self::Reboot(_) => "reboot",
             Self::Poweroff(_) => "poweroff",
             Self::Switchover(_) => "switchover",
+            Self::Drain(_) => "drain",
+            Self::Undrain(_) => "undrain",
             Self::Open(_) => "open",
             Self::Alert(AlertCommand::Test(_)) => "alert test",
             Self::Operator(OperatorCommand::Add(_)) => "operator add",
@@ -74,7 +76,23 @@ pub(super) const GROUPS: &[(&str, &[&str])] = &[
         "Look",
         &["status", "logs", "units", "top", "net", "disk", "pcap", "audit", "open", "console", "report", "rehearse"],
     ),
-    ("Act", &["restart", "reboot", "poweroff", "switchover", "backup", "exec", "psql", "odoo", "alert", "operator"]),
+    (
+        "Act",
+        &[
+            "restart",
+            "reboot",
+            "poweroff",
+            "switchover",
+            "drain",
+            "undrain",
+            "backup",
+            "exec",
+            "psql",
+            "odoo",
+            "alert",
+            "operator",
+        ],
+    ),
     ("Reference", &["schema", "completions", "man"]),
 ];
 

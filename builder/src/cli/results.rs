@@ -168,6 +168,12 @@ pub(super) enum CommandResult {
     /// The node whose primary was handed over.
     #[serde(rename = "switchover")]
     Switchover(ActionResult),
+    /// The node that is drained.
+    #[serde(rename = "drain")]
+    Drain(ActionResult),
+    /// The node that is not drained any more.
+    #[serde(rename = "undrain")]
+    Undrain(ActionResult),
     /// The command runs until Ctrl-C: its last line is the error with code 130.
     #[serde(rename = "open")]
     Open(OpenResult),

@@ -1,4 +1,4 @@
-//! `bakehouse restart`, `reboot`, `poweroff`, `switchover` and `exec`: acts on running nodes.
+//! `bakehouse restart`, `reboot`, `poweroff`, `switchover`, `drain`, `undrain` and `exec`: acts on running nodes.
 
 use std::io::{self, Write as _};
 use std::time::{Duration, Instant};
@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use fleet::node_api::{
-    ActionRequest, EXEC_PATH, ExecEvent, ExecRequest, POWEROFF_PATH, REBOOT_PATH, RESTART_PATH, SWITCHOVER_PATH,
-    unit_name,
+    ActionRequest, DRAIN_PATH, EXEC_PATH, ExecEvent, ExecRequest, POWEROFF_PATH, REBOOT_PATH, RESTART_PATH,
+    SWITCHOVER_PATH, UNDRAIN_PATH, unit_name,
 };
 use fleet::one_line;
 
@@ -15,7 +15,7 @@ use super::access::{NodeContext, Reach, confirm};
 use super::node_results::ActionResult;
 use super::psql::primary;
 use super::results::{CommandResult, Event, ExecResult};
-use super::verbs::{ActionArgs, ConsentArgs, ExecArgs, RestartArgs, SwitchoverArgs};
+use super::verbs::{ActionArgs, ConsentArgs, DrainArgs, ExecArgs, RestartArgs, SwitchoverArgs, UndrainArgs};
 use crate::deploy::nodes::{self, Action, NodeConnection, NodeLines};
 use crate::error::{Error, Result, fail};
 use crate::project::Project;
@@ -89,6 +89,26 @@ pub(super) fn switchover(context: &NodeContext, args: &SwitchoverArgs) -> Result
     context.progress.say("switchover", &format!("from {primary} to {to}"));
     let result = ActionResult { primary: Some(to), ..ActionResult::new(&primary, message) };
     Ok(CommandResult::Switchover(result))
+}
+
+/// Takes a node out of service.
+pub(super) fn drain(context: &NodeContext, args: &DrainArgs) -> Result<CommandResult> {
+    let reach = context.reach(&args.access)??;
+    let question = format!("take {} of the fleet {} out of service, until it is undrained", args.node, reach.fleet);
+    let order = Order { node: &args.node, path: DRAIN_PATH, unit: None, question, stops: false };
+    let (message, ()) = carry_out(context, &reach, &args.consent, &order, async |_, _| Ok(()))?;
+    context.progress.say("drain", &message);
+    Ok(CommandResult::Drain(ActionResult::new(&args.node, message)))
+}
+
+/// Puts a drained node into service again. It needs no consent, because the fleet loses nothing.
+pub(super) fn undrain(context: &NodeContext, args: &UndrainArgs) -> Result<CommandResult> {
+    let reach = context.reach(&args.access)??;
+    let consent = ConsentArgs { yes: true, force: None };
+    let order = Order { node: &args.node, path: UNDRAIN_PATH, unit: None, question: String::new(), stops: false };
+    let (message, ()) = carry_out(context, &reach, &consent, &order, async |_, _| Ok(()))?;
+    context.progress.say("undrain", &message);
+    Ok(CommandResult::Undrain(ActionResult::new(&args.node, message)))
 }
 
 /// Returns the complete name of a unit.

@@ -58,6 +58,18 @@ Examples:
 
 Patroni selects a synchronous standby. Connections to the database end, and Odoo connects again. The command returns
 when another node has the primary.";
+pub(super) const DRAIN: &str = "\
+Examples:
+  bakehouse drain db-1
+  bakehouse drain app-2 --yes
+  bakehouse drain hub-1 --yes --force hub-1
+
+The primary and the VIP move to other nodes and do not come back. Odoo on the node gets no new sessions and runs no
+scheduled jobs, and open requests complete. A drained standby still replicates, and a voter keeps its vote. The node
+stays drained over reboots and updates, until `bakehouse undrain`.
+
+The node refuses if it is the last one that can hold the VIP, serve Odoo, or become the primary. `--force` with the
+node's name again overrides this.";
 pub(super) const OPEN: &str = "\
 Examples:
   bakehouse open
@@ -193,6 +205,24 @@ pub(super) struct RestartArgs {
     pub(super) unit: String,
     #[command(flatten)]
     pub(super) consent: ConsentArgs,
+    #[command(flatten)]
+    pub(super) access: AccessArgs,
+}
+
+#[derive(Args)]
+pub(super) struct DrainArgs {
+    /// Name of a node, such as `db-2` (group and number)
+    pub(super) node: String,
+    #[command(flatten)]
+    pub(super) consent: ConsentArgs,
+    #[command(flatten)]
+    pub(super) access: AccessArgs,
+}
+
+#[derive(Args)]
+pub(super) struct UndrainArgs {
+    /// Name of a node, such as `db-2` (group and number)
+    pub(super) node: String,
     #[command(flatten)]
     pub(super) access: AccessArgs,
 }

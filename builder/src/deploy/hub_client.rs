@@ -213,9 +213,10 @@ pub fn describe(rollout: &Rollout) -> String {
     let newest = rollout.nodes.values().map(|r| r.image.as_str()).max_by(|a, b| compare_versions(a, b));
     let mut text = String::new();
     for slot in &rollout.members {
+        let drained = if rollout.drained.contains_key(slot) { ", drained" } else { "" };
         let skipped = if rollout.skipped.contains_key(slot) { ", skipped until it is well" } else { "" };
         let line = match rollout.nodes.get(slot) {
-            None => format!("silent{skipped}"),
+            None => format!("silent{drained}{skipped}"),
             Some(report) => {
                 let state = match &report.doing {
                     fleet::UpdateState::Starting => "starting".to_owned(),
@@ -227,7 +228,7 @@ pub fn describe(rollout: &Rollout) -> String {
                     fleet::UpdateState::RolledBack { from } => format!("serving, rolled back from version {from}"),
                 };
                 let mark = if Some(report.image.as_str()) == newest { " " } else { "<" };
-                format!("{mark} version {}, {state}{skipped}", report.image)
+                format!("{mark} version {}, {state}{drained}{skipped}", report.image)
             }
         };
         text.push_str(&format!("{slot:<12} {line}\n"));

@@ -112,6 +112,14 @@ pub struct Standby {
     pub lag: u64,
 }
 
+impl NodeRow {
+    /// Returns the time at which an operator drained the node, in seconds since 1970; `None` if the node is not drained.
+    #[must_use]
+    pub fn drained(&self) -> Option<u64> {
+        self.report.as_ref()?.drained
+    }
+}
+
 impl FleetStatus {
     /// Reads the state of all local machines, in parallel.
     #[must_use]
@@ -130,7 +138,8 @@ impl FleetStatus {
     }
 
     /// Returns whether the fleet is complete: every node is ready, one hub holds the VIP, all standbys replicate from
-    /// the one primary, at least one of them synchronously, and HAProxy reports every Odoo server as up.
+    /// the one primary, at least one of them synchronously, and HAProxy reports every Odoo server as up that is not
+    /// drained.
     #[must_use]
     pub fn is_healthy(&self) -> bool {
         let standbys = self.nodes.iter().filter(|n| n.database == Some(Database::Standby)).count();
@@ -149,7 +158,14 @@ impl FleetStatus {
             && self
                 .nodes
                 .iter()
-                .all(|n| !n.roles.iter().any(|r| r == "app") || self.odoo.get(&n.node).is_some_and(|s| s == "UP"))
+                .filter(|n| n.roles.iter().any(|r| r == "app") && n.drained().is_none())
+                .all(|n| self.odoo.get(&n.node).is_some_and(|s| s == "UP"))
+    }
+
+    /// Returns whether a node is drained.
+    #[must_use]
+    pub fn is_drained(&self, node: &str) -> bool {
+        self.row(node).is_some_and(|row| row.drained().is_some())
     }
 
     /// Returns the state of a node.

@@ -146,7 +146,15 @@ impl FleetStatus {
         }
         if !self.odoo.is_empty() {
             let up = self.odoo.values().filter(|state| *state == "UP").count();
-            parts.push((format!("Odoo {up} of {} up", self.odoo.len()), up < self.odoo.len()));
+            let is_down = |(node, state): (&String, &String)| state != "UP" && !self.is_drained(node);
+            parts.push((format!("Odoo {up} of {} up", self.odoo.len()), self.odoo.iter().any(is_down)));
+        }
+        let drained: Vec<&str> =
+            self.nodes.iter().filter(|row| row.drained().is_some()).map(|row| row.node.as_str()).collect();
+        match &drained[..] {
+            [] => {}
+            [one] => parts.push((format!("{one} is drained"), true)),
+            several => parts.push((format!("{} nodes are drained", several.len()), true)),
         }
         let images: BTreeSet<&str> =
             self.nodes.iter().filter_map(|row| Some(row.report.as_ref()?.image.as_str())).collect();
@@ -190,6 +198,9 @@ impl FleetStatus {
             .flatten()
             .collect();
         let mut notes = Vec::new();
+        if row.drained().is_some() {
+            notes.push("drained".to_owned());
+        }
         if row.vip {
             notes.push("VIP".to_owned());
         }
@@ -379,6 +390,24 @@ mod tests {
         (status.nodes[0].report, status.nodes[1].report) = (report("6"), report("7"));
         let bad = "!3 of 4 nodes ready · !no VIP · !primaries db-1 and db-2 · !Odoo 0 of 1 up · versions 6, 7";
         assert_eq!(text(&status), bad);
+    }
+
+    #[test]
+    fn a_drained_node_is_named_and_its_odoo_is_not_missing() {
+        let mut status = healthy_fleet();
+        status.odoo.insert("app-1".to_owned(), "DOWN".to_owned());
+        assert!(!status.is_healthy());
+        status.nodes[3].report = Some(NodeStatus { drained: Some(7), ..NodeStatus::default() });
+        assert!(status.is_healthy());
+        let text = status.to_string();
+        assert!(text.contains("ready     drained · Odoo down"), "{text}");
+        let parts = status.summary();
+        assert!(parts.contains(&("Odoo 0 of 1 up".to_owned(), false)), "{parts:?}");
+        assert!(parts.contains(&("app-1 is drained".to_owned(), true)), "{parts:?}");
+        let json = serde_json::to_value(&status.nodes[3]).unwrap();
+        assert_eq!(json["report"]["drained"], 7);
+        status.nodes[3].report = Some(NodeStatus::default());
+        assert!(serde_json::to_value(&status.nodes[3]).unwrap()["report"].get("drained").is_none());
     }
 
     #[test]

@@ -113,7 +113,9 @@ where
     let path = target.split('?').next().unwrap_or_default();
     let needed = match (method.as_str(), path) {
         ("GET", "/v1/status" | "/v1/units" | "/v1/journal" | "/v1/action") | ("CONNECT", _) => OperatorRole::Viewer,
-        ("POST", "/v1/reboot" | "/v1/poweroff" | "/v1/restart" | "/v1/switchover") => OperatorRole::Operator,
+        ("POST", "/v1/reboot" | "/v1/poweroff" | "/v1/restart" | "/v1/switchover" | "/v1/drain" | "/v1/undrain") => {
+            OperatorRole::Operator
+        }
         ("POST", "/v1/exec") => OperatorRole::Admin,
         _ => return reply(stream, "404 Not Found", &refusal("unknown path or method")).await,
     };

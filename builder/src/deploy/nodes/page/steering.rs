@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fleet::node_api::{ActionRequest, REBOOT_PATH, RESTART_PATH, SWITCHOVER_PATH, unit_name};
+use fleet::node_api::{ActionRequest, REBOOT_PATH, RESTART_PATH, SWITCHOVER_PATH, UNDRAIN_PATH, unit_name};
 use fleet::{Operator, one_line};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
@@ -45,6 +45,7 @@ enum Verb {
     Restart { node: String, unit: String },
     Reboot { node: String },
     Switchover,
+    Undrain { node: String },
 }
 
 /// A question that waits for its answer.
@@ -129,6 +130,7 @@ impl Steering {
             "restart" => Some(Verb::Restart { node: node()?, unit: unit_name(values.get("unit")?)? }),
             "reboot" => Some(Verb::Reboot { node: node()? }),
             "switchover" => Some(Verb::Switchover),
+            "undrain" => Some(Verb::Undrain { node: node()? }),
             _ => None,
         }
     }
@@ -260,6 +262,7 @@ impl Steering {
             Verb::Restart { node, unit } => (node.clone(), RESTART_PATH, Some(unit.clone())),
             Verb::Reboot { node } => (node.clone(), REBOOT_PATH, None),
             Verb::Switchover => (self.primary().await?, SWITCHOVER_PATH, None),
+            Verb::Undrain { node } => (node.clone(), UNDRAIN_PATH, None),
         };
         let on_state = |text: &str| {
             if let Some(job) = self.desk().jobs.get_mut(&number) {
@@ -310,6 +313,7 @@ impl Verb {
             Self::Restart { node, unit } => format!("Restart {unit} on {node}?"),
             Self::Reboot { node } => format!("Reboot {node}?"),
             Self::Switchover => "Hand the primary over to a standby?".to_owned(),
+            Self::Undrain { node } => format!("Put {node} into service again?"),
         }
     }
 
@@ -318,6 +322,7 @@ impl Verb {
             Self::Restart { unit, .. } => format!("Restart {unit}"),
             Self::Reboot { node } => format!("Reboot {node}"),
             Self::Switchover => "Hand over".to_owned(),
+            Self::Undrain { node } => format!("Undrain {node}"),
         }
     }
 
@@ -326,6 +331,7 @@ impl Verb {
             Self::Restart { node, unit } => format!("bakehouse restart {node} {unit}"),
             Self::Reboot { node } => format!("bakehouse reboot {node}"),
             Self::Switchover => "bakehouse switchover".to_owned(),
+            Self::Undrain { node } => format!("bakehouse undrain {node}"),
         }
     }
 
@@ -335,6 +341,7 @@ impl Verb {
                 "The node refuses if the fleet would lose a quorum, the last primary or the VIP."
             }
             Self::Switchover => "Connections to the database end, and Odoo connects again.",
+            Self::Undrain { .. } => "The node takes work again. The primary and the VIP stay where they are.",
         }
     }
 }
