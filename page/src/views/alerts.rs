@@ -193,6 +193,9 @@ fn button(fleet: &Fleet, command: &str) -> Option<Button> {
         ["bakehouse", "reboot", node] if known(&node) => {
             Some(Button::new(format!("Reboot {node}"), "reboot", Some(node), None))
         }
+        ["bakehouse", "undrain", node] if known(&node) => {
+            Some(Button::new(format!("Undrain {node}"), "undrain", Some(node), None))
+        }
         ["bakehouse", "restart", node, unit] if known(&node) && is_unit(unit) => {
             Some(Button::new(format!("Restart {unit}"), "restart", Some(node), Some(unit)))
         }
@@ -218,6 +221,7 @@ mod tests {
         let href = |command: &str| button(&fleet, command).map(|button| button.href);
         assert_eq!(href("bakehouse switchover").unwrap(), "act?verb=switchover");
         assert_eq!(href("bakehouse reboot hub-1").unwrap(), "act?verb=reboot&node=hub%2D1");
+        assert_eq!(href("bakehouse undrain hub-1").unwrap(), "act?verb=undrain&node=hub%2D1");
         assert_eq!(
             href("bakehouse restart db-1 pgbackrest@full").unwrap(),
             "act?verb=restart&node=db%2D1&unit=pgbackrest%40full"
@@ -228,6 +232,7 @@ mod tests {
             "bakehouse restart evil-1 patroni",
             "bakehouse restart db-1 --force",
             "bakehouse reboot NODE",
+            "bakehouse drain hub-1",
             "bakehouse reboot hub-1 --yes --force hub-1",
             "bakehouse exec db-1 true",
             "bakehouse poweroff db-1",
