@@ -3,6 +3,7 @@
 
 mod alerts;
 mod attack;
+mod drain;
 mod etcd_access;
 mod eviction;
 mod fence;

@@ -16,11 +16,13 @@ use bakehouse_tests::network::in_own_network;
 use bakehouse_tests::site::{HUB_PORT, TestCluster, TestJoiner};
 use firstboot::api::{self, NodeApi, Tasks};
 use firstboot::host::dbus::Phase;
+use firstboot::node::drained::DrainState;
 use firstboot::node::hubs::Hubs;
 use firstboot::node::outbox::Outbox;
 use firstboot::node::revocations::Revocations;
 use fleet::node_api::{
-    EXEC_PATH, ExecRequest, JOURNAL_PATH, JournalLine, LOCK_PATH, NODE_API_PORT, NodeStatus, REBOOT_PATH, STATUS_PATH,
+    DRAINED_PATH, EXEC_PATH, ExecRequest, JOURNAL_PATH, JournalLine, LOCK_PATH, NODE_API_PORT, NodeStatus, REBOOT_PATH,
+    STATUS_PATH,
 };
 use fleet::{
     Grant, Issuer, Operator, OperatorRevocation, OperatorRole, PROTOCOL, PrivateKey, RevokedOperator, encoding,
@@ -59,6 +61,7 @@ impl TestNode {
         let phase = watch::Sender::new(Phase::Ready).subscribe();
         let hubs = Arc::new(Hubs::new(&site.topology, &BTreeMap::new(), &node.name, tls.clone()));
         let recorder = hubs.clone();
+        let drained = hubs.clone();
         let api = NodeApi {
             topology: site.topology.clone(),
             node: node.clone(),
@@ -84,6 +87,11 @@ impl TestNode {
                     Box::pin(async move { hubs.audit(&entries).await })
                 }),
             )),
+            drained: Arc::new(DrainState::load(dir.path(), &dir.path().join("run"))),
+            drainer: Box::new(move |request| {
+                let hubs = drained.clone();
+                Box::pin(async move { hubs.drained(request).await })
+            }),
             tasks: Tasks::default(),
         };
         let server = fleet_https::mutual_server(root, own).expect("a certificate");
@@ -297,6 +305,7 @@ fn hubs_forward_only_operators_and_only_to_the_node_api() {
                 ("POST", "/v1/introduce"),
                 ("POST", "/v1/turn"),
                 ("POST", LOCK_PATH),
+                ("POST", DRAINED_PATH),
                 ("POST", "/v1/leave"),
             ] {
                 let mut hub = Connection::open("127.0.0.1", HUB_PORT, "hub-1", tls).await.expect("a hub");

@@ -5,6 +5,7 @@ mod bootstrap;
 mod cloud_init;
 mod containers;
 mod containment;
+mod drain;
 mod fleet;
 mod ipxe;
 mod journals;
