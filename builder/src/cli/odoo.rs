@@ -110,7 +110,6 @@ fn healthy(status: &FleetStatus) -> Option<&str> {
 mod tests {
     use super::*;
     use crate::vm::NodeRow;
-    use std::collections::BTreeMap;
 
     #[test]
     fn the_first_node_that_haproxy_uses_is_the_one() {
@@ -131,7 +130,7 @@ mod tests {
             row("app-2", MachineState::Ready),
             row("app-3", MachineState::Ready),
         ];
-        let mut status = FleetStatus { nodes: rows, odoo: BTreeMap::new(), urls: Vec::new() };
+        let mut status = FleetStatus { nodes: rows, ..FleetStatus::default() };
         assert_eq!(healthy(&status), Some("app-2"));
         for (node, state) in [("app-1", "UP"), ("app-2", "DOWN"), ("app-3", "UP 1/2")] {
             status.odoo.insert(node.to_owned(), state.to_owned());

@@ -24,6 +24,9 @@ const START: u64 = 1 << 20;
 /// Size of the partition.
 const SIZE: u64 = 1 << 20;
 
+/// What fails if the image cannot be made.
+const WRITE: &str = "write the partition of the rescue disk";
+
 /// Makes an order for a node. `issued_at`: now, in seconds since 1970.
 ///
 /// # Errors
@@ -54,13 +57,12 @@ pub fn image(authority: &FleetKey, order: &Rescue) -> Result<Vec<u8>> {
         return Err(Error::Failed(format!("the order has {} bytes, which is too long", content.len())));
     }
     let mut image = Cursor::new(vec![0; usize::try_from(DISK).unwrap_or_default()]);
-    let cannot = || Error::cannot("write the partition of the rescue disk");
     let sectors = u32::try_from(DISK / SECTOR - 1).unwrap_or(u32::MAX);
-    ProtectiveMBR::with_lb_size(sectors).overwrite_lba0(&mut image).map_err(cannot())?;
+    ProtectiveMBR::with_lb_size(sectors).overwrite_lba0(&mut image).map_err(Error::cannot(WRITE))?;
     let mut table = gpt::GptConfig::new()
         .writable(true)
         .create_from_device(&mut image, Some(Uuid::from_bytes(random()?)))
-        .map_err(cannot())?;
+        .map_err(Error::cannot(WRITE))?;
     let partition = Partition {
         part_type_guid: LINUX_FS,
         part_guid: Uuid::from_bytes(random()?),
@@ -69,9 +71,9 @@ pub fn image(authority: &FleetKey, order: &Rescue) -> Result<Vec<u8>> {
         flags: 0,
         name: RescueDisk::PARTITION.to_owned(),
     };
-    table.update_partitions(BTreeMap::from([(1, partition)])).map_err(cannot())?;
-    table.write().map_err(cannot())?;
-    image.seek(SeekFrom::Start(START)).and_then(|_| image.write_all(&content)).map_err(cannot())?;
+    table.update_partitions(BTreeMap::from([(1, partition)])).map_err(Error::cannot(WRITE))?;
+    table.write().map_err(Error::cannot(WRITE))?;
+    image.seek(SeekFrom::Start(START)).and_then(|_| image.write_all(&content)).map_err(Error::cannot(WRITE))?;
     Ok(image.into_inner())
 }
 

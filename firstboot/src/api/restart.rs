@@ -40,7 +40,7 @@ const OF_SYSTEMD: [&str; 9] = [
 const OF_AGENT: &str = "firstboot-check.";
 /// Beginnings of names of units that operators may not restart: consoles and shells, steps of a boot or of an update,
 /// drains, kernel modules, and commands of admins.
-const FORBIDDEN: [&str; 14] = [
+const FORBIDDEN: [&str; 15] = [
     "autovt@",
     "bakehouse-exec-",
     "bakehouse-rescue@",
