@@ -1,6 +1,8 @@
 //! Forwards clients of PostgreSQL on this host to the database of a node.
 
 use std::convert::Infallible;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,8 +36,9 @@ impl PostgresSocket {
     pub(crate) fn open() -> Result<Self> {
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_dir());
         let parent = runtime.unwrap_or_else(std::env::temp_dir);
-        // The folder has the mode 0700 from its begin.
-        let folder = tempfile::Builder::new().prefix("bakehouse-psql-").tempdir_in(&parent);
+        // The folder has this mode from its begin, whatever the umask is.
+        let only_user = Permissions::from_mode(0o700);
+        let folder = tempfile::Builder::new().prefix("bakehouse-psql-").permissions(only_user).tempdir_in(&parent);
         let folder = folder.map_err(Error::io("make a folder in", &parent))?;
         let path = folder.path().join(NAME);
         let listener = UnixListener::bind(&path).map_err(Error::io("listen at", &path))?;
