@@ -254,7 +254,7 @@ impl FakeManager {
 
     fn load_unit(&self, name: String) -> OwnedObjectPath {
         assert!(name.contains('.'), "{name}");
-        if name.starts_with("bakehouse-exec-") || name == "x.service" {
+        if ["bakehouse-exec-", "bakehouse-odoo-shell-", "x.service"].iter().any(|of| name.starts_with(of)) {
             return object(COMMAND);
         }
         let known = UNITS.iter().find(|unit| unit.0 == name || unit.1 == name);
