@@ -40,9 +40,10 @@ const OF_SYSTEMD: [&str; 9] = [
 const OF_AGENT: &str = "firstboot-check.";
 /// Beginnings of names of units that operators may not restart: consoles and shells, steps of a boot or of an update,
 /// drains, kernel modules, and commands of admins.
-const FORBIDDEN: [&str; 15] = [
+const FORBIDDEN: [&str; 16] = [
     "autovt@",
     "bakehouse-exec-",
+    "bakehouse-odoo-shell-",
     "bakehouse-rescue@",
     "console-getty.",
     "container-getty@",
@@ -186,6 +187,7 @@ mod tests {
             "firstboot-install.service",
             "bakehouse-exec-0123.service",
             "drain-hub.service",
+            "bakehouse-odoo-shell-0123.service",
             "-.mount",
             "var.mount",
             "system.slice",
