@@ -1,6 +1,7 @@
 //! Operators' actions on this node that no hub has stored in etcd yet. A file keeps them across a boot.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -37,6 +38,8 @@ pub struct Outbox {
     recorder: Recorder,
     state: Mutex<Pending>,
     changed: Notify,
+    /// Number of actions since the agent started.
+    count: AtomicU32,
     /// Number of entries that wait.
     waiting: watch::Sender<usize>,
     /// The file's only writer.
@@ -114,6 +117,7 @@ impl Outbox {
             waiting: watch::Sender::new(queue.entries.len()),
             state: Mutex::new(Pending { queue, begun: Vec::new() }),
             changed: Notify::new(),
+            count: AtomicU32::new(0),
             disk: Arc::default(),
             sending: tokio::sync::Mutex::default(),
         }
@@ -233,12 +237,14 @@ impl Outbox {
 
     fn entry(&self, operator: &Operator, from: &str, action: &str) -> AuditEntry {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut random = [0; 8];
-        // Without random bytes, the time alone distinguishes two actions of the node.
+        // The number keeps the order of actions that begin within a millisecond. The random bytes distinguish actions of
+        // two runs of the agent, if the clock was set back.
+        let number = self.count.fetch_add(1, Ordering::Relaxed);
+        let mut random = [0; 4];
         let _ = getrandom::fill(&mut random);
         AuditEntry {
             at: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
-            id: format!("{:016x}", u64::from_ne_bytes(random)),
+            id: format!("{number:08x}{:08x}", u32::from_ne_bytes(random)),
             node: self.node.clone(),
             operator: operator.name.clone(),
             role: operator.role.to_string(),
