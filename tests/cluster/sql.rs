@@ -16,8 +16,10 @@ use builder::keys::authority::FleetKey;
 use builder::project::Project;
 use firstboot::api::{self, NodeApi, Tasks};
 use firstboot::host::dbus::Phase;
+use firstboot::node::drained::DrainState;
+use firstboot::node::outbox::Outbox;
 use firstboot::node::revocations::Revocations;
-use fleet::node_api::{ExecEvent, NODE_API_PORT, SQL_PATH, SqlRequest};
+use fleet::node_api::{DrainAnswer, ExecEvent, NODE_API_PORT, SQL_PATH, SqlRequest};
 use fleet::postgres::{Messages, PROTOCOL_3, Report, kind, query, report, row, startup, text};
 use fleet::{Issuer, Operator, OperatorRole, PrivateKey, Topology, UpdateDecision, encoding};
 use fleet_https::{Connection, Identity, request};
@@ -235,6 +237,9 @@ fn serve(mut topology: Topology, address: Ipv4Addr, socket: PathBuf, dir: &Path)
         journal: dir.join("journal.sock"),
         postgres: socket,
         locker: Box::new(|_| Box::pin(async { Ok(UpdateDecision { granted: true, why: String::new() }) })),
+        outbox: Arc::new(Outbox::load(dir, &name, Box::new(|_| Box::pin(async { Ok(()) })))),
+        drained: Arc::new(DrainState::load(dir, &dir.join("run"))),
+        drainer: Box::new(|_| Box::pin(async { Ok(DrainAnswer { granted: true, ..DrainAnswer::default() }) })),
         tasks: Tasks::default(),
     };
     let server = fleet_https::mutual_server(root.certificate(), own).expect("a certificate");

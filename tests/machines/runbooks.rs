@@ -44,7 +44,7 @@ impl Receiver {
                     let mut reader = BufReader::new(stream.try_clone().ok()?);
                     loop {
                         let (mut length, mut line) = (0, String::new());
-                        while reader.read_line(&mut line).ok().filter(|n| *n > 0).is_some() && line != "\r\n" {
+                        while reader.read_line(&mut line).is_ok_and(|n| n > 0) && line != "\r\n" {
                             let header = line.to_ascii_lowercase();
                             if let Some(value) = header.strip_prefix("content-length:") {
                                 length = value.trim().parse().ok()?;

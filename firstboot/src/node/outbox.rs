@@ -230,7 +230,7 @@ impl Outbox {
             Ok(Ok(())) => {}
             Ok(Err(e)) => warn!("cannot keep the actions of operators on the disk: {}", e.chain()),
             Err(_) => {
-                warn!("cannot keep the actions of operators: the disk did not answer within {} s", DISK.as_secs())
+                warn!("cannot keep the actions of operators: the disk did not answer within {} s", DISK.as_secs());
             }
         }
     }
@@ -292,13 +292,11 @@ mod tests {
                 let mut state = hubs.0.lock().unwrap();
                 let is_refused = |entry: &AuditEntry| entry.action == "refused";
                 let reason = state.1.or(entries.iter().any(is_refused).then_some(Reason::Malformed));
-                let reply = match reason {
-                    Some(reason) => Err(Refusal { reason, text: "no".to_owned() }.into()),
-                    None => {
-                        state.0.extend(entries);
-                        Ok(())
-                    }
-                };
+                if reason.is_none() {
+                    state.0.extend(entries);
+                }
+                let refused = |reason| Err(Refusal { reason, text: "no".to_owned() }.into());
+                let reply = reason.map_or(Ok(()), refused);
                 Box::pin(async move { reply })
             };
             Arc::new(Outbox::load(dir, "db-1", Box::new(recorder)))

@@ -128,11 +128,11 @@ impl Machine<'_> {
                         install the new image";
             return Err(Error::Configuration(text.to_owned()));
         }
-        let disk = RescueDisk::parse(content).map_err(refused)?;
+        let disk = RescueDisk::parse(content).map_err(|e| refused(&e))?;
         let (root, slots) = self.trusts()?;
         let slots: Vec<&str> = slots.iter().map(String::as_str).collect();
         let target = RescueTarget { fleet: &topology.name, slots: &slots, now };
-        disk.open(&target, |message, signature| signed_by_root(&root, message, signature)).map_err(refused)
+        disk.open(&target, |message, signature| signed_by_root(&root, message, signature)).map_err(|e| refused(&e))
     }
 
     /// Returns the certificate of the fleet's root, and the slots of which this machine is one.
@@ -148,13 +148,13 @@ impl Machine<'_> {
             return Ok((state.root, vec![state.slot]));
         }
         let ticket = read_ticket(self.credentials)?;
-        let slots = match slot_of(&ticket) {
-            Some(slot) => vec![slot],
-            None => {
+        let slots = slot_of(&ticket).map_or_else(
+            || {
                 let nodes = self.image.topology.nodes.iter();
                 nodes.filter(|node| node.group == self.image.info.group).map(|node| node.name.clone()).collect()
-            }
-        };
+            },
+            |slot| vec![slot],
+        );
         Ok((ticket.root, slots))
     }
 }
@@ -177,7 +177,7 @@ fn is_sealed(path: &Path) -> bool {
     outside.is_some_and(|outside| outside.sealed.is_some())
 }
 
-fn refused(e: RescueError) -> Error {
+fn refused(e: &RescueError) -> Error {
     Error::Configuration(format!("the rescue disk is refused: {e}"))
 }
 

@@ -83,7 +83,7 @@ async fn relay(client: &Client, node: &str, path: &str, mut stream: UnixStream) 
         Err(e) => {
             let refuse = async {
                 // The kernel discards the reply to a client whose message was not read.
-                stream.read(&mut vec![0; LONGEST_STARTUP]).await?;
+                let _ = stream.read(&mut vec![0; LONGEST_STARTUP]).await?;
                 stream.write_all(&fatal(&e.chain())).await
             };
             let _ = timeout(REFUSAL, refuse).await;
