@@ -179,12 +179,12 @@ impl Site {
     }
 
     /// Runs SQL, and returns the answer. Each `|` separates values, and each line is a row, a tag or data.
-    async fn sql(&self, write: bool, sql: &str) -> Result<String, Report> {
+    async fn sql(&self, write: bool, sql: &str) -> Result<String, Box<Report>> {
         let asked = SqlRequest { sql: sql.to_owned(), write, seconds: 20, ..SqlRequest::default() };
         self.ask(&asked).await.unwrap_or_else(|why| panic!("{sql}: {why}"))
     }
 
-    async fn ask(&self, asked: &SqlRequest) -> Result<Result<String, Report>, String> {
+    async fn ask(&self, asked: &SqlRequest) -> Result<Result<String, Box<Report>>, String> {
         let mut connection = self.admin().await;
         let body = serde_json::to_vec(asked).expect("JSON").into();
         let request = request("POST", "node", SQL_PATH, &[], body).expect("a request");
@@ -271,7 +271,7 @@ impl Answer {
             let line = match message.kind {
                 kind::ROW => {
                     let values = row(&message.body).expect("a row").into_iter();
-                    values.map(|value| value.unwrap_or_default()).collect::<Vec<_>>().join("|")
+                    values.map(Option::unwrap_or_default).collect::<Vec<_>>().join("|")
                 }
                 kind::COMPLETE => text(&message.body),
                 kind::COPY_DATA => String::from_utf8_lossy(&message.body).trim_end().to_owned(),
@@ -289,12 +289,12 @@ impl Answer {
         }
     }
 
-    fn result(self) -> Result<String, Report> {
-        self.error.map_or(Ok(self.text), Err)
+    fn result(self) -> Result<String, Box<Report>> {
+        self.error.map_or(Ok(self.text), |report| Err(Box::new(report)))
     }
 
     /// Reads until PostgreSQL waits for a query, or ends the session.
-    async fn read(mut self, from: &mut (impl AsyncRead + Unpin)) -> Result<String, Report> {
+    async fn read(mut self, from: &mut (impl AsyncRead + Unpin)) -> Result<String, Box<Report>> {
         let mut buffer = vec![0; 1 << 12];
         while !self.is_ready && self.error.is_none() {
             let read = timeout(LIMIT, from.read(&mut buffer)).await.expect("an answer");
@@ -306,7 +306,7 @@ impl Answer {
 }
 
 /// Begins a session as a client does that calls itself `user`, and returns its current user.
-async fn current_user(mut stream: impl AsyncRead + AsyncWrite + Unpin, user: &str) -> Result<String, Report> {
+async fn current_user(mut stream: impl AsyncRead + AsyncWrite + Unpin, user: &str) -> Result<String, Box<Report>> {
     let parameters = [("user", user), ("database", "odoo")].map(|(name, value)| (name.to_owned(), value.to_owned()));
     stream.write_all(&startup(PROTOCOL_3, &parameters)).await.expect("a stream");
     Answer::default().read(&mut stream).await?;
@@ -314,7 +314,7 @@ async fn current_user(mut stream: impl AsyncRead + AsyncWrite + Unpin, user: &st
     Answer::default().read(&mut stream).await
 }
 
-fn code(answer: Result<String, Report>) -> String {
+fn code(answer: Result<String, Box<Report>>) -> String {
     match answer {
         Ok(text) => panic!("no error: {text}"),
         Err(report) => report.code,
