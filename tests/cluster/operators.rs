@@ -225,7 +225,7 @@ fn viewer_reads_through_a_hub_and_acts_on_nothing() {
         }
         let mut connection = through(&viewer.tls, 1, "db-1").await.expect("a connection");
         let text = refused(ask(&mut connection, "POST", REBOOT_PATH, "{}").await, "a viewer's reboot");
-        assert!(text.contains("anna is a viewer, and this request needs the role operator"), "{text}");
+        assert!(text.contains("anna has the role viewer, and this request needs the role operator"), "{text}");
         let exec = ExecRequest { command: vec!["true".to_owned()], seconds: 1 };
         let exec = serde_json::to_string(&exec).expect("JSON");
         let text = refused(ask(&mut connection, "POST", EXEC_PATH, &exec).await, "a viewer's command");

@@ -69,9 +69,8 @@ ExecStart=/bin/true
 ";
 const PATRONI: &str = "\
 [Service]
-ExecStart=
-ExecStart=/bin/sh -c 'sed \"s/^  mode: required/&\\\\n  driver: testing/\" $CREDENTIALS_DIRECTORY/patroni.yml \
->/run/postgresql/patroni.yml && exec /usr/lib/bakehouse/patroni /run/postgresql/patroni.yml'
+ExecStartPre=+/bin/sh -c 'printf \"watchdog:\\n  driver: testing\\n\" >/run/bakehouse/patroni.d/testing.yml'
+ExecStartPre=+/bin/chmod 0644 /run/bakehouse/patroni.d/testing.yml
 ";
 /// The host's kernel may lack dummy interfaces, so one end of a veth pair has the mesh address.
 const MESH: &str = "[NetDev]\nName=mesh0\nKind=veth\n[Peer]\nName=mesh0-end\n";

@@ -128,8 +128,12 @@ pub(super) async fn answer(client: &Arc<Client>, request: Request<Incoming>) -> 
     };
     let operator = &client.certificate.operator;
     if operator.role < route.role() {
-        let text =
-            format!("{} is a {}, and this request needs the role {}", operator.name, operator.role, route.role());
+        let text = format!(
+            "{} has the role {}, and this request needs the role {}",
+            operator.name,
+            operator.role,
+            route.role()
+        );
         let help = format!("bakehouse operator add NAME --role {}", route.role());
         return refused(client, &what, &Refusal::new(StatusCode::FORBIDDEN, text).help(help));
     }

@@ -372,7 +372,7 @@ async fn refused_requests_are_in_the_log_and_a_flood_of_them_is_not() {
     let node = TestNode::start().await;
     let mut connection = node.connect(OperatorRole::Viewer).await;
     post(&mut connection, REBOOT_PATH, &ActionRequest::default()).await.unwrap_err();
-    let lines = node.log.lines("anna.viewer.operator from hub-1: POST /v1/reboot: anna is a viewer");
+    let lines = node.log.lines("anna.viewer.operator from hub-1: POST /v1/reboot: anna has the role viewer");
     assert!(lines.len() == 1 && lines[0].ends_with(": 403"), "{lines:?}");
     for n in 0..100 {
         get(&mut connection, &format!("/v1/{n}")).await.unwrap_err();
