@@ -362,7 +362,7 @@ async fn operators_read_and_write_as_users_without_further_rights() {
     let missing =
         SqlRequest { sql: "select 1".to_owned(), seconds: 5, database: Some("none".to_owned()), write: false };
     let why = site.ask(&missing).await.unwrap_err();
-    assert!(why.contains("database \"none\" does not exist") && why.contains("--database postgres"), "{why}");
+    assert!(why.contains("does not exist (3D000)") && why.contains("--database postgres"), "{why}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -146,7 +146,7 @@ impl Session {
             ("user", user.to_owned()),
             ("database", database.to_owned()),
             ("client_encoding", "UTF8".to_owned()),
-            ("application_name", format!("bakehouse psql of {operator}")),
+            ("application_name", format!("psql of {operator}")),
             ("statement_timeout", format!("{seconds}s")),
         ];
         if user == SQL_READER {

@@ -2,9 +2,8 @@
 //! expires. udev starts `firstboot-rescue@DISK.service` for such a disk, and that unit runs [`rescue`]. The agent does not
 //! have to run.
 
-use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -194,36 +193,20 @@ fn read(device: &Path) -> Result<Vec<u8>> {
 fn write(path: &Path, text: &str) -> Result<()> {
     let beside = path.with_extension("new");
     let written = OpenOptions::new().write(true).create(true).truncate(true).open(&beside);
-    let written = written.and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()));
+    let written = written.and_then(|mut file| file.write_all(text.as_bytes()));
     written.and_then(|()| fs::rename(&beside, path)).map_err(Error::io("write", path))
 }
 
-/// Returns the text above the shell's first prompt.
+/// Returns the heading of the console. The image has the list of useful commands below it.
 fn banner(order: &Rescue) -> String {
-    let mut text = format!(
+    format!(
         "\n*** Maintenance console of {} (fleet {}): you are root.\n*** Open until {}, and while the rescue disk is \
-         attached. The journal names order {}.\n\n",
+         attached.\n*** The journal names this order {}.\n\n",
         order.node,
         order.fleet,
         order.expires_at(),
         order.id
-    );
-    for (command, what) in [
-        ("firstboot status", "slot and phase of this node"),
-        ("systemctl --failed", "units that have failed"),
-        ("systemctl list-jobs", "what this boot waits for"),
-        ("journalctl -b -p warning -n 20", "warnings of this boot"),
-        ("journalctl -b -u UNIT -n 50", "journal of a unit"),
-        ("systemctl restart UNIT", "try again"),
-        ("ip -brief address; networkctl", "network"),
-        ("wg show", "mesh: peers and their last handshakes"),
-        ("df -h /var", "free space"),
-        ("bootctl list", "versions on the disk, and their tries"),
-        ("systemctl reboot", "restart the machine"),
-    ] {
-        let _ = writeln!(text, "  {command:32} {what}");
-    }
-    text + "\n/usr and /etc are read-only, and /var is kept. Remove the disk to close this console.\n\n"
+    )
 }
 
 #[cfg(test)]
@@ -410,9 +393,10 @@ mod tests {
     }
 
     #[test]
-    fn banner_names_the_node_and_fits_the_smallest_screen() {
+    fn console_begins_with_the_node_and_fits_the_smallest_screen() {
         let text = banner(&order("db-1"));
         assert!(text.contains("console of db-1 (fleet acme)") && text.contains("2027-01-15T09:00:00Z"), "{text}");
+        let text = text + include_str!("../../../overlays/firstboot/usr/share/bakehouse/rescue.txt");
         assert!(text.lines().count() < 24, "{text}");
         assert!(text.lines().all(|line| line.is_ascii() && line.len() < 100), "{text}");
     }

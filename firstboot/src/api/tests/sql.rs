@@ -101,7 +101,7 @@ async fn sql_runs_as_the_reader_and_the_log_has_all_of_it() {
     send(&mut connection, SQL_PATH, &write).await.unwrap();
     node.log.until("done").await;
     let seen = seen.lock().unwrap().clone();
-    let reader = "user bakehouse_reader database odoo client_encoding UTF8 application_name bakehouse psql of \
+    let reader = "user bakehouse_reader database odoo client_encoding UTF8 application_name psql of \
                   anna.admin.operator statement_timeout 7s default_transaction_read_only on  ";
     assert_eq!(seen[..2], [reader, "select\n'ü'"]);
     assert!(seen[2].starts_with("user bakehouse_writer database shop ") && !seen[2].contains("read_only"), "{seen:?}");
