@@ -237,6 +237,8 @@ fn no_node_changes_while_another_is_missing_or_the_rollout_is_paused() {
 fn the_last_node_of_a_role_that_is_not_drained_waits() {
     let topology = topology();
     let mut fleet = all_available(&topology);
+    // Otherwise it goes first.
+    fleet.nodes.insert("monitor-1".into(), report_of("2", UpdateState::Serving));
     fleet.drained = [("app-2".to_owned(), 1)].into();
     let of = |fleet: &Rollout, slot: &str| fleet.decide(&topology, slot, &offered(false));
     let why = "app-1 is the last app node that is not drained; to continue: `bakehouse undrain app-2`";
@@ -244,9 +246,7 @@ fn the_last_node_of_a_role_that_is_not_drained_waits() {
     // A drained node updates as usual, and a role with another node has its reserve.
     assert!(matches!(of(&fleet, "app-2"), Verdict::Take(_)));
     fleet.drained = [("hub-1".to_owned(), 1), ("monitor-1".to_owned(), 1)].into();
-    for slot in ["app-1", "monitor-1"] {
-        assert!(matches!(of(&fleet, slot), Verdict::Take(_)), "{slot}");
-    }
+    assert!(matches!(of(&fleet, "app-1"), Verdict::Take(_)));
     // A slot without an owner is no reserve. A fleet with one node of a role has none anyway.
     fleet.drained = [("hub-1".to_owned(), 1)].into();
     fleet.members.remove("hub-3");
