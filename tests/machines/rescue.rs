@@ -130,8 +130,8 @@ fn containers_node_with_a_broken_role_answers() {
     lab.ok(&["lock"]);
     lab.ok(&["build"]);
     let (hub, broken) = (Machine::for_node(&lab, "hub-1"), Machine::for_node(&lab, "broken-1"));
-    hub.start();
-    hub.wait_for(&["bakehouse: ready (hub-1)"]);
+    // It also makes the operator's file.
+    lab.ok(&["up", "hub-1"]);
     broken.start();
     broken.wait_for(&["bakehouse: broken-1: starting broken"]);
     broken.ok("for i in $(seq 60); do systemctl is-failed -q broken && exit; sleep 1; done; exit 1");
