@@ -134,7 +134,13 @@ fn failed_daemon_check_reports_its_message_and_the_templates_line() {
             "scrape_timeout: {{ 40 *",
             "scrape timeout",
         ),
-        ("monitor", run("prometheus", "alertmanager.yml"), "receiver: people", "receiver: somebody", "somebody"),
+        (
+            "monitor",
+            run("prometheus", "alertmanager.yml"),
+            "route:\n  receiver: discard",
+            "route:\n  receiver: somebody",
+            "somebody",
+        ),
     ];
     for (group, path, from, to, words) in cases {
         lab.edit(&path, from, to);
