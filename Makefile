@@ -92,7 +92,7 @@ roles: deps build
 	builder/host-deps.sh iproute2 dnsmasq-base xorriso busybox swtpm wireguard-go
 	# The object store of the restore test. It needs Rust 1.92.
 	cargo install --locked --root target/tools --version 0.14.1 --features binary s3s-fs
-	cargo test --release --locked --workspace --test machines -- --test-threads=1 --nocapture fleet:: roles:: journals:: drain:: restore:: legacy_bios:: cloud_init:: secure_netboot:: ipxe:: bootstrap:: power_loss::
+	cargo test --release --locked --workspace --test machines -- --test-threads=1 --nocapture fleet:: roles:: journals:: drain:: rescue::containers restore:: legacy_bios:: cloud_init:: secure_netboot:: ipxe:: bootstrap:: power_loss::
 
 # Tries what one taken machine can do, cell by cell. Takes about six minutes. Needs root.
 containment: deps build
