@@ -27,6 +27,7 @@ mod certificate;
 mod chain;
 mod diagnostic;
 pub mod encoding;
+pub mod etcd_keys;
 #[cfg(feature = "schema")]
 mod form;
 pub mod grubenv;

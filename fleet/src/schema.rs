@@ -11,7 +11,7 @@ use crate::alerts::Alerts;
 use crate::diagnostic::{Diagnostic, Source, parse};
 use crate::settings::{Access, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update, Web};
 #[cfg(feature = "schema")]
-use crate::{form, lint::ETCD_FOLDERS};
+use crate::{etcd_keys::FOLDERS, form};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -20,7 +20,7 @@ use crate::{form, lint::ETCD_FOLDERS};
 pub struct Fleet {
     /// Name of the fleet: 1 to 32 lower-case letters, digits and `-`. It starts with a letter and does not end with
     /// `-`. It must not be a name that the hubs use in etcd, such as `slots` or `rollout`. Example: `"acme"`.
-    #[cfg_attr(feature = "schema", schemars(with = "form::FleetName", extend("not" = { "enum": ETCD_FOLDERS })))]
+    #[cfg_attr(feature = "schema", schemars(with = "form::FleetName", extend("not" = { "enum": FOLDERS })))]
     pub name: Spanned<String>,
     /// Version of the images that this file describes: 1 to 16 letters, digits and `.~^-`. Raise it with every change
     /// that has to reach the nodes. Versions are compared as systemd compares them. Default: `"1"`.

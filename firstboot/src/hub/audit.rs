@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use fleet::etcd_keys::{AUDIT_ACTIONS, AUDIT_RATES};
 use fleet::node_api::{
     AUDIT_DAYS, AuditEntry, AuditLog, AuditQuery, LONGEST_AUDIT_ENTRY, LONGEST_AUDIT_REQUEST, MOST_AUDIT_ENTRIES,
 };
@@ -26,8 +27,6 @@ use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::error::{Error, Result};
 use crate::host::manager::clock_is_synchronized;
 
-const ACTIONS: &str = "/bakehouse/audit/actions/";
-const RATES: &str = "/bakehouse/audit/rates/";
 /// Time for which an entry stays, in milliseconds.
 const KEPT: u64 = AUDIT_DAYS as u64 * 86_400_000;
 /// Largest difference between the clock of a node and that of a hub at which the hub takes an entry, in milliseconds.
@@ -98,7 +97,7 @@ async fn store_at(etcd: &Etcd, slot: &str, entry: AuditEntry, now: u64) -> Resul
         let text = format!("the clock of {slot} is more than {} min ahead of this hub's", AHEAD / 60_000);
         return Err(refuse(Reason::Busy, &text).into());
     }
-    let (key, rate_key) = (key(slot, &entry), format!("{RATES}{slot}"));
+    let (key, rate_key) = (key(slot, &entry), format!("{AUDIT_RATES}{slot}"));
     for _ in 0..ATTEMPTS {
         let [found, rate] = <[KeyValue; 2]>::try_from(etcd.get(&[&key, &rate_key]).await?)
             .map_err(|_| Error::network("etcd", "the reply has another number of keys"))?;
@@ -147,12 +146,12 @@ fn check(slot: &str, entry: &AuditEntry) -> Result<(), Refusal> {
 }
 
 fn key(slot: &str, entry: &AuditEntry) -> String {
-    format!("{ACTIONS}{:013}-{slot}-{}", entry.at, entry.id)
+    format!("{AUDIT_ACTIONS}{:013}-{slot}-{}", entry.at, entry.id)
 }
 
 /// Returns the node of a key.
 fn node_of(key: &str) -> Option<&str> {
-    let (_, rest) = key.strip_prefix(ACTIONS)?.split_once('-')?;
+    let (_, rest) = key.strip_prefix(AUDIT_ACTIONS)?.split_once('-')?;
     rest.rsplit_once('-').map(|(node, _)| node)
 }
 
@@ -170,10 +169,10 @@ fn json(entry: &AuditEntry) -> Result<Vec<u8>> {
 /// If there are `most` entries, deletes the oldest ones of the node that has the most, so that one node cannot delete
 /// the others' by many of its own.
 async fn make_room(etcd: &Etcd, most: u64) -> Result<()> {
-    if etcd.count(ACTIONS).await? < most {
+    if etcd.count(AUDIT_ACTIONS).await? < most {
         return Ok(());
     }
-    let keys = etcd.keys(ACTIONS, ACTIONS).await?;
+    let keys = etcd.keys(AUDIT_ACTIONS, AUDIT_ACTIONS).await?;
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for node in keys.iter().filter_map(|key| node_of(key)) {
         *counts.entry(node).or_default() += 1;
@@ -192,7 +191,7 @@ async fn make_room(etcd: &Etcd, most: u64) -> Result<()> {
 async fn read(etcd: &Etcd, query: &AuditQuery, now: u64) -> Result<AuditLog> {
     let most = query.count.unwrap_or(MOST_AUDIT_ENTRIES).min(MOST_AUDIT_ENTRIES) as usize;
     let since = query.since.unwrap_or_default().saturating_mul(1000).max(now.saturating_sub(KEPT));
-    let mut keys = etcd.keys(&format!("{ACTIONS}{since:013}"), ACTIONS).await?;
+    let mut keys = etcd.keys(&format!("{AUDIT_ACTIONS}{since:013}"), AUDIT_ACTIONS).await?;
     keys.retain(|key| query.node.as_deref().is_none_or(|node| node_of(key) == Some(node)));
     let mut entries: Vec<AuditEntry> = Vec::new();
     let is_of = |entry: &AuditEntry| query.operator.as_deref().is_none_or(|operator| entry.operator == operator);
@@ -217,7 +216,7 @@ async fn read(etcd: &Etcd, query: &AuditQuery, now: u64) -> Result<AuditLog> {
 /// # Errors
 /// If etcd does not answer.
 pub async fn purge(etcd: &Etcd, now: u64) -> Result<u64> {
-    etcd.delete_range(ACTIONS, &format!("{ACTIONS}{:013}", now.saturating_sub(KEPT))).await
+    etcd.delete_range(AUDIT_ACTIONS, &format!("{AUDIT_ACTIONS}{:013}", now.saturating_sub(KEPT))).await
 }
 
 /// Deletes old entries every hour while this hub's clock is synchronized: a clock that is years ahead must not delete

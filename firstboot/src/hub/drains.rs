@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use fleet::etcd_keys::DRAINED;
 use fleet::node_api::{DrainAnswer, DrainRequest};
 use fleet::{Node, Topology};
 use futures_util::future::join_all;
@@ -17,8 +18,6 @@ use crate::client::etcd::{Etcd, Op};
 use crate::client::haproxy;
 use crate::error::Result;
 
-/// Prefix of keys by slot.
-pub(super) const DRAINED: &str = "/bakehouse/rollout/drained/";
 /// Time limit for HAProxy, and for another hub.
 const ANSWER: Duration = Duration::from_secs(2);
 /// Time limit for the change of etcd's leader.

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
+use fleet::etcd_keys::OPERATOR_PEERS;
 use fleet::{HubPeer, OperatorPeer, OperatorPeerRequest, OperatorPeering, PROTOCOL, Reason, Refusal, encoding};
 use fleet_https::OperatorCertificate;
 use tracing::info;
@@ -18,7 +19,6 @@ use crate::client::etcd::{Compare, KeyValue, Op};
 use crate::error::{Error, Result};
 use crate::node::operator_peers::OperatorPeers;
 
-const PEERS: &str = "/bakehouse/operators/wireguard/";
 /// How often a hub retries when another hub's transaction wins.
 const ATTEMPTS: u32 = 8;
 
@@ -32,7 +32,7 @@ struct Row {
 
 impl Row {
     fn parse(pair: &KeyValue, known: &OperatorPeers) -> Option<Self> {
-        let address = pair.key.strip_prefix(PEERS)?.parse().ok()?;
+        let address = pair.key.strip_prefix(OPERATOR_PEERS)?.parse().ok()?;
         let peer = serde_json::from_slice::<OperatorPeer>(&pair.value).ok();
         let valid = peer.and_then(|peer| known.verify(&peer).map(|certificate| (peer, certificate)));
         Some(Self { address, revision: pair.revision, valid })
@@ -48,7 +48,7 @@ impl SlotAllocator {
     async fn add_operator_peer(&self, known: &OperatorPeers, name: &str, peer: &OperatorPeer) -> Result<Ipv4Addr> {
         let value = serde_json::to_vec(peer).map_err(Error::json("an operator's machine"))?;
         for _ in 0..ATTEMPTS {
-            let (_, pairs) = self.etcd.list(PEERS).await?;
+            let (_, pairs) = self.etcd.list(OPERATOR_PEERS).await?;
             let rows: Vec<Row> = pairs.iter().filter_map(|pair| Row::parse(pair, known)).collect();
             let has_key = |row: &&Row| row.valid.as_ref().is_some_and(|(other, _)| other.mesh_key == peer.mesh_key);
             if rows.iter().filter(has_key).any(|row| !row.is_of(name)) || known.is_of_node(peer) {
@@ -65,7 +65,7 @@ impl SlotAllocator {
                 return Err(refuse(Reason::Full, &text).into());
             };
             let revision = rows.iter().find(|row| row.address == address).map_or(0, |row| row.revision);
-            let key = format!("{PEERS}{address}");
+            let key = format!("{OPERATOR_PEERS}{address}");
             if self.etcd.transact(&[Compare::Unchanged(&key, revision)], &[Op::Put(&key, &value)]).await? {
                 return Ok(address);
             }
@@ -78,11 +78,11 @@ impl SlotAllocator {
     /// # Errors
     /// If etcd does not answer.
     pub async fn follow_operator_peers(&self, known: &OperatorPeers) -> Result<()> {
-        let (revision, pairs) = self.etcd.list(PEERS).await?;
+        let (revision, pairs) = self.etcd.list(OPERATOR_PEERS).await?;
         known.replace(&parsed(&pairs));
-        let mut watch = self.etcd.watch(PEERS, revision).await?;
+        let mut watch = self.etcd.watch(OPERATOR_PEERS, revision).await?;
         while self.etcd.next(&mut watch).await?.is_some() {
-            known.replace(&parsed(&self.etcd.list(PEERS).await?.1));
+            known.replace(&parsed(&self.etcd.list(OPERATOR_PEERS).await?.1));
         }
         Ok(())
     }
@@ -90,7 +90,7 @@ impl SlotAllocator {
 
 fn parsed(pairs: &[KeyValue]) -> BTreeMap<Ipv4Addr, OperatorPeer> {
     let row = |pair: &KeyValue| {
-        let address = pair.key.strip_prefix(PEERS)?.parse().ok()?;
+        let address = pair.key.strip_prefix(OPERATOR_PEERS)?.parse().ok()?;
         Some((address, serde_json::from_slice(&pair.value).ok()?))
     };
     pairs.iter().filter_map(row).collect()

@@ -17,18 +17,13 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use fleet::etcd_keys::{ACTING, HELD, PAUSED, ROLLOUT, SLOTS, TURN};
 use fleet::{Report, Rollout, RolloutOrder, SlotRecord, Topology, UpdateDecision, UpdateLock, Verdict};
 use tracing::{error, info, warn};
 
-use super::records::SLOTS;
 use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::error::{Error, Result};
 
-const PREFIX: &str = "/bakehouse/rollout/";
-const TURN: &str = "/bakehouse/rollout/turn";
-const HELD: &str = "/bakehouse/rollout/held";
-const ACTING: &str = "/bakehouse/rollout/acting";
-const PAUSED: &str = "/bakehouse/rollout/paused";
 /// Lease of a node's report, seconds: three of the node's report intervals.
 const SILENCE: u32 = 90;
 /// Lease of the update lock, seconds: a download over a slow line, and three boots that fail.
@@ -47,7 +42,7 @@ const ATTEMPTS: u32 = 8;
 pub(crate) async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<UpdateDecision> {
     let text = serde_json::to_vec(report).map_err(Error::json("the report"))?;
     let lease = etcd.lease(SILENCE).await?;
-    etcd.transact(&[], &[Op::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
+    etcd.transact(&[], &[Op::PutFor(&format!("{ROLLOUT}nodes/{slot}"), &text, &lease)]).await?;
     for _ in 0..ATTEMPTS {
         let Read { mut rollout, turn, acting } = read(etcd).await?;
         if report.doing.is_well() && rollout.skipped.remove(slot).is_some() {
@@ -153,7 +148,7 @@ pub(crate) async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> 
         RolloutOrder::Pause { why } => drop(etcd.transact(&[], &[Op::Put(PAUSED, why.as_bytes())]).await?),
         RolloutOrder::Resume => drop(etcd.transact(&[], &[Op::Delete(PAUSED)]).await?),
         RolloutOrder::Allow { version } => {
-            let (allowed, now) = (format!("{PREFIX}allowed/{version}"), now().to_string());
+            let (allowed, now) = (format!("{ROLLOUT}allowed/{version}"), now().to_string());
             let then = [Op::Delete(&denied(version)), Op::Put(&allowed, now.as_bytes())];
             etcd.transact(&[], &then).await?;
         }
@@ -189,9 +184,9 @@ pub(super) async fn read(etcd: &Etcd) -> Result<Read> {
         }
     }
     let (mut turn, mut acting) = (0, None);
-    for pair in etcd.list(PREFIX).await?.1 {
+    for pair in etcd.list(ROLLOUT).await?.1 {
         let text = || String::from_utf8_lossy(&pair.value).into_owned();
-        match &pair.key[PREFIX.len()..] {
+        match &pair.key[ROLLOUT.len()..] {
             "turn" => {
                 rollout.turn = serde_json::from_slice(&pair.value).ok();
                 turn = pair.revision;
@@ -267,11 +262,11 @@ pub(super) fn now() -> u64 {
 }
 
 fn skipped(slot: &str) -> String {
-    format!("{PREFIX}skipped/{slot}")
+    format!("{ROLLOUT}skipped/{slot}")
 }
 
 fn denied(version: &str) -> String {
-    format!("{PREFIX}denied/{version}")
+    format!("{ROLLOUT}denied/{version}")
 }
 
 #[cfg(test)]
