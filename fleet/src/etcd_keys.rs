@@ -44,6 +44,8 @@ folders! {
         TURN = "turn", "The update lock.";
         HELD = "held", "The update lock's lease.";
         ACTING = "acting", "The fleet's lock.";
+        ACTED = "acted/", "Prefix of `SLOT`: when the node took the fleet's lock.";
+        WAITING = "waiting/", "Prefix of `SLOT`: the node waits for the fleet's lock.";
         PAUSED = "paused", "The reason why no node gets the update lock.";
         DRAINED = "drained/", "Prefix of `SLOT`: a drained node.";
     }
