@@ -25,6 +25,7 @@ folders! {
     }
     "operators" {
         OPERATOR_PEERS = "wireguard/", "Prefix of `ADDRESS`: an operator's machine.";
+        OPERATOR_PEER_KEYS = "wireguard-keys/", "Prefix of `KEY`: the address of the machine with this WireGuard key.";
         REVOKED_OPERATORS = "revoked/", "Prefix of `HASH`: a revoked certificate of an operator.";
     }
     "owners" {
