@@ -1,7 +1,7 @@
 """Brings the database up to date with the image's add-ons, by Odoo's own update, and proves that users can log in.
 
-odoo-init calls this with an advisory lock of PostgreSQL. In a rollout, only the node with the fleet's update lock starts
-a newer version; the advisory lock also covers nodes that start together.
+odoo-init calls this with an advisory lock of PostgreSQL. In a rollout, only the node with the fleet's update lock
+starts a newer version; the advisory lock also covers nodes that start together.
 """
 
 import configparser
@@ -41,8 +41,8 @@ BLOCKED = (
 OPTIONS = "-c statement_timeout=15min -c lock_timeout=60s -c idle_in_transaction_session_timeout=5min"
 # Lines of Odoo's log that name the module that it loads. The journal has the whole log.
 LOADING = re.compile(r"(?:Loading module|loading) (\w+)[ /]|[Mm]odule (\w+): creating or updating")
-# The error after a Python traceback, and an error that Odoo logs.
-ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Warning|Denied|Transaction|Violation|Column|Table|Timeout)\w*: .+")
+# The error at the end of a Python traceback. PostgreSQL's own lines, such as `DETAIL:`, have no lower-case letters.
+ERROR = re.compile(r"^(?:\w+\.)*[A-Z]\w*[a-z]\w*: .+")
 # What odoo-login prints last if it fails.
 FAILED = "failed: "
 
