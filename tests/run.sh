@@ -34,7 +34,7 @@ drain() { tests --test machines -- --test-threads=1 --nocapture drain::; }
 # long.
 journals() { tests --test machines -- --test-threads=1 --nocapture journals::; }
 # Updates of a node.
-upgrades() { tests --test machines -- --test-threads=1 --nocapture upgrade::containers; }
+upgrades() { tests --test machines -- --test-threads=1 --nocapture upgrade::containers addons::containers; }
 # Real etcd, BIRD, nftables and HAProxy. Most of these tests wait.
 cluster() { tests --test cluster -- --test-threads=4; }
 # Attacks from one compromised machine on the rest of the fleet.

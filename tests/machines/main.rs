@@ -1,5 +1,6 @@
 //! Nodes that run: in virtual machines, and in containers (their tests have `containers` in the name).
 
+mod addons;
 mod boot;
 mod bootstrap;
 mod cloud_init;

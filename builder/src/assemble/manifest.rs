@@ -57,6 +57,9 @@ pub(crate) struct Manifest<'a> {
     pub migrations: Vec<&'a str>,
     /// Settings of the fleet that all its images have, by section of `fleet.toml`, with the defaults.
     pub settings: Value,
+    /// Add-ons of Odoo: name → hash of the content; `None` in images without Odoo.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub addons: Option<BTreeMap<String, String>>,
     /// Source of the database, if it is restored from a backup: `[backup] restore`.
     pub restore: Option<&'a str>,
 }

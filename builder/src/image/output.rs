@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::assemble::layout::{PartitionSizes, image_id};
 use crate::assemble::manifest::{Manifest, Sizes, package_list, settings};
 use crate::assemble::spdx::spdx;
+use crate::bake::{Baked, Content, Entry};
 use crate::error::{Error, Result};
 use crate::image::Build;
 use crate::image::build_record::{BuildRecord, outputs};
@@ -15,6 +16,9 @@ use crate::project::ImageSpec;
 use crate::util::digest::sha256;
 use crate::util::fs::write_atomic;
 use crate::util::json::pretty_json;
+
+/// Path of the list of add-ons in an image.
+const ADDONS: &str = "usr/share/bakehouse/addons.json";
 
 /// Folder, names and contents of an image's files.
 pub(super) struct Output<'a> {
@@ -83,8 +87,15 @@ impl Build<'_> {
             mesh: topology.mesh.subnet.to_string(),
             migrations: parts.baked.migrations.iter().map(|m| m.name.as_str()).collect(),
             settings: settings(topology),
+            addons: addons(&parts.baked)?,
             restore: topology.backup.restore.as_deref().filter(|_| spec.roles.iter().any(|r| r == "db")),
         };
         pretty_json(&manifest)
     }
+}
+
+/// Reads the list of add-ons in an image, which the overlay `odoo` generates; `None` without Odoo.
+fn addons(baked: &Baked) -> Result<Option<BTreeMap<String, String>>> {
+    let Some(Entry { content: Content::File(bytes), .. }) = baked.entries.get(ADDONS) else { return Ok(None) };
+    serde_json::from_slice(bytes).map(Some).map_err(Error::at(ADDONS))
 }

@@ -1,6 +1,7 @@
 //! A fleet's folder: `fleet.toml`, profiles and overlays. The folder's files add to the built-in profiles and overlays;
 //! a file with the same path replaces the built-in one.
 
+mod addons;
 pub(crate) mod alert_secrets;
 pub(crate) mod check;
 pub(crate) mod machine_id;
@@ -37,6 +38,8 @@ pub struct Project {
     /// Warnings of the lint. An error of the lint is an error of [`Project::load`].
     pub warnings: Vec<Diagnostic>,
     files: BTreeMap<String, Vec<u8>>,
+    /// Where files are that the fleet's folder has elsewhere: path in the fleet's folder.
+    origins: BTreeMap<String, String>,
 }
 
 /// An overlay: its manifest, and its files by path relative to the image's root.
@@ -118,15 +121,7 @@ impl Project {
         for top in ["profiles", "overlays"] {
             overlay_folder(&dir, top, &mut files)?;
         }
-        for (number, folder) in fleet.odoo.get_ref().addons.iter().enumerate() {
-            if !dir.join(folder).is_dir() {
-                let span = fleet.source.value(&["odoo", "addons", &number.to_string()]);
-                let message = format!("[odoo] there is no folder {}", dir.join(folder).display());
-                let help = "write its path relative to fleet.toml".to_owned();
-                return Err(Box::new(Diagnostic::at(Severity::Error, &fleet.source, span, message, Some(help))).into());
-            }
-            addons_folder(&dir, folder, &mut files)?;
-        }
+        let origins = addons::add(&fleet, &dir, &mut files)?;
         if let Some(ca) = fleet.backup.get_ref().s3.as_ref().and_then(|s3| s3.ca.as_ref()) {
             let path = dir.join(ca);
             let bytes = fs::read(&path).map_err(|e| {
@@ -156,7 +151,7 @@ impl Project {
         let stored = alert_secrets::read(&dir)?;
         warnings.extend(alert_secrets::missing(&fleet, &stored));
         topology.alert_secrets = stored.only(&topology.alerts.secrets());
-        Ok(Self { dir, fleet, topology, profiles, warnings, files })
+        Ok(Self { dir, fleet, topology, profiles, warnings, files, origins })
     }
 
     /// Returns a built-in file or a file of the user, by path (`profiles/initrd.toml`).
@@ -330,6 +325,13 @@ impl Project {
         Ok(Overlay { name: name.to_owned(), manifest, files })
     }
 
+    /// Returns where the user finds a file of an overlay: its path in the fleet's folder, or among the built-in files.
+    #[must_use]
+    pub fn origin(&self, overlay: &str, inner: &str) -> String {
+        let path = format!("overlays/{overlay}/{inner}");
+        self.origins.get(&path).cloned().unwrap_or(path)
+    }
+
     /// Returns the folder of a group's image.
     #[must_use]
     pub fn out_dir(&self, group: &str) -> PathBuf {
@@ -354,19 +356,6 @@ fn unknown_overlays(fleet: &Fleet, files: &BTreeMap<String, Vec<u8>>) -> Vec<Dia
         Diagnostic::at(Severity::Error, &fleet.source, overlay.span(), message, Some(help))
     };
     unknown.map(error).collect()
-}
-
-/// Adds a folder of Odoo add-ons to the `odoo` overlay, beside its own add-ons.
-fn addons_folder(dir: &Path, folder: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
-    let mut found = BTreeMap::new();
-    overlay_folder(dir, folder, &mut found)?;
-    let prefix = format!("{}/", folder.trim_end_matches('/'));
-    for (path, bytes) in found {
-        // The build compiles the modules again, reproducibly.
-        let Some(inner) = path.strip_prefix(&prefix).filter(|p| !p.contains("__pycache__")) else { continue };
-        files.insert(format!("overlays/odoo/usr/share/bakehouse/addons/{inner}"), bytes);
-    }
-    Ok(())
 }
 
 fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {

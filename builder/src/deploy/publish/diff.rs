@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use fleet::compare_versions;
 
+use super::addons::AddonChanges;
 use crate::error::{Error, Result};
 use crate::format::verity;
 
@@ -42,6 +43,9 @@ pub(super) struct Contents {
     mesh: String,
     #[serde(default)]
     migrations: Vec<String>,
+    /// Hashes of Odoo's add-ons; missing in images without Odoo, and of earlier versions of bakehouse.
+    #[serde(default)]
+    addons: Option<BTreeMap<String, String>>,
     #[serde(default)]
     restore: Option<String>,
     /// Settings of the fleet; missing in manifests of earlier versions of bakehouse.
@@ -85,6 +89,8 @@ pub(crate) struct Comparison {
     pub files: Vec<String>,
     /// Settings of `fleet.toml` that differ: `section.key old → new`.
     pub settings: Vec<String>,
+    /// Add-ons that Odoo installs and updates in its database.
+    pub addons: AddonChanges,
     /// Reasons why nodes of the old version cannot change to the new one.
     pub obstacles: Vec<String>,
     /// Changes that a rollback does not undo.
@@ -116,6 +122,7 @@ impl Comparison {
             changed: Vec::new(),
             files: Vec::new(),
             settings: Vec::new(),
+            addons: AddonChanges::default(),
             obstacles: Vec::new(),
             one_way: Vec::new(),
         };
@@ -216,9 +223,16 @@ impl Comparison {
         if old.state < new.state {
             found.one_way.push(format!("the agent converts its state from format {} to {}", old.state, new.state));
         }
-        let odoo = |versions: &BTreeMap<String, String>| versions.get("odoo-19").cloned();
-        if odoo(&before) != odoo(&after) {
-            found.one_way.push("Odoo may upgrade its database".to_owned());
+        found.addons = AddonChanges::new(
+            (old.addons.as_ref(), old.settings.as_ref()),
+            (new.addons.as_ref(), new.settings.as_ref()),
+        );
+        if found.addons.change_the_database() {
+            found.one_way.push(
+                "the first app node updates Odoo's database: tables are locked meanwhile, and users wait or see a page \
+                 that says so; the older version does not undo it"
+                    .to_owned(),
+            );
         }
         found
     }
@@ -272,6 +286,7 @@ impl fmt::Display for Comparison {
         for line in &self.files {
             writeln!(f, "  file     {line}")?;
         }
+        write!(f, "{}", self.addons)?;
         for line in &self.one_way {
             writeln!(f, "  one way  {line}")?;
         }
