@@ -4,6 +4,24 @@
 pub(crate) mod alert_secrets;
 pub(crate) mod check;
 pub(crate) mod machine_id;
+/// Adds the translations and fonts of the fleet's languages to a profile.
+fn add_languages(profile: &mut Profile, languages: &[String]) {
+    for language in languages {
+        // A regional variant needs its base language: pt_BR needs pt.
+        let parent = language.split_once(['_', '@']).map(|(parent, _)| parent);
+        for name in std::iter::once(language.as_str()).chain(parent) {
+            let patterns = profile.trim.languages.iter().map(|pattern| pattern.replace("LANGUAGE", name));
+            let patterns: Vec<String> = patterns.collect();
+            profile.trim.include.extend(patterns);
+        }
+        let fonts = profile.fonts.get(language).or_else(|| profile.fonts.get(parent?));
+        if let Some(fonts) = fonts.cloned() {
+            profile.packages.extend(fonts.packages);
+            profile.trim.include.extend(fonts.files);
+        }
+    }
+}
+
 #[cfg(test)]
 mod schema_tests;
 pub(crate) mod secrets;
@@ -62,6 +80,8 @@ pub struct ImageSpec {
     pub packages: Vec<String>,
     /// The part of `packages` that every image has.
     pub base_packages: Vec<String>,
+    /// Python packages of the profiles and of the group, each as `name==version`, sorted.
+    pub wheels: Vec<String>,
     /// Names of the overlays, in the order in which the builder copies them.
     pub overlays: Vec<String>,
 }
@@ -232,16 +252,8 @@ impl Project {
         let hardware = self.fleet.image.hardware.as_str();
         let mut profiles: Vec<Profile> =
             std::iter::once("base").chain(roles.iter().map(String::as_str)).map(|r| self.profiles[r].clone()).collect();
-        for trim in profiles.iter_mut().map(|p| &mut p.trim) {
-            let wanted = trim.languages.iter().flat_map(|pattern| {
-                self.topology.odoo.languages.iter().flat_map(move |language| {
-                    // A regional variant needs its base language: pt_BR needs pt.
-                    let parent = language.split_once('_').map(|(parent, _)| parent);
-                    std::iter::once(language.as_str()).chain(parent).map(move |l| pattern.replace("LANGUAGE", l))
-                })
-            });
-            let wanted: Vec<String> = wanted.collect();
-            trim.include.extend(wanted);
+        for profile in &mut profiles {
+            add_languages(profile, &self.topology.odoo.languages);
         }
         let packages_of = |profiles: &[Profile]| -> BTreeSet<String> {
             profiles
@@ -252,6 +264,12 @@ impl Project {
         };
         let mut packages = packages_of(&profiles);
         packages.extend(group.packages.iter().cloned());
+        let normal = |wheel: &String| {
+            let (name, version) = wheel.split_once("==").unwrap_or((wheel, ""));
+            format!("{}=={version}", fleet::wheel_name(name))
+        };
+        let wheels: BTreeSet<String> =
+            profiles.iter().flat_map(|p| &p.wheels).chain(&group.wheels).map(normal).collect();
         let mut overlays = Vec::new();
         let named = group.overlays.iter().map(toml::Spanned::get_ref);
         for overlay in profiles.iter().flat_map(|p| &p.overlays).chain(named) {
@@ -265,6 +283,7 @@ impl Project {
             packages: packages.into_iter().collect(),
             base_packages: packages_of(&profiles[..1]).into_iter().collect(),
             profiles,
+            wheels: wheels.into_iter().collect(),
             overlays,
         }
     }

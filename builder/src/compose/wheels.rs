@@ -1,0 +1,45 @@
+//! Unpacks Python packages into the tree, after Debian's packages are configured.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use super::job::WheelFile;
+use super::unpack::Trimmer;
+use crate::error::{Error, Result};
+use crate::format::wheel::Wheel;
+use crate::sandbox::Files;
+
+/// Where Debian's Python looks for packages that are not part of Python.
+const DIST_PACKAGES: &str = "usr/lib/python3/dist-packages";
+
+/// Unpacks the wheels below `root`, each from the next of `files`.
+pub(super) fn unpack(wheels: &[WheelFile], files: &Files, root: &Path, trim: &Trimmer) -> Result<()> {
+    for wheel in wheels {
+        let file = files.next().map_err(Error::cannot("open a wheel"))?;
+        Wheel::read(file, &wheel.name, &wheel.sha256)?
+            .files(|path, bytes| write(root, path, bytes, trim))
+            .map_err(Error::at(wheel.name.clone()))?;
+    }
+    Ok(())
+}
+
+fn write(root: &Path, path: &str, bytes: &[u8], trim: &Trimmer) -> Result<()> {
+    let path = format!("{DIST_PACKAGES}/{path}");
+    if trim.drops(&format!("/{path}")) {
+        return Ok(());
+    }
+    let full = root.join(&path);
+    if let Some(parent) = full.parent() {
+        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+    }
+    // A file of another package stays: two packages with the same module are an error.
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(&full)
+        .map_err(Error::cannot(format!("create /{path}, which another package may have")))?;
+    file.write_all(bytes).map_err(Error::io("write", &full))
+}
