@@ -1,8 +1,8 @@
 //! Unpacks Python packages into the tree, after Debian's packages are configured.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, OpenOptions, Permissions};
 use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use super::job::WheelFile;
@@ -26,20 +26,24 @@ pub(super) fn unpack(wheels: &[WheelFile], files: &Files, root: &Path, trim: &Tr
 }
 
 fn write(root: &Path, path: &str, bytes: &[u8], trim: &Trimmer) -> Result<()> {
-    let path = format!("{DIST_PACKAGES}/{path}");
-    if trim.drops(&format!("/{path}")) {
+    if trim.drops(&format!("/{DIST_PACKAGES}/{path}")) {
         return Ok(());
     }
-    let full = root.join(&path);
-    if let Some(parent) = full.parent() {
-        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+    let full = root.join(DIST_PACKAGES).join(path);
+    // Modes do not depend on the umask of the build.
+    for folder in Path::new(path).ancestors().skip(1).collect::<Vec<_>>().into_iter().rev() {
+        let folder = root.join(DIST_PACKAGES).join(folder);
+        if !folder.exists() {
+            fs::create_dir(&folder).map_err(Error::io("create", &folder))?;
+            fs::set_permissions(&folder, Permissions::from_mode(0o755)).map_err(Error::io("change", &folder))?;
+        }
     }
     // A file of another package stays: two packages with the same module are an error.
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
-        .mode(0o644)
         .open(&full)
-        .map_err(Error::cannot(format!("create /{path}, which another package may have")))?;
+        .map_err(Error::cannot(format!("create /{DIST_PACKAGES}/{path}, which another package may have")))?;
+    file.set_permissions(Permissions::from_mode(0o644)).map_err(Error::io("change", &full))?;
     file.write_all(bytes).map_err(Error::io("write", &full))
 }

@@ -31,7 +31,7 @@ MAX_WAIT = 120
 # Seconds of one job. odoo-print@.service has a limit that is a little longer.
 MAX_SECONDS = 120
 MAX_PAGES = 1000
-MAX_MEMORY = "512 MB"
+MAX_MEMORY = "400 MB"
 
 Fetch = Callable[[str], tuple[str, bytes] | None]
 
