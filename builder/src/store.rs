@@ -44,8 +44,17 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 9] =
-        [Self::Deb, Self::Wheel, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::GeneratedFile, Self::Apt];
+    const ALL: [Self; 9] = [
+        Self::Deb,
+        Self::Wheel,
+        Self::Layer,
+        Self::Tools,
+        Self::Erofs,
+        Self::Initrd,
+        Self::Check,
+        Self::GeneratedFile,
+        Self::Apt,
+    ];
 
     fn folder(self) -> &'static str {
         match self {

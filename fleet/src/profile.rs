@@ -279,7 +279,9 @@ mod tests {
     #[test]
     fn wheel_has_a_name_and_one_version() {
         assert!(is_wheel("plutoprint==0.23.0") && is_wheel("odoo-addon-x==19.0.1.0.0") && is_wheel("A.b_c==1!2.0+d"));
-        for wrong in ["plutoprint", "plutoprint>=1", "a==", "==1", "a ==1", "a==1 --index-url=x", "-r==1", "a==1.*", "a[x]==1"] {
+        for wrong in
+            ["plutoprint", "plutoprint>=1", "a==", "==1", "a ==1", "a==1 --index-url=x", "-r==1", "a==1.*", "a[x]==1"]
+        {
             assert!(!is_wheel(wrong), "{wrong}");
         }
         let e = Profile::parse("app.toml", b"packages = []\nwheels = [\"plutoprint\"]\n").unwrap_err();

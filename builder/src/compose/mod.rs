@@ -109,10 +109,7 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
             })
             .collect(),
         wheels: if finish {
-            lock.wheels_of(name)
-                .iter()
-                .map(|w| (store.path(Kind::Wheel, &w.sha256), w.sha256.clone()))
-                .collect()
+            lock.wheels_of(name).iter().map(|w| (store.path(Kind::Wheel, &w.sha256), w.sha256.clone())).collect()
         } else {
             Vec::new()
         },
@@ -200,7 +197,8 @@ impl TreeOrder {
                 sha256: p.sha256.clone(),
                 essential: p.essential,
             });
-            let wheels = set.wheels.into_iter().map(|(path, sha256)| WheelFile { name: path.display().to_string(), sha256 });
+            let wheels =
+                set.wheels.into_iter().map(|(path, sha256)| WheelFile { name: path.display().to_string(), sha256 });
             stages.push(Stage { debs: debs.collect(), wheels: wheels.collect(), finish: set.finish });
             packages.extend(set.packages);
         }

@@ -322,8 +322,20 @@ mod tests {
         };
         let packages = ["bash", "gpg", "zlib1g"].map(package).to_vec();
         let ids: Vec<String> = packages.iter().map(Package::id).collect();
-        let image = LockedImage { request: vec!["gpg".to_owned()], packages: ids.clone(), base: ids[..1].to_vec(), wheels: Vec::new() };
-        Lock { format: 1, epoch: 7, images: [("app".to_owned(), image)].into(), packages, wheels: Vec::new(), digest: String::new() }
+        let image = LockedImage {
+            request: vec!["gpg".to_owned()],
+            packages: ids.clone(),
+            base: ids[..1].to_vec(),
+            wheels: Vec::new(),
+        };
+        Lock {
+            format: 1,
+            epoch: 7,
+            images: [("app".to_owned(), image)].into(),
+            packages,
+            wheels: Vec::new(),
+            digest: String::new(),
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::process::Command;
 use serde::Deserialize;
 
 use crate::error::{Error, Result, fail};
-use crate::packages::lock::{LockedImage, Wheel};
+use crate::packages::lock::{Lock, LockedImage, Wheel};
 use crate::progress::Progress;
 use crate::store::{Kind, Store};
 use crate::util::digest::sha256;
@@ -52,17 +52,21 @@ pub(crate) fn resolve(name: &str, image: &LockedImage, progress: &Progress) -> R
 ///
 /// # Errors
 /// If pip cannot download a wheel, or the index has another file of its name.
-pub(crate) fn fetch(wheels: &[&Wheel], store: &Store, progress: &Progress) -> Result<usize> {
+pub(crate) fn fetch(wheels: &[&Wheel], lock: &Lock, store: &Store, progress: &Progress) -> Result<usize> {
     let mut fetched = 0;
     for wheel in wheels {
         let _guard = store.lock(Kind::Wheel, &wheel.sha256)?;
         if store.get(Kind::Wheel, &wheel.sha256).is_some() {
             continue;
         }
+        let Some((name, image)) = lock.images.iter().find(|(_, image)| image.wheels.contains(&wheel.id())) else {
+            continue;
+        };
+        let target = Target::of(name, image)?;
         let step = progress.step("fetch", &wheel.file);
         let scratch = store.scratch(Kind::Wheel, &wheel.sha256);
         fs::create_dir_all(&scratch).map_err(Error::io("create", &scratch))?;
-        let result = download(wheel, &scratch).and_then(|path| store.put(Kind::Wheel, &wheel.sha256, &path));
+        let result = download(wheel, &target, &scratch).and_then(|path| store.put(Kind::Wheel, &wheel.sha256, &path));
         let _ = fs::remove_dir_all(&scratch);
         let size = fs::metadata(result?).map_or(0, |m| m.len());
         step.done(&format!("{}, {:.1} MB", wheel.file, size as f64 / 1e6));
@@ -71,20 +75,13 @@ pub(crate) fn fetch(wheels: &[&Wheel], store: &Store, progress: &Progress) -> Re
     Ok(fetched)
 }
 
-fn download(wheel: &Wheel, dir: &Path) -> Result<std::path::PathBuf> {
+fn download(wheel: &Wheel, target: &Target, dir: &Path) -> Result<std::path::PathBuf> {
     let list = dir.join("requirements.txt");
     let line = format!("{} --hash=sha256:{}\n", wheel.id(), wheel.sha256);
     fs::write(&list, line).map_err(Error::io("write", &list))?;
-    let tags = wheel.file.trim_end_matches(".whl").rsplitn(4, '-').take(3).collect::<Vec<_>>();
-    let [platforms, abi, python] = tags[..] else { return fail(format!("{} is not a wheel's name", wheel.file)) };
     let mut command = pip("download");
     command.args(["--no-deps", "--only-binary=:all:", "--require-hashes"]).arg("--dest").arg(dir);
-    for platform in platforms.split('.') {
-        command.args(["--platform", platform]);
-    }
-    let digits: String = python.split('.').next_back().unwrap_or(python).chars().filter(char::is_ascii_digit).collect();
-    let version = if digits.len() > 1 { format!("{}.{}", &digits[..1], &digits[1..]) } else { "3".to_owned() };
-    command.args(["--python-version", &version, "--implementation", &python[..2], "--abi", abi]);
+    command.args(target.arguments());
     command.arg("--requirement").arg(&list);
     let help = "the index no longer has this file: run `bakehouse lock --update`, or set another index (PIP_INDEX_URL)";
     run(command).map_err(|e| Error::Failed(format!("cannot download {}: {e}\n  help: {help}", wheel.file)))?;
@@ -205,7 +202,9 @@ impl Install {
             let is_package = image.packages.iter().filter_map(|p| p.split('=').next()).any(|p| {
                 p == needed
                     || p.strip_prefix("python3-").is_some_and(|p| p == needed || p == needed.replace("python-", ""))
-                    || p.strip_prefix(&needed).and_then(|v| v.strip_prefix('-')).is_some_and(|v| v.parse::<u32>().is_ok())
+                    || p.strip_prefix(&needed)
+                        .and_then(|v| v.strip_prefix('-'))
+                        .is_some_and(|v| v.parse::<u32>().is_ok())
             });
             if !is_wheel && !is_package {
                 return fail(format!(

@@ -3,25 +3,8 @@
 
 pub(crate) mod alert_secrets;
 pub(crate) mod check;
-pub(crate) mod machine_id;
-/// Adds the translations and fonts of the fleet's languages to a profile.
-fn add_languages(profile: &mut Profile, languages: &[String]) {
-    for language in languages {
-        // A regional variant needs its base language: pt_BR needs pt.
-        let parent = language.split_once(['_', '@']).map(|(parent, _)| parent);
-        for name in std::iter::once(language.as_str()).chain(parent) {
-            let patterns = profile.trim.languages.iter().map(|pattern| pattern.replace("LANGUAGE", name));
-            let patterns: Vec<String> = patterns.collect();
-            profile.trim.include.extend(patterns);
-        }
-        let fonts = profile.fonts.get(language).or_else(|| profile.fonts.get(parent?));
-        if let Some(fonts) = fonts.cloned() {
-            profile.packages.extend(fonts.packages);
-            profile.trim.include.extend(fonts.files);
-        }
-    }
-}
-
+pub(crate) mod languages;
+mod machine_id;
 #[cfg(test)]
 mod schema_tests;
 pub(crate) mod secrets;
@@ -253,7 +236,7 @@ impl Project {
         let mut profiles: Vec<Profile> =
             std::iter::once("base").chain(roles.iter().map(String::as_str)).map(|r| self.profiles[r].clone()).collect();
         for profile in &mut profiles {
-            add_languages(profile, &self.topology.odoo.languages);
+            languages::add(profile, &self.topology.odoo.languages);
         }
         let packages_of = |profiles: &[Profile]| -> BTreeSet<String> {
             profiles
