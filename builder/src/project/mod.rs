@@ -3,8 +3,8 @@
 
 pub(crate) mod alert_secrets;
 pub(crate) mod check;
-pub(crate) mod languages;
-mod machine_id;
+mod languages;
+pub(crate) mod machine_id;
 #[cfg(test)]
 mod schema_tests;
 pub(crate) mod secrets;
