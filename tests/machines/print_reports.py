@@ -15,7 +15,9 @@ URL, PASSWORD, FOLDER = sys.argv[1:4]
 IDS = dict(word.split("=") for word in sys.argv[4:])
 JAR = http.cookiejar.CookieJar()
 CONTEXT = ssl._create_unverified_context()
-OPENER = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(JAR), urllib.request.HTTPSHandler(context=CONTEXT))
+OPENER = urllib.request.build_opener(
+    urllib.request.HTTPCookieProcessor(JAR), urllib.request.HTTPSHandler(context=CONTEXT)
+)
 
 
 def ask(path: str, **params: str) -> object:
