@@ -40,9 +40,11 @@ pub(crate) fn resolve(name: &str, image: &LockedImage, progress: &Progress) -> R
     for install in &report.install {
         install.check_requirements(name, image)?;
     }
-    let wanted: Vec<String> = wheels.iter().map(Wheel::id).collect();
-    if wanted != image.wheels {
-        return fail(format!("pip selected {} for {}", wanted.join(", "), image.wheels.join(", ")));
+    let mut selected: Vec<String> = wheels.iter().map(Wheel::id).collect();
+    selected.sort();
+    if selected != image.wheels {
+        let (selected, requested) = (selected.join(", "), image.wheels.join(", "));
+        return fail(format!("{name}: pip selected {selected} for {requested}; write the versions as the index does"));
     }
     step.done(&format!("{name}: {} Python packages", wheels.len()));
     Ok(wheels)
