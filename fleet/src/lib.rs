@@ -71,7 +71,7 @@ pub use operator::{
     RevokedOperator, WireguardKey, operator_peer_message,
 };
 pub use overlay::{Check, FileMeta, MIGRATIONS, Make, Migration, OverlayManifest, is_of};
-pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
+pub use profile::{Disk, Fonts, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size, wheel_name};
 pub use rescue::{Rescue, RescueDisk, RescueError, RescueTarget};
 pub use rollout::{
     Report, Rollout, RolloutOrder, RolloutRequest, UpdateDecision, UpdateLock, UpdateState, Verdict, disruption_order,

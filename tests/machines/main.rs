@@ -13,6 +13,7 @@ mod journals;
 mod legacy_bios;
 mod netboot;
 mod power_loss;
+mod printing;
 mod psql;
 mod quick_ha;
 mod rescue;

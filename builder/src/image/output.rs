@@ -40,7 +40,9 @@ impl Build<'_> {
         let manifest = self.manifest(&output, parts, uki.len() as u64)?;
         let topology = &self.project.topology;
         let packages = self.lock.packages_of(&output.spec.group, false);
-        let sbom = spdx(&image_id(self.project, &output.spec.group), &topology.version, self.lock.epoch, &packages)?;
+        let wheels = self.lock.wheels_of(&output.spec.group);
+        let id = image_id(self.project, &output.spec.group);
+        let sbom = spdx(&id, &topology.version, self.lock.epoch, &packages, &wheels)?;
         let files = [(".efi", uki), (".manifest.json", &manifest), (".spdx.json", &sbom)];
         let sums: String = files.iter().map(|(suffix, bytes)| format!("{}  {name}{suffix}\n", sha256(bytes))).collect();
         // An image has no build record while its files change, so that an interrupted build does not look finished.
@@ -78,7 +80,7 @@ impl Build<'_> {
                 tree: parts.info.bytes,
             },
             agent: &inputs["the agent"],
-            packages: package_list(&self.lock.packages_of(&spec.group, false)),
+            packages: package_list(&self.lock.packages_of(&spec.group, false), &self.lock.wheels_of(&spec.group)),
             files: parts.baked.entries.iter().map(|(path, entry)| (path.as_str(), entry.sum())).collect(),
             nodes: nodes.map(|n| (n.name.as_str(), n.address)).collect(),
             hubs: topology.hubs.iter().map(|hub| hub.name.as_str()).collect(),

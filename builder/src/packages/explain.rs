@@ -321,9 +321,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let project = project(dir.path());
         let images = crate::packages::requests::requests(&project).into_iter().map(|(name, request)| {
-            (name, crate::packages::lock::LockedImage { request, packages: Vec::new(), base: Vec::new() })
+            (
+                name,
+                crate::packages::lock::LockedImage {
+                    request,
+                    packages: Vec::new(),
+                    base: Vec::new(),
+                    wheels: Vec::new(),
+                },
+            )
         });
-        let lock = Lock { format: 1, epoch: 0, images: images.collect(), packages: Vec::new(), digest: String::new() };
+        let lock = Lock {
+            format: 1,
+            epoch: 0,
+            images: images.collect(),
+            packages: Vec::new(),
+            wheels: Vec::new(),
+            digest: String::new(),
+        };
         lock.write(&Lock::path(&project)).unwrap();
         let progress = Progress::new(true, false);
         let explained = |has: fn(&str) -> Option<bool>| {

@@ -4,6 +4,7 @@
 mod addons;
 pub(crate) mod alert_secrets;
 pub(crate) mod check;
+mod languages;
 pub(crate) mod machine_id;
 #[cfg(test)]
 mod schema_tests;
@@ -65,6 +66,8 @@ pub struct ImageSpec {
     pub packages: Vec<String>,
     /// The part of `packages` that every image has.
     pub base_packages: Vec<String>,
+    /// Python packages of the profiles and of the group, each as `name==version`, sorted.
+    pub wheels: Vec<String>,
     /// Names of the overlays, in the order in which the builder copies them.
     pub overlays: Vec<String>,
 }
@@ -227,16 +230,8 @@ impl Project {
         let hardware = self.fleet.image.hardware.as_str();
         let mut profiles: Vec<Profile> =
             std::iter::once("base").chain(roles.iter().map(String::as_str)).map(|r| self.profiles[r].clone()).collect();
-        for trim in profiles.iter_mut().map(|p| &mut p.trim) {
-            let wanted = trim.languages.iter().flat_map(|pattern| {
-                self.topology.odoo.languages.iter().flat_map(move |language| {
-                    // A regional variant needs its base language: pt_BR needs pt.
-                    let parent = language.split_once('_').map(|(parent, _)| parent);
-                    std::iter::once(language.as_str()).chain(parent).map(move |l| pattern.replace("LANGUAGE", l))
-                })
-            });
-            let wanted: Vec<String> = wanted.collect();
-            trim.include.extend(wanted);
+        for profile in &mut profiles {
+            languages::add(profile, &self.topology.odoo.languages);
         }
         let packages_of = |profiles: &[Profile]| -> BTreeSet<String> {
             profiles
@@ -247,6 +242,12 @@ impl Project {
         };
         let mut packages = packages_of(&profiles);
         packages.extend(group.packages.iter().cloned());
+        let normal = |wheel: &String| {
+            let (name, version) = wheel.split_once("==").unwrap_or((wheel, ""));
+            format!("{}=={version}", fleet::wheel_name(name))
+        };
+        let wheels: BTreeSet<String> =
+            profiles.iter().flat_map(|p| &p.wheels).chain(&group.wheels).map(normal).collect();
         let mut overlays = Vec::new();
         let named = group.overlays.iter().map(toml::Spanned::get_ref);
         for overlay in profiles.iter().flat_map(|p| &p.overlays).chain(named) {
@@ -260,6 +261,7 @@ impl Project {
             packages: packages.into_iter().collect(),
             base_packages: packages_of(&profiles[..1]).into_iter().collect(),
             profiles,
+            wheels: wheels.into_iter().collect(),
             overlays,
         }
     }
