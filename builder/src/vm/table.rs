@@ -359,6 +359,7 @@ mod tests {
             backups: Some(3),
             archived: Some(now - 30),
             web_certificate: Some(now + 10 * 86_400),
+            login: None,
         };
         let status =
             |monitor| FleetStatus { monitor, certificate_expires: Some(now + 86_400), ..FleetStatus::default() };
