@@ -8,8 +8,6 @@ use super::claims::SlotAllocator;
 use crate::client::etcd::{Compare, Op};
 use crate::error::{Error, Result};
 
-/// Prefix of keys by slot. A value is the epoch of the machine for which a hub last added an etcd member.
-
 impl SlotAllocator {
     /// Prepares etcd for the machine that has owned a voter's slot since `epoch` and has not started etcd yet:
     /// removes its predecessor's member and adds a learner. etcd stores the epoch, so that a repeated request

@@ -127,19 +127,7 @@ impl Comparison {
             one_way: Vec::new(),
         };
         let Some(old) = old else { return found };
-        let versions = |c: &'_ Contents| -> BTreeMap<String, String> {
-            c.packages.iter().map(|p| (p.name.clone(), p.version.clone())).collect()
-        };
-        let (before, after) = (versions(old), versions(new));
-        for (name, version) in &after {
-            match before.get(name) {
-                None => found.added.push(format!("{name} {version}")),
-                Some(was) if was != version => found.changed.push(format!("{name} {was} → {version}")),
-                Some(_) => {}
-            }
-        }
-        let removed = before.iter().filter(|(name, _)| !after.contains_key(*name));
-        found.removed.extend(removed.map(|(name, version)| format!("{name} {version}")));
+        found.compare_packages(old, new);
         for path in old.files.keys().chain(new.files.keys()).collect::<BTreeSet<_>>() {
             let sign = match (old.files.get(path), new.files.get(path)) {
                 (None, _) => '+',
@@ -229,12 +217,29 @@ impl Comparison {
         );
         if found.addons.change_the_database() {
             found.one_way.push(
-                "the first app node updates Odoo's database: tables are locked meanwhile, and users wait or see a page \
-                 that says so; the older version does not undo it"
+                "the first app node updates Odoo's database: tables are locked meanwhile, and users wait or see a \
+                 page about the update; the older version does not undo it"
                     .to_owned(),
             );
         }
         found
+    }
+
+    /// Adds the packages that differ.
+    fn compare_packages(&mut self, old: &Contents, new: &Contents) {
+        let versions = |c: &'_ Contents| -> BTreeMap<String, String> {
+            c.packages.iter().map(|p| (p.name.clone(), p.version.clone())).collect()
+        };
+        let (before, after) = (versions(old), versions(new));
+        for (name, version) in &after {
+            match before.get(name) {
+                None => self.added.push(format!("{name} {version}")),
+                Some(was) if was != version => self.changed.push(format!("{name} {was} → {version}")),
+                Some(_) => {}
+            }
+        }
+        let removed = before.iter().filter(|(name, _)| !after.contains_key(*name));
+        self.removed.extend(removed.map(|(name, version)| format!("{name} {version}")));
     }
 
     /// Returns whether the images are the same for nodes.
