@@ -92,7 +92,9 @@ fn containers_update_the_database_in_the_rollout_of_an_addon() {
         assert!(plan.contains(line), "no `{line}` in:\n{plan}");
     }
     publish(&lab);
-    machines.iter().for_each(|machine| assert_eq!(machine.ok(LOOK), "2"));
+    for machine in &machines {
+        assert_eq!(machine.ok(LOOK), "2");
+    }
     all_run(&machines, "2");
     let said = |machine: &Machine| machine.ok("journalctl -b -u odoo-init -o cat --no-pager");
     let (one, other) = (said(first), said(second));
@@ -110,7 +112,9 @@ fn containers_update_the_database_in_the_rollout_of_an_addon() {
     lab.edit("addons/held_note/__manifest__.py", "'depends'", "'version': '19.0.3.0',\n    'depends'");
     version(&lab, "2", "3");
     publish(&lab);
-    machines.iter().for_each(|machine| assert_eq!(machine.ok(LOOK), "3"));
+    for machine in &machines {
+        assert_eq!(machine.ok(LOOK), "3");
+    }
     is_denied_within(hub, "3", Duration::from_secs(2400));
     assert!(is_denied(hub, "3").contains("did not come up on app-"));
     let all = machines[2..].iter().map(|app| app.ok("journalctl -u odoo-init -o cat --no-pager")).collect::<String>();
