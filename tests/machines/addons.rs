@@ -73,9 +73,7 @@ fn containers_update_the_database_in_the_rollout_of_an_addon() {
     lab.ok(&["up", "--containers"]);
     publish(&lab);
     machines.iter().for_each(is_blessed);
-    let secrets = lab.read("fleet.key");
-    let password = secrets.split_once("\"odoo_admin\":\"").and_then(|(_, rest)| rest.split('"').next());
-    let password = password.expect("a password");
+    let password = lab.odoo_password();
     let log_in = || first.ok(&format!("python3 - https://10.10.0.100 '{password}' <<'END'\n{LOG_IN}\nEND"));
     assert_eq!(log_in(), "2");
 

@@ -14,10 +14,8 @@ fn containers_print_reports() {
     lab.write("fleet.toml", FLEET);
     lab.ok(&["lock"]);
     lab.init();
-    lab.is_of_containers();
-    lab.ok(&["build"]);
     let node = Machine::for_node(&lab, "all-1");
-    lab.ok(&["up"]);
+    lab.ok(&["up", "--containers"]);
     // The node printed two pages before it was ready, and none of its units failed.
     assert!(node.ok("journalctl -b -u odoo-print-ready -o cat").contains("printed two pages in"));
     assert_eq!(node.ok("systemctl --failed --no-legend --plain"), "");
@@ -30,11 +28,10 @@ fn containers_print_reports() {
     let ids = made.lines().find(|line| line.starts_with("invoice=")).expect("identifiers").to_owned();
     let status = lab.ok(&["status"]).out;
     let address = status.split_whitespace().find(|word| word.starts_with("https://127.")).expect("an address");
-    let key = lab.read("fleet.key");
-    let password = key.lines().find(|line| line.starts_with("odoo_admin")).and_then(|line| line.split('"').nth(1));
+    let password = lab.odoo_password();
     let printed = Command::new("python3")
         .arg(scripts.join("print_reports.py"))
-        .args([address, password.expect("a password")])
+        .args([address, &password])
         .arg(&lab.dir)
         .args(ids.split_whitespace())
         .output()
