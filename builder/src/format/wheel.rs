@@ -148,7 +148,7 @@ fn installed(name: &str) -> Result<String> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
     use std::io::Write as _;
     use zip::ZipWriter;
