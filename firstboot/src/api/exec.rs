@@ -102,13 +102,11 @@ pub(super) async fn stream(client: &Arc<Client>, job: Job) -> Answer {
     let (to_client, response) = lines();
     let client = client.clone();
     tokio::spawn(async move {
-        let refused = || Error::Failed("the operator's certificate is not valid any more".to_owned());
         let ended = tokio::select! {
             ended = timeout(limit, follow(&mut running, outputs, &to_client)) => ended.unwrap_or_else(|_| {
                 Err(Error::Failed("systemd has not stopped the command".to_owned()))
             }),
-            () = client.until_refused() => Err(refused()),
-            () = to_client.closed() => Err(Error::Failed("the operator has disconnected".to_owned())),
+            reason = client.until_gone(&to_client) => Err(reason),
         };
         let (event, result) = match ended {
             Ok(code) => (ExecEvent::Exit(code), format!("exit code {code}")),

@@ -20,10 +20,10 @@ use tokio_rustls::TlsAcceptor;
 use tracing::warn;
 
 use super::audit::Audit;
-use super::reply::{Body, Refusal};
+use super::reply::{Body, LineSender, Refusal};
 use super::routes::answer;
 use super::{NodeApi, RETRY};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::server::listen;
 use crate::server::metered::Metered;
 
@@ -41,6 +41,8 @@ const HEADER: Duration = Duration::from_secs(60);
 const LONGEST_HEADER: usize = 8 << 10;
 /// Time between two checks whether an operator's certificate has expired.
 const CHECK: Duration = Duration::from_secs(60);
+/// Why an action ends.
+const NOT_VALID: &str = "the operator's certificate is not valid any more";
 /// Time between two log lines about a port that the kernel refuses.
 const LOG: Duration = Duration::from_secs(60);
 
@@ -74,6 +76,23 @@ impl Client {
             () = self.shared.api.revocations.until_revoked(&self.certificate.key) => {}
             () = expired => {}
         }
+    }
+
+    /// Waits until the operator may not, or does not, read this reply any more. Returns the reason.
+    pub(super) async fn until_gone(&self, reply: &LineSender) -> Error {
+        tokio::select! {
+            () = self.until_refused() => {}
+            () = reply.closed() => {}
+        }
+        // The connection of an operator whose certificate is not valid any more closes in the same moment.
+        let reason = if self.is_refused() { NOT_VALID } else { "the operator has disconnected" };
+        Error::Failed(reason.to_owned())
+    }
+
+    /// Returns whether the operator's certificate is revoked or has expired.
+    fn is_refused(&self) -> bool {
+        let is_revoked = self.shared.api.revocations.is_revoked(&self.certificate.key);
+        is_revoked || !self.shared.operators.is_current(&self.certificate)
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {

@@ -92,8 +92,7 @@ pub(super) async fn run(client: &Arc<Client>, asked: SqlRequest) -> Answer {
             ended = timeout(limit, session.run(&asked.sql, &to_client)) => ended.unwrap_or_else(|_| {
                 failed(format!("the statement did not end within its time limit of {} s", asked.seconds))
             }),
-            () = client.until_refused() => failed("the operator's certificate is not valid any more".to_owned()),
-            () = to_client.closed() => failed("the operator has disconnected".to_owned()),
+            reason = client.until_gone(&to_client) => Err(reason),
         };
         let (event, result) = match ended {
             Ok(failures) => (ExecEvent::Exit(0), if failures { "done, with an error" } else { "done" }.to_owned()),
@@ -186,7 +185,8 @@ impl Session {
             let kinds = frames.ended(part).map_err(Error::Failed)?;
             let event = ExecEvent::Stdout(encoding::encode(part));
             if to.send(Ok(line(&event))).await.is_err() {
-                return Err(Error::Failed("the operator has disconnected".to_owned()));
+                // The caller ends this wait, and knows the reason.
+                std::future::pending::<()>().await;
             }
             for of in kinds {
                 match of {

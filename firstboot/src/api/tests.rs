@@ -6,7 +6,6 @@ mod sql;
 mod verbs;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fleet::node_api::{
