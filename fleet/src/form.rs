@@ -95,6 +95,12 @@ forms! {
     Language = "language", "^[a-z]{2,3}([_@][A-Za-z0-9]+)?$", None;
     /// Python package with its version.
     Wheel = "package", "^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9]([A-Za-z0-9.!+_-]*[A-Za-z0-9])?$", None;
+    /// Address of a git repository.
+    Repository = "address", "^(https?://|ssh://|git://|file:///|git@)\\S+$", None;
+    /// Commit of a git repository.
+    Commit = "commit", "^([0-9a-f]{40}|[0-9a-f]{64})$", None;
+    /// sha256 of a file.
+    Sha256 = "sha256", "^[0-9a-f]{64}$", None;
     /// Mode of a file, octal.
     Mode = "mode", "^[0-7]+$", None;
     /// Path in the image, without a leading `/`.

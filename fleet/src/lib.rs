@@ -36,6 +36,7 @@ mod lint;
 mod membership;
 pub mod netboot;
 pub mod node_api;
+mod odoo_code;
 mod operator;
 mod overlay;
 pub mod ports;
@@ -66,6 +67,7 @@ pub use join::{
 };
 pub use lint::{HaRow, ha_table, is_fleet_name, lint};
 pub use membership::{Membership, STATE_VERSION, Secrets, Tls};
+pub use odoo_code::{CodeOrigin, OdooSource, Repository};
 pub use operator::{
     HubPeer, Operator, OperatorPeer, OperatorPeerRequest, OperatorPeering, OperatorRevocation, OperatorRole,
     RevokedOperator, WireguardKey, operator_peer_message,

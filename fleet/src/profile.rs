@@ -19,9 +19,8 @@ pub struct Profile {
     pub description: String,
     /// Debian packages. Default: none.
     pub packages: Vec<String>,
-    /// Python packages from the index of the host's pip, each with its version. Bakehouse takes their wheels, without
-    /// dependencies: Debian's packages of these, or further wheels, have to be named too. Default: none.
-    /// Example: `["plutoprint==0.23.0"]`.
+    /// Python packages from the index of the host's pip, each with its version. `bakehouse lock` adds what they require:
+    /// Debian's packages, or further wheels. Default: none. Example: `["plutoprint==0.23.0"]`.
     #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Wheel>"))]
     pub wheels: Vec<String>,
     /// Fonts for each of `odoo.languages`: `[fonts.LANGUAGE]`. A language without a table has those of its base language

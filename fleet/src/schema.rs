@@ -255,8 +255,9 @@ pub struct Group {
     /// Further Debian packages for this group's image. Default: none.
     #[serde(default)]
     pub packages: Vec<String>,
-    /// Further Python packages for this group's image, each with its version. Bakehouse takes their wheels from the index
-    /// of the host's pip, without dependencies. Default: none. Example: `["odoo-addon-partner-firstname==19.0.1.0.0"]`.
+    /// Further Python packages for this group's image, each with its version, from the index of the host's pip. `bakehouse
+    /// lock` adds what they require: Debian's packages, or further wheels. Those for Odoo belong to `[odoo] wheels`.
+    /// Default: none. Example: `["plutoprint==0.23.0"]`.
     #[serde(default)]
     #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Wheel>"))]
     pub wheels: Vec<String>,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "schema")]
 use crate::form;
+use crate::odoo_code::{OdooSource, Repository};
 
 /// `[database]`: timing of Patroni's failure detection. `loop_wait + 2 × retry_timeout` must not exceed `ttl`. A
 /// change applies when a node with that image is the primary.
@@ -111,15 +112,43 @@ pub struct Odoo {
     pub languages: Vec<String>,
     /// Folders with further add-ons, relative to `fleet.toml`. Each sub-folder is an add-on. Default: none.
     pub addons: Vec<String>,
+    /// Add-ons and other Python packages for Odoo from the index of the host's pip, each with its version. `bakehouse lock`
+    /// adds what they require: Debian's packages, or further wheels. Example:
+    /// `["odoo-addon-account-financial-report==19.0.0.0.26.3"]`. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Wheel>"))]
+    pub wheels: Vec<String>,
     /// Add-ons that Odoo installs when it creates the database, and in the rollout of the version that first names them.
     /// Default: `["web"]`.
     #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Identifier>"))]
     pub modules: Vec<String>,
+    /// Section `[odoo.source]`. Default: the code in Debian's package.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<OdooSource>,
+    /// Sections `[[odoo.repositories]]`. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub repositories: Vec<Repository>,
+}
+
+impl Odoo {
+    /// Returns what a node gets of the section: not where code comes from.
+    #[must_use]
+    pub fn on_nodes(&self) -> Self {
+        Self { addons: Vec::new(), wheels: Vec::new(), source: None, repositories: Vec::new(), ..self.clone() }
+    }
 }
 
 impl Default for Odoo {
     fn default() -> Self {
-        Self { database: "odoo".to_owned(), languages: Vec::new(), addons: Vec::new(), modules: vec!["web".to_owned()] }
+        Self {
+            database: "odoo".to_owned(),
+            languages: Vec::new(),
+            addons: Vec::new(),
+            wheels: Vec::new(),
+            modules: vec!["web".to_owned()],
+            source: None,
+            repositories: Vec::new(),
+        }
     }
 }
 

@@ -214,7 +214,7 @@ impl Topology {
             voters,
             database: fleet.database.get_ref().clone(),
             backup,
-            odoo: fleet.odoo.get_ref().clone(),
+            odoo: fleet.odoo.get_ref().on_nodes(),
             alerts: fleet.alerts.get_ref().clone(),
             alert_secrets: AlertSecrets::default(),
             firewall: fleet.firewall.get_ref().clone(),

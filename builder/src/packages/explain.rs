@@ -324,7 +324,7 @@ mod tests {
         let of_python = crate::packages::requests::wheel_requests(&project);
         let images = crate::packages::requests::requests(&project).into_iter().map(|(name, request)| {
             let wheels = of_python.get(&name).cloned().unwrap_or_default();
-            (name, LockedImage { request, packages: Vec::new(), base: Vec::new(), wheels })
+            (name, LockedImage { request, wheels, ..LockedImage::default() })
         });
         let ids: BTreeSet<(&str, &str)> = of_python.values().flatten().filter_map(|id| id.split_once("==")).collect();
         let wheels = ids.into_iter().map(|(name, version)| Wheel {

@@ -37,7 +37,7 @@ pub struct Lock {
 }
 
 /// The packages of an image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedImage {
     /// Packages that the roles and `fleet.toml` request.
@@ -47,9 +47,18 @@ pub struct LockedImage {
     /// The part of `packages` that all images share: the packages of the profile `base` and their dependencies.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub base: Vec<String>,
-    /// Python packages, each as `name==version`.
+    /// Python packages that the roles and `fleet.toml` request, if these require further ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub wheel_request: Vec<String>,
+    /// Python packages, each as `name==version`: the requested ones, and those that they require beyond Debian's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub wheels: Vec<String>,
+}
+
+impl LockedImage {
+    fn requested_wheels(&self) -> &[String] {
+        if self.wheel_request.is_empty() { &self.wheels } else { &self.wheel_request }
+    }
 }
 
 /// The wheel of a Python package. pip's index has it under its name, whatever the address of the index is.
@@ -172,7 +181,7 @@ impl Lock {
             }
         }
         for (image, request) in wheel_requests(project) {
-            if self.images.get(&image).is_some_and(|locked| locked.wheels != request) {
+            if self.images.get(&image).is_some_and(|locked| locked.requested_wheels() != request) {
                 return fail(format!("{file} has other Python packages than `{image}` requests; run `bakehouse lock`"));
             }
         }
@@ -326,7 +335,7 @@ mod tests {
             request: vec!["gpg".to_owned()],
             packages: ids.clone(),
             base: ids[..1].to_vec(),
-            wheels: Vec::new(),
+            ..LockedImage::default()
         };
         Lock {
             format: 1,

@@ -5,5 +5,6 @@ pub(crate) mod fetch;
 pub mod lock;
 pub mod mirror;
 pub(crate) mod requests;
+mod requirements;
 pub(crate) mod resolve;
 pub(crate) mod wheels;

@@ -13,7 +13,7 @@ use crate::format::deb822::{field, paragraphs};
 use crate::packages::lock::{Lock, LockedImage, Package, Wheel};
 use crate::packages::mirror::Mirror;
 use crate::packages::requests::{INITRD_PROVIDER, TOOLS, requests, wheel_requests};
-use crate::packages::wheels;
+use crate::packages::requirements;
 use crate::progress::Progress;
 use crate::project::Project;
 use crate::store::{Kind, Store};
@@ -39,16 +39,21 @@ pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progres
     let base: BTreeSet<String> = next()?.into_iter().collect();
     let mut images = BTreeMap::new();
     let mut wanted_wheels = wheel_requests(project);
-    let mut wanted: BTreeSet<String> = BTreeSet::new();
+    let (mut wanted, mut wheels) = (BTreeSet::new(), BTreeSet::new());
     for (image, request) in &requests {
         let packages = next().map_err(|e| explain(project, image, request, e))?;
-        wanted.extend(packages.iter().cloned());
+        let requested = wanted_wheels.remove(image).unwrap_or_default();
+        let mut locked =
+            LockedImage { request: request.clone(), packages, wheels: requested, ..LockedImage::default() };
+        step.message(&format!("resolving {image}"));
+        wheels.extend(add_requirements(&apt, image, &mut locked)?);
+        wanted.extend(locked.packages.iter().cloned());
         // An image can start from the shared base only if it has the same versions of all its packages.
-        let have: BTreeSet<&String> = packages.iter().collect();
-        let shared = image != TOOLS && base.iter().all(|b| have.contains(b));
-        let base = if shared { base.iter().cloned().collect() } else { Vec::new() };
-        let wheels = wanted_wheels.remove(image).unwrap_or_default();
-        images.insert(image.clone(), LockedImage { request: request.clone(), packages, base, wheels });
+        let have: BTreeSet<&String> = locked.packages.iter().collect();
+        if image != TOOLS && base.iter().all(|b| have.contains(b)) {
+            locked.base = base.iter().cloned().collect();
+        }
+        images.insert(image.clone(), locked);
     }
     step.message("reading package records");
     let (mut found, epoch) = apt.records(&wanted, mirror)?;
@@ -59,12 +64,24 @@ pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progres
         return fail(format!("apt selected {missing}, which no index of the archive has; try again later"));
     }
     step.done(&format!("{} packages in {} images", found.len(), images.len()));
-    let mut wheels: BTreeSet<Wheel> = BTreeSet::new();
-    for (name, image) in &images {
-        wheels.extend(wheels::resolve(name, image, progress)?);
-    }
     let (packages, wheels) = (found.into_values().collect(), wheels.into_iter().collect());
     Ok(Lock { format: Lock::FORMAT, epoch, images, packages, wheels, digest: String::new() })
+}
+
+/// Adds to an image what its Python packages require. Returns their wheels.
+fn add_requirements(apt: &Apt, name: &str, image: &mut LockedImage) -> Result<Vec<Wheel>> {
+    let closure = requirements::close(name, image, &|package| apt.candidate(package))?;
+    if !closure.packages.is_empty() {
+        let request = [&image.request[..], &closure.packages].concat();
+        image.packages = apt.solve(name, &request)?;
+    }
+    let mut all: Vec<String> = closure.wheels.iter().map(Wheel::id).collect();
+    all.sort();
+    let requested = std::mem::replace(&mut image.wheels, all);
+    if requested != image.wheels {
+        image.wheel_request = requested;
+    }
+    Ok(closure.wheels)
 }
 
 /// Adds the file that requests a package to apt's error about that package.
@@ -213,6 +230,17 @@ impl Apt {
         let mut all = text.lines().map(read).collect::<Result<Vec<String>>>()?;
         all.sort();
         Ok(all)
+    }
+
+    /// Returns the version that apt would install of a package.
+    fn candidate(&self, package: &str) -> Result<Option<String>> {
+        let output = self.run("apt-cache", &["policy", package])?;
+        if !output.status.success() {
+            return Err(Error::Apt { what: package.to_owned(), output: errors(&output) });
+        }
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = text.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
+        Ok(version.filter(|version| *version != "(none)").map(str::to_owned))
     }
 
     /// Returns the records of the wanted packages, by `name=version`, from the indexes that apt has verified. Also

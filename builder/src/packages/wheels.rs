@@ -1,5 +1,5 @@
-//! Python packages: `bakehouse lock` selects their wheels with pip, and `fetch` downloads them with pip. pip has the
-//! host's settings for its index: `PIP_INDEX_URL`, `pip.conf`, proxy and certificates.
+//! pip selects the wheels of Python packages for `bakehouse lock`, and downloads them for `fetch`. It has the host's
+//! settings for its index: `PIP_INDEX_URL`, `pip.conf`, proxy and certificates.
 
 use std::fs;
 use std::path::Path;
@@ -13,41 +13,22 @@ use crate::progress::Progress;
 use crate::store::{Kind, Store};
 use crate::util::digest::sha256;
 
-/// Returns the wheels of an image. pip takes no dependencies: an image has Debian's packages of them, or names them.
+/// Returns the newest wheels for the image's Python that meet requirements, without what the wheels require.
 ///
 /// # Errors
-/// If pip finds no wheel for the image's Python, or the image lacks what a wheel requires.
-pub(crate) fn resolve(name: &str, image: &LockedImage, progress: &Progress) -> Result<Vec<Wheel>> {
-    if image.wheels.is_empty() {
-        return Ok(Vec::new());
-    }
-    let step = progress.step("lock", &format!("{name}: {} Python packages", image.wheels.len()));
-    let target = Target::of(name, image)?;
-    let dir = tempfile::tempdir().map_err(Error::cannot("create a temporary folder"))?;
+/// If pip finds no wheel for one of the requirements.
+pub(super) fn select(requirements: &[String], target: &Target) -> Result<Vec<Install>, String> {
+    let failed = |e: Error| e.to_string();
+    let dir = tempfile::tempdir().map_err(|e| format!("cannot create a temporary folder: {e}"))?;
     let report = dir.path().join("report.json");
     let mut command = pip("install");
     command.args(["--dry-run", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--report"]).arg(&report);
     command.arg("--target").arg(dir.path().join("target"));
-    command.args(target.arguments()).arg("--").args(&image.wheels);
-    run(command).map_err(|e| {
-        let fix = "check name and version of `wheels`; the index has to have a wheel for this Python (`pip index versions NAME`)";
-        Error::Failed(format!("{name}: pip finds no wheel for Python {}: {e}\n  help: {fix}", target.python))
-    })?;
-    let text = fs::read(&report).map_err(Error::io("read", &report))?;
-    let report: Report = serde_json::from_slice(&text).map_err(Error::cannot("read pip's report"))?;
-    let mut wheels = report.install.iter().map(Install::wheel).collect::<Result<Vec<_>>>()?;
-    wheels.sort_by(|a, b| a.name.cmp(&b.name));
-    for install in &report.install {
-        install.check_requirements(name, image)?;
-    }
-    let mut selected: Vec<String> = wheels.iter().map(Wheel::id).collect();
-    selected.sort();
-    if selected != image.wheels {
-        let (selected, requested) = (selected.join(", "), image.wheels.join(", "));
-        return fail(format!("{name}: pip selected {selected} for {requested}; write the versions as the index does"));
-    }
-    step.done(&format!("{name}: {} Python packages", wheels.len()));
-    Ok(wheels)
+    command.args(target.arguments()).arg("--").args(requirements);
+    run(command)?;
+    let text = fs::read(&report).map_err(|e| failed(Error::io("read", &report)(e)))?;
+    let report: Report = serde_json::from_slice(&text).map_err(|e| format!("cannot read pip's report: {e}"))?;
+    Ok(report.install)
 }
 
 /// Downloads the wheels that the store does not have. Returns their number.
@@ -95,6 +76,7 @@ fn download(wheel: &Wheel, target: &Target, dir: &Path) -> Result<std::path::Pat
     Ok(path)
 }
 
+/// Returns a command that runs pip.
 fn pip(verb: &str) -> Command {
     let mut command = Command::new("python3");
     command.args(["-m", "pip", verb, "--quiet", "--no-input", "--disable-pip-version-check"]);
@@ -117,15 +99,15 @@ fn run(mut command: Command) -> Result<(), String> {
 }
 
 /// The Python of an image, for which pip selects wheels.
-struct Target {
+pub(super) struct Target {
     /// Such as `3.13`.
-    python: String,
+    pub(super) python: String,
     /// Minor version of glibc.
-    glibc: u32,
+    pub(super) glibc: u32,
 }
 
 impl Target {
-    fn of(name: &str, image: &LockedImage) -> Result<Self> {
+    pub(super) fn of(name: &str, image: &LockedImage) -> Result<Self> {
         let numbers = |package: &str| -> Option<(u32, u32)> {
             let id = image.packages.iter().find_map(|id| id.strip_prefix(package)?.strip_prefix('='))?;
             let mut parts = id.split(|c: char| !c.is_ascii_digit());
@@ -151,10 +133,11 @@ struct Report {
     install: Vec<Install>,
 }
 
+/// A wheel that pip selected.
 #[derive(Deserialize)]
-struct Install {
+pub(super) struct Install {
     download_info: DownloadInfo,
-    metadata: Metadata,
+    pub(super) metadata: Metadata,
 }
 
 #[derive(Deserialize)]
@@ -170,16 +153,16 @@ struct ArchiveInfo {
 }
 
 #[derive(Deserialize)]
-struct Metadata {
+pub(super) struct Metadata {
     name: String,
     version: String,
     #[serde(default)]
-    requires_dist: Vec<String>,
+    pub(super) requires_dist: Vec<String>,
 }
 
 impl Install {
     /// Returns the wheel without the address of the index.
-    fn wheel(&self) -> Result<Wheel> {
+    pub(super) fn wheel(&self) -> Result<Wheel> {
         let file = self.download_info.url.rsplit('/').next().unwrap_or_default();
         let file = file.split(['#', '?']).next().unwrap_or_default().replace("%2B", "+");
         match self.download_info.archive_info.hash.strip_prefix("sha256=") {
@@ -192,32 +175,6 @@ impl Install {
             _ => fail(format!("the index has no sha256 for {file}")),
         }
     }
-
-    /// Fails if the image lacks a package that the wheel always requires.
-    fn check_requirements(&self, name: &str, image: &LockedImage) -> Result<()> {
-        let always = self.metadata.requires_dist.iter().filter(|r| !r.contains(';'));
-        for requirement in always {
-            let end = requirement.find(|c: char| !(c.is_ascii_alphanumeric() || "._-".contains(c)));
-            let needed = fleet::wheel_name(&requirement[..end.unwrap_or(requirement.len())]);
-            let is_wheel = image.wheels.iter().any(|w| w.split("==").next() == Some(&needed));
-            // Debian names the package of a module after it; Odoo's package has the version in its name.
-            let is_package = image.packages.iter().filter_map(|p| p.split('=').next()).any(|p| {
-                p == needed
-                    || p.strip_prefix("python3-").is_some_and(|p| p == needed || p == needed.replace("python-", ""))
-                    || p.strip_prefix(&needed)
-                        .and_then(|v| v.strip_prefix('-'))
-                        .is_some_and(|v| v.parse::<u32>().is_ok())
-            });
-            if !is_wheel && !is_package {
-                return fail(format!(
-                    "{name}: the wheel {} requires `{requirement}`, which the image lacks\n  help: add the package \
-                     `python3-{needed}` to `packages`, or `{needed}==VERSION` to `wheels`",
-                    self.metadata.name
-                ));
-            }
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -227,20 +184,19 @@ mod tests {
     fn image(wheels: &[&str]) -> LockedImage {
         let packages = ["libc6=2.41-12", "odoo-19=19.0.0", "python3=3.13.5-1", "python3-lxml=5.4.0-1"];
         LockedImage {
-            request: Vec::new(),
             packages: packages.map(str::to_owned).to_vec(),
-            base: Vec::new(),
             wheels: wheels.iter().map(|w| (*w).to_owned()).collect(),
+            ..LockedImage::default()
         }
     }
 
-    fn install(requires: &[&str]) -> Install {
+    fn install() -> Install {
         let json = serde_json::json!({
             "download_info": {
                 "url": "https://files.example/packages/ab/Plutoprint-0.23.0-py3-none-any.whl",
                 "archive_info": { "hash": format!("sha256={}", "a".repeat(64)) },
             },
-            "metadata": { "name": "Pluto_Print", "version": "0.23.0", "requires_dist": requires },
+            "metadata": { "name": "Pluto_Print", "version": "0.23.0" },
         });
         serde_json::from_value(json).unwrap()
     }
@@ -258,17 +214,7 @@ mod tests {
 
     #[test]
     fn lock_has_no_address() {
-        let wheel = install(&[]).wheel().unwrap();
+        let wheel = install().wheel().unwrap();
         assert_eq!((wheel.name.as_str(), wheel.file.as_str()), ("pluto-print", "Plutoprint-0.23.0-py3-none-any.whl"));
-    }
-
-    #[test]
-    fn names_what_a_wheel_requires() {
-        let image = image(&["a==1"]);
-        for met in ["lxml>=5", "a", "odoo==19.0.*", "pytest; extra == \"test\""] {
-            install(&[met]).check_requirements("app", &image).unwrap();
-        }
-        let error = install(&["phonenumbers (>=8)"]).check_requirements("app", &image).unwrap_err().to_string();
-        assert!(error.contains("add the package `python3-phonenumbers`"), "{error}");
     }
 }

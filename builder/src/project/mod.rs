@@ -246,8 +246,6 @@ impl Project {
             let (name, version) = wheel.split_once("==").unwrap_or((wheel, ""));
             format!("{}=={version}", fleet::wheel_name(name))
         };
-        let wheels: BTreeSet<String> =
-            profiles.iter().flat_map(|p| &p.wheels).chain(&group.wheels).map(normal).collect();
         let mut overlays = Vec::new();
         let named = group.overlays.iter().map(toml::Spanned::get_ref);
         for overlay in profiles.iter().flat_map(|p| &p.overlays).chain(named) {
@@ -255,6 +253,9 @@ impl Project {
                 overlays.push(overlay.clone());
             }
         }
+        let of_odoo = overlays.iter().any(|overlay| overlay == "odoo").then_some(&self.fleet.odoo.get_ref().wheels);
+        let wheels = profiles.iter().flat_map(|p| &p.wheels).chain(&group.wheels).chain(of_odoo.into_iter().flatten());
+        let wheels: BTreeSet<String> = wheels.map(normal).collect();
         ImageSpec {
             group: group_name.to_owned(),
             roles,

@@ -2,6 +2,7 @@
 
 mod alerts;
 mod names;
+mod odoo;
 mod places;
 mod ports;
 mod services;
@@ -111,6 +112,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.updates();
     lint.disks();
     lint.database();
+    lint.odoo_code();
     lint.backup();
     lint.services();
     lint.ports();

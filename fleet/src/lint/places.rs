@@ -81,10 +81,13 @@ impl Lint<'_> {
                 );
             }
         }
-        for (name, group) in &fleet.groups {
-            for (number, wheel) in group.wheels.iter().enumerate().filter(|(_, wheel)| !is_wheel(wheel)) {
+        let of_groups = fleet.groups.iter().map(|(name, group)| (vec!["groups", name.as_str()], &group.wheels));
+        for (table, wheels) in of_groups.chain([(vec!["odoo"], &fleet.odoo.get_ref().wheels)]) {
+            for (number, wheel) in wheels.iter().enumerate().filter(|(_, wheel)| !is_wheel(wheel)) {
+                let number = number.to_string();
+                let path: Vec<&str> = table.iter().copied().chain(["wheels", &number]).collect();
                 self.error(
-                    fleet.source.value(&["groups", name, "wheels", &number.to_string()]),
+                    fleet.source.value(&path),
                     format!("`{}` is not a Python package with its version", wheel.escape_debug()),
                     WHEEL_HELP.to_owned(),
                 );
@@ -260,6 +263,8 @@ mod tests {
         error(packages, "`Vim` cannot be the name of a Debian package", "\"Vim\"");
         let wheels = "[groups.app]\nwheels = [\"plutoprint>=0.2\"]\ncount = 1\n";
         error(wheels, "`plutoprint>=0.2` is not a Python package with its version", "\"plutoprint>=0.2\"");
+        let wheels = "[odoo]\nwheels = [\"odoo-addon-x\"]\n";
+        error(wheels, "`odoo-addon-x` is not a Python package with its version", "\"odoo-addon-x\"");
         error(
             "[backup]\ns3 = { bucket = \"b\", endpoint = \"https://s3.acme.com\", region = \"r\" }\n",
             "has more than a host name",

@@ -10,8 +10,8 @@ use serde_json::Value;
 use super::{File, json_schema, literal, schema_of};
 use crate::{
     Access, Alerts, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet, Fonts, Group,
-    Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port, Profile,
-    Promise, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
+    Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OdooSource, OpenPort, OverlayManifest, Port,
+    Profile, Promise, Repository, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
 };
 
 /// A table of a file: its path in the schema, and its keys in the order of the type.
@@ -61,7 +61,9 @@ fn fleet_sections() -> Vec<Section> {
         section::<Matrix>("[[alerts.matrix]]", &["alerts", "matrix", "*"], ""),
         section::<Ntfy>("[[alerts.ntfy]]", &["alerts", "ntfy", "*"], ""),
         section::<Database>("[database]", &["database"], ""),
-        section::<Odoo>("[odoo]", &["odoo"], ""),
+        section::<Odoo>("[odoo]", &["odoo"], "[Add-ons and languages](howto/addons.md) has the steps."),
+        section::<OdooSource>("[odoo.source]", &["odoo", "source"], ""),
+        section::<Repository>("[[odoo.repositories]]", &["odoo", "repositories", "*"], ""),
         section::<Backup>("[backup]", &["backup"], later),
         section::<S3>("[backup.s3]", &["backup", "s3"], ""),
         section::<Promise>("[promise]", &["promise"], ""),
