@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 
 use super::command::Done;
+use super::enter;
 use super::network::{HostForward, VirtualNic};
 use super::start::VmOptions;
 use crate::assemble::layout::{ESP_START, ROOT_START};
@@ -280,19 +281,12 @@ impl Container<'_> {
                 None => return fail(format!("{} was switched off", self.node)),
             }
         };
-        let mut enter = Command::new("nsenter");
-        enter.args(["--target", &pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"]);
-        enter.args(["env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "bash", "-c"]);
-        enter.arg(format!("exec 2>&1\n{command}")).stdin(Stdio::null());
-        let (send, receive) = std::sync::mpsc::channel();
-        std::thread::spawn(move || send.send(enter.output()));
-        let place = format!("no reply from {}", self.node);
-        let output = receive.recv_timeout(timeout).map_err(Error::at(&place))?.map_err(Error::at(&place))?;
+        let left = until.saturating_duration_since(Instant::now());
+        let done = enter::output(enter::command(pid, command), left, &self.node)?;
         if self.pid() != Some(pid) {
             return fail(format!("{} was switched off", self.node));
         }
-        let output = (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned());
-        Ok(Done { status: output.0.unwrap_or(-1), output: output.1 })
+        Ok(done)
     }
 }
 

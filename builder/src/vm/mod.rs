@@ -9,6 +9,7 @@ mod alerts;
 mod command;
 mod console;
 mod container;
+mod enter;
 mod exec;
 mod firmware;
 mod fleet;
