@@ -49,7 +49,7 @@ pub(super) fn fetch(context: &Context, mirror: &MirrorArg) -> Result<CommandResu
     let missing: Vec<_> = lock.packages.iter().filter(|p| !store.has_deb(&p.sha256)).collect();
     let bytes = missing.iter().map(|p| p.size).sum();
     let packages = fetch::fetch(&missing, &mirror, &store, progress)?;
-    let packages = packages + wheels::fetch(&lock.wheels.iter().collect::<Vec<_>>(), &lock, &store, progress)?;
+    let packages = packages + wheels::fetch(&lock.wheels.iter().collect::<Vec<_>>(), project, &lock, &store, progress)?;
     Ok(CommandResult::Fetch(FetchResult { packages, bytes, locked: lock.packages.len() }))
 }
 
@@ -94,7 +94,7 @@ pub(super) fn images_of(
         fetch::fetch(&missing, &Mirror::for_project(project, mirror.mirror.as_deref())?, &store, progress)?;
     }
     let of_unbuilt: Vec<_> = unbuilt.iter().flat_map(|r| lock.wheels_of(&r.group)).collect();
-    wheels::fetch(&of_unbuilt, &lock, &store, progress)?;
+    wheels::fetch(&of_unbuilt, project, &lock, &store, progress)?;
     let build = Build { project, lock: &lock, store: &store, progress, revision };
     groups.iter().map(|g| build.image(g)).collect()
 }

@@ -39,6 +39,8 @@ pub(super) struct DebFile {
 pub(super) struct WheelFile {
     pub(super) name: String,
     pub(super) sha256: String,
+    /// Debian's module that the files replace.
+    pub(super) replaces: Option<String>,
 }
 
 /// A path pattern in [dpkg's syntax](https://manpages.debian.org/dpkg.1) (`--path-exclude`). The last match decides.

@@ -29,7 +29,7 @@ pub(crate) use work::work;
 
 use crate::error::{Error, Result};
 use crate::format::deb::Deb;
-use crate::packages::lock::{Lock, Package};
+use crate::packages::lock::{Lock, Package, Wheel};
 use crate::progress::Progress;
 use crate::project::ImageSpec;
 use crate::sandbox::{self, HostFile, Limits, Room};
@@ -53,17 +53,40 @@ pub struct PackageFile {
     pub essential: bool,
 }
 
+/// The file of a Python package, for [`TreeOrder`].
+#[derive(Clone, Debug)]
+pub struct PythonFile {
+    /// Path of the wheel.
+    pub path: PathBuf,
+    /// sha256 of the wheel, in hex.
+    pub sha256: String,
+    /// Module of a Debian package that the wheel replaces.
+    pub replaces: Option<String>,
+}
+
 /// Packages to add to a tree, and the folder of the resulting `root.tar`.
 #[derive(Clone, Debug)]
 pub struct PackageSet {
     /// The packages, in any order.
     pub packages: Vec<PackageFile>,
-    /// Python packages: path and sha256 of each wheel.
-    pub wheels: Vec<(PathBuf, String)>,
+    /// Python packages, in the order in which they are unpacked.
+    pub wheels: Vec<PythonFile>,
     /// Folder for `root.tar`, which exists.
     pub out: PathBuf,
     /// Turns the tree into the tree of an image, and writes the kernel to `vmlinuz` in `out`. Needs a kernel package.
     pub finish: bool,
+}
+
+/// Returns the Python packages of an image. The one that replaces Odoo's code comes first, because others add to it.
+fn python_files(image: &str, lock: &Lock, store: &Store) -> Vec<PythonFile> {
+    let file = |wheel: &&Wheel| PythonFile {
+        path: store.path(Kind::Wheel, &wheel.sha256),
+        sha256: wheel.sha256.clone(),
+        replaces: wheel.replaces().map(str::to_owned),
+    };
+    let mut files: Vec<PythonFile> = lock.wheels_of(image).iter().map(file).collect();
+    files.sort_by_key(|file| file.replaces.is_none());
+    files
 }
 
 /// Returns the group's layer if the store has it; the build then needs none of the group's packages.
@@ -108,11 +131,7 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
                 essential: p.essential,
             })
             .collect(),
-        wheels: if finish {
-            lock.wheels_of(name).iter().map(|w| (store.path(Kind::Wheel, &w.sha256), w.sha256.clone())).collect()
-        } else {
-            Vec::new()
-        },
+        wheels: if finish { python_files(name, lock, store) } else { Vec::new() },
         out: scratch.join(out),
         finish,
     };
@@ -124,7 +143,11 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
         (Some(_), Some(_)) => vec![set(&rest, "layer", true)],
         (None, _) => vec![set(&all, "layer", true)],
     };
-    let bytes: u64 = all.iter().map(|p| p.installed_size * 1024).sum();
+    let wheels = lock.wheels_of(name).into_iter().map(|w| {
+        // Those that pip has are compressed, to a quarter about.
+        4 * fs::metadata(store.path(Kind::Wheel, &w.sha256)).map_or(0, |m| m.len())
+    });
+    let bytes: u64 = all.iter().map(|p| p.installed_size * 1024).chain(wheels).sum();
     let order = TreeOrder {
         room: Room::for_tree(bytes),
         start,
@@ -189,7 +212,7 @@ impl TreeOrder {
             let size = |p: &PackageFile| fs::metadata(&p.path).map_or(0, |m| m.len());
             set.packages.sort_by_cached_key(|p| std::cmp::Reverse(size(p)));
             files.extend(set.packages.iter().map(|p| HostFile::Read(p.path.clone())));
-            files.extend(set.wheels.iter().map(|(path, _)| HostFile::Read(path.clone())));
+            files.extend(set.wheels.iter().map(|wheel| HostFile::Read(wheel.path.clone())));
             let outputs = [set.finish.then_some("vmlinuz"), Some("root.tar")];
             files.extend(outputs.into_iter().flatten().map(|name| HostFile::Create(set.out.join(name))));
             let debs = set.packages.iter().map(|p| DebFile {
@@ -197,8 +220,11 @@ impl TreeOrder {
                 sha256: p.sha256.clone(),
                 essential: p.essential,
             });
-            let wheels =
-                set.wheels.into_iter().map(|(path, sha256)| WheelFile { name: path.display().to_string(), sha256 });
+            let wheels = set.wheels.into_iter().map(|PythonFile { path, sha256, replaces }| WheelFile {
+                name: path.display().to_string(),
+                sha256,
+                replaces,
+            });
             stages.push(Stage { debs: debs.collect(), wheels: wheels.collect(), finish: set.finish });
             packages.extend(set.packages);
         }

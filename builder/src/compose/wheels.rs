@@ -17,6 +17,10 @@ const DIST_PACKAGES: &str = "usr/lib/python3/dist-packages";
 /// Unpacks the wheels below `root`, each from the next of `files`.
 pub(super) fn unpack(wheels: &[WheelFile], files: &Files, root: &Path, trim: &Trimmer) -> Result<()> {
     for wheel in wheels {
+        if let Some(module) = &wheel.replaces {
+            let folder = root.join(DIST_PACKAGES).join(module);
+            fs::remove_dir_all(&folder).map_err(Error::io("remove", &folder))?;
+        }
         let file = files.next().map_err(Error::cannot("open a wheel"))?;
         Wheel::read(file, &wheel.name, &wheel.sha256)?
             .files(|path, bytes| write(root, path, bytes, trim))

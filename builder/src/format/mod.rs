@@ -11,3 +11,4 @@ pub(crate) mod pe;
 pub(crate) mod systemd_credential;
 pub(crate) mod verity;
 pub(crate) mod wheel;
+pub(crate) mod wheel_writer;

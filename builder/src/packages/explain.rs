@@ -321,7 +321,7 @@ mod tests {
     fn tells_a_script_from_a_wrong_path() {
         let dir = tempfile::tempdir().unwrap();
         let project = project(dir.path());
-        let of_python = crate::packages::requests::wheel_requests(&project);
+        let of_python = crate::packages::requirements::wheel_requests(&project);
         let images = crate::packages::requests::requests(&project).into_iter().map(|(name, request)| {
             let wheels = of_python.get(&name).cloned().unwrap_or_default();
             (name, LockedImage { request, wheels, ..LockedImage::default() })
@@ -332,6 +332,7 @@ mod tests {
             version: version.to_owned(),
             file: format!("{name}.whl"),
             sha256: "0".repeat(64),
+            addons: std::collections::BTreeMap::new(),
         });
         let lock = Lock {
             format: 1,

@@ -10,10 +10,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, fail};
-use crate::packages::requests::{requests, wheel_requests};
+use crate::packages::requests::requests;
+use crate::packages::requirements::wheel_requests;
 use crate::project::Project;
 use crate::util::digest::sha256;
 use crate::util::fs::write_atomic;
+
+/// Name of the wheel with Odoo's code, and of its module.
+pub(crate) const ODOO: &str = "odoo";
 
 /// The content of `bakehouse.lock`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +77,9 @@ pub struct Wheel {
     pub file: String,
     /// sha256 of the file, in hex.
     pub sha256: String,
+    /// Add-ons of a repository: their versions, and the first digits of a hash of their files.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub addons: BTreeMap<String, String>,
 }
 
 impl Wheel {
@@ -80,6 +87,12 @@ impl Wheel {
     #[must_use]
     pub fn id(&self) -> String {
         format!("{}=={}", self.name, self.version)
+    }
+
+    /// Returns the module of a Debian package that the wheel replaces.
+    #[must_use]
+    pub fn replaces(&self) -> Option<&'static str> {
+        (self.name == ODOO).then_some(ODOO)
     }
 }
 
@@ -247,6 +260,9 @@ impl Lock {
             }
             for w in &lock.wheels {
                 map.entry(format!("{} (Python)", w.name)).or_default().insert(w.version.clone());
+                for (addon, version) in &w.addons {
+                    map.entry(format!("{addon} (add-on)")).or_default().insert(version.clone());
+                }
             }
             map
         };

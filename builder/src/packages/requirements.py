@@ -27,6 +27,9 @@ image = {
 
 
 def accepts(versions: SpecifierSet, version: str) -> bool:
+    if not version:
+        # An add-on of the fleet takes the place of a package.
+        return True
     try:
         return versions.contains(Version(version), prereleases=True)
     except InvalidVersion:

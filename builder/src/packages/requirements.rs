@@ -1,14 +1,15 @@
-//! What Python packages require: `bakehouse lock` adds Debian's packages, and wheels for what Debian does not have.
+//! The Python packages of images, and what they require: `bakehouse lock` adds Debian's packages, and wheels for what Debian does not have.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
-use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
 use super::lock::{LockedImage, Wheel};
-use super::wheels::{Install, Target, select};
+use super::odoo_code::{self, Made};
+use super::python;
+use super::wheels::{Target, select};
 use crate::error::{Error, Result, fail};
+use crate::project::Project;
 
 /// Reads requirements with pip's own parser.
 const READER: &str = include_str!("requirements.py");
@@ -25,6 +26,21 @@ const OTHER_NAMES: [(&str, &str); 8] = [
 ];
 /// Most rounds in which packages are added. Each round adds what the packages of the one before require.
 const ROUNDS: usize = 30;
+
+/// Returns the requested Python packages by image, each as `name==version`, sorted.
+#[must_use]
+pub(crate) fn wheel_requests(project: &Project) -> BTreeMap<String, Vec<String>> {
+    let code: Vec<String> = odoo_code::named(project).iter().map(odoo_code::Code::id).collect();
+    let of_group = |group: &String| {
+        let mut wheels = project.recipe(group).wheels;
+        if project.runs_odoo(group) {
+            wheels.extend(code.iter().cloned());
+            wheels.sort();
+        }
+        (group.clone(), wheels)
+    };
+    project.fleet.groups.keys().map(of_group).collect()
+}
 
 /// All wheels of an image, and the packages of Debian that they require beyond the image's.
 pub(super) struct Closure {
@@ -45,30 +61,44 @@ struct Requirement {
     accepts: Option<bool>,
 }
 
-/// Returns the wheels that an image requests, and all that they require. `candidate` returns the version that Debian's
-/// archive has of a package.
+/// Returns the wheels that an image requests, and all that they require. `made` are those that pip does not have, and `own`
+/// the add-ons of the fleet's folders. `candidate` returns the version that Debian's archive has of a package.
 ///
 /// # Errors
 /// If neither Debian nor pip's index has a required package, or two packages require different versions of one.
 pub(super) fn close(
     name: &str,
     image: &LockedImage,
+    made: &[Made],
+    own: &[&str],
     candidate: &dyn Fn(&str) -> Result<Option<String>>,
 ) -> Result<Closure> {
-    let mut closure = Closure { wheels: Vec::new(), packages: Vec::new() };
+    let mut closure = Closure { wheels: made.iter().map(|m| m.wheel.clone()).collect(), packages: Vec::new() };
     if image.wheels.is_empty() {
         return Ok(closure);
     }
     let target = Target::of(name, image)?;
     let mut have = of_debian(image);
+    have.extend(own.iter().map(|addon| (of_addon(addon), String::new())));
     let mut requires: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    let mut wanted = image.wheels.clone();
-    for _ in 0..ROUNDS {
-        let selected = select(&wanted, &target).map_err(|e| not_found(name, &target, &wanted, &requires, &e))?;
+    for Made { wheel, requires: of_addons, .. } in made {
+        have.insert(wheel.name.clone(), wheel.version.clone());
+        let version = |text: &String| text.split(' ').next().unwrap_or_default().to_owned();
+        have.extend(wheel.addons.iter().map(|(addon, text)| (of_addon(addon), version(text))));
+        requires.extend(of_addons.iter().map(|(addon, of)| (format!("the add-on {addon}"), of.clone())));
+    }
+    let made: BTreeSet<String> = made.iter().map(|m| m.wheel.id()).collect();
+    let mut wanted: Vec<String> = image.wheels.iter().filter(|id| !made.contains(*id)).cloned().collect();
+    for round in 0..ROUNDS {
+        let selected = if wanted.is_empty() {
+            Vec::new()
+        } else {
+            select(&wanted, &target).map_err(|e| not_found(name, &target, &wanted, round == 0, &e))?
+        };
         for install in &selected {
             let wheel = install.wheel()?;
             have.insert(wheel.name.clone(), wheel.version.clone());
-            requires.insert(wheel.name.clone(), install.metadata.requires_dist.clone());
+            requires.insert(format!("the wheel {}", wheel.name), install.metadata.requires_dist.clone());
             closure.wheels.push(wheel);
         }
         // Checks those of earlier rounds again, because the image has more packages now.
@@ -100,6 +130,11 @@ pub(super) fn close(
         }
     }
     fail(format!("{name}: the Python packages require each other without end"))
+}
+
+/// Returns the name of the Python package that has an add-on.
+fn of_addon(addon: &str) -> String {
+    fleet::wheel_name(&format!("odoo-addon-{addon}"))
 }
 
 /// Returns the name of each package of Debian that may have a Python package.
@@ -150,23 +185,7 @@ fn read(
         requires: &'a BTreeMap<String, Vec<String>>,
         have: &'a BTreeMap<String, String>,
     }
-    let question = Question { python: &target.python, requires, have };
-    let question = serde_json::to_vec(&question).map_err(Error::cannot("write the requirements"))?;
-    let failed = || Error::cannot("run python3\n  help: install python3-pip (`make deps`)");
-    let mut command = Command::new("python3");
-    command.args(["-c", READER]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(failed())?;
-    let pipe = child.stdin.take();
-    // The program reads everything before it writes.
-    if let Some(mut pipe) = pipe {
-        pipe.write_all(&question).map_err(failed())?;
-    }
-    let output = child.wait_with_output().map_err(failed())?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        return fail(format!("cannot read what the wheels require: {}", text.lines().last().unwrap_or_default()));
-    }
-    serde_json::from_slice(&output.stdout).map_err(Error::cannot("read what the wheels require"))
+    python::run(READER, &Question { python: &target.python, requires, have }, "read what the wheels require")
 }
 
 /// Fails if the index writes a requested version differently: the lock has to match fleet.toml.
@@ -182,21 +201,15 @@ fn check_request(name: &str, image: &LockedImage, wheels: &[Wheel]) -> Result<()
     }
 }
 
-fn not_found(
-    name: &str,
-    target: &Target,
-    wanted: &[String],
-    requires: &BTreeMap<String, Vec<String>>,
-    e: &str,
-) -> Error {
+fn not_found(name: &str, target: &Target, wanted: &[String], is_named: bool, e: &str) -> Error {
     let python = &target.python;
-    if requires.is_empty() {
+    if is_named {
         let fix = "check name and version of `wheels`; the index has to have a wheel for this Python (`pip index versions NAME`)";
         return Error::Failed(format!("{name}: pip finds no wheel for Python {python}: {e}\n  help: {fix}"));
     }
     let fix = "add the Debian package that has it to `packages` of the group, or take another version of the wheel";
     Error::Failed(format!(
-        "{name}: the wheels require {}, and neither Debian nor pip's index has all of them for Python {python}: {e}\n  \
+        "{name}: the Python packages and add-ons require {}, and neither Debian nor pip's index has all of them for Python {python}: {e}\n  \
          help: {fix}",
         wanted.join(", ")
     ))
@@ -206,7 +219,7 @@ fn conflict(name: &str, requirement: &Requirement, have: &BTreeMap<String, Strin
     let version = have.get(&requirement.name).map_or("", String::as_str);
     let Requirement { of, text, name: required, .. } = requirement;
     Error::Failed(format!(
-        "{name}: the wheel {of} requires `{text}`, but the image has version {version} of {required}\n  help: name \
+        "{name}: {of} requires `{text}`, but the image has version {version} of {required}\n  help: name \
          another version of {of} or {required} in `wheels`"
     ))
 }
@@ -266,8 +279,9 @@ mod tests {
     #[test]
     fn conflicts_have_both_packages_and_the_fix() {
         let text = "lxml>=5".to_owned();
-        let requirement = Requirement { of: "a".to_owned(), name: "lxml".to_owned(), text, accepts: Some(false) };
+        let requirement =
+            Requirement { of: "the wheel a".to_owned(), name: "lxml".to_owned(), text, accepts: Some(false) };
         let e = conflict("app", &requirement, &map(&[("lxml", "4.9")])).to_string();
-        assert!(e.contains("`lxml>=5`, but the image has version 4.9 of lxml"), "{e}");
+        assert!(e.contains("the wheel a requires `lxml>=5`, but the image has version 4.9 of lxml"), "{e}");
     }
 }

@@ -12,8 +12,9 @@ use crate::error::{Error, Result, fail};
 use crate::format::deb822::{field, paragraphs};
 use crate::packages::lock::{Lock, LockedImage, Package, Wheel};
 use crate::packages::mirror::Mirror;
-use crate::packages::requests::{INITRD_PROVIDER, TOOLS, requests, wheel_requests};
-use crate::packages::requirements;
+use crate::packages::odoo_code::{self, Made};
+use crate::packages::requests::{INITRD_PROVIDER, TOOLS, requests};
+use crate::packages::requirements::{self, wheel_requests};
 use crate::progress::Progress;
 use crate::project::Project;
 use crate::store::{Kind, Store};
@@ -25,6 +26,12 @@ use crate::util::time::rfc2822;
 /// # Errors
 /// If the archive cannot be read or verified, a package does not exist, or apt cannot satisfy a pin.
 pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progress: &Progress) -> Result<Lock> {
+    let code = odoo_code::named(project);
+    let made = code.iter().map(|code| code.make_with_progress(&project.dir, "lock", progress));
+    let made = made.collect::<Result<Vec<Made>>>()?;
+    for made in &made {
+        odoo_code::put(made, store)?;
+    }
     let apt = Apt::prepare(mirror, store)?;
     let step = progress.step("lock", "reading the archive");
     apt.update()?;
@@ -39,14 +46,15 @@ pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progres
     let base: BTreeSet<String> = next()?.into_iter().collect();
     let mut images = BTreeMap::new();
     let mut wanted_wheels = wheel_requests(project);
-    let (mut wanted, mut wheels) = (BTreeSet::new(), BTreeSet::new());
+    let (mut wanted, mut wheels, own) = (BTreeSet::new(), BTreeSet::new(), project.own_addons());
     for (image, request) in &requests {
         let packages = next().map_err(|e| explain(project, image, request, e))?;
         let requested = wanted_wheels.remove(image).unwrap_or_default();
         let mut locked =
             LockedImage { request: request.clone(), packages, wheels: requested, ..LockedImage::default() };
         step.message(&format!("resolving {image}"));
-        wheels.extend(add_requirements(&apt, image, &mut locked)?);
+        let made: &[Made] = if image != TOOLS && project.runs_odoo(image) { &made } else { &[] };
+        wheels.extend(add_requirements(&apt, image, &mut locked, made, &own)?);
         wanted.extend(locked.packages.iter().cloned());
         // An image can start from the shared base only if it has the same versions of all its packages.
         let have: BTreeSet<&String> = locked.packages.iter().collect();
@@ -69,8 +77,8 @@ pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progres
 }
 
 /// Adds to an image what its Python packages require. Returns their wheels.
-fn add_requirements(apt: &Apt, name: &str, image: &mut LockedImage) -> Result<Vec<Wheel>> {
-    let closure = requirements::close(name, image, &|package| apt.candidate(package))?;
+fn add_requirements(apt: &Apt, name: &str, image: &mut LockedImage, made: &[Made], own: &[&str]) -> Result<Vec<Wheel>> {
+    let closure = requirements::close(name, image, made, own, &|package| apt.candidate(package))?;
     if !closure.packages.is_empty() {
         let request = [&image.request[..], &closure.packages].concat();
         image.packages = apt.solve(name, &request)?;

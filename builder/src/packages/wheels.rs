@@ -1,6 +1,7 @@
 //! pip selects the wheels of Python packages for `bakehouse lock`, and downloads them for `fetch`. It has the host's
 //! settings for its index: `PIP_INDEX_URL`, `pip.conf`, proxy and certificates.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +10,9 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result, fail};
 use crate::packages::lock::{Lock, LockedImage, Wheel};
+use crate::packages::odoo_code;
 use crate::progress::Progress;
+use crate::project::Project;
 use crate::store::{Kind, Store};
 use crate::util::digest::sha256;
 
@@ -35,11 +38,22 @@ pub(super) fn select(requirements: &[String], target: &Target) -> Result<Vec<Ins
 ///
 /// # Errors
 /// If pip cannot download a wheel, or the index has another file of its name.
-pub(crate) fn fetch(wheels: &[&Wheel], lock: &Lock, store: &Store, progress: &Progress) -> Result<usize> {
-    let mut fetched = 0;
+pub(crate) fn fetch(
+    wheels: &[&Wheel],
+    project: &Project,
+    lock: &Lock,
+    store: &Store,
+    progress: &Progress,
+) -> Result<usize> {
+    let (mut fetched, code) = (0, odoo_code::named(project));
     for wheel in wheels {
         let _guard = store.lock(Kind::Wheel, &wheel.sha256)?;
         if store.get(Kind::Wheel, &wheel.sha256).is_some() {
+            continue;
+        }
+        if let Some(code) = code.iter().find(|code| code.id() == wheel.id()) {
+            odoo_code::fetch(code, wheel, project, store, progress)?;
+            fetched += 1;
             continue;
         }
         let Some((name, image)) = lock.images.iter().find(|(_, image)| image.wheels.contains(&wheel.id())) else {
@@ -171,6 +185,7 @@ impl Install {
                 version: self.metadata.version.clone(),
                 file,
                 sha256: hash.to_owned(),
+                addons: BTreeMap::new(),
             }),
             _ => fail(format!("the index has no sha256 for {file}")),
         }

@@ -10,7 +10,7 @@ use super::overlay_folder;
 use crate::error::Result;
 
 /// Where the overlay has the add-ons.
-const ADDONS: &str = "overlays/odoo/usr/share/bakehouse/addons/";
+pub(super) const ADDONS: &str = "overlays/odoo/usr/share/bakehouse/addons/";
 
 /// Adds the files of all folders of add-ons. Returns their paths in the fleet's folder, by their paths among the files.
 ///

@@ -25,6 +25,9 @@ mod assets {
     include!(concat!(env!("OUT_DIR"), "/assets.rs"));
 }
 
+/// The overlay of Odoo.
+const ODOO: &str = "odoo";
+
 /// The user's input of a build, loaded and validated.
 #[derive(Clone)]
 pub struct Project {
@@ -253,7 +256,7 @@ impl Project {
                 overlays.push(overlay.clone());
             }
         }
-        let of_odoo = overlays.iter().any(|overlay| overlay == "odoo").then_some(&self.fleet.odoo.get_ref().wheels);
+        let of_odoo = overlays.iter().any(|overlay| overlay == ODOO).then_some(&self.fleet.odoo.get_ref().wheels);
         let wheels = profiles.iter().flat_map(|p| &p.wheels).chain(&group.wheels).chain(of_odoo.into_iter().flatten());
         let wheels: BTreeSet<String> = wheels.map(normal).collect();
         ImageSpec {
@@ -265,6 +268,19 @@ impl Project {
             wheels: wheels.into_iter().collect(),
             overlays,
         }
+    }
+
+    /// Returns whether the image of a group has Odoo.
+    #[must_use]
+    pub fn runs_odoo(&self, group: &str) -> bool {
+        self.recipe(group).overlays.iter().any(|overlay| overlay == ODOO)
+    }
+
+    /// Returns the names of the add-ons in the fleet's folders.
+    #[must_use]
+    pub fn own_addons(&self) -> Vec<&str> {
+        let paths = self.files.keys().filter_map(|path| path.strip_prefix(addons::ADDONS));
+        paths.filter_map(|path| path.strip_suffix("/__manifest__.py")).filter(|name| !name.contains('/')).collect()
     }
 
     /// Returns whether an overlay belongs to a node's own roles or group. The image has the overlays of all roles in the
