@@ -1,6 +1,7 @@
 //! Add-ons in a fleet of containers: a new version of an add-on updates the database in its rollout, and a version whose
 //! add-on fails does not reach the second app node.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::updates::{LOOK, is_blessed, is_denied, publish, runs, serve_updates, version};
@@ -25,13 +26,34 @@ with urllib.request.urlopen(request, context=ssl._create_unverified_context(), t
 
 const PSQL: &str = "setpriv --reuid=postgres --regid=postgres --clear-groups psql -AtXq -v ON_ERROR_STOP=1";
 
-fn write_addon(lab: &TestFleet, name: &str, model: &str) {
+/// A package with an add-on of the OCA, and the add-on.
+const OCA: [&str; 2] = ["odoo-addon-partner-firstname==19.0.1.0.3", "partner_firstname"];
+
+/// Writes an add-on. Its name is that of its folder.
+fn write_addon(lab: &TestFleet, folder: &str, model: &str) {
+    let name = folder.rsplit('/').next().unwrap_or_default();
     let manifest = format!(
         "{{\n    'name': '{name}',\n    'author': 'Acme',\n    'license': 'LGPL-3',\n    'depends': ['web'],\n}}\n"
     );
-    lab.write(&format!("addons/{name}/__manifest__.py"), &manifest);
-    lab.write(&format!("addons/{name}/__init__.py"), "from . import models\n");
-    lab.write(&format!("addons/{name}/models.py"), &format!("from odoo import fields, models\n\n{model}"));
+    lab.write(&format!("{folder}/__manifest__.py"), &manifest);
+    lab.write(&format!("{folder}/__init__.py"), "from . import models\n");
+    lab.write(&format!("{folder}/models.py"), &format!("from odoo import fields, models\n\n{model}"));
+}
+
+/// Makes a git repository of a folder. Returns the table of fleet.toml for its add-ons.
+fn repository(lab: &TestFleet, folder: &str) -> String {
+    let git = |args: &[&str]| {
+        let identity = ["-c", "user.name=Acme", "-c", "user.email=acme@example.com"];
+        let mut command = Command::new("git");
+        let output = command.arg("-C").arg(lab.dir.join(folder)).args(identity).args(args).output().expect("git");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    git(&["init", "-q"]);
+    git(&["add", "."]);
+    git(&["commit", "-q", "-m", "Add-ons"]);
+    let (url, commit) = (lab.dir.join(folder), git(&["rev-parse", "HEAD"]));
+    format!("\n[[odoo.repositories]]\nurl = \"file://{}\"\ncommit = \"{}\"\n", url.display(), commit.trim())
 }
 
 fn note(fields: &str, more: &str) -> String {
@@ -64,7 +86,7 @@ fn all_run(machines: &[Machine], wanted: &str) {
 fn containers_update_the_database_in_the_rollout_of_an_addon() {
     let lab = TestFleet::empty("addons");
     lab.write("fleet.toml", FLEET);
-    write_addon(&lab, "held_note", &note("", ""));
+    write_addon(&lab, "addons/held_note", &note("", ""));
     let _server = serve_updates(&lab);
     let updates = lab.dir.join("updates");
     let updates = updates.to_str().expect("a UTF-8 path");
@@ -78,15 +100,27 @@ fn containers_update_the_database_in_the_rollout_of_an_addon() {
     assert_eq!(log_in(), "2");
 
     // The fault of an earlier version of Bakehouse: a stored field of res.partner, without which no user can log in, and
-    // a module that fleet.toml newly names.
+    // modules that fleet.toml newly names. One comes from a git repository, and one from the OCA.
     let partner = "\nclass Partner(models.Model):\n    _inherit = 'res.partner'\n\n    held_flag = fields.Char()\n";
-    write_addon(&lab, "held_note", &note("    amount_held = fields.Float()", partner));
-    write_addon(&lab, "held_tag", "\nclass Tag(models.Model):\n    _name = 'held.tag'\n    _description = 'Tag'\n");
-    lab.edit("fleet.toml", "\"held_note\"]", "\"held_note\", \"held_tag\"]");
+    write_addon(&lab, "addons/held_note", &note("    amount_held = fields.Float()", partner));
+    let tag = "\nclass Tag(models.Model):\n    _name = 'held.tag'\n    _description = 'Tag'\n";
+    write_addon(&lab, "repository/held_tag", tag);
+    let [package, oca] = OCA;
+    let modules = format!("\"held_note\", \"held_tag\", \"{oca}\"]\nwheels = [\"{package}\"]\n");
+    lab.edit("fleet.toml", "\"held_note\"]\n", &(modules + &repository(&lab, "repository")));
+    let locked = lab.ok(&["lock"]).out;
+    assert!(
+        locked.contains("held_tag (add-on)") && locked.contains("odoo-addon-partner-firstname (Python)"),
+        "{locked}"
+    );
     version(&lab, "1", "2");
     let plan = lab.ok(&["plan", updates]).out;
-    for line in ["install  held_tag", "update   held_note, if installed", "the first app node updates Odoo's database"]
-    {
+    for line in [
+        "install  held_tag",
+        "install  partner_firstname",
+        "update   held_note, if installed",
+        "the first app node updates Odoo's database",
+    ] {
         assert!(plan.contains(line), "no `{line}` in:\n{plan}");
     }
     publish(&lab);
@@ -96,10 +130,11 @@ fn containers_update_the_database_in_the_rollout_of_an_addon() {
     all_run(&machines, "2");
     let said = |machine: &Machine| machine.ok("journalctl -b -u odoo-init -o cat --no-pager");
     let (one, other) = (said(first), said(second));
-    let updated = "version 2 installs held_tag; updates held_note";
+    let updated = "version 2 installs held_tag, partner_firstname; updates held_note";
     assert!(one.contains(updated) != other.contains(updated), "not exactly one node updated:\n{one}\n{other}");
     assert_eq!(columns(db, "held_flag"), "res_partner.held_flag");
     assert_eq!(columns(db, "amount_held"), "held_note.amount_held");
+    assert_eq!(columns(db, "firstname"), "res_partner.firstname");
     assert_eq!(log_in(), "2");
 
     // An add-on whose update fails half-way. The other app node keeps serving, and the version is denied.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use fleet::{CodeOrigin, Repository};
+use fleet::{CodeOrigin, Diagnostic, Repository, Severity};
 use serde::Deserialize;
 
 use super::code_archive;
@@ -40,7 +40,7 @@ pub(super) struct Code<'a> {
     /// Name and version of its wheel.
     pub(super) name: String,
     pub(super) version: String,
-    /// The table, for errors.
+    /// The table with its line, for errors.
     place: String,
 }
 
@@ -61,22 +61,32 @@ struct Manifest {
 
 /// Returns the code that fleet.toml names.
 pub(super) fn named(project: &Project) -> Vec<Code<'_>> {
-    let odoo = project.fleet.odoo.get_ref();
-    let source = odoo.source.iter().filter_map(|source| Some((Table::Source, source.origin()?)));
-    let repositories = odoo.repositories.iter().filter_map(|r| Some((Table::Repository(r), r.origin()?)));
-    source.chain(repositories).map(|(table, origin)| Code::new(table, origin)).collect()
+    let (odoo, source) = (project.fleet.odoo.get_ref(), &project.fleet.source);
+    let line = |table: &[&str]| {
+        let at = Diagnostic::at(Severity::Error, source, source.value(table), String::new(), None);
+        format!(
+            "{}:{}: {}",
+            source.name,
+            at.line,
+            if table.len() == 2 { "[odoo.source]" } else { "[[odoo.repositories]]" }
+        )
+    };
+    let of_odoo =
+        odoo.source.iter().filter_map(|source| Some((Table::Source, source.origin()?, line(&["odoo", "source"]))));
+    let repositories = odoo.repositories.iter().enumerate().filter_map(|(number, repository)| {
+        let line = line(&["odoo", "repositories", &number.to_string()]);
+        Some((Table::Repository(repository), repository.origin()?, line))
+    });
+    of_odoo.chain(repositories).map(|(table, origin, line)| Code::new(table, origin, line)).collect()
 }
 
 impl<'a> Code<'a> {
-    fn new(table: Table<'a>, origin: CodeOrigin<'a>) -> Self {
-        let (name, version, place) = match table {
-            Table::Source => {
-                let version = format!("{}.{}+{}", SERIES.0, SERIES.1, origin.revision());
-                (ODOO.to_owned(), version, "[odoo.source]".to_owned())
-            }
+    fn new(table: Table<'a>, origin: CodeOrigin<'a>, place: String) -> Self {
+        let (name, version) = match table {
+            Table::Source => (ODOO.to_owned(), format!("{}.{}+{}", SERIES.0, SERIES.1, origin.revision())),
             Table::Repository(repository) => {
                 let name = format!("{REPOSITORY}{}", fleet::wheel_name(origin.name()));
-                (name, repository_version(repository, origin), format!("[[odoo.repositories]] {}", origin.name()))
+                (name, repository_version(repository, origin))
             }
         };
         Self { table, origin, name, version, place }
@@ -92,11 +102,11 @@ impl<'a> Code<'a> {
     /// # Errors
     /// If the code cannot be read, is not the named one, or has no add-ons.
     pub(super) fn make_with_progress(&self, dir: &Path, verb: &str, progress: &Progress) -> Result<Made> {
-        let step = progress.step(verb, &format!("{}: reading {}", self.place, self.origin.name()));
+        let step = progress.step(verb, &format!("reading {}", self.name));
         let scratch = tempfile::tempdir().map_err(Error::cannot("create a temporary folder"))?;
         let made = self.make(dir, scratch.path())?;
         let size = made.bytes.len() as f64 / 1e6;
-        step.done(&format!("{}: {} add-ons, {size:.1} MB", self.place, made.wheel.addons.len()));
+        step.done(&format!("{}: {} add-ons, {size:.1} MB", self.name, made.wheel.addons.len()));
         Ok(made)
     }
 
@@ -308,7 +318,7 @@ mod tests {
         let commit = "0123456789abcdef0123456789abcdef01234567".to_owned();
         let mut repository =
             Repository { url: Some("https://a/OCA/x_y.git".to_owned()), commit: Some(commit), ..Repository::default() };
-        let id = |r: &Repository| Code::new(Table::Repository(r), r.origin().unwrap()).id();
+        let id = |r: &Repository| Code::new(Table::Repository(r), r.origin().unwrap(), String::new()).id();
         let all = id(&repository);
         assert_eq!(all, "odoo-repository-x-y==0+0123456789abcdef0123456789abcdef01234567");
         repository.addons = vec!["a".to_owned()];
