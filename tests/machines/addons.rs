@@ -153,6 +153,8 @@ fn containers_update_the_database_in_the_rollout_of_an_addon() {
     let all = machines[2..].iter().map(|app| app.ok("journalctl -u odoo-init -o cat --no-pager")).collect::<String>();
     assert!(all.contains("version 3 does not fit the database: the add-on held_note fails"), "{all}");
     assert!(all.contains("no_such_column"), "{all}");
+    // The way back of the data.
+    assert!(all.contains("without later entries: `restore = \"20"), "{all}");
     all_run(&machines[2..], "2");
     assert_eq!(log_in(), "2");
     lab.run(&["down"]);

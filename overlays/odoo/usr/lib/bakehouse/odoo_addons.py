@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS bakehouse_database (
     failure text,
     seconds double precision
 );
+ALTER TABLE bakehouse_database ADD COLUMN IF NOT EXISTS pending_at timestamptz;
 """
 
 
@@ -147,15 +148,21 @@ def missing_addons(cursor: Any, image: Mapping[str, str]) -> list[str]:
     return [name for (name,) in cursor.fetchall() if name not in image and name != BAKEHOUSE]
 
 
-def begin(cursor: Any, version: str, work: Work) -> None:
-    """Marks what an update is going to change."""
+def begin(cursor: Any, version: str, work: Work) -> str:
+    """Marks what an update is going to change. Returns the time before the version's first attempt, to which a restore
+    can go back."""
     cursor.execute(
-        "INSERT INTO bakehouse_database (version, pending) VALUES ('', %s) "
-        "ON CONFLICT (one) DO UPDATE SET pending = excluded.pending",
+        "INSERT INTO bakehouse_database AS old (version, pending, pending_at) VALUES ('', %s, now()) "
+        "ON CONFLICT (one) DO UPDATE SET pending = excluded.pending, pending_at = CASE "
+        "WHEN old.pending = excluded.pending OR old.failed = excluded.pending "
+        "THEN coalesce(old.pending_at, excluded.pending_at) ELSE excluded.pending_at END "
+        """RETURNING to_char(pending_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')""",
         [version],
     )
+    (before,) = cursor.fetchone()
     cursor.execute("UPDATE bakehouse_addon SET hash = '' WHERE name = ANY(%s)", [work.update])
     cursor.execute("UPDATE bakehouse_addon SET named = false WHERE name = ANY(%s)", [work.install])
+    return str(before)
 
 
 def finish(

@@ -201,11 +201,11 @@ class Database:
         return next((version for version in versions if odoo_addons.is_older(self.version, version)), None)
 
     def change(self, work: Work, lock: Connection) -> None:
-        seconds = None
+        seconds, before = None, ""
         try:
             if work.install or work.update:
                 with self.cursor() as cursor:
-                    odoo_addons.begin(cursor, self.version, work)
+                    before = odoo_addons.begin(cursor, self.version, work)
                 began = time.monotonic()
                 self.update(work, lock)
                 seconds = time.monotonic() - began
@@ -217,6 +217,12 @@ class Database:
         except UpdateFailed as error:
             with self.cursor() as cursor:
                 odoo_addons.fail(cursor, self.version, str(error))
+            if before:
+                print(
+                    f"the database as it was before the update, without later entries: "
+                    f'`restore = "{before}"` in [backup] of fleet.toml (docs/howto/backups.md)',
+                    flush=True,
+                )
             raise
         took = f" in {seconds:.0f} s" if seconds is not None else ""
         print(f"the database has the add-ons of version {self.version}{took}", flush=True)
