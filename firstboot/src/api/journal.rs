@@ -15,6 +15,9 @@ use super::gateway::{Select, Source, Start, matches, next};
 use super::reply::{Answer, LineSender, Refusal, line, lines};
 use super::{NodeApi, query};
 use crate::error::{Error, Result};
+use seen::Seen;
+
+mod seen;
 
 /// Socket of the gateway to the journals of other nodes, beside that of the node's own.
 const KEPT_SOCKET: &str = "journal-remote.sock";
@@ -92,6 +95,8 @@ struct Reader {
     /// Number of lines before the end with which the reply begins; `None` if it begins elsewhere.
     tail: Option<u32>,
     beat: Interval,
+    /// Entries that a monitor has of another node; `None` for the node's own journal.
+    seen: Option<Seen>,
 }
 
 impl Reader {
@@ -102,7 +107,8 @@ impl Reader {
             (None, lines, _) => Some(lines.unwrap_or_else(default)),
         };
         let matches = matches(query.unit.as_deref(), query.of.as_deref());
-        Self { socket: socket.to_owned(), query, matches, sources: Vec::new(), tail, beat: interval(BEAT) }
+        let seen = query.of.as_ref().map(|_| Seen::default());
+        Self { socket: socket.to_owned(), query, matches, sources: Vec::new(), tail, beat: interval(BEAT), seen }
     }
 
     /// Most lines of the reply after its begin.
@@ -193,6 +199,11 @@ impl Reader {
             tokio::select! {
                 entry = next(&mut self.sources, follow) => {
                     self.beat.reset();
+                    if let Ok(Some(entry)) = &entry
+                        && self.seen.as_mut().is_some_and(|seen| seen.is_again(&entry.cursor))
+                    {
+                        continue;
+                    }
                     return entry;
                 }
                 _ = self.beat.tick() => {

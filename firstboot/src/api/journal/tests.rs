@@ -16,6 +16,8 @@ struct Entry {
     unit: &'static str,
     /// Unit that systemd writes about.
     about: &'static str,
+    /// End of the cursor, which says what the entry is.
+    identity: &'static str,
 }
 
 #[derive(Clone)]
@@ -44,12 +46,12 @@ impl FakeGateway {
 
     /// Adds a message of a unit.
     fn write(&self, at: u64, unit: &'static str) {
-        self.entries.send_modify(|all| all.push(Entry { at, unit, about: "" }));
+        self.entries.send_modify(|all| all.push(Entry { at, unit, about: "", identity: "" }));
     }
 
     /// Adds a message of systemd about a unit.
     fn systemd(&self, at: u64, about: &'static str) {
-        self.entries.send_modify(|all| all.push(Entry { at, unit: "init.scope", about }));
+        self.entries.send_modify(|all| all.push(Entry { at, unit: "init.scope", about, identity: "" }));
     }
 
     async fn serve(&self, mut stream: UnixStream) -> io::Result<()> {
@@ -95,13 +97,13 @@ impl FakeGateway {
         loop {
             let all = changes.borrow_and_update().clone();
             while next < all.len() && left > 0 {
-                let Entry { at, unit, about } = &all[next];
+                let Entry { at, unit, about, identity } = &all[next];
                 if matches(&all[next]) {
                     if *self.breaks_after.lock().unwrap() == Some(sent) {
                         return stream.write_all(b"40\r\n__CURSOR=s=x").await;
                     }
                     let text = format!(
-                        "__CURSOR=s=x;i={next}\n__REALTIME_TIMESTAMP={at}\n_SYSTEMD_UNIT={unit}\nMESSAGE={next} {about}\n\n"
+                        "__CURSOR=s=x;i={next}{identity}\n__REALTIME_TIMESTAMP={at}\n_SYSTEMD_UNIT={unit}\nMESSAGE={next} {about}\n\n"
                     );
                     stream.write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes()).await?;
                     (left, sent) = (left - 1, sent + 1);
@@ -217,6 +219,20 @@ async fn each_entry_has_one_line_also_if_both_streams_have_it() {
 }
 
 #[tokio::test]
+async fn an_entry_that_a_monitor_has_twice_has_one_line() {
+    let (_dir, socket, gateway) = gateway();
+    // The node sends the second and third again.
+    for identity in [";b=1;m=1", ";b=1;m=2", ";b=1;m=3", ";b=1;m=2", ";b=1;m=3", ";b=2;m=3"] {
+        gateway.entries.send_modify(|all| all.push(Entry { at: 1, unit: "a.service", about: "", identity }));
+    }
+    let of_another = || JournalQuery { of: Some("lost-1".to_owned()), ..JournalQuery::default() };
+    for query in [of_another(), JournalQuery { since: Some(0), ..of_another() }] {
+        assert_eq!(Reading::start(&socket, query).await.all().await, ["0", "1", "2", "5"]);
+    }
+    assert_eq!(Reading::start(&socket, JournalQuery::default()).await.all().await.len(), 6, "its own journal");
+}
+
+#[tokio::test]
 async fn the_last_lines_of_all_units() {
     let (_dir, socket, gateway) = gateway();
     assert_eq!(Reading::start(&socket, JournalQuery::default()).await.all().await, [""; 0]);
@@ -281,6 +297,7 @@ async fn lines_that_wait_need_limited_memory() {
             at,
             unit: "a.service",
             about: if at % 9 == 0 { "b.service" } else { "" },
+            identity: "",
         }));
     });
     // All lines have more than 2 MB. The reply still has each of the wanted ones.
