@@ -187,7 +187,9 @@ mod tests {
     fn key_is_the_same_on_all_hubs_and_differs_by_zone_and_fleet() {
         let key = dnssec_key("password", "acme", "erp.acme.example").unwrap();
         assert_eq!(dnssec_key("password", "acme", "erp.acme.example").as_ref(), Some(&key));
-        for other in [("other", "acme", "erp.acme.example"), ("password", "b", "erp.acme.example"), ("password", "acme", "b")] {
+        for other in
+            [("other", "acme", "erp.acme.example"), ("password", "b", "erp.acme.example"), ("password", "acme", "b")]
+        {
             assert_ne!(dnssec_key(other.0, other.1, other.2).unwrap(), key);
         }
         assert_eq!(dnssec_key("", "acme", "erp.acme.example"), None);

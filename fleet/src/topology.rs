@@ -265,7 +265,8 @@ impl Topology {
         let after = |role: &String| profiles.get(role).and_then(|p| p.reclaim_after);
         for i in 0..self.nodes.len() {
             let node = &self.nodes[i];
-            let times: Option<Vec<u32>> = node.roles.iter().filter(|r| ![UPDATE, DNS].contains(&r.as_str())).map(after).collect();
+            let times: Option<Vec<u32>> =
+                node.roles.iter().filter(|r| ![UPDATE, DNS].contains(&r.as_str())).map(after).collect();
             let founder = self.is_founder(node);
             self.nodes[i].reclaim_after = times.filter(|_| !founder).and_then(|t| t.into_iter().max());
         }

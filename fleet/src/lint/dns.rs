@@ -46,7 +46,8 @@ impl Lint<'_> {
             self.warning(
                 span.clone(),
                 format!("[dns] the name leads to private addresses: {}", private.join(", ")),
-                "browsers outside that network cannot use it; write the hubs' public addresses as `endpoints`".to_owned(),
+                "browsers outside that network cannot use it; write the hubs' public addresses as `endpoints`"
+                    .to_owned(),
             );
         }
         if alone {

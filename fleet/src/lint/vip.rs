@@ -179,7 +179,9 @@ mod tests {
         let two = ["192.168.1.11", "192.168.1.12", "10.99.0.3"];
         let warned = found("lan = \"192.168.1.100/24\"", two);
         assert!(warned.len() == 1 && warned[0].contains("hub-3 has 10.99.0.3, which is not in 192.168.1.0/24"));
-        assert!(found("lan = \"192.168.1.100\"", two)[0].contains("hub-1 is in 192.168.0.0/16 and hub-3 in 10.99.0.0/16"));
+        assert!(
+            found("lan = \"192.168.1.100\"", two)[0].contains("hub-1 is in 192.168.0.0/16 and hub-3 in 10.99.0.0/16")
+        );
         // Public endpoints behind a router tell nothing about the local network.
         assert!(found("lan = \"192.168.1.100/24\"", ["a.acme.test", "198.18.0.1", "198.18.0.2"]).is_empty());
     }
