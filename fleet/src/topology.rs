@@ -28,7 +28,7 @@ pub struct Topology {
     /// Address that one hub holds.
     pub vip: Ipv4Addr,
     /// Addresses that one hub holds on its local network.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub lan: Vec<LanAddress>,
     /// Whether the hubs' images have a program that moves a floating address (`[vip] hook`).
     #[serde(default)]
