@@ -93,6 +93,7 @@ exec chroot "$tree" /usr/sbin/keepalived "$@"
 "#;
 
 /// keepalived, and the programs of its scripts, with their libraries.
+#[rustfmt::skip]
 const PACKAGES: [&str; 40] = [
     "bash", "bird2", "dash", "keepalived", "libatomic1", "libblkid1", "libc6", "libcap2", "libcom-err2", "libcrypt1",
     "libffi8", "libgcc-s1", "libglib2.0-0t64", "libgssapi-krb5-2", "libk5crypto3", "libkeyutils1", "libkrb5-3",
@@ -264,7 +265,20 @@ impl<'a> Site<'a> {
             _keepalived: Process::start(
                 &space,
                 "unshare",
-                &["--mount", "sh", "-c", IN_ROOT, "sh", &path(tree()), "--dont-fork", "--log-console", &file, &own, &vrrp, &checkers],
+                &[
+                    "--mount",
+                    "sh",
+                    "-c",
+                    IN_ROOT,
+                    "sh",
+                    &path(tree()),
+                    "--dont-fork",
+                    "--log-console",
+                    &file,
+                    &own,
+                    &vrrp,
+                    &checkers,
+                ],
                 &log("keepalived"),
             ),
             space,
