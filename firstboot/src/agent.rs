@@ -15,6 +15,7 @@ use tracing::{error, info, warn};
 use crate::api::{self, JOURNAL_SOCKET, NodeApi, POSTGRES_SOCKET, Tasks};
 use crate::client::backoff::Backoff;
 use crate::client::patroni::Patroni;
+use crate::dns::NameService;
 use crate::error::{Error, Result};
 use crate::host::console::log_event;
 use crate::host::dbus::{Phase, Status};
@@ -23,6 +24,7 @@ use crate::host::machine;
 use crate::host::notify::notify;
 use crate::host::screen;
 use crate::host::systemd::{self, Systemd};
+use crate::lan::Lan;
 use crate::member::{ALL_HAVE_ASKED, Member, drainer, locker, recorder};
 use crate::node::drained::DrainState;
 use crate::node::hubs::Hubs;
@@ -114,14 +116,17 @@ pub async fn run(paths: &Paths) -> Result<()> {
         key: who.keys.tls.pem().to_owned(),
         etcd_clients: etcd_client_anchor(&who.state.root, &image.topology, node)?,
     };
+    let (secrets, endpoints) = (who.state.secrets.clone(), who.state.endpoints.clone());
     let context = NodeContext {
         fleet: &image.topology,
         node,
         epoch: who.state.epoch,
         machine: machine::read(&units.virtualization().await?)?,
         tls: &tls,
-        secrets: &who.state.secrets,
+        secrets: &secrets,
         web: &web_certificate(paths, &tls)?,
+        // The network may be up only later.
+        lan: &[],
     };
     let slow = u32::try_from(context.machine.timeout_scale).unwrap_or(u32::MAX);
     let count = render_all(&paths.image.join("templates"), &paths.root, &context)?;
@@ -167,7 +172,11 @@ pub async fn run(paths: &Paths) -> Result<()> {
     };
     // `firstboot leave` sends a request to a hub, as the operator does. The node then receives the hub's order.
     let leave_requests = status.leave_requests(async || hubs.leave().await);
-    let kept = tokio::try_join!(member.keep(mesh, &updates, slow), serve, leave_requests).map(|((), (), ())| ());
+    let lan = Lan { templates: paths.image.join("templates"), root: paths.root.clone(), context, systemd: &units };
+    let (topology, root) = (&image.topology, paths.root.clone());
+    let names = NameService { root, topology, node, endpoints, systemd: &units };
+    let kept = tokio::try_join!(member.keep(mesh, &updates, slow), serve, leave_requests, lan.keep(), names.keep());
+    let kept = kept.map(|((), (), (), (), ())| ());
     match &kept {
         Err(Error::Leaving) => leave(&units, node, &hubs, updates.patroni.as_ref()).await,
         Err(Error::Fenced { .. }) if is_pending(&paths.state) => {

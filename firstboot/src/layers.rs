@@ -1,7 +1,7 @@
 //! Test of the order of this crate's modules.
 //!
 //! ```text
-//! agent -> member -> api, hub, update, render -> mesh -> node -> client, host, server -> error
+//! agent -> member, dns, lan -> api, hub, update, render -> mesh -> node -> client, host, server -> error
 //! install -> client, host -> error
 //! ```
 //!
@@ -13,7 +13,7 @@ use std::path::Path;
 
 const ORDER: [&[&str]; 7] = [
     &["agent"],
-    &["member"],
+    &["member", "dns", "lan"],
     &["api", "hub", "update", "render"],
     &["mesh"],
     &["node"],

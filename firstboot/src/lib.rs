@@ -7,6 +7,8 @@
 //!
 //! - `agent`: the steps of a boot
 //! - `member`: tasks of a running node
+//! - `dns`: on a hub, the zone of the name that it serves
+//! - `lan`: on a hub, the interface for the addresses of the local network
 //! - `api`: the node API for operators
 //! - `hub`: the join API, claims of slots, the fence, the rollout
 //! - `update`: new images: download, boot entries, health check
@@ -25,10 +27,12 @@
 pub mod agent;
 pub mod api;
 pub mod client;
+pub mod dns;
 pub mod error;
 pub mod host;
 pub mod hub;
 pub mod install;
+pub mod lan;
 pub mod member;
 pub mod mesh;
 pub mod node;

@@ -25,31 +25,38 @@ pub fn render_all(templates: &Path, root: &Path, context: &NodeContext) -> Resul
         if !entry.file_type().is_file() {
             continue;
         }
-        let name = entry.path().strip_prefix(templates).unwrap_or(entry.path());
-        let text = fs::read_to_string(entry.path()).map_err(Error::io("read", entry.path()))?;
-        let rendered =
-            fleet::render(&name.display().to_string(), &text, context).map_err(|e| unusable(entry.path(), e))?;
-        let target = root.join(name);
-        if let Some(dir) = target.parent() {
-            fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-            open_to_all(dir, root)?;
-        }
-        let file_mode = entry.metadata().map_err(|e| unusable(entry.path(), e))?.permissions().mode() & 0o777;
-        let beside = target.with_extension("new");
-        // An interrupted agent may have left this file, with a mode that others can read.
-        let _ = fs::remove_file(&beside);
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&beside)
-            .map_err(Error::io("create", &beside))?;
-        file.write_all(rendered.as_bytes()).map_err(Error::io("write", &beside))?;
-        mode(&beside, file_mode)?;
-        fs::rename(&beside, &target).map_err(Error::io("rename", &beside))?;
+        render(templates, root, entry.path().strip_prefix(templates).unwrap_or(entry.path()), context)?;
         count += 1;
     }
     Ok(count)
+}
+
+/// Renders the template `name` below `templates`, as [`render_all`] does.
+///
+/// # Errors
+/// As for [`render_all`].
+pub fn render(templates: &Path, root: &Path, name: &Path, context: &NodeContext) -> Result<()> {
+    let path = &templates.join(name);
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let rendered = fleet::render(&name.display().to_string(), &text, context).map_err(|e| unusable(path, e))?;
+    let target = root.join(name);
+    if let Some(dir) = target.parent() {
+        fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        open_to_all(dir, root)?;
+    }
+    let file_mode = fs::metadata(path).map_err(|e| unusable(path, e))?.permissions().mode() & 0o777;
+    let beside = target.with_extension("new");
+    // An interrupted agent may have left this file, with a mode that others can read.
+    let _ = fs::remove_file(&beside);
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)
+        .map_err(Error::io("create", &beside))?;
+    file.write_all(rendered.as_bytes()).map_err(Error::io("write", &beside))?;
+    mode(&beside, file_mode)?;
+    fs::rename(&beside, &target).map_err(Error::io("rename", &beside))
 }
 
 fn unusable(path: &Path, cause: impl Into<Cause>) -> Error {
@@ -93,6 +100,7 @@ mod tests {
             tls: &member.tls,
             secrets: &member.secrets,
             web: "",
+            lan: &[],
         };
         for _ in 0..2 {
             assert_eq!(render_all(&templates, dir.path(), &context).unwrap(), 2);

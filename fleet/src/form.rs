@@ -73,6 +73,10 @@ forms! {
     Size = "size", "^[0-9]+[KMGT]?$", None;
     /// IPv4 address.
     Address = "address", concat!("^", ipv4!(), "$"), None;
+    /// IPv4 address, and the length of its network's prefix if one follows.
+    LanAddress = "address", concat!("^", ipv4!(), "(/([0-9]|[12][0-9]|3[0-2]))?$"), None;
+    /// IPv6 address, and the length of its network's prefix if one follows.
+    LanAddress6 = "address", "^[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(/([0-9]|[1-9][0-9]|1[01][0-9]|12[0-8]))?$", Some(49);
     /// IPv4 network.
     Network = "network", concat!("^", ipv4!(), "/([0-9]|[12][0-9]|3[0-2])$"), None;
     /// Host name or IPv4 address, without a port.

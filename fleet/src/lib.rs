@@ -26,12 +26,14 @@ mod calendar;
 mod certificate;
 mod chain;
 mod diagnostic;
+mod dns;
 pub mod encoding;
 pub mod etcd_keys;
 #[cfg(feature = "schema")]
 mod form;
 pub mod grubenv;
 mod join;
+mod lan;
 mod lint;
 mod membership;
 pub mod netboot;
@@ -61,10 +63,12 @@ pub use certificate::{
 };
 pub use chain::ErrorChain;
 pub use diagnostic::{Diagnostic, Diagnostics, Severity, Source};
+pub use dns::{Dns, HubAnswer, dnssec_key, serving_hubs, zone_file};
 pub use join::{
     Departure, Eviction, Grant, Introduction, JoinReply, JoinRequest, LONGEST, MeshKey, PROTOCOL, Peers, Reason,
     Refusal, Renewal, Revocation, SIGNATURE_HEADER, SlotRecord, Tokens, TokensRequest,
 };
+pub use lan::{LanAddress, LanPlace};
 pub use lint::{HaRow, ha_table, is_fleet_name, lint};
 pub use membership::{Membership, STATE_VERSION, Secrets, Tls};
 pub use odoo_code::{CodeOrigin, OdooSource, Repository};
@@ -88,7 +92,7 @@ pub use signed::{
 pub use template::{EMULATED_TIMEOUT_SCALE, MachineSize, NodeContext, RenderError, line_map, render, variables};
 pub use text::{is_unsafe, one_line, printable};
 pub use ticket::{Claims, Credential, Founder, Joiner, Ticket, TicketError, Token};
-pub use topology::{BACKUP, GIVEN, Node, Topology, UPDATE, VOTER, slot_parts};
+pub use topology::{BACKUP, DNS, GIVEN, Node, Topology, UPDATE, VOTER, slot_parts};
 pub use version::compare_versions;
 
 /// Directory in the image with the agent's input: `fleet.json` and the templates.

@@ -9,6 +9,8 @@ use toml::Spanned;
 
 use crate::alerts::Alerts;
 use crate::diagnostic::{Diagnostic, Source, parse};
+use crate::dns::Dns;
+use crate::lan::LanAddress;
 use crate::settings::{Access, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update, Web};
 #[cfg(feature = "schema")]
 use crate::{etcd_keys::FOLDERS, form};
@@ -36,6 +38,10 @@ pub struct Fleet {
     /// The address that clients use.
     #[serde(default)]
     pub vip: Vip,
+    /// The name that the hubs serve.
+    #[serde(default = "default_section::<Dns>")]
+    #[cfg_attr(feature = "schema", schemars(with = "Dns"))]
+    pub dns: Spanned<Dns>,
     /// Sources of Debian packages.
     #[serde(default)]
     pub debian: Debian,
@@ -164,7 +170,7 @@ impl Default for Mesh {
     }
 }
 
-/// `[vip]`: the address that clients use. One hub holds it at a time.
+/// `[vip]`: the addresses that clients use. One hub holds each of them at a time.
 #[derive(Clone, Debug, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
@@ -172,11 +178,34 @@ pub struct Vip {
     /// A host address of `mesh.subnet`. Default: `"10.10.0.100"`.
     #[cfg_attr(feature = "schema", schemars(with = "form::Address"))]
     pub address: Spanned<Ipv4Addr>,
+    /// A free IPv4 address of the hubs' local network, for browsers outside the mesh. The length of its prefix may
+    /// follow. A hub finds the interface by its network. Default: none. Example: `"192.168.1.100/24"`.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::LanAddress>"))]
+    pub lan: Option<Spanned<String>>,
+    /// As `lan`, an IPv6 address. Default: none. Example: `"fd00:1::100/64"`.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<form::LanAddress6>"))]
+    pub lan6: Option<Spanned<String>>,
+    /// Path of a program, relative to `fleet.toml`. The hub that browsers outside the mesh shall reach runs it, so that it
+    /// moves a provider's floating address to the hub. `bakehouse secret vip-hook` stores its token. Default: none.
+    /// Example: `"floating-ip"`.
+    pub hook: Option<String>,
+}
+
+impl Vip {
+    /// Returns the valid addresses of `lan` and `lan6`. The lint reports the others.
+    #[must_use]
+    pub fn lan_addresses(&self) -> Vec<LanAddress> {
+        let read = |text: &Spanned<String>, v6: bool| {
+            LanAddress::parse(text.get_ref()).filter(|lan| lan.address.is_ipv6() == v6)
+        };
+        let v4 = self.lan.as_ref().and_then(|text| read(text, false));
+        v4.into_iter().chain(self.lan6.as_ref().and_then(|text| read(text, true))).collect()
+    }
 }
 
 impl Default for Vip {
     fn default() -> Self {
-        Self { address: unspanned(Ipv4Addr::new(10, 10, 0, 100)) }
+        Self { address: unspanned(Ipv4Addr::new(10, 10, 0, 100)), lan: None, lan6: None, hook: None }
     }
 }
 

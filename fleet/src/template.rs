@@ -7,9 +7,11 @@ use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
 use serde::{Serialize, Serializer};
 
+use crate::dns::dnssec_key;
+use crate::lan::LanPlace;
 use crate::membership::{Secrets, Tls};
 use crate::ports::Filter;
-use crate::topology::{Node, Topology};
+use crate::topology::{DNS, Node, Topology};
 
 /// Variables of the templates that the agent renders on the node. The builder's checks use the same variables.
 #[derive(Clone, Copy, Debug)]
@@ -28,11 +30,15 @@ pub struct NodeContext<'a> {
     pub secrets: &'a Secrets,
     /// Certificate and key for browsers, PEM. Default: the node's own.
     pub web: &'a str,
+    /// Where this hub can hold the addresses of its local network.
+    pub lan: &'a [LanPlace],
 }
 
 impl Serialize for NodeContext<'_> {
     /// Serializes the fields, `filter` with the input of the packet filter's template, and on monitors `alert_secrets`
     /// with the decrypted passwords of `[alerts]`.
+    /// `dnssec_key` is the key of the zone on hubs that sign it, and `hook_token` the token of `[vip] hook` on hubs; both
+    /// are empty on other nodes.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         struct Variables<'a> {
@@ -43,14 +49,26 @@ impl Serialize for NodeContext<'_> {
             tls: &'a Tls,
             secrets: &'a Secrets,
             web: &'a str,
+            lan: &'a [LanPlace],
             filter: Filter,
             alert_secrets: BTreeMap<String, String>,
+            dnssec_key: String,
+            hook_token: String,
         }
-        let Self { fleet, node, epoch, machine, tls, secrets, web } = *self;
+        let Self { fleet, node, epoch, machine, tls, secrets, web, lan } = *self;
         let filter = Filter::for_node(fleet, node);
         let wanted = if node.has_role("monitor") { fleet.alerts.secrets() } else { BTreeSet::new() };
         let alert_secrets = fleet.alert_secrets.values(secrets.alert_key().as_ref(), &fleet.name, &wanted);
-        Variables { fleet, node, epoch, machine, tls, secrets, web, filter, alert_secrets }.serialize(serializer)
+        let wanted = BTreeSet::from_iter((fleet.hook && node.hub > 0).then_some(Topology::HOOK_SECRET));
+        let token = fleet.alert_secrets.values(secrets.alert_key().as_ref(), &fleet.name, &wanted);
+        let hook_token = token.into_values().collect();
+        let zone = fleet.dns.name.as_ref().filter(|_| fleet.dns.dnssec && node.has_role(DNS));
+        let dnssec_key = zone.and_then(|zone| dnssec_key(&secrets.etcd_root, &fleet.name, zone)).unwrap_or_default();
+        #[rustfmt::skip]
+        let variables = Variables {
+            fleet, node, epoch, machine, tls, secrets, web, lan, filter, alert_secrets, dnssec_key, hook_token,
+        };
+        variables.serialize(serializer)
     }
 }
 
@@ -120,6 +138,7 @@ fn environment() -> Environment<'static> {
 ///     tls: &member.tls,
 ///     secrets: &member.secrets,
 ///     web: "",
+///     lan: &[],
 /// };
 /// let text = fleet::render("motd.j2", "{{ node.name }} has {{ node.address }}\n", &context)?;
 /// assert_eq!(text, "hub-1 has 10.10.0.1\n");

@@ -1,7 +1,7 @@
 //! The topology of a fleet: slots, addresses and voters that follow from its `fleet.toml`. Every image contains it as
 //! `usr/lib/bakehouse/fleet.json`, and every template has it as `fleet`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::alerts::{AlertSecrets, Alerts};
 use crate::calendar::point_in_time;
+use crate::dns::Dns;
+use crate::lan::LanAddress;
 use crate::ports::{ServicePort, services};
 use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
@@ -25,6 +27,12 @@ pub struct Topology {
     pub mesh: MeshPlan,
     /// Address that one hub holds.
     pub vip: Ipv4Addr,
+    /// Addresses that one hub holds on its local network.
+    #[serde(default)]
+    pub lan: Vec<LanAddress>,
+    /// Whether the hubs' images have a program that moves a floating address (`[vip] hook`).
+    #[serde(default)]
+    pub hook: bool,
     /// Every slot, sorted by group and number.
     pub nodes: Vec<Node>,
     /// Nodes with the role `hub`.
@@ -44,6 +52,9 @@ pub struct Topology {
     pub alert_secrets: AlertSecrets,
     /// Section `[firewall]`.
     pub firewall: Firewall,
+    /// Section `[dns]`.
+    #[serde(default)]
+    pub dns: Dns,
     /// Section `[update]`.
     pub update: Update,
     /// Section `[web]`.
@@ -118,8 +129,10 @@ pub const VOTER: &str = "voter";
 pub const BACKUP: &str = "backup";
 /// Role of every node if `update.url` is set. The fleet assigns it.
 pub const UPDATE: &str = "update";
+/// Role of every hub if `dns.name` is set. The fleet assigns it.
+pub const DNS: &str = "dns";
 /// Roles that the fleet assigns. `roles` in `fleet.toml` cannot have them.
-pub const GIVEN: [&str; 4] = ["base", VOTER, BACKUP, UPDATE];
+pub const GIVEN: [&str; 5] = ["base", VOTER, BACKUP, UPDATE, DNS];
 
 /// Returns the host number of a group's first node, if `first` is not set.
 fn first_host(role: &str) -> u32 {
@@ -203,12 +216,18 @@ impl Topology {
         for node in nodes.iter_mut().filter(|_| update.url.is_some()) {
             node.roles.push(UPDATE.to_owned());
         }
+        let dns = Dns { name: fleet.dns.get_ref().zone(), ..fleet.dns.get_ref().clone() };
+        for node in nodes.iter_mut().filter(|n| n.hub > 0 && dns.name.is_some()) {
+            node.roles.push(DNS.to_owned());
+        }
         let hubs = nodes.iter().filter(|n| n.hub > 0).cloned().collect();
         Self {
             name: fleet.name.get_ref().clone(),
             version: fleet.version.get_ref().clone(),
             mesh,
             vip: *fleet.vip.address.get_ref(),
+            lan: fleet.vip.lan_addresses(),
+            hook: fleet.vip.hook.is_some(),
             nodes,
             hubs,
             voters,
@@ -218,11 +237,21 @@ impl Topology {
             alerts: fleet.alerts.get_ref().clone(),
             alert_secrets: AlertSecrets::default(),
             firewall: fleet.firewall.get_ref().clone(),
+            dns,
             update,
             web: fleet.web.get_ref().clone(),
             access: fleet.access.get_ref().clone(),
             services: Vec::new(),
         }
+    }
+
+    /// Name of the secret with the token of `[vip] hook`.
+    pub const HOOK_SECRET: &str = "vip-hook";
+
+    /// Returns the names of the secrets that the fleet can use (`bakehouse secret`).
+    #[must_use]
+    pub fn secret_names(&self) -> BTreeSet<&str> {
+        self.alerts.secrets().into_iter().chain(self.hook.then_some(Self::HOOK_SECRET)).collect()
     }
 
     /// Sets `services` to the ports of the roles' profiles that need a rule of their own.
@@ -236,7 +265,8 @@ impl Topology {
         let after = |role: &String| profiles.get(role).and_then(|p| p.reclaim_after);
         for i in 0..self.nodes.len() {
             let node = &self.nodes[i];
-            let times: Option<Vec<u32>> = node.roles.iter().filter(|r| *r != UPDATE).map(after).collect();
+            let times: Option<Vec<u32>> =
+                node.roles.iter().filter(|r| ![UPDATE, DNS].contains(&r.as_str())).map(after).collect();
             let founder = self.is_founder(node);
             self.nodes[i].reclaim_after = times.filter(|_| !founder).and_then(|t| t.into_iter().max());
         }

@@ -1,13 +1,15 @@
-//! The hubs' protocols and the nodes' network, with the real etcd, BIRD, nftables, HAProxy and Alertmanager on loopback
+//! The hubs' protocols and the nodes' network, with the real etcd, BIRD, nftables, HAProxy, keepalived, Knot and Alertmanager on loopback
 //! and in network namespaces. The tests need root, and run in parallel: each has a network namespace of its own.
 
 mod alerts;
 mod attack;
+mod dns;
 mod drain;
 mod etcd_access;
 mod eviction;
 mod fence;
 mod join;
+mod lan;
 mod mesh;
 mod model;
 mod netboot_install;

@@ -12,7 +12,7 @@ use bakehouse_tests::runbooks::{Alert, all_alerts, plain};
 const PARTS: &[(&str, &[&str])] = &[
     ("The site and Odoo", &["applications"]),
     ("Databases and backups", &["databases", "leases", "backups"]),
-    ("Hubs, the mesh and etcd", &["hubs"]),
+    ("Hubs, the mesh and etcd", &["hubs", "outside"]),
     ("Nodes", &["nodes"]),
     ("Updates", &["rollout", "updates"]),
     ("The monitor", &["monitors", "watching", "journals"]),

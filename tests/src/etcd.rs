@@ -96,6 +96,7 @@ impl Cluster {
             tls: &member.tls,
             secrets: &member.secrets,
             web: "",
+            lan: &[],
         };
         let template = "overlays/etcd/run/bakehouse/etcd.yml.j2";
         let text = fs::read_to_string(crate::root().join(template)).expect("the template exists");

@@ -129,7 +129,7 @@ pub fn plain(alert: &Alert, text: &str) -> String {
             // The name of a BGP session is that of the hub.
             "$labels.name" if alert.name == "PathDown" => "HUB",
             "$labels.name" => "UNIT",
-            "$labels.instance" => "ADDRESS",
+            "$labels.instance" | "$labels.address" => "ADDRESS",
             "$labels.receiver_name" => "RECEIVER",
             "$labels.job" => "SERVICE",
             "$value" => "…",

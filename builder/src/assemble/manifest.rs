@@ -92,7 +92,8 @@ pub(crate) fn settings(topology: &Topology) -> Value {
     }
     let mut settings = json!({
         "mesh": { "subnet": mesh.subnet, "transport": mesh.transport, "port": mesh.port },
-        "vip": { "address": topology.vip },
+        "vip": { "address": topology.vip, "lan": topology.lan, "hook": topology.hook },
+        "dns": topology.dns,
         "database": topology.database,
         "backup": topology.backup,
         "odoo": topology.odoo,

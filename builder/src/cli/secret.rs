@@ -15,12 +15,12 @@ use crate::util::fs::write_atomic;
 /// Bytes of standard input that the command reads at most.
 const LONGEST: u64 = 8192;
 
-/// Encrypts a secret for the monitors, or removes it.
+/// Encrypts a secret for the monitors or the hubs, or removes it.
 pub(super) fn secret(context: &Context, name: &str, remove: bool) -> Result<CommandResult> {
     let Context { project, progress, .. } = context;
     let mut secrets = alert_secrets::read(&project.dir)?;
     let path = project.dir.join(AlertSecrets::FILE);
-    let needed = project.topology.alerts.secrets();
+    let needed = project.topology.secret_names();
     if remove {
         if !secrets.remove(name) {
             return Err(Error::Usage(format!("{} has no secret `{name}`", path.display())));
@@ -30,9 +30,9 @@ pub(super) fn secret(context: &Context, name: &str, remove: bool) -> Result<Comm
             let known = needed.into_iter().collect::<Vec<_>>().join(", ");
             let known = if known.is_empty() { "none" } else { &known };
             return Err(Error::Usage(format!(
-                "no receiver in [alerts] needs a secret `{name}`; they need: {known}\n  help: add the receiver to \
+                "nothing in fleet.toml needs a secret `{name}`; needed are: {known}\n  help: add the receiver to \
                  fleet.toml first: `user` in [alerts.email], [[alerts.telegram]], [[alerts.slack]], [[alerts.matrix]] or \
-                 [[alerts.ntfy]]"
+                 [[alerts.ntfy]]; `hook` in [vip] needs `vip-hook`"
             )));
         }
         let authority = FleetKey::load(project)?;
@@ -50,7 +50,7 @@ pub(super) fn secret(context: &Context, name: &str, remove: bool) -> Result<Comm
 /// Reads one line: from the terminal without showing it, or from standard input.
 fn read(name: &str) -> Result<String> {
     if std::io::stdin().is_terminal() {
-        return ask_terminal(&format!("Secret `{name}` of [alerts]:"));
+        return ask_terminal(&format!("Secret `{name}`:"));
     }
     let mut line = String::new();
     let mut input = std::io::stdin().lock().take(LONGEST);

@@ -4,6 +4,7 @@
 mod addons;
 pub(crate) mod alert_secrets;
 pub(crate) mod check;
+mod hook;
 mod languages;
 pub(crate) mod machine_id;
 #[cfg(test)]
@@ -15,8 +16,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fleet::{
-    Diagnostic, Diagnostics, ExtraSource, Fleet, MachineSize, Membership, Node, NodeContext, OverlayManifest, Profile,
-    Profiles, Severity, Topology, parse_size,
+    Diagnostic, Diagnostics, ExtraSource, Fleet, LanPlace, MachineSize, Membership, Node, NodeContext, OverlayManifest,
+    Profile, Profiles, Severity, Topology, parse_size,
 };
 
 use crate::error::{Error, Result};
@@ -41,6 +42,8 @@ pub struct Project {
     pub profiles: Profiles,
     /// Warnings of the lint. An error of the lint is an error of [`Project::load`].
     pub warnings: Vec<Diagnostic>,
+    /// Sample of where a hub holds the addresses of its local network.
+    lan: Vec<LanPlace>,
     files: BTreeMap<String, Vec<u8>>,
     /// Where files are that the fleet's folder has elsewhere: path in the fleet's folder.
     origins: BTreeMap<String, String>,
@@ -138,6 +141,7 @@ impl Project {
             })?;
             files.insert("overlays/pgbackrest/usr/share/bakehouse/s3-ca.crt".to_owned(), bytes);
         }
+        hook::add(&fleet, &dir, &mut files)?;
         let mut profiles = Profiles::new();
         for (path, bytes) in &files {
             if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {
@@ -156,8 +160,10 @@ impl Project {
         topology.open_ports(&profiles);
         let stored = alert_secrets::read(&dir)?;
         warnings.extend(alert_secrets::missing(&fleet, &stored));
-        topology.alert_secrets = stored.only(&topology.alerts.secrets());
-        Ok(Self { dir, fleet, topology, profiles, warnings, files, origins })
+        topology.alert_secrets = stored.only(&topology.secret_names());
+        let place = |lan: &fleet::LanAddress| LanPlace { address: lan.address, interface: "lo".to_owned() };
+        let lan = topology.lan.iter().map(place).collect();
+        Ok(Self { dir, fleet, topology, profiles, warnings, lan, files, origins })
     }
 
     /// Returns a built-in file or a file of the user, by path (`profiles/initrd.toml`).
@@ -249,11 +255,12 @@ impl Project {
             let (name, version) = wheel.split_once("==").unwrap_or((wheel, ""));
             format!("{}=={version}", fleet::wheel_name(name))
         };
-        let mut overlays = Vec::new();
-        let named = group.overlays.iter().map(toml::Spanned::get_ref);
-        for overlay in profiles.iter().flat_map(|p| &p.overlays).chain(named) {
-            if !overlays.contains(overlay) {
-                overlays.push(overlay.clone());
+        let mut overlays: Vec<String> = Vec::new();
+        let named = group.overlays.iter().map(|overlay| overlay.get_ref().as_str());
+        let floating = (self.topology.hook && roles.iter().any(|r| r == "hub")).then_some(hook::OVERLAY);
+        for overlay in profiles.iter().flat_map(|p| &p.overlays).map(String::as_str).chain(floating).chain(named) {
+            if !overlays.iter().any(|known| known == overlay) {
+                overlays.push(overlay.to_owned());
             }
         }
         let of_odoo = overlays.iter().any(|overlay| overlay == ODOO).then_some(&self.fleet.odoo.get_ref().wheels);
@@ -289,7 +296,8 @@ impl Project {
     pub fn has_overlay(&self, node: &fleet::Node, overlay: &str) -> bool {
         let of_group = self.fleet.groups[&node.group].overlays.iter().any(|named| named.get_ref() == overlay);
         let mut roles = std::iter::once("base").chain(node.roles.iter().map(String::as_str));
-        of_group || roles.any(|role| self.profiles[role].overlays.iter().any(|o| o == overlay))
+        let floating = overlay == hook::OVERLAY && self.topology.hook && node.hub > 0;
+        of_group || floating || roles.any(|role| self.profiles[role].overlays.iter().any(|o| o == overlay))
     }
 
     /// Returns the size of a group's virtual machine: the sums of the roles' memory and /var, and the largest number of
@@ -315,6 +323,7 @@ impl Project {
             tls: &member.tls,
             secrets: &member.secrets,
             web: &member.tls.cert,
+            lan: &self.lan,
         }
     }
 

@@ -109,6 +109,11 @@ fn parser_and_schema_refuse_bad_files() {
         (File::Fleet, HUBS, "mesh.subnet = \"10.10.0.0\""),
         (File::Fleet, HUBS, "mesh.port = 70000"),
         (File::Fleet, HUBS, "vip.address = \"vip\""),
+        (File::Fleet, HUBS, "vip.lan = \"192.168.1.256\""),
+        (File::Fleet, HUBS, "vip.lan = \"fd00::100\""),
+        (File::Fleet, HUBS, "vip.lan6 = \"fd00::100/129\""),
+        (File::Fleet, HUBS, "dns.name = \"erp_1.acme.example\""),
+        (File::Fleet, HUBS, "dns.dnssec = \"yes\""),
         (File::Fleet, HUBS, "database.ttl = 10"),
         (File::Fleet, HUBS, "firewall.open = [{ port = 80, proto = \"icmp\" }]"),
         (File::Fleet, HUBS, "firewall.open = [{ port = 80 }]"),
@@ -167,7 +172,8 @@ name = "acme"
 version = "2~rc1"
 image = { hardware = "metal", root_size = "2G" }
 mesh = { subnet = "10.10.0.0/24", transport = "10.11.0.0/24", port = 51820 }
-vip = { address = "10.10.0.100" }
+vip = { address = "10.10.0.100", lan = "192.168.1.100/24", lan6 = "fd00:1::100/64" }
+dns = { name = "erp.acme.example", dnssec = true }
 database = { ttl = 30, loop_wait = 3, retry_timeout = 6 }
 firewall = { open = [{ port = 8443, proto = "tcp", role = "hub" }] }
 web = { redirect = true, connections = 150 }
@@ -242,6 +248,8 @@ const COMPARED: &[&str] = &[
     "database.retry_timeout",
     "database.ttl",
     "debian",
+    "dns.dnssec",
+    "dns.name",
     "firewall.open.0.port",
     "firewall.open.0.role",
     "groups.app.count",
@@ -266,6 +274,8 @@ const COMPARED: &[&str] = &[
     "promise.vip",
     "update.when",
     "vip.address",
+    "vip.lan",
+    "vip.lan6",
 ];
 
 /// Calls `each` with the path of every value in a tree.

@@ -232,7 +232,7 @@ fn timeline(all: &[Vec<(String, String)>]) -> String {
 pub(crate) fn passwords(project: &Project, secrets: &Secrets) -> Vec<String> {
     let topology = &project.topology;
     let key = secrets.alert_key();
-    let of_alerts = topology.alert_secrets.values(key.as_ref(), &topology.name, &topology.alerts.secrets());
+    let of_alerts = topology.alert_secrets.values(key.as_ref(), &topology.name, &topology.secret_names());
     let key = key.iter().map(|key| key.text().to_owned());
     let value = serde_json::to_value(secrets).unwrap_or_default();
     let all = value.as_object().into_iter().flatten().filter_map(|(_, v)| v.as_str()).map(str::to_owned);

@@ -16,6 +16,7 @@ trait Manager {
     fn subscribe(&self) -> zbus::Result<()>;
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn reload_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
 
     #[zbus(property(emits_changed_signal = "const"))]
@@ -112,6 +113,14 @@ impl Systemd {
     /// As for [`Self::start`].
     pub async fn stop(&self, unit: &str) -> Result<()> {
         self.job(unit, async || self.manager.stop_unit(unit, "replace").await).await
+    }
+
+    /// Makes a running service read its configuration again, and waits until its job is done.
+    ///
+    /// # Errors
+    /// As for [`Self::start`]; also if the service does not run.
+    pub async fn reload(&self, service: &str) -> Result<()> {
+        self.job(service, async || self.manager.reload_unit(service, "replace").await).await
     }
 
     /// Stops a target, and the services and timers that it requires or wants, except `kept`. systemd does not stop them

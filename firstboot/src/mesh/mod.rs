@@ -20,7 +20,8 @@ use crate::error::Result;
 use crate::node::keys::Keys;
 use crate::node::neighbours::PeerTable;
 use plan::{Interface, Peer, interfaces};
-use resolver::{Resolver, choose};
+pub(crate) use resolver::Resolver;
+use resolver::choose;
 use wireguard::Wireguard;
 
 pub use address::has_address;

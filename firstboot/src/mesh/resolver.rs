@@ -21,20 +21,20 @@ const TIMEOUT: Duration = Duration::from_secs(45);
 type Name = (String, u16);
 
 /// Names, and the addresses of their last look-up.
-pub(super) struct Resolver {
+pub(crate) struct Resolver {
     found: watch::Sender<BTreeMap<Name, Vec<SocketAddr>>>,
     changes: watch::Receiver<BTreeMap<Name, Vec<SocketAddr>>>,
     tasks: BTreeMap<Name, AbortHandle>,
 }
 
 impl Resolver {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let (found, changes) = watch::channel(BTreeMap::new());
         Self { found, changes, tasks: BTreeMap::new() }
     }
 
     /// Returns the last known addresses of a name without waiting. The first call starts the look-ups of the name.
-    pub(super) fn addresses(&mut self, name: &Name) -> Vec<SocketAddr> {
+    pub(crate) fn addresses(&mut self, name: &Name) -> Vec<SocketAddr> {
         if let Ok(address) = name.0.parse() {
             return vec![SocketAddr::new(address, name.1)];
         }

@@ -208,6 +208,7 @@ mod tests {
             "image",
             "mesh",
             "vip",
+            "dns",
             "debian",
             "database",
             "backup",

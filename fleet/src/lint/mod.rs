@@ -1,11 +1,13 @@
 //! Rules of `bakehouse check` for a `fleet.toml` that parses.
 
 mod alerts;
+mod dns;
 mod names;
 mod odoo;
 mod places;
 mod ports;
 mod services;
+mod vip;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -101,6 +103,8 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.names();
     lint.groups();
     lint.addresses();
+    lint.lan_addresses();
+    lint.served_name();
     lint.operators();
     lint.hubs_and_voters();
     lint.etcd_folders();

@@ -13,7 +13,12 @@ fn profiles() -> Profiles {
     ])
 }
 
-fn errors(text: &str) -> Vec<String> {
+pub(super) fn warnings(text: &str) -> Vec<String> {
+    let fleet = Fleet::parse("fleet.toml", text.as_bytes()).unwrap();
+    lint(&fleet, &profiles()).into_iter().filter(|d| d.severity == Severity::Warning).map(|d| d.to_string()).collect()
+}
+
+pub(super) fn errors(text: &str) -> Vec<String> {
     let fleet = Fleet::parse("fleet.toml", text.as_bytes()).unwrap();
     lint(&fleet, &profiles()).into_iter().filter(|d| d.severity == Severity::Error).map(|d| d.to_string()).collect()
 }
@@ -40,7 +45,7 @@ fn missing_role_differs_from_role_of_one_node() {
 }
 
 #[track_caller]
-fn one(text: &str, line: usize, message: &str) {
+pub(super) fn one(text: &str, line: usize, message: &str) {
     let found = errors(text);
     let prefix = if line == 0 { "fleet.toml: ".to_owned() } else { format!("fleet.toml:{line}: ") };
     assert!(

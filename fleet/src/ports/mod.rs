@@ -16,7 +16,7 @@ pub use page::page;
 use crate::node_api::NODE_API_PORT;
 use crate::profile::{Port, Profiles};
 use crate::settings::Proto;
-use crate::topology::{BACKUP, Node, Topology, VOTER};
+use crate::topology::{BACKUP, DNS, Node, Topology, VOTER};
 
 /// One end of a [`Rule`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -91,6 +91,7 @@ const APP: Party = Party::Role("app");
 const MONITOR: Party = Party::Role("monitor");
 const VOTERS: Party = Party::Role(VOTER);
 const KEEPER: Party = Party::Role(BACKUP);
+const NAMES: Party = Party::Role(DNS);
 
 const fn tcp(from: Party<'static>, to: Party<'static>, port: u16, why: &'static str) -> Rule<'static> {
     Rule { from, to, protocol: Protocol::Tcp, ports: Ports::One(port), why, network: Network::Mesh }
@@ -121,6 +122,8 @@ const RULES: &[Rule] = &[
     other(Party::Public, HUB, Protocol::Tcp, Ports::Mesh, "join API"),
     tcp(Party::Public, HUB, 80, "Odoo for browsers, and its health for the monitor"),
     tcp(Party::Public, HUB, 443, "Odoo for browsers"),
+    other(Party::Public, NAMES, Protocol::Udp, Ports::One(53), "name service of `[dns]`"),
+    tcp(Party::Public, NAMES, 53, "name service of `[dns]`"),
     other(Party::Public, Party::Member, Protocol::Icmp, Ports::None, "errors on a path, path MTU, reachability"),
     link(Party::Member, HUB, Protocol::Tcp, 179, "BGP, on the link between the two"),
     link(HUB, Party::Member, Protocol::Tcp, 179, "BGP, on the link between the two"),

@@ -64,7 +64,8 @@ the links between hubs.
 ";
 
 const NOTES: &str = "\
-`hub`, `db`, `app` and `monitor` are roles of fleet.toml. A `voter` has an etcd vote, and `backup` keeps the backups.
+`hub`, `db`, `app` and `monitor` are roles of fleet.toml. A `voter` has an etcd vote, `backup` keeps the backups, and
+`dns` is every hub of a fleet with `[dns]`.
 The VIP counts as an address of every hub. The filter accepts replies to a permitted TCP connection.
 
 Not in the table:
@@ -72,6 +73,8 @@ Not in the table:
 - Operators with WireGuard have the addresses of `[mesh] operators`. Their hub replaces the source of a connection by its
   own address, so nodes see a connection of the hub, and need no rule for operators. Without `[mesh] operators`, no
   filter has the rows of operators.
+- keepalived's adverts for `[vip] lan` pass through the mesh, too. No machine of the local network can send or read them,
+  and hubs accept no VRRP from it.
 - A node reaches all its own ports. The packet filter does not separate the processes of a node.
 - `[[firewall.open]]` adds rows from every address to a role, or to every node.
 - A port of a profile (`[[ports]]`) may have a list of roles, `from`, that may also reach it. `every` stands for all

@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use super::{File, json_schema, literal, schema_of};
 use crate::{
-    Access, Alerts, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet, Fonts, Group,
-    Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OdooSource, OpenPort, OverlayManifest, Port,
-    Profile, Promise, Repository, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
+    Access, Alerts, Backup, Check, Database, Debian, Disk, Dns, Email, ExtraSource, FileMeta, Firewall, Fleet, Fonts,
+    Group, Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OdooSource, OpenPort, OverlayManifest,
+    Port, Profile, Promise, Repository, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
 };
 
 /// A table of a file: its path in the schema, and its keys in the order of the type.
@@ -40,15 +40,16 @@ fn fleet_sections() -> Vec<Section> {
     let given = "\
 - Bakehouse gives the role `voter` (etcd) to three or five hubs. If there are fewer hubs, it also gives the role to
   monitors and then to other nodes, until there are three. Two nodes have one voter.
-- Bakehouse gives the role `backup` to the node that keeps the backups, and `update` to all nodes if `update.url` is
-  set.";
+- Bakehouse gives the role `backup` to the node that keeps the backups, `update` to all nodes if `update.url` is set, and
+  `dns` to all hubs if `dns.name` is set.";
     let later = "[The steps](getting-started.md#backups) of a restore are in getting-started.md.";
     vec![
         section::<Fleet>("", &[], ""),
         section::<Group>("[groups.NAME]", &["groups", "*"], given),
         section::<Image>("[image]", &["image"], ""),
         section::<Mesh>("[mesh]", &["mesh"], ""),
-        section::<Vip>("[vip]", &["vip"], ""),
+        section::<Vip>("[vip]", &["vip"], "[One name that never dies](howto/one-name.md) has the steps."),
+        section::<Dns>("[dns]", &["dns"], "[One name that never dies](howto/one-name.md) has the steps."),
         section::<Firewall>("[firewall]", &["firewall"], ""),
         section::<OpenPort>("[[firewall.open]]", &["firewall", "open", "*"], ""),
         section::<Web>("[web]", &["web"], ""),

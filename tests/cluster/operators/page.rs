@@ -115,6 +115,7 @@ fn render(topology: &Topology, node: &Node, file: &str) -> String {
         tls: &member.tls,
         secrets: &member.secrets,
         web: "",
+        lan: &[],
     };
     fleet::render(file, &text, &context).expect("a valid template")
 }
