@@ -282,7 +282,7 @@ impl Container<'_> {
             }
         };
         let left = until.saturating_duration_since(Instant::now());
-        let done = enter::output(enter::command(pid, command), left, &self.node)?;
+        let done = enter::output(enter::command(pid, command), left, self.node)?;
         if self.pid() != Some(pid) {
             return fail(format!("{} was switched off", self.node));
         }
