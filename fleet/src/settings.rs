@@ -1,4 +1,4 @@
-//! Settings of the services: sections of `fleet.toml`, and variables of the templates.
+//! Settings of the services, except `[odoo]` and `[alerts]`: sections of `fleet.toml`, and variables of the templates.
 
 use std::collections::BTreeMap;
 
@@ -95,32 +95,6 @@ pub struct S3 {
     /// certificate. Default: the authorities that Debian trusts.
     #[serde(default)]
     pub ca: Option<String>,
-}
-
-/// `[odoo]`: content of the application images, and of Odoo's database.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct Odoo {
-    /// Name of Odoo's database: lower-case letters, digits and `_`, a letter first. Default: `"odoo"`.
-    #[cfg_attr(feature = "schema", schemars(with = "form::Identifier"))]
-    pub database: String,
-    /// Languages whose translations are in the image. English is always in it. Example: `["de", "pt_BR"]`. Default:
-    /// none.
-    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Language>"))]
-    pub languages: Vec<String>,
-    /// Folders with further add-ons, relative to `fleet.toml`. Each sub-folder is an add-on. Default: none.
-    pub addons: Vec<String>,
-    /// Add-ons that Odoo installs when it creates the database, and in the rollout of the version that first names them.
-    /// Default: `["web"]`.
-    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Identifier>"))]
-    pub modules: Vec<String>,
-}
-
-impl Default for Odoo {
-    fn default() -> Self {
-        Self { database: "odoo".to_owned(), languages: Vec::new(), addons: Vec::new(), modules: vec!["web".to_owned()] }
-    }
 }
 
 /// `[web]`: HTTP settings of the hubs.

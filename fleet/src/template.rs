@@ -8,6 +8,7 @@ use minijinja::{Environment, UndefinedBehavior};
 use serde::{Serialize, Serializer};
 
 use crate::membership::{Secrets, Tls};
+use crate::odoo_server::OdooServer;
 use crate::ports::Filter;
 use crate::topology::{Node, Topology};
 
@@ -31,8 +32,8 @@ pub struct NodeContext<'a> {
 }
 
 impl Serialize for NodeContext<'_> {
-    /// Serializes the fields, `filter` with the input of the packet filter's template, and on monitors `alert_secrets`
-    /// with the decrypted passwords of `[alerts]`.
+    /// Serializes the fields, `filter` with the input of the packet filter's template, `odoo` with the values of Odoo's
+    /// configuration, and on monitors `alert_secrets` with the decrypted passwords of `[alerts]`.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         struct Variables<'a> {
@@ -44,13 +45,15 @@ impl Serialize for NodeContext<'_> {
             secrets: &'a Secrets,
             web: &'a str,
             filter: Filter,
+            odoo: OdooServer,
             alert_secrets: BTreeMap<String, String>,
         }
         let Self { fleet, node, epoch, machine, tls, secrets, web } = *self;
         let filter = Filter::for_node(fleet, node);
         let wanted = if node.has_role("monitor") { fleet.alerts.secrets() } else { BTreeSet::new() };
+        let odoo = OdooServer::for_node(fleet, node, (machine.memory, machine.cpus), secrets);
         let alert_secrets = fleet.alert_secrets.values(secrets.alert_key().as_ref(), &fleet.name, &wanted);
-        Variables { fleet, node, epoch, machine, tls, secrets, web, filter, alert_secrets }.serialize(serializer)
+        Variables { fleet, node, epoch, machine, tls, secrets, web, filter, odoo, alert_secrets }.serialize(serializer)
     }
 }
 

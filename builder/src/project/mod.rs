@@ -6,6 +6,7 @@ pub(crate) mod alert_secrets;
 pub(crate) mod check;
 mod languages;
 pub(crate) mod machine_id;
+pub(crate) mod mail;
 #[cfg(test)]
 mod schema_tests;
 pub(crate) mod secrets;
@@ -135,6 +136,7 @@ impl Project {
             })?;
             files.insert("overlays/pgbackrest/usr/share/bakehouse/s3-ca.crt".to_owned(), bytes);
         }
+        mail::add_authority(&fleet, &dir, &mut files)?;
         let mut profiles = Profiles::new();
         for (path, bytes) in &files {
             if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {
@@ -154,6 +156,9 @@ impl Project {
         let stored = alert_secrets::read(&dir)?;
         warnings.extend(alert_secrets::missing(&fleet, &stored));
         topology.alert_secrets = stored.only(&topology.alerts.secrets());
+        let stored = mail::read(&dir)?;
+        warnings.extend(mail::missing(&fleet, &stored));
+        topology.mail_secrets = stored.used_by(topology.odoo.mail.as_ref());
         Ok(Self { dir, fleet, topology, profiles, warnings, files, origins })
     }
 

@@ -1,7 +1,9 @@
 //! Rules of `bakehouse check` for a `fleet.toml` that parses.
 
 mod alerts;
+mod mail;
 mod names;
+mod odoo;
 mod places;
 mod ports;
 mod services;
@@ -113,6 +115,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.database();
     lint.backup();
     lint.services();
+    lint.odoo();
     lint.ports();
     lint.netboot();
     lint.promises();

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{File, json_schema, literal, schema_of};
 use crate::{
     Access, Alerts, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet, Fonts, Group,
-    Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port, Profile,
+    Health, Image, Mail, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port, Profile,
     Promise, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
 };
 
@@ -61,7 +61,8 @@ fn fleet_sections() -> Vec<Section> {
         section::<Matrix>("[[alerts.matrix]]", &["alerts", "matrix", "*"], ""),
         section::<Ntfy>("[[alerts.ntfy]]", &["alerts", "ntfy", "*"], ""),
         section::<Database>("[database]", &["database"], ""),
-        section::<Odoo>("[odoo]", &["odoo"], ""),
+        section::<Odoo>("[odoo]", &["odoo"], "[Size Odoo](howto/sizing.md) has the formulas."),
+        section::<Mail>("[odoo.mail]", &["odoo", "mail"], "[Send mail](howto/mail.md) has the steps."),
         section::<Backup>("[backup]", &["backup"], later),
         section::<S3>("[backup.s3]", &["backup", "s3"], ""),
         section::<Promise>("[promise]", &["promise"], ""),
