@@ -137,8 +137,8 @@ async fn collect(node: &str, mut lines: NodeLines) -> Result<(i32, String)> {
 /// Returns the report in a script's output, which also has Odoo's log.
 fn report(output: &str) -> Option<MailReport> {
     let objects = output.lines().rev().filter(|line| line.starts_with('{'));
-    let found = objects.filter_map(|line| serde_json::from_str::<MailReport>(line).ok());
-    found.into_iter().find(|report| !report.to.is_empty())
+    let mut found = objects.filter_map(|line| serde_json::from_str::<MailReport>(line).ok());
+    found.find(|report| !report.to.is_empty())
 }
 
 /// Returns the fix of a failure.

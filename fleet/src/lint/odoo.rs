@@ -201,7 +201,7 @@ impl Lint<'_> {
             }
             if matches!(value, OdooOption::Text(text) if text.contains(char::is_control) || text.trim() != text) {
                 let at = fleet.source.value(&["odoo", "options", key]);
-                let message = format!("[odoo.options] `{}` has a control character, or a space at an end", key);
+                let message = format!("[odoo.options] `{key}` has a control character, or a space at an end");
                 self.error(at, message, "write a text of one line".to_owned());
             }
         }
