@@ -50,6 +50,18 @@ macro_rules! label {
     };
 }
 
+macro_rules! mail_domain {
+    () => {
+        "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+"
+    };
+}
+
+macro_rules! mail_name {
+    () => {
+        "[a-z0-9_+-]+(\\.[a-z0-9_+-]+)*"
+    };
+}
+
 /// A character that has no meaning in a shell, in a unit or in an INI file.
 macro_rules! plain {
     () => {
@@ -87,6 +99,14 @@ forms! {
     Url = "address", "^https?://\\S*$", None;
     /// Topic of ntfy.
     Topic = "name", "^[A-Za-z0-9_-]{1,64}$", None;
+    /// Mail address without a name.
+    MailAddress = "address", concat!("^", mail_name!(), "@", mail_domain!(), "$"), Some(254);
+    /// Mail domain, in lower case.
+    MailDomain = "domain", concat!("^", mail_domain!(), "$"), Some(253);
+    /// Name in a mail domain, as Odoo stores it.
+    MailName = "name", concat!("^", mail_name!(), "$"), Some(64);
+    /// Mail address or mail domain.
+    MailSender = "sender", concat!("^(", mail_name!(), "@)?", mail_domain!(), "$"), Some(254);
     /// Time as in systemd's `OnCalendar=`, for the backups.
     BackupTime = "time", concat!("^", plain!(), "+$"), None;
     /// Time as in systemd's `OnCalendar=`, for the updates.

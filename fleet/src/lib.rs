@@ -35,10 +35,13 @@ pub mod grubenv;
 mod join;
 mod lan;
 mod lint;
+mod mail;
 mod membership;
 pub mod netboot;
 pub mod node_api;
+mod odoo;
 mod odoo_code;
+mod odoo_server;
 mod operator;
 mod overlay;
 pub mod ports;
@@ -70,8 +73,11 @@ pub use join::{
 };
 pub use lan::{LanAddress, LanPlace};
 pub use lint::{HaRow, ha_table, is_fleet_name, lint};
+pub use mail::{Mail, MailKey, MailSecrets, MailServer};
 pub use membership::{Membership, STATE_VERSION, Secrets, Tls};
+pub use odoo::{Odoo, OdooOption};
 pub use odoo_code::{CodeOrigin, OdooSource, Repository};
+pub use odoo_server::OdooServer;
 pub use operator::{
     HubPeer, Operator, OperatorPeer, OperatorPeerRequest, OperatorPeering, OperatorRevocation, OperatorRole,
     RevokedOperator, WireguardKey, operator_peer_message,
@@ -84,7 +90,7 @@ pub use rollout::{
 };
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
 pub use settings::{
-    Access, Backup, Database, Firewall, Netboot, Odoo, OpenPort, Promise, Proto, S3, SecureBoot, Update, Web,
+    Access, Backup, Database, Firewall, Netboot, OpenPort, Promise, Proto, S3, SecureBoot, Update, Web,
 };
 pub use signed::{
     BOUND_SIGNATURE_HEADER, ChannelBinding, EXPORTER_LABEL, ORDER_VALIDITY, OrderScope, SignedOrder, bound_message,

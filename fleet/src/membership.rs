@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::alerts::AlertKey;
+use crate::mail::MailKey;
 
 /// Format of a node's sealed `state.json`. The image's manifest has it, so `bakehouse plan` can warn that an older
 /// image cannot read the state of a newer one.
@@ -63,6 +64,9 @@ pub struct Secrets {
     /// Key that decrypts the passwords of `[alerts]`, for monitors. Hubs and the fleet key derive it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub alerts: String,
+    /// Key that decrypts the password of `[odoo.mail]`, for app nodes. Hubs and the fleet key derive it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub mail: String,
 }
 
 impl Membership {
@@ -99,6 +103,7 @@ impl Secrets {
             etcd_root: secret("etcd-root"),
             etcd_patroni: secret("etcd-patroni"),
             alerts: secret("alerts"),
+            mail: secret("mail"),
         }
     }
 
@@ -123,6 +128,7 @@ impl Secrets {
             etcd_root: needs(&["hub"], &self.etcd_root),
             etcd_patroni: needs(&["hub", "db"], &self.etcd_patroni),
             alerts: self.alert_key().map_or_else(String::new, |key| needs(&["monitor"], key.text())),
+            mail: self.mail_key().map_or_else(String::new, |key| needs(&["app"], key.text())),
         }
     }
 
@@ -131,6 +137,13 @@ impl Secrets {
     #[must_use]
     pub fn alert_key(&self) -> Option<AlertKey> {
         AlertKey::granted(&self.alerts).or_else(|| AlertKey::derive(&self.etcd_root))
+    }
+
+    /// Returns the key for the password of `[odoo.mail]`: the granted one, or the one that hubs derive. `None` on nodes
+    /// with neither.
+    #[must_use]
+    pub fn mail_key(&self) -> Option<MailKey> {
+        MailKey::granted(&self.mail).or_else(|| MailKey::derive(&self.etcd_root))
     }
 }
 
@@ -166,6 +179,10 @@ mod tests {
         let granted = derived.for_roles(&["monitor".to_owned()]);
         assert!(granted.alert_key().is_some() && granted.alert_key() == derived.alert_key());
         assert!(db.alert_key().is_none());
+        assert_eq!((app.mail.as_str(), monitor.mail.as_str(), db.mail.as_str()), ("sample-mail", "", ""));
+        let derived = Secrets { mail: String::new(), ..Secrets::sample() };
+        assert_eq!(derived.for_roles(&["app".to_owned()]).mail_key(), derived.mail_key());
+        assert!(app.alert_key().is_none() && monitor.mail_key().is_none());
         let both = Secrets::sample().for_roles(&["db".to_owned(), "app".to_owned()]);
         assert_eq!((both.odoo_admin.as_str(), both.rewind.as_str()), ("sample-odoo-admin", "sample-rewind"));
     }

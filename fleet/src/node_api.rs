@@ -8,6 +8,7 @@ mod audit;
 mod backup;
 mod disk;
 mod drain;
+mod mail;
 mod net;
 mod pcap;
 mod sql;
@@ -24,6 +25,7 @@ pub use audit::{
 pub use backup::{BACKUP_PATH, BackupRequest, BackupStatus};
 pub use disk::{DISK_PATH, DatabaseSize, DiskStatus, FileSystem, PartitionStatus};
 pub use drain::{DRAIN_PATH, DRAINED_PATH, DrainAnswer, DrainRequest, UNDRAIN_PATH};
+pub use mail::{LONGEST_MAIL_ADDRESS, MAIL_TEST_PATH, MAIL_TEST_SECONDS, MailReport, MailTestRequest, is_mail_address};
 pub use net::{LinkStatus, NET_PATH, NetStatus, PathStatus, PeerStatus, RouteStatus, SessionStatus};
 pub use pcap::{LARGEST_CAPTURE, LARGEST_SNAP, LONGEST_CAPTURE, PCAP_PATH, PcapRequest};
 pub use sql::{

@@ -11,7 +11,8 @@ use crate::alerts::Alerts;
 use crate::diagnostic::{Diagnostic, Source, parse};
 use crate::dns::Dns;
 use crate::lan::LanAddress;
-use crate::settings::{Access, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update, Web};
+use crate::odoo::Odoo;
+use crate::settings::{Access, Backup, Database, Firewall, Netboot, Promise, SecureBoot, Update, Web};
 #[cfg(feature = "schema")]
 use crate::{etcd_keys::FOLDERS, form};
 
@@ -53,7 +54,7 @@ pub struct Fleet {
     #[serde(default = "default_section::<Backup>")]
     #[cfg_attr(feature = "schema", schemars(with = "Backup"))]
     pub backup: Spanned<Backup>,
-    /// Odoo's database, add-ons and languages.
+    /// Odoo's database, add-ons, languages, processes and mail.
     #[serde(default = "default_section::<Odoo>")]
     #[cfg_attr(feature = "schema", schemars(with = "Odoo"))]
     pub odoo: Spanned<Odoo>,

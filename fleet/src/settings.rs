@@ -1,4 +1,4 @@
-//! Settings of the services: sections of `fleet.toml`, and variables of the templates.
+//! Settings of the services, except `[odoo]` and `[alerts]`: sections of `fleet.toml`, and variables of the templates.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "schema")]
 use crate::form;
-use crate::odoo_code::{OdooSource, Repository};
 
 /// `[database]`: timing of Patroni's failure detection. `loop_wait + 2 × retry_timeout` must not exceed `ttl`. A
 /// change applies when a node with that image is the primary.
@@ -96,60 +95,6 @@ pub struct S3 {
     /// certificate. Default: the authorities that Debian trusts.
     #[serde(default)]
     pub ca: Option<String>,
-}
-
-/// `[odoo]`: content of the application images, and of Odoo's database.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct Odoo {
-    /// Name of Odoo's database: lower-case letters, digits and `_`, a letter first. Default: `"odoo"`.
-    #[cfg_attr(feature = "schema", schemars(with = "form::Identifier"))]
-    pub database: String,
-    /// Languages whose translations are in the image. English is always in it. Example: `["de", "pt_BR"]`. Default:
-    /// none.
-    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Language>"))]
-    pub languages: Vec<String>,
-    /// Folders with further add-ons, relative to `fleet.toml`. Each sub-folder is an add-on. Default: none.
-    pub addons: Vec<String>,
-    /// Add-ons and other Python packages for Odoo from the index of the host's pip, each with its version. `bakehouse lock`
-    /// adds what they require: Debian's packages, or further wheels. Example:
-    /// `["odoo-addon-account-financial-report==19.0.0.0.26.3"]`. Default: none.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Wheel>"))]
-    pub wheels: Vec<String>,
-    /// Add-ons that Odoo installs when it creates the database, and in the rollout of the version that first names them.
-    /// Default: `["web"]`.
-    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Identifier>"))]
-    pub modules: Vec<String>,
-    /// Section `[odoo.source]`. Default: the code in Debian's package.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub source: Option<OdooSource>,
-    /// Sections `[[odoo.repositories]]`. Default: none.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub repositories: Vec<Repository>,
-}
-
-impl Odoo {
-    /// Returns what a node gets of the section: not where code comes from.
-    #[must_use]
-    pub fn on_nodes(&self) -> Self {
-        Self { addons: Vec::new(), wheels: Vec::new(), source: None, repositories: Vec::new(), ..self.clone() }
-    }
-}
-
-impl Default for Odoo {
-    fn default() -> Self {
-        Self {
-            database: "odoo".to_owned(),
-            languages: Vec::new(),
-            addons: Vec::new(),
-            wheels: Vec::new(),
-            modules: vec!["web".to_owned()],
-            source: None,
-            repositories: Vec::new(),
-        }
-    }
 }
 
 /// `[web]`: HTTP settings of the hubs.

@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 use crate::dns::dnssec_key;
 use crate::lan::LanPlace;
 use crate::membership::{Secrets, Tls};
+use crate::odoo_server::OdooServer;
 use crate::ports::Filter;
 use crate::topology::{DNS, Node, Topology};
 
@@ -35,8 +36,8 @@ pub struct NodeContext<'a> {
 }
 
 impl Serialize for NodeContext<'_> {
-    /// Serializes the fields, `filter` with the input of the packet filter's template, and on monitors `alert_secrets`
-    /// with the decrypted passwords of `[alerts]`.
+    /// Serializes the fields, `filter` with the input of the packet filter's template, `odoo` with the values of Odoo's
+    /// configuration, and on monitors `alert_secrets` with the decrypted passwords of `[alerts]`.
     /// `dnssec_key` is the key of the zone on hubs that sign it, and `hook_token` the token of `[vip] hook` on hubs; both
     /// are empty on other nodes.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -51,6 +52,7 @@ impl Serialize for NodeContext<'_> {
             web: &'a str,
             lan: &'a [LanPlace],
             filter: Filter,
+            odoo: OdooServer,
             alert_secrets: BTreeMap<String, String>,
             dnssec_key: String,
             hook_token: String,
@@ -58,6 +60,7 @@ impl Serialize for NodeContext<'_> {
         let Self { fleet, node, epoch, machine, tls, secrets, web, lan } = *self;
         let filter = Filter::for_node(fleet, node);
         let wanted = if node.has_role("monitor") { fleet.alerts.secrets() } else { BTreeSet::new() };
+        let odoo = OdooServer::for_node(fleet, node, (machine.memory, machine.cpus), secrets);
         let alert_secrets = fleet.alert_secrets.values(secrets.alert_key().as_ref(), &fleet.name, &wanted);
         let wanted = BTreeSet::from_iter((fleet.hook && node.hub > 0).then_some(Topology::HOOK_SECRET));
         let token = fleet.alert_secrets.values(secrets.alert_key().as_ref(), &fleet.name, &wanted);
@@ -66,7 +69,7 @@ impl Serialize for NodeContext<'_> {
         let dnssec_key = zone.and_then(|zone| dnssec_key(&secrets.etcd_root, &fleet.name, zone)).unwrap_or_default();
         #[rustfmt::skip]
         let variables = Variables {
-            fleet, node, epoch, machine, tls, secrets, web, lan, filter, alert_secrets, dnssec_key, hook_token,
+            fleet, node, epoch, machine, tls, secrets, web, lan, filter, odoo, alert_secrets, dnssec_key, hook_token,
         };
         variables.serialize(serializer)
     }

@@ -11,10 +11,12 @@ use crate::alerts::{AlertSecrets, Alerts};
 use crate::calendar::point_in_time;
 use crate::dns::Dns;
 use crate::lan::LanAddress;
+use crate::mail::MailSecrets;
+use crate::odoo::Odoo;
 use crate::ports::{ServicePort, services};
 use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
-use crate::settings::{Access, Backup, Database, Firewall, Odoo, Update, Web};
+use crate::settings::{Access, Backup, Database, Firewall, Update, Web};
 
 /// Topology and settings of a fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +52,9 @@ pub struct Topology {
     /// Encrypted passwords of the receivers in `[alerts]`.
     #[serde(default, skip_serializing_if = "AlertSecrets::is_empty")]
     pub alert_secrets: AlertSecrets,
+    /// Encrypted password of `[odoo.mail]`.
+    #[serde(default, skip_serializing_if = "MailSecrets::is_empty")]
+    pub mail_secrets: MailSecrets,
     /// Section `[firewall]`.
     pub firewall: Firewall,
     /// Section `[dns]`.
@@ -236,6 +241,7 @@ impl Topology {
             odoo: fleet.odoo.get_ref().on_nodes(),
             alerts: fleet.alerts.get_ref().clone(),
             alert_secrets: AlertSecrets::default(),
+            mail_secrets: MailSecrets::default(),
             firewall: fleet.firewall.get_ref().clone(),
             dns,
             update,

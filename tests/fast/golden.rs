@@ -118,16 +118,18 @@ fn reference_pages_match_the_types() {
 }
 
 /// Renders the first node of each group, because others of a group differ only in their addresses. Of the fleets
-/// `watched` and `receivers` only the monitor, which is the one node that alert receivers change.
+/// `watched` and `receivers` only the monitor, which is the one node that alert receivers change. Of the fleet `mail` only
+/// the files of Odoo.
 fn rendered() -> BTreeMap<PathBuf, String> {
     let member = Membership::sample();
     let mut rendered = BTreeMap::new();
-    for (dir, fleet, role) in [
-        ("profiles/fleets", "ha", None),
-        ("profiles/fleets", "minimal-ha", None),
-        ("profiles/fleets", "quick-ha", None),
-        ("tests/fleets", "watched", Some("monitor")),
-        ("tests/fleets", "receivers", Some("monitor")),
+    for (dir, fleet, role, prefix) in [
+        ("profiles/fleets", "ha", None, "run/"),
+        ("profiles/fleets", "minimal-ha", None, "run/"),
+        ("profiles/fleets", "quick-ha", None, "run/"),
+        ("tests/fleets", "watched", Some("monitor"), "run/"),
+        ("tests/fleets", "receivers", Some("monitor"), "run/"),
+        ("tests/fleets", "mail", Some("app"), "run/bakehouse/odoo"),
     ] {
         let project = Project::load(&root().join(dir).join(format!("{fleet}.toml"))).expect("a valid fleet.toml");
         let shown = |n: &&fleet::Node| n.number == 1 && role.is_none_or(|role| n.has_role(role));
@@ -135,7 +137,7 @@ fn rendered() -> BTreeMap<PathBuf, String> {
             let context = project.context(node, &member);
             for overlay in project.recipe(&node.group).overlays {
                 for (inner, bytes) in project.overlay(&overlay).expect("the overlay exists").files {
-                    let Some(path) = inner.strip_suffix(".j2").filter(|p| p.starts_with("run/")) else { continue };
+                    let Some(path) = inner.strip_suffix(".j2").filter(|p| p.starts_with(prefix)) else { continue };
                     // Certificates and keys differ at every run.
                     if path.starts_with("run/bakehouse/tls/") {
                         continue;

@@ -11,6 +11,7 @@ mod fleet;
 mod ipxe;
 mod journals;
 mod legacy_bios;
+mod mail;
 mod netboot;
 mod power_loss;
 mod printing;

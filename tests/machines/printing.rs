@@ -1,8 +1,11 @@
-//! PDF files of Odoo in a fleet of containers: an invoice through Odoo's report engine, ten at once, and too many pages.
+//! PDF files and mail of Odoo in a fleet of containers: an invoice through Odoo's report engine, ten at once, and too many
+//! pages; a mail server that accepts and refuses.
 
 use std::process::Command;
 
 use bakehouse_tests::{CommandOutput, Machine, TestFleet, root};
+
+use crate::mail;
 
 const FLEET: &str = "name = \"printing\"\nversion = \"1\"\n\n[groups.all]\ncount = 1\nroles = [\"hub\", \"db\", \"app\"]\n\
                      endpoints = [\"all.example.net\"]\n\n[access]\nshell = true\n\n[odoo]\n\
@@ -11,9 +14,13 @@ const FLEET: &str = "name = \"printing\"\nversion = \"1\"\n\n[groups.all]\ncount
 #[test]
 fn containers_print_reports() {
     let lab = TestFleet::empty("printing");
-    lab.write("fleet.toml", FLEET);
+    let endpoints = "endpoints = [\"all.example.net\"]\n";
+    let fleet = FLEET.replace(endpoints, &format!("{endpoints}{}", mail::PACKAGES));
+    lab.write("fleet.toml", &format!("{fleet}{}", mail::SETTINGS));
+    mail::make_certificate(&lab, "server");
     lab.ok(&["lock"]);
     lab.init();
+    mail::store_password(&lab);
     let node = Machine::for_node(&lab, "all-1");
     lab.ok(&["up", "--containers"]);
     // The node printed two pages before it was ready, and none of its units failed.
@@ -41,5 +48,6 @@ fn containers_print_reports() {
     assert_eq!(printed.status, 0, "{}", printed.err);
     // Each renderer ended with its job, and left no file.
     assert_eq!(node.ok("systemctl list-units --no-legend --plain 'odoo-print@*' | wc -l"), "0");
+    mail::sends_mail(&lab, &node);
     lab.ok(&["down"]);
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use fleet::{Access, Topology};
+use fleet::{Access, Odoo, Topology};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -96,7 +96,7 @@ pub(crate) fn settings(topology: &Topology) -> Value {
         "dns": topology.dns,
         "database": topology.database,
         "backup": topology.backup,
-        "odoo": topology.odoo,
+        "odoo": odoo(topology),
         "alerts": alerts,
         "firewall": topology.firewall,
         "update": topology.update,
@@ -109,6 +109,20 @@ pub(crate) fn settings(topology: &Topology) -> Value {
     }
     if topology.access != Access::default() {
         settings["access"] = json!(topology.access);
+    }
+    settings
+}
+
+/// Returns `[odoo]`, without keys that the file leaves out and manifests of earlier versions do not have.
+fn odoo(topology: &Topology) -> Value {
+    let (mut settings, default) = (json!(topology.odoo), json!(Odoo::default()));
+    if let (Some(settings), Some(default)) = (settings.as_object_mut(), default.as_object()) {
+        let is_old = |key: &str| ["database", "languages", "addons", "modules"].contains(&key);
+        settings.retain(|key, value| is_old(key) || default.get(key) != Some(value));
+    }
+    if !topology.mail_secrets.is_empty() {
+        // `plan` shows that the password changed.
+        settings["mail"]["secret"] = json!(sha256(json!(topology.mail_secrets).to_string().as_bytes())[..8]);
     }
     settings
 }

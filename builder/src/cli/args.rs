@@ -8,6 +8,7 @@ use super::alert::{self, AlertCommand};
 use super::audit::{self, AuditArgs};
 use super::backup::{self, BackupCommand};
 use super::disk::{self, DiskArgs};
+use super::mail::{self, MailCommand};
 use super::net::{self, NetArgs};
 use super::odoo::{self, OdooCommand};
 use super::parse::scenarios;
@@ -110,12 +111,14 @@ pub(super) enum Command {
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
     },
-    /// Store a password of `[alerts]`, encrypted for the monitors
-    #[command(after_help = "Examples:\n  bakehouse secret email\n  bakehouse secret telegram <token.txt\n\n\
+    /// Store a password of `[alerts]` or `[odoo.mail]`, encrypted for the nodes that need it
+    #[command(after_help = "Examples:\n  bakehouse secret email\n  bakehouse secret telegram <token.txt\n  \
+        bakehouse secret odoo_mail\n\n\
         The command asks for the secret, or reads it from standard input, and writes it encrypted to\n\
-        alerts.secrets, which you may commit. Raise `version` and publish. Only monitors can decrypt it.")]
+        alerts.secrets, which only monitors can decrypt, or to odoo.secrets, which only app nodes can decrypt. You may\n\
+        commit both. Raise `version` and publish.")]
     Secret {
-        /// Name of the secret: `email`, or `secret` of another receiver
+        /// Name of the secret: `email`, `secret` of another receiver, or `odoo_mail`
         name: String,
         /// Remove the secret
         #[arg(long)]
@@ -360,6 +363,9 @@ pub(super) enum Command {
     /// Test whether alerts reach people
     #[command(subcommand, after_help = alert::ALERT)]
     Alert(AlertCommand),
+    /// Test whether Odoo can send mail
+    #[command(subcommand, after_help = mail::MAIL)]
+    Mail(MailCommand),
     /// Give people access to the fleet, and take it back
     #[command(subcommand, after_help = verbs::OPERATOR)]
     Operator(OperatorCommand),

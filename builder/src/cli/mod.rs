@@ -18,6 +18,7 @@ mod inspect;
 mod install;
 mod look;
 mod machines;
+mod mail;
 mod net;
 mod next;
 mod node_results;
@@ -115,6 +116,7 @@ fn run(cli: &Cli, output: Output) -> Result<ExitCode> {
         | Command::Undrain(_)
         | Command::Open(_)
         | Command::Alert(_)
+        | Command::Mail(_)
         | Command::Exec(_)
         | Command::Psql(_)
         | Command::Odoo(_)
@@ -206,6 +208,7 @@ fn run_for_nodes(context: &NodeContext, command: &Command) -> Result<CommandResu
         Command::Pcap(args) => pcap::pcap(context, args),
         Command::Open(args) => look::open(context, args),
         Command::Alert(command) => alert::run(context, command),
+        Command::Mail(command) => mail::run(context, command),
         Command::Report(args) => look::report(context, args),
         Command::Restart(args) => steer::restart(context, args),
         Command::Reboot(args) => steer::reboot(context, args),

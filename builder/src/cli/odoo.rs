@@ -88,7 +88,7 @@ fn script(args: &OdooShellArgs) -> Result<String> {
 }
 
 /// Returns the name of the first app node that is ready, and that HAProxy sends requests to.
-fn app_node(reach: &Reach) -> Result<String> {
+pub(super) fn app_node(reach: &Reach) -> Result<String> {
     let of_apps = |roles: &[String]| roles.iter().any(|role| role == "app" || role == "hub");
     let nodes: Vec<_> = reach.nodes.iter().filter(|node| of_apps(&node.roles)).cloned().collect();
     if !nodes.iter().any(|node| node.roles.iter().any(|role| role == "app")) {

@@ -5,6 +5,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 use super::alert::AlertCommand;
 use super::args::{Cli, Command, StoreCommand};
 use super::backup::BackupCommand;
+use super::mail::MailCommand;
 use super::odoo::OdooCommand;
 use super::verbs::OperatorCommand;
 use crate::rehearse;
@@ -46,6 +47,7 @@ impl Command {
             Self::Undrain(_) => "undrain",
             Self::Open(_) => "open",
             Self::Alert(AlertCommand::Test(_)) => "alert test",
+            Self::Mail(MailCommand::Test(_)) => "mail test",
             Self::Operator(OperatorCommand::Add(_)) => "operator add",
             Self::Operator(OperatorCommand::Request { .. }) => "operator request",
             Self::Operator(OperatorCommand::List) => "operator list",
@@ -90,6 +92,7 @@ pub(super) const GROUPS: &[(&str, &[&str])] = &[
             "psql",
             "odoo",
             "alert",
+            "mail",
             "operator",
         ],
     ),

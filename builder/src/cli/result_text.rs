@@ -25,6 +25,7 @@ impl CommandResult {
             Self::Status(status) | Self::Top(status) if status.nodes.iter().any(is_silent) => ExitCode::FAILURE,
             Self::Logs(logs) if !logs.incomplete.is_empty() => ExitCode::FAILURE,
             Self::AlertTest(test) if !test.is_good() => ExitCode::FAILURE,
+            Self::MailTest(test) if !test.is_good() => ExitCode::FAILURE,
             Self::BackupNow(backup) if !backup.done => ExitCode::FAILURE,
             _ => ExitCode::SUCCESS,
         }
@@ -64,6 +65,7 @@ impl fmt::Display for CommandResult {
             Self::Audit(log) => write!(f, "{log}"),
             Self::BackupNow(backup) => write!(f, "{backup}"),
             Self::AlertTest(test) => write!(f, "{test}"),
+            Self::MailTest(test) => write!(f, "{test}"),
             Self::OperatorList(rows) => f.write_str(&operator_log::table(rows)),
             Self::Console(console) => console.lines.iter().try_for_each(|line| writeln!(f, "{line}")),
             Self::Exec(done) | Self::OdooShell(done) if !done.printed => f.write_str(&done.output),

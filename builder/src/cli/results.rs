@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::alert::AlertTestResult;
 use super::audit::AuditResult;
 use super::backup::BackupNowResult;
+use super::mail::MailTestResult;
 use super::node_results::{
     ActionResult, LogsResult, NewOperatorResult, OpenResult, OperatorRequestResult, OperatorWireguardResult,
     RevokedOperatorResult, UnitsResult,
@@ -180,6 +181,9 @@ pub(super) enum CommandResult {
     /// What each receiver answered. The exit code is 1 if one has not accepted the alert.
     #[serde(rename = "alert test")]
     AlertTest(AlertTestResult),
+    /// What the mail server answered. The exit code is 1 if it has not accepted the mail.
+    #[serde(rename = "mail test")]
+    MailTest(MailTestResult),
     /// The operator's new file.
     #[serde(rename = "operator add")]
     OperatorAdd(NewOperatorResult),

@@ -51,6 +51,7 @@ impl FleetKey {
             etcd_patroni: password()?,
             // Derived from the password of etcd's user `root`.
             alerts: String::new(),
+            mail: String::new(),
         };
         Ok(Self { fleet: fleet.to_owned(), root: Issuer::root(fleet)?, secrets })
     }

@@ -7,6 +7,7 @@ pub(crate) mod check;
 mod hook;
 mod languages;
 pub(crate) mod machine_id;
+pub(crate) mod mail;
 #[cfg(test)]
 mod schema_tests;
 pub(crate) mod secrets;
@@ -142,6 +143,7 @@ impl Project {
             files.insert("overlays/pgbackrest/usr/share/bakehouse/s3-ca.crt".to_owned(), bytes);
         }
         hook::add(&fleet, &dir, &mut files)?;
+        mail::add_authority(&fleet, &dir, &mut files)?;
         let mut profiles = Profiles::new();
         for (path, bytes) in &files {
             if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {
@@ -161,6 +163,9 @@ impl Project {
         let stored = alert_secrets::read(&dir)?;
         warnings.extend(alert_secrets::missing(&fleet, &stored));
         topology.alert_secrets = stored.only(&topology.secret_names());
+        let stored = mail::read(&dir)?;
+        warnings.extend(mail::missing(&fleet, &stored));
+        topology.mail_secrets = stored.used_by(topology.odoo.mail.as_ref());
         let place = |lan: &fleet::LanAddress| LanPlace { address: lan.address, interface: "lo".to_owned() };
         let lan = topology.lan.iter().map(place).collect();
         Ok(Self { dir, fleet, topology, profiles, warnings, lan, files, origins })

@@ -131,6 +131,13 @@ fn parser_and_schema_refuse_bad_files() {
             "alerts.email = { to = \"a@b.example\", from = \"a@b.example\", smarthost = \"m:25\", tls = \"ssl\" }",
         ),
         (File::Fleet, HUBS, "odoo.languages = [\"german\"]"),
+        (File::Fleet, HUBS, "odoo.workers = 0"),
+        (File::Fleet, HUBS, "odoo.memory_soft = \"640 MB\""),
+        (File::Fleet, HUBS, "odoo.cron_threads = 17"),
+        (File::Fleet, HUBS, "odoo.options = { unaccent = [true] }"),
+        (File::Fleet, HUBS, "odoo.mail = { user = \"u\" }"),
+        (File::Fleet, HUBS, "odoo.mail = { smarthost = \"m:25\", from = \"ERP <a@b.example>\" }"),
+        (File::Fleet, HUBS, "odoo.mail = { smarthost = \"m:25\", domain = \"B.example\" }"),
         (File::Fleet, HUBS, "backup.keep = 0"),
         (File::Fleet, HUBS, "backup.full = \"\""),
         (File::Fleet, HUBS, "backup.s3 = { bucket = \"b\", endpoint = \"s3.example\" }"),
@@ -179,7 +186,7 @@ firewall = { open = [{ port = 8443, proto = "tcp", role = "hub" }] }
 web = { redirect = true, connections = 150 }
 access = { shell = true, rescue = false }
 update = { url = "https://updates.example/acme/", when = "*:0/5", stale_after = 30 }
-odoo = { database = "odoo", languages = ["pt_BR"], addons = ["addons"], modules = ["web", "sale"] }
+odoo = { database = "odoo", languages = ["pt_BR"], addons = ["addons"], modules = ["web", "sale"], workers = 2, memory_soft = "640M", memory_hard = "1G", time_cpu = 600, time_real = 1200, cron_threads = 1, cron = ["app"], db_maxconn = 16, proxy = true, options = { log_level = "info" }, mail = { smarthost = "mail.example:587", user = "u", tls = "starttls", ca = "ca.pem", from = "erp@x.example", domain = "x.example", catchall = "catchall", bounce = "bounce", from_filter = ["x.example"] } }
 promise = { vip = 3, database = 35, app = 3 }
 secure_boot = { key = "db.key", certificate = "db.crt" }
 
@@ -269,6 +276,13 @@ const COMPARED: &[&str] = &[
     "netboot.diskless",
     "netboot.machines",
     "netboot.others",
+    "odoo.cron",
+    "odoo.mail",
+    "odoo.memory_hard",
+    "odoo.memory_soft",
+    "odoo.options",
+    "odoo.time_cpu",
+    "odoo.time_real",
     "promise.app",
     "promise.database",
     "promise.vip",

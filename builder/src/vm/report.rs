@@ -228,18 +228,20 @@ fn timeline(all: &[Vec<(String, String)>]) -> String {
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-/// Returns every password of the fleet, and those of the receivers of alerts.
+/// Returns every password of the fleet, those of the receivers of alerts, and that of the mail server.
 pub(crate) fn passwords(project: &Project, secrets: &Secrets) -> Vec<String> {
     let topology = &project.topology;
     let key = secrets.alert_key();
     let of_alerts = topology.alert_secrets.values(key.as_ref(), &topology.name, &topology.secret_names());
-    let key = key.iter().map(|key| key.text().to_owned());
+    let mail_key = secrets.mail_key();
+    let of_mail = topology.mail_secrets.password(mail_key.as_ref(), &topology.name);
+    let key = key.iter().map(|key| key.text().to_owned()).chain(mail_key.iter().map(|key| key.text().to_owned()));
     let value = serde_json::to_value(secrets).unwrap_or_default();
     let all = value.as_object().into_iter().flatten().filter_map(|(_, v)| v.as_str()).map(str::to_owned);
     // A configuration may have the secret as a string of JSON.
     let quoted = |text: &String| json!(text).to_string().trim_matches('"').to_owned();
     let of_alerts = of_alerts.into_values().flat_map(|text| [quoted(&text), text]);
-    all.chain(key).chain(of_alerts).filter(|secret| !secret.is_empty()).collect()
+    all.chain(key).chain(of_alerts).chain([of_mail]).filter(|secret| !secret.is_empty()).collect()
 }
 
 /// Returns the text without passwords and private keys.

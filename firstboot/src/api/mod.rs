@@ -13,6 +13,7 @@ mod gateway;
 mod journal;
 mod listener;
 mod lock;
+mod mail;
 mod net;
 mod odoo_shell;
 mod open;

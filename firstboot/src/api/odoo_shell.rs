@@ -18,7 +18,7 @@ const PROGRAM: &str = "/usr/bin/odoo";
 const CONFIG: &str = "/run/bakehouse/odoo.conf";
 const ENVIRONMENT: &str = "/run/bakehouse/odoo.env";
 /// Name of the configuration as a credential of the service.
-const CREDENTIAL: &str = "odoo.conf";
+pub(super) const CREDENTIAL: &str = "odoo.conf";
 
 /// Runs a script, and returns its output while it runs.
 pub(super) async fn run(client: &Arc<Client>, asked: &OdooShellRequest) -> Answer {
@@ -41,12 +41,9 @@ pub(super) async fn run(client: &Arc<Client>, asked: &OdooShellRequest) -> Answe
 
 /// Checks a request, and returns the script for the log.
 fn checked(client: &Client, asked: &OdooShellRequest) -> Result<String, Refusal> {
-    let (api, invalid) = (&client.shared().api, |text: String| Refusal::new(StatusCode::BAD_REQUEST, text));
+    let invalid = |text: String| Refusal::new(StatusCode::BAD_REQUEST, text);
     exec::permitted(client)?;
-    if !api.node.has_role("app") {
-        let text = format!("{} does not run Odoo", api.node.name);
-        return Err(Refusal::new(StatusCode::NOT_FOUND, text).help("name a node with the role app"));
-    }
+    runs_odoo(client)?;
     if asked.script.trim().is_empty() {
         return Err(invalid("the request has no script".to_owned()));
     }
@@ -61,6 +58,16 @@ fn checked(client: &Client, asked: &OdooShellRequest) -> Result<String, Refusal>
     Ok(script)
 }
 
+/// Refuses on a node without Odoo.
+pub(super) fn runs_odoo(client: &Client) -> Result<(), Refusal> {
+    let node = &client.shared().api.node;
+    if node.has_role("app") {
+        return Ok(());
+    }
+    let text = format!("{} does not run Odoo", node.name);
+    Err(Refusal::new(StatusCode::NOT_FOUND, text).help("name a node with the role app"))
+}
+
 fn words(service: &str, database: &str) -> Vec<String> {
     let config = format!("/run/credentials/{service}/{CREDENTIAL}");
     let one_process = ["--no-http", "--workers=0", "--max-cron-threads=0"];
@@ -68,8 +75,8 @@ fn words(service: &str, database: &str) -> Vec<String> {
     words.map(str::to_owned).collect()
 }
 
-/// Returns the properties of the service.
-fn properties() -> Vec<Property<'static>> {
+/// Returns the properties of a service with Odoo's user and sandbox.
+pub(super) fn properties() -> Vec<Property<'static>> {
     let yes = || Value::from(true);
     vec![
         ("User", "odoo".into()),

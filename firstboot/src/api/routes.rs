@@ -7,9 +7,9 @@ use bytes::Bytes;
 use fleet::OperatorRole;
 use fleet::node_api::{
     ACTION_PATH, ActionRequest, BACKUP_PATH, BackupRequest, DISK_PATH, DRAIN_PATH, EXEC_PATH, ExecRequest,
-    JOURNAL_PATH, KEPT_JOURNAL_PATH, LONGEST_NODE_REQUEST, LONGEST_SCRIPT, NET_PATH, ODOO_SHELL_PATH, OPEN_PREFIX,
-    OdooShellRequest, PCAP_PATH, POWEROFF_PATH, PcapRequest, REBOOT_PATH, RESTART_PATH, SQL_PATH, STATUS_PATH,
-    SWITCHOVER_PATH, SqlRequest, UNDRAIN_PATH, UNITS_PATH,
+    JOURNAL_PATH, KEPT_JOURNAL_PATH, LONGEST_NODE_REQUEST, LONGEST_SCRIPT, MAIL_TEST_PATH, MailTestRequest, NET_PATH,
+    ODOO_SHELL_PATH, OPEN_PREFIX, OdooShellRequest, PCAP_PATH, POWEROFF_PATH, PcapRequest, REBOOT_PATH, RESTART_PATH,
+    SQL_PATH, STATUS_PATH, SWITCHOVER_PATH, SqlRequest, UNDRAIN_PATH, UNITS_PATH,
 };
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
@@ -20,7 +20,7 @@ use tokio::time::{Instant, timeout};
 use super::actions::{self, Action};
 use super::listener::Client;
 use super::reply::{Body, Refusal, json};
-use super::{audit, backup, disk, exec, journal, net, odoo_shell, open, page, pcap, sql, status};
+use super::{audit, backup, disk, exec, journal, mail, net, odoo_shell, open, page, pcap, sql, status};
 
 /// Time limit of a request's body.
 const BODY: Duration = Duration::from_secs(5);
@@ -42,6 +42,7 @@ enum Route {
     Page(&'static str),
     Act(Action),
     Backup,
+    MailTest,
     Exec,
     Pcap,
     Sql,
@@ -69,6 +70,7 @@ impl Route {
             ("POST", DRAIN_PATH) => Self::Act(Action::Drain),
             ("POST", UNDRAIN_PATH) => Self::Act(Action::Undrain),
             ("POST", BACKUP_PATH) => Self::Backup,
+            ("POST", MAIL_TEST_PATH) => Self::MailTest,
             ("POST", EXEC_PATH) => Self::Exec,
             ("POST", PCAP_PATH) => Self::Pcap,
             ("POST", SQL_PATH) => Self::Sql,
@@ -90,7 +92,7 @@ impl Route {
             | Self::Backups
             | Self::LastAction
             | Self::Page(_) => OperatorRole::Viewer,
-            Self::Act(_) | Self::Backup => OperatorRole::Operator,
+            Self::Act(_) | Self::Backup | Self::MailTest => OperatorRole::Operator,
             Self::Exec | Self::Pcap | Self::Sql | Self::OdooShell => OperatorRole::Admin,
             Self::Open(service) => service.role(),
         }
@@ -110,6 +112,7 @@ impl Route {
             | Self::KeptJournal
             | Self::Act(_)
             | Self::Backup
+            | Self::MailTest
             | Self::Exec
             | Self::Pcap
             | Self::Sql
@@ -148,7 +151,14 @@ pub(super) async fn answer(client: &Arc<Client>, request: Request<Incoming>) -> 
         Route::Backups => backup::list(api).await,
         Route::LastAction => actions::last(api),
         Route::Page(_) => page::forward(client, &request).await,
-        Route::Act(_) | Route::Backup | Route::Exec | Route::Pcap | Route::Sql | Route::OdooShell | Route::Open(_) => {
+        Route::Act(_)
+        | Route::Backup
+        | Route::MailTest
+        | Route::Exec
+        | Route::Pcap
+        | Route::Sql
+        | Route::OdooShell
+        | Route::Open(_) => {
             let (client, what) = (client.clone(), what.clone());
             // hyper drops the future of a request whose client disconnects. The action and its log must not end there.
             let acting = tokio::spawn(async move { change(&client, route, request, &what, begun).await });
@@ -181,6 +191,10 @@ async fn change(
         },
         Route::Backup => match read::<BackupRequest>(request).await {
             Ok(asked) => backup::begin(client, asked).await,
+            Err(refusal) => Err(refusal),
+        },
+        Route::MailTest => match read::<MailTestRequest>(request).await {
+            Ok(asked) => mail::test(client, &asked).await,
             Err(refusal) => Err(refusal),
         },
         Route::Exec => match read::<ExecRequest>(request).await {
@@ -259,6 +273,7 @@ mod tests {
             ("GET", "/v1/disk", OperatorRole::Viewer),
             ("GET", "/v1/backup", OperatorRole::Viewer),
             ("POST", "/v1/backup", OperatorRole::Operator),
+            ("POST", "/v1/mail/test", OperatorRole::Operator),
             ("GET", "/v1/action", OperatorRole::Viewer),
             ("POST", "/v1/reboot", OperatorRole::Operator),
             ("POST", "/v1/poweroff", OperatorRole::Operator),

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use fleet::{Grant, JoinReply, Node};
+use fleet::{Grant, JoinReply, Mail, Node};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -116,7 +116,7 @@ pub async fn renew(dir: &StateDir, own: Identity, image: &Image) -> Result<(Iden
 }
 
 /// Requests the passwords that this node's roles need and its state, written by an earlier version, does not have: those
-/// of etcd, and on monitors the key for the passwords of `[alerts]`. The node sends a renewal with its current keys, and the hub replies with the same grant, which has the passwords.
+/// of etcd, and the keys for the passwords of `[alerts]` on monitors and of `[odoo.mail]` on app nodes. The node sends a renewal with its current keys, and the hub replies with the same grant, which has the passwords.
 /// The agent renders services with them from then on.
 ///
 /// # Errors
@@ -127,20 +127,22 @@ pub async fn take_missing_passwords(dir: &StateDir, mut own: Identity, image: &I
     let secrets = &own.state.secrets;
     let lacks = (node.hub > 0 && secrets.etcd_root.is_empty())
         || ((node.hub > 0 || node.has_role("db")) && secrets.etcd_patroni.is_empty());
-    let sealed = &image.topology.alert_secrets;
-    let lacks_key = node.has_role("monitor") && !sealed.is_empty() && secrets.alert_key().is_none();
+    let topology = &image.topology;
+    let lacks_key = node.has_role("monitor") && !topology.alert_secrets.is_empty() && secrets.alert_key().is_none()
+        || node.has_role("app") && !topology.mail_secrets.is_empty() && secrets.mail_key().is_none();
     if !(lacks || lacks_key) || is_pending(dir) {
         return Ok(own);
     }
     let hubs = hubs(&own, node, image)?;
     let answer = tokio::time::timeout(PASSWORDS_TIMEOUT, hubs.renew(&own.keys)).await;
     if let Ok(Ok(JoinReply::Granted(Grant { secrets, .. }))) = answer {
-        let has_new = !(secrets.etcd_patroni.is_empty() && secrets.alerts.is_empty());
+        let has_new = !(secrets.etcd_patroni.is_empty() && secrets.alerts.is_empty() && secrets.mail.is_empty());
         let state = &mut own.state.secrets;
         for (kept, granted) in [
             (&mut state.etcd_root, secrets.etcd_root),
             (&mut state.etcd_patroni, secrets.etcd_patroni),
             (&mut state.alerts, secrets.alerts),
+            (&mut state.mail, secrets.mail),
         ] {
             if !granted.is_empty() {
                 *kept = granted;
@@ -154,9 +156,18 @@ pub async fn take_missing_passwords(dir: &StateDir, mut own: Identity, image: &I
     Ok(own)
 }
 
-/// Warns about passwords of `[alerts]` that the node cannot decrypt. Alertmanager starts without these receivers.
+/// Warns about passwords of `[alerts]` and `[odoo.mail]` that the node cannot decrypt. Alertmanager starts without these
+/// receivers, and the mail server refuses Odoo's login.
 pub fn warn_of_sealed_passwords(own: &Identity, node: &Node, image: &Image) {
     let topology = &image.topology;
+    let secrets = &own.state.secrets;
+    let has_user = topology.odoo.mail.as_ref().is_some_and(|mail| mail.user.is_some());
+    if node.has_role("app") && has_user {
+        let key = secrets.mail_key();
+        if topology.mail_secrets.password(key.as_ref(), &topology.name).is_empty() {
+            warn!(slot = node.name, "[odoo.mail]: cannot read the secret `{}`: {}", Mail::SECRET, why(key.is_none()));
+        }
+    }
     let (names, key) = (topology.alerts.secrets(), own.state.secrets.alert_key());
     if !node.has_role("monitor") {
         return;
@@ -164,12 +175,16 @@ pub fn warn_of_sealed_passwords(own: &Identity, node: &Node, image: &Image) {
     for (name, _) in
         topology.alert_secrets.values(key.as_ref(), &topology.name, &names).iter().filter(|(_, v)| v.is_empty())
     {
-        let why = if key.is_none() {
-            "no hub has granted the key yet; restart this node when the hubs run this version"
-        } else {
-            "it is missing, or encrypted with another fleet.key: type `bakehouse secret`, and publish"
-        };
-        warn!(slot = node.name, "alerts: cannot read the secret `{name}`: {why}");
+        warn!(slot = node.name, "alerts: cannot read the secret `{name}`: {}", why(key.is_none()));
+    }
+}
+
+/// Returns why a node cannot decrypt a password.
+fn why(lacks_key: bool) -> &'static str {
+    if lacks_key {
+        "no hub has granted the key yet; restart this node when the hubs run this version"
+    } else {
+        "it is missing, or encrypted with another fleet.key: type `bakehouse secret`, and publish"
     }
 }
 

@@ -23,6 +23,12 @@ const CONTEXT: &str = "bakehouse alert secret, v1";
 #[error("{0}")]
 pub struct AlertSecretError(String);
 
+impl AlertSecretError {
+    pub(crate) fn new(message: String) -> Self {
+        Self(message)
+    }
+}
+
 /// The encrypted passwords: `alerts.secrets` beside `fleet.toml`, and a part of the topology in the images.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -45,9 +51,14 @@ impl AlertKey {
     /// Derives the key from the password of etcd's user `root`, which only hubs have.
     #[must_use]
     pub fn derive(etcd_root: &str) -> Option<Self> {
+        Self::derive_for(etcd_root, b"alert secrets, v1")
+    }
+
+    /// Derives a key for another purpose.
+    pub(crate) fn derive_for(etcd_root: &str, purpose: &[u8]) -> Option<Self> {
         let mut bytes = [0; 32];
         let secret = Salt::new(HKDF_SHA256, b"bakehouse").extract(etcd_root.as_bytes());
-        secret.expand(&[b"alert secrets, v1"], HKDF_SHA256).and_then(|key| key.fill(&mut bytes)).ok()?;
+        secret.expand(&[purpose], HKDF_SHA256).and_then(|key| key.fill(&mut bytes)).ok()?;
         (!etcd_root.is_empty()).then(|| Self(URL_SAFE_NO_PAD.encode(bytes)))
     }
 
@@ -84,10 +95,14 @@ impl AlertSecrets {
     /// Returns the content of the file.
     #[must_use]
     pub fn file(&self) -> String {
-        let mut text =
-            "# Secrets of [alerts], encrypted for the fleet's monitors: `bakehouse secret` writes this file.\n\
-                        # You may commit it.\n"
-                .to_owned();
+        let about = "# Secrets of [alerts], encrypted for the fleet's monitors: `bakehouse secret` writes this file.\n\
+                     # You may commit it.\n";
+        self.file_with(about)
+    }
+
+    /// Returns the content of a file that begins with these comments.
+    pub(crate) fn file_with(&self, about: &str) -> String {
+        let mut text = about.to_owned();
         for (name, sealed) in &self.0 {
             text += &format!("{name} = \"{sealed}\"\n");
         }

@@ -22,6 +22,10 @@ pub(super) fn plain<T: DeserializeOwned>(message: &str, path: Option<&[String]>)
             let help = "fleet.toml has no passwords: `bakehouse secret` stores them (docs/howto/alerts.md)".to_owned();
             return (format!("unknown key `{given}`"), Some(help));
         }
+        if ["password", "smtp_password"].contains(&given) && path.first().is_some_and(|p| p == "odoo") {
+            let help = "fleet.toml has no passwords: `bakehouse secret odoo_mail` stores it (docs/howto/mail.md)";
+            return (format!("unknown key `{given}`"), Some(help.to_owned()));
+        }
         let list = (!known.is_empty()).then(|| format!("the keys here are {}", listed(&known, "and")));
         return (format!("unknown key `{given}`"), nearest(given, known.iter().copied()).or(list));
     }
@@ -214,6 +218,8 @@ mod tests {
             "backup",
             "backup.s3",
             "odoo",
+            "odoo.mail",
+            "odoo.options",
             "alerts",
             "alerts.email",
             "firewall",

@@ -1,6 +1,7 @@
 //! Rules of `[alerts]`.
 
 use super::Lint;
+use super::mail::TLS_PORT;
 use super::names::is_host;
 use super::services::is_identifier;
 use crate::alerts::{Email, MailTls, Slack};
@@ -63,42 +64,20 @@ impl Lint<'_> {
                 self.alert_error(&at(key), message, "write it as \"name@host\"");
             }
         }
-        let server = email.smarthost.rsplit_once(':');
-        let port = server.and_then(|(_, port)| port.parse::<u16>().ok()).filter(|port| *port > 0);
-        let is_name = |host: &str| is_host(host) || host.starts_with('[') && host.ends_with(']');
-        let Some(port) = port.filter(|_| server.is_some_and(|(host, _)| is_name(host))) else {
-            let message = format!("[alerts.email] `{}` is not a mail server", email.smarthost.escape_debug());
-            return self.alert_error(
-                &at("smarthost"),
-                message,
-                "write host and port, such as \"mail.acme.example:587\"",
-            );
-        };
+        let server = self.mail_server(["alerts", "email"], &email.smarthost, email.tls, email.user.as_deref());
+        let Some(port) = server else { return };
         // Alertmanager starts TLS at once on port 465, and on no other port.
-        if email.tls == MailTls::Tls && port != 465 {
+        if email.tls == MailTls::Tls && port != TLS_PORT {
             let message = format!("[alerts.email] tls = \"tls\" does not work with port {port}");
             self.alert_error(&at("tls"), message, "use port 465, or `tls = \"starttls\"`");
-        }
-        if email.tls != MailTls::Tls && port == 465 {
-            let message = "[alerts.email] port 465 needs TLS from the start".to_owned();
-            self.alert_error(&at("smarthost"), message, "set `tls = \"tls\"`, or port 587");
         }
         if let Some(hello) = email.hello.as_ref().filter(|hello| !is_host(hello)) {
             let message = format!("[alerts.email] `{}` is not a host name", hello.escape_debug());
             self.alert_error(&at("hello"), message, "write the name of a host, such as \"fleet.acme.example\"");
         }
-        let is_user = |user: &String| !user.is_empty() && !user.contains(char::is_control);
-        if email.user.as_ref().is_some_and(|user| !is_user(user)) {
-            let message = "[alerts.email] `user` is empty or has control characters".to_owned();
-            self.alert_error(&at("user"), message, "write the name with which the mail server knows the fleet");
-        }
         if email.tls == MailTls::None {
             let warning = "[alerts.email] tls = \"none\": everyone on the path to the mail server can read the alerts";
             self.warning(self.fleet.source.value(&["alerts", "email", "tls"]), warning.to_owned(), None);
-            if email.user.is_some() {
-                let message = "[alerts.email] `user` needs TLS: the password would be readable on the path".to_owned();
-                self.alert_error(&at("user"), message, "set `tls = \"starttls\"`, or remove `user`");
-            }
         }
     }
 

@@ -2,8 +2,10 @@
 
 mod alerts;
 mod dns;
+mod mail;
 mod names;
 mod odoo;
+mod odoo_code;
 mod places;
 mod ports;
 mod services;
@@ -119,6 +121,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.odoo_code();
     lint.backup();
     lint.services();
+    lint.odoo();
     lint.ports();
     lint.netboot();
     lint.promises();

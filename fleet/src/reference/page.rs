@@ -10,8 +10,9 @@ use serde_json::Value;
 use super::{File, json_schema, literal, schema_of};
 use crate::{
     Access, Alerts, Backup, Check, Database, Debian, Disk, Dns, Email, ExtraSource, FileMeta, Firewall, Fleet, Fonts,
-    Group, Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OdooSource, OpenPort, OverlayManifest,
-    Port, Profile, Promise, Repository, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
+    Group, Health, Image, Mail, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OdooSource, OpenPort,
+    OverlayManifest, Port, Profile, Promise, Repository, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User,
+    Vip, VmSize, Web,
 };
 
 /// A table of a file: its path in the schema, and its keys in the order of the type.
@@ -62,9 +63,14 @@ fn fleet_sections() -> Vec<Section> {
         section::<Matrix>("[[alerts.matrix]]", &["alerts", "matrix", "*"], ""),
         section::<Ntfy>("[[alerts.ntfy]]", &["alerts", "ntfy", "*"], ""),
         section::<Database>("[database]", &["database"], ""),
-        section::<Odoo>("[odoo]", &["odoo"], "[Add-ons and languages](howto/addons.md) has the steps."),
+        section::<Odoo>(
+            "[odoo]",
+            &["odoo"],
+            "[Add-ons and languages](howto/addons.md) has the steps, and [Size Odoo](howto/sizing.md) the formulas.",
+        ),
         section::<OdooSource>("[odoo.source]", &["odoo", "source"], ""),
         section::<Repository>("[[odoo.repositories]]", &["odoo", "repositories", "*"], ""),
+        section::<Mail>("[odoo.mail]", &["odoo", "mail"], "[Send mail](howto/mail.md) has the steps."),
         section::<Backup>("[backup]", &["backup"], later),
         section::<S3>("[backup.s3]", &["backup", "s3"], ""),
         section::<Promise>("[promise]", &["promise"], ""),

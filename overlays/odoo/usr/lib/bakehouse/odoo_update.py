@@ -12,6 +12,7 @@ import selectors
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import psycopg2
 from psycopg2.extensions import connection as Connection
 
 import odoo_addons
+import odoo_mail
 from odoo_addons import Record, Work
 from odoo_page import serve_page
 
@@ -193,6 +195,27 @@ class Database:
             raise UpdateFailed(f"{record.failure} (some minutes ago; it is not tried again yet)")
         with serve_page(self.config["http_interface"], int(self.config["http_port"]), record.seconds):
             self.change(work, lock)
+
+    def set_mail(self, lock: Connection) -> None:
+        """Sets the mail domain that fleet.toml names, unless the database has it. What fleet.toml does not name stays
+        as users have set it. A failure does not stop the node: Odoo works without a mail domain.
+
+        Raises:
+            psycopg2.Error: There is no primary, or it was lost meanwhile.
+        """
+        values = odoo_mail.wanted()
+        if not values:
+            return
+        with self.cursor() as cursor:
+            if self.newer_version(odoo_addons.read_record(cursor)) or odoo_mail.is_set(cursor, values):
+                return
+        say(f"the mail domain {values['name']}")
+        command = ["/usr/bin/python3", "/usr/lib/bakehouse/odoo-mail", self.path]
+        outcome = run_watched(command, LOGIN_LIMIT, lock)
+        require_primary(lock)
+        if outcome.code:
+            why = outcome.error or f"exit status {outcome.code}"
+            print(f"cannot set [odoo.mail] in the database: {why}", file=sys.stderr, flush=True)
 
     def newer_version(self, record: Record) -> str | None:
         """Returns the newer version that has updated the database, or tried to. This node's code is older, and must not

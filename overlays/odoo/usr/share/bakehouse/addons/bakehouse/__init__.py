@@ -1,6 +1,7 @@
-from . import database, printing, processes, sessions
+from . import database, mail, printing, processes, sessions
 
 database.patch()
+mail.patch()
 printing.patch()
 processes.patch()
 sessions.patch()
