@@ -23,6 +23,7 @@ use crate::host::machine;
 use crate::host::notify::notify;
 use crate::host::screen;
 use crate::host::systemd::{self, Systemd};
+use crate::hub::web::web_file_for_start;
 use crate::member::{ALL_HAVE_ASKED, Member, drainer, locker, recorder};
 use crate::node::drained::DrainState;
 use crate::node::hubs::Hubs;
@@ -49,9 +50,6 @@ usage: firstboot run              make this machine a node, and run the node (fi
        firstboot rescue DEVICE    open the maintenance console that a rescue disk orders (firstboot-rescue@.service)
        firstboot capture INTERFACE SECONDS BYTES SNAP  write packets to standard output (`bakehouse pcap`)
 ";
-
-/// Name of the systemd credential that holds the certificate and key for browsers, PEM.
-const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";
 
 /// Paths on a node; tests use another root.
 pub struct Paths {
@@ -114,6 +112,8 @@ pub async fn run(paths: &Paths) -> Result<()> {
         key: who.keys.tls.pem().to_owned(),
         etcd_clients: etcd_client_anchor(&who.state.root, &image.topology, node)?,
     };
+    let credentials = paths.credentials.as_deref();
+    let web = web_file_for_start(&image.topology, &who.state.secrets, &paths.state, credentials, &tls);
     let context = NodeContext {
         fleet: &image.topology,
         node,
@@ -121,7 +121,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
         machine: machine::read(&units.virtualization().await?)?,
         tls: &tls,
         secrets: &who.state.secrets,
-        web: &web_certificate(paths, &tls)?,
+        web: &web,
     };
     let slow = u32::try_from(context.machine.timeout_scale).unwrap_or(u32::MAX);
     let count = render_all(&paths.image.join("templates"), &paths.root, &context)?;
@@ -255,15 +255,6 @@ async fn start(units: &Systemd, node: &Node) -> Result<()> {
     }))
     .await?;
     Ok(())
-}
-
-/// Returns the certificate and key for browsers: the user's, or the node's own, which the fleet's root signed.
-fn web_certificate(paths: &Paths, own: &Tls) -> Result<String> {
-    let credential = paths.credentials.as_ref().map(|dir| dir.join(WEB_CERTIFICATE)).filter(|path| path.exists());
-    match credential {
-        Some(path) => fs::read_to_string(&path).map_err(Error::io("read", &path)),
-        None => Ok(format!("{}{}", own.cert, own.key)),
-    }
 }
 
 #[cfg(test)]

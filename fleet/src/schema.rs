@@ -9,7 +9,8 @@ use toml::Spanned;
 
 use crate::alerts::Alerts;
 use crate::diagnostic::{Diagnostic, Source, parse};
-use crate::settings::{Access, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update, Web};
+use crate::settings::{Access, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update};
+use crate::web::Web;
 #[cfg(feature = "schema")]
 use crate::{form, lint::ETCD_FOLDERS};
 

@@ -12,7 +12,8 @@ use crate::calendar::point_in_time;
 use crate::ports::{ServicePort, services};
 use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
-use crate::settings::{Access, Backup, Database, Firewall, Odoo, Update, Web};
+use crate::settings::{Access, Backup, Database, Firewall, Odoo, Update};
+use crate::web::{HubSecrets, Web};
 
 /// Topology and settings of a fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +50,12 @@ pub struct Topology {
     /// Section `[web]`.
     #[serde(default)]
     pub web: Web,
+    /// Content of the file `[web] certificate`, PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub web_certificate: Option<String>,
+    /// Encrypted secrets of `[web]`.
+    #[serde(default, skip_serializing_if = "HubSecrets::is_empty")]
+    pub web_secrets: HubSecrets,
     /// Section `[access]`.
     #[serde(default)]
     pub access: Access,
@@ -219,7 +226,9 @@ impl Topology {
             alert_secrets: AlertSecrets::default(),
             firewall: fleet.firewall.get_ref().clone(),
             update,
-            web: fleet.web.get_ref().clone(),
+            web: fleet.web.get_ref().clone().resolved(),
+            web_certificate: None,
+            web_secrets: HubSecrets::default(),
             access: fleet.access.get_ref().clone(),
             services: Vec::new(),
         }

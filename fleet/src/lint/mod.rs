@@ -5,6 +5,7 @@ mod names;
 mod places;
 mod ports;
 mod services;
+mod web;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -115,6 +116,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.database();
     lint.backup();
     lint.services();
+    lint.web();
     lint.ports();
     lint.netboot();
     lint.promises();

@@ -14,8 +14,20 @@ const PROMOTION: u16 = 5;
 const APP_IS_OUT: u16 = 3;
 
 /// Folders of `/bakehouse/` in etcd that only hubs write.
-pub(crate) const ETCD_FOLDERS: [&str; 11] =
-    ["audit", "etcd-ready", "owners", "readmitted", "renewed", "revoked", "rollout", "seen", "shut", "slots", "tokens"];
+pub(crate) const ETCD_FOLDERS: [&str; 12] = [
+    "audit",
+    "etcd-ready",
+    "owners",
+    "readmitted",
+    "renewed",
+    "revoked",
+    "rollout",
+    "seen",
+    "shut",
+    "slots",
+    "tokens",
+    "web-certificate",
+];
 
 impl Lint<'_> {
     /// Reports a fleet's name that the hubs use in etcd: Patroni's keys are below `/bakehouse/NAME/`, and the hubs'
@@ -217,14 +229,6 @@ impl Lint<'_> {
                 let at = source.value(&["firewall", "open", &number.to_string(), "role"]);
                 self.error(at, format!("[firewall] there is no role `{role}`"), help);
             }
-        }
-        // A browser opens several connections in parallel.
-        if fleet.web.get_ref().connections < 10 || fleet.web.get_ref().connections > 3000 {
-            self.error(
-                source.value(&["web", "connections"]),
-                format!("[web] connections = {} is out of range", fleet.web.get_ref().connections),
-                "set 10 to 3000; the default is 150".to_owned(),
-            );
         }
         let update = fleet.update.get_ref();
         // The URL goes into the transfer files of systemd-sysupdate, unquoted.

@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::{File, json_schema, literal, schema_of};
 use crate::{
-    Access, Alerts, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet, Group,
-    Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port, Profile,
+    Access, Alerts, Authority, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet,
+    Group, Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port, Profile,
     Promise, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
 };
 
@@ -51,7 +51,12 @@ fn fleet_sections() -> Vec<Section> {
         section::<Vip>("[vip]", &["vip"], ""),
         section::<Firewall>("[firewall]", &["firewall"], ""),
         section::<OpenPort>("[[firewall.open]]", &["firewall", "open", "*"], ""),
-        section::<Web>("[web]", &["web"], ""),
+        section::<Web>(
+            "[web]",
+            &["web"],
+            "[Use a certificate that browsers trust](howto/certificate.md) has the steps.",
+        ),
+        section::<Authority>("[web.authority]", &["web", "authority"], ""),
         section::<Access>("[access]", &["access"], "[security.md](security.md) explains the roles of operators."),
         section::<Update>("[update]", &["update"], "[updates.md](updates.md) explains updates."),
         section::<Alerts>("[alerts]", &["alerts"], ""),
