@@ -13,6 +13,8 @@ pub struct WebCertificate {
     pub(super) version: u16,
     /// Host name.
     pub name: String,
+    /// URL of the authority's directory.
+    pub directory: String,
     /// Certificates, the server's first, PEM.
     pub chain: String,
     /// Private key, PEM.
@@ -36,10 +38,10 @@ impl WebCertificate {
     ///
     /// # Errors
     /// If the certificate is not for this name, or the key is not its key.
-    pub fn new(name: &str, chain: &str, key: &str) -> Result<Self> {
+    pub fn new(name: &str, directory: &str, chain: &str, key: &str) -> Result<Self> {
         let WebValidity { from, until } = web_pair(chain, key, name)?;
-        let (chain, key) = (chain.to_owned(), key.to_owned());
-        Ok(Self { version: Self::VERSION, name: name.to_owned(), chain, key, from, until })
+        let (name, directory) = (name.to_owned(), directory.to_owned());
+        Ok(Self { version: Self::VERSION, name, directory, chain: chain.to_owned(), key: key.to_owned(), from, until })
     }
 
     /// Checks a certificate that was stored.
@@ -47,7 +49,7 @@ impl WebCertificate {
     /// # Errors
     /// As [`Self::new`].
     pub(super) fn verified(self, name: &str) -> Result<Self> {
-        Self::new(name, &self.chain, &self.key)
+        Self::new(name, &self.directory, &self.chain, &self.key)
     }
 
     /// Returns certificates and key in one PEM text, as HAProxy reads them.
@@ -82,6 +84,7 @@ mod tests {
         let of = |chain: &str, life: u64| WebCertificate {
             version: 1,
             name: "a.example".into(),
+            directory: String::new(),
             chain: chain.into(),
             key: String::new(),
             from: 1_000_000,
@@ -97,7 +100,8 @@ mod tests {
     #[test]
     fn debug_shows_no_key() {
         let key = "secret".to_owned();
-        let one = WebCertificate { version: 1, name: "n".into(), chain: String::new(), key, from: 0, until: 7 };
+        let (directory, chain) = (String::new(), String::new());
+        let one = WebCertificate { version: 1, name: "n".into(), directory, chain, key, from: 0, until: 7 };
         assert_eq!(format!("{one:?}"), "WebCertificate(n, until 7)");
     }
 }

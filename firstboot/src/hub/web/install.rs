@@ -67,7 +67,7 @@ mod tests {
         let key = PrivateKey::generate().unwrap();
         let operator = Operator::new("anna", OperatorRole::Admin).unwrap();
         let chain = root.operator(&operator, &key.public().unwrap(), (1_700_000_000, 1_800_000_000)).unwrap();
-        let certificate = WebCertificate::new(&operator.dns_name(), &chain, key.pem()).unwrap();
+        let certificate = WebCertificate::new(&operator.dns_name(), "https://ca.example/", &chain, key.pem()).unwrap();
         let state = StateDir::new(dir.path(), None);
         let pem = dir.path().join("web.pem");
         assert_eq!(load(&state, &certificate.name).unwrap(), None);

@@ -189,7 +189,9 @@ impl WebKeeper {
         if let Err(e) = metrics::write(&self.paths.metrics, stored.certificate.as_ref(), &attempt, is_used) {
             warn!("metrics of the certificate are not written: {}", e.chain());
         }
-        let known = self.used.lock().await.certificate.clone().filter(|own| own.until > now());
+        let directory = &self.web.authority.directory;
+        let is_wanted = |own: &WebCertificate| own.until > now() && own.directory == *directory;
+        let known = self.used.lock().await.certificate.clone().filter(is_wanted);
         match (&stored.certificate, known) {
             (None, Some(own)) => {
                 info!("etcd has no certificate for {}: storing this hub's", self.name);

@@ -62,7 +62,7 @@ impl Ordering<'_> {
             return Err(Error::Failed(format!("the authority refuses the order for {name}: {why}")));
         }
         let chain = order.poll_certificate(&self.retries()).await.map_err(api)?;
-        match WebCertificate::new(name, &chain, &key) {
+        match WebCertificate::new(name, &self.web.authority.directory, &chain, &key) {
             Ok(certificate) => Ok(certificate),
             Err(e) => {
                 self.records.forget_order(self.lock).await?;

@@ -14,9 +14,9 @@ use crate::node::state::StateDir;
 /// Name of the systemd credential that holds certificates and key for browsers, PEM.
 const CREDENTIAL: &str = "bakehouse.web-certificate";
 
-/// Returns certificates and key for browsers, PEM: those of the systemd credential, of `[web] certificate`, those that
-/// the hubs ordered last, or the node's own. HAProxy does not start with a certificate that does not fit its key, so the
-/// node reports such a certificate and uses its own.
+/// Returns certificates and key for browsers, PEM: those that the hubs ordered last, those of the systemd credential, of
+/// `[web] certificate`, or the node's own. HAProxy does not start with a certificate that does not fit its key, so the
+/// node reports such a certificate and does not use it.
 #[must_use]
 pub fn web_file_for_start(
     topology: &Topology,
@@ -25,32 +25,29 @@ pub fn web_file_for_start(
     credentials: Option<&Path>,
     own: &Tls,
 ) -> String {
-    let found = credential(credentials, topology.web.name.as_deref())
-        .or_else(|| configured(topology, secrets).map_err(|e| ("[web] certificate", e)).transpose())
-        .or_else(|| {
-            ordered(&topology.web, state).map_err(|e| ("the certificate that the hubs ordered", e)).transpose()
-        });
-    match found {
-        Some(Ok(pem)) => return pem,
-        Some(Err((what, e))) => {
-            error!("{what} is not used, and browsers see the fleet's own: {}", e.chain());
+    let ways = [
+        ("the certificate that the hubs ordered", ordered(&topology.web, state)),
+        ("the credential bakehouse.web-certificate", credential(credentials, topology.web.name.as_deref())),
+        ("[web] certificate", configured(topology, secrets)),
+    ];
+    for (what, found) in ways {
+        match found {
+            Ok(Some(pem)) => return pem,
+            Ok(None) => {}
+            Err(e) => error!("{what} is not used: {}", e.chain()),
         }
-        None => {}
     }
     format!("{}{}", own.cert, own.key)
 }
 
-fn credential(dir: Option<&Path>, name: Option<&str>) -> Option<Result<String, (&'static str, Error)>> {
-    let path = dir?.join(CREDENTIAL);
-    let read = || {
-        let pem = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        match name {
-            Some(name) => web_pair(&pem, &pem, name)?,
-            None => web_file(&pem)?,
-        };
-        Ok(pem)
+fn credential(dir: Option<&Path>, name: Option<&str>) -> Result<Option<String>> {
+    let Some(path) = dir.map(|dir| dir.join(CREDENTIAL)).filter(|path| path.exists()) else { return Ok(None) };
+    let pem = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    match name {
+        Some(name) => web_pair(&pem, &pem, name)?,
+        None => web_file(&pem)?,
     };
-    path.exists().then(|| read().map_err(|e| ("the credential bakehouse.web-certificate", e)))
+    Ok(Some(pem))
 }
 
 fn configured(topology: &Topology, secrets: &Secrets) -> Result<Option<String>> {
