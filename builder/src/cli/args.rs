@@ -110,12 +110,14 @@ pub(super) enum Command {
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
     },
-    /// Store a password of `[alerts]`, encrypted for the monitors
-    #[command(after_help = "Examples:\n  bakehouse secret email\n  bakehouse secret telegram <token.txt\n\n\
+    /// Store a secret of `[alerts]` or `[web]`, encrypted for the monitors or the hubs
+    #[command(after_help = "Examples:\n  bakehouse secret email\n  bakehouse secret telegram <token.txt\n  \
+        bakehouse secret web_key <erp.key\n\n\
         The command asks for the secret, or reads it from standard input, and writes it encrypted to\n\
-        alerts.secrets, which you may commit. Raise `version` and publish. Only monitors can decrypt it.")]
+        alerts.secrets or web.secrets, which you may commit. Raise `version` and publish. Only monitors\n\
+        can decrypt alerts.secrets, and only hubs web.secrets.")]
     Secret {
-        /// Name of the secret: `email`, or `secret` of another receiver
+        /// Name of the secret: `email`, or `secret` of another receiver; `acme_eab` and `web_key` of `[web]`
         name: String,
         /// Remove the secret
         #[arg(long)]

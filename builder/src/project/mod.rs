@@ -7,6 +7,7 @@ pub(crate) mod machine_id;
 #[cfg(test)]
 mod schema_tests;
 pub(crate) mod secrets;
+pub(crate) mod web;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -137,6 +138,7 @@ impl Project {
             })?;
             files.insert("overlays/pgbackrest/usr/share/bakehouse/s3-ca.crt".to_owned(), bytes);
         }
+        let certificate = web::read_files(&dir, &fleet, &mut files)?;
         let mut profiles = Profiles::new();
         for (path, bytes) in &files {
             if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {
@@ -144,8 +146,9 @@ impl Project {
             }
         }
         let found = fleet::lint(&fleet, &profiles);
-        let (mut errors, mut warnings): (Vec<_>, Vec<_>) =
-            found.into_iter().partition(|d| d.severity == Severity::Error);
+        let web_secrets = web::secrets(&dir)?;
+        let found = found.into_iter().chain(web::check(&fleet, &web_secrets, certificate.as_deref()));
+        let (mut errors, mut warnings): (Vec<_>, Vec<_>) = found.partition(|d| d.severity == Severity::Error);
         errors.extend(unknown_overlays(&fleet, &files));
         if !errors.is_empty() {
             return Err(Error::Config(Diagnostics(errors)));
@@ -156,6 +159,8 @@ impl Project {
         let stored = alert_secrets::read(&dir)?;
         warnings.extend(alert_secrets::missing(&fleet, &stored));
         topology.alert_secrets = stored.only(&topology.alerts.secrets());
+        topology.web_secrets = web_secrets.only(&topology.web.secrets());
+        topology.web_certificate = certificate;
         Ok(Self { dir, fleet, topology, profiles, warnings, files })
     }
 

@@ -114,6 +114,10 @@ fn parser_and_schema_refuse_bad_files() {
         (File::Fleet, HUBS, "firewall.open = [{ port = 80 }]"),
         (File::Fleet, HUBS, "web.connections = 5"),
         (File::Fleet, HUBS, "web.redirect = \"yes\""),
+        (File::Fleet, HUBS, "web.name = \"a b\""),
+        (File::Fleet, HUBS, "web.logins = 5"),
+        (File::Fleet, HUBS, "web.acme = {}"),
+        (File::Fleet, HUBS, "web.authority = { directory = \"http://ca.example\" }"),
         (File::Fleet, HUBS, "update.url = \"ftp://updates.example\""),
         (File::Fleet, HUBS, "alerts.webhooks = \"https://chat.example\""),
         (File::Fleet, HUBS, "alerts.email = { to = \"a@b.example\" }"),
@@ -170,7 +174,7 @@ mesh = { subnet = "10.10.0.0/24", transport = "10.11.0.0/24", port = 51820 }
 vip = { address = "10.10.0.100" }
 database = { ttl = 30, loop_wait = 3, retry_timeout = 6 }
 firewall = { open = [{ port = 8443, proto = "tcp", role = "hub" }] }
-web = { redirect = true, connections = 150 }
+web = { name = "erp.example.com", acme = true, redirect = true, hsts = true, connections = 150, logins = 120, authority = { directory = "https://ca.example/acme/directory", email = "it@example.com", eab_key_id = "kid", ca = "ca.pem" } }
 access = { shell = true, rescue = false }
 update = { url = "https://updates.example/acme/", when = "*:0/5", stale_after = 30 }
 odoo = { database = "odoo", languages = ["pt_BR"], addons = ["addons"], modules = ["web", "sale"] }
@@ -266,6 +270,11 @@ const COMPARED: &[&str] = &[
     "promise.vip",
     "update.when",
     "vip.address",
+    "web.acme",
+    "web.authority.directory",
+    "web.authority.eab_key_id",
+    "web.authority.email",
+    "web.name",
 ];
 
 /// Calls `each` with the path of every value in a tree.
