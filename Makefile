@@ -34,8 +34,8 @@ demo:
 
 test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, wireguard-go
-	# is WireGuard in containers, systemd judges what the builder writes for it, and Chromium opens the monitors' page.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy postgresql gpg systemd chromium
+	# is WireGuard in containers, pebble is a certificate authority, systemd judges what the builder writes for it, and Chromium opens the monitors' page.
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy pebble openssl curl postgresql gpg systemd chromium
 	$(MAKE) editors
 	tests/run.sh
 
