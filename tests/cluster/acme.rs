@@ -383,6 +383,10 @@ fn another_hub_continues_the_order_of_a_hub_that_was_killed() {
             sleep(Duration::from_millis(20)).await;
         }
         killed.abort();
+        // The killed hub does not answer the authority, either.
+        let rest = format!("{{\"host\":\"{NAME}.\",\"addresses\":[\"127.0.0.2\",\"127.0.0.3\"]}}");
+        let dns = Command::new("curl").args(["-sf", "-d", &rest, "http://127.0.0.1:8055/add-a"]).status();
+        assert!(dns.expect("curl").success());
         let begun = Instant::now();
         let _others = [hubs.keep(1), hubs.keep(2)];
         hubs.shown(&[1, 2], "").await;

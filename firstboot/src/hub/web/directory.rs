@@ -92,7 +92,9 @@ async fn exchange(
     let body = body.map_err(|_| format!("{url}: no complete reply"))?.map_err(|e| format!("{url}: {e}"))?.to_bytes();
     if parts.status.is_client_error() || parts.status.is_server_error() {
         wait.note(&parts.headers);
-        let is_problem = parts.headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().ends_with(b"json"));
+        let is_problem = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+        // Parameters may follow: `; charset=utf-8`.
+        let is_problem = is_problem.is_some_and(|kind| kind.contains("json"));
         if !is_problem {
             return Err(format!("{url} replied {}", parts.status).into());
         }
