@@ -34,8 +34,9 @@ demo:
 
 test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, wireguard-go
-	# is WireGuard in containers, pebble is a certificate authority, systemd judges what the builder writes for it, and Chromium opens the monitors' page.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy pebble openssl curl postgresql gpg systemd chromium
+	# is WireGuard in containers, pebble is a certificate authority, systemd judges what the builder writes for it,
+	# Chromium opens the monitors' page, and poppler reads PDF files.
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy pebble openssl curl postgresql gpg systemd chromium poppler-utils
 	$(MAKE) editors
 	tests/run.sh
 

@@ -3,7 +3,7 @@
 # when all of it is there. Further packages may be named.
 set -eu
 
-packages="apt ca-certificates debian-archive-keyring gcc libc6-dev make openssl uidmap qemu-system-x86 qemu-utils ovmf cryptsetup-bin socat $*"
+packages="apt ca-certificates debian-archive-keyring python3-pip gcc libc6-dev make openssl uidmap qemu-system-x86 qemu-utils ovmf cryptsetup-bin socat $*"
 
 missing=""
 for p in $packages; do

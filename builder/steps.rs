@@ -22,6 +22,7 @@ pub(crate) const STEPS: [Step; 7] = [
             "src/sandbox",
             "src/format/deb.rs",
             "src/format/deb822.rs",
+            "src/format/wheel.rs",
             "src/packages/requests.rs",
             "src/util/digest.rs",
             "src/util/memory.rs",

@@ -27,14 +27,14 @@ unit() {
 # Packages whose maintainer scripts attack the build host.
 hostile() { tests --test hostile; }
 # Fleets with failing nodes, in containers, at the speed of the host.
-containers() { tests --test machines -- --test-threads=1 --nocapture fleet::containers containers::; }
+containers() { tests --test machines -- --test-threads=1 --nocapture fleet::containers containers:: printing::; }
 # Nodes that are drained while clients write and read. Not in the list of `make test`: it takes too long.
 drain() { tests --test machines -- --test-threads=1 --nocapture drain::; }
 # A lost node's journal on the monitors, and every command of the runbooks. Not in the list of `make test`: it takes too
 # long.
 journals() { tests --test machines -- --test-threads=1 --nocapture journals::; }
 # Updates of a node.
-upgrades() { tests --test machines -- --test-threads=1 --nocapture upgrade::containers; }
+upgrades() { tests --test machines -- --test-threads=1 --nocapture upgrade::containers addons::containers; }
 # Real etcd, BIRD, nftables and HAProxy. Most of these tests wait.
 cluster() { tests --test cluster -- --test-threads=4; }
 # Attacks from one compromised machine on the rest of the fleet.

@@ -25,6 +25,8 @@ pub struct Store {
 pub enum Kind {
     /// A package file.
     Deb,
+    /// A Python package's file.
+    Wheel,
     /// The tree of an image.
     Layer,
     /// The unpacked tools.
@@ -42,12 +44,22 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 8] =
-        [Self::Deb, Self::Layer, Self::Tools, Self::Erofs, Self::Initrd, Self::Check, Self::GeneratedFile, Self::Apt];
+    const ALL: [Self; 9] = [
+        Self::Deb,
+        Self::Wheel,
+        Self::Layer,
+        Self::Tools,
+        Self::Erofs,
+        Self::Initrd,
+        Self::Check,
+        Self::GeneratedFile,
+        Self::Apt,
+    ];
 
     fn folder(self) -> &'static str {
         match self {
             Self::Deb => "debs",
+            Self::Wheel => "wheels",
             Self::Layer => "layers",
             Self::Tools => "tools",
             Self::Erofs => "erofs",

@@ -166,7 +166,7 @@ fn every_command_prints_a_result_or_an_error_of_the_schema() {
         &["operator", "add", "Anna", "--role", "viewer"],
         &["operator", "add", "ben", "--role", "boss"],
         &["operator", "list"],
-        &[&["operator", "revoke", "anna"], &NOWHERE[..]].concat(),
+        &[&["operator", "revoke", "anna", "--yes"], &NOWHERE[..]].concat(),
         &["operator", "revoke", "carl"],
         &["operator", "revoke", "--file", "no-such"],
         &["operator", "revoke", "carl", "--key", "x"],
@@ -359,10 +359,12 @@ fn an_operators_file_is_enough_to_reach_a_fleet() {
     for args in
         [&["--file", &ben][..], &["--file", &request], &["anna", "--key", result["key"].as_str().expect("a key")]]
     {
-        let args = [&["operator", "revoke"], args, &NOWHERE[..]].concat();
+        let args = [&["operator", "revoke", "--yes"], args, &NOWHERE[..]].concat();
         lab.run(&args).error(1, "no hub accepts the order");
     }
     lab.run(&["operator", "revoke", "anna", "--key", "x"]).error(2, "not the base64");
+    // An order that cannot be taken back needs consent, and there is no terminal here.
+    lab.run(&["operator", "revoke", "--file", &ben]).error(2, "needs your consent");
 }
 
 #[test]

@@ -95,6 +95,8 @@ forms! {
     Identifier = "name", "^[a-z][a-z0-9_]{0,59}$", None;
     /// Odoo's name of a language.
     Language = "language", "^[a-z]{2,3}([_@][A-Za-z0-9]+)?$", None;
+    /// Python package with its version.
+    Wheel = "package", "^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9]([A-Za-z0-9.!+_-]*[A-Za-z0-9])?$", None;
     /// Mode of a file, octal.
     Mode = "mode", "^[0-7]+$", None;
     /// Path in the image, without a leading `/`.

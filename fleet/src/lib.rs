@@ -27,6 +27,7 @@ mod certificate;
 mod chain;
 mod diagnostic;
 pub mod encoding;
+pub mod etcd_keys;
 #[cfg(feature = "schema")]
 mod form;
 pub mod grubenv;
@@ -71,7 +72,7 @@ pub use operator::{
     RevokedOperator, WireguardKey, operator_peer_message,
 };
 pub use overlay::{Check, FileMeta, MIGRATIONS, Make, Migration, OverlayManifest, is_of};
-pub use profile::{Disk, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size};
+pub use profile::{Disk, Fonts, Health, Port, Profile, Profiles, Trim, Units, User, VmSize, parse_size, wheel_name};
 pub use rescue::{Rescue, RescueDisk, RescueError, RescueTarget};
 pub use rollout::{
     Report, Rollout, RolloutOrder, RolloutRequest, UpdateDecision, UpdateLock, UpdateState, Verdict, disruption_order,

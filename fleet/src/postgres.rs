@@ -352,6 +352,28 @@ mod tests {
     }
 
     proptest! {
+        /// A hostile server or client sends any bytes. A count or a length in them must not become an allocation.
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes: Vec<u8>, longest in 0_usize..64, part in 1_usize..9) {
+            let (mut frames, mut messages) = (Frames::default(), Messages::new(longest));
+            for chunk in bytes.chunks(part) {
+                let Ok(kinds) = frames.ended(chunk) else { break };
+                prop_assert!(kinds.len() <= chunk.len());
+            }
+            for chunk in bytes.chunks(part) {
+                messages.feed(chunk);
+                let Ok(found) = messages.take() else { break };
+                prop_assert!(found.iter().all(|message| message.body.len() <= longest));
+            }
+            if let Some(all) = parameters(&bytes) {
+                prop_assert_eq!(parameters(&startup(PROTOCOL_3, &all)[8..]), Some(all));
+            }
+            prop_assert!(columns(&bytes).is_none_or(|all| all.len() <= bytes.len()));
+            prop_assert!(row(&bytes).is_none_or(|all| all.len() <= bytes.len()));
+            // A byte that is not UTF-8 becomes three.
+            prop_assert!(text(&bytes).len() <= 3 * bytes.len() && report(&bytes).message.len() <= 3 * bytes.len());
+        }
+
         #[test]
         fn messages_are_found_however_their_bytes_arrive(
             bodies in prop::collection::vec((any::<u8>(), prop::collection::vec(any::<u8>(), 0..20)), 0..8),

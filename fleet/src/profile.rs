@@ -19,6 +19,14 @@ pub struct Profile {
     pub description: String,
     /// Debian packages. Default: none.
     pub packages: Vec<String>,
+    /// Python packages from the index of the host's pip, each with its version. Bakehouse takes their wheels, without
+    /// dependencies: Debian's packages of these, or further wheels, have to be named too. Default: none.
+    /// Example: `["plutoprint==0.23.0"]`.
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Wheel>"))]
+    pub wheels: Vec<String>,
+    /// Fonts for each of `odoo.languages`: `[fonts.LANGUAGE]`. A language without a table has those of its base language
+    /// (`zh` for `zh_CN`), or none.
+    pub fonts: BTreeMap<String, Fonts>,
     /// Packages for one value of `image.hardware`, such as a kernel: `hardware.cloud`, `hardware.metal`.
     pub hardware: BTreeMap<String, Vec<String>>,
     /// Apt sources of the packages, as in `debian.sources` of `fleet.toml`. A source of `fleet.toml` with the same name
@@ -108,6 +116,18 @@ pub struct Trim {
     pub languages: Vec<String>,
 }
 
+/// `[fonts.LANGUAGE]`: fonts that an image has if the language is one of `odoo.languages`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct Fonts {
+    /// Debian packages. Example: `["fonts-noto-cjk"]`.
+    pub packages: Vec<String>,
+    /// Patterns of the packages' files that the image keeps although `trim.exclude` matches them. Example:
+    /// `["/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc"]`.
+    pub files: Vec<String>,
+}
+
 /// An entry of `[users]`: a user and its group.
 #[derive(Clone, Debug, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -171,8 +191,46 @@ impl Profile {
                 )));
             }
         }
+        if let Some(wheel) = profile.wheels.iter().find(|wheel| !is_wheel(wheel)) {
+            let at = source.text.find(wheel.as_str()).unwrap_or(0);
+            return Err(Box::new(Diagnostic::at(
+                crate::Severity::Error,
+                &source,
+                at..at + wheel.len(),
+                format!("`{}` is not a Python package with its version", wheel.escape_debug()),
+                Some(WHEEL_HELP.to_owned()),
+            )));
+        }
         Ok(profile)
     }
+}
+
+/// The fix of an invalid name in `wheels`.
+pub(crate) const WHEEL_HELP: &str = "write it as pip does, with one version, such as \"plutoprint==0.23.0\"";
+
+/// Returns whether a text is a Python package with one version: `name==version`.
+pub(crate) fn is_wheel(text: &str) -> bool {
+    let word = |text: &str, more: &str| {
+        let outer = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+        outer(text.chars().next())
+            && outer(text.chars().next_back())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c))
+    };
+    text.split_once("==").is_some_and(|(name, version)| word(name, "._-") && word(version, ".!+_-"))
+}
+
+/// Returns the [normal form](https://packaging.python.org/en/latest/specifications/name-normalization/) of a Python
+/// package's name.
+///
+/// # Examples
+///
+/// ```
+/// assert_eq!(fleet::wheel_name("Odoo_Addon.-partner"), "odoo-addon-partner");
+/// ```
+#[must_use]
+pub fn wheel_name(name: &str) -> String {
+    let parts = name.split(['-', '_', '.']).filter(|part| !part.is_empty());
+    parts.collect::<Vec<_>>().join("-").to_ascii_lowercase()
 }
 
 /// Profiles by name of the role, with `base`.
@@ -216,6 +274,19 @@ mod tests {
         assert_eq!(parse_size("M"), None);
         assert_eq!(parse_size("5 M"), None);
         assert_eq!(parse_size("99999999999999T"), None);
+    }
+
+    #[test]
+    fn wheel_has_a_name_and_one_version() {
+        assert!(is_wheel("plutoprint==0.23.0") && is_wheel("odoo-addon-x==19.0.1.0.0") && is_wheel("A.b_c==1!2.0+d"));
+        for wrong in
+            ["plutoprint", "plutoprint>=1", "a==", "==1", "a ==1", "a==1 --index-url=x", "-r==1", "a==1.*", "a[x]==1"]
+        {
+            assert!(!is_wheel(wrong), "{wrong}");
+        }
+        let e = Profile::parse("app.toml", b"packages = []\nwheels = [\"plutoprint\"]\n").unwrap_err();
+        assert_eq!(e.line, 2);
+        assert!(e.to_string().contains("`plutoprint` is not a Python package"), "{e}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use time::OffsetDateTime;
 
 use crate::certificate::{CertificateError, Issuer};
 use crate::encoding;
+use crate::text::one_line;
 
 /// Beginning of the message that the fleet's root signs. No other message of the root begins so.
 const CONTEXT: &[u8] = b"bakehouse-rescue-1\0";
@@ -49,7 +50,8 @@ pub struct RescueTarget<'a> {
     pub now: u64,
 }
 
-/// Reason why a machine refuses a rescue disk. The text has the fix.
+/// Reason why a machine refuses a rescue disk. The text has the fix. It goes to the console, and anyone may have written
+/// the disk, so texts of the disk have one line and no control characters.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RescueError {
     /// The content is not a signed order.
@@ -59,7 +61,7 @@ pub enum RescueError {
     #[error("it has format {0}, and this image reads format {known}", known = Rescue::VERSION)]
     Version(u16),
     /// The order is for another fleet.
-    #[error("it is of the fleet `{disk}`, and this machine is of `{own}`")]
+    #[error("it is of the fleet `{}`, and this machine is of `{own}`", one_line(.disk))]
     Fleet {
         /// Fleet of the disk.
         disk: String,
@@ -70,7 +72,7 @@ pub enum RescueError {
     #[error("it is not signed with this fleet's key; make a new one in the fleet's folder, with its fleet.key")]
     Signature,
     /// The order is for another node.
-    #[error("it is for {disk}, and this machine is {own}; make one with `bakehouse ticket NODE --rescue`")]
+    #[error("it is for {}, and this machine is {own}; make one with `bakehouse ticket NODE --rescue`", one_line(.disk))]
     Node {
         /// Node of the disk.
         disk: String,
@@ -79,8 +81,9 @@ pub enum RescueError {
     },
     /// The order has expired.
     #[error(
-        "it expired at {expired}, and this machine's time is {now}; make a new one with `bakehouse ticket {node} \
-         --rescue`, or set the clock in the firmware's menu"
+        "it expired at {expired}, and this machine's time is {now}; make a new one with `bakehouse ticket {} --rescue`, \
+         or set the clock in the firmware's menu",
+        one_line(.node)
     )]
     Expired {
         /// Node of the disk.
@@ -249,6 +252,21 @@ mod tests {
         let e = refusal(&Rescue { version: 2, ..order() }, &TARGET);
         assert_eq!(e.to_string(), "it has format 2, and this image reads format 1");
         assert_eq!(signed(&order()).open(&TARGET, |_, _| false), Err(RescueError::Signature));
+    }
+
+    /// The fleet is compared before the signature, so the text of an unsigned disk gets onto the console.
+    #[test]
+    fn refusal_has_no_control_characters_of_the_disk() {
+        let text = "x\u{1b}[2J\r\n*** ready\u{202e}".to_owned();
+        let fleet = refusal(&Rescue { fleet: text.clone(), ..order() }, &TARGET).to_string();
+        assert!(fleet.starts_with("it is of the fleet `x\u{fffd}[2J\u{fffd} *** ready\u{fffd}`"), "{fleet}");
+        let node = refusal(&Rescue { node: text.clone(), ..order() }, &TARGET).to_string();
+        let slots = [text.as_str()];
+        let target = RescueTarget { slots: &slots, now: order().expires, ..TARGET };
+        let expired = refusal(&Rescue { node: text.clone(), ..order() }, &target).to_string();
+        for refusal in [fleet, node, expired] {
+            assert!(!refusal.contains(crate::is_unsafe), "{}", refusal.escape_debug());
+        }
     }
 
     #[test]

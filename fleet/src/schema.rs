@@ -12,7 +12,7 @@ use crate::diagnostic::{Diagnostic, Source, parse};
 use crate::settings::{Access, Backup, Database, Firewall, Netboot, Odoo, Promise, SecureBoot, Update};
 use crate::web::Web;
 #[cfg(feature = "schema")]
-use crate::{form, lint::ETCD_FOLDERS};
+use crate::{etcd_keys::FOLDERS, form};
 
 /// A whole `fleet.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -21,7 +21,7 @@ use crate::{form, lint::ETCD_FOLDERS};
 pub struct Fleet {
     /// Name of the fleet: 1 to 32 lower-case letters, digits and `-`. It starts with a letter and does not end with
     /// `-`. It must not be a name that the hubs use in etcd, such as `slots` or `rollout`. Example: `"acme"`.
-    #[cfg_attr(feature = "schema", schemars(with = "form::FleetName", extend("not" = { "enum": ETCD_FOLDERS })))]
+    #[cfg_attr(feature = "schema", schemars(with = "form::FleetName", extend("not" = { "enum": FOLDERS })))]
     pub name: Spanned<String>,
     /// Version of the images that this file describes: 1 to 16 letters, digits and `.~^-`. Raise it with every change
     /// that has to reach the nodes. Versions are compared as systemd compares them. Default: `"1"`.
@@ -256,6 +256,11 @@ pub struct Group {
     /// Further Debian packages for this group's image. Default: none.
     #[serde(default)]
     pub packages: Vec<String>,
+    /// Further Python packages for this group's image, each with its version. Bakehouse takes their wheels from the index
+    /// of the host's pip, without dependencies. Default: none. Example: `["odoo-addon-partner-firstname==19.0.1.0.0"]`.
+    #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Wheel>"))]
+    pub wheels: Vec<String>,
     /// Further overlays for this group's image. Default: none.
     #[serde(default)]
     #[cfg_attr(feature = "schema", schemars(with = "Vec<String>"))]

@@ -111,7 +111,8 @@ pub struct Odoo {
     pub languages: Vec<String>,
     /// Folders with further add-ons, relative to `fleet.toml`. Each sub-folder is an add-on. Default: none.
     pub addons: Vec<String>,
-    /// Add-ons that Odoo installs when it creates the database. Default: `["web"]`.
+    /// Add-ons that Odoo installs when it creates the database, and in the rollout of the version that first names them.
+    /// Default: `["web"]`.
     #[cfg_attr(feature = "schema", schemars(with = "Vec<form::Identifier>"))]
     pub modules: Vec<String>,
 }

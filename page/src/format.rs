@@ -106,7 +106,7 @@ pub(crate) fn rough(seconds: f64) -> String {
     text.split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
 
-/// Returns a Unix time in RFC 3339, UTC; empty if it has none.
+/// Returns a Unix time in RFC 3339, UTC; empty if the time has no such form.
 pub(crate) fn rfc3339(at: f64) -> String {
     let time = OffsetDateTime::from_unix_timestamp(at as i64).ok();
     time.and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_default()

@@ -11,12 +11,18 @@ use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::error::{Error, Result};
 
-/// Longest reply, in bytes. Prometheus of 1,000 nodes replies with 1 MB to most queries.
-const LONGEST: usize = 32 << 20;
+/// Longest reply to most requests, in MB. Prometheus of 1,000 nodes replies with 0.4 MB to a query with four values of each
+/// node, and with 1.3 MB of alerts when all 1,000 nodes are down.
+pub(crate) const LONGEST: usize = 4;
+/// Replies of [`LONGEST`] that the page reads and parses at the same time. Values take about eight times the memory of their
+/// text, so these need up to 108 MB. The values that the page keeps (`watch::MOST_VALUES`) need up to 70 MB more, and a
+/// range 24 MB, and alerts 30 MB: together less than `MemoryMax=256M` of the unit.
+pub(crate) static ROOM: Semaphore = Semaphore::const_new(3);
 
 /// A service with an HTTP API.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +31,10 @@ pub(crate) struct Service {
     pub(crate) address: SocketAddr,
     /// Time limit of a request with its reply.
     pub(crate) limit: Duration,
+    /// Longest reply, in MB.
+    pub(crate) longest: usize,
+    /// Places of requests that run at the same time.
+    pub(crate) room: &'static Semaphore,
 }
 
 impl Service {
@@ -34,6 +44,8 @@ impl Service {
     /// If the service does not answer in time, or replies with something else.
     pub(crate) async fn ask<T: DeserializeOwned>(&self, path: &str, form: &[(&str, String)]) -> Result<T> {
         let failed = |cause: String| Error::Service { service: self.name, cause };
+        // The place is free again when the reply is parsed.
+        let _place = self.room.acquire().await.map_err(|e| failed(e.to_string()))?;
         let reply = timeout(self.limit, self.send(path, form)).await;
         let (status, body) = reply.map_err(|_| failed("the time limit is over".to_owned()))?.map_err(failed)?;
         // Prometheus has the reason of a refused query in its JSON.
@@ -63,7 +75,39 @@ impl Service {
         };
         let reply = sender.send_request(request.map_err(|e| e.to_string())?).await.map_err(text)?;
         let status = reply.status();
-        let body = Limited::new(reply.into_body(), LONGEST).collect().await.map_err(|e| e.to_string())?;
+        let body =
+            Limited::new(reply.into_body(), self.longest * 1_000_000).collect().await.map_err(|e| e.to_string())?;
         Ok((status, body.to_bytes()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    /// Returns the error of a service whose reply has this number of bytes, of which 1 MB is allowed.
+    async fn error_of(length: usize) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4096]).await;
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n");
+            let _ = stream.write_all(head.as_bytes()).await;
+            let _ = stream.write_all(&vec![b' '; length]).await;
+        });
+        let service = Service { name: "Test", address, limit: Duration::from_secs(20), longest: 1, room: &ROOM };
+        service.ask::<u32>("/", &[]).await.unwrap_err().chain()
+    }
+
+    #[tokio::test]
+    async fn a_reply_over_the_limit_is_an_error() {
+        let e = error_of(1_000_001).await;
+        assert!(e.contains("length limit exceeded"), "{e}");
+        // An allowed one is read to its end.
+        let e = error_of(1_000_000).await;
+        assert!(e.contains("EOF while parsing"), "{e}");
     }
 }

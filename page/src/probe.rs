@@ -15,7 +15,7 @@ use crate::config::Fleet;
 pub(crate) const INTERVAL: Duration = Duration::from_secs(1);
 /// Time limit of a connection.
 const LIMIT: Duration = Duration::from_millis(900);
-/// Failures in a row after which a node counts as down. A single lost packet is none.
+/// Failures in a row after which a node counts as down. A single lost packet is no failure.
 const FAILURES: u32 = 2;
 
 /// Nodes, and the number of failures in a row of each.

@@ -5,12 +5,14 @@ use std::net::Ipv4Addr;
 use crate::config::Fleet;
 use crate::format::{Unit, whole};
 
-/// Metrics that the page takes as they are: a regular expression.
-const PLAIN: &str = "patroni_(primary|sync_standby|postgres_running)\
-    |pg_stat_archiver_(failed_count|last_archive_age)\
-    |etcd_server_(has_leader|is_leader)\
-    |bakehouse_rollout_(blocked|denied|skipped)\
-    |bakehouse_backup_(count|newest_seconds)";
+/// Metrics that the page takes as they are: the job of their exporter, and a regular expression. A hostile node's other
+/// exporters cannot return them.
+const PLAIN: [(&str, &str); 4] = [
+    ("patroni", "patroni_(primary|sync_standby|postgres_running)"),
+    ("postgres", "pg_stat_archiver_(failed_count|last_archive_age)"),
+    ("etcd", "etcd_server_(has_leader|is_leader)"),
+    ("node", "bakehouse_(rollout_(blocked|denied|skipped)|backup_(count|newest_seconds)|drained_since_seconds)"),
+];
 
 /// Name of the query for [`PLAIN`], whose samples have their names as the label `__name__`.
 pub(crate) const METRICS: &str = "metrics";
@@ -19,12 +21,12 @@ pub(crate) const METRICS: &str = "metrics";
 pub(crate) fn instant(fleet: &Fleet) -> Vec<(&'static str, String)> {
     let vip = fleet.vip;
     // A session with a hub has the hub's name. In a large fleet, only those that are down matter.
-    let paths = r#"bird_protocol_up{proto="BGP",name=~".+-[0-9]+"}"#;
+    let paths = r#"bird_protocol_up{job="bird",proto="BGP",name=~".+-[0-9]+"}"#;
     let paths = if fleet.is_small() { paths.to_owned() } else { format!("{paths} == 0") };
     vec![
-        (METRICS, format!(r#"{{__name__=~"{PLAIN}"}}"#)),
+        (METRICS, PLAIN.map(|(job, names)| format!(r#"{{job="{job}",__name__=~"{names}"}}"#)).join(" or ")),
         ("up", "min by (node, job) (up)".to_owned()),
-        ("failed", r#"node_systemd_unit_state{state="failed"} == 1"#.to_owned()),
+        ("failed", r#"node_systemd_unit_state{job="node",state="failed"} == 1"#.to_owned()),
         ("version", "max by (node, image_version) (node_os_info)".to_owned()),
         ("vip", vip_holder(vip)),
         ("paths", paths),
@@ -33,7 +35,7 @@ pub(crate) fn instant(fleet: &Fleet) -> Vec<(&'static str, String)> {
         ("memory", MEMORY.to_owned()),
         ("disk", DISK.to_owned()),
         ("uptime", "time() - max by (node) (node_boot_time_seconds)".to_owned()),
-        ("odoo", r#"max by (server) (haproxy_server_status{proxy="odoo",state="UP"})"#.to_owned()),
+        ("odoo", r#"max by (server) (haproxy_server_status{job="haproxy",proxy="odoo",state="UP"})"#.to_owned()),
         ("probe", r#"min by (job) (probe_success{job=~"odoo|login|writes"})"#.to_owned()),
         ("latency", r#"max by (job) (probe_duration_seconds{job=~"odoo|login"})"#.to_owned()),
         ("certificate", r#"min by (node) (probe_ssl_earliest_cert_expiry{job="certificate"}) - time()"#.to_owned()),

@@ -35,7 +35,7 @@ const CONNECTIONS: usize = 64;
 const HEADER: Duration = Duration::from_secs(60);
 /// Longest header of a request, in bytes.
 const LONGEST_HEADER: usize = 16 << 10;
-/// Longest time between two events. The operator's machine takes another hub if none arrives for 2.5 s.
+/// Longest time between two events. The operator's machine takes another hub if no event arrives for 2.5 s.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Time within which a viewer takes an event.
 const SEND: Duration = Duration::from_secs(20);

@@ -8,7 +8,7 @@ use crate::probe::Reachable;
 use crate::prometheus::{Alert, Sample};
 use crate::queries::METRICS;
 
-/// Replies to the instant queries, by name. A query that failed has none.
+/// Replies to the instant queries, by name. A query that failed is not in the map.
 pub(crate) type Replies = BTreeMap<&'static str, Vec<Sample>>;
 
 /// State of the fleet.
@@ -63,6 +63,8 @@ pub(crate) struct NodeState {
     pub(crate) certificate: Option<f64>,
     /// Units that have failed.
     pub(crate) failed: Vec<String>,
+    /// Unix time since which the node is drained, if an operator has drained it.
+    pub(crate) drained: Option<f64>,
 }
 
 /// Health of a node.
@@ -297,6 +299,7 @@ impl<'a> Metrics<'a> {
             disk: self.value("disk", name),
             uptime: self.value("uptime", name),
             certificate: self.value("certificate", name),
+            drained: self.metric("bakehouse_drained_since_seconds", name).filter(|since| *since > 0.0),
             failed,
             ..state
         }

@@ -10,8 +10,9 @@ use tokio::time::{sleep, timeout};
 
 use crate::audit;
 use crate::config::Fleet;
+use crate::error::Error;
 use crate::history::{self, Drawn, Fired, Promises, Range, Version};
-use crate::http::Service;
+use crate::http::{LONGEST, ROOM, Service};
 use crate::probe::{INTERVAL, Probes, Reachable};
 use crate::prometheus::{Alert, Sample, Sources};
 use crate::queries;
@@ -24,7 +25,9 @@ const POLL: Duration = Duration::from_secs(2);
 const LIMIT: Duration = Duration::from_secs(5);
 /// Time for which the last reply to a query stands in for one that failed.
 const STALE: Duration = Duration::from_secs(12);
-/// Time for which the page goes on after the last viewer has left, because most of them load it again.
+/// Number of values that the page keeps. 1,000 nodes have 25,000, if ten units have failed on each.
+const MOST_VALUES: usize = 50_000;
+/// Time for which the page reads the state after the last viewer has left, because most viewers load the page again.
 const LINGER: Duration = Duration::from_secs(15);
 /// Time between two reads of the history.
 const HISTORY: Duration = Duration::from_secs(60);
@@ -101,7 +104,7 @@ impl Drop for Interest {
 
 impl Watch {
     pub(crate) fn new(fleet: Fleet) -> Arc<Self> {
-        let service = |name, address| Service { name, address, limit: LIMIT };
+        let service = |name, address| Service { name, address, limit: LIMIT, longest: LONGEST, room: &ROOM };
         let sources = Sources {
             prometheus: service("Prometheus", fleet.prometheus),
             alertmanager: service("Alertmanager", fleet.alertmanager),
@@ -154,8 +157,12 @@ impl Watch {
             self.wanted().await;
             let begun = Instant::now();
             let (replies, alerts) = tokio::join!(self.replies(), self.sources.alerts());
-            let mut missing = Vec::new();
+            let (mut missing, mut values) = (Vec::new(), 0);
             for (name, reply) in replies {
+                let reply = reply.and_then(|samples| {
+                    values += samples.len();
+                    if values <= MOST_VALUES { Ok(samples) } else { Err(too_many()) }
+                });
                 match reply {
                     Ok(samples) => drop(known.insert(name, (Instant::now(), samples))),
                     Err(e) if missing.is_empty() => missing.push(e.chain()),
@@ -292,6 +299,10 @@ impl Watch {
             sleep(if is_complete { HISTORY } else { RETRY }).await;
         }
     }
+}
+
+fn too_many() -> Error {
+    Error::Service { service: "Prometheus", cause: format!("it has more than {MOST_VALUES} values of the nodes") }
 }
 
 fn now() -> f64 {

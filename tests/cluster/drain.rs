@@ -8,8 +8,11 @@ use std::time::Duration;
 
 use bakehouse_tests::network::in_own_network;
 use bakehouse_tests::site::TestCluster;
-use fleet::node_api::{DRAINED_PATH, DrainAnswer, DrainRequest};
+use fleet::UpdateDecision;
+use fleet::node_api::{DRAINED_PATH, DrainAnswer, DrainRequest, LOCK_PATH, LockRequest};
 use fleet_https::{Connection, Identity, request};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::time::sleep;
 
 const CHECK: DrainRequest = DrainRequest { drained: Some(true), check: true };
@@ -49,17 +52,26 @@ impl Drop for HaProxy {
 }
 
 /// Sends a request of a hub to hub-1.
-async fn of_hub(site: &TestCluster, number: usize, request_of: DrainRequest) -> DrainAnswer {
+async fn ask_hub<T: DeserializeOwned>(site: &TestCluster, number: usize, path: &str, asked: &impl Serialize) -> T {
     let (node, key) = (&site.topology.hubs[number], &site.keys[number]);
     let issuer = site.root.issuer("acme", &node.name).expect("a root");
     let cert = issuer.node(&site.topology, node, &key.public().expect("a key")).expect("an issuer");
     let own = Identity { cert: &cert, key: key.pem() };
     let tls = fleet_https::client(site.root.certificate(), Some(own)).expect("a certificate");
     let mut connection = Connection::open("127.0.0.1", site.topology.mesh.port, "hub-1", &tls).await.expect("hub-1");
-    let body = serde_json::to_vec(&request_of).expect("JSON");
-    let asked = request("POST", "hub", DRAINED_PATH, &[], body.into()).expect("HTTP");
+    let body = serde_json::to_vec(asked).expect("JSON");
+    let asked = request("POST", "hub", path, &[], body.into()).expect("HTTP");
     let answer = connection.ask(asked, 1 << 20).await.expect("a reply");
     serde_json::from_slice(&answer).expect("JSON")
+}
+
+/// Sends a drain of a hub to hub-1, with the fleet's lock for a check.
+async fn of_hub(site: &TestCluster, number: usize, asked: DrainRequest) -> DrainAnswer {
+    let lock = async |seconds| -> UpdateDecision { ask_hub(site, number, LOCK_PATH, &LockRequest { seconds }).await };
+    assert!(!asked.check || lock(600).await.granted);
+    let answer = ask_hub(site, number, DRAINED_PATH, &asked).await;
+    assert!(lock(0).await.granted);
+    answer
 }
 
 #[test]
@@ -68,17 +80,41 @@ fn hubs_keep_a_node_of_each_role_in_service() {
         let site = TestCluster::open("app.count = 2\n");
         let members = site.members("app", 2).await;
         site.register_hubs().await;
-        let of_app = async |i: usize, request: DrainRequest| -> DrainAnswer {
+        let asked = async |i: usize, request: DrainRequest| -> DrainAnswer {
             let (who, grant) = &members[i];
             let body = serde_json::to_vec(&request).expect("JSON");
             let answer = site.member(0, (who, grant), ("POST", DRAINED_PATH), body).await.expect("a reply");
             serde_json::from_slice(&answer).expect("a reply")
+        };
+        let lock = async |i: usize, seconds: u32| {
+            let (who, grant) = &members[i];
+            let body = serde_json::to_vec(&LockRequest { seconds }).expect("JSON");
+            let answer = site.member(0, (who, grant), ("POST", LOCK_PATH), body).await.expect("a reply");
+            assert!(serde_json::from_slice::<UpdateDecision>(&answer).expect("a reply").granted);
+        };
+        let of_app = async |i: usize, request: DrainRequest| -> DrainAnswer {
+            if !request.check {
+                return asked(i, request).await;
+            }
+            lock(i, 600).await;
+            let answer = asked(i, request).await;
+            lock(i, 0).await;
+            answer
         };
         let [first, second] = [0, 1].map(|i| members[i].1.slot.clone());
         let refused = async |i: usize, expected: &str| {
             let answer = of_app(i, CHECK).await;
             assert!(!answer.granted && answer.why.contains(expected), "{answer:?}");
         };
+        // A node that has lost the fleet's lock is not drained: another node may check its own drain now.
+        for other_has_it in [false, true] {
+            if other_has_it {
+                lock(1, 600).await;
+            }
+            let answer = asked(0, CHECK).await;
+            assert!(!answer.granted && answer.why.contains("does not have the fleet's lock"), "{answer:?}");
+        }
+        lock(1, 0).await;
         // Without HAProxy, no hub can tell whether the other node serves.
         refused(0, "is unknown to HAProxy of hub-1").await;
         let listeners = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").expect("a port"));

@@ -412,3 +412,11 @@ async fn a_client_has_the_operators_user_whatever_it_asks_for() {
     assert!(direct("bakehouse_reader").await.is_ok());
     assert_eq!(site.postgres.psql("odoo", &["-U", "bakehouse_reader", "-c", "select 1"]), None);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_reader_cannot_fill_the_disk_with_temporary_files() {
+    let site = Site::start(9);
+    assert_eq!(site.sql(false, "show temp_file_limit").await.unwrap(), "1GB\nSHOW\n");
+    // Insufficient privilege.
+    assert_eq!(code(site.sql(false, "set temp_file_limit = '2GB'").await), "42501");
+}

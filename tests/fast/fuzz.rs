@@ -55,6 +55,8 @@ fn each_target_accepts_a_seed() {
         assert!(seeds(target).iter().any(|(_, seed)| reads(seed)), "{target} rejects all of its seeds");
     };
     accepts("ticket", &|b| fleet::Ticket::parse(b).is_ok());
+    accepts("audit", &|b| serde_json::from_slice::<Vec<fleet::node_api::AuditEntry>>(b).is_ok());
+    accepts("postgres", &|b| b.get(1..).is_some_and(|body| fleet::postgres::parameters(body).is_some()));
     accepts("rescue", &|b| fleet::RescueDisk::parse(b).is_ok());
     accepts("fleet_toml", &|b| fleet::Fleet::parse("f", b).is_ok());
     accepts("profile", &|b| fleet::Profile::parse("f", b).is_ok());

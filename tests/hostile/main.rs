@@ -136,6 +136,7 @@ impl Host {
         let _ = fs::remove_dir_all(&work);
         fs::create_dir_all(&work).expect("a folder to work in");
         let sets = sets.into_iter().enumerate().map(|(i, (debs, finish))| PackageSet {
+            wheels: Vec::new(),
             packages: debs.into_iter().map(Deb::package).collect(),
             out: self.out(i),
             finish,

@@ -1,5 +1,6 @@
 //! Nodes that run: in virtual machines, and in containers (their tests have `containers` in the name).
 
+mod addons;
 mod boot;
 mod bootstrap;
 mod cloud_init;
@@ -12,6 +13,7 @@ mod journals;
 mod legacy_bios;
 mod netboot;
 mod power_loss;
+mod printing;
 mod psql;
 mod quick_ha;
 mod rescue;

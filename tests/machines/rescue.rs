@@ -146,14 +146,21 @@ fn containers_node_with_a_broken_role_answers() {
     assert!(logs.out.contains("this service is broken"), "{}{}", logs.out, logs.err);
     let agent = lab.ok(&["logs", "broken-1", "-u", "firstboot", "--grep", "cannot start the roles"]);
     assert!(agent.out.contains("role-broken.target did not start"), "{}{}", agent.out, agent.err);
-    let status = lab.run(&["status", "--json"]).result();
-    let rows = status["nodes"].as_array().expect("nodes");
-    let row = rows.iter().find(|row| row["node"] == "broken-1").expect("a row of the node");
-    println!("{row:#}");
-    assert_eq!(row["state"], "starting", "{row}");
-    assert!(row["report"]["failed"].to_string().contains("broken.service"), "{row}");
-    let done = lab.ok(&["exec", "broken-1", "systemctl is-failed broken"]);
-    assert_eq!(done.out.trim(), "failed");
+    let begun = Instant::now();
+    loop {
+        let status = lab.run(&["status", "--json"]).result();
+        let rows = status["nodes"].as_array().expect("nodes");
+        let row = rows.iter().find(|row| row["node"] == "broken-1").expect("a row of the node");
+        assert_eq!(row["state"], "starting", "{row}");
+        if row["report"]["failed"].to_string().contains("broken.service") {
+            println!("{row:#}");
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "the status has no failed unit: {row}");
+    }
+    let failed = "for i in $(seq 60); do systemctl is-failed broken && exit; sleep 1; done; exit 1";
+    let done = lab.ok(&["exec", "broken-1", failed]);
+    assert_eq!(done.out.lines().last(), Some("failed"));
     lab.ok(&["net", "broken-1"]);
     lab.ok(&["disk", "broken-1"]);
 

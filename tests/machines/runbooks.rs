@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use bakehouse_tests::runbooks::{Alert, Quoted, all_alerts, of_alert, of_messages, of_operations};
 use bakehouse_tests::{CommandOutput, TestFleet};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// Longest wait until all nodes are ready again, with a synchronous standby.
@@ -187,6 +189,8 @@ fn danger(words: &[String]) -> u32 {
         "switchover" => 2,
         "reboot" => 3,
         "poweroff" => 4,
+        // The images change, and `up` gives a machine with another image an empty disk.
+        "secret" => 5,
         _ => 0,
     }
 }
@@ -201,6 +205,9 @@ fn run(lab: &TestFleet, words: &[String]) -> CommandOutput {
         "rollout" => args.extend(["--endpoint", "local"]),
         _ => {}
     }
+    if args[0] == "open" {
+        return open(lab, &args);
+    }
     let input = if args[0] == "secret" { "http://192.0.2.100:9/" } else { "" };
     let done = with_input(lab, &args, input);
     let refusal = done.err.contains("--force ");
@@ -211,6 +218,24 @@ fn run(lab: &TestFleet, words: &[String]) -> CommandOutput {
     let Some(node) = words.get(1) else { return done };
     args.extend(["--force", node]);
     with_input(lab, &args, "")
+}
+
+/// Runs a command that serves a link until Ctrl-C, and presses Ctrl-C when it has printed the link.
+fn open(lab: &TestFleet, args: &[&str]) -> CommandOutput {
+    let mut child = lab.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("bakehouse starts");
+    let mut link = String::new();
+    let mut out = BufReader::new(child.stdout.take().expect("a pipe"));
+    out.read_line(&mut link).expect("a line");
+    let is_open = !link.is_empty();
+    if is_open {
+        kill(Pid::from_raw(i32::try_from(child.id()).expect("a pid")), Signal::SIGINT).expect("a process");
+    }
+    let mut done = CommandOutput::new(&child.wait_with_output().expect("the output"));
+    // The shell's code for an end by SIGINT.
+    if is_open && done.status == 130 {
+        done.status = 0;
+    }
+    done
 }
 
 /// Returns the units of each node, and the roles of the nodes.

@@ -83,6 +83,13 @@ impl TestFleet {
         builder::vm::are_containers(&project, true).expect("no node runs");
     }
 
+    /// Returns the password of Odoo's administrator in fleet.key.
+    pub fn odoo_password(&self) -> String {
+        let key: serde_json::Value = serde_json::from_str(&self.read("fleet.key")).expect("JSON");
+        let found = key.pointer("/secrets/odoo_admin");
+        found.and_then(serde_json::Value::as_str).expect("a password").to_owned()
+    }
+
     /// Returns the fleet in a folder of this one's folder.
     #[must_use]
     pub fn within(self, folder: &str) -> Self {

@@ -11,6 +11,8 @@ use firstboot::node::trust::signed_by_root;
 use fleet::blocks::{BLOCK, Blocks, missing, pieces};
 use fleet::grubenv::Block;
 use fleet::netboot::{Assignment, Key, NetbootMachine, ProgressReport, SealedTicket};
+use fleet::node_api::{AuditEntry, AuditLog, AuditQuery, LONGEST_AUDIT_ENTRY};
+use fleet::postgres::{self, Frames, Messages, PROTOCOL_3, startup};
 use fleet::{
     Departure, Diagnostic, Fleet, Introduction, Issuer, JoinReply, JoinRequest, OverlayManifest, Peers, Profile,
     Profiles, Renewal, Report, RescueDisk, RescueTarget, Revocation, Rollout, RolloutRequest, SlotRecord, Ticket,
@@ -23,8 +25,9 @@ use serde::de::DeserializeOwned;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 17] = [
     ("age", age),
+    ("audit", audit),
     ("dbus", dbus),
     ("deb", deb),
     ("elf", elf),
@@ -34,6 +37,7 @@ pub const TARGETS: [Target; 15] = [
     ("join", join),
     ("netboot", netboot),
     ("pe", pe),
+    ("postgres", postgresql),
     ("profile", profile),
     ("rescue", rescue),
     ("rollout", rollout),
@@ -122,6 +126,52 @@ fn ticket(bytes: &[u8]) {
     assert_eq!(Ticket::parse(&written).expect("an encoded value can be decoded"), ticket);
     if let Some(claims) = ticket.token().and_then(Token::read) {
         let _ = claims.public_key();
+    }
+}
+
+/// Entries of the audit log, from a node, and queries, from an operator.
+fn audit(bytes: &[u8]) {
+    round_trip::<AuditQuery>(bytes);
+    round_trip::<AuditLog>(bytes);
+    if let Some(entries) = round_trip::<Vec<AuditEntry>>(bytes) {
+        for entry in entries {
+            // A hub refuses an entry with a long identifier.
+            let fitted = AuditEntry { id: String::new(), ..entry }.fitted();
+            assert!(fitted.size() <= LONGEST_AUDIT_ENTRY, "a fitted entry has {} bytes", fitted.size());
+        }
+    }
+}
+
+/// Messages of a PostgreSQL server, and start-up messages of a client. The first byte is the length of the parts in which
+/// they arrive.
+fn postgresql(bytes: &[u8]) {
+    let Some((part, bytes)) = bytes.split_first() else { return };
+    let part = usize::from(*part).max(1);
+    let (mut frames, mut ended) = (Frames::default(), Some(Vec::new()));
+    let (mut messages, mut found) = (Messages::new(bytes.len()), Vec::new());
+    for chunk in bytes.chunks(part) {
+        ended = ended.and_then(|mut all| {
+            all.extend(frames.ended(chunk).ok()?);
+            Some(all)
+        });
+        messages.feed(chunk);
+        match messages.take() {
+            Ok(new) => found.extend(new),
+            Err(_) => break,
+        }
+    }
+    if let Some(kinds) = ended {
+        let expected: Vec<u8> = found.iter().map(|message| message.kind).collect();
+        assert!(kinds.starts_with(&expected), "the proxy and the client disagree about messages");
+    }
+    for body in found.iter().map(|message| message.body.as_slice()).chain([bytes]) {
+        if let Some(parameters) = postgres::parameters(body) {
+            let written = startup(PROTOCOL_3, &parameters);
+            assert_eq!(postgres::parameters(&written[8..]), Some(parameters), "parameters are not read back");
+        }
+        let (columns, row) = (postgres::columns(body), postgres::row(body));
+        assert!(columns.is_none_or(|all| all.len() <= body.len()) && row.is_none_or(|all| all.len() <= body.len()));
+        let _ = (postgres::report(body), postgres::text(body));
     }
 }
 

@@ -7,7 +7,7 @@ use fleet::{Access, Topology};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::packages::lock::Package;
+use crate::packages::lock::{Package, Wheel};
 use crate::util::digest::sha256;
 
 /// `NAME_VERSION.manifest.json`.
@@ -57,6 +57,9 @@ pub(crate) struct Manifest<'a> {
     pub migrations: Vec<&'a str>,
     /// Settings of the fleet that all its images have, by section of `fleet.toml`, with the defaults.
     pub settings: Value,
+    /// Add-ons of Odoo: name → hash of the content; `None` in images without Odoo.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub addons: Option<BTreeMap<String, String>>,
     /// Source of the database, if it is restored from a backup: `[backup] restore`.
     pub restore: Option<&'a str>,
 }
@@ -134,11 +137,14 @@ fn masked(value: Value) -> Value {
 
 /// Returns the packages in the form of the manifest.
 #[must_use]
-pub(crate) fn package_list(packages: &[&Package]) -> Vec<Value> {
-    packages
+pub(crate) fn package_list(packages: &[&Package], wheels: &[&Wheel]) -> Vec<Value> {
+    let debs = packages
         .iter()
-        .map(|p| json!({ "name": p.name, "version": p.version, "arch": p.arch, "suite": p.suite, "sha256": p.sha256 }))
-        .collect()
+        .map(|p| json!({ "name": p.name, "version": p.version, "arch": p.arch, "suite": p.suite, "sha256": p.sha256 }));
+    let wheels = wheels
+        .iter()
+        .map(|w| json!({ "name": w.name, "version": w.version, "arch": "wheel", "suite": "", "sha256": w.sha256 }));
+    debs.chain(wheels).collect()
 }
 
 #[cfg(test)]

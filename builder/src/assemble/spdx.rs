@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::error::Result;
-use crate::packages::lock::Package;
+use crate::packages::lock::{Package, Wheel};
 use crate::util::digest::Key;
 use crate::util::json::pretty_json;
 use crate::util::time::rfc3339;
@@ -12,7 +12,7 @@ use crate::util::time::rfc3339;
 ///
 /// # Errors
 /// If the document cannot be serialised; does not happen with these values.
-pub(crate) fn spdx(id: &str, version: &str, epoch: u64, packages: &[&Package]) -> Result<Vec<u8>> {
+pub(crate) fn spdx(id: &str, version: &str, epoch: u64, packages: &[&Package], wheels: &[&Wheel]) -> Result<Vec<u8>> {
     let mut key = Key::new("spdx");
     key.add("id", id).add("version", version);
     let mut list = vec![json!({
@@ -32,6 +32,21 @@ pub(crate) fn spdx(id: &str, version: &str, epoch: u64, packages: &[&Package]) -
             "externalRefs": [{
                 "referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl",
                 "referenceLocator": format!("pkg:deb/debian/{}@{}?arch={}", p.name, purl(&p.version), p.arch),
+            }],
+        }));
+        relations.push(json!({
+            "spdxElementId": "SPDXRef-image", "relationshipType": "CONTAINS", "relatedSpdxElement": reference,
+        }));
+    }
+    for w in wheels {
+        key.add("wheel", &w.sha256);
+        let reference = format!("SPDXRef-wheel-{}-{}", w.name, &w.sha256[..8]);
+        list.push(json!({
+            "SPDXID": reference, "name": w.name, "versionInfo": w.version, "downloadLocation": "NOASSERTION",
+            "checksums": [{ "algorithm": "SHA256", "checksumValue": w.sha256 }],
+            "externalRefs": [{
+                "referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl",
+                "referenceLocator": format!("pkg:pypi/{}@{}", w.name, purl(&w.version)),
             }],
         }));
         relations.push(json!({

@@ -185,8 +185,16 @@ fn diagnose(project: &Project, check: &OverlayCheck, node: &fleet::Node, baked: 
         },
     };
     let program = check.check.command.first().map_or("", String::as_str);
-    let message = format!("{program} rejects the configuration of {}:\n{}", node.name, output.trim_end());
+    let output = with_origins(baked, output.trim_end());
+    let message = format!("{program} rejects the configuration of {}:\n{output}", node.name);
     Diagnostic::whole_file(Severity::Error, &file, message, None)
+}
+
+/// Replaces the paths of files in the image by their paths in the fleet's folder, where these differ.
+fn with_origins(baked: &Baked, output: &str) -> String {
+    let of_fleet = |origin: &str| !origin.starts_with("overlays/") && origin != "bakehouse";
+    let moved = baked.entries.iter().filter(|(_, entry)| of_fleet(&entry.origin));
+    moved.fold(output.to_owned(), |text, (path, entry)| text.replace(path.as_str(), &entry.origin))
 }
 
 /// Returns the line of `path` that a daemon's output names: `path:14`, `path: Line 14`.

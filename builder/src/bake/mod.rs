@@ -192,7 +192,7 @@ impl Baked {
         let overlay = project.overlay(name)?;
         let mut described: BTreeSet<&str> = overlay.manifest.files.keys().map(String::as_str).collect();
         for (inner, bytes) in &overlay.files {
-            let origin = format!("overlays/{name}/{inner}");
+            let origin = project.origin(name, inner);
             secret(&origin, bytes)?;
             let path = inner.strip_suffix(".j2").unwrap_or(inner);
             described.remove(path);

@@ -5,11 +5,10 @@ use std::io::IsTerminal as _;
 use super::access::NodeContext;
 use super::output::print;
 use super::results::Event;
-use crate::deploy::nodes::FiringAlert;
 use crate::error::Result;
 use crate::util::terminal::size;
 use crate::util::time::rfc3339;
-use crate::vm::{Database, FleetStatus, MachineState, NodeRow, duration};
+use crate::vm::{Database, FiringAlert, FleetStatus, MachineState, NodeRow, number_of_alerts};
 
 /// Most alerts on the board, and the part of a terminal's lines that they may take.
 const ALERTS: usize = 5;
@@ -85,9 +84,7 @@ impl Board<'_> {
         parts.extend(status.ages(now));
         match alerts {
             None => {}
-            Some(Ok(all)) if all.is_empty() => parts.push(("no alert fires".to_owned(), false)),
-            Some(Ok(all)) if all.len() == 1 => parts.push(("1 alert fires".to_owned(), true)),
-            Some(Ok(all)) => parts.push((format!("{} alerts fire", all.len()), true)),
+            Some(Ok(all)) => parts.push((number_of_alerts(all), !all.is_empty())),
             Some(Err(_)) => parts.push(("alerts unknown".to_owned(), true)),
         }
         let style = if parts.iter().any(|(_, bad)| *bad) { Style::Red } else { Style::Plain };
@@ -95,7 +92,7 @@ impl Board<'_> {
         lines.extend(wrapped(&parts, columns).into_iter().map(|line| (line, style)));
         if let Some(Ok(all)) = alerts {
             let most = size.map_or(ALERTS, |(_, height)| (height / ALERTS_PART).clamp(1, ALERTS));
-            lines.extend(all.iter().take(most).map(|alert| (cut(&text_of(alert, now), columns), colour_of(alert))));
+            lines.extend(all.iter().take(most).map(|alert| (cut(&alert.line(now), columns), colour_of(alert))));
             if all.len() > most {
                 lines.push((cut(&format!("… and {} more alerts", all.len() - most), columns), Style::Plain));
             }
@@ -168,12 +165,6 @@ fn fitting(nodes: &[NodeRow], rows: &[String], room: Option<usize>) -> (Vec<usiz
     kept.sort_unstable();
     let left_out = rows.len() - kept.len();
     (kept, left_out)
-}
-
-fn text_of(alert: &FiringAlert, now: u64) -> String {
-    let node = if alert.node.is_empty() { String::new() } else { format!(" {}", alert.node) };
-    let age = duration(now.saturating_sub(alert.since));
-    format!("{} {}{node}: {} (since {age})", alert.severity, alert.name, alert.summary)
 }
 
 fn colour_of(alert: &FiringAlert) -> Style {

@@ -14,6 +14,7 @@ use crate::packages::lock::{Lock, LockChanges};
 use crate::packages::mirror::Mirror;
 use crate::packages::requests::TOOLS;
 use crate::packages::resolve::resolve;
+use crate::packages::wheels;
 use crate::progress::Progress;
 use crate::project::ImageSpec;
 use crate::sandbox;
@@ -48,6 +49,7 @@ pub(super) fn fetch(context: &Context, mirror: &MirrorArg) -> Result<CommandResu
     let missing: Vec<_> = lock.packages.iter().filter(|p| !store.has_deb(&p.sha256)).collect();
     let bytes = missing.iter().map(|p| p.size).sum();
     let packages = fetch::fetch(&missing, &mirror, &store, progress)?;
+    let packages = packages + wheels::fetch(&lock.wheels.iter().collect::<Vec<_>>(), &lock, &store, progress)?;
     Ok(CommandResult::Fetch(FetchResult { packages, bytes, locked: lock.packages.len() }))
 }
 
@@ -91,6 +93,8 @@ pub(super) fn images_of(
     if !missing.is_empty() {
         fetch::fetch(&missing, &Mirror::for_project(project, mirror.mirror.as_deref())?, &store, progress)?;
     }
+    let of_unbuilt: Vec<_> = unbuilt.iter().flat_map(|r| lock.wheels_of(&r.group)).collect();
+    wheels::fetch(&of_unbuilt, &lock, &store, progress)?;
     let build = Build { project, lock: &lock, store: &store, progress, revision };
     groups.iter().map(|g| build.image(g)).collect()
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fleet::node_api::{JournalLine, JournalQuery, OPEN_PREFIX, UNITS_PATH, UnitStatus};
+use tokio::time::{Instant, timeout_at};
 
 use super::access::{NodeContext, Reach};
 use super::board::{Alerts, Board, View};
@@ -47,8 +48,8 @@ pub(super) fn status(context: &NodeContext, args: &StatusArgs, view: View) -> Re
         Ok(reach) if reach.is_local => local_status(context, &reach),
         Ok(reach) => {
             let state = nodes::fleet_status(&reach.client, &reach.nodes);
-            let (status, monitor) = nodes::run(with_facts(&reach.client, &reach.nodes, state))?;
-            Ok(FleetStatus { monitor, certificate_expires: Some(reach.expires), ..status? })
+            let (status, known) = nodes::run(with_monitored(&reach.client, &reach.nodes, state))?;
+            Ok(FleetStatus { certificate_expires: Some(reach.expires), ..known.added_to(status?) })
         }
         Err(missing) => match context.project {
             Some(project) if args.access.operator.is_none() => {
@@ -92,6 +93,12 @@ impl Monitored {
         let (alerts, facts) = tokio::join!(nodes::firing(client, monitors), nodes::facts(client, monitors));
         Self { alerts: Some(alerts.map_err(|e| e.chain())), facts: facts.ok() }
     }
+
+    /// Returns the state of the nodes with what the monitors know.
+    fn added_to(&self, status: FleetStatus) -> FleetStatus {
+        let alerts = self.alerts.as_ref().and_then(|alerts| alerts.as_ref().ok()).cloned();
+        FleetStatus { monitor: self.facts.clone(), alerts, ..status }
+    }
 }
 
 /// Shows the state of a real fleet until Ctrl-C.
@@ -111,9 +118,9 @@ fn watch_fleet(context: &NodeContext, reach: &Reach, view: View) -> Result<Infal
             });
         }
         nodes::watch(&reach.client, &reach.nodes, WATCH_INTERVAL, |status| {
-            let Monitored { alerts, facts } = known.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            let status = FleetStatus { monitor: facts, certificate_expires: Some(reach.expires), ..status };
-            board.show(context, &status, now(), &alerts)
+            let known = known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let status = FleetStatus { certificate_expires: Some(reach.expires), ..known.added_to(status) };
+            board.show(context, &status, now(), &known.alerts)
         })
         .await
     })?
@@ -138,8 +145,11 @@ fn watch_machines(context: &NodeContext, args: &StatusArgs, view: View) -> Resul
         match status(context, &once, view) {
             Err(e) if matches!(e, Error::Usage(_)) => return Err(e),
             Ok(status) => {
-                let monitor = status.monitor.clone().or_else(|| known.facts.clone());
-                board.show(context, &FleetStatus { monitor, ..status }, now(), &known.alerts)?;
+                // The state may have answers of the monitors that are newer.
+                let fresh = Monitored { alerts: status.alerts.clone().map(Ok), facts: status.monitor.clone() };
+                let (alerts, facts) = (fresh.alerts.or(known.alerts.clone()), fresh.facts.or(known.facts.clone()));
+                let known = Monitored { alerts, facts };
+                board.show(context, &known.added_to(status), now(), &known.alerts)?;
             }
             Err(e) => board.fail(context, now(), &e.chain())?,
         }
@@ -148,16 +158,21 @@ fn watch_machines(context: &NodeContext, args: &StatusArgs, view: View) -> Resul
 }
 
 /// Reads the state of nodes, and at the same time what the monitors among them know. Waits for the monitors only shortly.
-async fn with_facts<T>(
-    client: &Client,
-    all: &[KnownNode],
-    state: impl Future<Output = T>,
-) -> (T, Option<MonitorFacts>) {
-    let (client, monitors) = (client.clone(), monitors(all));
-    let facts = tokio::spawn(async move { nodes::facts(&client, &monitors).await.ok() });
+async fn with_monitored<T>(client: &Client, all: &[KnownNode], state: impl Future<Output = T>) -> (T, Monitored) {
+    let monitors = monitors(all);
+    if monitors.is_empty() {
+        return (state.await, Monitored::default());
+    }
+    let (asker, names) = (client.clone(), monitors.clone());
+    let facts = tokio::spawn(async move { nodes::facts(&asker, &names).await.ok() });
+    let asker = client.clone();
+    let alerts = tokio::spawn(async move { nodes::firing(&asker, &monitors).await.map_err(|e| e.chain()) });
     let state = state.await;
-    let facts = tokio::time::timeout(FACTS, facts).await;
-    (state, facts.ok().and_then(std::result::Result::ok).flatten())
+    let until = Instant::now() + FACTS;
+    let facts = timeout_at(until, facts).await.ok().and_then(std::result::Result::ok).flatten();
+    let late = || Err("no monitor answers in time".to_owned());
+    let alerts = timeout_at(until, alerts).await.ok().and_then(std::result::Result::ok).unwrap_or_else(late);
+    (state, Monitored { alerts: Some(alerts), facts })
 }
 
 /// Returns the names of the monitors.
@@ -173,7 +188,7 @@ fn local_status(context: &NodeContext, reach: &Reach) -> Result<FleetStatus> {
     let is_up = |node: &&KnownNode| running.contains(&node.name.as_str());
     let up: Vec<KnownNode> = reach.nodes.iter().filter(is_up).cloned().collect();
     let asked = nodes::ask_all(&reach.client, &up);
-    let (seen, monitor) = nodes::run(with_facts(&reach.client, &up, asked))?;
+    let (seen, known) = nodes::run(with_monitored(&reach.client, &up, asked))?;
     let mut seen = seen.unwrap_or_default();
     seen.retain(|(row, _)| row.state != MachineState::Silent);
     let answered: Vec<String> = seen.iter().map(|(row, _)| row.node.clone()).collect();
@@ -182,7 +197,7 @@ fn local_status(context: &NodeContext, reach: &Reach) -> Result<FleetStatus> {
     seen.extend(vm::seen(project, &others));
     let position = |name: &str| reach.nodes.iter().position(|node| node.name == name);
     seen.sort_by_key(|(row, _)| position(&row.node));
-    Ok(FleetStatus { monitor, ..FleetStatus::new(seen, Some(project)) })
+    Ok(known.added_to(FleetStatus::new(seen, Some(project))))
 }
 
 /// Lists the units of a node.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use fleet::{Operator, OperatorRole, PrivateKey, PublicKey, encoding};
 
+use super::access::confirm;
 use super::context::Context;
 use super::node_results::{NewOperatorResult, OperatorRequestResult, RevokedOperatorResult};
 use super::results::CommandResult;
@@ -163,6 +164,8 @@ fn revoke(context: &Context, args: &RevokeOperatorArgs) -> Result<CommandResult>
         (None, Some(key)) => vec![of_key(&name, key)?],
         (None, None) => of_log(operator_log::rows(&project.dir)?, &name)?,
     };
+    let whose = keys.first().map_or(&name, |first| &first.name);
+    confirm(&format!("revoke the certificates of the operator {whose}"), args.yes)?;
     let hubs = context.hubs(&args.endpoint)?;
     let mut accepted = String::new();
     for Revoked { name, key, expires, row } in &keys {

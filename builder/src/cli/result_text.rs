@@ -7,6 +7,7 @@ use super::disk::DiskText;
 use super::net::NetText;
 use super::results::{CommandResult, ExplainResult, NewTicketResult, TicketResult};
 use crate::deploy::hub_client::describe;
+use crate::keys::operator::now;
 use crate::keys::{operator_log, ticket_log};
 use crate::packages::explain::describe as describe_sources;
 use crate::rehearse;
@@ -54,7 +55,8 @@ impl fmt::Display for CommandResult {
                 write!(f, "{}", plan.course)
             }
             Self::Rollout(rollout) => f.write_str(&describe(rollout)),
-            Self::Up(status) | Self::Status(status) => write!(f, "{}", status.table(columns())),
+            Self::Up(status) => f.write_str(&status.table(columns())),
+            Self::Status(status) => write!(f, "{}{}", status.table(columns()), status.alert_lines(now())),
             Self::Top(status) => f.write_str(&status.loads()),
             Self::Units(units) => write!(f, "{units}"),
             Self::Net(status) => write!(f, "{}", NetText(status)),

@@ -44,7 +44,7 @@ pub(super) fn restart(context: &NodeContext, args: &RestartArgs) -> Result<Comma
     let question = format!("restart {unit} of {} in the fleet {}", args.node, reach.fleet);
     let order = Order { node: &args.node, path: RESTART_PATH, unit: Some(unit.clone()), question, stops: false };
     let message = carry_out(context, &reach, &args.consent, &order, async |_, _| Ok(()))?.0;
-    context.progress.say("restart", &format!("{}: {message}", args.node));
+    context.progress.say("restart", &message);
     let result = ActionResult { unit: Some(unit), ..ActionResult::new(&args.node, message) };
     Ok(CommandResult::Restart(result))
 }
@@ -58,8 +58,8 @@ pub(super) fn reboot(context: &NodeContext, args: &ActionArgs) -> Result<Command
         if args.no_wait { Ok(None) } else { action.until_booted(since).await.map(Some) }
     };
     let (message, seconds) = carry_out(context, &reach, &args.consent, &order, wait)?;
-    let text = seconds.map_or_else(|| message.clone(), |seconds| format!("ready again after {seconds} s"));
-    context.progress.say("reboot", &format!("{}: {text}", args.node));
+    let ready = |seconds: u64| format!("{}: ready again after {seconds} s", args.node);
+    context.progress.say("reboot", &seconds.map_or_else(|| message.clone(), ready));
     let result = ActionResult { done: !args.no_wait, ..ActionResult::new(&args.node, message) };
     Ok(CommandResult::Reboot(result))
 }
@@ -71,8 +71,8 @@ pub(super) fn poweroff(context: &NodeContext, args: &ActionArgs) -> Result<Comma
     let order = Order { node: &args.node, path: POWEROFF_PATH, unit: None, question, stops: true };
     let wait = async |action: &Action<'_>, _| if args.no_wait { Ok(()) } else { action.until_off().await };
     let (message, ()) = carry_out(context, &reach, &args.consent, &order, wait)?;
-    let text = if args.no_wait { &message } else { "does not answer any more" };
-    context.progress.say("poweroff", &format!("{}: {text}", args.node));
+    let off = format!("{} does not answer any more", args.node);
+    context.progress.say("poweroff", if args.no_wait { &message } else { &off });
     let result = ActionResult { done: !args.no_wait, ..ActionResult::new(&args.node, message) };
     Ok(CommandResult::Poweroff(result))
 }
@@ -138,7 +138,8 @@ fn carry_out<T>(
     confirm(&order.question, consent.yes)?;
     let request = ActionRequest { unit: order.unit.clone(), force: consent.force.clone() };
     let step = context.progress.step(context.output.command.unwrap_or_default(), &format!("waiting for {node}"));
-    let on_state = |text: &str| step.message(&format!("{node}: {text}"));
+    let prefix = format!("{node}: ");
+    let on_state = |text: &str| step.message(&format!("{prefix}{}", text.strip_prefix(&prefix).unwrap_or(text)));
     let action = Action { client: &reach.client, node, on_state: &on_state };
     nodes::run(async {
         let since = Instant::now();

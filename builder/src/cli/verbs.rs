@@ -104,7 +104,7 @@ pub(super) const OPERATOR: &str = "\
 Examples:
   bakehouse operator add anna --role viewer
   bakehouse operator list
-  bakehouse operator revoke anna";
+  bakehouse operator revoke anna --yes";
 
 /// How the command reaches the nodes.
 #[derive(Args, Clone, Default)]
@@ -314,8 +314,8 @@ pub(super) enum OperatorCommand {
     #[command(after_help = "Example:\n  bakehouse operator list --json")]
     List,
     /// Revoke the certificates of an operator
-    #[command(after_help = "Examples:\n  bakehouse operator revoke anna\n  \
-        bakehouse operator revoke --file anna.operator\n\n\
+    #[command(after_help = "Examples:\n  bakehouse operator revoke anna --yes\n  \
+        bakehouse operator revoke --file anna.operator --yes\n\n\
         Nodes refuse the certificates within a minute, and close the operator's connections. The command may send the\n\
         order again, for example after etcd was restored from a backup.")]
     Revoke(RevokeOperatorArgs),
@@ -352,6 +352,9 @@ pub(super) struct RevokeOperatorArgs {
     /// Revoke this public key (base64), whose certificate was made in another folder
     #[arg(long, value_name = "KEY")]
     pub(super) key: Option<String>,
+    /// Do it without a question
+    #[arg(short, long)]
+    pub(super) yes: bool,
     /// Host of a hub, in place of its endpoint in fleet.toml; `local` for the hubs that `up` started
     #[arg(long, value_name = "HUB=HOST")]
     pub(super) endpoint: Vec<String>,

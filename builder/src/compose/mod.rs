@@ -13,6 +13,7 @@ mod job;
 mod layer;
 pub(crate) mod tar_index;
 mod unpack;
+mod wheels;
 mod work;
 
 use std::collections::BTreeMap;
@@ -22,7 +23,7 @@ use std::path::{Path, PathBuf};
 use fleet::{Trim, User};
 
 pub use image_tree::ImageTree;
-use job::{DebFile, Job, Rule, Stage};
+use job::{DebFile, Job, Rule, Stage, WheelFile};
 pub use layer::{Layer, LayerInfo};
 pub(crate) use work::work;
 
@@ -57,6 +58,8 @@ pub struct PackageFile {
 pub struct PackageSet {
     /// The packages, in any order.
     pub packages: Vec<PackageFile>,
+    /// Python packages: path and sha256 of each wheel.
+    pub wheels: Vec<(PathBuf, String)>,
     /// Folder for `root.tar`, which exists.
     pub out: PathBuf,
     /// Turns the tree into the tree of an image, and writes the kernel to `vmlinuz` in `out`. Needs a kernel package.
@@ -105,6 +108,11 @@ pub fn compose(recipe: &ImageSpec, lock: &Lock, store: &Store, progress: &Progre
                 essential: p.essential,
             })
             .collect(),
+        wheels: if finish {
+            lock.wheels_of(name).iter().map(|w| (store.path(Kind::Wheel, &w.sha256), w.sha256.clone())).collect()
+        } else {
+            Vec::new()
+        },
         out: scratch.join(out),
         finish,
     };
@@ -181,6 +189,7 @@ impl TreeOrder {
             let size = |p: &PackageFile| fs::metadata(&p.path).map_or(0, |m| m.len());
             set.packages.sort_by_cached_key(|p| std::cmp::Reverse(size(p)));
             files.extend(set.packages.iter().map(|p| HostFile::Read(p.path.clone())));
+            files.extend(set.wheels.iter().map(|(path, _)| HostFile::Read(path.clone())));
             let outputs = [set.finish.then_some("vmlinuz"), Some("root.tar")];
             files.extend(outputs.into_iter().flatten().map(|name| HostFile::Create(set.out.join(name))));
             let debs = set.packages.iter().map(|p| DebFile {
@@ -188,7 +197,9 @@ impl TreeOrder {
                 sha256: p.sha256.clone(),
                 essential: p.essential,
             });
-            stages.push(Stage { debs: debs.collect(), finish: set.finish });
+            let wheels =
+                set.wheels.into_iter().map(|(path, sha256)| WheelFile { name: path.display().to_string(), sha256 });
+            stages.push(Stage { debs: debs.collect(), wheels: wheels.collect(), finish: set.finish });
             packages.extend(set.packages);
         }
         let start = self.start.is_some();
@@ -226,6 +237,9 @@ fn plan(recipe: &ImageSpec, lock: &Lock) -> (Option<String>, String) {
     let mut layer = Key::new("layer");
     layer.add("base", base.clone().unwrap_or_default());
     layer.add("packages", key_of(&lock.packages_of(&recipe.group, false), "all"));
+    for wheel in lock.wheels_of(&recipe.group) {
+        layer.add("wheel", &wheel.sha256);
+    }
     (base, layer.finish())
 }
 

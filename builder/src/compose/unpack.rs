@@ -48,7 +48,7 @@ impl Trimmer {
             .map(Self)
     }
 
-    fn drops(&self, path: &str) -> bool {
+    pub(super) fn drops(&self, path: &str) -> bool {
         self.0.iter().rev().find(|(p, _)| p.matches(path)).is_some_and(|(_, keep)| !keep)
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::job::{Job, Stage};
 use super::layer::LayerInfo;
 use super::unpack::{Trimmer, Unpacked, unpack};
-use super::{archive, configure, dpkg_database, finish};
+use super::{archive, configure, dpkg_database, finish, wheels};
 use crate::error::{Error, Result};
 use crate::sandbox::tree_root::{Runner, with_tree};
 use crate::sandbox::{Files, report};
@@ -49,6 +49,7 @@ fn stage(
     };
     configure::configure(root, runner, &names(false), &names(true), &job.users)?;
     drop(packages);
+    wheels::unpack(&stage.wheels, files, root, trim)?;
     report("writing the files");
     let out = || files.next().map_err(Error::cannot("write the layer"));
     let kernel = if stage.finish { finish::finish(root, runner, &mut out()?)? } else { String::new() };

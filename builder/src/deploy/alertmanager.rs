@@ -52,7 +52,7 @@ pub struct ReceiverReply {
     pub state: ReceiverState,
     /// Seconds until the receiver accepted the alert; `null` if it has not.
     pub seconds: Option<f64>,
-    /// The receiver's error, as Alertmanager logs it; empty if there is none.
+    /// The receiver's error, as Alertmanager logs it; empty without an error.
     pub message: String,
 }
 
@@ -239,7 +239,7 @@ where
     }
 }
 
-/// Reads the counters of each receiver from Alertmanager's metrics. Without names of receivers, there are none.
+/// Reads the counters of each receiver from Alertmanager's metrics. Metrics without names of receivers have no counters.
 fn counters(metrics: &str) -> BTreeMap<String, Counters> {
     let mut all: BTreeMap<String, Counters> = BTreeMap::new();
     for line in metrics.lines() {

@@ -10,3 +10,4 @@ pub(crate) mod openpgp;
 pub(crate) mod pe;
 pub(crate) mod systemd_credential;
 pub(crate) mod verity;
+pub(crate) mod wheel;

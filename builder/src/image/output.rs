@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::assemble::layout::{PartitionSizes, image_id};
 use crate::assemble::manifest::{Manifest, Sizes, package_list, settings};
 use crate::assemble::spdx::spdx;
+use crate::bake::{Baked, Content, Entry};
 use crate::error::{Error, Result};
 use crate::image::Build;
 use crate::image::build_record::{BuildRecord, outputs};
@@ -15,6 +16,9 @@ use crate::project::ImageSpec;
 use crate::util::digest::sha256;
 use crate::util::fs::write_atomic;
 use crate::util::json::pretty_json;
+
+/// Path of the list of add-ons in an image.
+const ADDONS: &str = "usr/share/bakehouse/addons.json";
 
 /// Folder, names and contents of an image's files.
 pub(super) struct Output<'a> {
@@ -36,7 +40,9 @@ impl Build<'_> {
         let manifest = self.manifest(&output, parts, uki.len() as u64)?;
         let topology = &self.project.topology;
         let packages = self.lock.packages_of(&output.spec.group, false);
-        let sbom = spdx(&image_id(self.project, &output.spec.group), &topology.version, self.lock.epoch, &packages)?;
+        let wheels = self.lock.wheels_of(&output.spec.group);
+        let id = image_id(self.project, &output.spec.group);
+        let sbom = spdx(&id, &topology.version, self.lock.epoch, &packages, &wheels)?;
         let files = [(".efi", uki), (".manifest.json", &manifest), (".spdx.json", &sbom)];
         let sums: String = files.iter().map(|(suffix, bytes)| format!("{}  {name}{suffix}\n", sha256(bytes))).collect();
         // An image has no build record while its files change, so that an interrupted build does not look finished.
@@ -74,7 +80,7 @@ impl Build<'_> {
                 tree: parts.info.bytes,
             },
             agent: &inputs["the agent"],
-            packages: package_list(&self.lock.packages_of(&spec.group, false)),
+            packages: package_list(&self.lock.packages_of(&spec.group, false), &self.lock.wheels_of(&spec.group)),
             files: parts.baked.entries.iter().map(|(path, entry)| (path.as_str(), entry.sum())).collect(),
             nodes: nodes.map(|n| (n.name.as_str(), n.address)).collect(),
             hubs: topology.hubs.iter().map(|hub| hub.name.as_str()).collect(),
@@ -83,8 +89,15 @@ impl Build<'_> {
             mesh: topology.mesh.subnet.to_string(),
             migrations: parts.baked.migrations.iter().map(|m| m.name.as_str()).collect(),
             settings: settings(topology),
+            addons: addons(&parts.baked)?,
             restore: topology.backup.restore.as_deref().filter(|_| spec.roles.iter().any(|r| r == "db")),
         };
         pretty_json(&manifest)
     }
+}
+
+/// Reads the list of add-ons in an image, which the overlay `odoo` generates; `None` without Odoo.
+fn addons(baked: &Baked) -> Result<Option<BTreeMap<String, String>>> {
+    let Some(Entry { content: Content::File(bytes), .. }) = baked.entries.get(ADDONS) else { return Ok(None) };
+    serde_json::from_slice(bytes).map(Some).map_err(Error::at(ADDONS))
 }

@@ -296,6 +296,7 @@ impl fmt::Display for MadeBy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packages::lock::{LockedImage, Wheel};
 
     fn project(dir: &std::path::Path) -> Project {
         let toml = "name = \"x\"\n[groups.hub]\ncount = 1\nendpoints = [\"a.acme.com\"]\n[groups.app]\ncount = 2\n";
@@ -320,10 +321,26 @@ mod tests {
     fn tells_a_script_from_a_wrong_path() {
         let dir = tempfile::tempdir().unwrap();
         let project = project(dir.path());
+        let of_python = crate::packages::requests::wheel_requests(&project);
         let images = crate::packages::requests::requests(&project).into_iter().map(|(name, request)| {
-            (name, crate::packages::lock::LockedImage { request, packages: Vec::new(), base: Vec::new() })
+            let wheels = of_python.get(&name).cloned().unwrap_or_default();
+            (name, LockedImage { request, packages: Vec::new(), base: Vec::new(), wheels })
         });
-        let lock = Lock { format: 1, epoch: 0, images: images.collect(), packages: Vec::new(), digest: String::new() };
+        let ids: BTreeSet<(&str, &str)> = of_python.values().flatten().filter_map(|id| id.split_once("==")).collect();
+        let wheels = ids.into_iter().map(|(name, version)| Wheel {
+            name: name.to_owned(),
+            version: version.to_owned(),
+            file: format!("{name}.whl"),
+            sha256: "0".repeat(64),
+        });
+        let lock = Lock {
+            format: 1,
+            epoch: 0,
+            images: images.collect(),
+            packages: Vec::new(),
+            wheels: wheels.collect(),
+            digest: String::new(),
+        };
         lock.write(&Lock::path(&project)).unwrap();
         let progress = Progress::new(true, false);
         let explained = |has: fn(&str) -> Option<bool>| {

@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, fail};
-use crate::packages::requests::requests;
+use crate::packages::requests::{requests, wheel_requests};
 use crate::project::Project;
 use crate::util::digest::sha256;
 use crate::util::fs::write_atomic;
@@ -28,6 +28,9 @@ pub struct Lock {
     /// All packages, sorted by name and version.
     #[serde(rename = "package")]
     pub packages: Vec<Package>,
+    /// All Python packages, sorted by name and version.
+    #[serde(rename = "wheel", default, skip_serializing_if = "Vec::is_empty")]
+    pub wheels: Vec<Wheel>,
     /// sha256 of the file.
     #[serde(skip)]
     pub digest: String,
@@ -44,6 +47,31 @@ pub struct LockedImage {
     /// The part of `packages` that all images share: the packages of the profile `base` and their dependencies.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub base: Vec<String>,
+    /// Python packages, each as `name==version`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub wheels: Vec<String>,
+}
+
+/// The wheel of a Python package. pip's index has it under its name, whatever the address of the index is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wheel {
+    /// Name of the package, in lower case with `-`.
+    pub name: String,
+    /// Version of the package.
+    pub version: String,
+    /// Name of the file.
+    pub file: String,
+    /// sha256 of the file, in hex.
+    pub sha256: String,
+}
+
+impl Wheel {
+    /// Returns `name==version`.
+    #[must_use]
+    pub fn id(&self) -> String {
+        format!("{}=={}", self.name, self.version)
+    }
 }
 
 /// A version of a package.
@@ -143,17 +171,27 @@ impl Lock {
                 ));
             }
         }
+        for (image, request) in wheel_requests(project) {
+            if self.images.get(&image).is_some_and(|locked| locked.wheels != request) {
+                return fail(format!("{file} has other Python packages than `{image}` requests; run `bakehouse lock`"));
+            }
+        }
         let ids: BTreeSet<String> = self.packages.iter().map(Package::id).collect();
+        let wheels: BTreeSet<String> = self.wheels.iter().map(Wheel::id).collect();
         for (image, locked) in &self.images {
-            if let Some(id) = locked.packages.iter().chain(&locked.base).find(|id| !ids.contains(*id)) {
+            let missing = locked.packages.iter().chain(&locked.base).find(|id| !ids.contains(*id));
+            if let Some(id) = missing.or_else(|| locked.wheels.iter().find(|id| !wheels.contains(*id))) {
                 return fail(format!(
                     "{file} is damaged: `{image}` has `{id}`, which is not listed; run `bakehouse lock --update`"
                 ));
             }
         }
+        let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        if let Some(wheel) = self.wheels.iter().find(|w| !is_hash(&w.sha256) || w.file.contains('/')) {
+            return fail(format!("{file} is damaged at `{}`; run `bakehouse lock --update`", wheel.name));
+        }
         for package in &self.packages {
-            let is_hash = package.sha256.len() == 64 && package.sha256.bytes().all(|b| b.is_ascii_hexdigit());
-            if !is_hash || package.path.split('/').any(|part| part == "..") {
+            if !is_hash(&package.sha256) || package.path.split('/').any(|part| part == "..") {
                 return fail(format!("{file} is damaged at `{}`; run `bakehouse lock --update`", package.name));
             }
         }
@@ -183,6 +221,13 @@ impl Lock {
         self.packages.iter().filter(|p| wanted.contains(p.id().as_str())).collect()
     }
 
+    /// Returns the Python packages of an image.
+    #[must_use]
+    pub fn wheels_of(&self, image: &str) -> Vec<&Wheel> {
+        let Some(locked) = self.images.get(image) else { return Vec::new() };
+        self.wheels.iter().filter(|w| locked.wheels.contains(&w.id())).collect()
+    }
+
     /// Returns the packages that differ from those of `old`.
     #[must_use]
     pub fn changes_from(&self, old: &Self) -> LockChanges {
@@ -190,6 +235,9 @@ impl Lock {
             let mut map = BTreeMap::<_, BTreeSet<_>>::new();
             for p in &lock.packages {
                 map.entry(p.name.clone()).or_default().insert(p.version.clone());
+            }
+            for w in &lock.wheels {
+                map.entry(format!("{} (Python)", w.name)).or_default().insert(w.version.clone());
             }
             map
         };
@@ -274,8 +322,20 @@ mod tests {
         };
         let packages = ["bash", "gpg", "zlib1g"].map(package).to_vec();
         let ids: Vec<String> = packages.iter().map(Package::id).collect();
-        let image = LockedImage { request: vec!["gpg".to_owned()], packages: ids.clone(), base: ids[..1].to_vec() };
-        Lock { format: 1, epoch: 7, images: [("app".to_owned(), image)].into(), packages, digest: String::new() }
+        let image = LockedImage {
+            request: vec!["gpg".to_owned()],
+            packages: ids.clone(),
+            base: ids[..1].to_vec(),
+            wheels: Vec::new(),
+        };
+        Lock {
+            format: 1,
+            epoch: 7,
+            images: [("app".to_owned(), image)].into(),
+            packages,
+            wheels: Vec::new(),
+            digest: String::new(),
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Debian packages: resolves, locks, downloads and explains them.
+//! Debian and Python packages: resolves, locks, downloads and explains them.
 
 pub(crate) mod explain;
 pub(crate) mod fetch;
@@ -6,3 +6,4 @@ pub mod lock;
 pub mod mirror;
 pub(crate) mod requests;
 pub(crate) mod resolve;
+pub(crate) mod wheels;

@@ -37,6 +37,12 @@ pub(crate) fn requests(project: &Project) -> BTreeMap<String, Vec<String>> {
     all
 }
 
+/// Returns the requested Python packages by image, each as `name==version`, sorted.
+#[must_use]
+pub(crate) fn wheel_requests(project: &Project) -> BTreeMap<String, Vec<String>> {
+    project.fleet.groups.keys().map(|g| (g.clone(), project.recipe(g).wheels)).collect()
+}
+
 /// Returns the packages of the tools, for signed or unsigned images.
 fn tools(signs: bool) -> Vec<String> {
     let more: &[&str] = if signs { &SECURE_BOOT } else { &GRUB };

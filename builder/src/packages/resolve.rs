@@ -10,9 +10,10 @@ use std::thread;
 
 use crate::error::{Error, Result, fail};
 use crate::format::deb822::{field, paragraphs};
-use crate::packages::lock::{Lock, LockedImage, Package};
+use crate::packages::lock::{Lock, LockedImage, Package, Wheel};
 use crate::packages::mirror::Mirror;
-use crate::packages::requests::{INITRD_PROVIDER, TOOLS, requests};
+use crate::packages::requests::{INITRD_PROVIDER, TOOLS, requests, wheel_requests};
+use crate::packages::wheels;
 use crate::progress::Progress;
 use crate::project::Project;
 use crate::store::{Kind, Store};
@@ -37,6 +38,7 @@ pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progres
     let essential: BTreeSet<String> = next()?.into_iter().collect();
     let base: BTreeSet<String> = next()?.into_iter().collect();
     let mut images = BTreeMap::new();
+    let mut wanted_wheels = wheel_requests(project);
     let mut wanted: BTreeSet<String> = BTreeSet::new();
     for (image, request) in &requests {
         let packages = next().map_err(|e| explain(project, image, request, e))?;
@@ -45,7 +47,8 @@ pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progres
         let have: BTreeSet<&String> = packages.iter().collect();
         let shared = image != TOOLS && base.iter().all(|b| have.contains(b));
         let base = if shared { base.iter().cloned().collect() } else { Vec::new() };
-        images.insert(image.clone(), LockedImage { request: request.clone(), packages, base });
+        let wheels = wanted_wheels.remove(image).unwrap_or_default();
+        images.insert(image.clone(), LockedImage { request: request.clone(), packages, base, wheels });
     }
     step.message("reading package records");
     let (mut found, epoch) = apt.records(&wanted, mirror)?;
@@ -56,7 +59,12 @@ pub(crate) fn resolve(project: &Project, mirror: &Mirror, store: &Store, progres
         return fail(format!("apt selected {missing}, which no index of the archive has; try again later"));
     }
     step.done(&format!("{} packages in {} images", found.len(), images.len()));
-    Ok(Lock { format: Lock::FORMAT, epoch, images, packages: found.into_values().collect(), digest: String::new() })
+    let mut wheels: BTreeSet<Wheel> = BTreeSet::new();
+    for (name, image) in &images {
+        wheels.extend(wheels::resolve(name, image, progress)?);
+    }
+    let (packages, wheels) = (found.into_values().collect(), wheels.into_iter().collect());
+    Ok(Lock { format: Lock::FORMAT, epoch, images, packages, wheels, digest: String::new() })
 }
 
 /// Adds the file that requests a package to apt's error about that package.

@@ -20,7 +20,7 @@ pub(crate) fn dry_bake(project: &Project) -> Result<()> {
         let recipe = project.recipe(group);
         for name in &recipe.overlays {
             for (inner, bytes) in project.overlay(name)?.files {
-                let origin = format!("overlays/{name}/{inner}");
+                let origin = project.origin(name, inner);
                 secret(&origin, bytes)?;
                 if !inner.starts_with("run/") {
                     continue;

@@ -1,8 +1,10 @@
 //! A fleet's folder: `fleet.toml`, profiles and overlays. The folder's files add to the built-in profiles and overlays;
 //! a file with the same path replaces the built-in one.
 
+mod addons;
 pub(crate) mod alert_secrets;
 pub(crate) mod check;
+mod languages;
 pub(crate) mod machine_id;
 #[cfg(test)]
 mod schema_tests;
@@ -38,6 +40,8 @@ pub struct Project {
     /// Warnings of the lint. An error of the lint is an error of [`Project::load`].
     pub warnings: Vec<Diagnostic>,
     files: BTreeMap<String, Vec<u8>>,
+    /// Where files are that the fleet's folder has elsewhere: path in the fleet's folder.
+    origins: BTreeMap<String, String>,
 }
 
 /// An overlay: its manifest, and its files by path relative to the image's root.
@@ -63,6 +67,8 @@ pub struct ImageSpec {
     pub packages: Vec<String>,
     /// The part of `packages` that every image has.
     pub base_packages: Vec<String>,
+    /// Python packages of the profiles and of the group, each as `name==version`, sorted.
+    pub wheels: Vec<String>,
     /// Names of the overlays, in the order in which the builder copies them.
     pub overlays: Vec<String>,
 }
@@ -119,15 +125,7 @@ impl Project {
         for top in ["profiles", "overlays"] {
             overlay_folder(&dir, top, &mut files)?;
         }
-        for (number, folder) in fleet.odoo.get_ref().addons.iter().enumerate() {
-            if !dir.join(folder).is_dir() {
-                let span = fleet.source.value(&["odoo", "addons", &number.to_string()]);
-                let message = format!("[odoo] there is no folder {}", dir.join(folder).display());
-                let help = "write its path relative to fleet.toml".to_owned();
-                return Err(Box::new(Diagnostic::at(Severity::Error, &fleet.source, span, message, Some(help))).into());
-            }
-            addons_folder(&dir, folder, &mut files)?;
-        }
+        let origins = addons::add(&fleet, &dir, &mut files)?;
         if let Some(ca) = fleet.backup.get_ref().s3.as_ref().and_then(|s3| s3.ca.as_ref()) {
             let path = dir.join(ca);
             let bytes = fs::read(&path).map_err(|e| {
@@ -161,7 +159,7 @@ impl Project {
         topology.alert_secrets = stored.only(&topology.alerts.secrets());
         topology.web_secrets = web_secrets.only(&topology.web.secrets());
         topology.web_certificate = certificate;
-        Ok(Self { dir, fleet, topology, profiles, warnings, files })
+        Ok(Self { dir, fleet, topology, profiles, warnings, files, origins })
     }
 
     /// Returns a built-in file or a file of the user, by path (`profiles/initrd.toml`).
@@ -237,16 +235,8 @@ impl Project {
         let hardware = self.fleet.image.hardware.as_str();
         let mut profiles: Vec<Profile> =
             std::iter::once("base").chain(roles.iter().map(String::as_str)).map(|r| self.profiles[r].clone()).collect();
-        for trim in profiles.iter_mut().map(|p| &mut p.trim) {
-            let wanted = trim.languages.iter().flat_map(|pattern| {
-                self.topology.odoo.languages.iter().flat_map(move |language| {
-                    // A regional variant needs its base language: pt_BR needs pt.
-                    let parent = language.split_once('_').map(|(parent, _)| parent);
-                    std::iter::once(language.as_str()).chain(parent).map(move |l| pattern.replace("LANGUAGE", l))
-                })
-            });
-            let wanted: Vec<String> = wanted.collect();
-            trim.include.extend(wanted);
+        for profile in &mut profiles {
+            languages::add(profile, &self.topology.odoo.languages);
         }
         let packages_of = |profiles: &[Profile]| -> BTreeSet<String> {
             profiles
@@ -257,6 +247,12 @@ impl Project {
         };
         let mut packages = packages_of(&profiles);
         packages.extend(group.packages.iter().cloned());
+        let normal = |wheel: &String| {
+            let (name, version) = wheel.split_once("==").unwrap_or((wheel, ""));
+            format!("{}=={version}", fleet::wheel_name(name))
+        };
+        let wheels: BTreeSet<String> =
+            profiles.iter().flat_map(|p| &p.wheels).chain(&group.wheels).map(normal).collect();
         let mut overlays = Vec::new();
         let named = group.overlays.iter().map(toml::Spanned::get_ref);
         for overlay in profiles.iter().flat_map(|p| &p.overlays).chain(named) {
@@ -270,6 +266,7 @@ impl Project {
             packages: packages.into_iter().collect(),
             base_packages: packages_of(&profiles[..1]).into_iter().collect(),
             profiles,
+            wheels: wheels.into_iter().collect(),
             overlays,
         }
     }
@@ -335,6 +332,13 @@ impl Project {
         Ok(Overlay { name: name.to_owned(), manifest, files })
     }
 
+    /// Returns where the user finds a file of an overlay: its path in the fleet's folder, or among the built-in files.
+    #[must_use]
+    pub fn origin(&self, overlay: &str, inner: &str) -> String {
+        let path = format!("overlays/{overlay}/{inner}");
+        self.origins.get(&path).cloned().unwrap_or(path)
+    }
+
     /// Returns the folder of a group's image.
     #[must_use]
     pub fn out_dir(&self, group: &str) -> PathBuf {
@@ -359,19 +363,6 @@ fn unknown_overlays(fleet: &Fleet, files: &BTreeMap<String, Vec<u8>>) -> Vec<Dia
         Diagnostic::at(Severity::Error, &fleet.source, overlay.span(), message, Some(help))
     };
     unknown.map(error).collect()
-}
-
-/// Adds a folder of Odoo add-ons to the `odoo` overlay, beside its own add-ons.
-fn addons_folder(dir: &Path, folder: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
-    let mut found = BTreeMap::new();
-    overlay_folder(dir, folder, &mut found)?;
-    let prefix = format!("{}/", folder.trim_end_matches('/'));
-    for (path, bytes) in found {
-        // The build compiles the modules again, reproducibly.
-        let Some(inner) = path.strip_prefix(&prefix).filter(|p| !p.contains("__pycache__")) else { continue };
-        files.insert(format!("overlays/odoo/usr/share/bakehouse/addons/{inner}"), bytes);
-    }
-    Ok(())
 }
 
 fn overlay_folder(dir: &Path, top: &str, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {

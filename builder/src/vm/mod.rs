@@ -5,6 +5,7 @@
 //! credential, so the image does not contain it. With `up --containers`, containers replace the machines
 //! (`container.rs`).
 
+mod alerts;
 mod command;
 mod console;
 mod container;
@@ -21,6 +22,8 @@ mod start;
 mod status;
 mod table;
 
+pub use alerts::FiringAlert;
+pub(crate) use alerts::number as number_of_alerts;
 pub use command::{Done, command_line};
 pub use fleet::{Described, are_containers, down, groups_of, start_of, up};
 pub use machine::Vm;

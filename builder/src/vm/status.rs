@@ -6,6 +6,7 @@ use fleet::node_api::NodeStatus;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::alerts::FiringAlert;
 use super::network::{HostForward, VirtualNic};
 use super::query::seen;
 use crate::project::Project;
@@ -22,12 +23,15 @@ pub struct FleetStatus {
     /// What a monitor knows. The key is absent if none answers in time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub monitor: Option<MonitorFacts>,
+    /// Alerts that fire, the most severe ones first. The key is absent if no monitor answers in time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alerts: Option<Vec<FiringAlert>>,
     /// Expiry of the operator's certificate, in seconds since 1970. The key is absent without such a certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate_expires: Option<u64>,
 }
 
-/// What the Prometheus of a monitor knows about backups and certificates. A key is absent if Prometheus has no value.
+/// What the Prometheus of a monitor knows about backups, certificates and Odoo. A key is absent if Prometheus has no value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct MonitorFacts {
     /// Name of the monitor.
@@ -44,6 +48,9 @@ pub struct MonitorFacts {
     /// Expiry of the certificate for browsers, in seconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub web_certificate: Option<u64>,
+    /// Whether the last probe of Odoo's login page through the VIP succeeded. Odoo renders that page from the database.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub login: Option<bool>,
 }
 
 /// State of one node.
@@ -160,6 +167,11 @@ impl FleetStatus {
                 .iter()
                 .filter(|n| n.roles.iter().any(|r| r == "app") && n.drained().is_none())
                 .all(|n| self.odoo.get(&n.node).is_some_and(|s| s == "UP"))
+    }
+
+    /// Returns whether a monitor has probed Odoo's login page, and the page failed.
+    pub(super) fn login_fails(&self) -> bool {
+        self.monitor.as_ref().is_some_and(|facts| facts.login == Some(false))
     }
 
     /// Returns whether a node is drained.

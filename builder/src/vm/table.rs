@@ -148,6 +148,10 @@ impl FleetStatus {
             let up = self.odoo.values().filter(|state| *state == "UP").count();
             let is_down = |(node, state): (&String, &String)| state != "UP" && !self.is_drained(node);
             parts.push((format!("Odoo {up} of {} up", self.odoo.len()), self.odoo.iter().any(is_down)));
+            // HAProxy asks a page that needs no database.
+            if up > 0 && self.login_fails() {
+                parts.push(("login fails".to_owned(), true));
+            }
         }
         let drained: Vec<&str> =
             self.nodes.iter().filter(|row| row.drained().is_some()).map(|row| row.node.as_str()).collect();
@@ -216,7 +220,8 @@ impl FleetStatus {
         }
         // HAProxy needs some seconds to notice that a machine is off.
         if let Some(status) = self.odoo.get(&row.node).filter(|_| row.state != MachineState::Off) {
-            notes.push(format!("Odoo {}", server_state(status)));
+            let login = if status == "UP" && self.login_fails() { ", login fails" } else { "" };
+            notes.push(format!("Odoo {}{login}", server_state(status)));
         }
         if row.state != MachineState::Ready && !row.message.is_empty() {
             notes.push(row.message.clone());
@@ -313,6 +318,23 @@ mod tests {
     }
 
     #[test]
+    fn odoo_that_answers_without_its_database_is_not_just_up() {
+        let of = |login, state: &str| {
+            let mut status = healthy_fleet();
+            status.odoo.insert("app-1".to_owned(), state.to_owned());
+            status.monitor = Some(MonitorFacts { login, ..MonitorFacts::default() });
+            let bad = status.summary().into_iter().any(|part| part == ("login fails".to_owned(), true));
+            let text = status.to_string();
+            let note = text.lines().find(|line| line.starts_with("app-1")).unwrap();
+            (note.split("Odoo ").nth(1).unwrap().trim().to_owned(), bad)
+        };
+        assert_eq!(of(None, "UP"), ("up".to_owned(), false));
+        assert_eq!(of(Some(true), "UP"), ("up".to_owned(), false));
+        assert_eq!(of(Some(false), "UP"), ("up, login fails".to_owned(), true));
+        assert_eq!(of(Some(false), "DOWN"), ("down".to_owned(), false));
+    }
+
+    #[test]
     fn shows_no_odoo_on_a_machine_that_is_off() {
         let mut status = healthy_fleet();
         status.odoo.insert("app-1".to_owned(), "UP 1/2".to_owned());
@@ -337,6 +359,7 @@ mod tests {
             backups: Some(3),
             archived: Some(now - 30),
             web_certificate: Some(now + 10 * 86_400),
+            login: None,
         };
         let status =
             |monitor| FleetStatus { monitor, certificate_expires: Some(now + 86_400), ..FleetStatus::default() };

@@ -67,6 +67,8 @@ pub(super) async fn take(api: &Arc<NodeApi>, seconds: u32, is_forced: bool) -> R
             refused(StatusCode::SERVICE_UNAVAILABLE, why, "wait until the hubs and etcd answer")
         }
     };
+    // An earlier action may have left the lock to this one.
+    tokio::spawn(free(api.clone(), turn, true));
     if is_forced {
         warn!("an operator forces an action without the fleet's lock: {}", refusal.error.message);
         return Ok(None);

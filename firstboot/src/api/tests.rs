@@ -341,6 +341,18 @@ async fn the_lock_is_free_when_the_node_is_ready_again() {
 }
 
 #[tokio::test]
+async fn a_refused_action_keeps_no_lock_of_an_earlier_one() {
+    let node = TestNode::start_with(|topology| topology.voters.clear()).await;
+    let mut connection = node.connect(OperatorRole::Operator).await;
+    node.phase.send_replace(Phase::Starting);
+    assert!(post(&mut connection, RESTART_PATH, &restart("nftables")).await.unwrap().done);
+    node.lock.replies(Ok("db-2 waits for the fleet's lock"));
+    post(&mut connection, RESTART_PATH, &restart("nftables")).await.unwrap_err();
+    node.phase.send_replace(Phase::Ready);
+    node.lock.until(&[600, 600, 0]).await;
+}
+
+#[tokio::test]
 async fn a_node_that_reboots_keeps_the_lock() {
     let node = TestNode::start().await;
     let mut connection = node.connect(OperatorRole::Operator).await;

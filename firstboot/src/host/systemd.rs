@@ -39,6 +39,12 @@ trait Unit {
     fn wants(&self) -> zbus::Result<Vec<String>>;
 }
 
+#[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
+trait Service {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn status_text(&self) -> zbus::Result<String>;
+}
+
 #[zbus::proxy(
     interface = "org.freedesktop.hostname1",
     default_service = "org.freedesktop.hostname1",
@@ -146,6 +152,17 @@ impl Systemd {
             "activating".clone_into(&mut state);
         }
         Ok(ServiceState { state, invocation: unit.invocation_id().await? })
+    }
+
+    /// Returns the status that a service has set (`STATUS=` of sd_notify); empty without one.
+    ///
+    /// # Errors
+    /// If the connection to the bus is closed, or the service cannot be loaded.
+    pub async fn status(&self, service: &str) -> Result<String> {
+        let path = self.manager.load_unit(service).await?;
+        let service =
+            ServiceProxy::builder(&self.bus).path(path)?.cache_properties(CacheProperties::No).build().await?;
+        Ok(service.status_text().await?)
     }
 
     /// Returns the proxy of a unit. It has no cache, because filling the cache would read all properties of the unit.

@@ -20,6 +20,7 @@ use tracing::{info, warn};
 use super::claims::SlotAllocator;
 use super::departures::Identified;
 use super::drains;
+use super::lock;
 use super::operators;
 use super::orders::{OrderLog, Signed};
 use super::peer::{Member, Peer};
@@ -319,7 +320,7 @@ impl Hub {
     /// Takes the fleet's lock for a member's action, or frees it.
     async fn lock(&self, member: &Member, body: &[u8]) -> Result<UpdateDecision, Refusal> {
         let request: LockRequest = self.of_owner(member, body)?;
-        rollout::lock(self.allocator.etcd(), &member.slot, request.seconds).await.map_err(refused)
+        lock::lock(self.allocator.etcd(), &member.slot, request.seconds).await.map_err(refused)
     }
 
     /// Records that a member is drained, or not any more, and returns the drained nodes.

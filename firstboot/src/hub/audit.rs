@@ -10,12 +10,15 @@
 //! time again, so in a fleet with rollouts a lease of 90 days has no end.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use fleet::etcd_keys::{AUDIT_ACTIONS, AUDIT_RATES};
 use fleet::node_api::{
     AUDIT_DAYS, AuditEntry, AuditLog, AuditQuery, LONGEST_AUDIT_ENTRY, LONGEST_AUDIT_REQUEST, MOST_AUDIT_ENTRIES,
 };
 use fleet::{Reason, Refusal};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::api::{Hub, refused};
@@ -26,8 +29,6 @@ use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::error::{Error, Result};
 use crate::host::manager::clock_is_synchronized;
 
-const ACTIONS: &str = "/bakehouse/audit/actions/";
-const RATES: &str = "/bakehouse/audit/rates/";
 /// Time for which an entry stays, in milliseconds.
 const KEPT: u64 = AUDIT_DAYS as u64 * 86_400_000;
 /// Largest difference between the clock of a node and that of a hub at which the hub takes an entry, in milliseconds.
@@ -39,8 +40,18 @@ const MOST_PER_HOUR: u32 = 100;
 const MOST: u64 = 20_000;
 /// Number of entries that a hub deletes at once if there are too many. etcd permits 128 operations in a transaction.
 const FREED: usize = 100;
-/// Number of entries of one read.
+/// Most keys of one read of a query, and most values.
+const PAGE: u64 = 1000;
 const CHUNK: usize = 100;
+/// Most values that a hub reads for one query. A query for an operator's entries reads those of others, too.
+const MOST_READ: usize = 5000;
+/// Time after which a query returns the entries that the hub has found.
+const DEADLINE: Duration = Duration::from_secs(4);
+/// Queries that a hub answers at the same time, and the time for which further ones wait.
+static QUERIES: Semaphore = Semaphore::const_new(2);
+const TURN: Duration = Duration::from_secs(4);
+/// Time after that of each entry, in milliseconds since 1970: keys have 13 digits.
+const LATEST: u64 = 10_u64.pow(13) - 1;
 /// How often a hub retries when another hub's transaction wins.
 const ATTEMPTS: u32 = 8;
 /// Time between two deletions of old entries.
@@ -73,7 +84,11 @@ impl Hub {
     pub(super) async fn audit(&self, body: &[u8]) -> Result<AuditLog, Refusal> {
         let query = serde_json::from_slice(body)
             .map_err(|e| refuse(Reason::Malformed, &format!("cannot parse the request: {e}")))?;
-        read(self.allocator.etcd(), &query, now()).await.map_err(refused)
+        let Ok(Ok(_turn)) = timeout(TURN, QUERIES.acquire()).await else {
+            return Err(refuse(Reason::Busy, "other operators read the audit log; retry later"));
+        };
+        // Its own connection, so that claims do not wait for it.
+        read(&self.allocator.etcd().reconnected(), &query, now()).await.map_err(refused)
     }
 }
 
@@ -98,7 +113,7 @@ async fn store_at(etcd: &Etcd, slot: &str, entry: AuditEntry, now: u64) -> Resul
         let text = format!("the clock of {slot} is more than {} min ahead of this hub's", AHEAD / 60_000);
         return Err(refuse(Reason::Busy, &text).into());
     }
-    let (key, rate_key) = (key(slot, &entry), format!("{RATES}{slot}"));
+    let (key, rate_key) = (key(slot, &entry), format!("{AUDIT_RATES}{slot}"));
     for _ in 0..ATTEMPTS {
         let [found, rate] = <[KeyValue; 2]>::try_from(etcd.get(&[&key, &rate_key]).await?)
             .map_err(|_| Error::network("etcd", "the reply has another number of keys"))?;
@@ -147,12 +162,12 @@ fn check(slot: &str, entry: &AuditEntry) -> Result<(), Refusal> {
 }
 
 fn key(slot: &str, entry: &AuditEntry) -> String {
-    format!("{ACTIONS}{:013}-{slot}-{}", entry.at, entry.id)
+    format!("{AUDIT_ACTIONS}{:013}-{slot}-{}", entry.at, entry.id)
 }
 
 /// Returns the node of a key.
 fn node_of(key: &str) -> Option<&str> {
-    let (_, rest) = key.strip_prefix(ACTIONS)?.split_once('-')?;
+    let (_, rest) = key.strip_prefix(AUDIT_ACTIONS)?.split_once('-')?;
     rest.rsplit_once('-').map(|(node, _)| node)
 }
 
@@ -170,10 +185,10 @@ fn json(entry: &AuditEntry) -> Result<Vec<u8>> {
 /// If there are `most` entries, deletes the oldest ones of the node that has the most, so that one node cannot delete
 /// the others' by many of its own.
 async fn make_room(etcd: &Etcd, most: u64) -> Result<()> {
-    if etcd.count(ACTIONS).await? < most {
+    if etcd.count(AUDIT_ACTIONS).await? < most {
         return Ok(());
     }
-    let keys = etcd.keys(ACTIONS, ACTIONS).await?;
+    let keys = etcd.keys(AUDIT_ACTIONS, AUDIT_ACTIONS).await?;
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for node in keys.iter().filter_map(|key| node_of(key)) {
         *counts.entry(node).or_default() += 1;
@@ -188,28 +203,59 @@ async fn make_room(etcd: &Etcd, most: u64) -> Result<()> {
     etcd.transact(&[], &oldest).await.map(drop)
 }
 
-/// Returns the last entries that match a query.
+/// Returns the last entries that match a query: the newest first from etcd, until there are enough. etcd sorts a range in
+/// descending order by reading all of it, so the hub reads one period after the other.
 async fn read(etcd: &Etcd, query: &AuditQuery, now: u64) -> Result<AuditLog> {
+    let deadline = Instant::now() + DEADLINE;
     let most = query.count.unwrap_or(MOST_AUDIT_ENTRIES).min(MOST_AUDIT_ENTRIES) as usize;
     let since = query.since.unwrap_or_default().saturating_mul(1000).max(now.saturating_sub(KEPT));
-    let mut keys = etcd.keys(&format!("{ACTIONS}{since:013}"), ACTIONS).await?;
-    keys.retain(|key| query.node.as_deref().is_none_or(|node| node_of(key) == Some(node)));
     let mut entries: Vec<AuditEntry> = Vec::new();
+    let mut values_read = 0;
     let is_of = |entry: &AuditEntry| query.operator.as_deref().is_none_or(|operator| entry.operator == operator);
-    for chunk in keys.rchunks(CHUNK) {
-        let names: Vec<&str> = chunk.iter().map(String::as_str).collect();
-        // An entry that another hub has deleted meanwhile has no value.
-        let found = etcd.get(&names).await?;
-        let parsed = found.iter().rev().filter_map(|pair| serde_json::from_slice(&pair.value).ok());
-        entries.extend(parsed.filter(is_of));
-        if entries.len() > most {
-            break;
+    let at = |time: u64| format!("{AUDIT_ACTIONS}{time:013}");
+    // The clock of another hub may be ahead.
+    let (mut until, mut span) = ((now + 2 * AHEAD).min(LATEST), 24 * HOUR);
+    while until > since && entries.len() <= most {
+        let from = since.max(until.saturating_sub(span));
+        let (first, end) = (at(from), at(until));
+        let count = etcd.count_until(&first, end.as_bytes()).await?;
+        if count > PAGE && until - from > 1 {
+            span = (until - from) / 2;
+            continue;
+        }
+        let mut keys = if count == 0 { Vec::new() } else { etcd.keys_until(&first, end.as_bytes(), PAGE).await? };
+        keys.retain(|key| query.node.as_deref().is_none_or(|node| node_of(key) == Some(node)));
+        for chunk in keys.rchunks(CHUNK) {
+            if values_read >= MOST_READ || Instant::now() > deadline {
+                return Ok(log(entries, most, true));
+            }
+            values_read += chunk.len();
+            let names: Vec<&str> = chunk.iter().map(String::as_str).collect();
+            // An entry that another hub has deleted meanwhile has no value.
+            let found = etcd.get(&names).await?;
+            let parsed = found.iter().rev().filter_map(|pair| serde_json::from_slice(&pair.value).ok());
+            entries.extend(parsed.filter(is_of));
+            if entries.len() > most {
+                break;
+            }
+        }
+        if Instant::now() > deadline {
+            return Ok(log(entries, most, from > since));
+        }
+        until = from;
+        if count < PAGE / 4 {
+            span = span.saturating_mul(8);
         }
     }
-    let has_more = entries.len() > most;
+    Ok(log(entries, most, false))
+}
+
+/// Returns the log of these entries, which begin with the newest. `stopped`: the hub has not read the earlier ones.
+fn log(mut entries: Vec<AuditEntry>, most: usize, stopped: bool) -> AuditLog {
+    let has_more = stopped || entries.len() > most;
     entries.truncate(most);
     entries.reverse();
-    Ok(AuditLog { entries, has_more })
+    AuditLog { entries, has_more }
 }
 
 /// Deletes the entries that are older than 90 days at the time `now`, in milliseconds since 1970. Returns their number.
@@ -217,7 +263,7 @@ async fn read(etcd: &Etcd, query: &AuditQuery, now: u64) -> Result<AuditLog> {
 /// # Errors
 /// If etcd does not answer.
 pub async fn purge(etcd: &Etcd, now: u64) -> Result<u64> {
-    etcd.delete_range(ACTIONS, &format!("{ACTIONS}{:013}", now.saturating_sub(KEPT))).await
+    etcd.delete_range(AUDIT_ACTIONS, &format!("{AUDIT_ACTIONS}{:013}", now.saturating_sub(KEPT))).await
 }
 
 /// Deletes old entries every hour while this hub's clock is synchronized: a clock that is years ahead must not delete

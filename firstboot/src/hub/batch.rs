@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use fleet::etcd_keys::SLOTS;
 use fleet::{Claims, JoinRequest, Reason, SlotRecord};
 use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
 use tracing::error;
 
 use super::claims::{QueuedClaim, SlotAllocator};
-use super::records::{EtcdKeys, GrantedSlot, PendingGrant, SLOTS, TokenUsage};
+use super::records::{EtcdKeys, GrantedSlot, PendingGrant, TokenUsage};
 use super::refusal::refuse;
 use super::terms::TokenState;
 use crate::client::backoff::jitter;

@@ -5,13 +5,12 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use fleet::etcd_keys::{REVOKED_TOKENS, SLOTS, TOKENS};
 use fleet::{Claims, JoinRequest, MeshKey, Reason, SlotRecord, Tokens, Topology};
 use tokio::sync::{oneshot, watch};
 
 use super::hearing::{Hearing, seen};
-use super::records::{
-    EtcdKeys, GrantedSlot, Owners, PendingGrant, REVOKED, SLOTS, SlotState, TOKENS, TokenUsage, audit, forgotten_audit,
-};
+use super::records::{EtcdKeys, GrantedSlot, Owners, PendingGrant, SlotState, TokenUsage, audit, forgotten_audit};
 use super::refusal::{left_text, refuse};
 use super::useless::UselessTokens;
 use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
@@ -141,11 +140,11 @@ impl SlotAllocator {
             pairs.into_iter().filter_map(|p| Some((p.key.strip_prefix(prefix)?.to_owned(), p.value))).collect()
         };
         let (_, used) = self.etcd.list(TOKENS).await?;
-        let (_, revoked) = self.etcd.list(REVOKED).await?;
+        let (_, revoked) = self.etcd.list(REVOKED_TOKENS).await?;
         let count = |value: &[u8]| std::str::from_utf8(value).ok().and_then(|n| n.parse().ok()).unwrap_or(0);
         Ok(Tokens {
             used: ids(used, TOKENS).into_iter().map(|(id, value)| (id, count(&value))).collect(),
-            revoked: ids(revoked, REVOKED).into_iter().map(|(id, _)| id).collect(),
+            revoked: ids(revoked, REVOKED_TOKENS).into_iter().map(|(id, _)| id).collect(),
         })
     }
 

@@ -2,11 +2,12 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use fleet::etcd_keys::SLOTS;
 use fleet::{Eviction, Reason, SlotRecord};
 use tracing::info;
 
 use super::claims::SlotAllocator;
-use super::records::{SLOTS, SlotState, audit, forgotten_audit};
+use super::records::{SlotState, audit, forgotten_audit};
 use super::refusal::refuse;
 use crate::client::etcd::{Compare, Op};
 use crate::error::{Error, Result};

@@ -5,22 +5,24 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use fleet::etcd_keys::{ACTING, DRAINED};
 use fleet::node_api::{DrainAnswer, DrainRequest};
-use fleet::{Node, Topology};
+use fleet::{Node, Reason, Rollout, Topology};
 use futures_util::future::join_all;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::rollout::{now, read};
-use crate::client::etcd::{Etcd, Op};
+use super::refusal::refuse;
+use super::rollout::{Read, now, read};
+use crate::client::etcd::{Compare, Etcd, Op};
 use crate::client::haproxy;
 use crate::error::Result;
 
-/// Prefix of keys by slot.
-pub(super) const DRAINED: &str = "/bakehouse/rollout/drained/";
 /// Time limit for HAProxy, and for another hub.
 const ANSWER: Duration = Duration::from_secs(2);
+/// How often a drain is checked again when another hub's transaction wins.
+const ATTEMPTS: u32 = 4;
 /// Time limit for the change of etcd's leader.
 const ELECTION: Duration = Duration::from_secs(4);
 
@@ -36,21 +38,19 @@ pub(crate) async fn drain(
     slot: &str,
     request: DrainRequest,
 ) -> Result<DrainAnswer> {
+    if request.drained == Some(true) && request.check {
+        return checked(etcd, topology, own, slot).await;
+    }
     let mut drained = read(etcd).await?.rollout.drained;
     let key = format!("{DRAINED}{slot}");
     match request.drained {
         Some(true) => {
-            if request.check
-                && let Some(why) = obstacle(topology, own, slot, &drained).await
-            {
-                return Ok(DrainAnswer { granted: false, why, drained });
-            }
             if !drained.contains_key(slot) {
                 etcd.transact(&[], &[Op::Put(&key, now().to_string().as_bytes())]).await?;
                 drained.insert(slot.to_owned(), now());
                 info!(slot, "{slot} is drained");
             }
-            if !request.check && topology.voters.iter().any(|voter| voter == slot) {
+            if topology.voters.iter().any(|voter| voter == slot) {
                 give_leadership(etcd, slot, &drained).await;
             }
         }
@@ -61,6 +61,40 @@ pub(crate) async fn drain(
         Some(false) | None => {}
     }
     Ok(DrainAnswer { granted: true, why: String::new(), drained })
+}
+
+/// Records that a node is drained, if each of its roles keeps another node. The transaction fails if another node was
+/// drained since the check, or the node has lost the fleet's lock, under which the node has checked its database.
+async fn checked(etcd: &Etcd, topology: &Topology, own: &Node, slot: &str) -> Result<DrainAnswer> {
+    let key = format!("{DRAINED}{slot}");
+    for _ in 0..ATTEMPTS {
+        let Read { rollout: Rollout { mut drained, .. }, acting, revision, .. } = read(etcd).await?;
+        let refused = |why: String, drained| Ok(DrainAnswer { granted: false, why, drained });
+        let mut when = vec![Compare::NoneSince(DRAINED, revision)];
+        if topology.node(slot).is_some_and(|node| needs_lock(topology, node)) {
+            let Some((_, lock)) = acting.filter(|(holder, _)| holder == slot) else {
+                return refused(format!("{slot} does not have the fleet's lock any more"), drained);
+            };
+            when.push(Compare::Unchanged(ACTING, lock));
+        }
+        if let Some(why) = obstacle(topology, own, slot, &drained).await {
+            return refused(why, drained);
+        }
+        let since = drained.get(slot).copied().unwrap_or_else(now);
+        if etcd.transact(&when, &[Op::Put(&key, since.to_string().as_bytes())]).await? {
+            if drained.insert(slot.to_owned(), since).is_none() {
+                info!(slot, "{slot} is drained");
+            }
+            return Ok(DrainAnswer { granted: true, why: String::new(), drained });
+        }
+    }
+    Err(refuse(Reason::Busy, "other nodes are drained at the same time").into())
+}
+
+/// Whether a node takes the fleet's lock before it asks for its drain, because the fleet could lose a service if another
+/// node stopped the same at the same time.
+fn needs_lock(topology: &Topology, node: &Node) -> bool {
+    ["db", "app"].iter().any(|role| node.has_role(role)) || node.hub > 0 || topology.voters.contains(&node.name)
 }
 
 /// Makes another voter etcd's leader, if the drained node `slot` is. The node keeps its vote.

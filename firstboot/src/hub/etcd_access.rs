@@ -9,20 +9,17 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use fleet::etcd_keys::{ETCD_READY, SLOTS, TURN};
 use fleet::{Secrets, SlotRecord, Topology};
 use tracing::{info, warn};
 
 use super::claims::SlotAllocator;
-use super::records::SLOTS;
 use crate::client::etcd::{Compare, Etcd, Op};
 use crate::error::{Error, Result};
 use crate::node::etcd_user::{PATRONI, patroni_runs_with};
 
 /// Name of etcd's administrator. etcd requires this user before it enables access control.
 pub const ROOT: &str = "root";
-const READY: &str = "/bakehouse/etcd-ready/";
-/// The rollout's update lock (`hub/rollout.rs`).
-const TURN: &str = "/bakehouse/rollout/turn";
 /// Time between two checks, seconds: until access control is enabled, and afterwards.
 const CHECK_INTERVAL: u64 = 10;
 const RECHECK_INTERVAL: u64 = 300;
@@ -124,9 +121,9 @@ impl EtcdAccess<'_> {
     /// Returns the hubs, database nodes and voters that have not reported that they are ready.
     async fn waits_for(&self) -> Result<Vec<String>> {
         let etcd = self.allocator.etcd();
-        let (_, ready) = etcd.list(READY).await?;
+        let (_, ready) = etcd.list(ETCD_READY).await?;
         let ready: BTreeMap<&str, &[u8]> =
-            ready.iter().filter_map(|p| Some((p.key.strip_prefix(READY)?, p.value.as_slice()))).collect();
+            ready.iter().filter_map(|p| Some((p.key.strip_prefix(ETCD_READY)?, p.value.as_slice()))).collect();
         let mut waits = Vec::new();
         for pair in etcd.list(SLOTS).await?.1 {
             let Some(slot) = pair.key.strip_prefix(SLOTS) else { continue };
@@ -151,7 +148,7 @@ impl SlotAllocator {
     /// # Errors
     /// If etcd does not answer.
     pub async fn has_etcd_password(&self, slot: &str, tls_key: &str) -> Result<()> {
-        let key = format!("{READY}{slot}");
+        let key = format!("{ETCD_READY}{slot}");
         let found = self.etcd.get(&[&key]).await?;
         if found.iter().any(|pair| pair.value == tls_key.as_bytes()) {
             return Ok(());

@@ -26,6 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fleet::etcd_keys::FENCED;
 use fleet::{Node, Topology};
 use serde::Deserialize;
 use tracing::{info, warn};
@@ -39,7 +40,6 @@ use crate::host::ticker::Ticker;
 use crate::mesh::Routes;
 use crate::node::neighbours::PeerTable;
 
-const FENCED: &str = "/bakehouse/shut/";
 /// Time between two checks of the routes.
 const INTERVAL: Duration = Duration::from_millis(250);
 /// How long a primary must have no route before the hub fences it (debounce).

@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::records::Owners;
+use fleet::etcd_keys::SEEN;
 
-pub(super) const SEEN: &str = "/bakehouse/seen/";
 /// How long a hub must run before it counts an owner as silent: longer than the time between two requests of a node.
 const SETTLED: Duration = Duration::from_secs(120);
 

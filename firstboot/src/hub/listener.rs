@@ -176,8 +176,10 @@ async fn connection(
     stream.get_mut().0.set_budget(if known { MEMBER_BYTES } else { GUEST_BYTES });
     let charge = Arc::new(match operator {
         Some(operator) => Charge::Operator(operator.name),
-        None if member.is_some() => Charge::None,
-        None => Charge::Guest(AtomicBool::new(true)),
+        None => match member {
+            Some(member) => Charge::Member(member.slot.clone()),
+            None => Charge::Guest(AtomicBool::new(true)),
+        },
     });
     let service = service_fn(|request| {
         let (served, peer, place, charge) = (served.clone(), peer.clone(), place.clone(), charge.clone());
@@ -202,8 +204,8 @@ async fn connection(
 
 /// The rate limit towards which requests count.
 enum Charge {
-    /// The node's connection is within the limits of members.
-    None,
+    /// That of the member in this slot, for requests that change a state.
+    Member(String),
     /// That of handshakes, after the first request, for which the handshake has counted.
     Guest(AtomicBool),
     /// That of the operator with this name.
@@ -212,9 +214,10 @@ enum Charge {
 
 impl Charge {
     /// Counts a request. Returns the delay; `None` refuses the request.
-    fn take(&self, place: &AdmittedConnection) -> Option<Duration> {
+    fn take(&self, place: &AdmittedConnection, method: &Method) -> Option<Duration> {
         match self {
-            Self::None => Some(Duration::ZERO),
+            Self::Member(_) if method == Method::GET => Some(Duration::ZERO),
+            Self::Member(slot) => place.charge_member(slot, Instant::now()),
             Self::Guest(first) if first.swap(false, Ordering::Relaxed) => Some(Duration::ZERO),
             Self::Guest(_) => place.charge(Instant::now()),
             Self::Operator(name) => place.charge_operator(name, Kind::Other, Instant::now()),
@@ -230,7 +233,7 @@ async fn respond(
     request: Request<Incoming>,
     charge: &Charge,
 ) -> Response<Full<Bytes>> {
-    match charge.take(place) {
+    match charge.take(place, request.method()) {
         Some(delay) => sleep(delay).await,
         None => return closing(StatusCode::TOO_MANY_REQUESTS, "too many requests; retry later"),
     }

@@ -11,6 +11,7 @@ pub mod etcd_access;
 pub mod fence;
 mod hearing;
 pub mod listener;
+pub(crate) mod lock;
 mod operator_peers;
 mod operators;
 pub mod orders;

@@ -6,6 +6,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use fleet::etcd_keys::REVOKED_OPERATORS;
 use fleet::{OperatorRevocation, Reason, Refusal, RevokedOperator, encoding};
 use sha2::{Digest as _, Sha256};
 use tracing::{error, info};
@@ -16,7 +17,6 @@ use crate::client::etcd::{Compare, KeyValue, Op};
 use crate::error::{Error, Result};
 use crate::node::revocations::{MOST, Revocations, is_over};
 
-const REVOKED: &str = "/bakehouse/operators/revoked/";
 /// How often a hub retries when another hub's transaction wins.
 const ATTEMPTS: u32 = 8;
 
@@ -24,7 +24,7 @@ const ATTEMPTS: u32 = 8;
 fn etcd_key(order: &OperatorRevocation) -> Option<String> {
     let key = encoding::decode(&order.key)?;
     let hash: String = Sha256::digest(&key).iter().map(|byte| format!("{byte:02x}")).collect();
-    Some(format!("{REVOKED}{hash}"))
+    Some(format!("{REVOKED_OPERATORS}{hash}"))
 }
 
 impl SlotAllocator {
@@ -63,11 +63,11 @@ impl SlotAllocator {
     /// # Errors
     /// If etcd does not answer.
     pub async fn follow_revocations(&self, known: &Revocations) -> Result<()> {
-        let (revision, pairs) = self.etcd.list(REVOKED).await?;
+        let (revision, pairs) = self.etcd.list(REVOKED_OPERATORS).await?;
         let proofs: Vec<RevokedOperator> = pairs.iter().filter_map(|pair| parse(&pair.key, &pair.value)).collect();
         known.learn_all(&proofs);
         self.delete_expired(known, &pairs).await?;
-        let mut watch = self.etcd.watch(REVOKED, revision).await?;
+        let mut watch = self.etcd.watch(REVOKED_OPERATORS, revision).await?;
         while let Some(changes) = self.etcd.next(&mut watch).await? {
             let new = changes.iter().filter_map(|change| parse(&change.key, change.value.as_ref()?));
             known.learn_all(&new.collect::<Vec<_>>());

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use fleet::etcd_keys::SLOTS;
 use fleet::{MeshKey, SlotRecord};
 use tracing::error;
 
 use super::claims::SlotAllocator;
-use super::records::{Owners, SLOTS};
+use super::records::Owners;
 use crate::client::etcd::WatchEvent;
 use crate::error::{Error, Result};
 use crate::node::state::SlotRecords;

@@ -11,11 +11,9 @@
 
 use std::collections::BTreeMap;
 
+use fleet::etcd_keys::{GRANTS, OWNERS, REVOKED_TOKENS, TOKENS};
 use fleet::{MeshKey, SlotRecord};
 
-pub(super) const SLOTS: &str = "/bakehouse/slots/";
-pub(super) const TOKENS: &str = "/bakehouse/tokens/";
-pub(super) const REVOKED: &str = "/bakehouse/revoked/";
 /// Number of grants of a slot that stay in etcd.
 const AUDITED: u64 = 32;
 
@@ -65,16 +63,16 @@ pub(super) struct EtcdKeys {
 impl EtcdKeys {
     pub(super) fn new(mesh_key: MeshKey, token: &str) -> Self {
         Self {
-            owner: format!("/bakehouse/owners/{mesh_key}"),
+            owner: format!("{OWNERS}{mesh_key}"),
             token: format!("{TOKENS}{token}"),
-            revoked: format!("{REVOKED}{token}"),
+            revoked: format!("{REVOKED_TOKENS}{token}"),
         }
     }
 }
 
 /// Returns the etcd key of a grant's audit record.
 pub(super) fn audit(slot: &str, epoch: u64) -> String {
-    format!("/bakehouse/audit/{slot}/{epoch:08}")
+    format!("{GRANTS}{slot}/{epoch:08}")
 }
 
 /// Returns the audit record to delete when the slot gets a new one, because etcd's space is limited.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use fleet::etcd_keys::RENEWED;
 use fleet::{Reason, Renewal, SlotRecord};
 
 use super::claims::SlotAllocator;
@@ -14,7 +15,6 @@ use crate::error::{Error, Result};
 /// Minimum time between two renewals of a slot, seconds. Each renewal writes to etcd and to every hub's disk, and a
 /// compromised node must not fill them.
 const RENEWAL_INTERVAL: u64 = 24 * 3600;
-const RENEWED: &str = "/bakehouse/renewed/";
 
 impl SlotAllocator {
     /// Gives the owner of a slot, whose TLS key is `own`, new keys from the next epoch on. A repeated request with the

@@ -4,12 +4,14 @@
 //! /bakehouse/rollout/nodes/SLOT      Report      the node's last report, with a lease
 //! /bakehouse/rollout/turn            UpdateLock  the node that changes its image now
 //! /bakehouse/rollout/held            slot        the update lock's lease
-//! /bakehouse/rollout/acting          slot        the node that carries out an operator's action, with a lease
+//! /bakehouse/rollout/acting          slot        the node that carries out an operator's action (`lock.rs`)
 //! /bakehouse/rollout/denied/VERSION  reason      no node installs this version
 //! /bakehouse/rollout/paused          reason      no node gets the update lock
 //! /bakehouse/rollout/allowed/VERSION time        the operator allowed it: one node's offer is enough
 //! /bakehouse/rollout/skipped/SLOT    time        the rollout does not wait for this node
 //! /bakehouse/rollout/drained/SLOT    time        the node is drained (`drains.rs`)
+//! /bakehouse/rollout/acted/SLOT      time        the node has had the fleet's lock (`lock.rs`)
+//! /bakehouse/rollout/waiting/SLOT    time        the node waits for the fleet's lock (`lock.rs`)
 //! ```
 
 use std::fs::{self, Permissions};
@@ -17,24 +19,18 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fleet::{Report, Rollout, RolloutOrder, SlotRecord, Topology, UpdateDecision, UpdateLock, Verdict};
+use fleet::etcd_keys::{ACTING, HELD, PAUSED, ROLLOUT, SLOTS, TURN};
+use fleet::{Report, Rollout, RolloutOrder, SlotRecord, Topology, UpdateDecision, Verdict};
 use tracing::{error, info, warn};
 
-use super::records::SLOTS;
-use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
+use super::lock::{acts, note_wait, waiting};
+use crate::client::etcd::{Compare, Etcd, Op};
 use crate::error::{Error, Result};
 
-const PREFIX: &str = "/bakehouse/rollout/";
-const TURN: &str = "/bakehouse/rollout/turn";
-const HELD: &str = "/bakehouse/rollout/held";
-const ACTING: &str = "/bakehouse/rollout/acting";
-const PAUSED: &str = "/bakehouse/rollout/paused";
 /// Lease of a node's report, seconds: three of the node's report intervals.
 const SILENCE: u32 = 90;
 /// Lease of the update lock, seconds: a download over a slow line, and three boots that fail.
 const LONGEST_TURN: u32 = 3600;
-/// Longest lease of an action, seconds.
-const LONGEST_ACTION: u32 = 900;
 /// Time between two writes of the metrics.
 const EXPORT_INTERVAL: Duration = Duration::from_secs(30);
 /// How often a report is retried when another hub's transaction wins.
@@ -47,24 +43,31 @@ const ATTEMPTS: u32 = 8;
 pub(crate) async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report: &Report) -> Result<UpdateDecision> {
     let text = serde_json::to_vec(report).map_err(Error::json("the report"))?;
     let lease = etcd.lease(SILENCE).await?;
-    etcd.transact(&[], &[Op::PutFor(&format!("{PREFIX}nodes/{slot}"), &text, &lease)]).await?;
+    etcd.transact(&[], &[Op::PutFor(&format!("{ROLLOUT}nodes/{slot}"), &text, &lease)]).await?;
     for _ in 0..ATTEMPTS {
-        let Read { mut rollout, turn, acting } = read(etcd).await?;
+        let Read { mut rollout, turn, acting, .. } = read(etcd).await?;
         if report.doing.is_well() && rollout.skipped.remove(slot).is_some() {
             info!(slot, "{slot} is healthy again: the rollout no longer skips it");
             etcd.transact(&[], &[Op::Delete(&skipped(slot))]).await?;
         }
         let verdict = rollout.decide(topology, slot, report);
+        if let Some((other, _)) = acting.as_ref().filter(|(other, _)| other != slot)
+            && takes_without_pause(&rollout, other, topology, (slot, report))
+        {
+            note_wait(etcd, slot).await?;
+        }
         let done = match &verdict {
             Verdict::Wait(why) => return Ok(UpdateDecision { granted: false, why: why.clone() }),
             Verdict::Go => return Ok(UpdateDecision { granted: true, why: String::new() }),
-            Verdict::Take(_) if acting.is_some() => return Ok(waits(&acts(&acting.unwrap_or_default()))),
+            Verdict::Take(_) if acting.is_some() => return Ok(waits(&acts(&acting.unwrap_or_default().0))),
             Verdict::Take(taken) => {
                 let text = serde_json::to_vec(taken).map_err(Error::json("the update lock"))?;
                 let denied = denied(&taken.to);
                 let lease = etcd.lease(LONGEST_TURN).await?;
                 let when = [TURN, ACTING, PAUSED, &denied].map(|key| Compare::Unchanged(key, 0));
-                let then = [Op::Put(TURN, &text), Op::PutFor(HELD, slot.as_bytes(), &lease)];
+                let waiting = waiting(slot);
+                let held = Op::PutFor(HELD, slot.as_bytes(), &lease);
+                let then = [Op::Put(TURN, &text), held, Op::Delete(&waiting)];
                 let done = etcd.transact(&when, &then).await?;
                 if !done {
                     // Another hub's transaction won.
@@ -92,55 +95,18 @@ pub(crate) async fn report(etcd: &Etcd, topology: &Topology, slot: &str, report:
     Ok(waits("too many nodes report at the same time"))
 }
 
-/// Takes the fleet's lock for an operator's action on the node `slot`, for `seconds`, or frees it if `seconds` is 0.
-/// While another node has it, or changes its image, the node has to wait. A lease of its own is no update lock: a node
-/// that does not free it denies no version. Hubs of earlier versions go by the pause, which has the same lease.
-///
-/// # Errors
-/// If etcd does not answer.
-pub(crate) async fn lock(etcd: &Etcd, slot: &str, seconds: u32) -> Result<UpdateDecision> {
-    let granted = || UpdateDecision { granted: true, why: String::new() };
-    for _ in 0..ATTEMPTS {
-        let [turn, acting, paused] = <[KeyValue; 3]>::try_from(etcd.get(&[TURN, ACTING, PAUSED]).await?)
-            .map_err(|_| Error::network("etcd", "the reply has another number of keys"))?;
-        let is_own = acting.revision > 0 && acting.value == slot.as_bytes();
-        let pause = acts(slot);
-        let is_own_pause = is_own && paused.value == pause.as_bytes();
-        let unchanged = [(TURN, &turn), (ACTING, &acting), (PAUSED, &paused)];
-        let unchanged = unchanged.map(|(key, found)| Compare::Unchanged(key, found.revision));
-        if seconds == 0 {
-            let freed = [Op::Delete(ACTING), Op::Delete(PAUSED)];
-            let freed = if is_own_pause { &freed[..] } else { &freed[..1] };
-            if !is_own || etcd.transact(&unchanged[1..], freed).await? {
-                return Ok(granted());
-            }
-            continue;
-        }
-        if acting.revision > 0 && !is_own {
-            return Ok(waits(&acts(&String::from_utf8_lossy(&acting.value))));
-        }
-        let update = serde_json::from_slice::<UpdateLock>(&turn.value).ok().filter(|update| update.slot != slot);
-        if let Some(update) = update.filter(|_| turn.revision > 0) {
-            return Ok(waits(&format!("{} changes to version {} now", update.slot, update.to)));
-        }
-        let lease = etcd.lease(seconds.min(LONGEST_ACTION)).await?;
-        let taken = [Op::PutFor(ACTING, slot.as_bytes(), &lease), Op::PutFor(PAUSED, pause.as_bytes(), &lease)];
-        let is_free = paused.revision == 0 || is_own_pause;
-        if etcd.transact(&unchanged, if is_free { &taken[..] } else { &taken[..1] }).await? {
-            return Ok(granted());
-        }
-        // Another hub's transaction won.
-        etcd.revoke(&lease).await?;
+/// Whether the node would get the update lock if the node `acting` did not have the fleet's lock, which pauses the
+/// rollout.
+fn takes_without_pause(rollout: &Rollout, acting: &str, topology: &Topology, of: (&str, &Report)) -> bool {
+    let mut running = rollout.clone();
+    if running.paused.as_ref() == Some(&acts(acting)) {
+        running.paused = None;
     }
-    Ok(waits("too many nodes ask at the same time"))
+    matches!(running.decide(topology, of.0, of.1), Verdict::Take(_))
 }
 
-fn waits(why: &str) -> UpdateDecision {
+pub(super) fn waits(why: &str) -> UpdateDecision {
     UpdateDecision { granted: false, why: why.to_owned() }
-}
-
-fn acts(slot: &str) -> String {
-    format!("{slot} carries out an action of an operator")
 }
 
 /// Carries out an operator's order, and returns the state of the rollout.
@@ -153,7 +119,7 @@ pub(crate) async fn order(etcd: &Etcd, order: &RolloutOrder) -> Result<Rollout> 
         RolloutOrder::Pause { why } => drop(etcd.transact(&[], &[Op::Put(PAUSED, why.as_bytes())]).await?),
         RolloutOrder::Resume => drop(etcd.transact(&[], &[Op::Delete(PAUSED)]).await?),
         RolloutOrder::Allow { version } => {
-            let (allowed, now) = (format!("{PREFIX}allowed/{version}"), now().to_string());
+            let (allowed, now) = (format!("{ROLLOUT}allowed/{version}"), now().to_string());
             let then = [Op::Delete(&denied(version)), Op::Put(&allowed, now.as_bytes())];
             etcd.transact(&[], &then).await?;
         }
@@ -169,8 +135,10 @@ pub(super) struct Read {
     pub(super) rollout: Rollout,
     /// Revision of the update lock; 0: no node holds it.
     turn: u64,
-    /// The node that carries out an operator's action.
-    acting: Option<String>,
+    /// The node that carries out an operator's action, and the revision of its lock.
+    pub(super) acting: Option<(String, u64)>,
+    /// Revision of etcd at which the keys of the rollout were read.
+    pub(super) revision: u64,
 }
 
 pub(super) async fn read(etcd: &Etcd) -> Result<Read> {
@@ -189,15 +157,16 @@ pub(super) async fn read(etcd: &Etcd) -> Result<Read> {
         }
     }
     let (mut turn, mut acting) = (0, None);
-    for pair in etcd.list(PREFIX).await?.1 {
+    let (revision, pairs) = etcd.list(ROLLOUT).await?;
+    for pair in pairs {
         let text = || String::from_utf8_lossy(&pair.value).into_owned();
-        match &pair.key[PREFIX.len()..] {
+        match &pair.key[ROLLOUT.len()..] {
             "turn" => {
                 rollout.turn = serde_json::from_slice(&pair.value).ok();
                 turn = pair.revision;
             }
             "held" => rollout.held = true,
-            "acting" => acting = Some(text()),
+            "acting" => acting = Some((text(), pair.revision)),
             "paused" => rollout.paused = Some(text()),
             key => {
                 if let Some(version) = key.strip_prefix("denied/") {
@@ -218,7 +187,7 @@ pub(super) async fn read(etcd: &Etcd) -> Result<Read> {
     }
     // A new machine in the slot of a lost one is not drained.
     rollout.drained.retain(|slot, _| rollout.members.contains(slot));
-    Ok(Read { rollout, turn, acting })
+    Ok(Read { rollout, turn, acting, revision })
 }
 
 /// Writes the rollout's metrics for node_exporter to the file `metrics` every 30 s, until the process ends.
@@ -267,11 +236,11 @@ pub(super) fn now() -> u64 {
 }
 
 fn skipped(slot: &str) -> String {
-    format!("{PREFIX}skipped/{slot}")
+    format!("{ROLLOUT}skipped/{slot}")
 }
 
 fn denied(version: &str) -> String {
-    format!("{PREFIX}denied/{version}")
+    format!("{ROLLOUT}denied/{version}")
 }
 
 #[cfg(test)]

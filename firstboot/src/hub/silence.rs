@@ -7,10 +7,11 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::claims::SlotAllocator;
-use super::hearing::{SEEN, lock, seen};
+use super::hearing::{lock, seen};
 use super::records::{Owners, SlotState};
 use crate::client::etcd::Op;
 use crate::error::Result;
+use fleet::etcd_keys::SEEN;
 
 impl SlotAllocator {
     /// Records that this hub has answered the owner of a slot. If another machine could take the slot, writes the

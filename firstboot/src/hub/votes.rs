@@ -1,14 +1,12 @@
 //! etcd members: each voter's slot has one vote while a machine owns the slot.
 
 use fleet::MeshKey;
+use fleet::etcd_keys::READMITTED;
 use tracing::{info, warn};
 
 use super::claims::SlotAllocator;
 use crate::client::etcd::{Compare, Op};
 use crate::error::{Error, Result};
-
-/// Prefix of keys by slot. A value is the epoch of the machine for which a hub last added an etcd member.
-const READMITTED: &str = "/bakehouse/readmitted/";
 
 impl SlotAllocator {
     /// Prepares etcd for the machine that has owned a voter's slot since `epoch` and has not started etcd yet:

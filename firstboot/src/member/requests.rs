@@ -10,7 +10,7 @@ use crate::api::{Drainer, Locker};
 use crate::client::etcd::Etcd;
 use crate::error::Result;
 use crate::hub::etcd_access::ROOT;
-use crate::hub::{audit, drains, rollout};
+use crate::hub::{audit, drains, lock};
 use crate::node::hubs::Hubs;
 use crate::node::identity::Identity;
 use crate::node::outbox::Recorder;
@@ -27,7 +27,7 @@ pub fn locker(who: &Identity, node: &Node, topology: &Topology) -> Result<Locker
         let (etcd, slot) = (etcd(who, node, topology)?, node.name.clone());
         return Ok(Box::new(move |seconds| {
             let (etcd, slot) = (etcd.clone(), slot.clone());
-            Box::pin(async move { rollout::lock(&etcd, &slot, seconds).await })
+            Box::pin(async move { lock::lock(&etcd, &slot, seconds).await })
         }));
     }
     let hubs = hubs(who, node, topology)?;

@@ -7,7 +7,7 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use fleet::{Credential, Rescue, RescueDisk, RescueError, RescueTarget, Ticket, Token};
+use fleet::{Credential, Rescue, RescueDisk, RescueError, RescueTarget, Ticket, Token, one_line};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::sleep;
@@ -202,10 +202,10 @@ fn banner(order: &Rescue) -> String {
     format!(
         "\n*** Maintenance console of {} (fleet {}): you are root.\n*** Open until {}, and while the rescue disk is \
          attached.\n*** The journal names this order {}.\n\n",
-        order.node,
-        order.fleet,
+        one_line(&order.node),
+        one_line(&order.fleet),
         order.expires_at(),
-        order.id
+        one_line(&order.id)
     )
 }
 
@@ -399,5 +399,10 @@ mod tests {
         let text = text + include_str!("../../../overlays/firstboot/usr/share/bakehouse/rescue.txt");
         assert!(text.lines().count() < 24, "{text}");
         assert!(text.lines().all(|line| line.is_ascii() && line.len() < 100), "{text}");
+        let text = "\u{1b}[2J\r\n".to_owned();
+        let foreign = Rescue { node: text.clone(), fleet: text.clone(), id: text, ..order("db-1") };
+        let foreign = banner(&foreign);
+        let lines = banner(&order("db-1")).lines().count();
+        assert!(!foreign.contains(['\u{1b}', '\r']) && foreign.lines().count() == lines, "{}", foreign.escape_debug());
     }
 }

@@ -35,6 +35,7 @@ impl OperatorCertificate {
 #[derive(Clone, Debug)]
 pub struct OperatorVerifier {
     root: TrustAnchor<'static>,
+    der: CertificateDer<'static>,
 }
 
 impl OperatorVerifier {
@@ -46,17 +47,20 @@ impl OperatorVerifier {
         let failed = "use the fleet's root certificate";
         let der = CertificateDer::from_pem_slice(root.as_bytes()).map_err(Error::configuration(failed))?;
         let anchor = anchor_from_trusted_cert(&der).map_err(Error::configuration(failed))?;
-        Ok(Self { root: anchor.to_owned() })
+        Ok(Self { root: anchor.to_owned(), der })
     }
 
     /// Returns the operator of a TLS client that presented the certificates `chain`; `None` if it is no operator.
     ///
-    /// An operator's certificate has one DNS name and the key usage of operators, the root itself signed it, and the
-    /// client presented no other certificate. A hub of an earlier version has an issuer without name constraints, so a certificate with an
-    /// intermediate never counts.
+    /// An operator's certificate has one DNS name and the key usage of operators, and the root itself signed it. The
+    /// client presented no other certificate than the root's, which OpenSSL adds if it trusts the root. A hub of an
+    /// earlier version has an issuer without name constraints, so a certificate with an intermediate never counts.
     #[must_use]
     pub fn operator(&self, chain: &[CertificateDer<'_>]) -> Option<OperatorCertificate> {
-        let [der] = chain else { return None };
+        let (der, further) = chain.split_first()?;
+        if !self.are_root(further) {
+            return None;
+        }
         let cert = EndEntityCert::try_from(der).ok()?;
         let mut names = cert.valid_dns_names();
         let operator = Operator::from_dns_name(names.next()?)?;
@@ -76,6 +80,11 @@ impl OperatorVerifier {
     #[must_use]
     pub fn is_current(&self, certificate: &OperatorCertificate) -> bool {
         EndEntityCert::try_from(&certificate.der).is_ok_and(|cert| self.is_valid(&cert))
+    }
+
+    /// Returns whether each of these certificates is the root's.
+    fn are_root(&self, certificates: &[CertificateDer<'_>]) -> bool {
+        certificates.iter().all(|der| der.as_ref() == self.der.as_ref())
     }
 
     fn is_valid(&self, cert: &EndEntityCert<'_>) -> bool {
@@ -108,7 +117,7 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, TlsError> {
-        if intermediates.is_empty() && self.operators.operator(std::slice::from_ref(cert)).is_some() {
+        if self.operators.are_root(intermediates) && self.operators.operator(std::slice::from_ref(cert)).is_some() {
             return Ok(ClientCertVerified::assertion());
         }
         self.nodes.verify_client_cert(cert, intermediates, now)
@@ -165,6 +174,7 @@ mod tests {
         both.verify_client_cert(cert, &[], UnixTime::now()).unwrap();
         let further = CertificateDer::from(cert.to_vec());
         assert!(both.verify_client_cert(cert, &[further], UnixTime::now()).is_err(), "with an intermediate");
+        both.verify_client_cert(cert, &chain(root.certificate()), UnixTime::now()).unwrap();
     }
 
     #[test]
@@ -180,6 +190,9 @@ mod tests {
         let read = verifier.operator(&chain(&pem)).unwrap();
         assert_eq!((&read.operator, read.key.as_str()), (&anna, encoding::encode(key.as_bytes()).as_str()));
         assert!(verifier.is_current(&read));
+        // As curl with `--cacert`.
+        let with_root = pem.clone() + root.certificate();
+        assert_eq!(verifier.operator(&chain(&with_root)), Some(read));
 
         let expired = root.operator(&anna, &key, (now - 120, now - 60)).unwrap();
         let other_fleet = Issuer::root("acme").unwrap().operator(&anna, &key, valid).unwrap();
@@ -190,13 +203,13 @@ mod tests {
         let topology = Topology::from_fleet(&fleet);
         let node = issuer.node(&topology, &topology.nodes[0], &key).unwrap();
         let with_issuer = from_hub.clone() + issuer.certificate();
-        let with_root = pem.clone() + root.certificate();
+        let with_other_root = pem.clone() + Issuer::root("acme").unwrap().certificate();
         for (what, pem) in [
             ("an expired certificate", expired),
             ("another fleet's", other_fleet),
             ("a hub's issuer, without its certificate", from_hub),
             ("a hub's issuer", with_issuer),
-            ("a second certificate", with_root),
+            ("a second certificate", with_other_root),
             ("a node", node),
         ] {
             assert_eq!(verifier.operator(&chain(&pem)), None, "{what}");

@@ -138,7 +138,7 @@ impl AlertSecrets {
         self.0.remove(name).is_some()
     }
 
-    /// Decrypts a secret; `None` if there is none, or it was encrypted with the key of another fleet.
+    /// Decrypts a secret; `None` if the name has no secret, or the key of another fleet encrypted it.
     #[must_use]
     pub fn open(&self, key: &AlertKey, fleet: &str, name: &str) -> Option<String> {
         let sealed = decode(self.0.get(name)?)?;

@@ -21,8 +21,6 @@ use crate::topology::{GIVEN, Topology};
 pub use names::is_fleet_name;
 use names::{is_dns_label, is_host};
 use ports::Listeners;
-#[cfg(feature = "schema")]
-pub(crate) use services::ETCD_FOLDERS;
 
 /// A row of the table of minimum and recommended node counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

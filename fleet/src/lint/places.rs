@@ -2,6 +2,7 @@
 
 use super::Lint;
 use crate::calendar::{is_calendar_event, point_in_time};
+use crate::profile::{WHEEL_HELP, is_wheel};
 
 /// Domains that RFC 2606 and RFC 6761 reserve for documentation, tests and the local host.
 const RESERVED_DOMAINS: [&str; 7] =
@@ -77,6 +78,15 @@ impl Lint<'_> {
                     fleet.source.value(&path),
                     format!("`{}` cannot be the name of a Debian package", package.escape_debug()),
                     "use lower-case letters, digits, `+`, `-` and `.`".to_owned(),
+                );
+            }
+        }
+        for (name, group) in &fleet.groups {
+            for (number, wheel) in group.wheels.iter().enumerate().filter(|(_, wheel)| !is_wheel(wheel)) {
+                self.error(
+                    fleet.source.value(&["groups", name, "wheels", &number.to_string()]),
+                    format!("`{}` is not a Python package with its version", wheel.escape_debug()),
+                    WHEEL_HELP.to_owned(),
                 );
             }
         }
@@ -248,6 +258,8 @@ mod tests {
         error("[netboot]\ndisk = \"sda\"\n", "is not a disk", "\"sda\"");
         let packages = "[groups.app]\npackages = [\"Vim\"]\ncount = 1\n";
         error(packages, "`Vim` cannot be the name of a Debian package", "\"Vim\"");
+        let wheels = "[groups.app]\nwheels = [\"plutoprint>=0.2\"]\ncount = 1\n";
+        error(wheels, "`plutoprint>=0.2` is not a Python package with its version", "\"plutoprint>=0.2\"");
         error(
             "[backup]\ns3 = { bucket = \"b\", endpoint = \"https://s3.acme.com\", region = \"r\" }\n",
             "has more than a host name",

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::Lint;
 use crate::diagnostic::nearest;
+use crate::etcd_keys::FOLDERS;
 
 /// Seconds until another hub has the VIP and its routes: three VRRP advertisements and three BFD packets at the
 /// intervals of the templates, rounded up.
@@ -13,28 +14,12 @@ const PROMOTION: u16 = 5;
 /// Seconds until HAProxy marks an application node down: one interval, then two failed checks.
 const APP_IS_OUT: u16 = 3;
 
-/// Folders of `/bakehouse/` in etcd that only hubs write.
-pub(crate) const ETCD_FOLDERS: [&str; 12] = [
-    "audit",
-    "etcd-ready",
-    "owners",
-    "readmitted",
-    "renewed",
-    "revoked",
-    "rollout",
-    "seen",
-    "shut",
-    "slots",
-    "tokens",
-    "web-certificate",
-];
-
 impl Lint<'_> {
     /// Reports a fleet's name that the hubs use in etcd: Patroni's keys are below `/bakehouse/NAME/`, and the hubs'
     /// folders are also below `/bakehouse/`.
     pub(super) fn etcd_folders(&mut self) {
         let name = &self.fleet.name;
-        if ETCD_FOLDERS.contains(&name.get_ref().as_str()) {
+        if FOLDERS.contains(&name.get_ref().as_str()) {
             self.error(
                 name.span(),
                 format!("`{0}` cannot be a fleet's name: the hubs use `/bakehouse/{0}/` in etcd", name.get_ref()),

@@ -61,6 +61,8 @@ fn each_rule_has_a_line_and_a_message() {
     one(&format!("{HUBS}[groups.db]\ncount = 2\nfirst = \"10.10.1.3\"\n"), 7, "outside the mesh");
     one(&format!("{HUBS}[vip]\naddress = \"10.9.0.1\"\n"), 6, "the VIP 10.9.0.1");
     one(&HUBS.replacen("acme", "slots", 1), 1, "the hubs use `/bakehouse/slots/` in etcd");
+    // Database nodes may write below `/bakehouse/NAME/`.
+    one(&HUBS.replacen("acme", "operators", 1), 1, "the hubs use `/bakehouse/operators/` in etcd");
     one(&format!("{HUBS}[netboot]\nothers = \"app\"\n"), 6, "no node or group `app`");
     one(&format!("{HUBS}[netboot.machines]\n\"52:54:00:AA:BB:CC\" = \"hub-1\"\n"), 6, "not a MAC address");
     one(

@@ -138,7 +138,7 @@ pub struct AuditQuery {
 pub struct AuditLog {
     /// The entries, by the time of their begin.
     pub entries: Vec<AuditEntry>,
-    /// Whether earlier entries match the query, too.
+    /// Whether earlier entries match the query, too, or the hub has not read all of them, because that takes too long.
     pub has_more: bool,
 }
 
@@ -171,6 +171,33 @@ mod tests {
             assert!(cut.action.starts_with(text) && cut.action.ends_with(CUT), "{text}: {}", cut.action);
             let all = AuditEntry { result: text.repeat(8000), operator: text.repeat(8000), ..entry(text) }.fitted();
             assert!(all.size() <= LONGEST_AUDIT_ENTRY && all.result.contains('…'), "{text}: {}", all.size());
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_an_entry_or_refused(bytes: Vec<u8>) {
+            if let Ok(entry) = serde_json::from_slice::<AuditEntry>(&bytes) {
+                // A hub refuses an entry with a long identifier.
+                let fitted = AuditEntry { id: String::new(), ..entry }.fitted();
+                proptest::prop_assert!(fitted.size() <= LONGEST_AUDIT_ENTRY);
+            }
+        }
+
+        /// A node sends any texts, and the hub cuts them before it stores the entry.
+        #[test]
+        fn entry_with_any_texts_fits_and_is_read_back(
+            at: u64,
+            texts in proptest::array::uniform7(".{0,900}"),
+            ended: Option<u64>,
+            left_out: u32,
+        ) {
+            let [id, node, operator, role, from, action, result] = texts;
+            let id = id.chars().take(16).collect();
+            let entry = AuditEntry { at, id, node, operator, role, from, action, result, ended, left_out }.fitted();
+            proptest::prop_assert!(entry.size() <= LONGEST_AUDIT_ENTRY, "{} bytes", entry.size());
+            let json = serde_json::to_vec(&entry).unwrap();
+            proptest::prop_assert_eq!(&serde_json::from_slice::<AuditEntry>(&json).unwrap(), &entry);
         }
     }
 

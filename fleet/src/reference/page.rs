@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::{File, json_schema, literal, schema_of};
 use crate::{
     Access, Alerts, Authority, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet,
-    Group, Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port, Profile,
+    Fonts, Group, Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port,
+    Profile,
     Promise, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
 };
 
@@ -86,6 +87,7 @@ fn profile_sections() -> Vec<Section> {
         section::<Units>("[units]", &["units"], ""),
         section::<Health>("[health]", &["health"], ""),
         section::<Trim>("[trim]", &["trim"], ""),
+        section::<Fonts>("[fonts.LANGUAGE]", &["fonts", "*"], ""),
         section::<User>("[users]", &["users", "*"], ""),
         section::<Disk>("[disk]", &["disk"], ""),
         section::<VmSize>("[vm]", &["vm"], ""),

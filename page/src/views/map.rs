@@ -63,6 +63,7 @@ struct Card {
     href: String,
     label: String,
     health: &'static str,
+    is_drained: bool,
     badges: Vec<Badge>,
 }
 
@@ -80,6 +81,7 @@ struct Dot {
     x: f64,
     y: f64,
     health: &'static str,
+    is_drained: bool,
     title: String,
 }
 
@@ -109,6 +111,10 @@ pub(super) fn context(content: &Content) -> Maps {
     if content.fleet.with_role("db").next().is_some() {
         let primaries: Vec<String> = state.primaries().into_iter().map(str::to_owned).collect();
         label.push_str(&format!(". {} has the primary", holder(&primaries)));
+    }
+    match state.nodes.iter().filter(|node| node.drained.is_some()).count() {
+        0 => {}
+        drained => label.push_str(&format!(". {} drained", count(drained, "node is", "nodes are"))),
     }
     label.push_str(&match down {
         0 => ". No path is down.".to_owned(),
@@ -159,8 +165,13 @@ impl Drawing<'_> {
                     let place = Place { node, x: x + column * (self.card + GAP), y: y + row * (CARD_HEIGHT + GAP) };
                     places.push(place);
                 } else {
-                    let (health, title) = self.health(node);
-                    dots.push(Dot { x: x + column * DOT + DOT / 2.0, y: y + row * DOT + DOT / 2.0, health, title });
+                    let (health, mut title) = self.health(node);
+                    let is_drained = self.state(node).is_some_and(|of| of.drained.is_some());
+                    if is_drained {
+                        title.push_str(", drained");
+                    }
+                    let (x, y) = (x + column * DOT + DOT / 2.0, y + row * DOT + DOT / 2.0);
+                    dots.push(Dot { x, y, health, is_drained, title });
                 }
             }
         }
@@ -254,7 +265,12 @@ impl Drawing<'_> {
 
     fn title(&self, name: &str, nodes: &[&Node]) -> String {
         let healthy = nodes.iter().filter(|node| self.state(node).is_some_and(|s| s.health == Health::Good)).count();
-        if nodes.len() == 1 { name.to_owned() } else { format!("{name}: {healthy} of {} work", nodes.len()) }
+        let drained = nodes.iter().filter(|node| self.state(node).is_some_and(|s| s.drained.is_some())).count();
+        match (nodes.len(), drained) {
+            (1, _) => name.to_owned(),
+            (all, 0) => format!("{name}: {healthy} of {all} work"),
+            (all, drained) => format!("{name}: {healthy} of {all} work, {drained} drained"),
+        }
     }
 
     fn state(&self, node: &Node) -> Option<&NodeState> {
@@ -277,6 +293,10 @@ impl Drawing<'_> {
             label.push_str(", ");
             label.push_str(words);
         };
+        let is_drained = self.state(node).is_some_and(|of| of.drained.is_some());
+        if is_drained {
+            add("drained", "drained", "is drained");
+        }
         if state.vip.contains(&node.name) {
             add("VIP", "key", "holds the VIP");
         }
@@ -297,6 +317,8 @@ impl Drawing<'_> {
         }
         match of_node.and_then(|of| of.odoo) {
             Some(true) => add("Odoo", "plain", "serves Odoo"),
+            // HAProxy does not use a drained node.
+            Some(false) if is_drained => {}
             Some(false) => add("no Odoo", "bad", "HAProxy sends it no requests"),
             None => {}
         }
@@ -315,7 +337,7 @@ impl Drawing<'_> {
         }
         let href = if self.content.fleet.is_small() { format!("#node-{}", node.name) } else { "#nodes".to_owned() };
         let (x, y, name) = (round(place.x), round(place.y), node.name.clone());
-        Card { x, y, width: self.card, name, href, label, health, badges }
+        Card { x, y, width: self.card, name, href, label, health, is_drained, badges }
     }
 
     /// Returns the wires: those that are up first, so that those that are down are above them.
@@ -370,18 +392,8 @@ impl Drawing<'_> {
     /// Returns the curve from the lower edge of a hub to a point below.
     fn down_from(&self, hub: &Place, x: f64, y: f64) -> String {
         let (x0, y0) = (hub.x + self.card / 2.0, hub.y + CARD_HEIGHT);
-        let middle = f64::midpoint(y0, y);
-        format!(
-            "M{},{}C{},{} {},{} {},{}",
-            round(x0),
-            round(y0),
-            round(x0),
-            round(middle),
-            round(x),
-            round(middle),
-            round(x),
-            round(y)
-        )
+        let [x0, y0, middle, x, y] = [x0, y0, f64::midpoint(y0, y), x, y].map(round);
+        format!("M{x0},{y0}C{x0},{middle} {x},{middle} {x},{y}")
     }
 
     /// Returns the line between two hubs: straight between neighbours, else over the others.

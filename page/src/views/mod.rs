@@ -96,7 +96,7 @@ fn environment() -> &'static Environment<'static> {
     })
 }
 
-/// Renders a part. A template that fails is a fault of the page, and the part says so.
+/// Renders a part. If the template fails, which is a fault of the page, the viewer sees a message in its place.
 fn render(part: &'static str, context: &impl Serialize) -> String {
     let rendered = environment().get_template(part).and_then(|template| template.render(Serde(context)));
     rendered.unwrap_or_else(|e| {

@@ -70,8 +70,9 @@ pub(super) fn context(content: &Content, viewer: &Viewer) -> Nodes {
     let (fleet, state) = (content.fleet, content.state);
     let pairs: Vec<(&Node, &NodeState)> = fleet.nodes.iter().zip(&state.nodes).collect();
     let is_complete = fleet.is_small();
-    let has_row =
-        |(_, state): &&(&Node, &NodeState)| is_complete || !matches!(state.health, Health::Good | Health::Unknown);
+    let has_row = |(_, state): &&(&Node, &NodeState)| {
+        is_complete || state.drained.is_some() || !matches!(state.health, Health::Good | Health::Unknown)
+    };
     let wanted: Vec<&(&Node, &NodeState)> = pairs.iter().filter(has_row).collect();
     let shown = if is_complete { wanted.len() } else { wanted.len().min(MOST) };
     Nodes {
@@ -133,6 +134,9 @@ fn facts(content: &Content, node: &Node, of: &NodeState) -> Vec<Fact> {
     let state = content.state;
     let mut facts = Vec::new();
     let mut add = |text: String, is_bad| facts.push(Fact { text, is_bad });
+    if let Some(since) = of.drained {
+        add(format!("drained for {}", duration((state.at - since).max(0.0))), false);
+    }
     if state.vip.contains(&node.name) {
         add("holds the VIP".to_owned(), false);
     }
@@ -151,7 +155,8 @@ fn facts(content: &Content, node: &Node, of: &NodeState) -> Vec<Fact> {
     }
     match of.odoo {
         Some(true) => add("serves Odoo".to_owned(), false),
-        Some(false) => add("Odoo gets no requests".to_owned(), true),
+        // HAProxy does not use a drained node.
+        Some(false) => add("Odoo gets no requests".to_owned(), of.drained.is_none()),
         None => {}
     }
     if !of.failed.is_empty() {
@@ -194,6 +199,9 @@ fn buttons(node: &Node, of: &NodeState) -> Vec<Button> {
     let units =
         [("db", "patroni"), ("hub", "haproxy"), ("app", "odoo-http"), ("voter", "etcd"), ("monitor", "prometheus")];
     buttons.extend(units.iter().filter(|(role, _)| node.has_role(role)).map(|(_, unit)| restart(unit)));
+    if of.drained.is_some() {
+        buttons.push(Button::new("Undrain", "undrain", name, None));
+    }
     buttons.push(Button::new("Reboot", "reboot", name, None));
     buttons
 }
@@ -222,6 +230,14 @@ mod tests {
         };
         assert_eq!(texts(&all, "db-2"), "synchronous standby, 1 kB behind");
         assert_eq!((texts(&all, "hub-1"), texts(&all, "hub-2")), ("holds the VIP".to_owned(), "leads etcd".to_owned()));
+        let mut replies = testing::replies(&fleet);
+        let drained = ("__name__", "bakehouse_drained_since_seconds");
+        testing::add(&mut replies, crate::queries::METRICS, &[drained, ("node", "app-2")], 0.0);
+        assert_eq!(texts(&nodes(&fleet, &replies, false), "app-2"), "serves Odoo");
+        testing::add(&mut replies, crate::queries::METRICS, &[drained, ("node", "app-2")], 1.0);
+        let marked = nodes(&fleet, &replies, true);
+        assert!(texts(&marked, "app-2").starts_with("drained for "), "{}", texts(&marked, "app-2"));
+        assert!(marked.rows.iter().any(|row| row.buttons.iter().any(|button| button.text == "Undrain")));
         let acting = nodes(&fleet, &testing::replies(&fleet), true);
         let buttons = &acting.rows.iter().find(|row| row.name == "db-1").unwrap().buttons;
         assert_eq!(

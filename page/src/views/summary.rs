@@ -132,7 +132,7 @@ fn alerts(state: &State) -> Tile {
     Tile { label: "Alerts", value, note, grade, href: "#alerts" }
 }
 
-/// Returns names, or what it means that there is none or more than one.
+/// Returns the names of the nodes that hold something, and the grade: one node has to hold it.
 fn holder(held: &[&str], state: &State) -> (String, Grade) {
     match held {
         [] if state.has_metrics => ("None".to_owned(), Grade::Bad),

@@ -124,6 +124,30 @@ fn an_empty_fleet_and_missing_sources_have_a_page() {
 }
 
 #[test]
+fn a_drained_node_is_marked_with_a_text_on_the_map_and_in_the_table() {
+    for (fleet, node, group) in [
+        (testing::fleet(), "app-2", "app: 2 of 2 work, 1 drained"),
+        (testing::large_fleet(1000), "app-700", "app: 1000 of 1000 work, 1 drained"),
+    ] {
+        let mut replies = testing::replies(&fleet);
+        let metric = ("__name__", "bakehouse_drained_since_seconds");
+        testing::add(&mut replies, queries::METRICS, &[metric, ("node", node)], 1_796_000_000.0 - 7200.0);
+        let state = State::new(&fleet, 1_796_000_000.0, &replies, Vec::new(), &Reachable::new());
+        let html = page(&Content::of(&fleet, &state), &Viewer::default(), "build");
+        assert!(html.contains(". 1 node is drained. No path is down.") && html.contains(group), "{group}");
+        let shape =
+            if fleet.is_small() { "<g class=\"node good drained\"" } else { "<circle class=\"dot good drained\"" };
+        // One on each of the two maps.
+        assert_eq!(html.matches(shape).count(), 2, "{shape}");
+        let title = if fleet.is_small() { "app-2: works, is drained, serves Odoo" } else { "app-700: works, drained" };
+        assert!(html.contains(title), "{title}");
+        assert_eq!(html.contains("text-anchor=\"middle\">drained</text>"), fleet.is_small());
+        let row = html.split(&format!("id=\"node-{node}\"")).nth(1).expect("a row of the node");
+        assert!(row.split("</tr>").next().is_some_and(|row| row.contains("drained for 2 h")), "{row:.900}");
+    }
+}
+
+#[test]
 fn a_thousand_nodes_are_a_small_page() {
     let fleet = testing::large_fleet(1000);
     let begun = std::time::Instant::now();

@@ -238,7 +238,45 @@ fn only_one_node_at_a_time_has_the_lock() {
         let deadline = Instant::now() + Duration::from_secs(30);
         while !lock(0, 1, 600).await.granted {
             assert!(Instant::now() < deadline, "the lease does not end");
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
+    });
+}
+
+/// A hostile member takes the lock again and again.
+#[test]
+fn a_node_cannot_keep_the_lock_from_another_one() {
+    in_own_network(async {
+        let site = TestCluster::open("db.count = 2\n");
+        let members = site.members("db", 2).await;
+        let [hostile, other] = [0, 1].map(|i: usize| (&members[i].0, &members[i].1));
+        let lock = async |member: (&TestJoiner, &Grant), hub: usize, seconds: u32| -> UpdateDecision {
+            let body = format!("{{\"seconds\":{seconds}}}").into_bytes();
+            let reply = site.member(hub, member, ("POST", LOCK_PATH), body).await.expect("a reply");
+            serde_json::from_slice(&reply).expect("JSON")
+        };
+        assert!(lock(hostile, 0, 5).await.granted);
+        // No other node waits, so the node may lengthen its time.
+        assert!(lock(hostile, 1, 900).await.granted);
+        assert!(!lock(other, 2, 600).await.granted);
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let longer = lock(hostile, 0, 900).await;
+        assert!(!longer.granted && longer.why.contains(&format!("{} waits", other.1.slot)), "{longer:?}");
+        // It frees the lock, and cannot take it before the other node.
+        assert!(lock(hostile, 1, 0).await.granted);
+        let again = lock(hostile, 2, 600).await;
+        assert!(!again.granted && again.why.contains("waits for the fleet's lock"), "{again:?}");
+        assert!(lock(other, 0, 600).await.granted && lock(other, 1, 0).await.granted);
+        // The other node does not wait any more.
+        assert!(lock(hostile, 2, 600).await.granted);
+        // The hub refuses many requests of one member, and other members do not notice.
+        let mut refused = 0;
+        for _ in 0..10 {
+            let ask = |_| site.member(0, hostile, ("POST", LOCK_PATH), b"{}".to_vec());
+            let replies = futures_util::future::join_all((0..8).map(ask)).await;
+            refused += replies.iter().filter(|reply| reply.as_ref().is_err_and(|e| e.contains("429"))).count();
+        }
+        assert!(refused > 5, "the hub refused {refused} of 80 requests");
+        assert!(lock(other, 0, 600).await.granted);
     });
 }

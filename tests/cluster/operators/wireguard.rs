@@ -93,6 +93,26 @@ fn each_operator_gets_one_address_for_one_machine() {
     });
 }
 
+/// Each hub checks the key before it writes, so the transaction has to compare it.
+#[test]
+fn two_machines_never_have_one_key() {
+    in_own_network(async {
+        let range = "10.10.200.0/24".parse().expect("a network");
+        let site = TestCluster::open_with("db.count = 1\n", |topology| topology.mesh.operators = Some(range));
+        site.register_hubs().await;
+        let owners: Vec<TestOwner> = (0..9).map(|n| TestOwner::new(&site, &format!("owner{n}"))).collect();
+        for round in 0..3 {
+            let key = MeshKey([40 + round; 32]);
+            let asked = owners.iter().zip([1, 2, 3].into_iter().cycle()).map(|(owner, hub)| {
+                let request = owner.request(key);
+                async move { post(&owner.tls, hub, &request).await.is_ok() }
+            });
+            let granted = futures_util::future::join_all(asked).await;
+            assert_eq!(granted.iter().filter(|is_granted| **is_granted).count(), 1, "round {round}: {granted:?}");
+        }
+    });
+}
+
 #[test]
 fn fleet_without_addresses_for_operators_refuses_machines() {
     in_own_network(async {

@@ -131,7 +131,7 @@ impl MachineRegistry {
                 known.join(", ")
             )));
         };
-        // A ticket that replaces an owner needs a hub. In a new fleet there is none, so a machine that was never the
+        // A ticket that replaces an owner needs a hub, and a new fleet has no hub yet. So a machine that was never the
         // node gets an ordinary ticket.
         let heir = record.heir || record.installed.is_some() || record.started;
         *record = Record { heir, macs: record.macs.clone(), ..Record::new(&record.to) };

@@ -36,7 +36,7 @@ pub(crate) struct Action<'a> {
 }
 
 impl Action<'_> {
-    /// Posts an action, and waits until it has ended. Returns what the node has done. `stops`: the action may end with a
+    /// Posts an action, and waits until it has ended. Returns what the node has done, with its name. `stops`: the action may end with a
     /// node that does not answer.
     ///
     /// # Errors
@@ -56,7 +56,7 @@ impl Action<'_> {
                     failures = 0;
                     match status.error {
                         Some(why) => return fail(format!("{node}: {why}")),
-                        None if status.done => return Ok(format!("{} done", status.action)),
+                        None if status.done => return Ok(format!("{node}: {} done", described(&status))),
                         None => {}
                     }
                 }
@@ -65,7 +65,7 @@ impl Action<'_> {
                 Err(e) => {
                     failures += 1;
                     if stops && failures == SILENT {
-                        return Ok("stops".to_owned());
+                        return Ok(format!("{node}: stops"));
                     }
                     (self.on_state)(e.chain().lines().next().unwrap_or_default());
                 }
@@ -162,6 +162,11 @@ impl Action<'_> {
     }
 }
 
+/// Returns an action as nodes name it in a reply.
+fn described(status: &ActionStatus) -> String {
+    status.unit.as_ref().map_or_else(|| status.action.clone(), |unit| format!("{} of {unit}", status.action))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::test_servers::Fleet;
@@ -183,7 +188,8 @@ mod tests {
         let node = fleet.node("db-1");
         *node.ends.lock().unwrap() = Some(Ok(()));
         node.left.store(1, Ordering::SeqCst);
-        assert_eq!(restart(&fleet, "odoo.service").await.unwrap(), "restart done");
+        let done = restart(&fleet, "odoo.service").await.unwrap();
+        assert!(done.starts_with("db-1: restart") && done.ends_with(" done"), "{done}");
         *node.ends.lock().unwrap() = Some(Err("odoo.service failed"));
         node.left.store(1, Ordering::SeqCst);
         assert_eq!(restart(&fleet, "odoo.service").await.unwrap_err().chain(), "db-1: odoo.service failed");

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use super::client::Client;
 use crate::error::{Error, Result, fail};
 use crate::util::time::since;
+use crate::vm::FiringAlert;
 
 /// Path of a node's API to its Prometheus.
 const PROMETHEUS: &str = "/v1/open/prometheus";
@@ -21,21 +22,6 @@ const PROMETHEUS: &str = "/v1/open/prometheus";
 const LIMIT: Duration = Duration::from_secs(7);
 /// Longest reply, in bytes.
 const LONGEST: usize = 4 << 20;
-
-/// An alert that fires.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct FiringAlert {
-    /// Name of the rule.
-    pub name: String,
-    /// Severity: `critical`, `warning` or another one.
-    pub severity: String,
-    /// Node that it is about; empty if it is about the fleet.
-    pub node: String,
-    /// What happens, in a sentence.
-    pub summary: String,
-    /// Begin, in seconds since 1970.
-    pub since: u64,
-}
 
 #[derive(Deserialize)]
 struct Reply {

@@ -1,4 +1,4 @@
-//! What a monitor's Prometheus knows about backups and certificates.
+//! What a monitor's Prometheus knows about backups, certificates and Odoo.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,11 +10,15 @@ use super::client::Client;
 use crate::error::{Error, Result};
 use crate::vm::MonitorFacts;
 
-/// The facts, with an expression for each. All but the number are times in seconds since 1970.
-const QUERIES: [(&str, &str); 4] = [
-    ("backup", "max(bakehouse_backup_newest_seconds > 0)"),
-    ("backups", "max(bakehouse_backup_count)"),
-    ("archived", "time() - max(pg_stat_archiver_last_archive_age and on (node) (patroni_primary == 1))"),
+/// The facts, with an expression for each. All but the number and the result of the login are times in seconds since 1970.
+const QUERIES: [(&str, &str); 5] = [
+    ("backup", r#"max(bakehouse_backup_newest_seconds{job="node"} > 0)"#),
+    ("backups", r#"max(bakehouse_backup_count{job="node"})"#),
+    (
+        "archived",
+        r#"time() - max(pg_stat_archiver_last_archive_age{job="postgres"} and on (node) (patroni_primary{job="patroni"} == 1))"#,
+    ),
+    ("login", r#"min(probe_success{job="login"})"#),
     ("web_certificate", r#"min(probe_ssl_earliest_cert_expiry{job="certificate"})"#),
 ];
 /// Label that distinguishes them.
@@ -71,6 +75,7 @@ fn parse(monitor: &str, body: &[u8]) -> serde_json::Result<MonitorFacts> {
         backups: value("backups"),
         archived: value("archived"),
         web_certificate: value("web_certificate"),
+        login: value("login").map(|success| success > 0),
     })
 }
 
@@ -82,11 +87,13 @@ mod tests {
     fn facts_have_the_values_that_prometheus_returns() {
         let sample =
             |name: &str, value: &str| format!(r#"{{"metric":{{"fact":"{name}"}},"value":[1796000000.123,"{value}"]}}"#);
-        let all = [sample("backup", "1.79599e+09"), sample("backups", "7"), sample("archived", "NaN")].join(",");
+        let all =
+            [sample("backup", "1.79599e+09"), sample("backups", "7"), sample("archived", "NaN"), sample("login", "0")]
+                .join(",");
         let body = format!(r#"{{"status":"success","data":{{"resultType":"vector","result":[{all}]}}}}"#);
         let facts = parse("monitor-1", body.as_bytes()).unwrap();
         assert_eq!((facts.backup, facts.backups), (Some(1_795_990_000), Some(7)));
-        assert_eq!((facts.archived, facts.web_certificate), (None, None));
+        assert_eq!((facts.archived, facts.web_certificate, facts.login), (None, None, Some(false)));
         assert!(parse("monitor-1", b"{}").is_err());
     }
 

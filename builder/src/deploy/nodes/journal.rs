@@ -1,5 +1,5 @@
-//! Journals of nodes as streams of messages. A stream that breaks goes on through another hub, after the last message
-//! that has arrived.
+//! Journals of nodes as streams of messages. If a stream breaks, the client opens it again through another hub, and asks
+//! for the messages after the last one that has arrived.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -21,7 +21,7 @@ mod test_servers;
 mod watch;
 
 pub(crate) use action::Action;
-pub(crate) use alerts::{FiringAlert, firing};
+pub(crate) use alerts::firing;
 pub(crate) use client::{Client, NodeConnection, NodeLines, permits_no_commands, run};
 pub(crate) use facts::facts;
 pub(crate) use forward::{Entrance, forward};

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use fleet::compare_versions;
 
+use super::addons::AddonChanges;
 use crate::error::{Error, Result};
 use crate::format::verity;
 
@@ -42,6 +43,9 @@ pub(super) struct Contents {
     mesh: String,
     #[serde(default)]
     migrations: Vec<String>,
+    /// Hashes of Odoo's add-ons; missing in images without Odoo, and of earlier versions of bakehouse.
+    #[serde(default)]
+    addons: Option<BTreeMap<String, String>>,
     #[serde(default)]
     restore: Option<String>,
     /// Settings of the fleet; missing in manifests of earlier versions of bakehouse.
@@ -85,6 +89,8 @@ pub(crate) struct Comparison {
     pub files: Vec<String>,
     /// Settings of `fleet.toml` that differ: `section.key old → new`.
     pub settings: Vec<String>,
+    /// Add-ons that Odoo installs and updates in its database.
+    pub addons: AddonChanges,
     /// Reasons why nodes of the old version cannot change to the new one.
     pub obstacles: Vec<String>,
     /// Changes that a rollback does not undo.
@@ -116,23 +122,12 @@ impl Comparison {
             changed: Vec::new(),
             files: Vec::new(),
             settings: Vec::new(),
+            addons: AddonChanges::default(),
             obstacles: Vec::new(),
             one_way: Vec::new(),
         };
         let Some(old) = old else { return found };
-        let versions = |c: &'_ Contents| -> BTreeMap<String, String> {
-            c.packages.iter().map(|p| (p.name.clone(), p.version.clone())).collect()
-        };
-        let (before, after) = (versions(old), versions(new));
-        for (name, version) in &after {
-            match before.get(name) {
-                None => found.added.push(format!("{name} {version}")),
-                Some(was) if was != version => found.changed.push(format!("{name} {was} → {version}")),
-                Some(_) => {}
-            }
-        }
-        let removed = before.iter().filter(|(name, _)| !after.contains_key(*name));
-        found.removed.extend(removed.map(|(name, version)| format!("{name} {version}")));
+        found.compare_packages(old, new);
         for path in old.files.keys().chain(new.files.keys()).collect::<BTreeSet<_>>() {
             let sign = match (old.files.get(path), new.files.get(path)) {
                 (None, _) => '+',
@@ -216,11 +211,35 @@ impl Comparison {
         if old.state < new.state {
             found.one_way.push(format!("the agent converts its state from format {} to {}", old.state, new.state));
         }
-        let odoo = |versions: &BTreeMap<String, String>| versions.get("odoo-19").cloned();
-        if odoo(&before) != odoo(&after) {
-            found.one_way.push("Odoo may upgrade its database".to_owned());
+        found.addons = AddonChanges::new(
+            (old.addons.as_ref(), old.settings.as_ref()),
+            (new.addons.as_ref(), new.settings.as_ref()),
+        );
+        if found.addons.change_the_database() {
+            found.one_way.push(
+                "the first app node updates Odoo's database: tables are locked meanwhile, and users wait or see a \
+                 page about the update; the older version does not undo it"
+                    .to_owned(),
+            );
         }
         found
+    }
+
+    /// Adds the packages that differ.
+    fn compare_packages(&mut self, old: &Contents, new: &Contents) {
+        let versions = |c: &'_ Contents| -> BTreeMap<String, String> {
+            c.packages.iter().map(|p| (p.name.clone(), p.version.clone())).collect()
+        };
+        let (before, after) = (versions(old), versions(new));
+        for (name, version) in &after {
+            match before.get(name) {
+                None => self.added.push(format!("{name} {version}")),
+                Some(was) if was != version => self.changed.push(format!("{name} {was} → {version}")),
+                Some(_) => {}
+            }
+        }
+        let removed = before.iter().filter(|(name, _)| !after.contains_key(*name));
+        self.removed.extend(removed.map(|(name, version)| format!("{name} {version}")));
     }
 
     /// Returns whether the images are the same for nodes.
@@ -272,6 +291,7 @@ impl fmt::Display for Comparison {
         for line in &self.files {
             writeln!(f, "  file     {line}")?;
         }
+        write!(f, "{}", self.addons)?;
         for line in &self.one_way {
             writeln!(f, "  one way  {line}")?;
         }

@@ -10,6 +10,7 @@
 //! DIR/GROUP/SHA256SUMS, SHA256SUMS.gpg   checksums and signature, which systemd-sysupdate reads first
 //! ```
 
+mod addons;
 mod diff;
 mod schedule;
 

@@ -78,6 +78,7 @@ mod tests {
             changed: changed.iter().map(ToString::to_string).collect(),
             files: Vec::new(),
             settings: Vec::new(),
+            addons: crate::deploy::publish::addons::AddonChanges::default(),
             obstacles: Vec::new(),
             one_way: Vec::new(),
         };

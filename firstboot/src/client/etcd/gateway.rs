@@ -61,6 +61,8 @@ pub struct KeyValue {
 pub enum Compare<'a> {
     /// The key's last change has this revision; 0 if the key does not exist.
     Unchanged(&'a str, u64),
+    /// No key below this prefix was set after this revision. A deletion is no change.
+    NoneSince(&'a str, u64),
 }
 
 /// Operation of a transaction.
@@ -213,6 +215,10 @@ impl Etcd {
         let compare = |c: &Compare| match c {
             Compare::Unchanged(key, revision) => json!({
                 "key": encode(key.as_bytes()), "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string(),
+            }),
+            Compare::NoneSince(prefix, revision) => json!({
+                "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)),
+                "target": "MOD", "result": "LESS", "mod_revision": (revision + 1).to_string(),
             }),
         };
         let operation = |o: &Op| match o {

@@ -25,8 +25,16 @@ impl Etcd {
     /// # Errors
     /// If no member answers.
     pub async fn keys(&self, first: &str, prefix: &str) -> Result<Vec<String>> {
+        self.keys_until(first, &after(prefix), 0).await
+    }
+
+    /// Returns the first `most` keys from `first` on, up to `end` and without it, in their order. 0: all of them.
+    ///
+    /// # Errors
+    /// If no member answers.
+    pub(crate) async fn keys_until(&self, first: &str, end: &[u8], most: u64) -> Result<Vec<String>> {
         let body = json!({
-            "key": encode(first.as_bytes()), "range_end": encode(&after(prefix)), "keys_only": true,
+            "key": encode(first.as_bytes()), "range_end": encode(end), "keys_only": true, "limit": most.to_string(),
         });
         let found: Ranged = self.call("/v3/kv/range", &body).await?;
         let key = |named: &Named| String::from_utf8(decode(&named.key)?).ok();
@@ -38,9 +46,15 @@ impl Etcd {
     /// # Errors
     /// If no member answers.
     pub async fn count(&self, prefix: &str) -> Result<u64> {
-        let body = json!({
-            "key": encode(prefix.as_bytes()), "range_end": encode(&after(prefix)), "count_only": true,
-        });
+        self.count_until(prefix, &after(prefix)).await
+    }
+
+    /// Returns the number of keys from `first` on, up to `end` and without it.
+    ///
+    /// # Errors
+    /// If no member answers.
+    pub(crate) async fn count_until(&self, first: &str, end: &[u8]) -> Result<u64> {
+        let body = json!({ "key": encode(first.as_bytes()), "range_end": encode(end), "count_only": true });
         let found: Ranged = self.call("/v3/kv/range", &body).await?;
         // The gateway leaves zeros out.
         if found.count.is_empty() { Ok(0) } else { found.count.parse().map_err(|_| foreign()) }

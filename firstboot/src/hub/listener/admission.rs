@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use fleet_https::CONNECTIONS_PER_HUB;
 use tokio::task::AbortHandle;
 
-use super::super::rate::{Meters, Rate, Rates, network};
+use super::super::rate::{Meter, Meters, Rate, Rates, network};
 pub(super) use operators::Kind;
 use operators::Operators;
 
@@ -62,6 +62,11 @@ impl Limits {
 
 /// Longest delay of a TLS handshake, or of a guest's further request, beyond its rate.
 const DELAY: Duration = Duration::from_millis(500);
+/// Requests per second of one member that change a state, and their burst. A node sends a report each 30 s, and a few
+/// requests for each action of an operator.
+const CHANGES: (u32, u32) = (5, 30);
+/// Longest delay of such a request beyond its rate.
+const CHANGE_DELAY: Duration = Duration::from_secs(1);
 
 /// The open connections, with their limits.
 pub(super) struct Admission {
@@ -85,6 +90,8 @@ struct AdmissionState {
     slots: BTreeMap<String, BTreeSet<u64>>,
     unknown_meters: Meters,
     known_meters: Meters,
+    /// Requests of members that change a state, by slot.
+    changes: Meter<String>,
     /// Known addresses, with the time of the last authentication.
     known: BTreeMap<IpAddr, Instant>,
     refused: u64,
@@ -229,6 +236,15 @@ impl AdmittedConnection {
         let mut state = self.admission.state();
         let known = state.is_known(self.from, now);
         self.admission.charge(&mut state, self.from, known, now)
+    }
+
+    /// Counts a request of a member that changes a state. Returns the delay; `None` refuses the request.
+    pub(super) fn charge_member(&self, slot: &str, now: Instant) -> Option<Duration> {
+        let (slot, rate) = (slot.to_owned(), Rate::new(CHANGES.0, CHANGES.1, CHANGE_DELAY));
+        let changes = &mut self.admission.state().changes;
+        let delay = changes.delay(&slot, rate, now)?;
+        changes.count(slot, rate, now);
+        Some(delay)
     }
 
     /// Sets whether the hub handles a request of this connection; a busy connection is not displaced.

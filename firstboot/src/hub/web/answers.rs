@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use fleet::etcd_keys::WEB_CHALLENGES;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -20,7 +21,6 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::records::CHALLENGES;
 use crate::client::etcd::Etcd;
 use crate::error::{Error, Result};
 
@@ -97,10 +97,10 @@ impl Answers {
         let mut known = self.known.lock().await;
         let is_fresh = known.0.is_some_and(|at| at.elapsed() < FRESH);
         if !is_fresh && !known.1.contains_key(token) {
-            let listed = timeout(ETCD, self.etcd.list(CHALLENGES)).await;
+            let listed = timeout(ETCD, self.etcd.list(WEB_CHALLENGES)).await;
             let (_, all) = listed.map_err(|_| Error::Failed("etcd does not answer in time".to_owned()))??;
             let pairs = all.into_iter();
-            known.1 = pairs.map(|pair| (pair.key[CHALLENGES.len()..].to_owned(), pair.value.into())).collect();
+            known.1 = pairs.map(|pair| (pair.key[WEB_CHALLENGES.len()..].to_owned(), pair.value.into())).collect();
             known.0 = Some(Instant::now());
         }
         Ok(known.1.get(token).cloned())

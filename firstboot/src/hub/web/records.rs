@@ -12,6 +12,7 @@
 //! DIRECTORY is a digest of the directory's URL, and ID of name and URL: during a rollout, hubs with another name or
 //! directory have records of their own.
 
+use fleet::etcd_keys::{WEB_CERTIFICATE, WEB_CHALLENGES};
 use fleet::{HubKey, Web};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -21,8 +22,6 @@ use super::certificate::WebCertificate;
 use crate::client::etcd::{Compare, Etcd, KeyValue, Op};
 use crate::error::{Error, Result};
 
-const PREFIX: &str = "/bakehouse/web-certificate/";
-pub(super) const CHALLENGES: &str = "/bakehouse/web-certificate/challenges/";
 /// Lease of a challenge, seconds. Authorities verify within minutes.
 const CHALLENGE_LIFE: u32 = 600;
 /// Longest error text in etcd, in characters.
@@ -98,8 +97,8 @@ impl Records {
         let name = web.name.as_ref()?;
         let directory = &web.authority.directory;
         let id = digest(&format!("{name}\0{directory}"));
-        let account = format!("{PREFIX}accounts/{}", digest(directory));
-        Some(Self { etcd, key, names: format!("{PREFIX}names/{id}/"), account })
+        let account = format!("{WEB_CERTIFICATE}accounts/{}", digest(directory));
+        Some(Self { etcd, key, names: format!("{WEB_CERTIFICATE}names/{id}/"), account })
     }
 
     pub(super) fn etcd(&self) -> &Etcd {
@@ -189,7 +188,7 @@ impl Records {
 
     pub(super) async fn put_challenge(&self, token: &str, answer: &str) -> Result<()> {
         let lease = self.etcd.lease(CHALLENGE_LIFE).await?;
-        let name = format!("{CHALLENGES}{token}");
+        let name = format!("{WEB_CHALLENGES}{token}");
         self.etcd.transact(&[], &[Op::PutFor(&name, answer.as_bytes(), &lease)]).await.map(drop)
     }
 

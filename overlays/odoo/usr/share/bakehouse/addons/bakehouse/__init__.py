@@ -1,5 +1,6 @@
-from . import database, processes, sessions
+from . import database, printing, processes, sessions
 
 database.patch()
+printing.patch()
 processes.patch()
 sessions.patch()
