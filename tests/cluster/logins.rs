@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::net::TcpStream;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bakehouse_tests::network::in_own_network;
@@ -34,9 +34,10 @@ http.server.ThreadingHTTPServer(('127.0.0.20', 8069), Odoo).serve_forever()
 const CLIENTS: &str = r#"
 import collections, http.client, socket, ssl
 context = ssl._create_unverified_context()
-def ask(source, path, body=None, host='127.0.0.1'):
-    c = http.client.HTTPSConnection(host, 443, context=context, source_address=(source, 0), timeout=20)
-    c.request('POST' if body is not None else 'GET', path, body, {'Host': 'erp.example.com'})
+def ask(source, path, body=None, cookie=''):
+    c = http.client.HTTPSConnection('127.0.0.1', 443, context=context, source_address=(source, 0), timeout=20)
+    headers = {'Host': 'erp.example.com', 'Content-Type': 'application/x-www-form-urlencoded', 'Cookie': cookie}
+    c.request('POST' if body is not None else 'GET', path, body, headers)
     r = c.getresponse()
     text = r.read().decode()
     c.close()
@@ -52,6 +53,18 @@ print('json', count(130, '127.0.0.33', '/jsonrpc', '{"params": {"service": "comm
 print('escaped', count(130, '127.0.0.34', '/jsonrpc', '{"params": {"service": "c\\u006fmmon"}}'))
 print('xml', count(130, '127.0.0.35', '/xmlrpc/2/common', '<methodCall/>'))
 print('objects', count(200, '127.0.0.36', '/jsonrpc', '{"params": {"service": "object", "args": ["login", "\\u00e9"]}}'))
+anna, guess, nat = 'login=anna&password=good', 'login=anna&password=bad', '127.0.0.40'
+r, _ = ask(nat, '/web/login', anna)
+given = [value for value in r.msg.get_all('Set-Cookie') if value.startswith('BAKEHOUSE_DEVICE=')]
+print('device', given[0].split(';', 1)[1].strip())
+device = 'lang=en; ' + given[0].split(';')[0]
+print('attacker', count(40, nat, '/web/login', guess))
+print('other browser', count(1, nat, '/web/login', anna))
+print('forged', count(1, nat, '/web/login', anna, 'BAKEHOUSE_DEVICE=00000000-0000-4000-8000-000000000000'))
+print('other user', count(1, nat, '/web/login', 'login=bob&password=good', device))
+print('known', count(3, nat, '/web/login', anna, device))
+print('known guesses', count(7, nat, '/web/login', guess, device))
+print('no device', *[v for v in ask(nat, '/web/login')[0].msg.get_all('Set-Cookie') if 'DEVICE' in v])
 r, text = ask('127.0.0.35', '/xmlrpc/2/common', '<methodCall/>')
 print('refusal', r.status, r.getheader('Retry-After'), text.strip())
 r, _ = ask('127.0.0.37', '/web')
@@ -68,7 +81,7 @@ impl Drop for Running {
 }
 
 #[test]
-fn logins_are_limited_by_address_and_an_office_still_logs_in() {
+fn logins_are_limited_by_address_and_known_browsers_still_log_in() {
     in_own_network(async {
         let toml =
             b"name = \"acme\"\n[web]\nname = \"erp.example.com\"\n[groups.hub]\ncount = 1\nendpoints = [\"h\"]\n\
@@ -101,7 +114,7 @@ fn logins_are_limited_by_address_and_an_office_still_logs_in() {
         let text = fleet::render(template, &text, &context).expect("a valid template");
         let file = dir.path().join("haproxy.cfg");
         fs::write(&file, text.replace("/run/bakehouse", dir.path().to_str().expect("UTF-8"))).expect("a folder");
-        let _odoo = Running(Command::new("python3").args(["-c", ODOO]).spawn().expect("python3"));
+        let _odoo = Running(Command::new("python3").args(["-c", ODOO]).stderr(Stdio::null()).spawn().expect("python3"));
         let haproxy = Command::new("haproxy").arg("-db").arg("-f").arg(&file).spawn();
         let _haproxy = Running(haproxy.expect("haproxy is installed"));
         let begun = Instant::now();
@@ -124,6 +137,14 @@ json {200: 120, 429: 10}
 escaped {200: 120, 429: 10}
 xml {200: 120, 429: 10}
 objects {200: 200}
+device Path=/; Max-Age=2073600; HttpOnly; Secure; SameSite=Lax
+attacker {200: 30, 429: 10}
+other browser {429: 1}
+forged {429: 1}
+other user {429: 1}
+known {303: 3}
+known guesses {200: 5, 429: 2}
+no device
 refusal 429 300 Too many attempts to log in from this address. Try again in 5 minutes.
 cookies | BAKEHOUSE=app-1; path=/; HttpOnly; Secure; SameSite=Lax | lang=en; Secure; SameSite=None | secure_x=1; \
 samesite=Strict; Secure | session_id=x; HttpOnly; Path=/; Secure; SameSite=Lax

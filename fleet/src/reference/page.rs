@@ -11,8 +11,7 @@ use super::{File, json_schema, literal, schema_of};
 use crate::{
     Access, Alerts, Authority, Backup, Check, Database, Debian, Disk, Email, ExtraSource, FileMeta, Firewall, Fleet,
     Fonts, Group, Health, Image, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OpenPort, OverlayManifest, Port,
-    Profile,
-    Promise, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
+    Profile, Promise, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User, Vip, VmSize, Web,
 };
 
 /// A table of a file: its path in the schema, and its keys in the order of the type.

@@ -44,7 +44,8 @@ pub struct Web {
     #[cfg_attr(feature = "schema", schemars(range(min = 10, max = 3000)))]
     pub connections: u16,
     /// Number of attempts to log in that one address may make in 5 min, 10 to 10000. A quarter of them may fail. Hubs
-    /// reply to further attempts with status 429. Raise the value if many users share one address. Default: `120`.
+    /// reply to further attempts with status 429. A browser that has logged in before has a limit of its own for the same
+    /// user. Raise the value if many users share one address. Default: `120`.
     #[cfg_attr(feature = "schema", schemars(range(min = 10, max = 10_000)))]
     pub logins: u16,
 }

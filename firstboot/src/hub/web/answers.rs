@@ -33,8 +33,8 @@ pub(super) const FRESH: Duration = Duration::from_secs(1);
 const MOST: usize = 64;
 /// Time limit of a connection.
 const LIMIT: Duration = Duration::from_secs(10);
-/// Time limit for etcd.
-const ETCD: Duration = Duration::from_secs(4);
+/// Time limit for etcd. HAProxy asks another hub if no answer arrives within 2.5 s.
+const ETCD: Duration = Duration::from_secs(2);
 /// Longest token, in characters.
 const LONGEST: usize = 256;
 
@@ -110,9 +110,13 @@ impl Answers {
 /// Returns the token of a request.
 fn token<'a>(method: &Method, path: &'a str) -> Option<&'a str> {
     let token = path.strip_prefix(PATH)?;
-    let is_token = (1..=LONGEST).contains(&token.len())
-        && token.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
-    (is_token && (method == Method::GET || method == Method::HEAD)).then_some(token)
+    (is_token(token) && (method == Method::GET || method == Method::HEAD)).then_some(token)
+}
+
+/// Returns whether a text can be a token: base64url (RFC 8555 § 8.3).
+pub(super) fn is_token(text: &str) -> bool {
+    (1..=LONGEST).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use fleet::{HubKey, Topology, Web};
@@ -14,7 +16,7 @@ use super::certificate::WebCertificate;
 use super::directory::Wait;
 use super::install;
 use super::metrics;
-use super::order::Ordering;
+use super::order;
 use super::records::{Attempt, Lock, Records, Stored};
 use crate::client::backoff::{Backoff, chance};
 use crate::client::etcd::Etcd;
@@ -94,6 +96,23 @@ impl Pace {
     }
 }
 
+/// The machine's clock, or a later time.
+#[derive(Clone, Debug, Default)]
+pub struct Clock(Arc<AtomicU64>);
+
+impl Clock {
+    /// Moves this clock and its copies forward. Tests use it.
+    pub fn advance(&self, by: Duration) {
+        self.0.fetch_add(by.as_secs(), Ordering::SeqCst);
+    }
+
+    /// Returns the Unix time.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        now() + self.0.load(Ordering::SeqCst)
+    }
+}
+
 /// What HAProxy on this hub has.
 #[derive(Default)]
 struct Used {
@@ -113,6 +132,7 @@ pub struct WebKeeper {
     eab: Option<Vec<u8>>,
     paths: WebPaths,
     pace: Pace,
+    clock: Clock,
     used: Mutex<Used>,
 }
 
@@ -128,14 +148,14 @@ impl WebKeeper {
         };
         let eab = topology.web_secrets.open(&key, Web::EAB).and_then(|text| base64url(&text));
         let records = Records::new(etcd, key, &web)?;
-        let (slot, used) = (slot.to_owned(), Mutex::default());
-        Some(Self { records, web, name, slot, eab, paths, pace: Pace::default(), used })
+        let (slot, pace, clock, used) = (slot.to_owned(), Pace::default(), Clock::default(), Mutex::default());
+        Some(Self { records, web, name, slot, eab, paths, pace, clock, used })
     }
 
-    /// Sets other times.
+    /// Sets other times, and another clock.
     #[must_use]
-    pub fn with_pace(self, pace: Pace) -> Self {
-        Self { pace, ..self }
+    pub fn with_pace(self, pace: Pace, clock: Clock) -> Self {
+        Self { pace, clock, ..self }
     }
 
     /// Answers challenges, uses the certificate in etcd, and orders one when it is due. Never returns.
@@ -184,25 +204,24 @@ impl WebKeeper {
     /// Uses the certificate in etcd, and orders one if it is due. Returns the revision of the records.
     async fn step(&self) -> Result<u64> {
         let stored = self.records.read().await?;
-        let (revision, attempt) = (stored.revision, stored.attempt.clone());
+        let (revision, now) = (stored.revision, self.clock.now());
         let is_used = self.take(stored.certificate.as_ref()).await;
-        if let Err(e) = metrics::write(&self.paths.metrics, stored.certificate.as_ref(), &attempt, is_used) {
+        let is_due = stored.certificate.as_ref().is_none_or(|certificate| certificate.due() <= now);
+        // A hub whose clock was weeks ahead may have failed.
+        let failed = if is_due { stored.attempt.clone() } else { Attempt::default() };
+        if let Err(e) = metrics::write(&self.paths.metrics, stored.certificate.as_ref(), &failed, is_used) {
             warn!("metrics of the certificate are not written: {}", e.chain());
         }
         let directory = &self.web.authority.directory;
-        let is_wanted = |own: &WebCertificate| own.until > now() && own.directory == *directory;
+        let is_wanted = |own: &WebCertificate| own.until > now && own.directory == *directory;
         let known = self.used.lock().await.certificate.clone().filter(is_wanted);
         match (&stored.certificate, known) {
             (None, Some(own)) => {
                 info!("etcd has no certificate for {}: storing this hub's", self.name);
                 self.records.restore(&own).await?;
             }
-            (certificate, _) => {
-                let is_due = certificate.as_ref().is_none_or(|certificate| certificate.due() <= now());
-                if is_due && attempt.next <= now() && stored.locked_by.is_none() {
-                    self.attempt(stored).await?;
-                }
-            }
+            _ if is_due && stored.attempt.is_over(now) && stored.locked_by.is_none() => self.attempt(stored).await?,
+            _ => {}
         }
         Ok(revision)
     }
@@ -234,7 +253,7 @@ impl WebKeeper {
     /// Orders a certificate if no other hub does.
     async fn attempt(&self, stored: Stored) -> Result<()> {
         // Hubs that start together do not all ask for the lock.
-        sleep(Duration::from_millis(chance(1000) as u64)).await;
+        sleep(self.pace.check.min(Duration::from_secs(1)).mul_f64(chance(1024) as f64 / 1024.0)).await;
         let Some(lock) = self.records.lock(&self.slot, self.pace.lock).await? else { return Ok(()) };
         // Another hub may have finished before this one got the lock.
         let current = self.records.read().await?;
@@ -250,22 +269,24 @@ impl WebKeeper {
             Ok(certificate) => {
                 self.records.put_certificate(&lock, &certificate).await?;
                 info!("the fleet has a certificate for {}, valid until {}", self.name, certificate.until);
+                // Without a pause, this hub would order until the authority refuses.
+                if certificate.due() <= self.clock.now() {
+                    let e = "the new certificate is already due for renewal: this hub's clock is ahead".to_owned();
+                    self.failed(&lock, &stored.attempt, e, None).await?;
+                }
             }
-            Err(e) => {
-                let failures = stored.attempt.failures.saturating_add(1);
-                let pause = self.pace.pause(failures, wait.get());
-                let failed_since = if stored.attempt.failed_since == 0 { now() } else { stored.attempt.failed_since };
-                let attempt = Attempt { failures, next: now() + pause.as_secs(), failed_since, error: e.chain() };
-                error!(
-                    "cannot get a certificate for {} (attempt {failures}, the next one in {} s): {}",
-                    self.name,
-                    pause.as_secs(),
-                    attempt.error
-                );
-                self.records.put_attempt(&lock, &attempt).await?;
-            }
+            Err(e) => self.failed(&lock, &stored.attempt, e.chain(), wait.get()).await?,
         }
         self.records.unlock(&lock).await
+    }
+
+    /// Stores the time of the next attempt. `wait`: what the directory asked for.
+    async fn failed(&self, lock: &Lock, before: &Attempt, error: String, wait: Option<Duration>) -> Result<()> {
+        let failures = before.failures.saturating_add(1);
+        let (pause, now) = (self.pace.pause(failures, wait).as_secs(), self.clock.now());
+        error!("cannot get a certificate for {} (attempt {failures}, the next one in {pause} s): {error}", self.name);
+        let failed_since = if before.failed_since == 0 { now } else { before.failed_since };
+        self.records.put_attempt(lock, &Attempt { failures, next: now + pause, failed_since, error }).await
     }
 
     async fn certificate(&self, lock: &Lock, current: Stored, wait: Wait) -> Result<WebCertificate> {
@@ -275,7 +296,7 @@ impl WebKeeper {
         let tls = fleet_https::client(&roots, None)?;
         let patience = Duration::from_secs(u64::from(self.pace.lock)).mul_f64(0.3);
         let (records, web, eab, spread) = (&self.records, &self.web, self.eab.clone(), self.pace.spread);
-        Ordering { records, lock, web, eab, tls, wait, spread, patience }.certificate(current.order).await
+        order::Ordering { records, lock, web, eab, tls, wait, spread, patience }.certificate(current.order).await
     }
 }
 

@@ -12,5 +12,5 @@ mod records;
 mod start;
 
 pub use certificate::WebCertificate;
-pub use keeper::{Pace, WebKeeper, WebPaths};
+pub use keeper::{Clock, Pace, WebKeeper, WebPaths};
 pub use start::web_file_for_start;

@@ -14,6 +14,7 @@ use tokio_rustls::rustls::ClientConfig;
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tracing::{info, warn};
 
+use super::answers::is_token;
 use super::certificate::WebCertificate;
 use super::directory::{DirectoryClient, Wait};
 use super::records::{Account as AccountRecord, Lock, PendingOrder, Records};
@@ -44,8 +45,8 @@ impl Ordering<'_> {
     /// If the directory or etcd does not answer, or the authority refuses.
     pub(super) async fn certificate(&self, pending: Option<PendingOrder>) -> Result<WebCertificate> {
         let name = self.web.name.as_deref().unwrap_or_default();
-        let account = self.account().await?;
-        let (mut order, key) = self.order(&account, name, pending).await?;
+        let mut account = self.account().await?;
+        let (mut order, key) = self.order(&mut account, name, pending).await?;
         if order.state().status == OrderStatus::Pending {
             self.answer(&mut order).await?;
             order.poll_ready(&self.retries()).await.map_err(api)?;
@@ -83,7 +84,12 @@ impl Ordering<'_> {
                 serde_json::from_value(value.clone()).map_err(Error::json("an account"))?;
             let account = client().from_credentials(credentials).await.map_err(api)?;
             if record.email != authority.email {
-                account.update_contacts(&contact).await.map_err(api)?;
+                if let Err(e) = account.update_contacts(&contact).await {
+                    if is_unknown_account(&e) {
+                        self.forget_account().await?;
+                    }
+                    return Err(api(e));
+                }
                 record.email.clone_from(&authority.email);
                 self.records.put_account(&record, revision).await?;
             }
@@ -125,7 +131,7 @@ impl Ordering<'_> {
     }
 
     /// Returns the order in etcd if the directory still has it, else a new one, with its private key.
-    async fn order(&self, account: &Account, name: &str, pending: Option<PendingOrder>) -> Result<(Order, String)> {
+    async fn order(&self, account: &mut Account, name: &str, pending: Option<PendingOrder>) -> Result<(Order, String)> {
         if let Some(PendingOrder { url, key }) = pending {
             match account.order(url.clone()).await {
                 Ok(mut order) => {
@@ -141,22 +147,22 @@ impl Ordering<'_> {
         }
         let identifiers = [Identifier::Dns(name.to_owned())];
         let key = PrivateKey::generate()?.pem().to_owned();
-        let order = match account.new_order(&NewOrder::new(&identifiers)).await {
-            Ok(order) => order,
-            Err(e) => {
-                if is_unknown_account(&e) {
-                    self.forget_account().await?;
-                }
-                return Err(api(e));
-            }
-        };
+        let new = NewOrder::new(&identifiers);
+        let mut placed = account.new_order(&new).await;
+        if placed.as_ref().is_err_and(is_unknown_account) {
+            warn!("the directory does not know the account {} any more: registering another one", account.id());
+            self.forget_account().await?;
+            *account = self.account().await?;
+            placed = account.new_order(&new).await;
+        }
+        let order = placed.map_err(api)?;
         let pending = PendingOrder { url: order.url().to_owned(), key: key.clone() };
         self.records.put_order(self.lock, &pending).await?;
         info!("ordered a certificate for {name}: {}", order.url());
         Ok((order, key))
     }
 
-    /// Makes the next attempt register the account again: the directory does not know it any more.
+    /// Removes the account from etcd, because the directory does not know it any more. Its key stays.
     async fn forget_account(&self) -> Result<()> {
         let (record, revision) = self.records.account().await?;
         let credentials = record.credentials.and_then(|value| serde_json::from_value::<AccountCredentials>(value).ok());
@@ -181,6 +187,9 @@ impl Ordering<'_> {
             let Some(mut challenge) = authorization.challenge(ChallengeType::Http01) else {
                 return Err(Error::Failed("the authority offers no challenge of the type http-01".to_owned()));
             };
+            if !is_token(&challenge.token) {
+                return Err(Error::Failed("the token of the authority's challenge is not base64url".to_owned()));
+            }
             let answer = challenge.key_authorization();
             self.records.put_challenge(&challenge.token, answer.as_str()).await?;
             // The authority asks any hub, and a hub reads etcd at most once a second for a token that it does not know.

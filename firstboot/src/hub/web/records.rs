@@ -12,6 +12,8 @@
 //! DIRECTORY is a digest of the directory's URL, and ID of name and URL: during a rollout, hubs with another name or
 //! directory have records of their own.
 
+use std::time::Duration;
+
 use fleet::etcd_keys::{WEB_CERTIFICATE, WEB_CHALLENGES};
 use fleet::{HubKey, Web};
 use serde::de::DeserializeOwned;
@@ -24,6 +26,8 @@ use crate::error::{Error, Result};
 
 /// Lease of a challenge, seconds. Authorities verify within minutes.
 const CHALLENGE_LIFE: u32 = 600;
+/// A time longer than every pause between two attempts: the directory's longest wait is 7 days, and some more.
+const LONGEST_PAUSE: Duration = Duration::from_secs(8 * 86_400);
 /// Longest error text in etcd, in characters.
 const LONGEST_ERROR: usize = 500;
 
@@ -63,6 +67,14 @@ pub(super) struct Attempt {
     pub(super) failed_since: u64,
     /// Last error.
     pub(super) error: String,
+}
+
+impl Attempt {
+    /// Returns whether the next attempt is due. No pause is longer than [`LONGEST_PAUSE`]: a later time is of a hub whose
+    /// clock was ahead.
+    pub(super) fn is_over(&self, now: u64) -> bool {
+        self.next <= now || self.next > now + LONGEST_PAUSE.as_secs()
+    }
 }
 
 /// What etcd has for this name.
@@ -228,4 +240,17 @@ impl Records {
 
 fn digest(text: &str) -> String {
     Sha256::digest(text.as_bytes())[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pause_of_a_hub_whose_clock_was_ahead_does_not_count() {
+        let now = 1_800_000_000;
+        let is_over = |next| Attempt { next, ..Attempt::default() }.is_over(now);
+        assert!(is_over(0) && is_over(now) && is_over(now + 60 * 86_400));
+        assert!(!is_over(now + 1) && !is_over(now + 77 * 86_400 / 10));
+    }
 }
