@@ -109,11 +109,14 @@ impl Hubs {
             web: "",
         };
         let text = fleet::render(template, &text, &context).expect("a valid template");
-        let text = text.replace("/run/bakehouse", home.to_str().expect("UTF-8"));
+        // HAProxy and the hub need the same path of the certificate.
+        let text = text.replace("/run/bakehouse", home.to_str().expect("UTF-8").trim_end_matches('/'));
         let text = text.replace("bind :", &format!("bind {}:", node.address));
         let file = home.join("haproxy.cfg");
         fs::write(&file, text).expect("a folder");
-        let child = Command::new("haproxy").arg("-db").arg("-f").arg(&file).spawn().expect("haproxy is installed");
+        let mut haproxy = Command::new("haproxy");
+        haproxy.arg("-db").arg("-f").arg(&file).stderr(fs::File::create(home.join("haproxy.log")).expect("a folder"));
+        let child = haproxy.spawn().expect("haproxy is installed");
         let begun = Instant::now();
         while TcpStream::connect((node.address, 443)).is_err() {
             assert!(begun.elapsed() < LIMIT, "HAProxy does not start");

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use fleet_https::{Cause, Connection, TIMEOUT};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue, RETRY_AFTER};
-use hyper::{Request, Uri};
+use hyper::{Method, Request, Uri};
 use instant_acme::{BodyWrapper, BytesResponse, HttpClient};
 use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
@@ -76,6 +76,8 @@ async fn exchange(
     request: Request<BodyWrapper<Bytes>>,
 ) -> Result<BytesResponse, Cause> {
     let (mut parts, body) = request.into_parts();
+    // `instant_acme` reports the problem in a reply to its other requests, and parses the directory in any case.
+    let is_directory = parts.method == Method::GET;
     let body = body.collect().await.map_err(|e| match e {})?.to_bytes();
     let url = parts.uri.to_string();
     let authority = parts.uri.authority().filter(|_| parts.uri.scheme_str() == Some("https")).cloned();
@@ -95,7 +97,7 @@ async fn exchange(
         let is_problem = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
         // Parameters may follow: `; charset=utf-8`.
         let is_problem = is_problem.is_some_and(|kind| kind.contains("json"));
-        if !is_problem {
+        if is_directory || !is_problem {
             return Err(format!("{url} replied {}", parts.status).into());
         }
     }
