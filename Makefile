@@ -34,9 +34,9 @@ demo:
 
 test: deps check build
 	# libvirt validates exported machines, dnsmasq serves netboot, swtpm is a TPM, busybox serves updates, wireguard-go
-	# is WireGuard in containers, systemd judges what the builder writes for it, Chromium opens the monitors'
-	# page, poppler reads PDF files, and knot and dig serve and read names.
-	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy postgresql gpg systemd chromium poppler-utils knot knot-dnsutils bind9-dnsutils
+	# is WireGuard in containers, pebble is a certificate authority, systemd judges what the builder writes for it,
+	# Chromium opens the monitors' page, poppler reads PDF files, and knot and dig serve and read names.
+	builder/host-deps.sh libvirt-clients dnsmasq-base iproute2 swtpm busybox wireguard-go mtools nftables bird2 haproxy pebble openssl curl postgresql gpg systemd chromium poppler-utils knot knot-dnsutils bind9-dnsutils
 	$(MAKE) editors
 	tests/run.sh
 

@@ -24,6 +24,7 @@ use crate::host::machine;
 use crate::host::notify::notify;
 use crate::host::screen;
 use crate::host::systemd::{self, Systemd};
+use crate::hub::web::web_file_for_start;
 use crate::lan::Lan;
 use crate::member::{ALL_HAVE_ASKED, Member, drainer, locker, recorder};
 use crate::node::drained::DrainState;
@@ -51,9 +52,6 @@ usage: firstboot run              make this machine a node, and run the node (fi
        firstboot rescue DEVICE    open the maintenance console that a rescue disk orders (firstboot-rescue@.service)
        firstboot capture INTERFACE SECONDS BYTES SNAP  write packets to standard output (`bakehouse pcap`)
 ";
-
-/// Name of the systemd credential that holds the certificate and key for browsers, PEM.
-const WEB_CERTIFICATE: &str = "bakehouse.web-certificate";
 
 /// Paths on a node; tests use another root.
 pub struct Paths {
@@ -117,6 +115,8 @@ pub async fn run(paths: &Paths) -> Result<()> {
         etcd_clients: etcd_client_anchor(&who.state.root, &image.topology, node)?,
     };
     let (secrets, endpoints) = (who.state.secrets.clone(), who.state.endpoints.clone());
+    let credentials = paths.credentials.as_deref();
+    let web = web_file_for_start(&image.topology, &secrets, &paths.state, credentials, &tls);
     let context = NodeContext {
         fleet: &image.topology,
         node,
@@ -124,7 +124,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
         machine: machine::read(&units.virtualization().await?)?,
         tls: &tls,
         secrets: &secrets,
-        web: &web_certificate(paths, &tls)?,
+        web: &web,
         // The network may be up only later.
         lan: &[],
     };
@@ -264,15 +264,6 @@ async fn start(units: &Systemd, node: &Node) -> Result<()> {
     }))
     .await?;
     Ok(())
-}
-
-/// Returns the certificate and key for browsers: the user's, or the node's own, which the fleet's root signed.
-fn web_certificate(paths: &Paths, own: &Tls) -> Result<String> {
-    let credential = paths.credentials.as_ref().map(|dir| dir.join(WEB_CERTIFICATE)).filter(|path| path.exists());
-    match credential {
-        Some(path) => fs::read_to_string(&path).map_err(Error::io("read", &path)),
-        None => Ok(format!("{}{}", own.cert, own.key)),
-    }
 }
 
 #[cfg(test)]

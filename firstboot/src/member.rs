@@ -26,6 +26,7 @@ use crate::hub::listener::serve;
 use crate::hub::orders::OrderLog;
 use crate::hub::records::Owners;
 use crate::hub::rollout;
+use crate::hub::web::{WebKeeper, WebPaths};
 use crate::mesh::Mesh;
 use crate::node::hubs::Hubs;
 use crate::node::identity::Identity;
@@ -59,6 +60,7 @@ pub struct Member {
     version: String,
     who: Identity,
     hubs: Hubs,
+    state: StateDir,
     /// Folder of the node's state.
     dir: PathBuf,
     /// Unix time of the image's build.
@@ -84,6 +86,7 @@ impl Member {
                 .with_revocations(who.revocations.clone())
                 .over_mesh(),
             who,
+            state: dir.clone(),
             dir: dir.path().to_owned(),
             built: 0,
         })
@@ -173,11 +176,19 @@ impl Member {
         let updated =
             updates.keep(async |report| rollout::report(allocator.etcd(), topology, &node.name, report).await);
         let purged = audit::keep(&allocator);
+        let certified = async {
+            let paths = WebPaths::for_node(self.state.clone());
+            match WebKeeper::new(etcd(), topology, &node.name, &secrets.etcd_root, paths) {
+                Some(keeper) => Box::pin(keeper.keep()).await,
+                None => std::future::pending().await,
+            }
+            Ok(())
+        };
         tokio::try_join!(
             kept, served, introduced, registered, followed, revoked, admitted, recorded, exported, replaced, access,
-            fenced_off, updated, purged
+            fenced_off, updated, purged, certified
         )
-        .map(|((), (), (), (), (), (), (), (), (), (), (), (), (), ())| ())
+        .map(|((), (), (), (), (), (), (), (), (), (), (), (), (), (), ())| ())
     }
 
     /// Returns this node's introduction to hubs.

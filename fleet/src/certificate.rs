@@ -242,6 +242,17 @@ impl PrivateKey {
         Ok(KeyPair::from_pem(&self.0)?.sign(message)?)
     }
 
+    /// Makes a request (PKCS #10, DER) for a certificate with a DNS name and this key.
+    ///
+    /// # Errors
+    /// If the key cannot be read, or the name is not one of DNS.
+    pub fn request(&self, name: &str) -> Result<Vec<u8>, CertificateError> {
+        let mut params = CertificateParams::new([name.to_owned()])?;
+        // Authorities take the name from the extension.
+        params.distinguished_name = DistinguishedName::new();
+        Ok(params.serialize_request(&KeyPair::from_pem(&self.0)?)?.der().to_vec())
+    }
+
     /// Returns the key, PEM.
     #[must_use]
     pub fn pem(&self) -> &str {

@@ -62,4 +62,8 @@ folders! {
     "tokens" {
         TOKENS = "", "Prefix of `ID`: the use count of a token.";
     }
+    "web-certificate" {
+        WEB_CERTIFICATE = "", "Prefix of every key of the certificate for browsers.";
+        WEB_CHALLENGES = "challenges/", "Prefix of `TOKEN`: what a hub answers the certificate authority.";
+    }
 }

@@ -95,6 +95,8 @@ forms! {
     Host = "host", concat!("^", label!(), "(\\.", label!(), ")*$"), Some(253);
     /// Address of the folder with updates. It goes into files of systemd-sysupdate.
     UpdateUrl = "address", "^https?://[A-Za-z0-9._~:/\\[\\]-]*[A-Za-z0-9._~:\\[\\]-][A-Za-z0-9._~:/\\[\\]-]*$", None;
+    /// Address of an HTTPS service.
+    HttpsUrl = "address", concat!("^https://", label!(), "(\\.", label!(), ")*(:[0-9]{1,5})?(/[!#&()-\\[\\]-~]*)?$"), None;
     /// Address of a web service.
     Url = "address", "^https?://\\S*$", None;
     /// Topic of ntfy.

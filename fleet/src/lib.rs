@@ -59,6 +59,7 @@ mod text;
 mod ticket;
 mod topology;
 mod version;
+mod web;
 
 pub use alerts::{AlertKey, AlertSecretError, AlertSecrets, Alerts, Email, MailTls, Matrix, Ntfy, Slack, Telegram};
 pub use certificate::{
@@ -89,9 +90,7 @@ pub use rollout::{
     Report, Rollout, RolloutOrder, RolloutRequest, UpdateDecision, UpdateLock, UpdateState, Verdict, disruption_order,
 };
 pub use schema::{Debian, ExtraSource, Fleet, Group, Hardware, Image, Mesh, Vip};
-pub use settings::{
-    Access, Backup, Database, Firewall, Netboot, OpenPort, Promise, Proto, S3, SecureBoot, Update, Web,
-};
+pub use settings::{Access, Backup, Database, Firewall, Netboot, OpenPort, Promise, Proto, S3, SecureBoot, Update};
 pub use signed::{
     BOUND_SIGNATURE_HEADER, ChannelBinding, EXPORTER_LABEL, ORDER_VALIDITY, OrderScope, SignedOrder, bound_message,
 };
@@ -100,6 +99,7 @@ pub use text::{is_unsafe, one_line, printable};
 pub use ticket::{Claims, Credential, Founder, Joiner, Ticket, TicketError, Token};
 pub use topology::{BACKUP, DNS, GIVEN, Node, Topology, UPDATE, VOTER, slot_parts};
 pub use version::compare_versions;
+pub use web::{Authority, HubKey, HubSecretError, HubSecrets, Web};
 
 /// Directory in the image with the agent's input: `fleet.json` and the templates.
 pub const IMAGE_DIR: &str = "usr/lib/bakehouse";

@@ -12,7 +12,8 @@ use crate::diagnostic::{Diagnostic, Source, parse};
 use crate::dns::Dns;
 use crate::lan::LanAddress;
 use crate::odoo::Odoo;
-use crate::settings::{Access, Backup, Database, Firewall, Netboot, Promise, SecureBoot, Update, Web};
+use crate::settings::{Access, Backup, Database, Firewall, Netboot, Promise, SecureBoot, Update};
+use crate::web::Web;
 #[cfg(feature = "schema")]
 use crate::{etcd_keys::FOLDERS, form};
 
@@ -187,7 +188,7 @@ pub struct Vip {
     #[cfg_attr(feature = "schema", schemars(with = "Option<form::LanAddress6>"))]
     pub lan6: Option<Spanned<String>>,
     /// Path of a program, relative to `fleet.toml`. The hub that browsers outside the mesh shall reach runs it, so that it
-    /// moves a provider's floating address to the hub. `bakehouse secret vip-hook` stores its token. Default: none.
+    /// moves a provider's floating address to the hub. `bakehouse secret vip_hook` stores its token. Default: none.
     /// Example: `"floating-ip"`.
     pub hook: Option<String>,
 }

@@ -97,26 +97,6 @@ pub struct S3 {
     pub ca: Option<String>,
 }
 
-/// `[web]`: HTTP settings of the hubs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct Web {
-    /// Whether hubs redirect HTTP requests to HTTPS, except those for `/web/health`. Default: `false`.
-    pub redirect: bool,
-    /// Number of connections that one address may have to a hub's ports 80 and 443 at the same time, 10 to 3000. One
-    /// address may open four times as many connections in 10 s. An IPv6 /64 counts as one address. Raise the value
-    /// if many users share one address. Default: `150`.
-    #[cfg_attr(feature = "schema", schemars(range(min = 10, max = 3000)))]
-    pub connections: u16,
-}
-
-impl Default for Web {
-    fn default() -> Self {
-        Self { redirect: false, connections: 150 }
-    }
-}
-
 /// `[access]`: rights of operators that `bakehouse operator` cannot grant alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

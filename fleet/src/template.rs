@@ -13,6 +13,7 @@ use crate::membership::{Secrets, Tls};
 use crate::odoo_server::OdooServer;
 use crate::ports::Filter;
 use crate::topology::{DNS, Node, Topology};
+use crate::web::HubKey;
 
 /// Variables of the templates that the agent renders on the node. The builder's checks use the same variables.
 #[derive(Clone, Copy, Debug)]
@@ -62,9 +63,9 @@ impl Serialize for NodeContext<'_> {
         let wanted = if node.has_role("monitor") { fleet.alerts.secrets() } else { BTreeSet::new() };
         let odoo = OdooServer::for_node(fleet, node, (machine.memory, machine.cpus), secrets);
         let alert_secrets = fleet.alert_secrets.values(secrets.alert_key().as_ref(), &fleet.name, &wanted);
-        let wanted = BTreeSet::from_iter((fleet.hook && node.hub > 0).then_some(Topology::HOOK_SECRET));
-        let token = fleet.alert_secrets.values(secrets.alert_key().as_ref(), &fleet.name, &wanted);
-        let hook_token = token.into_values().collect();
+        let hub_key = HubKey::derive(&fleet.name, &secrets.etcd_root).filter(|_| fleet.hook && node.hub > 0);
+        let token = hub_key.and_then(|key| fleet.web_secrets.open(&key, Topology::HOOK_SECRET));
+        let hook_token = token.and_then(|token| String::from_utf8(token).ok()).unwrap_or_default();
         let zone = fleet.dns.name.as_ref().filter(|_| fleet.dns.dnssec && node.has_role(DNS));
         let dnssec_key = zone.and_then(|zone| dnssec_key(&secrets.etcd_root, &fleet.name, zone)).unwrap_or_default();
         #[rustfmt::skip]

@@ -16,7 +16,8 @@ use crate::odoo::Odoo;
 use crate::ports::{ServicePort, services};
 use crate::profile::Profiles;
 use crate::schema::{Fleet, Group};
-use crate::settings::{Access, Backup, Database, Firewall, Update, Web};
+use crate::settings::{Access, Backup, Database, Firewall, Update};
+use crate::web::{HubSecrets, Web};
 
 /// Topology and settings of a fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +66,12 @@ pub struct Topology {
     /// Section `[web]`.
     #[serde(default)]
     pub web: Web,
+    /// Content of the file `[web] certificate`, PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub web_certificate: Option<String>,
+    /// Encrypted secrets of `[web]`.
+    #[serde(default, skip_serializing_if = "HubSecrets::is_empty")]
+    pub web_secrets: HubSecrets,
     /// Section `[access]`.
     #[serde(default)]
     pub access: Access,
@@ -245,19 +252,21 @@ impl Topology {
             firewall: fleet.firewall.get_ref().clone(),
             dns,
             update,
-            web: fleet.web.get_ref().clone(),
+            web: fleet.web.get_ref().clone().resolved(),
+            web_certificate: None,
+            web_secrets: HubSecrets::default(),
             access: fleet.access.get_ref().clone(),
             services: Vec::new(),
         }
     }
 
     /// Name of the secret with the token of `[vip] hook`.
-    pub const HOOK_SECRET: &str = "vip-hook";
+    pub const HOOK_SECRET: &str = "vip_hook";
 
-    /// Returns the names of the secrets that the fleet can use (`bakehouse secret`).
+    /// Returns the names of the secrets that the hubs can use (`bakehouse secret`).
     #[must_use]
-    pub fn secret_names(&self) -> BTreeSet<&str> {
-        self.alerts.secrets().into_iter().chain(self.hook.then_some(Self::HOOK_SECRET)).collect()
+    pub fn hub_secret_names(&self) -> BTreeSet<&str> {
+        self.web.secrets().into_iter().chain(self.hook.then_some(Self::HOOK_SECRET)).collect()
     }
 
     /// Sets `services` to the ports of the roles' profiles that need a rule of their own.

@@ -1,6 +1,7 @@
 //! The hubs' protocols and the nodes' network, with the real etcd, BIRD, nftables, HAProxy, keepalived, Knot and Alertmanager on loopback
 //! and in network namespaces. The tests need root, and run in parallel: each has a network namespace of its own.
 
+mod acme;
 mod alerts;
 mod attack;
 mod dns;
@@ -10,6 +11,7 @@ mod eviction;
 mod fence;
 mod join;
 mod lan;
+mod logins;
 mod mesh;
 mod model;
 mod netboot_install;

@@ -90,6 +90,12 @@ pub(crate) fn settings(topology: &Topology) -> Value {
         // `plan` shows that a password changed.
         alerts["secrets"] = json!(sha256(json!(topology.alert_secrets).to_string().as_bytes())[..8]);
     }
+    let mut web = json!(topology.web);
+    if topology.web_certificate.is_some() || !topology.web_secrets.is_empty() {
+        // `plan` shows that the certificate or a secret changed.
+        let content = json!([topology.web_certificate, topology.web_secrets]);
+        web["content"] = json!(sha256(content.to_string().as_bytes())[..8]);
+    }
     let mut settings = json!({
         "mesh": { "subnet": mesh.subnet, "transport": mesh.transport, "port": mesh.port },
         "vip": { "address": topology.vip, "lan": topology.lan, "hook": topology.hook },
@@ -100,7 +106,7 @@ pub(crate) fn settings(topology: &Topology) -> Value {
         "alerts": alerts,
         "firewall": topology.firewall,
         "update": topology.update,
-        "web": topology.web,
+        "web": web,
         "endpoints": endpoints,
     });
     // Manifests of earlier versions have neither.

@@ -111,14 +111,15 @@ pub(super) enum Command {
         #[arg(long, value_name = "HUB=HOST")]
         endpoint: Vec<String>,
     },
-    /// Store a password of `[alerts]` or `[odoo.mail]`, encrypted for the nodes that need it
+    /// Store a secret of `[alerts]`, `[web]`, `[vip]` or `[odoo.mail]`, encrypted for the nodes that need it
     #[command(after_help = "Examples:\n  bakehouse secret email\n  bakehouse secret telegram <token.txt\n  \
-        bakehouse secret odoo_mail\n\n\
+        bakehouse secret web_key <erp.key\n  bakehouse secret odoo_mail\n\n\
         The command asks for the secret, or reads it from standard input, and writes it encrypted to\n\
-        alerts.secrets, which only monitors can decrypt, or to odoo.secrets, which only app nodes can decrypt. You may\n\
-        commit both. Raise `version` and publish.")]
+        alerts.secrets, which monitors and hubs can decrypt, to web.secrets, which only hubs can decrypt, or to\n\
+        odoo.secrets, which hubs and app nodes can decrypt. You may commit all three. Raise `version` and publish.")]
     Secret {
-        /// Name of the secret: `email`, `secret` of another receiver, or `odoo_mail`
+        /// Name of the secret: `email`, or `secret` of another receiver; `acme_eab` and `web_key` of `[web]`; `vip_hook`;
+        /// `odoo_mail`
         name: String,
         /// Remove the secret
         #[arg(long)]

@@ -1,11 +1,10 @@
-//! The file `alerts.secrets` beside `fleet.toml`: encrypted passwords of the receivers of alerts, and the token of
-//! `[vip] hook`.
+//! The file `alerts.secrets` beside `fleet.toml`: encrypted passwords of the receivers of alerts.
 
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use fleet::{AlertSecrets, Diagnostic, Fleet, Severity, Topology};
+use fleet::{AlertSecrets, Diagnostic, Fleet, Severity};
 
 use crate::error::{Error, Result, fail};
 
@@ -27,16 +26,9 @@ pub(crate) fn read(dir: &Path) -> Result<AlertSecrets> {
     }
 }
 
-/// Returns a warning for each secret that a receiver or the hook needs and the file does not have.
+/// Returns a warning for each secret that a receiver needs and the file does not have.
 pub(crate) fn missing(fleet: &Fleet, stored: &AlertSecrets) -> Vec<Diagnostic> {
-    let (names, mut found) = (stored.names(), Vec::new());
-    let token = Topology::HOOK_SECRET;
-    if fleet.vip.hook.is_some() && !names.contains(token) {
-        let span = fleet.source.value(&["vip", "hook"]);
-        let message = format!("[vip] the secret `{token}` is missing: the hook runs without a token");
-        let help = Some(format!("type `bakehouse secret {token}`, if your provider needs one"));
-        found.push(Diagnostic::at(Severity::Warning, &fleet.source, span, message, help));
-    }
+    let names = stored.names();
     let needed = fleet.alerts.get_ref().secrets();
     let span = fleet.source.value(&["alerts"]);
     let warning = |name: &&str| {
@@ -44,6 +36,5 @@ pub(crate) fn missing(fleet: &Fleet, stored: &AlertSecrets) -> Vec<Diagnostic> {
         let help = Some(format!("type `bakehouse secret {name}`"));
         Diagnostic::at(Severity::Warning, &fleet.source, span.clone(), message, help)
     };
-    found.extend(needed.difference(&names).map(warning));
-    found
+    needed.difference(&names).map(warning).collect()
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use fleet::{Diagnostic, Fleet, Severity};
+use fleet::{Diagnostic, Fleet, HubSecrets, Severity, Topology};
 
 use super::secrets;
 use crate::error::Result;
@@ -50,6 +50,18 @@ pub(super) fn add(fleet: &Fleet, dir: &Path, files: &mut BTreeMap<String, Vec<u8
     Ok(())
 }
 
+/// Returns a warning if the hook has no token.
+pub(super) fn missing(fleet: &Fleet, stored: &HubSecrets) -> Option<Diagnostic> {
+    let token = Topology::HOOK_SECRET;
+    if fleet.vip.hook.is_none() || stored.names().contains(token) {
+        return None;
+    }
+    let span = fleet.source.value(&["vip", "hook"]);
+    let message = format!("[vip] the secret `{token}` is missing: the hook runs without a token");
+    let help = Some(format!("type `bakehouse secret {token}`, if your provider needs one"));
+    Some(Diagnostic::at(Severity::Warning, &fleet.source, span, message, help))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,7 +86,7 @@ mod tests {
         assert!(bytes.ends_with(b"echo moved\n"));
         assert!(project.recipe("hub").overlays.contains(&OVERLAY.to_owned()));
         assert!(!project.recipe("app").overlays.contains(&OVERLAY.to_owned()));
-        assert!(project.warnings.iter().any(|w| w.message.contains("the secret `vip-hook` is missing")));
+        assert!(project.warnings.iter().any(|w| w.message.contains("the secret `vip_hook` is missing")));
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub(crate) mod mail;
 #[cfg(test)]
 mod schema_tests;
 pub(crate) mod secrets;
+pub(crate) mod web;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -144,6 +145,7 @@ impl Project {
         }
         hook::add(&fleet, &dir, &mut files)?;
         mail::add_authority(&fleet, &dir, &mut files)?;
+        let certificate = web::read_files(&dir, &fleet, &mut files)?;
         let mut profiles = Profiles::new();
         for (path, bytes) in &files {
             if let Some(role) = path.strip_prefix("profiles/roles/").and_then(|p| p.strip_suffix(".toml")) {
@@ -151,8 +153,9 @@ impl Project {
             }
         }
         let found = fleet::lint(&fleet, &profiles);
-        let (mut errors, mut warnings): (Vec<_>, Vec<_>) =
-            found.into_iter().partition(|d| d.severity == Severity::Error);
+        let web_secrets = web::secrets(&dir)?;
+        let found = found.into_iter().chain(web::check(&fleet, &web_secrets, certificate.as_deref()));
+        let (mut errors, mut warnings): (Vec<_>, Vec<_>) = found.partition(|d| d.severity == Severity::Error);
         errors.extend(unknown_overlays(&fleet, &files));
         if !errors.is_empty() {
             return Err(Error::Config(Diagnostics(errors)));
@@ -162,10 +165,13 @@ impl Project {
         topology.open_ports(&profiles);
         let stored = alert_secrets::read(&dir)?;
         warnings.extend(alert_secrets::missing(&fleet, &stored));
-        topology.alert_secrets = stored.only(&topology.secret_names());
+        topology.alert_secrets = stored.only(&topology.alerts.secrets());
         let stored = mail::read(&dir)?;
         warnings.extend(mail::missing(&fleet, &stored));
         topology.mail_secrets = stored.used_by(topology.odoo.mail.as_ref());
+        warnings.extend(hook::missing(&fleet, &web_secrets));
+        topology.web_secrets = web_secrets.only(&topology.hub_secret_names());
+        topology.web_certificate = certificate;
         let place = |lan: &fleet::LanAddress| LanPlace { address: lan.address, interface: "lo".to_owned() };
         let lan = topology.lan.iter().map(place).collect();
         Ok(Self { dir, fleet, topology, profiles, warnings, lan, files, origins })

@@ -119,6 +119,10 @@ fn parser_and_schema_refuse_bad_files() {
         (File::Fleet, HUBS, "firewall.open = [{ port = 80 }]"),
         (File::Fleet, HUBS, "web.connections = 5"),
         (File::Fleet, HUBS, "web.redirect = \"yes\""),
+        (File::Fleet, HUBS, "web.name = \"a b\""),
+        (File::Fleet, HUBS, "web.logins = 5"),
+        (File::Fleet, HUBS, "web.acme = {}"),
+        (File::Fleet, HUBS, "web.authority = { directory = \"http://ca.example\" }"),
         (File::Fleet, HUBS, "update.url = \"ftp://updates.example\""),
         (File::Fleet, HUBS, "alerts.webhooks = \"https://chat.example\""),
         (File::Fleet, HUBS, "alerts.email = { to = \"a@b.example\" }"),
@@ -183,7 +187,7 @@ vip = { address = "10.10.0.100", lan = "192.168.1.100/24", lan6 = "fd00:1::100/6
 dns = { name = "erp.acme.example", dnssec = true }
 database = { ttl = 30, loop_wait = 3, retry_timeout = 6 }
 firewall = { open = [{ port = 8443, proto = "tcp", role = "hub" }] }
-web = { redirect = true, connections = 150 }
+web = { name = "erp.example.com", acme = true, redirect = true, hsts = true, connections = 150, logins = 120, authority = { directory = "https://ca.example/acme/directory", email = "it@example.com", eab_key_id = "kid", ca = "ca.pem" } }
 access = { shell = true, rescue = false }
 update = { url = "https://updates.example/acme/", when = "*:0/5", stale_after = 30 }
 odoo = { database = "odoo", languages = ["pt_BR"], addons = ["addons"], modules = ["web", "sale"], workers = 2, memory_soft = "640M", memory_hard = "1G", time_cpu = 600, time_real = 1200, cron_threads = 1, cron = ["app"], db_maxconn = 16, proxy = true, options = { log_level = "info" }, mail = { smarthost = "mail.example:587", user = "u", tls = "starttls", ca = "ca.pem", from = "erp@x.example", domain = "x.example", catchall = "catchall", bounce = "bounce", from_filter = ["x.example"] } }
@@ -290,6 +294,11 @@ const COMPARED: &[&str] = &[
     "vip.address",
     "vip.lan",
     "vip.lan6",
+    "web.acme",
+    "web.authority.directory",
+    "web.authority.eab_key_id",
+    "web.authority.email",
+    "web.name",
 ];
 
 /// Calls `each` with the path of every value in a tree.

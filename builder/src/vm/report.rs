@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use flate2::write::GzEncoder;
-use fleet::{Node, Secrets};
+use fleet::{HubKey, Node, Secrets};
 use serde_json::json;
 
 use super::machine::Vm;
@@ -232,8 +232,12 @@ fn timeline(all: &[Vec<(String, String)>]) -> String {
 pub(crate) fn passwords(project: &Project, secrets: &Secrets) -> Vec<String> {
     let topology = &project.topology;
     let key = secrets.alert_key();
-    let of_alerts = topology.alert_secrets.values(key.as_ref(), &topology.name, &topology.secret_names());
+    let of_alerts = topology.alert_secrets.values(key.as_ref(), &topology.name, &topology.alerts.secrets());
     let mail_key = secrets.mail_key();
+    let hub_key = HubKey::derive(&topology.name, &secrets.etcd_root);
+    let open = |name: &&str| String::from_utf8(topology.web_secrets.open(hub_key.as_ref()?, name)?).ok();
+    let names = topology.hub_secret_names();
+    let of_hubs = names.iter().filter_map(open);
     let of_mail = topology.mail_secrets.password(mail_key.as_ref(), &topology.name);
     let key = key.iter().map(|key| key.text().to_owned()).chain(mail_key.iter().map(|key| key.text().to_owned()));
     let value = serde_json::to_value(secrets).unwrap_or_default();
@@ -241,7 +245,7 @@ pub(crate) fn passwords(project: &Project, secrets: &Secrets) -> Vec<String> {
     // A configuration may have the secret as a string of JSON.
     let quoted = |text: &String| json!(text).to_string().trim_matches('"').to_owned();
     let of_alerts = of_alerts.into_values().flat_map(|text| [quoted(&text), text]);
-    all.chain(key).chain(of_alerts).chain([of_mail]).filter(|secret| !secret.is_empty()).collect()
+    all.chain(key).chain(of_alerts).chain(of_hubs).chain([of_mail]).filter(|secret| !secret.is_empty()).collect()
 }
 
 /// Returns the text without passwords and private keys.

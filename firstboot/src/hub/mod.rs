@@ -27,3 +27,4 @@ mod terms;
 pub mod token;
 mod useless;
 mod votes;
+pub mod web;

@@ -33,10 +33,12 @@ use webpki::EndEntityCert;
 pub mod backoff;
 mod operator;
 mod tunnel;
+mod web;
 
 use operator::ClientVerifier;
 pub use operator::{OperatorCertificate, OperatorVerifier};
 pub use tunnel::{ByteStream, CONNECTIONS_PER_HUB, LONGEST_LINE, Lines, NODE_API_HEADER, Obstacle, ThroughError};
+pub use web::{WebValidity, web_certificate, web_file, web_key_digest, web_pair};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 

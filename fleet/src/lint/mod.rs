@@ -10,6 +10,7 @@ mod places;
 mod ports;
 mod services;
 mod vip;
+mod web;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -122,6 +123,7 @@ pub fn lint(fleet: &Fleet, profiles: &Profiles) -> Vec<Diagnostic> {
     lint.backup();
     lint.services();
     lint.odoo();
+    lint.web();
     lint.ports();
     lint.netboot();
     lint.promises();

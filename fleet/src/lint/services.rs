@@ -215,14 +215,6 @@ impl Lint<'_> {
                 self.error(at, format!("[firewall] there is no role `{role}`"), help);
             }
         }
-        // A browser opens several connections in parallel.
-        if fleet.web.get_ref().connections < 10 || fleet.web.get_ref().connections > 3000 {
-            self.error(
-                source.value(&["web", "connections"]),
-                format!("[web] connections = {} is out of range", fleet.web.get_ref().connections),
-                "set 10 to 3000; the default is 150".to_owned(),
-            );
-        }
         let update = fleet.update.get_ref();
         // The URL goes into the transfer files of systemd-sysupdate, unquoted.
         if let Some(url) = update.url.as_ref().filter(|url| !is_address(url)) {

@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::{File, json_schema, literal, schema_of};
 use crate::{
-    Access, Alerts, Backup, Check, Database, Debian, Disk, Dns, Email, ExtraSource, FileMeta, Firewall, Fleet, Fonts,
-    Group, Health, Image, Mail, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OdooSource, OpenPort,
+    Access, Alerts, Authority, Backup, Check, Database, Debian, Disk, Dns, Email, ExtraSource, FileMeta, Firewall,
+    Fleet, Fonts, Group, Health, Image, Mail, Make, Matrix, Mesh, Migration, Netboot, Ntfy, Odoo, OdooSource, OpenPort,
     OverlayManifest, Port, Profile, Promise, Repository, S3, SecureBoot, Slack, Telegram, Trim, Units, Update, User,
     Vip, VmSize, Web,
 };
@@ -53,7 +53,12 @@ fn fleet_sections() -> Vec<Section> {
         section::<Dns>("[dns]", &["dns"], "[One name that never dies](howto/one-name.md) has the steps."),
         section::<Firewall>("[firewall]", &["firewall"], ""),
         section::<OpenPort>("[[firewall.open]]", &["firewall", "open", "*"], ""),
-        section::<Web>("[web]", &["web"], ""),
+        section::<Web>(
+            "[web]",
+            &["web"],
+            "[Use a certificate that browsers trust](howto/certificate.md) has the steps.",
+        ),
+        section::<Authority>("[web.authority]", &["web", "authority"], ""),
         section::<Access>("[access]", &["access"], "[security.md](security.md) explains the roles of operators."),
         section::<Update>("[update]", &["update"], "[updates.md](updates.md) explains updates."),
         section::<Alerts>("[alerts]", &["alerts"], ""),
