@@ -2,6 +2,8 @@
 //! the node is lost. `psql`, `odoo shell` and the commands of all runbooks run on the same fleet before. Runs in containers.
 
 use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -27,10 +29,14 @@ endpoints = [\"two.example.net\"]
 count = 2
 [groups.lost]
 count = 1
+[vip]
+hook = \"floating-ip\"
 [access]
 shell = true
 sql = true
 ";
+/// Moves a provider's floating address, in a real fleet.
+const HOOK: &str = "#!/bin/sh\necho \"$BAKEHOUSE_NODE holds the address\"\n";
 /// Time within which a monitor that was off has what it missed. The uploader may wait for 5 min before it connects again,
 /// and for 60 s until its watchdog ends a connection to a monitor without power.
 const CAUGHT_UP: Duration = Duration::from_secs(420);
@@ -99,6 +105,8 @@ fn containers_keep_journals_and_follow_their_runbooks() {
     let lab = TestFleet::empty("journals");
     let receiver = runbooks::Receiver::listen();
     lab.write("fleet.toml", &format!("{FLEET}{}", receiver.settings()));
+    lab.write("floating-ip", HOOK);
+    fs::set_permissions(lab.dir.join("floating-ip"), Permissions::from_mode(0o755)).expect("the lab is writable");
     lab.has_idle_role("lost", false);
     lab.init();
     lab.ok(&["lock"]);
@@ -115,10 +123,27 @@ fn containers_keep_journals_and_follow_their_runbooks() {
         monitors: [machine("monitor-1"), machine("monitor-2")],
     };
     lab.ok(&["up", "--containers"]);
+    one_hub_runs_the_hook(&hubs);
     psql::operators_run_sql_and_python(&lab);
     let failures = runbooks::failing_commands(&lab);
     outlive_machines(&lab, &nodes, &hubs[0], &address("one-1"));
     assert!(failures.is_empty(), "these commands do not do what their texts say:\n{}", failures.join("\n"));
+}
+
+/// The hub that browsers outside the mesh shall reach, and no other, has moved the floating address.
+fn one_hub_runs_the_hook(hubs: &[Machine; 2]) {
+    let has_run = |hub: &Machine| hub.ok("journalctl -b -u vip-hook -o cat --no-pager").contains("holds the address");
+    let begun = Instant::now();
+    while !hubs.iter().any(|hub| has_run(hub) && hub.exec("systemctl is-active vip-hook").status == 0) {
+        let logs = hubs.each_ref().map(|hub| hub.ok("journalctl -b -u vip-hook -u keepalived -o cat --no-pager"));
+        assert!(begun.elapsed() < Duration::from_secs(60), "no hub has run the hook:\n{}", logs.join("\n"));
+        sleep(Duration::from_secs(1));
+    }
+    let active = hubs.iter().filter(|hub| hub.exec("systemctl is-active vip-hook").status == 0).count();
+    assert_eq!(active, 1);
+    for hub in hubs {
+        assert!(hub.exposure("vip-hook.service") < 2.0);
+    }
 }
 
 /// Tests the journals on both monitors. At the end, the node `lost` has no disk.

@@ -56,8 +56,8 @@ fn configured(topology: &Topology, secrets: &Secrets) -> Result<Option<String>> 
     let Some(key) = HubKey::derive(&topology.name, &secrets.etcd_root) else { return Ok(None) };
     let sealed = topology.web_secrets.open(&key, Web::KEY).and_then(|key| String::from_utf8(key).ok());
     let key = sealed.ok_or_else(|| {
-        let text = "its key is missing, or encrypted with another fleet.key: type `bakehouse secret web_key <KEY.pem`, \
-                    and publish";
+        let text = "its key is missing, or encrypted with another fleet.key: give it to `bakehouse secret web_key` \
+                    on standard input, and publish";
         Error::Failed(text.to_owned())
     })?;
     web_pair(chain, &key, name)?;
