@@ -161,7 +161,7 @@ fn another_hub_continues_the_order_of_a_hub_that_was_killed() {
         }
         killed.abort();
         // The authority asks only the hub whose agent is dead: its HAProxy forwards the question.
-        hubs.set_addresses(&[1]);
+        Hubs::set_addresses(&[1]);
         let begun = Instant::now();
         let _others = [hubs.keep(1, PACE), hubs.keep(2, PACE)];
         let first = hubs.shown(&[1, 2], "").await;

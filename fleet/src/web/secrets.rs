@@ -188,7 +188,7 @@ mod tests {
             assert_eq!(key.open("acme_eab", damaged), None);
         }
         assert!(HubKey::derive("acme", "").is_none());
-        assert!(key.seal("x", b"").is_err() && key.seal("x", &[0; LONGEST + 1]).is_err());
+        assert!(key.seal("x", b"").is_err() && key.seal("x", &vec![0; LONGEST + 1]).is_err());
         assert_ne!(key.seal("x", b"y").unwrap(), key.seal("x", b"y").unwrap(), "each has a nonce of its own");
     }
 

@@ -141,7 +141,7 @@ impl Hubs {
         let (name, password) = (&self.site.topology.hubs[i].name, Secrets::sample().etcd_root);
         let keeper = WebKeeper::new(self.site.etcd(i), &self.site.topology, name, &password, paths);
         let keeper = keeper.expect("the fleet has acme").with_pace(pace, self.clock.clone());
-        tokio::spawn(async move { keeper.keep().await })
+        tokio::spawn(Box::pin(async move { keeper.keep().await }))
     }
 
     /// Starts pebble and its DNS server, in which the name has the addresses of all hubs. `life`: seconds for which its
@@ -177,13 +177,13 @@ impl Hubs {
             .spawn()
             .expect("pebble is installed");
         let both = (Running(pebble), Running(dns));
-        self.set_addresses(&[1, 2, 3]);
+        Self::set_addresses(&[1, 2, 3]);
         retry(DIRECTORY, || curl(&[DIRECTORY]));
         both
     }
 
     /// Sets the hubs whose addresses the name has.
-    pub(super) fn set_addresses(&self, hubs: &[u8]) {
+    pub(super) fn set_addresses(hubs: &[u8]) {
         let addresses: Vec<String> = hubs.iter().map(|number| format!("127.0.0.{number}")).collect();
         let host = format!("{NAME}.");
         let body = serde_json::json!({ "host": host, "addresses": addresses }).to_string();

@@ -49,11 +49,11 @@ impl Ordering<'_> {
         let (mut order, key) = self.order(&mut account, name, pending).await?;
         if order.state().status == OrderStatus::Pending {
             self.answer(&mut order).await?;
-            order.poll_ready(&self.retries()).await.map_err(api)?;
+            order.poll_ready(&self.retries()).await.map_err(|e| api(&e))?;
         }
         if order.state().status == OrderStatus::Ready {
             let csr = PrivateKey::from_pem(key.clone())?.request(name)?;
-            order.finalize_csr(&csr).await.map_err(api)?;
+            order.finalize_csr(&csr).await.map_err(|e| api(&e))?;
         }
         if order.state().status == OrderStatus::Invalid {
             self.records.forget_order(self.lock).await?;
@@ -62,7 +62,7 @@ impl Ordering<'_> {
             let why = format!("{why}{}", refused(&mut order).await);
             return Err(Error::Failed(format!("the authority refuses the order for {name}: {why}")));
         }
-        let chain = order.poll_certificate(&self.retries()).await.map_err(api)?;
+        let chain = order.poll_certificate(&self.retries()).await.map_err(|e| api(&e))?;
         match WebCertificate::new(name, &self.web.authority.directory, &chain, &key) {
             Ok(certificate) => Ok(certificate),
             Err(e) => {
@@ -82,13 +82,13 @@ impl Ordering<'_> {
         if let Some(value) = &record.credentials {
             let credentials: AccountCredentials =
                 serde_json::from_value(value.clone()).map_err(Error::json("an account"))?;
-            let account = client().from_credentials(credentials).await.map_err(api)?;
+            let account = client().from_credentials(credentials).await.map_err(|e| api(&e))?;
             if record.email != authority.email {
                 if let Err(e) = account.update_contacts(&contact).await {
                     if is_unknown_account(&e) {
                         self.forget_account().await?;
                     }
-                    return Err(api(e));
+                    return Err(api(&e));
                 }
                 record.email.clone_from(&authority.email);
                 self.records.put_account(&record, revision).await?;
@@ -102,10 +102,10 @@ impl Ordering<'_> {
             })?;
             let binding = ExternalAccountKey::new(id.clone(), hmac);
             let new = NewAccount { contact: &contact, terms_of_service_agreed: true, only_return_existing: false };
-            client().create(&new, directory, Some(&binding)).await.map_err(api)?
+            client().create(&new, directory, Some(&binding)).await.map_err(|e| api(&e))?
         } else {
             if record.key.is_none() {
-                let (_, key) = Key::generate_pkcs8().map_err(api)?;
+                let (_, key) = Key::generate_pkcs8().map_err(|e| api(&e))?;
                 record.key = Some(encoding::encode(key.secret_pkcs8_der()));
                 self.records.put_account(&record, revision).await?;
                 // If another hub was faster, its key counts.
@@ -114,11 +114,11 @@ impl Ordering<'_> {
             let key = record.key.as_deref().and_then(encoding::decode);
             let key = key.ok_or_else(|| Error::Failed("the account's key in etcd is damaged".to_owned()))?;
             let pkcs8 = PrivatePkcs8KeyDer::from(key);
-            let pair = (Key::from_pkcs8_der(pkcs8.clone_key()).map_err(api)?, PrivateKeyDer::Pkcs8(pkcs8));
+            let pair = (Key::from_pkcs8_der(pkcs8.clone_key()).map_err(|e| api(&e))?, PrivateKeyDer::Pkcs8(pkcs8));
             // For a key that the directory knows, it returns the account.
-            let (account, credentials) = client().create_from_key(pair, directory).await.map_err(api)?;
+            let (account, credentials) = client().create_from_key(pair, directory).await.map_err(|e| api(&e))?;
             if !contact.is_empty() {
-                account.update_contacts(&contact).await.map_err(api)?;
+                account.update_contacts(&contact).await.map_err(|e| api(&e))?;
             }
             (account, credentials)
         };
@@ -142,7 +142,7 @@ impl Ordering<'_> {
                 }
                 // The directory has forgotten the order.
                 Err(instant_acme::Error::Api(e)) if !self.is_to_wait() => warn!("cannot continue the order {url}: {e}"),
-                Err(e) => return Err(api(e)),
+                Err(e) => return Err(api(&e)),
             }
         }
         let identifiers = [Identifier::Dns(name.to_owned())];
@@ -155,7 +155,7 @@ impl Ordering<'_> {
             *account = self.account().await?;
             placed = account.new_order(&new).await;
         }
-        let order = placed.map_err(api)?;
+        let order = placed.map_err(|e| api(&e))?;
         let pending = PendingOrder { url: order.url().to_owned(), key: key.clone() };
         self.records.put_order(self.lock, &pending).await?;
         info!("ordered a certificate for {name}: {}", order.url());
@@ -180,7 +180,7 @@ impl Ordering<'_> {
         let mut all = order.authorizations();
         for _ in 0..MOST {
             let Some(authorization) = all.next().await else { return Ok(()) };
-            let mut authorization = authorization.map_err(api)?;
+            let mut authorization = authorization.map_err(|e| api(&e))?;
             if authorization.status != AuthorizationStatus::Pending {
                 continue;
             }
@@ -194,7 +194,7 @@ impl Ordering<'_> {
             self.records.put_challenge(&challenge.token, answer.as_str()).await?;
             // The authority asks any hub, and a hub reads etcd at most once a second for a token that it does not know.
             sleep(self.spread).await;
-            challenge.set_ready().await.map_err(api)?;
+            challenge.set_ready().await.map_err(|e| api(&e))?;
         }
         Err(Error::Failed(format!("the order has more than {MOST} authorizations")))
     }
@@ -221,6 +221,6 @@ fn is_unknown_account(e: &instant_acme::Error) -> bool {
     problem.r#type.as_ref().is_some_and(|kind| kind.ends_with(":accountDoesNotExist"))
 }
 
-fn api(e: instant_acme::Error) -> Error {
+fn api(e: &instant_acme::Error) -> Error {
     Error::Failed(e.to_string())
 }
