@@ -250,7 +250,9 @@ impl<'a> Site<'a> {
             file
         };
         let bird = write("bird", "bird.conf", &|text| text);
-        let haproxy = write("haproxy", "haproxy.cfg", &|text| text.replace("/run/bakehouse/tls", &path(&dir)));
+        let haproxy = write("haproxy", "haproxy.cfg", &|text| {
+            text.replace("/run/bakehouse/tls", &path(&dir)).replace("/run/bakehouse", &path(&dir))
+        });
         let keepalived = write("keepalived", "keepalived.conf", &|text| {
             text.replace("/usr/lib/bakehouse", &path(&lib)).replace("/run/bakehouse", &path(&dir))
         });

@@ -86,7 +86,8 @@ fn slow_client_cannot_use_all_connections() {
     let (name, text) = overlay.files.iter().find(|(n, _)| n.ends_with("haproxy.cfg.j2")).expect("a template");
     let config =
         fleet::render(name, &String::from_utf8_lossy(text), &project.context(hub, &member)).expect("a valid template");
-    let config = config.replace("/run/bakehouse/tls", dir.path().to_str().expect("a UTF-8 path"));
+    let folder = dir.path().to_str().expect("a UTF-8 path");
+    let config = config.replace("/run/bakehouse/tls", folder).replace("/run/bakehouse", folder);
     fs::write(path("haproxy.cfg"), config).expect("a folder");
     let space = space();
     let mut script = format!("set -e\nip netns add {space}\nip -n {space} link set lo up\n");
