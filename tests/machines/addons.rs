@@ -116,8 +116,7 @@ fn containers_update_the_database_in_the_rollout_of_an_addon() {
     version(&lab, "1", "2");
     let plan = lab.ok(&["plan", updates]).out;
     for line in [
-        "install  held_tag",
-        "install  partner_firstname",
+        "install  held_tag, partner_firstname",
         "update   held_note, if installed",
         "the first app node updates Odoo's database",
     ] {
