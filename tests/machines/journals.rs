@@ -82,7 +82,7 @@ impl Nodes<'_> {
     }
 
     /// Waits until a monitor has the line `last`. Asserts that it then has each line, and that an operator reads each one
-    /// once: a node sends lines again that a monitor without power has not confirmed. Returns the seconds.
+    /// once: a node sends lines again that the monitor has not confirmed, because one of them was killed. Returns the seconds.
     fn has_all(&self, monitor: usize, last: u32, limit: Duration) -> f64 {
         let begun = Instant::now();
         while !self.counts(monitor).contains_key(&last) {
@@ -93,8 +93,6 @@ impl Nodes<'_> {
         let expected: BTreeMap<u32, usize> = (1..=last).map(|n| (n, 1)).collect();
         let counts = self.counts(monitor);
         assert!(counts.keys().eq(expected.keys()), "monitor {monitor}: {counts:?}");
-        // This monitor never loses its power.
-        assert!(monitor > 0 || counts == expected, "monitor {monitor}: {counts:?}");
         assert_eq!(self.reads(monitor), expected, "lines of monitor {monitor}");
         seconds
     }

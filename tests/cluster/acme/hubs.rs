@@ -141,7 +141,7 @@ impl Hubs {
         let (name, password) = (&self.site.topology.hubs[i].name, Secrets::sample().etcd_root);
         let keeper = WebKeeper::new(self.site.etcd(i), &self.site.topology, name, &password, paths);
         let keeper = keeper.expect("the fleet has acme").with_pace(pace, self.clock.clone());
-        tokio::spawn(Box::pin(async move { keeper.keep().await }))
+        tokio::spawn(async move { Box::pin(keeper.keep()).await })
     }
 
     /// Starts pebble and its DNS server, in which the name has the addresses of all hubs. `life`: seconds for which its
