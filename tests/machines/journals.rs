@@ -209,7 +209,9 @@ fn outlive_machines(lab: &TestFleet, nodes: &Nodes<'_>, hub: &Machine, hubs_addr
         for line in received {
             assert!(value(line).is_some_and(|at| at <= now && now - at < 600), "{line} at {now}");
         }
-        assert_eq!(machine.ok("systemctl --failed --no-legend --plain"), "");
+        // A backup may fail while the commands of the runbooks switch its database off.
+        let failed = machine.ok("systemctl --failed --no-legend --plain");
+        assert!(failed.lines().all(|line| line.starts_with("pgbackrest@")), "{failed}");
     }
 }
 
